@@ -1,0 +1,49 @@
+# `make demo` and `make test` set everything up themselves; nothing outside .venv is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CUDA ?= 13
+STAMP := $(VENV)/.installed
+NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
+SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(STAMP) kernels/libmien.so
+
+$(STAMP): pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+ifeq ($(CUDA),12)
+	$(BIN)/pip uninstall --quiet --yes nvidia-dali-cuda130
+	$(BIN)/pip install --quiet --disable-pip-version-check 'nvidia-dali-cuda120>=2.4,<2.5'
+endif
+	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cmake>=3.25' ninja
+	touch $@
+
+kernels/libmien.so: $(NATIVE) $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: setup
+	$(BIN)/mien demo
+
+test: setup lint
+	$(BIN)/python -m pytest tests
+
+lint: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(shell find kernels/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/clang-format -i $(shell find kernels/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+bench: setup
+	$(BIN)/mien bench all
+
+clean:
+	rm -rf build dist *.egg-info kernels/libmien.so

@@ -1,0 +1,6 @@
+"""The `mien` command."""
+
+
+def main() -> int:
+    """Run one subcommand."""
+    return 0

@@ -1,0 +1,475 @@
+"""Every setting of a training run: its type, default, range, meaning, and whether it may change.
+
+A *locked* setting is part of a model's identity: it is fixed when the model folder is made. A *free*
+one may change at every resume. Values come, lowest weight first, from the defaults, a TOML file,
+``--set section.key=value`` and the command line's flags. Ranges are enforced at construction.
+"""
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import re
+import textwrap
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MASK_TYPES = (
+    "bisenet-fp_face",
+    "bisenet-fp_head",
+    "components",
+    "custom_face",
+    "custom_head",
+    "extended",
+    "none",
+    "unet-dfl",
+    "vgg-clear",
+    "vgg-obstructed",
+)
+
+
+def _setting(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    locked: bool = False,
+    flag: str = "",
+) -> Any:
+    """A field with its range, its lock and the names of its command-line flag (space separated)."""
+    metadata = {"low": low, "high": high, "choices": choices, "locked": locked, "flag": flag}
+    return field(default=default, metadata=metadata)
+
+
+class _Checked:
+    """Enforces each field's type, range and choices when a section is made."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        section = section_name(type(self))
+        for name, spec in fields_of(type(self)).items():
+            value = getattr(self, name)
+            problem = _problem(value, spec)
+            if problem:
+                raise ValueError(f"{section}.{name} must be {problem}, got {value!r}")
+            if spec.type is float and isinstance(value, int):
+                object.__setattr__(self, name, float(value))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known about one setting."""
+
+    section: str
+    name: str
+    type: type
+    default: Any
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...] | None
+    locked: bool
+    flags: tuple[str, ...]
+    doc: str
+
+
+def _problem(value: Any, spec: Spec) -> str | None:
+    """The rule that ``value`` breaks, in words; None where it breaks none."""
+    if spec.type is dict:
+        return None if isinstance(value, dict) else "a table"
+    if spec.type is bool or isinstance(value, bool):
+        return None if spec.type is bool and isinstance(value, bool) else _kind(spec)
+    if spec.type is float and isinstance(value, int):
+        value = float(value)
+    if not isinstance(value, spec.type):
+        return _kind(spec)
+    if spec.choices is not None and value not in spec.choices:
+        near = difflib.get_close_matches(str(value), spec.choices, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        return f"one of {', '.join(spec.choices)}{hint}"
+    too_low = spec.low is not None and not value >= spec.low
+    too_high = spec.high is not None and not value <= spec.high
+    return _kind(spec) if too_low or too_high else None
+
+
+def _kind(spec: Spec) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    text = words[spec.type]
+    if spec.low is not None and spec.high is not None:
+        return f"{text} from {spec.low:g} to {spec.high:g}"
+    return text if spec.low is None else f"{text}, at least {spec.low:g}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig(_Checked):
+    """Which network is trained."""
+
+    trainer: str = _setting("original", locked=True, flag="-t --trainer")
+    """Model family; `mien train --help` lists them."""
+
+    reflect_padding: bool = _setting(False, locked=True)
+    """Pad convolutions by reflection instead of zeros; can lessen artefacts at the borders."""
+
+    options: dict = field(default_factory=dict, metadata={"locked": True})
+    """The family's own options, such as `lowmem = true` of original."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig(_Checked):
+    """Where the faces are, how they are cut out and where they are kept."""
+
+    input_a: str = _setting("", flag="-A --input-a")
+    """Folder of face PNGs of side A: the person in the film."""
+
+    input_b: str = _setting("", flag="-B --input-b")
+    """Folder of face PNGs of side B: the face to put there."""
+
+    centering: str = _setting("face", choices=("face", "head", "legacy"), locked=True)
+    """What the crop is centred on: the face, the whole head, or the old, tighter crop."""
+
+    coverage: float = _setting(100.0, low=62.5, high=100.0, locked=True)
+    """Percent of the centred crop that is trained on."""
+
+    vertical_offset: int = _setting(0, low=-25, high=25, locked=True)
+    """Percent by which the crop is moved; a positive number moves the face down."""
+
+    mask_type: str = _setting("extended", choices=MASK_TYPES, locked=True)
+    """Mask to train with: drawn from the landmarks (components, extended) or stored in the PNG."""
+
+    mask_dilation: float = _setting(0.0, low=-5.0, high=5.0)
+    """Percent of its size by which the mask grows (or, negative, shrinks)."""
+
+    mask_blur_kernel: int = _setting(3, low=0, high=9)
+    """Edge of the blur in px, of stored masks; 0 is off."""
+
+    mask_threshold: int = _setting(4, low=0, high=50)
+    """Percent from black and white that is snapped to black and white, of stored masks."""
+
+    decoder: str = _setting("auto", choices=("auto", "dali", "opencv"))
+    """What decodes the PNGs: DALI where it is installed (auto), or one of the two by name."""
+
+    placement: str = _setting("auto", choices=("auto", "gpu", "host", "file"))
+    """Where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped file."""
+
+    store_dir: str = _setting("")
+    """Folder of the decoded faces, reused at the next start; default: `.mien` beside the faces."""
+
+    num_threads: int = _setting(0, low=0, high=1024)
+    """Threads that decode and augment; 0: as many as the process has cores."""
+
+    strict: bool = _setting(False, flag="--strict")
+    """Stop at the first unreadable face file instead of skipping and counting it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig(_Checked):
+    """How each face is varied every time that it is seen."""
+
+    flip: bool = _setting(True, flag="-P --no-flip")
+    """Mirror faces at random."""
+
+    color: bool = _setting(True, flag="-c --no-augment-color")
+    """Vary lightness, colour and contrast."""
+
+    warp: bool = _setting(True, flag="-W --no-warp")
+    """Bend the input picture with a random 5 x 5 grid."""
+
+    zoom_amount: int = _setting(5, low=0, high=25)
+    """Percent of zoom, in and out."""
+
+    rotation_range: int = _setting(10, low=0, high=25)
+    """Degrees of rotation, either way."""
+
+    shift_range: int = _setting(5, low=0, high=25)
+    """Percent of the picture's edge by which it is moved, either way, on each axis."""
+
+    flip_chance: int = _setting(50, low=0, high=75)
+    """Percent of faces that are mirrored."""
+
+    color_lightness: int = _setting(30, low=0, high=75)
+    """Percent by which lightness goes up or down."""
+
+    color_ab: int = _setting(8, low=0, high=50)
+    """Percent by which each colour axis of LAB goes up or down."""
+
+    color_clahe_chance: int = _setting(50, low=0, high=75)
+    """Percent of faces whose local contrast is equalised (CLAHE)."""
+
+    color_clahe_max_size: int = _setting(4, low=1, high=8)
+    """Largest number of steps by which the CLAHE grid is refined."""
+
+
+LOSSES = ("mae", "mse", "ssim")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig(_Checked):
+    """What is minimised."""
+
+    loss_function: str = _setting("ssim", choices=LOSSES)
+    """First loss, at weight 100 %."""
+
+    loss_function_2: str = _setting("mse", choices=(*LOSSES, "none"))
+    """Second loss."""
+
+    loss_weight_2: int = _setting(100, low=0, high=400)
+    """Percent of the second loss."""
+
+    loss_function_3: str = _setting("none", choices=(*LOSSES, "none"))
+    """Third loss."""
+
+    loss_weight_3: int = _setting(0, low=0, high=400)
+    """Percent of the third loss."""
+
+    loss_function_4: str = _setting("none", choices=(*LOSSES, "none"))
+    """Fourth loss."""
+
+    loss_weight_4: int = _setting(0, low=0, high=400)
+    """Percent of the fourth loss."""
+
+    mask_loss_function: str = _setting("mse", choices=("mae", "mse"))
+    """Loss of the predicted mask, with `learn_mask`."""
+
+    eye_multiplier: int = _setting(3, low=1, high=40)
+    """Extra weight of the eyes, inside the mask; 1 is off."""
+
+    mouth_multiplier: int = _setting(2, low=1, high=40)
+    """Extra weight of the mouth, inside the mask; 1 is off."""
+
+    penalized_mask_loss: bool = _setting(True, locked=True)
+    """Count errors only inside the mask."""
+
+    learn_mask: bool = _setting(False, locked=True)
+    """Let the model predict the mask as well."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig(_Checked):
+    """How the weights are moved."""
+
+    optimizer: str = _setting("adam", choices=("adam",), locked=True)
+    """The rule."""
+
+    learning_rate: float = _setting(5e-5, low=1e-6, high=1e-2)
+    """Step size."""
+
+    epsilon_exponent: int = _setting(-7, low=-20, high=0)
+    """The optimizer's epsilon is 10 to this power."""
+
+    ada_beta_1: float = _setting(0.9, low=0.0, high=0.999999, locked=True)
+    """Memory of the gradient's mean."""
+
+    ada_beta_2: float = _setting(0.999, low=0.0, high=0.9999999, locked=True)
+    """Memory of the gradient's square."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionConfig(_Checked):
+    """In which number format the network computes; weights, statistics and losses stay fp32."""
+
+    mode: str = _setting(
+        "auto", choices=("auto", "bf16", "fp16", "tf32", "fp32"), flag="--precision"
+    )
+    """auto: bf16 on a GPU that has it, tf32 on an older GPU, fp32 on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(_Checked):
+    """The run."""
+
+    batch_size: int = _setting(16, low=1, high=4096, flag="-b --batch-size")
+    """Faces of each side in one iteration."""
+
+    iterations: int = _setting(1_000_000, low=1, high=1_000_000_000, flag="-i --iterations")
+    """Iterations of this session; a resumed model goes this many further."""
+
+    seed: int = _setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
+    """Fixes the initial weights, the order of the faces and every random number."""
+
+    device: str = _setting("auto", choices=("auto", "cpu", "cuda"), flag="--device")
+    """auto: the first GPU, else the CPU."""
+
+    log_interval: int = _setting(10, low=1, high=100_000)
+    """Iterations between two status lines; losses stay on the device in between."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveConfig(_Checked):
+    """What is kept of the run, and when."""
+
+    model_dir: str = _setting("", flag="-m --model-dir")
+    """The model's folder: a new model where it is empty, a resumed one where it holds one."""
+
+    save_interval: int = _setting(250, low=1, high=1_000_000, flag="-s --save-interval")
+    """Iterations between two saves."""
+
+    save_minutes: float = _setting(0.0, low=0.0, high=1440.0, flag="--save-minutes")
+    """Minutes between two saves, in place of iterations; 0 is off."""
+
+    keep_generations: int = _setting(2, low=1, high=100)
+    """How many complete saves are kept."""
+
+    logs: bool = _setting(True, flag="-n --no-logs")
+    """Write TensorBoard events."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreviewConfig(_Checked):
+    """The picture written at every save."""
+
+    preview_images: int = _setting(14, low=2, high=16)
+    """Faces of each side in the picture."""
+
+    mask_opacity: int = _setting(30, low=0, high=100)
+    """Percent of tint over what the mask leaves out."""
+
+    mask_color: str = _setting("#ff0000")
+    """Colour of the tint and of the coverage corners, as #rrggbb."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """One training run, whole."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+
+    def __post_init__(self) -> None:
+        uses_mask = self.loss.penalized_mask_loss or self.loss.learn_mask
+        if uses_mask and self.data.mask_type == "none":
+            raise ValueError(
+                "data.mask_type is none, but loss.penalized_mask_loss or loss.learn_mask needs a "
+                "mask; choose a mask, or set both to false"
+            )
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.preview.mask_color):
+            raise ValueError(
+                f"preview.mask_color must be #rrggbb, got {self.preview.mask_color!r}"
+            )
+
+
+SECTIONS: dict[str, type] = {
+    spec.name: typing.cast(type, spec.default_factory) for spec in dataclasses.fields(Config)
+}
+
+
+def section_name(kind: type) -> str:
+    """The name under which a section's class stands in the file."""
+    return next(name for name, cls in SECTIONS.items() if cls is kind)
+
+
+@functools.cache
+def fields_of(kind: type) -> dict[str, Spec]:
+    """Every setting of one section, in the order of the class."""
+    docs = _docs(kind)
+    specs = {}
+    for item in dataclasses.fields(kind):
+        meta = item.metadata
+        default = {} if item.default is dataclasses.MISSING else item.default
+        specs[item.name] = Spec(
+            section=section_name(kind),
+            name=item.name,
+            type=typing.cast(type, item.type),
+            default=default,
+            low=meta.get("low"),
+            high=meta.get("high"),
+            choices=meta.get("choices"),
+            locked=meta.get("locked", False),
+            flags=tuple(meta.get("flag", "").split()),
+            doc=docs[item.name],
+        )
+    return specs
+
+
+def _docs(kind: type) -> dict[str, str]:
+    """The docstring that stands under each field of a class."""
+    body = typing.cast(
+        ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    ).body
+    docs = {}
+    for item, below in zip(body, body[1:], strict=False):
+        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
+            text = typing.cast(ast.Constant, below.value).value
+            docs[typing.cast(ast.Name, item.target).id] = " ".join(str(text).split())
+    return docs
+
+
+def all_settings() -> list[Spec]:
+    """Every setting of every section."""
+    return [spec for kind in SECTIONS.values() for spec in fields_of(kind).values()]
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A config made of nested plain values.
+
+    Raises:
+        ValueError: On an unknown section or key (the nearest known one is named) or a bad value.
+    """
+    _refuse_unknown(values, SECTIONS, "")
+    sections = {}
+    for name, kind in SECTIONS.items():
+        given = values.get(name, {})
+        if not isinstance(given, dict):
+            raise ValueError(f"{name} must be a table of settings, got {given!r}")
+        _refuse_unknown(given, fields_of(kind), f"{name}.")
+        sections[name] = kind(**given)
+    return Config(**sections)
+
+
+def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, list(known), n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(f"unknown setting {prefix}{key}{hint}")
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The whole config as plain values, fit for TOML and JSON."""
+    return dataclasses.asdict(config)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain values of a TOML file; ValueError where it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_assignment(text: str) -> tuple[str, str, Any]:
+    """``section.key=value`` as ``(section, key, value)``; the value is TOML, else plain text."""
+    path, equals, raw = text.partition("=")
+    section, dot, key = path.strip().partition(".")
+    if not (equals and dot):
+        raise ValueError(f"--set takes section.key=value, got {text!r}")
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    return section, key, value
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of all layers; a later layer wins."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(merged.get(key), dict):
+                merged[key] = merge(merged[key], value)
+            else:
+                merged[key] = dict(value) if isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,55 @@
+"""Load libmien and turn its status codes into Python errors.
+
+The C header is the only list of signatures. cffi parses it, so a call with the wrong arguments
+is a TypeError, and a library built from another header is refused.
+"""
+
+import functools
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+import cffi
+
+_HERE = Path(__file__).parent
+_HEADER = _HERE / "csrc/include/mien.h"
+
+
+class NativeError(RuntimeError):
+    """A call into libmien failed; the message is the library's own."""
+
+
+def _declarations() -> str:
+    text = _HEADER.read_text()
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+    text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.S)
+    text = re.sub(r"^#(?!define \w+ \d+$).*$", "", text, flags=re.M)
+    return text.replace("MIEN_API", "")
+
+
+@functools.cache
+def library() -> tuple[Any, Any]:
+    """``(ffi, lib)``: cffi's view of the header and the loaded library.
+
+    Raises:
+        NativeError: There is no build, or it was made from another header; says what to run.
+    """
+    ffi = cffi.FFI()
+    ffi.cdef(_declarations())
+    path = _HERE / "libmien.so"
+    try:
+        lib = ffi.dlopen(str(path))
+    except OSError as error:
+        raise NativeError(f"cannot load {path}; build it with `make setup`") from error
+    built_from = ffi.string(lib.mien_header_hash()).decode()
+    if built_from != hashlib.sha256(_HEADER.read_bytes()).hexdigest():
+        raise NativeError(f"{path} was built from another mien.h; run `make setup` again")
+    return ffi, lib
+
+
+def call(name: str, *args: object) -> None:
+    """Call ``mien_<name>``; raise `NativeError` unless it returns MIEN_OK."""
+    ffi, lib = library()
+    if getattr(lib, f"mien_{name}")(*args) != lib.MIEN_OK:
+        raise NativeError(f"{name}: {ffi.string(lib.mien_last_error()).decode()}")
