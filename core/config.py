@@ -1,8 +1,8 @@
 """Every setting of a training run: its type, default, range, meaning, and whether it may change.
 
-A *locked* setting is part of a model's identity: it is fixed when the model folder is made. A *free*
-one may change at every resume. Values come, lowest weight first, from the defaults, a TOML file,
-``--set section.key=value`` and the command line's flags. Ranges are enforced at construction.
+A *locked* setting is part of a model's identity: it is fixed when the model folder is made. A
+*free* one may change at every resume. Values come, lowest weight first, from the defaults, a TOML
+file, ``--set section.key=value`` and the command line's flags. Ranges are enforced at construction.
 """
 
 import ast
@@ -157,7 +157,7 @@ class DataConfig(_Checked):
     """Where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped file."""
 
     store_dir: str = _setting("")
-    """Folder of the decoded faces, reused at the next start; default: `faces` in the model folder."""
+    """Folder of the decoded faces, kept for the next start; default: `faces` in the model folder."""
 
     num_threads: int = _setting(0, low=0, high=1024)
     """Threads that decode and augment; 0: as many as the process has cores."""
@@ -354,9 +354,7 @@ class Config:
                 "mask; choose a mask, or set both to false"
             )
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.preview.mask_color):
-            raise ValueError(
-                f"preview.mask_color must be #rrggbb, got {self.preview.mask_color!r}"
-            )
+            raise ValueError(f"preview.mask_color must be #rrggbb, got {self.preview.mask_color!r}")
 
 
 SECTIONS: dict[str, type] = {

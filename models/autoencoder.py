@@ -1,0 +1,75 @@
+"""What every family is: one shared encoder, one decoder a side.
+
+Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W columns.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .initializers import initialize
+
+Side = Literal["a", "b"]
+Codes = tuple[Tensor, ...]
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """Settings that shape every family alike."""
+
+    learn_mask: bool = False
+    """Give each decoder a second branch that predicts the face mask."""
+
+    reflect_padding: bool = False
+    """Pad by reflection in the blocks that allow it."""
+
+
+def require_step(name: str, value: int, low: int, high: int, step: int) -> None:
+    """ValueError with the nearest valid value unless ``value`` is one of low, low + step .. high."""
+    if low <= value <= high and (value - low) % step == 0:
+        return
+    near = low + min(max(round((value - low) / step), 0), (high - low) // step) * step
+    raise ValueError(
+        f"{name} must be {low} to {high} in steps of {step}, got {value}; the nearest is {near}"
+    )
+
+
+class Autoencoder(nn.Module):
+    """A face goes through `encode`, which both sides share, then through `decode` of one side."""
+
+    Config: Any
+    tiny: Any
+    """The family's smallest sensible settings, for tests and smoke runs."""
+
+    input_px: int
+    output_px: tuple[int, ...]
+    """Edge of each face output, small to large."""
+
+    build: Build
+
+    def encode(self, faces_nchw: Tensor) -> Codes:
+        """What the two sides share, computed once for any number of faces, 0..1."""
+        raise NotImplementedError
+
+    def decode(self, codes: Codes, side: Side) -> Outputs:
+        """Faces of ``side``, small to large, 0..1 fp32; then the mask where one is learned."""
+        raise NotImplementedError
+
+    def forward(self, faces_nchw: Tensor) -> tuple[Outputs, Outputs]:
+        """Outputs of A for the first half of the batch, of B for the second."""
+        codes = self.encode(faces_nchw)
+        half = faces_nchw.shape[0] // 2
+        code_a, code_b = tuple(c[:half] for c in codes), tuple(c[half:] for c in codes)
+        return self.decode(code_a, "a"), self.decode(code_b, "b")
+
+    def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
+        """Any faces, decoded as ``side``: its own faces are re-created, the other's swapped."""
+        return self.decode(self.encode(faces_bchw), side)
+
+    def initialize(self, seed: int) -> None:
+        """Fill every weight as a pure function of ``seed`` and lay them out channels_last."""
+        initialize(self, torch.Generator().manual_seed(seed))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
