@@ -157,7 +157,7 @@ class DataConfig(_Checked):
     """Where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped file."""
 
     store_dir: str = _setting("")
-    """Folder of the decoded faces, kept for the next start; default: `faces` in the model folder."""
+    """Folder that keeps the decoded faces for the next start; default: `faces` in the model's."""
 
     num_threads: int = _setting(0, low=0, high=1024)
     """Threads that decode and augment; 0: as many as the process has cores."""

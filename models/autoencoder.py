@@ -28,7 +28,7 @@ class Build:
 
 
 def require_step(name: str, value: int, low: int, high: int, step: int) -> None:
-    """ValueError with the nearest valid value unless ``value`` is one of low, low + step .. high."""
+    """ValueError naming the nearest valid value unless ``value`` is low, low + step .. high."""
     if low <= value <= high and (value - low) % step == 0:
         return
     near = low + min(max(round((value - low) / step), 0), (high - low) // step) * step
