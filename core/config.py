@@ -448,17 +448,19 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
 
 
-def parse_assignment(text: str) -> tuple[str, str, Any]:
-    """``section.key=value`` as ``(section, key, value)``; the value is TOML, else plain text."""
+def parse_assignment(text: str) -> dict[str, Any]:
+    """``section.key=value`` as nested values; the value is TOML, else plain text."""
     path, equals, raw = text.partition("=")
-    section, dot, key = path.strip().partition(".")
-    if not (equals and dot):
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"--set takes section.key=value, got {text!r}")
     try:
-        value = tomllib.loads(f"value = {raw}")["value"]
+        nested = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
-        value = raw.strip()
-    return section, key, value
+        nested = raw.strip()
+    for key in reversed(keys):
+        nested = {key: nested}
+    return nested
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
