@@ -1,0 +1,200 @@
+"""Masks of a crop: drawn from the landmarks, or stored in the PNG and cut to the crop.
+
+`components` is the union of eight filled hulls, `extended` the same with the eyebrows raised. The
+eye and mouth areas are hulls too, widened and softened. All are uint8, 0 outside and 255 inside,
+with an anti-aliased rim.
+
+Letters: l = landmark (68), 2 = (x, y) in px of the crop, S = edge of the crop in px.
+"""
+
+import functools
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from .geometry import Alignment, Crop, crop_landmarks, cut, resize, stored_box
+from .png import FaceFileError, FaceHeader, StoredMask
+
+LANDMARK_MASKS = ("components", "extended")
+AREAS = ("eye", "mouth")
+
+_AREA_DILATION_PERCENT = 2.5
+
+
+def _indices(*parts: int | tuple[int, int]) -> np.ndarray:
+    """Landmark numbers; a pair is a range, its end excluded."""
+    ranges = [part if isinstance(part, tuple) else (part, part + 1) for part in parts]
+    return np.concatenate([np.arange(*bounds) for bounds in ranges])
+
+
+_FACE_HULLS = (
+    _indices((0, 9), 17),
+    _indices((8, 17), 26),
+    _indices((17, 20), 8),
+    _indices((24, 27), 8),
+    _indices((19, 25), 8),
+    _indices((17, 22), 27, (31, 36), 8),
+    _indices((22, 27), 27, (31, 36), 8),
+    _indices((27, 31), (31, 36)),
+)
+_AREA_HULLS = {
+    "eye": (_indices((36, 42)), _indices((42, 48))),
+    "mouth": (_indices((48, 60)),),
+}
+
+
+class _HasFace(Protocol):
+    """What of a face the masks are made from."""
+
+    header: FaceHeader
+    alignment: Alignment
+
+
+def landmark_mask(
+    kind: str, landmarks_l2: np.ndarray, size_px: int, dilation: float = 0.0
+) -> np.ndarray:
+    """Mask of the face drawn from its landmarks, (S, S) uint8.
+
+    landmarks_l2: (68, 2) px of the crop. dilation: percent of S by which the mask grows, or
+    shrinks where negative.
+    """
+    if kind not in LANDMARK_MASKS:
+        raise ValueError(f"kind must be one of {LANDMARK_MASKS}, got {kind!r}")
+    points_l2 = _raised_eyebrows(landmarks_l2) if kind == "extended" else landmarks_l2
+    return _dilated(_filled(points_l2, _FACE_HULLS, size_px), dilation)
+
+
+def area_mask(area: str, landmarks_l2: np.ndarray, size_px: int) -> np.ndarray:
+    """Area of the eyes or of the mouth, widened by 2.5 % of S and softened, (S, S) uint8.
+
+    landmarks_l2: (68, 2) px of the crop.
+    """
+    if area not in AREAS:
+        raise ValueError(f"area must be one of {AREAS}, got {area!r}")
+    filled = _filled(landmarks_l2, _AREA_HULLS[area], size_px)
+    return _blurred(_dilated(filled, _AREA_DILATION_PERCENT), size_px // 16)
+
+
+def stored_mask(
+    mask: StoredMask,
+    alignment: Alignment,
+    crop: Crop,
+    *,
+    dilation: float,
+    blur_kernel: int,
+    threshold: float,
+) -> np.ndarray:
+    """A stored mask cut to the crop, (S, S) uint8. Dilation, threshold and blur act before the cut.
+
+    dilation: percent of the stored size. blur_kernel: px of the stored mask, 0 is off. threshold:
+    percent, 0 is off: what is nearer than that to 0 or 255 becomes 0 or 255.
+    Raises FaceFileError where the stored data are damaged.
+    """
+    pixels = _dilated(mask.pixels(), dilation)
+    if threshold:
+        pixels = cv2.LUT(pixels, _threshold_table(threshold))
+    if blur_kernel:
+        pixels = _blurred(pixels, blur_kernel)
+    patch = cut(pixels, stored_box(alignment, mask.size_px, mask.centering, crop))
+    # The stored size, not that of the cut, decides between cubic and area.
+    return resize(patch, crop.size_px, from_px=mask.size_px)
+
+
+def training_masks(
+    face: _HasFace,
+    crop: Crop,
+    *,
+    mask_type: str,
+    dilation: float,
+    blur_kernel: int,
+    threshold: float,
+) -> np.ndarray:
+    """Face mask, eye area and mouth area of a crop, (S, S, 3) uint8.
+
+    mask_type: `components` or `extended` are drawn from the landmarks (blur and threshold are for
+    stored masks), `none` is 255 everywhere, any other name is a mask stored in the file.
+    Raises FaceFileError where the file has no such mask, or a damaged one.
+    """
+    size_px = crop.size_px
+    landmarks_l2 = crop_landmarks(face.header.landmarks_l2, face.alignment, crop)
+    masks = np.empty((size_px, size_px, 3), np.uint8)
+    if mask_type == "none":
+        masks[..., 0] = 255
+    elif mask_type in LANDMARK_MASKS:
+        masks[..., 0] = landmark_mask(mask_type, landmarks_l2, size_px, dilation)
+    else:
+        masks[..., 0] = stored_mask(
+            named_mask(face.header, mask_type),
+            face.alignment,
+            crop,
+            dilation=dilation,
+            blur_kernel=blur_kernel,
+            threshold=threshold,
+        )
+    masks[..., 1] = area_mask("eye", landmarks_l2, size_px)
+    masks[..., 2] = area_mask("mouth", landmarks_l2, size_px)
+    return masks
+
+
+def named_mask(header: FaceHeader, name: str) -> StoredMask:
+    """The stored mask of that name. Raises FaceFileError where the file has none."""
+    if name not in header.masks:
+        known = ", ".join(sorted(set(header.masks) - set(LANDMARK_MASKS))) or "none"
+        raise FaceFileError(
+            f"has no mask {name!r} (stored: {known}): set data.mask_type to one of those or to "
+            f"{' or '.join(LANDMARK_MASKS)}, which need no stored mask"
+        )
+    return header.masks[name]
+
+
+def _raised_eyebrows(landmarks_l2: np.ndarray) -> np.ndarray:
+    """The landmarks with the eyebrows moved up by half their distance from the eyes."""
+    raised = landmarks_l2.copy()
+    middle_left = (raised[36] + raised[0]) // 2
+    middle_right = (raised[16] + raised[45]) // 2
+    outer_left = (raised[36] + middle_left) // 2
+    outer_right = (raised[45] + middle_right) // 2
+    below_left = np.vstack([outer_left, raised[36:40]])
+    below_right = np.vstack([raised[42:46], outer_right])
+    raised[17:22] += (raised[17:22] - below_left) // 2
+    raised[22:27] += (raised[22:27] - below_right) // 2
+    return raised
+
+
+def _filled(points_l2: np.ndarray, hulls: tuple[np.ndarray, ...], size_px: int) -> np.ndarray:
+    """Union of the filled convex hulls of groups of points."""
+    mask = np.zeros((size_px, size_px), np.uint8)
+    points = np.rint(points_l2).astype(np.int32)
+    for group in hulls:
+        cv2.fillConvexPoly(mask, cv2.convexHull(points[group]), 255, lineType=cv2.LINE_AA)
+    return mask
+
+
+def _dilated(mask: np.ndarray, percent: float) -> np.ndarray:
+    """The mask grown, or shrunk, by an ellipse of that percentage of its edge."""
+    kernel_px = round(mask.shape[0] * abs(percent) / 100.0)
+    if kernel_px == 0:
+        return mask
+    kernel = _ellipse(kernel_px)
+    return cv2.dilate(mask, kernel) if percent > 0 else cv2.erode(mask, kernel)
+
+
+@functools.lru_cache(maxsize=64)
+def _ellipse(kernel_px: int) -> np.ndarray:
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (kernel_px, kernel_px))
+
+
+def _blurred(mask: np.ndarray, kernel_px: int) -> np.ndarray:
+    """The mask after one Gaussian blur; an even kernel is made odd."""
+    kernel_px += 1 - kernel_px % 2
+    return cv2.GaussianBlur(mask, (kernel_px, kernel_px), 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _threshold_table(percent: float) -> np.ndarray:
+    margin = percent / 100.0 * 255.0
+    table = np.arange(256, dtype=np.uint8)
+    table[table < margin] = 0
+    table[table > 255.0 - margin] = 255
+    return table

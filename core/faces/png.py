@@ -1,0 +1,423 @@
+"""The face PNG: a square picture with one text chunk that says where the face was found.
+
+The chunk is an `iTXt` named `faceswap` before the first `IDAT`; its text is a Python literal, not
+JSON. It is read here without evaluating anything: one pass turns strings and bytes into JSON
+strings and references, brackets are counted, and the C JSON decoder does the rest. Whatever it
+does not know (names, calls, nan) is refused, as is anything beyond the limits below.
+
+Letters: 68 landmarks, l = landmark, 2 = (x, y) in px of the source frame.
+"""
+
+import json
+import os
+import re
+import struct
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import cv2
+import numpy as np
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+KEYWORD = b"faceswap"
+NUM_LANDMARKS = 68
+CENTERING_NAMES = ("face", "head", "legacy")
+MIN_EDGE_PX = 32
+MAX_EDGE_PX = 16384
+MAX_MASK_PX = 4096
+MAX_HEADER_BYTES = 16 * 1024**2
+MAX_DEPTH = 16
+MAX_ITEMS = 1_000_000
+MAX_COORDINATE_PX = 1_000_000.0
+
+_COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_OTHER_FORMATS = {
+    b"\xff\xd8\xff": "a JPEG",
+    b"GIF8": "a GIF",
+    b"BM": "a BMP",
+    b"RIFF": "a WebP",
+    b"II*\x00": "a TIFF",
+    b"MM\x00*": "a TIFF",
+}
+_AGAIN = "extract the face again"
+_CUT_SHORT = "the file is cut short: copy it or extract the face again"
+
+_STRING = re.compile(
+    r"""(b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*"|['"].*)""", re.DOTALL
+)
+_BRACKET = re.compile(r"[\[\](){}]")
+_PYTHON_NAME = re.compile(r"\b(?:True|False|None)\b")
+_JSON_NAMES = {"True": "true", "False": "false", "None": "null"}
+_LAST_COMMA = re.compile(r",\s*(?=[\])}])")
+_PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f]*\Z')
+_BYTES_KEY = "\x00bytes"
+
+
+class FaceFileError(ValueError):
+    """Why a file cannot be used as a face, in one line without its path."""
+
+
+@dataclass
+class StoredMask:
+    """One mask of a header, still compressed.
+
+    affine_33: maps px of the source frame to px of the mask, float64.
+    """
+
+    data: bytes
+    size_px: int
+    centering: str
+    affine_33: np.ndarray
+
+    def pixels(self) -> np.ndarray:
+        """The mask, (size_px, size_px) uint8: 0 is outside, 255 inside.
+
+        Raises FaceFileError where the data do not hold exactly that many pixels.
+        """
+        if not 0 < self.size_px <= MAX_MASK_PX:
+            raise FaceFileError(f"mask edge must be 1 to {MAX_MASK_PX} px, got {self.size_px}")
+        num_pixels = self.size_px**2
+        decoder = zlib.decompressobj()
+        try:
+            raw = decoder.decompress(self.data, num_pixels + 1)
+        except zlib.error:
+            raise FaceFileError(f"a stored mask is damaged (no zlib data): {_AGAIN}") from None
+        if len(raw) != num_pixels:
+            raise FaceFileError(
+                f"a stored mask of {self.size_px} x {self.size_px} px holds "
+                f"{'more' if len(raw) > num_pixels else 'fewer'} pixels: {_AGAIN}"
+            )
+        return np.frombuffer(raw, np.uint8).reshape(self.size_px, self.size_px)
+
+
+@dataclass
+class FaceHeader:
+    """What extraction wrote into a face PNG.
+
+    landmarks_l2: (68, 2) float32, px of the source frame. box: detector's left, top, width, height
+    in the same px. source: where the face came from, as written.
+    """
+
+    landmarks_l2: np.ndarray
+    masks: dict[str, StoredMask] = field(default_factory=dict)
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    source: dict[str, Any] = field(default_factory=dict)
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
+    """Edge of the picture in px, and its header. Nothing beyond the first `IDAT` is read.
+
+    Raises FaceFileError with the reason and the remedy where the file is no usable face.
+    """
+    try:
+        with open(path, "rb", buffering=65536) as file:
+            edge_px = _read_edge(file)
+            return edge_px, _header_from(parse_literal(_find_text(file)))
+    except OSError as error:
+        raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
+
+
+def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: FaceHeader) -> None:
+    """Write a face PNG, whole or not at all.
+
+    image_bgr: (N, N, 3) uint8, head-centred crop.
+    """
+    edge_px = image_bgr.shape[0]
+    if image_bgr.shape != (edge_px, edge_px, 3) or image_bgr.dtype != np.uint8:
+        raise ValueError(
+            f"image_bgr must be (N, N, 3) uint8, got {image_bgr.shape} {image_bgr.dtype}"
+        )
+    encoded, picture = cv2.imencode(".png", image_bgr)
+    if not encoded:
+        raise RuntimeError(f"OpenCV could not encode a picture of {edge_px} px as PNG")
+    content = insert_header(picture.tobytes(), header)
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def insert_header(png: bytes, header: FaceHeader) -> bytes:
+    """The PNG with the header before its first `IDAT`; any header it had is replaced."""
+    text = repr(_as_dict(header)).encode("utf-8")
+    chunk = _chunk(b"iTXt", KEYWORD + bytes(5) + text)
+    parts = [SIGNATURE]
+    position = len(SIGNATURE)
+    while True:
+        length, kind = struct.unpack_from(">I4s", png, position)
+        end = position + 12 + length
+        if kind == b"IDAT":
+            return b"".join([*parts, chunk, png[position:]])
+        if not (kind == b"iTXt" and png[position + 8 :].startswith(KEYWORD + b"\0")):
+            parts.append(png[position:end])
+        position = end
+
+
+def parse_literal(text: str) -> Any:
+    """The value of a Python literal of dicts, lists, tuples, text, bytes, numbers, True/False/None.
+
+    Tuples come back as lists; the names true, false and null of JSON are understood as well.
+    Nothing is evaluated. Raises FaceFileError for anything else, and for a literal that is too
+    large or too deep.
+    """
+    if len(text) > MAX_HEADER_BYTES:
+        _refuse(f"is longer than {MAX_HEADER_BYTES // 1024**2} MiB")
+    pieces = _STRING.split(text)
+    _check_size(pieces[0::2])
+    stored: list[bytes] = []
+    pieces[0::2] = [_plain_to_json(piece) for piece in pieces[0::2]]
+    pieces[1::2] = [_string_to_json(piece, stored) for piece in pieces[1::2]]
+
+    def restore(entries: dict[str, Any]) -> Any:
+        return stored[entries[_BYTES_KEY]] if _BYTES_KEY in entries else entries
+
+    try:
+        return json.loads("".join(pieces), object_hook=restore, parse_constant=_refuse_constant)
+    except FaceFileError:
+        raise
+    except ValueError:
+        _refuse("is damaged or not a plain literal")
+
+
+def _check_size(plain_pieces: list[str]) -> None:
+    plain = "".join(plain_pieces)
+    if plain.count(",") > MAX_ITEMS:
+        _refuse(f"has more than {MAX_ITEMS} entries")
+    depth = 0
+    for bracket in _BRACKET.findall(plain):
+        depth += 1 if bracket in "[({" else -1
+        if depth > MAX_DEPTH:
+            _refuse(f"is nested deeper than {MAX_DEPTH}")
+
+
+def _plain_to_json(piece: str) -> str:
+    """What lies between two strings: brackets, commas, numbers and names."""
+    if "(" in piece or ")" in piece:
+        piece = _LAST_COMMA.sub("", piece).replace("(", "[").replace(")", "]")
+    if "e" in piece:  # True, False and None all hold one; most pieces do not
+        piece = _PYTHON_NAME.sub(lambda found: _JSON_NAMES[found[0]], piece)
+    return piece
+
+
+def _string_to_json(literal: str, stored: list[bytes]) -> str:
+    """The JSON of one quoted literal; bytes are put into ``stored`` and referred to."""
+    if len(literal) < 2 or literal[-1] != literal[literal[0] == "b"]:
+        _refuse("ends inside a string")
+    try:
+        if literal[0] == "b":
+            body = literal[2:-1].encode("ascii")
+            stored.append(body.decode("unicode_escape").encode("latin-1"))
+            return f'{{"\\u0000bytes": {len(stored) - 1}}}'
+        value = literal[1:-1]
+        if "\\" in value:
+            value = value.encode("ascii", "backslashreplace").decode("unicode_escape")
+    except UnicodeError:
+        _refuse("holds a string that cannot be decoded")
+    if value == _BYTES_KEY:
+        _refuse("holds a reserved name")
+    return f'"{value}"' if _PLAIN_TEXT.match(value) else json.dumps(value)
+
+
+def _refuse(what: str) -> NoReturn:
+    raise FaceFileError(f"its face header {what}: {_AGAIN}")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    _refuse(f"holds {name} in place of a number")
+
+
+def _read_edge(file: BinaryIO) -> int:
+    """Edge in px, from the signature and the `IHDR` chunk."""
+    start = file.read(33)
+    if not start:
+        raise FaceFileError(f"is empty (0 bytes): copy it again or {_AGAIN}")
+    if not start.startswith(SIGNATURE):
+        if SIGNATURE.startswith(start):
+            raise FaceFileError(f"ends after {len(start)} bytes: {_CUT_SHORT}")
+        kind = next((n for magic, n in _OTHER_FORMATS.items() if start.startswith(magic)), None)
+        found = f"is no PNG but {kind}" if kind else "is no PNG"
+        raise FaceFileError(f"{found}: only PNGs that extraction wrote can be used")
+    if len(start) < 33:
+        raise FaceFileError(f"ends after {len(start)} bytes: {_CUT_SHORT}")
+    if start[8:16] != b"\0\0\0\rIHDR":
+        raise FaceFileError(f"does not begin with an IHDR chunk: {_AGAIN}")
+    _check_crc(b"IHDR", start[16:29], start[29:33])
+    width, height, depth, colour = struct.unpack(">IIBB", start[16:26])
+    if depth != 8 or colour != 2:
+        name = _COLOUR_TYPES.get(colour, f"colour type {colour}")
+        raise FaceFileError(f"is {depth}-bit {name}, not 8-bit RGB: {_AGAIN}")
+    if width != height:
+        raise FaceFileError(f"is {width} x {height} px, not square: {_AGAIN}, do not crop it")
+    if not MIN_EDGE_PX <= width <= MAX_EDGE_PX:
+        raise FaceFileError(
+            f"is {width} px wide, not {MIN_EDGE_PX} to {MAX_EDGE_PX}: {_AGAIN} at 256 px or more"
+        )
+    return width
+
+
+def _find_text(file: BinaryIO) -> str:
+    """Text of the face header; the file stands after its `IHDR` chunk."""
+    size = os.fstat(file.fileno()).st_size
+    position = file.tell()
+    while True:
+        head = file.read(8)
+        if len(head) < 8:
+            raise FaceFileError(f"ends before its picture data: {_CUT_SHORT}")
+        length, kind = struct.unpack(">I4s", head)
+        if kind in (b"IDAT", b"IEND"):
+            raise FaceFileError(
+                "has no face header before its picture data: not written by extraction, or saved "
+                "by another program since; extract the faces again"
+            )
+        left = size - position - 12
+        if length > left:
+            name = kind.decode("latin-1")
+            raise FaceFileError(
+                f"its {name!a} chunk is {length} bytes long and the file has {max(left, 0)} left: "
+                f"{_CUT_SHORT}"
+            )
+        position += 12 + length
+        if kind == b"iTXt":
+            if length > MAX_HEADER_BYTES:
+                _refuse(f"is longer than {MAX_HEADER_BYTES // 1024**2} MiB")
+            data = file.read(length)
+            if data.startswith(KEYWORD + b"\0"):
+                _check_crc(kind, data, file.read(4))
+                return _text_of(data[len(KEYWORD) + 1 :])
+        file.seek(position)
+
+
+def _text_of(data: bytes) -> str:
+    """Text of an `iTXt` chunk from which the keyword is cut off."""
+    try:
+        _, _, text = data[2:].split(b"\0", 2)
+        if data[0]:
+            decoder = zlib.decompressobj()
+            text = decoder.decompress(text, MAX_HEADER_BYTES + 1)
+        return text.decode("utf-8")
+    except (ValueError, zlib.error):  # too few parts, or no UTF-8
+        _refuse("is no text")
+
+
+def _check_crc(kind: bytes, data: bytes, crc: bytes) -> None:
+    if zlib.crc32(data, zlib.crc32(kind)).to_bytes(4, "big") != crc:
+        raise FaceFileError(
+            f"its {kind.decode()} chunk is damaged (checksum differs): copy it again or {_AGAIN}"
+        )
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    crc = zlib.crc32(data, zlib.crc32(kind))
+    return b"".join([len(data).to_bytes(4, "big"), kind, data, crc.to_bytes(4, "big")])
+
+
+def _header_from(content: Any) -> FaceHeader:
+    if not isinstance(content, dict) or not isinstance(content.get("alignments"), dict):
+        _refuse("has no entry 'alignments'")
+    alignments = content["alignments"]
+    source = content.get("source", {})
+    if not isinstance(source, dict):
+        _refuse("has a 'source' that is no dictionary")
+    landmarks_l2 = _landmarks_from(alignments.get("landmarks_xy"))
+    masks = alignments.get("mask") or {}
+    if not isinstance(masks, dict):
+        _refuse("has a 'mask' that is no dictionary")
+    return FaceHeader(
+        landmarks_l2=landmarks_l2,
+        masks={name: _mask_from(name, entry) for name, entry in masks.items()},
+        box=_box_from(alignments, landmarks_l2),
+        source=source,
+    )
+
+
+def _numbers(value: Any, name: str) -> np.ndarray:
+    """Nested lists of finite numbers as float64."""
+    try:
+        array = np.array(value)
+    except ValueError:  # lists of unequal lengths
+        _refuse(f"has {name} of unequal lengths")
+    if array.dtype.kind not in "if":
+        _refuse(f"has {name} that are not all numbers")
+    if not np.isfinite(array).all():
+        _refuse(f"has {name} that are not all finite")
+    return array.astype(np.float64)
+
+
+def _landmarks_from(value: Any) -> np.ndarray:
+    if value is None:
+        _refuse("has no landmarks ('landmarks_xy')")
+    landmarks = _numbers(value, "landmarks")
+    if landmarks.shape != (NUM_LANDMARKS, 2):
+        count = landmarks.shape[0] if landmarks.ndim else 0
+        _refuse(f"has {count} landmarks where {NUM_LANDMARKS} are needed")
+    farthest = landmarks.flat[np.abs(landmarks).argmax()]
+    if abs(farthest) > MAX_COORDINATE_PX:
+        _refuse(f"has a landmark at {farthest:.3g} px, outside any picture")
+    inner = landmarks[17:] - landmarks[17:].mean(axis=0)
+    xx, yy, xy = (inner.T @ inner)[[0, 1, 0], [0, 1, 1]]
+    # Area against extent: 0 for points in one place or on one line, 0.1 to 1 for a face.
+    if 4 * (xx * yy - xy * xy) <= 1e-4 * (xx + yy) ** 2 or xx + yy < 1:
+        _refuse("has landmarks that all lie in one place or on one line")
+    return landmarks.astype(np.float32)
+
+
+def _mask_from(name: str, entry: Any) -> StoredMask:
+    if not isinstance(entry, dict) or not isinstance(entry.get("mask"), bytes):
+        _refuse(f"has no data for mask {name!r}")
+    size_px = entry.get("stored_size")
+    if type(size_px) is not int or not 0 < size_px <= MAX_MASK_PX:
+        _refuse(f"has a mask {name!r} whose stored_size is not 1 to {MAX_MASK_PX} px")
+    centering = entry.get("stored_centering")
+    if centering not in CENTERING_NAMES:
+        _refuse(f"has a mask {name!r} whose stored_centering is none of {CENTERING_NAMES}")
+    affine = _numbers(entry.get("affine_matrix"), f"matrix entries of mask {name!r}")
+    if affine.shape == (2, 3):
+        affine = np.vstack([affine, [0.0, 0.0, 1.0]])
+    if affine.shape != (3, 3):
+        _refuse(f"has a mask {name!r} whose affine_matrix is not 3 x 3")
+    return StoredMask(entry["mask"], size_px, centering, affine)
+
+
+def _box_from(alignments: dict[str, Any], landmarks_l2: np.ndarray) -> tuple[int, int, int, int]:
+    """The detector's box; where a file lacks it, the box round the landmarks."""
+    values = [alignments.get(key) for key in ("x", "y", "w", "h")]
+    if None in values:
+        low, high = landmarks_l2.min(axis=0), landmarks_l2.max(axis=0)
+        values = [*low.tolist(), *(high - low).tolist()]
+    left, top, width, height = (
+        value if type(value) is int else round(float(_numbers(value, "a box"))) for value in values
+    )
+    return left, top, width, height
+
+
+def _as_dict(header: FaceHeader) -> dict[str, Any]:
+    """The header as it is written, in the order in which it is written."""
+    left, top, width, height = header.box
+    alignments = {
+        "x": left,
+        "y": top,
+        "w": width,
+        "h": height,
+        "landmarks_xy": header.landmarks_l2.tolist(),
+        "mask": {
+            name: {
+                "mask": mask.data,
+                "affine_matrix": mask.affine_33.tolist(),
+                "interpolator": cv2.INTER_LINEAR,
+                "stored_size": mask.size_px,
+                "stored_centering": mask.centering,
+            }
+            for name, mask in header.masks.items()
+        },
+        "identity": {},
+    }
+    return {"alignments": alignments, "source": header.source}
