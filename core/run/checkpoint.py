@@ -1,0 +1,781 @@
+"""A model folder: everything that is kept of a run, each part whole or absent.
+
+    config.toml          settings as last resolved, for people to read
+    state.json           the pointer: which generation is in use, and the run's main figures
+    generations/<n>/     model.safetensors  optimizer.safetensors  state.json  config.toml
+                         manifest.json (size and SHA-256 of the others, and the order of writing)
+    .lock                held (flock) by the process that trains
+
+<n> is the total iteration; a second, different save at the same iteration is <n>-2, <n>-3, ...
+A generation never changes once it has its name. It is written as `.<n>.tmp`: each file, then the
+manifest, is flushed to the disk, then the folder, then the folder gets its name, and the pointer is
+replaced last. So a crash at any moment leaves the earlier generations as they were. Which one is
+newest is decided by the manifests' `sequence`, not by <n>: a run that went back to an earlier
+generation counts through the same iterations again.
+"""
+
+import copy
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import tomli_w
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ... import __version__
+from ..config import Config, to_dict
+
+MANIFEST_SCHEMA = 1
+MODEL, OPTIMIZER, STATE, CONFIG = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.toml",
+)
+MANIFEST = "manifest.json"
+POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
+
+_NAME = re.compile(r"\d{1,12}(-\d{1,6})?")
+_LEFTOVER = re.compile(r"\.\d{1,12}(-\d{1,6})?\.(tmp|trash)")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DAMAGE = {errno.ENOENT, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
+_MAX_JSON_BYTES = 64 << 20
+_SPARE_GPU_BYTES = 1 << 30
+_CONFIG_HEADING = (
+    "# The settings that this model was last trained with. Change them by flags, --set or\n"
+    "# --configfile: what is edited here is not read back.\n\n"
+)
+
+
+class SaveError(RuntimeError):
+    """A save did not reach the disk; the message says why, and what the last complete one is."""
+
+
+class _DamagedError(Exception):
+    """Why a file or generation cannot be used."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One complete save, read back and verified."""
+
+    name: str
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] | None
+    state: dict[str, Any]
+    config: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One finished save, for the record."""
+
+    path: Path
+    iterations: int
+    seconds: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    name: str
+    sequence: int
+    iterations: int
+    trainer: str
+    files: dict[str, tuple[int, str]]
+
+
+class ModelFolder:
+    """The folder of one model, locked against other runs until `close`.
+
+    Raises:
+        ValueError: Where the folder holds something else, is in use, is not writable, or holds a
+            model of another trainer.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        trainer: str | None = None,
+        keep_generations: int = 2,
+        read_only: bool = False,
+    ) -> None:
+        if keep_generations < 1:
+            raise ValueError(f"keep_generations must be at least 1, got {keep_generations}")
+        self.path = Path(path)
+        self.warnings: list[str] = []
+        """Sentences for the user, appended by `load` and `save`."""
+        self._keep = keep_generations
+        self._generations = self.path / "generations"
+        self._lock: int | None = None
+        self._config: bytes | None = None
+        self._damaged: set[str] = set()
+        self._current: tuple[str, frozenset[str], bytes] | None = None
+        self._last_complete: int | None = None
+        self._sequence = 0
+        _refuse_foreign(self.path, read_only=read_only)
+        if not read_only:
+            self._lock = _acquire(self.path)
+        try:
+            with self._reading():
+                self._sweep()
+                self._refuse_other_trainer(trainer)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "ModelFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock; the folder may then be used by another run."""
+        if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # for children that hold a copy of the handle
+            os.close(self._lock)
+            self._lock = None
+
+    @property
+    def is_new(self) -> bool:
+        """True where nothing has been saved in the folder yet."""
+        return not self._names() and not (self.path / STATE).exists()
+
+    def write_config(self, config: Config) -> None:
+        """Put the resolved settings into the folder, and into every generation from now on."""
+        self._require_lock()
+        self._config = (_CONFIG_HEADING + tomli_w.dumps(to_dict(config))).encode()
+        with self._reporting():
+            _replace_file(self.path / CONFIG, self._config)
+
+    def load(self) -> Generation | None:
+        """The newest generation that is whole, read into memory; None where nothing was saved.
+
+        A damaged one is passed over, left as it is, and told of in `warnings`.
+
+        Raises:
+            ValueError: Where there are saves but none is whole, or a newer version made them.
+        """
+        with self._reading():
+            return self._load()
+
+    def _load(self) -> Generation | None:
+        passed_over: list[str] = []
+        for manifest in self._manifests(passed_over):
+            try:
+                generation = _read_generation(self._generations / manifest.name, manifest)
+            except _DamagedError as damage:
+                self._damaged.add(manifest.name)
+                passed_over.append(f"generation {manifest.name} is damaged ({damage})")
+                continue
+            self._adopt(generation, manifest, passed_over)
+            return generation
+        if not self.is_new:
+            why = passed_over[0] if passed_over else "its generations are missing"
+            raise ValueError(
+                f"model folder {self.path} holds no whole save: {why}; put back a copy of its "
+                "generations folder, or choose another --model-dir"
+            )
+        return None
+
+    def save(
+        self, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict[str, Any]
+    ) -> Path:
+        """The folder of a new complete generation, durable on disk when this returns.
+
+        The tensors are on the CPU and detached. ``state`` is plain JSON with at least `run_id`,
+        `trainer` and `iterations`. What was saved last is not written twice.
+
+        Raises:
+            SaveError: Where the disk refuses; all earlier saves are as they were.
+        """
+        self._require_lock()
+        state_bytes = json.dumps(state, indent=1, allow_nan=False).encode()
+        metadata = _metadata(state)
+        tensors = {MODEL: model} | ({} if optimizer is None else {OPTIMIZER: optimizer})
+        texts = {STATE: state_bytes} | ({} if self._config is None else {CONFIG: self._config})
+        file_names = frozenset(tensors | texts)
+        if self._current is not None and self._current[1:] == (file_names, state_bytes):
+            return self._generations / self._current[0]
+        with self._reporting():
+            self._generations.mkdir(exist_ok=True)
+            name = self._free_name(state["iterations"])
+            temporary = self._generations / f".{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                for file_name, content in tensors.items():
+                    _write_tensors(temporary / file_name, content, metadata)
+                for file_name, text in texts.items():
+                    _write_file(temporary / file_name, text)
+                self._write_manifest(temporary, state, file_names)
+                _sync_folder(temporary)
+                os.rename(temporary, self._generations / name)
+                _sync_folder(self._generations)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self._point_to(name, state)
+        self._current = (name, file_names, state_bytes)
+        self._last_complete = state["iterations"]
+        self._retire()
+        return self._generations / name
+
+    # What is in the folder
+
+    def _names(self) -> list[str]:
+        """Every generation, whole or not."""
+        if not self._generations.is_dir():
+            return []
+        return sorted(
+            entry.name
+            for entry in os.scandir(self._generations)
+            if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        )
+
+    def _manifests(self, unreadable: list[str]) -> list[_Manifest]:
+        """Every readable manifest, newest first; a sentence for each of the others."""
+        manifests = []
+        for name in self._names():
+            try:
+                manifests.append(_read_manifest(self._generations / name))
+            except _DamagedError as damage:
+                self._damaged.add(name)
+                unreadable.append(f"generation {name} is damaged ({damage})")
+        manifests.sort(key=lambda manifest: manifest.sequence, reverse=True)
+        if manifests:
+            self._sequence = max(self._sequence, manifests[0].sequence)
+        return manifests
+
+    def _pointer(self) -> str | None:
+        """The generation that the top state.json names; None where there is no such file."""
+        path = self.path / STATE
+        if not path.exists():
+            return None
+        try:
+            name = _read_json(path).get("generation")
+        except _DamagedError as damage:
+            self._warn(f"{path} is damaged ({damage}); the next save replaces it")
+            return None
+        return name if isinstance(name, str) and _NAME.fullmatch(name) else None
+
+    def _adopt(self, generation: Generation, manifest: _Manifest, passed_over: list[str]) -> None:
+        """Take up a loaded generation as the one in use, and tell what was passed over for it."""
+        pointer = self._pointer()
+        if pointer is not None and not (self._generations / pointer).is_dir():
+            passed_over.append(f"generation {pointer} is missing")
+        for sentence in passed_over:
+            self._warn(
+                f"{sentence}; generation {generation.name} of iteration {manifest.iterations} is "
+                "used, and nothing was deleted"
+            )
+        state = _read_regular(generation.path / STATE, _MAX_JSON_BYTES)
+        self._current = (generation.name, frozenset(manifest.files), state)
+        self._last_complete = manifest.iterations
+        if self._config is None and CONFIG in manifest.files:
+            self._config = _read_regular(generation.path / CONFIG, _MAX_JSON_BYTES)
+
+    def _refuse_other_trainer(self, trainer: str | None) -> None:
+        manifests = self._manifests([])
+        if trainer is not None and manifests and manifests[0].trainer != trainer:
+            held = manifests[0].trainer
+            raise ValueError(
+                f"model folder {self.path} holds a model of {held}, not of {trainer}; choose "
+                f"another --model-dir, or --trainer {held}"
+            )
+
+    # Writing
+
+    def _free_name(self, iterations: int) -> str:
+        taken = {name for name in os.listdir(self._generations) if _NAME.fullmatch(name)}
+        name, number = str(iterations), 1
+        while name in taken:
+            number += 1
+            name = f"{iterations}-{number}"
+        return name
+
+    def _write_manifest(
+        self, folder: Path, state: dict[str, Any], file_names: frozenset[str]
+    ) -> None:
+        self._sequence += 1
+        body = {
+            "schema": MANIFEST_SCHEMA,
+            "mien_version": __version__,
+            "sequence": self._sequence,
+            "iterations": state["iterations"],
+            "run_id": state["run_id"],
+            "trainer": state["trainer"],
+            "files": {
+                name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+                for name in sorted(file_names)
+            },
+        }
+        content = body | {"digest": _digest(body)}
+        _write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+    def _point_to(self, name: str, state: dict[str, Any]) -> None:
+        pointer = {key: state[key] for key in POINTER_KEYS if key in state} | {"generation": name}
+        _replace_file(self.path / STATE, json.dumps(pointer, indent=1).encode())
+
+    def _retire(self) -> None:
+        """Delete what is older than the newest whole generations that are kept."""
+        try:
+            whole = [item.name for item in self._manifests([]) if item.name not in self._damaged]
+            for name in whole[self._keep :]:
+                trash = self._generations / f".{name}.trash"
+                os.rename(self._generations / name, trash)  # a half-deleted one must not look whole
+                shutil.rmtree(trash)
+        except OSError as error:  # the new save is complete all the same
+            self._warn(f"cannot delete old generations in {self.path}: {error.strerror or error}")
+
+    def _sweep(self) -> None:
+        """Remove what a crashed run left half written or half deleted."""
+        if self._lock is None or not self._generations.is_dir():
+            return
+        for entry in list(os.scandir(self._generations)):
+            if _LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+
+    def _warn(self, sentence: str) -> None:
+        if sentence not in self.warnings:
+            self.warnings.append(sentence)
+
+    def _require_lock(self) -> None:
+        if self._lock is None:
+            raise RuntimeError(f"model folder {self.path} was opened read-only, or is closed")
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn the disk's refusal to read, which is no damage, into one line."""
+        try:
+            yield
+        except OSError as error:
+            name = error.filename or self.path
+            raise ValueError(f"cannot read {name}: {error.strerror}; mend that first") from error
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Turn the disk's refusal into one line that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            advice = {
+                errno.ENOSPC: "free space",
+                errno.EDQUOT: "free space",
+                errno.EROFS: "make the disk writable",
+                errno.EACCES: "make the folder writable",
+                errno.EMFILE: "raise `ulimit -n`",
+            }.get(error.errno or 0, "check the disk")
+            last = self._last_complete
+            left = (
+                "nothing has been saved yet"
+                if last is None
+                else f"the last complete save is iteration {last}"
+            )
+            reason = error.strerror or str(error)
+            raise SaveError(
+                f"cannot save to {self.path}: {reason}; {advice} and start again: {left}"
+            ) from error
+
+
+class Saver:
+    """Saves while training goes on: copies on the caller's thread, writes on one of its own.
+
+    The copies live in buffers that every save uses again (pinned host memory where the tensors are
+    on a GPU), so two saves never overlap: a save waits for the one before it.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mien-save")
+        self._pending: Future[Saved] | None = None
+        self._finished: list[Saved] = []
+        self._buffers: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict[str, Any]
+    ) -> float:
+        """Seconds that the caller had to wait for the save before this one.
+
+        When this returns the tensors may change: what is written is what they held at the call (on
+        a GPU: what the work queued on the current stream until then makes of them).
+
+        Raises:
+            SaveError: Where the save *before* failed; this one has then not begun.
+        """
+        started = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - started
+        labelled = {f"{MODEL}/{name}": tensor for name, tensor in model.items()}
+        labelled |= {f"{OPTIMIZER}/{name}": tensor for name, tensor in (optimizer or {}).items()}
+        in_flight = self._snapshot(labelled)
+        model_copy = {name: self._buffers[f"{MODEL}/{name}"] for name in model}
+        optimizer_copy = (
+            None
+            if optimizer is None
+            else {name: self._buffers[f"{OPTIMIZER}/{name}"] for name in optimizer}
+        )
+        self._pending = self._pool.submit(
+            self._write, in_flight, model_copy, optimizer_copy, copy.deepcopy(state)
+        )
+        return waited
+
+    def wait(self) -> None:
+        """Return when no save is under way; raise what the last one raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._finished.append(pending.result())
+
+    def finished(self) -> list[Saved]:
+        """The saves that ended since this was last asked, without waiting; raises as `wait`."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        done, self._finished = self._finished, []
+        return done
+
+    def close(self) -> None:
+        """Finish the save that is under way and end the thread; raises as `wait`."""
+        self._pool.shutdown(wait=True)
+        self._buffers.clear()
+        self.wait()
+
+    def _write(
+        self,
+        in_flight: list[tuple[torch.cuda.Event, list[Tensor]]],
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor] | None,
+        state: dict[str, Any],
+    ) -> Saved:
+        started = time.monotonic()
+        for event, sources in in_flight:
+            event.synchronize()
+            sources.clear()  # the GPU memory of the staged copies goes back only now
+        path = self._folder.save(model, optimizer, state)
+        size_bytes = sum(entry.stat().st_size for entry in os.scandir(path))
+        return Saved(path, state["iterations"], time.monotonic() - started, size_bytes)
+
+    def _snapshot(self, tensors: dict[str, Tensor]) -> list[tuple[torch.cuda.Event, list[Tensor]]]:
+        """Copy into the buffers; for each GPU, what tells when its copies have arrived."""
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            by_device.setdefault(tensor.device, {})[name] = tensor.detach()
+            kept = self._buffers.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+                self._buffers[name] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                )
+        in_flight = []
+        for device, group in by_device.items():
+            if device.type == "cuda":
+                in_flight.append(self._copy_from_gpu(device, group))
+            else:
+                for name, tensor in group.items():
+                    self._buffers[name].copy_(tensor)
+        return in_flight
+
+    def _copy_from_gpu(
+        self, device: torch.device, tensors: dict[str, Tensor]
+    ) -> tuple[torch.cuda.Event, list[Tensor]]:
+        """Queue the copies on a stream of their own, beside the training.
+
+        Where the GPU has room, the tensors are first duplicated on it (at memory speed, in the
+        training's own stream), so the next step need not wait for PCIe. Where it has none, the
+        training's stream waits until the copies have left.
+        """
+        side = self._streams.setdefault(device, torch.cuda.Stream(device))
+        training = torch.cuda.current_stream(device)
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        has_room = torch.cuda.mem_get_info(device)[0] > num_bytes + _SPARE_GPU_BYTES
+        if has_room:
+            tensors = {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            }
+        side.wait_stream(training)
+        with torch.cuda.stream(side):
+            for name, tensor in tensors.items():
+                self._buffers[name].copy_(tensor, non_blocking=True)
+            event = side.record_event()
+        if not has_room:
+            training.wait_event(event)
+        return event, list(tensors.values())
+
+
+# The lock
+
+
+def _refuse_foreign(path: Path, *, read_only: bool) -> None:
+    """Refuse a path that is no folder, or one that holds other things than a model."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"model folder {path} is a file; choose another --model-dir")
+    if read_only and not path.is_dir():
+        raise ValueError(f"model folder {path} does not exist")
+    try:
+        names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
+    except OSError as error:
+        raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
+    if names and not names & {".lock", "generations"}:
+        raise ValueError(
+            f"model folder {path} is not empty and holds no model; choose a new or empty folder"
+        )
+
+
+def _acquire(path: Path) -> int:
+    """A handle of the folder's lock file, locked and holding this process's number and host."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        handle = os.open(path / ".lock", flags, 0o644)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to model folder {path}: {error.strerror}; make it writable, or choose "
+            "another --model-dir"
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    except BlockingIOError as error:
+        pid, _, host = os.pread(handle, 300, 0).decode(errors="replace").strip().partition(" ")
+        os.close(handle)
+        elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
+        raise ValueError(
+            f"model folder {path} is in use by process {pid or 'unknown'}{elsewhere}; stop that "
+            "run, or choose another --model-dir"
+        ) from error
+    except OSError as error:
+        os.close(handle)
+        raise ValueError(
+            f"cannot lock model folder {path}: {error.strerror}; choose a --model-dir on a local "
+            "disk with free space"
+        ) from error
+    return handle
+
+
+# Writing files
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Write a new file and flush it to the disk."""
+    with open(path, "xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Put a file in the place of another in one step, durably."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        _write_file(temporary, content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file and flush it to the disk; OSError where the disk refuses."""
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(plain, path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets only the owner read it
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush a folder, so that the names in it survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _metadata(state: dict[str, Any]) -> dict[str, str]:
+    """What every tensor file says about itself."""
+    for key in ("run_id", "trainer", "iterations"):
+        if key not in state:
+            raise ValueError(f"the state to save has no {key}")
+    return {
+        "format": "pt",
+        "mien_version": __version__,
+        "run_id": state["run_id"],
+        "kind": "synthetic face model",
+        "trainer": state["trainer"],
+        "iterations": str(state["iterations"]),
+    }
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# Reading files: everything may be damaged or made by a stranger
+
+
+def _open_plain(path: str, flags: int) -> int:
+    """A handle that follows no link and waits for no pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a plain file; a link, a device or an oversized file is damage."""
+    try:
+        with open(path, "rb", opener=_open_plain) as stream:
+            found = os.fstat(stream.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise _DamagedError(f"{path.name} is not a plain file")
+            if found.st_size > max_bytes:
+                raise _DamagedError(f"{path.name} has {found.st_size} bytes, at most {max_bytes}")
+            return stream.read()
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        raise _DamagedError(f"{path.name}: {error.strerror}") from error
+
+
+def _parse_json(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"{name} is not valid JSON") from error
+    if not isinstance(values, dict):
+        raise _DamagedError(f"{name} is not a JSON object")
+    return values
+
+
+def _parse_toml(content: bytes) -> dict[str, Any]:
+    try:
+        return tomllib.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise _DamagedError(f"{CONFIG} is not valid TOML") from error
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return _parse_json(path.name, _read_regular(path, _MAX_JSON_BYTES))
+
+
+def _read_manifest(folder: Path) -> _Manifest:
+    """The manifest of a generation, checked against its own digest."""
+    body = _read_json(folder / MANIFEST)
+    if body.pop("digest", None) != _digest(body):
+        raise _DamagedError(f"{MANIFEST} does not match its own SHA-256")
+    schema = body.get("schema")
+    if isinstance(schema, int) and schema > MANIFEST_SCHEMA:
+        raise ValueError(
+            f"{folder} was saved by a newer version of mien ({body.get('mien_version')}, this is "
+            f"{__version__}); update mien"
+        )
+    files, rest = body.get("files"), (body.get("sequence"), body.get("iterations"))
+    known = {MODEL, OPTIMIZER, STATE, CONFIG}
+    good = (
+        schema == MANIFEST_SCHEMA
+        and isinstance(files, dict)
+        and {MODEL, STATE} <= files.keys() <= known
+        and all(_is_file_entry(entry) for entry in files.values())
+        and all(type(number) is int and number >= 0 for number in rest)
+        and isinstance(body.get("trainer"), str)
+    )
+    if not good:
+        raise _DamagedError(f"{MANIFEST} is not one of mien's")
+    return _Manifest(
+        name=folder.name,
+        sequence=body["sequence"],
+        iterations=body["iterations"],
+        trainer=body["trainer"],
+        files={name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()},
+    )
+
+
+def _is_file_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("size")) is int
+        and entry["size"] >= 0
+        and isinstance(entry.get("sha256"), str)
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+    )
+
+
+def _read_verified(folder: Path, name: str, manifest: _Manifest) -> bytes:
+    """The bytes of one file, equal in size and SHA-256 to what was written."""
+    size, sha256 = manifest.files[name]
+    content = _read_regular(folder / name, size)
+    if len(content) != size:
+        raise _DamagedError(f"{name} has {len(content)} bytes of {size}")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise _DamagedError(f"{name} does not match its SHA-256")
+    return content
+
+
+def _read_tensors(folder: Path, name: str, manifest: _Manifest) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(_read_verified(folder, name, manifest))
+    except SafetensorError as error:
+        raise _DamagedError(f"{name} is not a valid safetensors file") from error
+
+
+def _read_generation(folder: Path, manifest: _Manifest) -> Generation:
+    """All of a generation, the small files first."""
+    state = _parse_json(STATE, _read_verified(folder, STATE, manifest))
+    config = None
+    if CONFIG in manifest.files:
+        config = _parse_toml(_read_verified(folder, CONFIG, manifest))
+    optimizer = None
+    if OPTIMIZER in manifest.files:
+        optimizer = _read_tensors(folder, OPTIMIZER, manifest)
+    return Generation(
+        name=manifest.name,
+        path=folder,
+        model=_read_tensors(folder, MODEL, manifest),
+        optimizer=optimizer,
+        state=state,
+        config=config,
+    )

@@ -1,0 +1,256 @@
+"""Where a run stands, beside its tensors: counters, sessions, lowest loss; and the resume rules.
+
+A *session* is one start of the training program on a model. The state is written with every save as
+plain JSON and is read back strictly: a wrong type, a missing or an unknown key is refused.
+"""
+
+import dataclasses
+import math
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import Config, all_settings, from_dict, merge, to_dict
+
+SCHEMA = 1
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One start of the training program."""
+
+    number: int
+    started: float
+    """Seconds since 1970."""
+    batch_size: int
+    logs: bool
+    iterations: int = 0
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The free settings, by section, as they were in this session."""
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """All that is saved of a run besides tensors and settings."""
+
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    trainer: str
+    iterations: int = 0
+    """Of all sessions together."""
+    faces_seen: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
+    """Of each side; also the serial number of the next face, which fixes its random numbers."""
+    lowest_mean_loss: float | None = None
+    """The lowest mean, between two saves, of loss A + loss B; None before the first save."""
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Plain values that parts of the run keep under their names, such as the loss scaler's."""
+    sessions: list[Session] = field(default_factory=list)
+
+    _loss_sum: float = field(default=0.0, repr=False, compare=False)
+    _loss_count: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def session(self) -> Session:
+        """The present session."""
+        return self.sessions[-1]
+
+    def begin_session(self, config: Config, started: float | None = None) -> Session:
+        """The new session, entered in the list; its number is the highest so far + 1."""
+        if config.model.trainer != self.trainer:
+            raise ValueError(f"the state is of {self.trainer}, not of {config.model.trainer}")
+        values = to_dict(config)
+        settings: dict[str, dict[str, Any]] = {}
+        for spec in all_settings():
+            if not spec.locked:
+                settings.setdefault(spec.section, {})[spec.name] = values[spec.section][spec.name]
+        session = Session(
+            number=max((old.number for old in self.sessions), default=0) + 1,
+            started=time.time() if started is None else started,
+            batch_size=config.train.batch_size,
+            logs=config.save.logs,
+            settings=settings,
+        )
+        self.sessions.append(session)
+        return session
+
+    def advance(self, iterations: int = 1) -> None:
+        """Count iterations of the present session, and the faces that they showed."""
+        self.iterations += iterations
+        self.session.iterations += iterations
+        for side in self.faces_seen:
+            self.faces_seen[side] += iterations * self.session.batch_size
+
+    def add_losses(self, total: float, count: int = 1) -> None:
+        """Take in the sum of (loss A + loss B) over ``count`` iterations."""
+        self._loss_sum += total
+        self._loss_count += count
+
+    def close_interval(self) -> tuple[float | None, bool]:
+        """Mean of (loss A + loss B) since the last call, and whether a backup is due.
+
+        To be called before each save, so that the saved state holds the new lowest mean. The first
+        mean of a model is only recorded; a later one that is lower is worth a backup.
+        """
+        if self._loss_count == 0:
+            return None, False
+        mean = self._loss_sum / self._loss_count
+        self._loss_sum, self._loss_count = 0.0, 0
+        if not math.isfinite(mean):
+            return mean, False
+        lowest = self.lowest_mean_loss
+        if lowest is None or mean < lowest:
+            self.lowest_mean_loss = mean
+        return mean, lowest is not None and mean < lowest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; sessions without an iteration are left out."""
+        return {
+            "schema": SCHEMA,
+            "run_id": self.run_id,
+            "trainer": self.trainer,
+            "iterations": self.iterations,
+            "faces_seen": dict(self.faces_seen),
+            "lowest_mean_loss": self.lowest_mean_loss,
+            "parts": {name: dict(values) for name, values in self.parts.items()},
+            "sessions": [
+                dataclasses.asdict(session) for session in self.sessions if session.iterations
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainingState":
+        """The state that `to_dict` gave.
+
+        Raises:
+            ValueError: On an unknown schema (made by a newer version) or any value out of order.
+        """
+        schema = values.get("schema")
+        if type(schema) is int and schema > SCHEMA:
+            raise ValueError(
+                f"the saved state has schema {schema}, this version of mien reads {SCHEMA}: it "
+                "was made by a newer version; update mien"
+            )
+        _require(schema == SCHEMA, "schema", str(SCHEMA), schema)
+        expected = {"schema", *(item.name for item in dataclasses.fields(cls) if item.repr)}
+        _require_keys(values, expected, "")
+        sessions = values["sessions"]
+        _require(isinstance(sessions, list), "sessions", "a list", sessions)
+        state = cls(
+            run_id=_text(values, "run_id"),
+            trainer=_text(values, "trainer"),
+            iterations=_count(values, "iterations"),
+            faces_seen=_table(values, "faces_seen"),
+            lowest_mean_loss=_optional_number(values, "lowest_mean_loss"),
+            parts=_table(values, "parts"),
+            sessions=[_session(item, f"sessions[{i}].") for i, item in enumerate(sessions)],
+        )
+        _require(_RUN_ID.fullmatch(state.run_id), "run_id", "32 hex digits", state.run_id)
+        _require_keys(state.faces_seen, {"a", "b"}, "faces_seen.")
+        for side in state.faces_seen:
+            _count(state.faces_seen, side, "faces_seen.")
+        for name, part in state.parts.items():
+            _require(isinstance(part, dict), f"parts.{name}", "an object", part)
+        numbers = [session.number for session in state.sessions]
+        _require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
+        return state
+
+
+def resolve_resume(
+    saved_config: dict[str, Any], given: dict[str, dict[str, Any]]
+) -> tuple[Config, list[str], list[str]]:
+    """The settings of a resumed run, a sentence per changed one, and one per refused one.
+
+    Locked settings are the saved model's. Free ones are as given where given, else as saved.
+
+    Args:
+        saved_config: Nested plain values, as stored with the model.
+        given: Only what the user set explicitly, by section and key.
+
+    Raises:
+        ValueError: On an unknown setting or a value out of range, on either side.
+    """
+    saved = to_dict(from_dict(saved_config))
+    chosen: dict[str, dict[str, Any]] = {}
+    changes, refusals = [], []
+    for spec in all_settings():
+        table = given.get(spec.section)
+        if not isinstance(table, dict) or spec.name not in table:
+            continue
+        name = f"{spec.section}.{spec.name}"
+        old, new = saved[spec.section][spec.name], table[spec.name]
+        if old == (merge(old, new) if isinstance(old, dict) and isinstance(new, dict) else new):
+            continue
+        if spec.locked:
+            refusals.append(
+                f"{name} is fixed at {_shown(old)} in this model and cannot become {_shown(new)}; "
+                "leave it out, or choose another --model-dir"
+            )
+        else:
+            chosen.setdefault(spec.section, {})[spec.name] = new
+            changes.append(f"updated {name} from {_shown(old)} to {_shown(new)}")
+    return from_dict(merge(saved, chosen if refusals else given)), changes, refusals
+
+
+def _shown(value: Any) -> str:
+    """A value as a user writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) and value else repr(value)
+
+
+def _session(values: Any, prefix: str) -> Session:
+    _require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
+    _require_keys(values, {item.name for item in dataclasses.fields(Session)}, prefix)
+    started = _optional_number(values, "started", prefix)
+    _require(started is not None, f"{prefix}started", "a number", started)
+    logs = values["logs"]
+    _require(isinstance(logs, bool), f"{prefix}logs", "true or false", logs)
+    return Session(
+        number=_count(values, "number", prefix, low=1),
+        started=started or 0.0,
+        batch_size=_count(values, "batch_size", prefix, low=1),
+        logs=logs,
+        iterations=_count(values, "iterations", prefix),
+        settings=_table(values, "settings", prefix),
+    )
+
+
+def _require(holds: object, name: str, rule: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"the saved state is not valid: {name} must be {rule}, got {value!r}")
+
+
+def _require_keys(values: dict[str, Any], expected: set[str], prefix: str) -> None:
+    missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
+    if missing or unknown:
+        verb, key = ("lacks", missing[0]) if missing else ("has the unknown key", unknown[0])
+        raise ValueError(f"the saved state is not valid: it {verb} {prefix}{key}")
+
+
+def _count(values: dict[str, Any], key: str, prefix: str = "", *, low: int = 0) -> int:
+    value = values[key]
+    rule = f"a whole number, at least {low}"
+    _require(type(value) is int and value >= low, f"{prefix}{key}", rule, value)
+    return value
+
+
+def _optional_number(values: dict[str, Any], key: str, prefix: str = "") -> float | None:
+    value = values[key]
+    if value is None:
+        return None
+    holds = type(value) in (int, float) and math.isfinite(value)
+    _require(holds, f"{prefix}{key}", "a finite number", value)
+    return float(value)
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    _require(isinstance(values[key], str), key, "text", values[key])
+    return values[key]
+
+
+def _table(values: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
+    _require(isinstance(values[key], dict), f"{prefix}{key}", "an object", values[key])
+    return dict(values[key])
