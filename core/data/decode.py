@@ -1,0 +1,236 @@
+"""Crops of face files at the processing size, the same bytes by either backend.
+
+*dali* is a DALI graph: read, decode, cut (zeros outside the picture). *opencv* does the same in
+threads and stands in where DALI cannot be installed. PNG is lossless, and the last step, the resize
+to the processing size, is OpenCV's in both: area where the crop shrinks, cubic where it grows. DALI
+has no area filter and another cubic, so a resize in the graph would give other pixels. Run in
+threads over DALI's output, which is shared and not copied, it overlaps the decoding. So the bound
+on the difference between the backends is 0 grey levels.
+
+With a GPU, DALI decodes by its "mixed" decoder. That changes where, not what: no decoder inflates
+PNG on a GPU, nvImageCodec's CPU threads do it there, too.
+
+DALI decodes RGB, since its BGR output is slower; channels are swapped after the resize, where the
+picture is smallest. A damaged file fails DALI's whole batch without being named, so that batch is
+decoded again file by file, and the pipeline goes on with the next one.
+
+Letters: s = edge of the crop at the processing size, px; c = 3 colours.
+"""
+
+import importlib
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import cv2
+import numpy as np
+
+from ..faces import geometry
+from ..faces.folder import Face
+from ..faces.png import FaceFileError
+
+BACKENDS = ("dali", "opencv")
+BATCH_SIZE = 16
+MAX_BATCH_BYTES = 128 * 1024**2
+PREFETCH_BATCHES = 2
+MAX_UNEXPLAINED_FAILURES = 3
+
+_READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
+Result = np.ndarray | FaceFileError
+
+
+def thread_count(setting: int) -> int:
+    """Threads to use: the setting, or for 0 as many as the process may use cores."""
+    return setting or len(os.sched_getaffinity(0))
+
+
+def choose_backend(setting: str) -> tuple[str, str]:
+    """Name of the backend that a setting (auto, dali, opencv) leads to, and why, as a sentence.
+
+    Raises ValueError where DALI is asked for by name and cannot be loaded.
+    """
+    if setting == "opencv":
+        return "opencv", "faces are decoded by OpenCV, as set by data.decoder"
+    if setting not in ("auto", "dali"):
+        raise ValueError(f"data.decoder must be one of auto, dali, opencv, got {setting!r}")
+    try:
+        version = importlib.import_module("nvidia.dali").__version__
+    except (ImportError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if setting == "dali":
+            raise ValueError(
+                f"data.decoder is dali, but DALI cannot be loaded ({reason}); "
+                "pip install nvidia-dali-cuda130, or set data.decoder to auto or opencv"
+            ) from None
+        return "opencv", f"faces are decoded by OpenCV, since DALI cannot be loaded ({reason})"
+    return "dali", f"faces are decoded by DALI {version}"
+
+
+def decode_crops(
+    faces: list[Face],
+    crop: geometry.Crop,
+    *,
+    backend: str,
+    num_threads: int,
+    device: str = "cpu",
+    warn: Callable[[str], None] | None = None,
+) -> Generator[tuple[int, Result], None, None]:
+    """Number of each face and its crop, in order; an error in place of a crop that there is not.
+
+    Each crop is (s, s, 3) uint8 BGR and the caller's own. num_threads: 0 for as many as there are
+    cores. device: "cuda" (or "cuda:1") lets DALI decode on the GPU. warn: told, in one line, where
+    the rest is decoded by OpenCV because DALI fails on files that are sound.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    threads = thread_count(num_threads)
+    decode = _decode_dali if backend == "dali" else _decode_opencv
+    return decode(faces, crop, threads, device, warn or (lambda line: None))
+
+
+def decode_one(face: Face, crop: geometry.Crop) -> Result:
+    """One face's crop, (s, s, 3) uint8 BGR, by OpenCV; or why there is none."""
+    try:
+        encoded = np.fromfile(face.path, np.uint8)
+    except OSError as error:
+        return FaceFileError(f"cannot be read: {error.strerror or error}")
+    try:
+        image_bgr = cv2.imdecode(encoded, _READ_FLAGS) if encoded.size else None
+    except cv2.error:
+        image_bgr = None
+    if image_bgr is None:
+        return FaceFileError("the picture is damaged: copy it or extract the face again")
+    box = geometry.crop_box(face.alignment, face.edge_px, crop)
+    return geometry.resize(geometry.cut(image_bgr, box), crop.size_px)
+
+
+def _decode_opencv(
+    faces: list[Face],
+    crop: geometry.Crop,
+    threads: int,
+    device: str,
+    warn: Callable[[str], None],
+    first: int = 0,
+) -> Generator[tuple[int, Result], None, None]:
+    """Crops from face number `first` on; a few more than there are threads are under way."""
+    waiting: deque[tuple[int, Future[Result]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for number in range(first, len(faces)):
+            waiting.append((number, pool.submit(decode_one, faces[number], crop)))
+            if len(waiting) > 4 * threads:
+                number, future = waiting.popleft()
+                yield number, future.result()
+        for number, future in waiting:
+            yield number, future.result()
+
+
+def _decode_dali(
+    faces: list[Face],
+    crop: geometry.Crop,
+    threads: int,
+    device: str,
+    warn: Callable[[str], None],
+) -> Generator[tuple[int, Result], None, None]:
+    """Crops of all faces. DALI decodes the next batches while the last one is resized."""
+
+    def finish(cut_rgb: np.ndarray) -> np.ndarray:
+        return cv2.cvtColor(geometry.resize(cut_rgb, crop.size_px), cv2.COLOR_RGB2BGR)
+
+    batches = _batches(faces)
+    try:
+        pipeline = _pipeline(faces, crop, batches, threads, device)
+    except RuntimeError as error:
+        warn(f"DALI cannot start, OpenCV decodes the faces: {_cause(error)}")
+        yield from _decode_opencv(faces, crop, threads, device, warn)
+        return
+    failures = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for batch in batches:
+            try:
+                pipeline.schedule_run()
+                (cuts,) = pipeline.share_outputs()
+            except RuntimeError as error:
+                crops = list(pool.map(lambda number: decode_one(faces[number], crop), batch))
+                yield from zip(batch, crops, strict=True)
+                failures += not any(isinstance(result, FaceFileError) for result in crops)
+                if failures == MAX_UNEXPLAINED_FAILURES:
+                    warn(f"DALI fails on sound files, OpenCV decodes the rest: {_cause(error)}")
+                    yield from _decode_opencv(faces, crop, threads, device, warn, batch.stop)
+                    return
+                continue
+            on_host = cuts.as_cpu() if device.startswith("cuda") else cuts
+            crops = list(pool.map(finish, [on_host.at(i) for i in range(len(batch))]))
+            pipeline.release_outputs()
+            yield from zip(batch, crops, strict=True)
+
+
+def _batches(faces: list[Face]) -> list[range]:
+    """Runs of faces: at most BATCH_SIZE, fewer where the pictures are large."""
+    batches = []
+    first, num_bytes = 0, 0
+    for number, face in enumerate(faces):
+        picture_bytes = 3 * face.edge_px**2
+        full = number - first == BATCH_SIZE or num_bytes + picture_bytes > MAX_BATCH_BYTES
+        if number > first and full:
+            batches.append(range(first, number))
+            first, num_bytes = number, 0
+        num_bytes += picture_bytes
+    return [*batches, range(first, len(faces))] if faces else []
+
+
+def _pipeline(
+    faces: list[Face],
+    crop: geometry.Crop,
+    batches: list[range],
+    threads: int,
+    device: str,
+) -> Any:
+    """The DALI graph that gives each batch's squares, (T, T, 3) RGB, in order."""
+    dali = importlib.import_module("nvidia.dali")
+    on_gpu = device.startswith("cuda")
+
+    def source() -> Iterator[tuple[list[np.ndarray], ...]]:
+        for batch in batches:
+            chosen = faces[batch.start : batch.stop]
+            boxes = [geometry.crop_box(face.alignment, face.edge_px, crop) for face in chosen]
+            corners = np.array([[box.top, box.left] for box in boxes])
+            # A box that lies wholly outside is all zeros wherever it lies; int32 has to hold it.
+            farthest = max(face.edge_px for face in chosen)
+            corners = corners.clip([[-box.side] for box in boxes], farthest).astype(np.int32)
+            yield (
+                [np.frombuffer(os.fsencode(face.path), np.uint8) for face in chosen],
+                list(corners),
+                [np.array([box.side, box.side], np.int32) for box in boxes],
+            )
+
+    pipeline = dali.Pipeline(
+        batch_size=BATCH_SIZE,
+        num_threads=threads,
+        device_id=int(device.partition(":")[2] or 0) if on_gpu else None,
+        prefetch_queue_depth=PREFETCH_BATCHES,
+    )
+    with pipeline:
+        path, anchor, shape = dali.fn.external_source(source=source(), num_outputs=3)
+        picture = dali.fn.decoders.image(
+            dali.fn.io.file.read(path),
+            device="mixed" if on_gpu else "cpu",
+            output_type=dali.types.RGB,
+            adjust_orientation=False,
+        )
+        pipeline.set_outputs(
+            dali.fn.slice(
+                picture, anchor, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+            )
+        )
+    pipeline.build()
+    return pipeline
+
+
+def _cause(error: RuntimeError) -> str:
+    """The line of a DALI error that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    found = lines.index("encountered:") + 1 if "encountered:" in lines else 0
+    return lines[found] if found < len(lines) else "no reason given"

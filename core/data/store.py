@@ -1,0 +1,539 @@
+"""The faces of one side, decoded once to the processing size, and where they are kept.
+
+A pixel is 8 bytes (blue, green, red, face mask, eye area, mouth area, 0, 0), so that the augment
+kernel reads it with one load. The faces lie in GPU memory, in host memory (pinned where there is a
+GPU) or in a memory-mapped file, by measured room; each is one tensor of the same layout.
+
+The raw file `<key>.faces` is what the next start reads instead of decoding. Its key covers the
+names, sizes and times of the face files, the crop and the mask. It is two lines of JSON, spaces up
+to a multiple of 4096 bytes, then the pixels:
+
+    {"schema": "mien.faces/1", "header_bytes": 8192, "sha256": "<of the second line>"}
+    {"key": ..., "folder": ..., "size_px": ..., "settings": ..., "names": ..., "rejected": ...}
+
+It is written beside its place, synced and renamed, so it is whole or absent; a file that is not
+exactly what it should be is made anew.
+
+Letters: f = face, s = edge at the processing size, c = the 8 bytes of a pixel.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from ..config import DataConfig
+from ..faces import masks
+from ..faces.folder import Face, FaceFolder, Rejected
+from ..faces.geometry import Crop
+from ..faces.png import FaceFileError
+from .decode import choose_backend, decode_crops, thread_count
+
+SCHEMA = "mien.faces/1"
+BYTES_PER_PIXEL = 8
+BLOCK_BYTES = 4096
+MAX_HEADER_BYTES = 256 * 1024**2
+MINIMUM_FACES = 25
+ROOM_SHARE = 0.5
+DISK_RESERVE_BYTES = 256 * 1024**2
+MASKS_AHEAD = 48
+COPY_BYTES = 256 * 1024**2
+
+_GIB = 1024**3
+_PART = ".part"
+_PLACES = {"gpu": "in GPU memory", "host": "in host memory"}
+# Channels of (blue, green, red, face, eye, mouth), each with its byte in the pixel.
+_TO_PIXEL = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+@dataclass(eq=False)
+class FaceStore:
+    """One side's decoded faces.
+
+    faces_fssc: (f, s, s, 8) uint8: blue, green, red, face mask, eye area, mouth area, 0, 0.
+    names: file name of each face. rejected: faces that the store had to leave out (those that the
+    folder had rejected before are not repeated). why: where the faces are kept and the reason;
+    backend: what decoded them; both are sentences for the start-up lines. path: the raw file, None
+    where none could be kept; warnings: what went wrong without stopping anything.
+    """
+
+    faces_fssc: torch.Tensor
+    placement: str
+    names: list[str]
+    rejected: list[Rejected]
+    why: str
+    backend: str
+    reused: bool
+    seconds: float
+    path: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def num_faces(self) -> int:
+        return self.faces_fssc.shape[0]
+
+    @property
+    def size_px(self) -> int:
+        return self.faces_fssc.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.faces_fssc.numel()
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a raw file says of itself."""
+
+    key: str
+    folder: str
+    size_px: int
+    settings: dict[str, Any]
+    names: list[str]
+    rejected: list[list[str]]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self.names), self.size_px, self.size_px, BYTES_PER_PIXEL
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.names) * self.size_px**2 * BYTES_PER_PIXEL
+
+
+def open_store(
+    folder: FaceFolder,
+    crop: Crop,
+    data: DataConfig,
+    *,
+    store_dir: Path | None,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+    minimum: int = MINIMUM_FACES,
+) -> FaceStore:
+    """The folder's faces, from the raw file in store_dir where one fits, else decoded now.
+
+    store_dir: None keeps no file. progress: called with (faces done, faces in all).
+
+    Raises ValueError, one line, where fewer than `minimum` faces are usable, where a face is not
+    and data.strict is set, or where the faces do not fit in the place that is asked for.
+    """
+    begin = time.perf_counter()
+    tell = progress or (lambda done, total: None)
+    backend, decoded_by = choose_backend(data.decoder)
+    facts = _plan(folder, crop, data)
+    path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
+    saved = _read_raw(path, facts.key) if path else None
+    warnings: list[str] = []
+    if saved and path:
+        facts, header_bytes = saved
+        _check_usable(facts, folder, data.strict, minimum)
+        placement, why = choose_placement(data.placement, facts.num_bytes, device)
+        faces_fssc = _placed(_map(path, facts, header_bytes), placement, device)
+        decoded_by = f"faces were decoded at an earlier start, they are read from {path}"
+        tell(len(folder.faces), len(folder.faces))
+    else:
+        placement, why = choose_placement(data.placement, facts.num_bytes, device)
+        with _Build(facts, path, placement, device) as build:
+            names, rejected = _decode_into(
+                build.pixels_fssc, folder.faces, crop, data, backend, device, tell, build.warnings
+            )
+            facts = dataclasses.replace(facts, names=names, rejected=rejected)
+            _check_usable(facts, folder, data.strict, minimum)
+            faces_fssc = build.end(facts)
+        warnings, path = build.warnings, build.path
+        if not build.path:
+            why += f"; not kept for the next start ({build.obstacle})"
+    return FaceStore(
+        faces_fssc=faces_fssc,
+        placement=placement,
+        names=facts.names,
+        rejected=[Rejected(folder.path / name, reason) for name, reason in facts.rejected],
+        why=why,
+        backend=decoded_by,
+        reused=saved is not None,
+        seconds=time.perf_counter() - begin,
+        path=path,
+        warnings=warnings,
+    )
+
+
+def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tuple[str, str]:
+    """Where so many bytes of faces are kept (gpu, host or file), and why, as a sentence.
+
+    auto: the GPU where they fit in half of its free memory, else the host where they fit in half
+    of its available memory, else a file. Raises ValueError where the place asked for has no room.
+    """
+    need = f"{num_bytes / _GIB:.2f} GiB of faces"
+    rooms = {"host": available_host_bytes()}
+    if device.type == "cuda":
+        rooms = {"gpu": torch.cuda.mem_get_info(device)[0], **rooms}
+    elif setting == "gpu":
+        raise ValueError(
+            "data.placement is gpu, but this run has no GPU; set it to auto, host or file"
+        )
+    if setting == "file":
+        return "file", f"{need} are read from a memory-mapped file, as set by data.placement"
+    if setting != "auto":
+        if num_bytes > rooms[setting]:
+            raise ValueError(
+                f"data.placement is {setting}, but {need} do not fit in the "
+                f"{_room(setting, rooms[setting])}; set it to auto or file"
+            )
+        return setting, f"{need} are kept {_PLACES[setting]}, as set by data.placement"
+    passed = ""
+    for place, room in rooms.items():
+        if num_bytes <= ROOM_SHARE * room:
+            return place, f"{need} are kept {_PLACES[place]}: {_room(place, room)}{passed}"
+        passed += f", more than half of the {_room(place, room)}"
+    return "file", f"{need} are read from a memory-mapped file: they are {passed[2:]}"
+
+
+def available_host_bytes() -> int:
+    """Memory that this process may still take: the machine's, or its control group's if less."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        amounts = dict(line.split(":", 1) for line in lines)
+        available = int(amounts["MemAvailable"].split()[0]) * 1024
+    return min([available, *_group_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _group_rooms(membership: Path, root: Path) -> list[int]:
+    """Bytes left in each control group (version 2, or 1) that holds this process and has a limit.
+
+    File pages that can be dropped count as free.
+    """
+    rooms = []
+    try:
+        lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
+    except OSError:
+        return []
+    for _, controllers, group in lines:
+        if controllers not in ("", "memory"):
+            continue
+        version_2 = controllers == ""
+        base = root if version_2 else root / "memory"
+        limit_name = "memory.max" if version_2 else "memory.limit_in_bytes"
+        used_name = "memory.current" if version_2 else "memory.usage_in_bytes"
+        place = base / group.lstrip("/")
+        while place == base or base in place.parents:
+            with contextlib.suppress(OSError, ValueError):
+                limit = int((place / limit_name).read_text())
+                used = int((place / used_name).read_text())
+                stat = dict(
+                    line.split() for line in (place / "memory.stat").read_text().splitlines()
+                )
+                rooms.append(max(limit - used + int(stat.get("inactive_file", 0)), 0))
+            place = place.parent
+    return rooms
+
+
+def _room(place: str, num_bytes: int) -> str:
+    where = "free on the GPU" if place == "gpu" else "available in host memory"
+    return f"{num_bytes / _GIB:.2f} GiB {where}"
+
+
+def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
+    """The facts as they are if every face is usable."""
+    mask: dict[str, Any] = {"type": data.mask_type}
+    if data.mask_type != "none":
+        mask["dilation"] = data.mask_dilation
+        if data.mask_type not in masks.LANDMARK_MASKS:
+            mask |= {"blur_kernel": data.mask_blur_kernel, "threshold": data.mask_threshold}
+    settings = {"crop": dataclasses.asdict(crop), "mask": mask, "opencv": cv2.__version__}
+    files = [[face.path.name, *_size_and_time(face.path)] for face in folder.faces]
+    text = json.dumps([SCHEMA, settings, files], sort_keys=True)
+    return _Facts(
+        key=hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32],
+        folder=str(folder.path.resolve()),
+        size_px=crop.size_px,
+        settings=settings,
+        names=[face.path.name for face in folder.faces],
+        rejected=[],
+    )
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes and time of change of a file; zeros where it is gone (it is rejected at decoding)."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _check_usable(facts: _Facts, folder: FaceFolder, strict: bool, minimum: int) -> None:
+    if strict and facts.rejected:
+        name, reason = facts.rejected[0]
+        raise ValueError(f"{folder.path / name}: {reason}")
+    if len(facts.names) < max(minimum, 1):
+        first = "".join(f"; {name}: {reason}" for name, reason in facts.rejected[:1])
+        raise ValueError(
+            f"{folder.path} has {len(facts.names)} usable faces of {len(folder.faces)}, "
+            f"at least {max(minimum, 1)} are needed{first}"
+        )
+
+
+def _decode_into(
+    pixels_fssc: np.ndarray,
+    faces: list[Face],
+    crop: Crop,
+    data: DataConfig,
+    backend: str,
+    device: torch.device,
+    tell: Callable[[int, int], None],
+    warnings: list[str],
+) -> tuple[list[str], list[list[str]]]:
+    """Fill the rows, one for each usable face; names of these, names and reasons of the others.
+
+    Masks are made in threads, a little ahead of the decoding.
+    """
+    names: list[str] = []
+    rejected: list[list[str]] = []
+    threads = thread_count(data.num_threads)
+    crops = decode_crops(
+        faces,
+        crop,
+        backend=backend,
+        num_threads=threads,
+        device=str(device),
+        warn=warnings.append,
+    )
+    with contextlib.closing(crops), ThreadPoolExecutor(threads) as pool:
+        made = _masks_ahead(pool, faces, crop, data)
+        for mask_ssc, (number, crop_bgr) in zip(made, crops, strict=True):
+            name = faces[number].path.name
+            if isinstance(crop_bgr, FaceFileError) or isinstance(mask_ssc, FaceFileError):
+                error = crop_bgr if isinstance(crop_bgr, FaceFileError) else mask_ssc
+                rejected.append([name, str(error)])
+                if data.strict:
+                    break
+            else:
+                row = [pixels_fssc[len(names)]]
+                cv2.mixChannels([crop_bgr, mask_ssc], row, _TO_PIXEL)
+                names.append(name)
+            tell(number + 1, len(faces))
+    return names, rejected
+
+
+def _masks_ahead(
+    pool: ThreadPoolExecutor, faces: list[Face], crop: Crop, data: DataConfig
+) -> Iterator[np.ndarray | FaceFileError]:
+    """Each face's masks, (s, s, 3) uint8, or why there are none."""
+
+    def make(face: Face) -> np.ndarray | FaceFileError:
+        try:
+            return masks.training_masks(
+                face,
+                crop,
+                mask_type=data.mask_type,
+                dilation=data.mask_dilation,
+                blur_kernel=data.mask_blur_kernel,
+                threshold=data.mask_threshold,
+            )
+        except FaceFileError as error:
+            return error
+
+    waiting: deque[Future[np.ndarray | FaceFileError]] = deque()
+    for face in faces:
+        waiting.append(pool.submit(make, face))
+        if len(waiting) > MASKS_AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _host_tensor(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Zeros in host memory, pinned where there is a GPU to read them."""
+    return torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+
+
+def _placed(pixels_fssc: np.ndarray, placement: str, device: torch.device) -> torch.Tensor:
+    """The faces in their place; for a file, the mapping itself."""
+    source = torch.from_numpy(pixels_fssc)
+    if placement == "file":
+        return source
+    if placement == "host":
+        return _host_tensor(source.shape, device).copy_(source)
+    target = torch.empty_like(source, device=device)
+    step = max(1, COPY_BYTES // source[0].numel())
+    for first in range(0, len(source), step):
+        target[first : first + step].copy_(source[first : first + step])
+    return target
+
+
+class _Build:
+    """Faces being decoded: the rows to fill, in a new raw file if that can be, else in memory.
+
+    The file is kept by `end`; left without it, it is removed.
+    """
+
+    def __init__(
+        self, plan: _Facts, path: Path | None, placement: str, device: torch.device
+    ) -> None:
+        self.path = path
+        self.obstacle = "data.store_dir is off"
+        self.warnings: list[str] = []
+        self._placement = placement
+        self._device = device
+        self._raw: _RawFile | None = None
+        if path:
+            try:
+                self._raw = _RawFile(path, plan)
+            except OSError as error:
+                self._give_up(path, error)
+        if self._raw:
+            self.pixels_fssc = self._raw.pixels_fssc
+        elif placement == "file":
+            raise ValueError(
+                f"{plan.num_bytes / _GIB:.2f} GiB of decoded faces need a file, but there is none "
+                f"({self.obstacle}); set data.store_dir to a folder with that much room"
+            )
+        else:
+            pinned = self._device if placement == "host" else torch.device("cpu")
+            self._memory = _host_tensor(plan.shape, pinned)
+            self.pixels_fssc = self._memory.numpy()
+
+    def _give_up(self, path: Path, error: OSError) -> None:
+        self.path = None
+        self.obstacle = f"{path.parent}: {error.strerror or error}"
+        self.warnings.append(f"decoded faces are not kept for the next start ({self.obstacle})")
+
+    def end(self, facts: _Facts) -> torch.Tensor:
+        """The faces in their place. Meanwhile the raw file is written out."""
+        pixels_fssc = self.pixels_fssc[: len(facts.names)]
+        if not self._raw:
+            if self._placement == "host":
+                return self._memory[: len(facts.names)]
+            return _placed(pixels_fssc, self._placement, self._device)
+        with ThreadPoolExecutor(1) as background:
+            kept = background.submit(self._raw.keep, facts)
+            faces_fssc = _placed(pixels_fssc, self._placement, self._device)
+            try:
+                kept.result()
+            except OSError as error:
+                self._give_up(self._raw.path, error)
+        return faces_fssc
+
+    def __enter__(self) -> "_Build":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._raw:
+            self._raw.close()
+
+
+class _RawFile:
+    """A raw file under way, at its full size and mapped, so a full disk is noticed at the start."""
+
+    def __init__(self, path: Path, plan: _Facts) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_obsolete(path, plan.folder)
+        # The header is written last, when it is known which faces were left out, and why.
+        self._header_bytes = _padded(2 * len(_header(plan, 0)) + 256 * len(plan.names))
+        num_bytes = self._header_bytes + plan.num_bytes
+        if num_bytes + DISK_RESERVE_BYTES > shutil.disk_usage(path.parent).free:
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {num_bytes} bytes")
+        self._file, self._temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=_PART
+        )
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self._file, 0, num_bytes)
+            mapped = np.memmap(
+                self._temporary, np.uint8, "r+", offset=self._header_bytes, shape=plan.shape
+            )
+        except BaseException:
+            self.close()
+            raise
+        self.pixels_fssc = np.asarray(mapped)
+
+    def keep(self, facts: _Facts) -> None:
+        """Write the header, cut the file to its size, sync it and give it its name."""
+        header = _header(facts, self._header_bytes)
+        if len(header) > self._header_bytes:
+            raise OSError(errno.EFBIG, "the list of faces that were left out is too long")
+        os.pwrite(self._file, header.ljust(self._header_bytes), 0)
+        os.ftruncate(self._file, self._header_bytes + facts.num_bytes)
+        os.fsync(self._file)
+        os.rename(self._temporary, self.path)
+        self._temporary = ""
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def close(self) -> None:
+        """Remove the file unless it was kept; what is mapped stays readable."""
+        if self._temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+        os.close(self._file)
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _header(facts: _Facts, header_bytes: int) -> bytes:
+    """The two lines of JSON at the start of a raw file."""
+    text = json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    first = {"schema": SCHEMA, "header_bytes": header_bytes, "sha256": digest}
+    return json.dumps(first).encode() + b"\n" + text + b"\n"
+
+
+def _read_raw(path: Path, key: str | None = None) -> tuple[_Facts, int] | None:
+    """Facts and header bytes of a raw file; None where it is not whole, or of another key."""
+    try:
+        with open(path, "rb") as file:
+            first = json.loads(file.readline(BLOCK_BYTES))
+            header_bytes = first["header_bytes"]
+            if first["schema"] != SCHEMA or not 0 < header_bytes <= MAX_HEADER_BYTES:
+                return None
+            text = file.readline(header_bytes).removesuffix(b"\n")
+            if hashlib.sha256(text).hexdigest() != first["sha256"]:
+                return None
+            facts = _Facts(**json.loads(text))
+            size = os.fstat(file.fileno()).st_size
+            whole = size == header_bytes + facts.num_bytes and header_bytes % BLOCK_BYTES == 0
+            return (facts, header_bytes) if whole and key in (None, facts.key) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _map(path: Path, facts: _Facts, header_bytes: int) -> np.ndarray:
+    """The pixels of a raw file, mapped copy-on-write: nothing done to them reaches the file."""
+    return np.asarray(np.memmap(path, np.uint8, "c", offset=header_bytes, shape=facts.shape))
+
+
+def _remove_obsolete(path: Path, folder: str) -> None:
+    """Remove what a new raw file replaces, and what a killed process left half done."""
+    for other in path.parent.glob("*.faces"):
+        facts = _read_raw(other)
+        if other != path and facts and facts[0].folder == folder:
+            with contextlib.suppress(OSError):
+                other.unlink()
+    for part in path.parent.glob(f".*{_PART}"):
+        with contextlib.suppress(OSError), open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
