@@ -92,8 +92,9 @@ def _problem(value: Any, spec: Spec) -> str | None:
         near = difflib.get_close_matches(str(value), spec.choices, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"one of {', '.join(spec.choices)}{hint}"
-    too_low = spec.low is not None and not value >= spec.low
-    too_high = spec.high is not None and not value <= spec.high
+    number: Any = value
+    too_low = spec.low is not None and not number >= spec.low
+    too_high = spec.high is not None and not number <= spec.high
     return _kind(spec) if too_low or too_high else None
 
 
@@ -367,16 +368,21 @@ def section_name(kind: type) -> str:
     return next(name for name, cls in SECTIONS.items() if cls is kind)
 
 
-@functools.cache
 def fields_of(kind: type) -> dict[str, Spec]:
     """Every setting of one section, in the order of the class."""
+    return _fields(section_name(kind))
+
+
+@functools.cache
+def _fields(section: str) -> dict[str, Spec]:
+    kind = SECTIONS[section]
     docs = _docs(kind)
     specs = {}
     for item in dataclasses.fields(kind):
         meta = item.metadata
         default = {} if item.default is dataclasses.MISSING else item.default
         specs[item.name] = Spec(
-            section=section_name(kind),
+            section=section,
             name=item.name,
             type=typing.cast(type, item.type),
             default=default,

@@ -50,6 +50,11 @@ class Autoencoder(nn.Module):
 
     build: Build
 
+    @classmethod
+    def sizes(cls, _options: Any) -> tuple[int, tuple[int, ...]]:
+        """``(input_px, output_px)`` of a model with these options, without making it."""
+        return cls.input_px, cls.output_px
+
     def encode(self, faces_nchw: Tensor) -> Codes:
         """What the two sides share, computed once for any number of faces, 0..1."""
         raise NotImplementedError

@@ -156,4 +156,10 @@ def test_learned_mask_and_several_outputs_add_up():
     wanted = losses.ssim(small, small_target).mean() + losses.ssim(large, large_target).mean()
     wanted = wanted + (mask_pred - mask).square().mean()
     torch.testing.assert_close(result.total, wanted)
-    assert set(result.parts) == {"face_0", "face_1", "mask", "weighted/ssim", "unweighted/ssim"}
+    assert set(result.parts) == {
+        "face_{side}_0",
+        "face_{side}_1",
+        "mask_{side}",
+        "weighted_{side}/ssim",
+        "unweighted_{side}/ssim",
+    }

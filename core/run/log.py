@@ -18,7 +18,8 @@ import numbers
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -196,6 +197,30 @@ class Reporter:
     def preview(self, *, iteration: int, path: Path) -> None:
         """Tell that a new preview picture is there."""
         self._tell("preview", f"Preview: {path}", {"iteration": iteration, "path": path})
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        """A function to be told ``(done, total)`` of a longer job before the run starts.
+
+        A bar on a terminal; elsewhere a plain line when the job ends; nothing as JSON.
+        """
+        if self._live is not None:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            with Progress(console=Console(file=self._stream), transient=True) as bar:
+                task = bar.add_task(title, total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+            return
+        started, most = self._clock(), 0
+
+        def tell(done: int, _total: int) -> None:
+            nonlocal most
+            most = max(most, done)
+
+        yield tell
+        if not self._as_json:
+            self._tell("progress", f"{title}: {most} in {self._clock() - started:.1f} s", {})
 
     def warning(self, message: str) -> None:
         """Tell of something the user should look at while the run goes on."""

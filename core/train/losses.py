@@ -102,7 +102,8 @@ class SideLoss:
 
     total: Tensor
     parts: dict[str, Tensor]
-    """Names as in the logs: `face`, `face_0`.. with several outputs, `mask`, `weighted/ssim`.."""
+    """By name as in the logs, the side left open: `face_{side}` (`face_{side}_0`.. with several
+    outputs), `mask_{side}`, `weighted_{side}/ssim`, `unweighted_{side}/ssim`.."""
 
 
 class Loss:
@@ -142,14 +143,14 @@ class Loss:
             for name, share in self.weights.items():
                 error = FUNCTIONS[name](outputs[number], target.to(outputs[number].dtype))
                 mean = (error * weight).mean()
-                _add(parts, f"unweighted/{name}", mean)
-                _add(parts, f"weighted/{name}", mean * share)
+                _add(parts, "unweighted_{side}/" + name, mean)
+                _add(parts, "weighted_{side}/" + name, mean * share)
                 face = face + mean * share
-            parts[f"face_{number}" if len(targets) > 1 else "face"] = face.detach()
+            parts["face_{side}" + (f"_{number}" if len(targets) > 1 else "")] = face.detach()
             total = total + face
         if mask_b1hw is not None:
             mask = self.mask_loss(outputs[-1], mask_b1hw.to(outputs[-1].dtype)).mean()
-            parts["mask"] = mask.detach()
+            parts["mask_{side}"] = mask.detach()
             total = total + mask
         return SideLoss(total, parts)
 

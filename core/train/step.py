@@ -38,8 +38,9 @@ class TrainStep:
             )
         total = sides["a"].total + sides["b"].total
         self.update(total)
-        values = {"a": sides["a"].total, "b": sides["b"].total}
+        values = {"loss_a": sides["a"].total, "loss_b": sides["b"].total, "batch_total": total}
         for side, result in sides.items():
-            values |= {f"{name}_{side}": value for name, value in result.parts.items()}
+            for name, value in result.parts.items():
+                values["batch_" + name.format(side=side)] = value
         self.names = self.names or list(values)
         return torch.stack([value.detach().float() for value in values.values()])
