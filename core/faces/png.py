@@ -45,15 +45,13 @@ _OTHER_FORMATS = {
 _AGAIN = "extract the face again"
 _CUT_SHORT = "the file is cut short: copy it or extract the face again"
 
-_STRING = re.compile(
-    r"""(b?'[^'\\]*(?:\\.[^'\\]*)*'|b?"[^"\\]*(?:\\.[^"\\]*)*"|['"].*)""", re.DOTALL
-)
-_BRACKET = re.compile(r"[\[\](){}]")
-_PYTHON_NAME = re.compile(r"\b(?:True|False|None)\b")
-_JSON_NAMES = {"True": "true", "False": "false", "None": "null"}
+_NOT_BRACKETS = bytes(code for code in range(256) if code not in b"[]{}()")
+_OF_NUMBERS = b"0123456789+-.e, "
 _LAST_COMMA = re.compile(r",\s*(?=[\])}])")
 _PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f]*\Z')
 _BYTES_KEY = "\x00bytes"
+_NOT_FINITE = re.compile(r"[\[(, -](?:nan|inf|NaN|Infinity)[\]), ]")
+_NO_LITERAL = "is damaged or not a plain literal"
 
 
 class FaceFileError(ValueError):
@@ -165,53 +163,108 @@ def insert_header(png: bytes, header: FaceHeader) -> bytes:
 def parse_literal(text: str) -> Any:
     """The value of a Python literal of dicts, lists, tuples, text, bytes, numbers, True/False/None.
 
-    Tuples come back as lists; the names true, false and null of JSON are understood as well.
-    Nothing is evaluated. Raises FaceFileError for anything else, and for a literal that is too
-    large or too deep.
+    Tuples come back as lists; the names true, false and null of JSON are understood as well. Lists
+    of numbers in a dictionary 'identity' come back empty: training has no use for embeddings, and
+    they take as long to read as all the rest. Nothing is evaluated.
+    Raises FaceFileError for anything else, and for a literal that is too large or too deep.
     """
     if len(text) > MAX_HEADER_BYTES:
         _refuse(f"is longer than {MAX_HEADER_BYTES // 1024**2} MiB")
-    pieces = _STRING.split(text)
-    _check_size(pieces[0::2])
+    plain, quoted = _split(text)
+    _check_size(plain)
+    _leave_out_identity(plain, quoted)
     stored: list[bytes] = []
-    pieces[0::2] = [_plain_to_json(piece) for piece in pieces[0::2]]
-    pieces[1::2] = [_string_to_json(piece, stored) for piece in pieces[1::2]]
+    pieces: list[str] = [""] * (len(plain) + len(quoted))
+    pieces[0::2] = [_plain_to_json(piece) for piece in plain]
+    pieces[1::2] = [_string_to_json(piece, stored) for piece in quoted]
 
     def restore(entries: dict[str, Any]) -> Any:
         return stored[entries[_BYTES_KEY]] if _BYTES_KEY in entries else entries
 
     try:
-        return json.loads("".join(pieces), object_hook=restore, parse_constant=_refuse_constant)
-    except FaceFileError:
-        raise
+        return json.loads("".join(pieces), object_hook=restore, parse_constant=_no_number)
     except ValueError:
-        _refuse("is damaged or not a plain literal")
+        if _NOT_FINITE.search(" ".join(plain)):
+            _refuse("holds a number that is not finite")
+        _refuse(_NO_LITERAL)
 
 
-def _check_size(plain_pieces: list[str]) -> None:
-    plain = "".join(plain_pieces)
-    if plain.count(",") > MAX_ITEMS:
+def _split(text: str) -> tuple[list[str], list[str]]:
+    """The text between the quoted literals, and those (quotes and the b of bytes included)."""
+    plain: list[str] = []
+    quoted: list[str] = []
+    position = 0
+    single, double = text.find("'"), text.find('"')
+    while single >= 0 or double >= 0:
+        start = min(single, double) if single >= 0 and double >= 0 else max(single, double)
+        quote = text[start]
+        end = text.find(quote, start + 1)
+        while end > 0 and text[end - 1] == "\\" and _is_escaped(text, end):
+            end = text.find(quote, end + 1)
+        if end < 0:
+            _refuse("ends inside a string")
+        if start > position and text[start - 1] == "b":
+            start -= 1
+        plain.append(text[position:start])
+        quoted.append(text[start : end + 1])
+        position = end + 1
+        if 0 <= single < position:
+            single = text.find("'", position)
+        if 0 <= double < position:
+            double = text.find('"', position)
+        if len(quoted) > MAX_ITEMS:
+            _refuse(f"has more than {MAX_ITEMS} entries")
+    plain.append(text[position:])
+    return plain, quoted
+
+
+def _is_escaped(text: str, position: int) -> bool:
+    """Whether an odd number of backslashes stands before a position."""
+    start = position
+    while text[start - 1] == "\\":
+        start -= 1
+    return (position - start) % 2 == 1
+
+
+def _check_size(plain: list[str]) -> None:
+    try:
+        joined = "".join(plain).encode("ascii")
+    except UnicodeEncodeError:
+        _refuse(_NO_LITERAL)
+    if joined.count(b",") > MAX_ITEMS:
         _refuse(f"has more than {MAX_ITEMS} entries")
     depth = 0
-    for bracket in _BRACKET.findall(plain):
-        depth += 1 if bracket in "[({" else -1
+    for bracket in joined.translate(None, _NOT_BRACKETS):
+        depth += 1 if bracket in b"[{(" else -1
         if depth > MAX_DEPTH:
             _refuse(f"is nested deeper than {MAX_DEPTH}")
+
+
+def _leave_out_identity(plain: list[str], quoted: list[str]) -> None:
+    """Empty the lists of numbers of an embedding: {'identity': {name: [number, ...]}}."""
+    for index, literal in enumerate(quoted[:-1]):
+        if literal[1:-1] != "identity" or plain[index + 1] != ": {":
+            continue
+        for later in range(index + 2, len(plain)):
+            piece = plain[later]
+            end = piece.find("]")
+            if not piece.startswith(": [") or end < 0:
+                break
+            if not piece[3:end].encode("ascii").translate(None, _OF_NUMBERS):
+                plain[later] = ": [" + piece[end:]
+            if "}" in piece:
+                break
 
 
 def _plain_to_json(piece: str) -> str:
     """What lies between two strings: brackets, commas, numbers and names."""
     if "(" in piece or ")" in piece:
         piece = _LAST_COMMA.sub("", piece).replace("(", "[").replace(")", "]")
-    if "e" in piece:  # True, False and None all hold one; most pieces do not
-        piece = _PYTHON_NAME.sub(lambda found: _JSON_NAMES[found[0]], piece)
-    return piece
+    return piece.replace("True", "true").replace("False", "false").replace("None", "null")
 
 
 def _string_to_json(literal: str, stored: list[bytes]) -> str:
     """The JSON of one quoted literal; bytes are put into ``stored`` and referred to."""
-    if len(literal) < 2 or literal[-1] != literal[literal[0] == "b"]:
-        _refuse("ends inside a string")
     try:
         if literal[0] == "b":
             body = literal[2:-1].encode("ascii")
@@ -231,8 +284,8 @@ def _refuse(what: str) -> NoReturn:
     raise FaceFileError(f"its face header {what}: {_AGAIN}")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    _refuse(f"holds {name} in place of a number")
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not finite")
 
 
 def _read_edge(file: BinaryIO) -> int:
