@@ -133,7 +133,7 @@ class TrainingState:
                 f"the saved state has schema {schema}, this version of mien reads {SCHEMA}: it "
                 "was made by a newer version; update mien"
             )
-        _require(schema == SCHEMA, "schema", str(SCHEMA), schema)
+        _require(type(schema) is int and schema == SCHEMA, "schema", str(SCHEMA), schema)
         expected = {"schema", *(item.name for item in dataclasses.fields(cls) if item.repr)}
         _require_keys(values, expected, "")
         sessions = values["sessions"]

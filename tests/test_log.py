@@ -1,0 +1,181 @@
+"""What a run tells, as lines, as JSON and as TensorBoard events."""
+
+import errno
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mien.core.run.log import LogError, NullLog, Reporter, TensorBoardLog, duration, open_log
+
+STEP = {
+    "iteration": 12,
+    "loss_a": 0.343159,
+    "loss_b": 0.334581,
+    "eg_per_s": 123.44,
+    "data_wait": 0.003,
+    "memory_mib": 812.4,
+    "seconds_left": 753.0,
+}
+
+
+def tell_everything(reporter: Reporter) -> None:
+    reporter.start({"model": "original", "face_set": Path("faces/a"), "threads": 2})
+    reporter.step(**STEP)
+    reporter.save(iteration=12, path=Path("out/12"), seconds=1.25, mean_loss=0.6)
+    reporter.preview(iteration=12, path=Path("out/preview.png"))
+    reporter.warning("side A has 40 faces")
+    reporter.stop(iteration=13, reason="signal", exit_code=4)
+
+
+def test_json_events():
+    stream = io.StringIO()
+    tell_everything(Reporter(stream, as_json=True, clock=lambda: 1234.5))
+    lines = stream.getvalue().splitlines()
+    events = [json.loads(line) for line in lines]
+    kinds = [event["event"] for event in events]
+    assert kinds == ["start", "step", "save", "preview", "warning", "stop"]
+    assert {event["time"] for event in events} == {1234.5}
+    assert events[0]["face_set"] == "faces/a"
+    assert events[0]["threads"] == 2
+    assert events[1] == {"event": "step", "time": 1234.5} | STEP
+    assert events[2]["path"] == "out/12"
+    assert events[2]["mean_loss"] == 0.6
+    assert events[4]["message"] == "side A has 40 faces"
+    assert events[5]["exit_code"] == 4
+
+
+def test_json_stays_json_when_a_loss_is_not_finite():
+    stream = io.StringIO()
+    reporter = Reporter(stream, as_json=True)
+    reporter.step(**STEP | {"loss_a": float("nan"), "loss_b": np.float32(0.5), "eg_per_s": np.inf})
+    event = json.loads(stream.getvalue(), parse_constant=lambda word: pytest.fail(word))
+    assert (event["loss_a"], event["loss_b"], event["eg_per_s"]) == (None, 0.5, None)
+
+
+def test_plain_lines():
+    stream = io.StringIO()
+    tell_everything(Reporter(stream))
+    lines = stream.getvalue().splitlines()
+    assert "\x1b" not in stream.getvalue()
+    assert lines[:3] == ["model     original", "face set  faces/a", "threads   2"]
+    pattern = (
+        r"\[\d\d:\d\d:\d\d\] \[#00012\] Loss A: 0\.34316, Loss B: 0\.33458 \| EG/s 123\.4 "
+        r"\| wait 0\.3 % \| 812 MiB \| left 0:12:33"
+    )
+    assert re.fullmatch(pattern, lines[3])
+    assert lines[4:] == [
+        "Saved iteration 12 to out/12 in 1.2 s - average total loss since last save: 0.60000",
+        "Preview: out/preview.png",
+        "Warning: side A has 40 faces",
+        "Stopped at iteration 13: signal",
+    ]
+
+
+def test_unknown_memory_and_end_are_left_out():
+    stream = io.StringIO()
+    Reporter(stream).step(**STEP | {"memory_mib": None, "seconds_left": None})
+    assert stream.getvalue().endswith("| EG/s 123.4 | wait 0.3 %\n")
+
+
+def test_a_terminal_keeps_one_status_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = io.StringIO()
+    reporter = Reporter(stream, terminal=True)
+    reporter.step(**STEP)
+    reporter.step(**STEP | {"iteration": 13})
+    reporter.warning("[bold]not markup[/bold]")
+    reporter.step(**STEP | {"iteration": 14})
+    reporter.stop(iteration=14, reason="done", exit_code=0)
+    text = stream.getvalue()
+    assert "\x1b[2K" in text  # a line is rewritten in place
+    assert text.count("[#00013]") == 2  # once drawn, once more below the warning
+    assert "Warning: [bold]not markup[/bold]" in text
+    assert text.index("[#00014]") < text.index("Stopped at iteration 14: done")
+
+
+def test_a_reader_that_leaves_does_not_stop_the_run():
+    code = (
+        "import sys, time\n"
+        "from mien.core.run.log import Reporter\n"
+        "reporter = Reporter(as_json=True)\n"
+        "for step in range(200):\n"
+        "    reporter.warning('x' * 2000)\n"
+        "print('trained to the end', file=sys.stderr)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    child.stdout.readline()
+    child.stdout.close()
+    assert child.stderr.read() == "trained to the end\n"
+    child.stderr.close()
+    assert child.wait(30) == 0
+
+
+def test_neither_torch_nor_rich_is_imported_for_reports():
+    code = (
+        "import sys; from mien.core.run.log import Reporter; Reporter(as_json=True).warning('');"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'rich', 'tensorboard')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00:00"), (59.6, "0:01:00"), (753, "0:12:33"), (360000, "100:00:00"), (-3, "0:00:00")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_tensorboard_events_hold_the_scalars(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = open_log(tmp_path, 3, enabled=True, first_step=101)
+    for step in (101, 102):
+        log.scalars(
+            {"batch_total": step / 4, "batch_face_a": 0.5, "batch_weighted_b/ssim": 0.25}, step
+        )
+    log.close()
+    events = EventAccumulator(str(tmp_path / "logs/session_3/train"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["batch_total", "batch_face_a", "batch_weighted_b/ssim"]
+    totals = events.Scalars("batch_total")
+    assert [(event.step, event.value) for event in totals] == [(101, 25.25), (102, 25.5)]
+    assert totals[0].wall_time == events.Scalars("batch_face_a")[0].wall_time
+
+
+def test_no_logs_writes_nothing(tmp_path):
+    log = open_log(tmp_path, 1, enabled=False)
+    assert isinstance(log, NullLog)
+    log.scalars({"batch_total": 1.0}, 1)
+    log.flush()
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
+    (tmp_path / "logs").write_text("a file in the way")
+    with pytest.raises(LogError, match=r"^cannot write logs to .*session_1/train: .*--no-logs$"):
+        TensorBoardLog(tmp_path, 1)
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    log = TensorBoardLog(tmp_path, 1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(log._writer, "add_scalar", full)
+    with pytest.raises(LogError, match="No space left on device; free space"):
+        log.scalars({"batch_total": 1.0}, 1)
+    log.close()
