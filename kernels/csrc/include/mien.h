@@ -17,6 +17,7 @@ typedef enum {
     MIEN_INVALID_ARGUMENT = 1,
     MIEN_CUDA_ERROR = 2,
     MIEN_NOT_BUILT = 3,
+    MIEN_OUT_OF_MEMORY = 4,
 } mien_status;
 
 /* SHA-256 of this file when the library was built; the loader refuses a library of another. */
@@ -27,6 +28,87 @@ MIEN_API const char *mien_last_error(void);
 
 /* 1 where the library holds CUDA kernels, else 0. */
 MIEN_API int32_t mien_has_cuda(void);
+
+/* ---- Augmentation ------------------------------------------------------------------------- */
+
+/* How far faces are varied; percent of the full scale, of the edge, or of the faces. */
+typedef struct {
+    float zoom_percent;
+    float rotation_degrees;
+    float shift_percent;
+    float flip_percent;
+    float lightness_percent;
+    float ab_percent;
+    float clahe_chance_percent;
+    int32_t clahe_max_size;
+    int32_t color; /* 0 or 1: vary colour, mirror, bend at all */
+    int32_t flip;
+    int32_t warp;
+} mien_ranges;
+
+/* Everything that is done to one face. */
+typedef struct {
+    int64_t index;       /* which face of the store */
+    float lab[3];        /* part of the way to 255 (positive) or to 0 (negative) of L, a, b */
+    int32_t clahe_tiles; /* tiles along an edge of the contrast equalisation; 0: none */
+    float matrix[6];     /* forward affine, rows of 3, px */
+    int32_t flip;        /* 0 or 1 */
+    int32_t color;       /* 0: lab and clahe_tiles are ignored */
+    int32_t warp;        /* 0: warp_noise is ignored */
+    int32_t reserved;
+    float warp_noise[2][5][5]; /* px added to the control points; [0] x, [1] y */
+} mien_face;
+
+#define MIEN_MAX_OUTPUTS 8
+
+typedef enum { MIEN_FLOAT32 = 0, MIEN_BFLOAT16 = 1, MIEN_FLOAT16 = 2 } mien_type;
+
+/* One call of the augmentation. Pictures are NHWC with 3 channels, 0..1. */
+typedef struct {
+    const uint8_t *faces;    /* [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0 */
+    const mien_face *params; /* [count] */
+    int64_t num_faces;
+    int64_t count;
+    int32_t size_px;
+    int32_t rgb; /* 0: pictures are BGR, 1: RGB */
+    int32_t input_px;
+    int32_t input_type;
+    int32_t target_type;
+    int32_t num_outputs;
+    int32_t output_px[MIEN_MAX_OUTPUTS];
+    void *input;                      /* [count, input_px, input_px, 3] */
+    void *targets[MIEN_MAX_OUTPUTS];  /* [count, output_px, output_px, 3] */
+    float *weights[MIEN_MAX_OUTPUTS]; /* [count, output_px, output_px] */
+    float *mask;      /* [count, last output_px, last output_px] face mask, or NULL */
+    int32_t penalize; /* 0: every weight is 1 */
+    float eye_extra;  /* weight = face (1 + eye_extra eye) (1 + mouth_extra mouth) */
+    float mouth_extra;
+} mien_augment_job;
+
+/* Draw the parameters of the faces first ... first + count - 1 of a side (a: 0, b: 1). Every
+ * number depends on (seed, side, serial number) alone; each num_faces in a row are all faces. */
+MIEN_API mien_status mien_draw_cpu(const mien_ranges *ranges, uint64_t seed, int32_t side,
+                                   int64_t first, int64_t count, int64_t num_faces, int32_t size_px,
+                                   mien_face *params);
+
+/* The same bits in device memory. `first` is a device pointer, so that a captured graph can move
+ * on, or NULL for 0; `offset` is added to it. */
+MIEN_API mien_status mien_draw_cuda(const mien_ranges *ranges, uint64_t seed, int32_t side,
+                                    const int64_t *first, int64_t offset, int64_t count,
+                                    int64_t num_faces, int32_t size_px, mien_face *params,
+                                    void *stream);
+
+/* Gather, colour, affine, flip, targets, weights, warp, input. num_threads 0: one per core. The
+ * result does not depend on num_threads. */
+MIEN_API mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads);
+
+/* The same on a GPU; every pointer must be readable by it. An index outside the store is moved to
+ * its nearest end. */
+MIEN_API mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace,
+                                       int64_t workspace_bytes, void *stream);
+
+/* Bytes of device memory that mien_augment_cuda needs for this job (its pointers are not read). */
+MIEN_API int64_t mien_augment_workspace_bytes(const mien_augment_job *job);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,426 @@
+"""Turn faces of the store into network inputs, targets and loss weights, in one call.
+
+    draw(ranges, seed=, side=, first=, count=, num_faces=, size_px=) -> params
+    augment(faces_fssc, params, input_px=, output_px=, ...)          -> Augmented
+
+    Augmented.input_bchw     (B, 3, input_px, input_px)    0..1, BGR, channels_last
+             .targets_bchw   one (B, 3, P, P) per output   0..1, BGR, channels_last
+             .weights_b1hw   one (B, 1, P, P) per output   float32
+             .mask_b1hw      (B, 1, P, P) of the last output, float32; None unless asked for
+
+For a batch of both sides: ``out = empty(2 * batch, ...)``, then `augment` each side into
+``out.part(0, batch)`` and ``out.part(batch, 2 * batch)``.
+
+Each face is gathered, varied in colour (a shift of L, a and b, then CLAHE on L), zoomed, turned,
+shifted (with its masks, the edge pixels repeated) and mirrored. That picture, resized, is the
+target; with the masks it gives one weight per pixel,
+
+    weight = face * (1 + E * eye) * (1 + M * mouth)    E, M: the multipliers above 1, else 0
+
+and, bent by a random 5 x 5 grid and resized, the input. Between the stages levels are rounded to
+uint8, in the order and with the rounding of OpenCV 5, whose results it equals. One pass writes
+everything in the training's dtype and layout: a dozen OpenCV calls and as many temporaries per face
+become one call per batch.
+
+Every random number is a pure function of (seed, side, serial number of the face), with the same
+bits on the CPU and on a GPU. The faces of a side have the serial numbers 0, 1, 2, ...; each
+``num_faces`` of them in a row are all faces of the side, in a new order.
+
+Shape letters: F faces of the store, S its size in px, B faces of the batch, C channels, H rows, W
+columns, N rows of parameters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import native
+
+SIDES = {"a": 0, "b": 1}
+
+FACE_PARAMS = np.dtype(
+    [
+        ("index", np.int64),
+        ("lab", np.float32, (3,)),
+        ("clahe_tiles", np.int32),
+        ("matrix", np.float32, (2, 3)),
+        ("flip", np.int32),
+        ("color", np.int32),
+        ("warp", np.int32),
+        ("reserved", np.int32),
+        ("warp_noise", np.float32, (2, 5, 5)),
+    ]
+)
+"""What is done to one face; the struct `mien_face` of mien.h, where the fields are explained."""
+
+MAX_OUTPUTS = 8
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """How far faces are varied; the defaults of every setting of `core.config.AugmentConfig`."""
+
+    zoom_amount: float = 5
+    """Percent of zoom, in and out."""
+    rotation_range: float = 10
+    """Degrees of rotation, either way."""
+    shift_range: float = 5
+    """Percent of the edge, either way, on each axis."""
+    flip_chance: float = 50
+    """Percent of faces."""
+    color_lightness: float = 30
+    """Percent up or down."""
+    color_ab: float = 8
+    """Percent up or down."""
+    color_clahe_chance: float = 50
+    """Percent of faces."""
+    color_clahe_max_size: int = 4
+    """Steps by which the CLAHE grid is refined at most, 0 to 8."""
+    color: bool = True
+    flip: bool = True
+    warp: bool = True
+
+
+@dataclass
+class Augmented:
+    """One augmented batch. See the module's first lines for shapes, ranges and dtypes."""
+
+    input_bchw: Tensor
+    targets_bchw: list[Tensor]
+    weights_b1hw: list[Tensor]
+    mask_b1hw: Tensor | None
+
+    def part(self, begin: int, end: int) -> "Augmented":
+        """Views of the faces ``begin`` to ``end - 1``."""
+        return Augmented(
+            self.input_bchw[begin:end],
+            [target[begin:end] for target in self.targets_bchw],
+            [weight[begin:end] for weight in self.weights_b1hw],
+            None if self.mask_b1hw is None else self.mask_b1hw[begin:end],
+        )
+
+
+def empty(
+    batch: int,
+    *,
+    input_px: int,
+    output_px: Sequence[int],
+    learn_mask: bool = False,
+    input_dtype: torch.dtype = torch.float32,
+    target_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Augmented:
+    """Room for ``batch`` augmented faces, not yet written."""
+
+    def picture(edge: int, dtype: torch.dtype) -> Tensor:
+        shape = (batch, 3, edge, edge)
+        return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+    def plane(edge: int) -> Tensor:
+        return torch.empty(batch, 1, edge, edge, device=device)
+
+    return Augmented(
+        picture(input_px, input_dtype),
+        [picture(edge, target_dtype) for edge in output_px],
+        [plane(edge) for edge in output_px],
+        plane(output_px[-1]) if learn_mask else None,
+    )
+
+
+def params_from_records(records: np.ndarray) -> Tensor:
+    """`FACE_PARAMS` records (N,) as parameters for `augment`: uint8 (N, bytes of a record)."""
+    if records.dtype != FACE_PARAMS or records.ndim != 1:
+        raise ValueError(f"records must be a vector of FACE_PARAMS, got {records.dtype}")
+    packed = np.ascontiguousarray(records).view(np.uint8)
+    return torch.from_numpy(packed.reshape(len(records), FACE_PARAMS.itemsize).copy())
+
+
+def records_of(params_nx: Tensor) -> np.ndarray:
+    """The parameters as `FACE_PARAMS` records (N,); a view of a CPU tensor, else a copy."""
+    return params_nx.cpu().numpy().reshape(-1).view(FACE_PARAMS)
+
+
+def draw(
+    ranges: Ranges,
+    *,
+    seed: int,
+    side: int,
+    first: int | Tensor,
+    count: int,
+    num_faces: int,
+    size_px: int,
+    offset: int = 0,
+    device: torch.device | str | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Parameters of ``count`` faces, uint8 (count, bytes of FACE_PARAMS).
+
+    Row i belongs to serial number ``first + offset + i``.
+
+    Args:
+        ranges: How far to vary.
+        seed: Any 64-bit number.
+        side: 0 for a, 1 for b.
+        first: Serial number; or an int64 CUDA tensor of one element, from which the kernel reads it
+            when it runs, so that a captured graph can move on.
+        count: How many.
+        num_faces: Faces of this side in the store.
+        size_px: The store's edge S.
+        offset: Added to ``first``.
+        device: Where to draw; default: where ``first`` lies, the CPU for a number.
+        out: Where to put them.
+
+    Raises:
+        ValueError: On a number out of range.
+    """
+    if device is None:
+        device = first.device if isinstance(first, Tensor) else "cpu"
+    device = torch.device(device)
+    if count < 0 or num_faces < 1 or size_px < 8:
+        raise ValueError(
+            f"count must be >= 0, num_faces >= 1 and size_px >= 8, got {count}, {num_faces}, "
+            f"{size_px}"
+        )
+    if side not in SIDES.values():
+        raise ValueError(f"side must be 0 (a) or 1 (b), got {side}")
+    if not 0 <= ranges.color_clahe_max_size <= 8:
+        raise ValueError(f"color_clahe_max_size must be 0 to 8, got {ranges.color_clahe_max_size}")
+    if isinstance(first, Tensor):
+        if device.type != "cuda" or first.dtype != torch.int64 or first.numel() != 1:
+            raise ValueError(
+                "first must be a number or an int64 CUDA tensor of one element, got "
+                f"{first.dtype} {tuple(first.shape)} on {first.device}"
+            )
+    elif first + offset < 0:
+        raise ValueError(f"first + offset must not be negative, got {first + offset}")
+    shape = (count, FACE_PARAMS.itemsize)
+    if out is None:
+        out = torch.empty(shape, dtype=torch.uint8, device=device)
+    _check(out, "out", shape, (torch.uint8,), device)
+
+    ffi, _ = native.library()
+    given = ffi.new(
+        "mien_ranges *",
+        {
+            "zoom_percent": ranges.zoom_amount,
+            "rotation_degrees": ranges.rotation_range,
+            "shift_percent": ranges.shift_range,
+            "flip_percent": ranges.flip_chance,
+            "lightness_percent": ranges.color_lightness,
+            "ab_percent": ranges.color_ab,
+            "clahe_chance_percent": ranges.color_clahe_chance,
+            "clahe_max_size": ranges.color_clahe_max_size,
+            "color": ranges.color,
+            "flip": ranges.flip,
+            "warp": ranges.warp,
+        },
+    )
+    params = ffi.cast("mien_face *", out.data_ptr())
+    key = seed % 2**64
+    if device.type == "cpu":
+        assert isinstance(first, int)
+        start = first + offset
+        native.call("draw_cpu", given, key, side, start, count, num_faces, size_px, params)
+        return out
+    if isinstance(first, Tensor):
+        pointer = ffi.cast("int64_t *", first.data_ptr())
+    else:
+        pointer, offset = ffi.NULL, first + offset
+    stream = _stream(ffi, device)
+    native.call(
+        "draw_cuda", given, key, side, pointer, offset, count, num_faces, size_px, params, stream
+    )
+    return out
+
+
+def augment(
+    faces_fssc: Tensor,
+    params_nx: Tensor,
+    *,
+    input_px: int,
+    output_px: Sequence[int],
+    penalize_mask: bool = True,
+    eye_multiplier: float = 1,
+    mouth_multiplier: float = 1,
+    learn_mask: bool = False,
+    rgb: bool = False,
+    input_dtype: torch.dtype = torch.float32,
+    target_dtype: torch.dtype = torch.float32,
+    out: Augmented | None = None,
+    num_threads: int = 0,
+    workspace: Tensor | None = None,
+) -> Augmented:
+    """The augmented faces that ``params_nx`` names.
+
+    Runs where the parameters lie; faces in pinned host memory can be read from a GPU.
+
+    Args:
+        faces_fssc: The store, uint8 (F, S, S, 8): B, G, R, face, eye, mouth, 0, 0.
+        params_nx: From `draw` or `params_from_records`.
+        input_px: Edge of the input, at most S.
+        output_px: Edge of each output, at most S.
+        penalize_mask: Weigh by the masks; else every weight is 1.
+        eye_multiplier: E of the formula where above 1.
+        mouth_multiplier: M of the formula where above 1.
+        learn_mask: Give the face mask of the last output as well.
+        rgb: Write R, G, B instead of B, G, R.
+        input_dtype: float32, bfloat16 or float16; of the input.
+        target_dtype: The same, of the targets.
+        out: Where to put everything, from `empty` or its `part`; the dtypes are then its own.
+        num_threads: CPU threads; 0: as many as the process has cores. The result is the same.
+        workspace: GPU only: uint8 tensor of at least `workspace_bytes`.
+
+    Raises:
+        ValueError: On shapes, dtypes or devices that do not fit.
+    """
+    if faces_fssc.dtype != torch.uint8 or faces_fssc.ndim != 4 or faces_fssc.shape[3] != 8:
+        raise ValueError(
+            f"faces must be uint8 (F, S, S, 8), got {faces_fssc.dtype} {tuple(faces_fssc.shape)}"
+        )
+    num_faces, size_px = faces_fssc.shape[:2]
+    device = params_nx.device
+    count = params_nx.shape[0]
+    _check(faces_fssc, "faces", (num_faces, size_px, size_px, 8), (torch.uint8,), None)
+    _check(params_nx, "params", (count, FACE_PARAMS.itemsize), (torch.uint8,), device)
+    if faces_fssc.device != device and not (device.type == "cuda" and faces_fssc.is_pinned()):
+        raise ValueError(
+            f"params on {device} but faces on {faces_fssc.device}: put them on one device, or the "
+            "faces in pinned memory"
+        )
+    if not output_px or len(output_px) > MAX_OUTPUTS:
+        raise ValueError(f"output_px must name 1 to {MAX_OUTPUTS} sizes, got {list(output_px)}")
+    for edge in (input_px, *output_px):
+        if not 1 <= edge <= size_px:
+            raise ValueError(f"sizes must be 1 to {size_px} px (the store's), got {edge}")
+    for dtype in (input_dtype, target_dtype):
+        if dtype not in _TYPES:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    if out is None:
+        out = empty(
+            count,
+            input_px=input_px,
+            output_px=output_px,
+            learn_mask=learn_mask,
+            input_dtype=input_dtype,
+            target_dtype=target_dtype,
+            device=device,
+        )
+    _check_out(out, count, input_px, output_px, learn_mask, device)
+
+    ffi, lib = native.library()
+    job = _job(ffi, num_faces, size_px, count, input_px, output_px)
+    job.faces = ffi.cast("uint8_t *", faces_fssc.data_ptr())
+    job.params = ffi.cast("mien_face *", params_nx.data_ptr())
+    job.rgb = rgb
+    job.input_type = _TYPES[out.input_bchw.dtype]
+    job.target_type = _TYPES[out.targets_bchw[0].dtype]
+    job.input = ffi.cast("void *", out.input_bchw.data_ptr())
+    for i, (target, weight) in enumerate(zip(out.targets_bchw, out.weights_b1hw, strict=True)):
+        job.targets[i] = ffi.cast("void *", target.data_ptr())
+        job.weights[i] = ffi.cast("float *", weight.data_ptr())
+    if learn_mask:
+        assert out.mask_b1hw is not None
+        job.mask = ffi.cast("float *", out.mask_b1hw.data_ptr())
+    job.penalize = penalize_mask
+    job.eye_extra = eye_multiplier if eye_multiplier > 1 else 0
+    job.mouth_extra = mouth_multiplier if mouth_multiplier > 1 else 0
+
+    if device.type == "cpu":
+        native.call("augment_cpu", job, num_threads)
+        return out
+    needed = lib.mien_augment_workspace_bytes(job)
+    if workspace is None:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+    if workspace.device != device or workspace.nbytes < needed:
+        raise ValueError(
+            f"workspace must have {needed} bytes on {device}, got {workspace.nbytes} on "
+            f"{workspace.device}"
+        )
+    room = ffi.cast("void *", workspace.data_ptr())
+    native.call("augment_cuda", job, room, workspace.nbytes, _stream(ffi, device))
+    return out
+
+
+def workspace_bytes(batch: int, *, size_px: int, input_px: int, output_px: Sequence[int]) -> int:
+    """GPU memory that `augment` needs besides its results, for ``batch`` faces."""
+    ffi, lib = native.library()
+    return lib.mien_augment_workspace_bytes(_job(ffi, 1, size_px, batch, input_px, output_px))
+
+
+def _job(
+    ffi: Any,
+    num_faces: int,
+    size_px: int,
+    count: int,
+    input_px: int,
+    output_px: Sequence[int],
+) -> Any:
+    job = ffi.new("mien_augment_job *")
+    job.num_faces = num_faces
+    job.count = count
+    job.size_px = size_px
+    job.input_px = input_px
+    job.num_outputs = len(output_px)
+    for i, edge in enumerate(output_px):
+        job.output_px[i] = edge
+    return job
+
+
+def _check(
+    tensor: Tensor,
+    name: str,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None,
+    *,
+    channels_last: bool = False,
+) -> None:
+    """Refuse a tensor that the library would misread."""
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(
+            f"{name} must be {shape} {wanted}, got {tuple(tensor.shape)} {tensor.dtype}"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+    dense = tensor.permute(0, 2, 3, 1) if channels_last else tensor
+    if not dense.is_contiguous():
+        layout = "channels_last" if channels_last else "contiguous"
+        raise ValueError(f"{name} must be {layout}, got strides {tensor.stride()}")
+
+
+def _check_out(
+    out: Augmented,
+    count: int,
+    input_px: int,
+    output_px: Sequence[int],
+    learn_mask: bool,
+    device: torch.device,
+) -> None:
+    outputs = len(output_px)
+    if len(out.targets_bchw) != outputs or len(out.weights_b1hw) != outputs:
+        raise ValueError(
+            f"out must have {outputs} targets and weights, got {len(out.targets_bchw)} and "
+            f"{len(out.weights_b1hw)}"
+        )
+    if (out.mask_b1hw is not None) != learn_mask:
+        raise ValueError("out must have a mask if, and only if, learn_mask is set")
+    types = tuple(_TYPES)
+    shape = (count, 3, input_px, input_px)
+    _check(out.input_bchw, "input", shape, types, device, channels_last=True)
+    same = (out.targets_bchw[0].dtype,) if out.targets_bchw[0].dtype in types else types
+    for edge, target, weight in zip(output_px, out.targets_bchw, out.weights_b1hw, strict=True):
+        _check(target, "target", (count, 3, edge, edge), same, device, channels_last=True)
+        _check(weight, "weight", (count, 1, edge, edge), (torch.float32,), device)
+    if out.mask_b1hw is not None:
+        edge = output_px[-1]
+        _check(out.mask_b1hw, "mask", (count, 1, edge, edge), (torch.float32,), device)
+
+
+def _stream(ffi: Any, device: torch.device) -> Any:
+    return ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)

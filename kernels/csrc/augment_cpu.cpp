@@ -1,0 +1,166 @@
+// The C ABI of the augmentation on the CPU: checks, tables, threads, and the choice of the build of
+// augment_face.cpp that this processor can run.
+#include <atomic>
+#include <memory>
+#include <new>
+
+#include "augment.cuh"
+#include "augment_checks.h"
+#include "augment_face.h"
+#include "draw.cuh"
+#include "status.h"
+#include "threads.h"
+
+namespace {
+
+constexpr mien::ColorTables kColors = mien::make_color_tables();
+
+mien::LevelTables make_level_tables() {
+    mien::LevelTables tables;
+    for (int level = 0; level < 256; ++level) {
+        const float value = mien::unit_level(level);
+        tables.float32[level] = mien::float_bits(value);
+        tables.bfloat16[level] = mien::bfloat16_bits(value);
+        tables.float16[level] = mien::float16_bits(value);
+    }
+    return tables;
+}
+
+mien::AugmentFace best_build() {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("x86-64-v4")) return mien::augment_face_avx512;
+    if (__builtin_cpu_supports("x86-64-v3")) return mien::augment_face_avx2;
+#endif
+    return mien::augment_face_baseline;
+}
+
+struct Freed {
+    void operator()(unsigned char *block) const {
+        ::operator delete[](block, std::align_val_t(64));
+    }
+};
+
+// Scratch of the calling thread; grows, and is kept for its next call.
+unsigned char *thread_scratch(size_t bytes) {
+    thread_local std::unique_ptr<unsigned char[], Freed> block;
+    thread_local size_t held = 0;
+    if (held < bytes) {
+        block.reset();
+        held = 0;
+        block.reset(static_cast<unsigned char *>(
+            ::operator new[](bytes, std::align_val_t(64), std::nothrow)));
+        held = block ? bytes : 0;
+    }
+    return block.get();
+}
+
+}  // namespace
+
+namespace mien {
+
+mien_status check_job(const mien_augment_job *job) {
+    if (!job) return fail(MIEN_INVALID_ARGUMENT, "null pointer");
+    if (job->size_px < kMinSizePx || job->size_px > kMaxSizePx)
+        return fail(MIEN_INVALID_ARGUMENT, "size_px must be %d..%d, got %d", kMinSizePx, kMaxSizePx,
+                    job->size_px);
+    if (job->count < 0 || job->num_faces < 1)
+        return fail(MIEN_INVALID_ARGUMENT, "count must be at least 0 and num_faces at least 1");
+    if (job->num_outputs < 1 || job->num_outputs > MIEN_MAX_OUTPUTS)
+        return fail(MIEN_INVALID_ARGUMENT, "num_outputs must be 1..%d, got %d", MIEN_MAX_OUTPUTS,
+                    job->num_outputs);
+    if (job->input_px < 1 || job->input_px > job->size_px)
+        return fail(MIEN_INVALID_ARGUMENT, "input_px must be 1..%d (size_px), got %d", job->size_px,
+                    job->input_px);
+    for (int i = 0; i < job->num_outputs; ++i)
+        if (job->output_px[i] < 1 || job->output_px[i] > job->size_px)
+            return fail(MIEN_INVALID_ARGUMENT, "output_px must be 1..%d (size_px), got %d",
+                        job->size_px, job->output_px[i]);
+    for (const int32_t type : {job->input_type, job->target_type})
+        if (type < MIEN_FLOAT32 || type > MIEN_FLOAT16)
+            return fail(MIEN_INVALID_ARGUMENT, "unknown type %d", type);
+    return MIEN_OK;
+}
+
+mien_status check_pointers(const mien_augment_job *job) {
+    bool given = job->faces && job->params && job->input;
+    for (int i = 0; i < job->num_outputs; ++i) given = given && job->targets[i] && job->weights[i];
+    return given ? MIEN_OK : fail(MIEN_INVALID_ARGUMENT, "null pointer");
+}
+
+mien_status check_draw(const mien_ranges *ranges, int32_t side, int64_t count, int64_t num_faces,
+                       int32_t size_px, const void *params) {
+    if (!ranges || (!params && count > 0)) return fail(MIEN_INVALID_ARGUMENT, "null pointer");
+    if (count < 0) return fail(MIEN_INVALID_ARGUMENT, "count must not be negative");
+    if (num_faces < 1) return fail(MIEN_INVALID_ARGUMENT, "num_faces must be at least 1");
+    if (side < 0 || side > 255)
+        return fail(MIEN_INVALID_ARGUMENT, "side must be 0..255, got %d", side);
+    if (size_px < kMinSizePx || size_px > kMaxSizePx)
+        return fail(MIEN_INVALID_ARGUMENT, "size_px must be %d..%d, got %d", kMinSizePx, kMaxSizePx,
+                    size_px);
+    if (ranges->clahe_max_size < 0 || ranges->clahe_max_size > kMaxClaheSize)
+        return fail(MIEN_INVALID_ARGUMENT, "clahe_max_size must be 0..%d, got %d", kMaxClaheSize,
+                    ranges->clahe_max_size);
+    return MIEN_OK;
+}
+
+}  // namespace mien
+
+mien_status mien_draw_cpu(const mien_ranges *ranges, uint64_t seed, int32_t side, int64_t first,
+                          int64_t count, int64_t num_faces, int32_t size_px, mien_face *params) {
+    const mien_status status = mien::check_draw(ranges, side, count, num_faces, size_px, params);
+    if (status != MIEN_OK) return status;
+    if (first < 0) return mien::fail(MIEN_INVALID_ARGUMENT, "first must not be negative");
+    for (int64_t i = 0; i < count; ++i)
+        mien::draw_face(*ranges, seed, side, first + i, num_faces, size_px, params + i);
+    return MIEN_OK;
+}
+
+mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads) {
+    if (const mien_status status = mien::check_job(job)) return status;
+    if (job->count == 0) return MIEN_OK;
+    if (const mien_status status = mien::check_pointers(job)) return status;
+    const int max_tiles = mien::clahe_tiles(job->size_px, mien::kMaxClaheSize);
+    for (int64_t i = 0; i < job->count; ++i) {
+        const mien_face &face = job->params[i];
+        if (face.index < 0 || face.index >= job->num_faces)
+            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: index must be 0..%lld, got %lld",
+                              static_cast<long long>(i), static_cast<long long>(job->num_faces - 1),
+                              static_cast<long long>(face.index));
+        if (face.clahe_tiles < 0 || face.clahe_tiles > max_tiles)
+            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: clahe_tiles must be 0..%d, got %d",
+                              static_cast<long long>(i), max_tiles, face.clahe_tiles);
+    }
+    static const mien::LevelTables levels = make_level_tables();
+    static const mien::AugmentFace augment_face = best_build();
+    const size_t bytes = mien::face_scratch_bytes(*job);
+    const int num_threads_used = mien::resolve_threads(num_threads);
+    const mien::FaceCall call{job, &kColors, &levels};
+    std::atomic<bool> short_of_memory{false};
+    mien::for_each(job->count, num_threads_used, [&](int64_t face, int) {
+        unsigned char *scratch = thread_scratch(bytes);
+        if (scratch)
+            augment_face(call, face, scratch);
+        else
+            short_of_memory = true;
+    });
+    return short_of_memory
+               ? mien::fail(MIEN_OUT_OF_MEMORY, "no memory for %zu bytes of scratch", bytes)
+               : MIEN_OK;
+}
+
+#ifndef MIEN_WITH_CUDA
+namespace {
+mien_status no_cuda() {
+    return mien::fail(MIEN_NOT_BUILT, "libmien was built without CUDA; build it where nvcc is");
+}
+}  // namespace
+
+mien_status mien_draw_cuda(const mien_ranges *, uint64_t, int32_t, const int64_t *, int64_t,
+                           int64_t, int64_t, int32_t, mien_face *, void *) {
+    return no_cuda();
+}
+mien_status mien_augment_cuda(const mien_augment_job *, void *, int64_t, void *) {
+    return no_cuda();
+}
+int64_t mien_augment_workspace_bytes(const mien_augment_job *) { return 0; }
+#endif

@@ -1,0 +1,85 @@
+// All random numbers of one face, as a pure function of (seed, side, serial number).
+#pragma once
+
+#include "mien.h"
+#include "philox.cuh"
+
+namespace mien {
+
+// The counter is (serial number: 64 bits, purpose and side: 32 bits, block: 32 bits).
+enum Purpose : uint32_t { kOrder = 0, kColor = 1, kTransform = 2, kWarp = 3 };
+
+MIEN_HD Words random_words(uint64_t seed, uint64_t serial, Purpose purpose, int32_t side,
+                           uint32_t block) {
+    const uint32_t stream = (static_cast<uint32_t>(purpose) << 8) | static_cast<uint32_t>(side);
+    return philox(static_cast<uint32_t>(serial), static_cast<uint32_t>(serial >> 32), stream, block,
+                  seed);
+}
+
+// Tiles along an edge that CLAHE starts from, and by how many each step refines it.
+MIEN_HD int clahe_base(int size_px) { return size_px / 128 > 2 ? size_px / 128 : 2; }
+MIEN_HD int clahe_tiles(int size_px, int steps) {
+    return steps * (clahe_base(size_px) / 2) + clahe_base(size_px);
+}
+
+// Forward affine about the picture's centre: turn, zoom, then shift.
+MIEN_HD void affine_matrix(float turns, float zoom, float shift_x, float shift_y, int size_px,
+                           float matrix[6]) {
+    const SineCosine angle = sine_cosine(turns);
+    const float alpha = zoom * angle.cosine, beta = zoom * angle.sine;
+    const float centre = 0.5f * static_cast<float>(size_px - 1);
+    const float rest = centre * (1.0f - alpha);
+    matrix[0] = alpha;
+    matrix[1] = beta;
+    matrix[2] = (rest - centre * beta) + shift_x;
+    matrix[3] = -beta;
+    matrix[4] = alpha;
+    matrix[5] = (centre * beta + rest) + shift_y;
+}
+
+MIEN_HD void draw_face(const mien_ranges &ranges, uint64_t seed, int32_t side, int64_t serial,
+                       int64_t num_faces, int32_t size_px, mien_face *face) {
+    const uint64_t epoch = static_cast<uint64_t>(serial / num_faces);
+    face->index =
+        permuted(serial % num_faces, num_faces, random_words(seed, epoch, kOrder, side, 0),
+                 random_words(seed, epoch, kOrder, side, 1));
+    const uint64_t number = static_cast<uint64_t>(serial);
+
+    const Words shade = random_words(seed, number, kColor, side, 0);
+    const Words contrast = random_words(seed, number, kColor, side, 1);
+    face->color = ranges.color != 0;
+    face->lab[0] = symmetric(shade.word[0]) * (ranges.lightness_percent * 0.01f);
+    face->lab[1] = symmetric(shade.word[1]) * (ranges.ab_percent * 0.01f);
+    face->lab[2] = symmetric(shade.word[2]) * (ranges.ab_percent * 0.01f);
+    const uint32_t steps =
+        below(contrast.word[0], static_cast<uint32_t>(ranges.clahe_max_size) + 1);
+    face->clahe_tiles = happens(shade.word[3], ranges.clahe_chance_percent)
+                            ? clahe_tiles(size_px, static_cast<int>(steps))
+                            : 0;
+
+    const Words place = random_words(seed, number, kTransform, side, 0);
+    const Words mirror = random_words(seed, number, kTransform, side, 1);
+    const float shift = ranges.shift_percent * 0.01f * static_cast<float>(size_px);
+    affine_matrix(symmetric(place.word[0]) * (ranges.rotation_degrees * (1.0f / 360.0f)),
+                  1.0f + symmetric(place.word[1]) * (ranges.zoom_percent * 0.01f),
+                  symmetric(place.word[2]) * shift, symmetric(place.word[3]) * shift, size_px,
+                  face->matrix);
+    face->flip = ranges.flip != 0 && happens(mirror.word[0], ranges.flip_percent);
+
+    face->warp = ranges.warp != 0;
+    face->reserved = 0;
+    const float sigma = (5.0f / 256.0f) * static_cast<float>(size_px);
+    float *noise = &face->warp_noise[0][0][0];
+    for (uint32_t block = 0; block < 13; ++block) {
+        const Words bend = random_words(seed, number, kWarp, side, block);
+        const Pair one = normals(bend.word[0], bend.word[1]);
+        noise[4 * block] = sigma * one.first;
+        noise[4 * block + 1] = sigma * one.second;
+        if (block == 12) break;  // 50 numbers: the last block gives two
+        const Pair two = normals(bend.word[2], bend.word[3]);
+        noise[4 * block + 2] = sigma * two.first;
+        noise[4 * block + 3] = sigma * two.second;
+    }
+}
+
+}  // namespace mien
