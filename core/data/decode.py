@@ -1,18 +1,20 @@
 """Crops of face files at the processing size, the same bytes by either backend.
 
-*dali* is a DALI graph: read, decode, cut (zeros outside the picture). *opencv* does the same in
-threads and stands in where DALI cannot be installed. PNG is lossless, and the last step, the resize
-to the processing size, is OpenCV's in both: area where the crop shrinks, cubic where it grows. DALI
-has no area filter and another cubic, so a resize in the graph would give other pixels. Run in
-threads over DALI's output, which is shared and not copied, it overlaps the decoding. So the bound
-on the difference between the backends is 0 grey levels.
+*dali* is a DALI graph: read the file, decode the part of the picture that the crop needs. *opencv*
+decodes in threads and stands in where DALI cannot be installed. What follows is the same code for
+both, run in threads while the next batch is decoded: zeros where the crop leaves the picture, and
+the resize to the processing size, area where the crop shrinks and cubic where it grows. The resize
+is not in the graph because DALI has no area filter and another cubic, so the pixels would differ;
+over DALI's own output, shared and not copied, it costs 3 % of the decoding. PNG being lossless, the
+bound on the difference between the backends is 0 grey levels.
 
-With a GPU, DALI decodes by its "mixed" decoder. That changes where, not what: no decoder inflates
-PNG on a GPU, nvImageCodec's CPU threads do it there, too.
+DALI's decoder that knows the part is faster than its decoder of whole pictures, and its RGB output
+faster than BGR; channels are swapped after the resize, where there are fewest pixels. With a GPU it
+is the "mixed" decoder. That changes where, not what: no decoder inflates PNG on a GPU, nvImageCodec
+does it with CPU threads there, too.
 
-DALI decodes RGB, since its BGR output is slower; channels are swapped after the resize, where the
-picture is smallest. A damaged file fails DALI's whole batch without being named, so that batch is
-decoded again file by file, and the pipeline goes on with the next one.
+A damaged file fails DALI's whole batch without being named, so that batch is decoded again file by
+file, and the pipeline goes on with the next one.
 
 Letters: s = edge of the crop at the processing size, px; c = 3 colours.
 """
@@ -22,13 +24,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 
 from ..faces import geometry
 from ..faces.folder import Face
+from ..faces.geometry import CropBox
 from ..faces.png import FaceFileError
 
 BACKENDS = ("dali", "opencv")
@@ -40,6 +43,15 @@ MAX_UNEXPLAINED_FAILURES = 3
 _READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 Result = np.ndarray | FaceFileError
+
+
+class _Part(NamedTuple):
+    """A rectangle inside a picture, px."""
+
+    left: int
+    top: int
+    width: int
+    height: int
 
 
 def thread_count(setting: int) -> int:
@@ -135,13 +147,18 @@ def _decode_dali(
     warn: Callable[[str], None],
 ) -> Generator[tuple[int, Result], None, None]:
     """Crops of all faces. DALI decodes the next batches while the last one is resized."""
+    boxes = [geometry.crop_box(face.alignment, face.edge_px, crop) for face in faces]
+    parts = [_inside(box, face.edge_px) for box, face in zip(boxes, faces, strict=True)]
 
-    def finish(cut_rgb: np.ndarray) -> np.ndarray:
-        return cv2.cvtColor(geometry.resize(cut_rgb, crop.size_px), cv2.COLOR_RGB2BGR)
+    def finish(number: int, part_rgb: np.ndarray) -> np.ndarray:
+        box, part = boxes[number], parts[number]
+        square = CropBox(box.left - part.left, box.top - part.top, box.side)
+        crop_rgb = geometry.resize(geometry.cut(part_rgb, square), crop.size_px)
+        return cv2.cvtColor(crop_rgb, cv2.COLOR_RGB2BGR)
 
     batches = _batches(faces)
     try:
-        pipeline = _pipeline(faces, crop, batches, threads, device)
+        pipeline = _pipeline(faces, parts, batches, threads, device)
     except RuntimeError as error:
         warn(f"DALI cannot start, OpenCV decodes the faces: {_cause(error)}")
         yield from _decode_opencv(faces, crop, threads, device, warn)
@@ -151,7 +168,7 @@ def _decode_dali(
         for batch in batches:
             try:
                 pipeline.schedule_run()
-                (cuts,) = pipeline.share_outputs()
+                (decoded,) = pipeline.share_outputs()
             except RuntimeError as error:
                 crops = list(pool.map(lambda number: decode_one(faces[number], crop), batch))
                 yield from zip(batch, crops, strict=True)
@@ -161,10 +178,17 @@ def _decode_dali(
                     yield from _decode_opencv(faces, crop, threads, device, warn, batch.stop)
                     return
                 continue
-            on_host = cuts.as_cpu() if device.startswith("cuda") else cuts
-            crops = list(pool.map(finish, [on_host.at(i) for i in range(len(batch))]))
+            on_host = decoded.as_cpu() if device.startswith("cuda") else decoded
+            crops = list(pool.map(finish, batch, [on_host.at(i) for i in range(len(batch))]))
             pipeline.release_outputs()
             yield from zip(batch, crops, strict=True)
+
+
+def _inside(box: CropBox, edge_px: int) -> _Part:
+    """The part of a square that lies in the picture; one pixel where none does."""
+    left, top = (min(max(corner, 0), edge_px - 1) for corner in (box.left, box.top))
+    right, bottom = (min(corner + box.side, edge_px) for corner in (box.left, box.top))
+    return _Part(left, top, max(right - left, 1), max(bottom - top, 1))
 
 
 def _batches(faces: list[Face]) -> list[range]:
@@ -183,27 +207,22 @@ def _batches(faces: list[Face]) -> list[range]:
 
 def _pipeline(
     faces: list[Face],
-    crop: geometry.Crop,
+    parts: list[_Part],
     batches: list[range],
     threads: int,
     device: str,
 ) -> Any:
-    """The DALI graph that gives each batch's squares, (T, T, 3) RGB, in order."""
+    """The DALI graph that gives each batch's parts, (height, width, 3) RGB, in order."""
     dali = importlib.import_module("nvidia.dali")
     on_gpu = device.startswith("cuda")
 
     def source() -> Iterator[tuple[list[np.ndarray], ...]]:
         for batch in batches:
-            chosen = faces[batch.start : batch.stop]
-            boxes = [geometry.crop_box(face.alignment, face.edge_px, crop) for face in chosen]
-            corners = np.array([[box.top, box.left] for box in boxes])
-            # A box that lies wholly outside is all zeros wherever it lies; int32 has to hold it.
-            farthest = max(face.edge_px for face in chosen)
-            corners = corners.clip([[-box.side] for box in boxes], farthest).astype(np.int32)
+            chosen = parts[batch.start : batch.stop]
             yield (
-                [np.frombuffer(os.fsencode(face.path), np.uint8) for face in chosen],
-                list(corners),
-                [np.array([box.side, box.side], np.int32) for box in boxes],
+                [np.frombuffer(os.fsencode(faces[number].path), np.uint8) for number in batch],
+                [np.array([part.top, part.left], np.int32) for part in chosen],
+                [np.array([part.height, part.width], np.int32) for part in chosen],
             )
 
     pipeline = dali.Pipeline(
@@ -213,16 +232,16 @@ def _pipeline(
         prefetch_queue_depth=PREFETCH_BATCHES,
     )
     with pipeline:
-        path, anchor, shape = dali.fn.external_source(source=source(), num_outputs=3)
-        picture = dali.fn.decoders.image(
-            dali.fn.io.file.read(path),
-            device="mixed" if on_gpu else "cpu",
-            output_type=dali.types.RGB,
-            adjust_orientation=False,
-        )
+        path, corner, shape = dali.fn.external_source(source=source(), num_outputs=3)
         pipeline.set_outputs(
-            dali.fn.slice(
-                picture, anchor, shape, axes=(0, 1), out_of_bounds_policy="pad", fill_values=0
+            dali.fn.decoders.image_slice(
+                dali.fn.io.file.read(path),
+                corner,
+                shape,
+                axes=(0, 1),
+                device="mixed" if on_gpu else "cpu",
+                output_type=dali.types.RGB,
+                adjust_orientation=False,
             )
         )
     pipeline.build()
