@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import Config
+from ...kernels.augment import Ranges, augment, draw, empty
+from ...models.autoencoder import Side
+from ..config import Config, to_dict
 from .store import FaceStore
 
 SIDES: tuple[Side, Side] = ("a", "b")
@@ -52,6 +54,7 @@ class Feed:
     ):
         self.stores, self.config, self.device, self.dtype = stores, config, device, dtype
         self.input_px, self.output_px, self.num_threads = input_px, output_px, num_threads
+        self.ranges = Ranges(**to_dict(config)["augment"])
         self.waited_s = 0.0
         """Seconds for which `next` kept its caller waiting, so far."""
 
@@ -76,7 +79,43 @@ class Feed:
 
     def batch(self, faces_seen: dict[str, int]) -> Batch:
         """The same, made now."""
-        raise NotImplementedError
+        config, size = self.config, self.config.train.batch_size
+        learn_mask = config.loss.learn_mask
+        out = empty(
+            len(SIDES) * size,
+            input_px=self.input_px,
+            output_px=self.output_px,
+            learn_mask=learn_mask,
+            input_dtype=self.dtype,
+            device=self.device,
+        )
+        for number, side in enumerate(SIDES):
+            store = self.stores[side]
+            params = draw(
+                self.ranges,
+                seed=config.train.seed,
+                side=number,
+                first=faces_seen[side],
+                count=size,
+                num_faces=store.num_faces,
+                size_px=store.size_px,
+                device=self.device,
+            )
+            augment(
+                store.faces_fssc,
+                params,
+                input_px=self.input_px,
+                output_px=self.output_px,
+                penalize_mask=config.loss.penalized_mask_loss,
+                eye_multiplier=config.loss.eye_multiplier,
+                mouth_multiplier=config.loss.mouth_multiplier,
+                learn_mask=learn_mask,
+                out=out.part(number * size, (number + 1) * size),
+                num_threads=self.num_threads,
+            )
+        return Batch(
+            out.input_bchw, tuple(out.targets_bchw), tuple(out.weights_b1hw), out.mask_b1hw
+        )
 
     def close(self) -> None:
         """End the thread that works ahead."""

@@ -1,0 +1,98 @@
+"""Settings: ranges, unknown names, order of weight, round trip."""
+
+import re
+
+import pytest
+import tomli_w
+
+from mien.cli import main
+from mien.core import config as settings
+
+
+def test_defaults_stand_and_survive_toml(tmp_path):
+    config = settings.Config()
+    path = tmp_path / "run.toml"
+    path.write_text(tomli_w.dumps(settings.to_dict(config)))
+    assert settings.from_dict(settings.read_toml(path)) == config
+
+
+@pytest.mark.parametrize("spec", settings.all_settings(), ids=lambda s: f"{s.section}.{s.name}")
+def test_every_setting_is_documented_and_enforced(spec):
+    assert spec.doc.endswith(".") or spec.doc[-1].isalnum()
+    bad = [object()]
+    if spec.choices:
+        bad.append("no such choice")
+    if spec.low is not None:
+        bad.append(spec.type(spec.low) - 1)
+    if spec.high is not None:
+        bad.append(spec.type(spec.high) + 1)
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^{spec.section}\.{spec.name} must be "):
+            settings.from_dict({spec.section: {spec.name: value}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trian": {}}, "unknown setting trian; did you mean train?"),
+        (
+            {"train": {"batchsize": 1}},
+            "unknown setting train.batchsize; did you mean train.batch_s",
+        ),
+        ({"train": 3}, "train must be a table of settings, got 3"),
+        ({"train": {"batch_size": True}}, "train.batch_size must be a whole number from 1 to 4096"),
+        ({"data": {"coverage": float("nan")}}, "data.coverage must be a number from 62.5 to 100"),
+        ({"data": {"mask_type": "extend"}}, "did you mean 'extended'?"),
+        ({"data": {"mask_type": "none"}}, "choose a mask, or set both to false"),
+        ({"preview": {"mask_color": "red"}}, "preview.mask_color must be #rrggbb, got 'red'"),
+    ],
+)
+def test_refusals(values, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings.from_dict(values)
+
+
+def _printed(capsys, *words):
+    assert main(["train", *words, "--print-config"]) == 0
+    return settings.tomllib.loads(capsys.readouterr().out)
+
+
+def test_order_of_weight(capsys, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[train]\nbatch_size = 4\nseed = 4\n[data]\ncoverage = 70\n")
+    values = _printed(
+        capsys, "-C", str(file), "--set", "train.seed=5", "--set", "data.coverage=80", "--seed", "6"
+    )
+    assert values["train"]["batch_size"] == 4  # the file beats the default
+    assert values["data"]["coverage"] == 80  # --set beats the file
+    assert values["train"]["seed"] == 6  # a flag beats --set
+
+
+def test_flags_turn_augmentation_off(capsys):
+    values = _printed(capsys, "-P", "--no-augment-color", "-W")
+    assert values["augment"] | {"flip": False, "color": False, "warp": False} == values["augment"]
+
+
+def test_options_of_a_family_by_set(capsys):
+    values = _printed(capsys, "--set", "model.options.lowmem=true")
+    assert values["model"]["options"] == {"lowmem": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "batch_size=3"], "--set takes section.key=value, got 'batch_size=3'"),
+        (["-C", "/no/such.toml"], "cannot read /no/such.toml: No such file or directory"),
+        (["-b", "0"], "train.batch_size must be a whole number from 1 to 4096, got 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(words, message, capsys):
+    assert main(["train", *words, "--print-config"]) == 2
+    assert capsys.readouterr().err == f"mien train: {message}\n"
+
+
+def test_broken_toml_is_one_line(capsys, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text("[train\n")
+    assert main(["train", "-C", str(file), "--print-config"]) == 2
+    assert re.fullmatch(r"mien train: .*run.toml is not valid TOML: .*\n", capsys.readouterr().err)

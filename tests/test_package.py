@@ -1,0 +1,102 @@
+"""Facts about the package as a whole: its layout, its start-up, its rules."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mien
+
+ROOT = Path(mien.__file__).parent
+ROOMS = ["cli", "benchmarks", "core", "models", "kernels"]  # imports run down this list only
+
+
+def _modules(room):
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def _imported_rooms(path):
+    """Rooms that a module imports from, by relative or absolute import."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    package = package if path.name != "__init__.py" else package[:-1] + ("__init__",)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level:
+                base = package[: len(package) - node.level]
+                target = (*base, *(node.module or "").split("."))
+                targets = [target] if node.module else [(*base, a.name) for a in node.names]
+            else:
+                targets = [tuple((node.module or "").split("."))[1:]]
+                if (node.module or "").split(".")[0] != "mien":
+                    continue
+            found |= {t[0] for t in targets if t and t[0] in ROOMS}
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+            found |= {n[1] for n in names if n[0] == "mien" and len(n) > 1 and n[1] in ROOMS}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    below = set(ROOMS[ROOMS.index(room) :])
+    for path in _modules(room):
+        upward = _imported_rooms(path) - below
+        assert not upward, f"{path.relative_to(ROOT)} imports from {sorted(upward)}"
+
+
+def test_the_import_check_sees_imports():
+    assert "core" in _imported_rooms(ROOT / "cli/train.py")
+    assert "models" in _imported_rooms(ROOT / "core/train/step.py")
+
+
+def test_nothing_dangerous_is_called():
+    banned = {"eval", "exec", "compile", "__import__"}
+    for room in ROOMS:
+        for path in _modules(room):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    assert node.func.id not in banned, f"{path}:{node.lineno}"
+                if isinstance(node, ast.Import):
+                    assert "pickle" not in {a.name for a in node.names}, f"{path}:{node.lineno}"
+                if isinstance(node, ast.ImportFrom):
+                    assert node.module != "pickle", f"{path}:{node.lineno}"
+
+
+def test_help_is_light():
+    """`mien --help` and every command's help start without torch."""
+    from mien.cli import COMMANDS
+
+    code = (
+        "import sys, mien.cli\n"
+        "try: mien.cli.main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    for words in ([], *([name] for name in COMMANDS)):
+        command = [sys.executable, "-c", code, *words, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"`mien {' '.join(words)} --help` imported torch"
+        assert "usage:" in done.stdout
+
+
+def test_one_copy_of_the_package():
+    files = {n: m.__file__ for n, m in sys.modules.items() if getattr(m, "__file__", None)}
+    ours = {
+        name
+        for name, file in files.items()
+        if Path(file).is_relative_to(ROOT)
+        and not {"tests", ".venv"} & set(Path(file).relative_to(ROOT).parts)
+    }
+    assert all(name.split(".")[0] == "mien" for name in ours), sorted(ours)
+
+
+def test_every_kernel_has_a_reference_a_test_and_a_benchmark():
+    from mien import kernels
+
+    for name in kernels.OPERATIONS:
+        assert hasattr(kernels.reference, name), f"kernels/reference.py lacks {name}"
+        assert (ROOT / f"tests/test_{name}.py").exists()
+        assert (ROOT / f"benchmarks/bench_{name}.py").exists()
