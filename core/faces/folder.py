@@ -51,7 +51,7 @@ def read_folder(
     """The faces of a folder; sub-folders and files that are not named .png are passed over.
 
     strict: refuse the folder at the first file that is no usable face. minimum: faces that a side
-    needs. side: "a" or "b", for the texts.
+    needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts.
     Raises ValueError, one line, where the folder is missing, holds no faces or too few.
     """
     folder = Path(path).expanduser()
@@ -67,7 +67,7 @@ def read_folder(
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise ValueError(f"{result.path}: {result.reason}")
             rejected.append(result)
-    if len(faces) < minimum or not faces:
+    if len(faces) < minimum:
         raise ValueError(_too_few(folder, faces, rejected, minimum, side))
     return FaceFolder(folder, faces, rejected)
 

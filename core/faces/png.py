@@ -160,6 +160,17 @@ def insert_header(png: bytes, header: FaceHeader) -> bytes:
         position = end
 
 
+def is_complete(png: bytes | memoryview) -> bool:
+    """Whether every chunk up to `IEND` is there: decoders print of their own where one is cut."""
+    position = len(SIGNATURE)
+    while position + 12 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, position)
+        position += 12 + length
+        if kind == b"IEND":
+            return position <= len(png)
+    return False
+
+
 def parse_literal(text: str) -> Any:
     """The value of a Python literal of dicts, lists, tuples, text, bytes, numbers, True/False/None.
 

@@ -1,0 +1,228 @@
+"""mien faces: check, inspect and draw folders of faces."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..core.faces.check import Comparison, Progress, Report, Spread
+
+_NUM_NAMED = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the three verbs and their options."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    text = "Measure one face folder, or both sides against each other."
+    check = verbs.add_parser(
+        "check",
+        help=text,
+        description=f"{text} Exit code 2 where a folder holds too few usable faces to train.",
+    )
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="face PNGs (of side A)")
+    check.add_argument(
+        "folder_b", type=Path, nargs="?", metavar="FOLDER_B", help="face PNGs of side B"
+    )
+    check.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    text = "Show what one face file says and how training sees it."
+    inspect = verbs.add_parser("inspect", help=text, description=text)
+    inspect.add_argument("file", type=Path, metavar="FILE", help="a face PNG")
+    inspect.add_argument("--json", action="store_true", help="print the facts as JSON")
+    inspect.add_argument(
+        "--output", type=Path, metavar="PICTURE.png", help="write the crops and masks here"
+    )
+    text = "Draw a folder of faces of somebody who does not exist."
+    draw = verbs.add_parser("draw", help=text, description=text)
+    draw.add_argument("folder", type=Path, metavar="FOLDER", help="where to put them")
+    draw.add_argument("--identity", choices=("a", "b"), default="a", help="who (default: a)")
+    draw.add_argument("--count", type=int, default=500, metavar="N", help="faces (default: 500)")
+    draw.add_argument("--size", type=int, default=256, metavar="PX", help="edge (default: 256)")
+    draw.add_argument("--seed", type=int, default=0, metavar="N", help="variation (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out one verb; 0, or 2 where a checked folder cannot be trained on."""
+    return {"check": _check, "inspect": _inspect, "draw": _draw}[args.verb](args)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from ..core.faces.check import compare, report
+
+    folders = [folder for folder in (args.folder, args.folder_b) if folder is not None]
+    reports = []
+    for folder in folders:
+        with _progress(str(folder)) as progress:
+            reports.append(report(folder, progress=progress))
+    comparison = compare(*reports) if len(reports) == 2 else None
+    if args.json:
+        facts: dict[str, Any] = {"folders": [one.as_dict() for one in reports]}
+        if comparison:
+            facts["comparison"] = comparison.as_dict()
+        print(json.dumps(facts, indent=1))
+    else:
+        _print_check(reports, comparison)
+    return 0 if all(one.trainable for one in reports) else 2
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    import cv2
+
+    from ..core.faces.check import contact_sheet, inspect
+    from ..core.faces.png import FaceFileError
+
+    try:
+        facts = inspect(args.file)
+        sheet = contact_sheet(args.file) if args.output else None
+    except FaceFileError as error:
+        raise ValueError(f"{args.file}: {error}") from None
+    if sheet is not None:
+        if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise ValueError(f"--output must end in .png or .jpg, got {args.output}")
+        encoded = cv2.imencode(args.output.suffix.lower(), sheet)[1]
+        try:
+            args.output.write_bytes(encoded.tobytes())
+        except OSError as error:
+            raise ValueError(f"--output {args.output}: {error.strerror or error}") from None
+        facts["picture"] = str(args.output)
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _print_rows(str(args.file), _flat(facts))
+    return 0
+
+
+def _draw(args: argparse.Namespace) -> int:
+    from ..core.faces.synthetic import draw_folder
+
+    if args.count < 1:
+        raise ValueError(f"--count must be at least 1, got {args.count}")
+    draw_folder(
+        args.folder, identity=args.identity, count=args.count, size_px=args.size, seed=args.seed
+    )
+    print(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
+    return 0
+
+
+@contextmanager
+def _progress(name: str) -> "Iterator[Progress | None]":
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> None:
+    for report in reports:
+        _print_rows(report.path, _check_rows(report))
+        if report.poses:
+            _print_table(f"{report.path}: faces by angle in degrees", _pose_table(report.poses))
+        for name, reason in list(report.unreadable.items())[:_NUM_NAMED]:
+            print(f"  unusable: {name} {reason}")
+        if len(report.unreadable) > _NUM_NAMED:
+            print(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
+        for group in report.repeats[:_NUM_NAMED]:
+            print(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
+        if len(report.repeats) > _NUM_NAMED:
+            print(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
+        _print_advice(f"Advice for {report.path}", report.advice)
+    if comparison:
+        _print_advice("The two sides against each other", comparison.advice)
+
+
+def _check_rows(report: "Report") -> dict[str, str]:
+    """What the table of a checked folder says, by the name of the row."""
+    return {
+        "faces": f"{report.num_faces} of {report.num_files} files",
+        "size, px": ", ".join(f"{size} ({n})" for size, n in report.sizes_px.items()) or "-",
+        "head in the source, px": _spread_text(report.native_px),
+        "masks": ", ".join(f"{name} ({n})" for name, n in report.masks.items()) or "none",
+        "yaw, degrees": _spread_text(report.yaw),
+        "pitch, degrees": _spread_text(report.pitch),
+        "roll, degrees": _spread_text(report.roll),
+        "lightness, of 100": _spread_text(report.lightness),
+        "light, right minus left": _spread_text(report.light_balance),
+        "sharpness": _spread_text(report.sharpness, digits=2),
+        "repeated pictures": str(report.num_repeats),
+    }
+
+
+def _spread_text(spread: "Spread | None", digits: int = 0) -> str:
+    if spread is None:
+        return "-"
+    low, middle, high = (f"{v:.{digits}f}" for v in (spread.p5, spread.median, spread.p95))
+    least, most = (f"{v:.{digits}f}" for v in (spread.minimum, spread.maximum))
+    return f"90 % in {low} to {high}, median {middle}, all in {least} to {most}"
+
+
+def _pose_table(poses: dict[str, int]) -> list[list[str]]:
+    """Faces by field of yaw (columns) and pitch (rows), with headings."""
+    counts: dict[tuple[int, int], int] = {}
+    spans: dict[str, dict[int, str]] = {"yaw": {}, "pitch": {}}
+    for pose, count in poses.items():
+        _, yaw, _, pitch = pose.split()
+        corner = []
+        for name, span in (("yaw", yaw), ("pitch", pitch)):
+            low = int(span.split("..")[0])
+            spans[name][low] = span
+            corner.append(low)
+        counts[corner[0], corner[1]] = count
+    columns, rows = sorted(spans["yaw"]), sorted(spans["pitch"])
+    table = [["pitch \\ yaw", *(spans["yaw"][low] for low in columns)]]
+    for row in rows:
+        cells = [str(counts.get((column, row), "")) for column in columns]
+        table.append([spans["pitch"][row], *cells])
+    return table
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested facts as rows of one table."""
+    rows: dict[str, str] = {}
+    for name, value in facts.items():
+        if isinstance(value, dict) and any(isinstance(item, dict) for item in value.values()):
+            rows |= _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, dict):
+            rows[f"{prefix}{name}"] = ", ".join(f"{key} {item}" for key, item in value.items())
+        else:
+            rows[f"{prefix}{name}"] = str(value)
+    return rows
+
+
+def _print_rows(title: str, rows: dict[str, str]) -> None:
+    _print_table(title, [[name, value] for name, value in rows.items()], has_heading=False)
+
+
+def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True) -> None:
+    """Cells in columns: a rich table on a terminal, plain text elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(title), title_justify="left", show_header=has_heading)
+        for heading in rows[0]:
+            table.add_column(Text(heading) if has_heading else "")
+        for row in rows[has_heading:]:
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    print(title)
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  " + "  ".join(cells).rstrip())
+
+
+def _print_advice(title: str, advice: list[str]) -> None:
+    print(f"{title}:")
+    for sentence in advice or ["Nothing to mend."]:
+        print(f"  - {sentence}")

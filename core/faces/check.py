@@ -1,0 +1,560 @@
+"""What a face folder is worth for training: variety of angle and light, size, repeats, damage.
+
+Every picture is decoded once. Light is the mean CIE lightness L* (0 to 100) over the face; repeats
+are found by the signs of the 255 lowest DCT coefficients of the aligned face: two encodings of one
+picture differ in up to 10 of them, neighbouring frames of a film in 12 and more (measured on four
+sets). Angles are those of the alignment, in degrees.
+"""
+
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from .folder import MINIMUM_FACES, Face, Rejected, overlap, read_folder
+from .geometry import (
+    CENTERINGS,
+    PADDING_RATIO,
+    Crop,
+    align,
+    crop_box,
+    crop_landmarks,
+    cut,
+    resize,
+)
+from .masks import AREAS, LANDMARK_MASKS, area_mask, landmark_mask, stored_mask
+from .png import FaceFileError, FaceHeader, StoredMask, is_complete, read_header
+
+WANTED_FACES = 500
+MANY_FACES = 10_000
+POSE_BIN_DEGREES = 15
+REPEAT_BITS = 10
+
+_FACE_CROP = Crop("face", 1.0, 0.0, 128)
+_FACE_SHARE = 0.75  # of the head crop's width that the face crop shows
+_HASH_EDGE = 16
+_BLOCK_ROWS = 1024
+_TINT_BGR = np.array([64, 64, 255], np.float32)
+_SHEET_MARGIN_PX = 8
+_CAPTION_PX = 20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a quantity is spread over the faces."""
+
+    minimum: float
+    p5: float
+    median: float
+    p95: float
+    maximum: float
+
+    @property
+    def range(self) -> float:
+        """Width of the middle 90 %."""
+        return self.p95 - self.p5
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured in one folder. `as_dict` makes it ready for JSON.
+
+    sizes_px: number of files of each edge. native_px: width of the head crop in px of the source
+    picture, before extraction scaled it. masks: number of faces that have each stored mask. poses:
+    number of faces in each field of 15 degrees of yaw and pitch. lightness: L* over the face.
+    light_balance: L* of the right half minus the left. repeats: groups of files that show nearly
+    the same picture. blurred, blank, odd_landmarks: file names. damaged_masks, unreadable: the
+    reason by file name.
+    """
+
+    path: str
+    num_files: int
+    num_faces: int
+    sizes_px: dict[int, int]
+    native_px: Spread | None
+    masks: dict[str, int]
+    yaw: Spread | None
+    pitch: Spread | None
+    roll: Spread | None
+    poses: dict[str, int]
+    lightness: Spread | None
+    light_balance: Spread | None
+    sharpness: Spread | None
+    repeats: list[list[str]]
+    blurred: list[str]
+    blank: list[str]
+    odd_landmarks: list[str]
+    damaged_masks: dict[str, str]
+    unreadable: dict[str, str]
+    advice: list[str]
+
+    @property
+    def trainable(self) -> bool:
+        """Whether there are enough faces to train at all."""
+        return self.num_faces >= MINIMUM_FACES
+
+    @property
+    def num_repeats(self) -> int:
+        """Files that could go without losing a picture."""
+        return sum(len(group) - 1 for group in self.repeats)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {
+            "trainable": self.trainable,
+            "num_repeats": self.num_repeats,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What either side shows that the other does not."""
+
+    shared: str | None
+    poses_only_a: dict[str, float]
+    poses_only_b: dict[str, float]
+    advice: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    lightness: float
+    light_balance: float
+    sharpness: float
+    is_blank: bool
+    signs: np.ndarray
+    damaged: str
+
+
+def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> Report:
+    """What is in a face folder and what to do about it.
+
+    progress: called with the number of pictures done and of all.
+    Raises ValueError where there is no such folder or no PNG in it.
+    """
+    found = read_folder(folder, minimum=0)
+    faces: list[Face] = []
+    measured: list[_Measured] = []
+    rejected = list(found.rejected)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (face, result) in enumerate(
+            zip(found.faces, pool.map(_measure, found.faces), strict=True), 1
+        ):
+            if isinstance(result, Rejected):
+                rejected.append(result)
+            else:
+                faces.append(face)
+                measured.append(result)
+            if progress:
+                progress(done, len(found.faces))
+    rejected.sort(key=lambda file: file.path)
+    measurements = _report(found.path, faces, measured, rejected)
+    return dataclasses.replace(measurements, advice=_advice(measurements))
+
+
+def compare(a: Report, b: Report) -> Comparison:
+    """What side A shows that B lacks, and the other way round."""
+    shared = overlap(a.path, b.path)
+    only_a, only_b = _poses_only(a, b), _poses_only(b, a)
+    advice = []
+    if shared:
+        advice.append(f"{shared}: give each person a folder of their own.")
+    for name, other, poses in (("A", "B", only_a), ("B", "A", only_b)):
+        if poses:
+            share = sum(poses.values())
+            fields = ", ".join(sorted(poses, key=lambda pose: -poses[pose])[:4])
+            advice.append(
+                f"{share:.0%} of side {name}'s faces look where side {other} has none ({fields}): "
+                f"add such faces to {other}."
+            )
+    advice.extend(_light_advice(a, b))
+    smaller, larger = sorted((a, b), key=lambda side: side.num_faces)
+    if smaller.num_faces and larger.num_faces > 5 * smaller.num_faces:
+        advice.append(
+            f"{larger.path} has {larger.num_faces} faces and {smaller.path} {smaller.num_faces}: "
+            "the smaller side is repeated more often; bring them nearer to each other."
+        )
+    return Comparison(shared, only_a, only_b, advice)
+
+
+def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The facts of one face file, ready for JSON.
+
+    Raises FaceFileError where the file is no usable face.
+    """
+    edge_px, header = read_header(path)
+    face = Face(Path(path), edge_px, header, align(header.landmarks_l2))
+    decode(face)
+    alignment = face.alignment
+    return {
+        "file": str(path),
+        "edge_px": edge_px,
+        "native_px": round(_native_px(face), 1),
+        "box": dict(zip(("left", "top", "width", "height"), header.box, strict=True)),
+        "yaw": round(alignment.yaw, 1),
+        "pitch": round(alignment.pitch, 1),
+        "roll": round(alignment.roll, 1),
+        "distance_from_mean_face": round(alignment.average_distance, 4),
+        "masks": {name: _mask_facts(header, name) for name in sorted(header.masks)},
+        "source": header.source,
+    }
+
+
+def contact_sheet(path: str | os.PathLike[str], *, tile_px: int = 192) -> np.ndarray:
+    """One face as training sees it: its crops, and its masks laid over the face; BGR uint8.
+
+    Raises FaceFileError where the file is no usable face.
+    """
+    edge_px, header = read_header(path)
+    face = Face(Path(path), edge_px, header, align(header.landmarks_l2))
+    image = decode(face)
+    crops = {name: Crop(name, 1.0, 0.0, tile_px) for name in CENTERINGS}
+    pictures = {
+        name: resize(cut(image, crop_box(face.alignment, edge_px, crop)), tile_px)
+        for name, crop in crops.items()
+    }
+    landmarks_l2 = crop_landmarks(header.landmarks_l2, face.alignment, crops["face"])
+    dots = pictures["face"].copy()
+    for x, y in landmarks_l2.tolist():
+        cv2.circle(dots, (round(x), round(y)), 1, (0, 255, 0), -1, cv2.LINE_AA)
+    tiles = [(f"{name} crop", picture) for name, picture in pictures.items()]
+    tiles.append(("landmarks", dots))
+    masks = {name: landmark_mask(name, landmarks_l2, tile_px) for name in LANDMARK_MASKS}
+    masks |= {f"{area} area": area_mask(area, landmarks_l2, tile_px) for area in AREAS}
+    tiles.extend((name, _tinted(pictures["face"], mask)) for name, mask in masks.items())
+    for name, stored in header.masks.items():
+        if name not in LANDMARK_MASKS:
+            crop = crops[stored.centering]
+            pixels = _stored_pixels(stored, face, crop)
+            tiles.append((name, _tinted(pictures[stored.centering], pixels)))
+    return _tiled(tiles, tile_px)
+
+
+def _stored_pixels(mask: StoredMask, face: Face, crop: Crop) -> np.ndarray:
+    """A stored mask as it is, cut to the crop."""
+    return stored_mask(mask, face.alignment, crop, dilation=0, blur_kernel=0, threshold=0)
+
+
+def decode(face: Face) -> np.ndarray:
+    """The picture of a face, (N, N, 3) uint8 BGR.
+
+    Raises FaceFileError where the picture is damaged or is not what its header says.
+    """
+    try:
+        content = face.path.read_bytes()
+    except OSError as error:
+        raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
+    image = None
+    if is_complete(content):
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    if image is None or image.shape != (face.edge_px, face.edge_px, 3):
+        raise FaceFileError(
+            "its picture data are damaged or cut short: copy it again or extract the face again"
+        )
+    return image
+
+
+def _measure(face: Face) -> _Measured | Rejected:
+    try:
+        image = decode(face)
+    except FaceFileError as error:
+        return Rejected(face.path, str(error))
+    size_px = _FACE_CROP.size_px
+    crop = resize(cut(image, crop_box(face.alignment, face.edge_px, _FACE_CROP)), size_px)
+    landmarks_l2 = crop_landmarks(face.header.landmarks_l2, face.alignment, _FACE_CROP)
+    inside = landmark_mask("components", landmarks_l2, size_px) > 127
+    lightness = cv2.cvtColor(crop.astype(np.float32) / 255, cv2.COLOR_BGR2LAB)[..., 0]
+    half = size_px // 2
+    left, right = (
+        float(lightness[:, part][inside[:, part]].mean()) if inside[:, part].any() else 0.0
+        for part in (slice(0, half), slice(half, size_px))
+    )
+    grey = cv2.cvtColor(crop, cv2.COLOR_BGR2GRAY)
+    contrast = float(grey[inside].std()) if inside.any() else 0.0
+    edges = cv2.Laplacian(cv2.GaussianBlur(grey, (3, 3), 0), cv2.CV_32F)
+    return _Measured(
+        lightness=float(lightness[inside].mean()) if inside.any() else 0.0,
+        light_balance=right - left,
+        sharpness=float(edges[inside].std()) / contrast if contrast else 0.0,
+        is_blank=contrast < 1.0,
+        signs=_signs(grey),
+        damaged=_damaged_mask(face.header),
+    )
+
+
+def _damaged_mask(header: FaceHeader) -> str:
+    """Why the first damaged mask of the file cannot be used; empty where none is damaged."""
+    for name in sorted(set(header.masks) - set(LANDMARK_MASKS)):  # those are drawn afresh
+        try:
+            header.masks[name].pixels()
+        except FaceFileError as error:
+            return f"{name}: {error}"
+    return ""
+
+
+def _signs(grey: np.ndarray) -> np.ndarray:
+    """Signs of the low DCT coefficients about their median, -1 or 1, float32."""
+    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    low = cv2.dct(small)[:_HASH_EDGE, :_HASH_EDGE].ravel()[1:]
+    return np.where(low > np.median(low), np.float32(1), np.float32(-1))
+
+
+def _report(
+    folder: Path, faces: list[Face], measured: list[_Measured], rejected: list[Rejected]
+) -> Report:
+    names = [face.path.name for face in faces]
+    sharpness = np.array([one.sharpness for one in measured])
+    dull = sharpness < 0.5 * np.median(sharpness) if len(measured) else sharpness
+    blank = [name for name, one in zip(names, measured, strict=True) if one.is_blank]
+    return Report(
+        path=str(folder),
+        num_files=len(faces) + len(rejected),
+        num_faces=len(faces),
+        sizes_px=dict(sorted(Counter(face.edge_px for face in faces).items())),
+        native_px=_spread([_native_px(face) for face in faces]),
+        masks=dict(sorted(Counter(n for face in faces for n in face.header.masks).items())),
+        yaw=_spread([face.alignment.yaw for face in faces]),
+        pitch=_spread([face.alignment.pitch for face in faces]),
+        roll=_spread([face.alignment.roll for face in faces]),
+        poses=dict(Counter(_pose_field(face) for face in faces)),
+        lightness=_spread([one.lightness for one in measured]),
+        light_balance=_spread([one.light_balance for one in measured]),
+        sharpness=_spread(sharpness.tolist()),
+        repeats=_repeats(names, measured),
+        blurred=[n for n, is_dull in zip(names, dull, strict=True) if is_dull and n not in blank],
+        blank=blank,
+        odd_landmarks=[face.path.name for face in faces if face.alignment.average_distance > 0.08],
+        damaged_masks={
+            n: one.damaged for n, one in zip(names, measured, strict=True) if one.damaged
+        },
+        unreadable={file.path.name: file.reason for file in rejected},
+        advice=[],
+    )
+
+
+def _spread(values: list[float]) -> Spread | None:
+    if not values:
+        return None
+    numbers = np.percentile(values, [0, 5, 50, 95, 100])
+    return Spread(*(round(float(number), 3) for number in numbers))
+
+
+def _native_px(face: Face) -> float:
+    """Width of the head crop in px of the source picture."""
+    px_per_unit = 1.0 / float(np.hypot(*face.alignment.matrix_23[:, 0]))
+    return px_per_unit / (1.0 - PADDING_RATIO["head"])
+
+
+def _pose_field(face: Face) -> str:
+    """Name of the field of yaw and pitch, such as `yaw -15..0 pitch 0..15`."""
+    parts = []
+    for name, angle in (("yaw", face.alignment.yaw), ("pitch", face.alignment.pitch)):
+        low = int(angle // POSE_BIN_DEGREES) * POSE_BIN_DEGREES
+        parts.append(f"{name} {low}..{low + POSE_BIN_DEGREES}")
+    return " ".join(parts)
+
+
+def _repeats(names: list[str], measured: list[_Measured]) -> list[list[str]]:
+    """Groups of nearly equal pictures: each file joins the first earlier one that it repeats."""
+    if not measured:
+        return []
+    signs = np.stack([one.signs for one in measured])
+    least = signs.shape[1] - 2 * REPEAT_BITS
+    first_of: dict[int, list[int]] = {}
+    repeated = np.zeros(len(names), bool)
+    for start in range(0, len(names), _BLOCK_ROWS):
+        alike = signs[start : start + _BLOCK_ROWS] @ signs[: start + _BLOCK_ROWS].T >= least
+        for row, position in enumerate(range(start, min(start + _BLOCK_ROWS, len(names)))):
+            earlier = np.flatnonzero(alike[row, :position] & ~repeated[:position])
+            if earlier.size:
+                repeated[position] = True
+                first_of.setdefault(int(earlier[0]), [int(earlier[0])]).append(position)
+    return [[names[index] for index in group] for _, group in sorted(first_of.items())]
+
+
+def _advice(result: Report) -> list[str]:
+    """What the numbers say, as sentences."""
+    advice = []
+    if result.unreadable:
+        advice.append(
+            f"{len(result.unreadable)} of {result.num_files} files cannot be used and are left "
+            "out: repair or remove them."
+        )
+    if not result.trainable:
+        advice.append(
+            f"{result.num_faces} usable faces are too few to train: at least {MINIMUM_FACES} are "
+            f"needed, {WANTED_FACES} varied ones for a good result."
+        )
+    elif result.num_faces < WANTED_FACES:
+        advice.append(
+            f"{result.num_faces} faces are few: use at least {WANTED_FACES} varied ones, 1,000 to "
+            "10,000 is sane."
+        )
+    elif result.num_faces > MANY_FACES:
+        advice.append(
+            f"{result.num_faces} faces are more than help: keep 1,000 to 10,000 varied ones."
+        )
+    advice.extend(_variety_advice(result))
+    advice.extend(_picture_advice(result))
+    return advice
+
+
+def _variety_advice(result: Report) -> list[str]:
+    advice = []
+    for name, spread, wanted in (("yaw", result.yaw, 40.0), ("pitch", result.pitch, 20.0)):
+        if spread and spread.range < wanted:
+            advice.append(
+                f"Little variety of {name}: 90 % of the faces lie within {spread.range:.0f} "
+                f"degrees ({spread.p5:.0f} to {spread.p95:.0f}); add faces that look elsewhere."
+            )
+    light, balance = result.lightness, result.light_balance
+    if light and balance and light.range < 10 and balance.range < 10:
+        advice.append(
+            f"One light: 90 % of the faces lie within {light.range:.0f} of 100 steps of lightness; "
+            "add faces under other light, or let colour augmentation help."
+        )
+    if result.num_repeats > 0.05 * result.num_faces:
+        advice.append(
+            f"{result.num_repeats} of {result.num_faces} files repeat another file's picture "
+            f"nearly unchanged (groups: {len(result.repeats)}): remove them, they teach nothing."
+        )
+    return advice
+
+
+def _picture_advice(result: Report) -> list[str]:
+    advice = []
+    if len(result.sizes_px) > 1:
+        sizes = ", ".join(f"{count} of {size} px" for size, count in result.sizes_px.items())
+        advice.append(
+            f"The pictures have {len(result.sizes_px)} sizes ({sizes}): all work, the small ones "
+            "train a blurrier face; extract all at one size where you can."
+        )
+    if result.sizes_px and result.native_px:
+        usual_px = max(result.sizes_px, key=lambda size: (result.sizes_px[size], size))
+        face_px = min(usual_px, result.native_px.median) * _FACE_SHARE
+        advice.append(
+            f"At face centring these files hold about {face_px:.0f} real px of a face: fit for "
+            f"models of up to {_model_px(face_px)} px; larger input is not better output."
+        )
+    stored = {name: n for name, n in result.masks.items() if name not in LANDMARK_MASKS}
+    for name, count in stored.items():
+        if count < result.num_faces:
+            advice.append(
+                f"Only {count} of {result.num_faces} faces have the mask {name!r}: with it as "
+                "data.mask_type the others are left out."
+            )
+    if result.num_faces and not stored:
+        advice.append(
+            "No network-made mask is stored: train with data.mask_type extended or components, "
+            "which are drawn from the landmarks."
+        )
+    for names, text in (
+        (list(result.damaged_masks), "with a damaged stored mask"),
+        (result.blank, "with a blank picture"),
+        (result.blurred, "much blurrier than the rest"),
+        (result.odd_landmarks, "with landmarks unlike a face"),
+    ):
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            advice.append(
+                f"{_faces(len(names))} {text} ({some}): look at them and remove the bad ones."
+            )
+    return advice
+
+
+def _faces(count: int) -> str:
+    return "1 face" if count == 1 else f"{count} faces"
+
+
+def _model_px(real_px: float) -> int:
+    """The largest usual model size that so many px still feed."""
+    fed = [size for size in (64, 128, 192, 256, 384, 512) if size <= real_px * 1.15]
+    return max(fed, default=64)
+
+
+def _poses_only(one: Report, other: Report) -> dict[str, float]:
+    """Fields of pose with at least 1 % of one side's faces and none of the other's."""
+    return {
+        pose: count / one.num_faces
+        for pose, count in one.poses.items()
+        if count >= max(0.01 * one.num_faces, 1) and not other.poses.get(pose)
+    }
+
+
+def _light_advice(a: Report, b: Report) -> list[str]:
+    advice = []
+    for name, other, one, two in (("A", "B", a, b), ("B", "A", b, a)):
+        if not one.lightness or not two.lightness:
+            continue
+        if one.lightness.p95 > two.lightness.p95 + 8:
+            advice.append(
+                f"Side {name} has faces as light as {one.lightness.p95:.0f} of 100, side {other} "
+                f"only up to {two.lightness.p95:.0f}: add lighter faces to {other}."
+            )
+        if one.lightness.p5 < two.lightness.p5 - 8:
+            advice.append(
+                f"Side {name} has faces as dark as {one.lightness.p5:.0f} of 100, side {other} "
+                f"only down to {two.lightness.p5:.0f}: add darker faces to {other}."
+            )
+    if a.light_balance and b.light_balance:
+        difference = b.light_balance.median - a.light_balance.median
+        if abs(difference) > 10:
+            where = "right" if difference > 0 else "left"
+            advice.append(
+                f"Most faces of side B are lit more from the {where} than those "
+                f"of side A (by {abs(difference):.0f} of 100): match the light."
+            )
+    return advice
+
+
+def _mask_facts(header: FaceHeader, name: str) -> dict[str, Any]:
+    mask = header.masks[name]
+    facts: dict[str, Any] = {"size_px": mask.size_px, "centering": mask.centering}
+    try:
+        facts["inside"] = round(float((mask.pixels() > 127).mean()), 3)
+    except FaceFileError as error:
+        facts["problem"] = str(error)
+    return facts
+
+
+def _tinted(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The picture, red where the mask leaves it out."""
+    outside = (255.0 - mask[..., None]) / 255.0 * 0.6
+    return np.rint(picture * (1.0 - outside) + _TINT_BGR * outside).astype(np.uint8)
+
+
+def _tiled(tiles: list[tuple[str, np.ndarray]], tile_px: int) -> np.ndarray:
+    """Captioned pictures in rows of four."""
+    columns = min(4, len(tiles))
+    rows = -(-len(tiles) // columns)
+    step_x, step_y = tile_px + _SHEET_MARGIN_PX, tile_px + _SHEET_MARGIN_PX + _CAPTION_PX
+    sheet = np.full(
+        (rows * step_y + _SHEET_MARGIN_PX, columns * step_x + _SHEET_MARGIN_PX, 3), 32, np.uint8
+    )
+    for index, (caption, picture) in enumerate(tiles):
+        top = index // columns * step_y + _SHEET_MARGIN_PX
+        left = index % columns * step_x + _SHEET_MARGIN_PX
+        cv2.putText(
+            sheet,
+            caption,
+            (left, top + _CAPTION_PX - 6),
+            cv2.FONT_HERSHEY_SIMPLEX,
+            0.45,
+            (230, 230, 230),
+            1,
+            cv2.LINE_AA,
+        )
+        top += _CAPTION_PX
+        sheet[top : top + tile_px, left : left + tile_px] = picture
+    return sheet
