@@ -127,7 +127,7 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
         if report.poses:
             _print_table(f"{report.path}: faces by angle in degrees", _pose_table(report.poses))
         for name, reason in list(report.unreadable.items())[:_NUM_NAMED]:
-            print(f"  unusable: {name} {reason}")
+            print(f"  unusable: {name}: {reason}")
         if len(report.unreadable) > _NUM_NAMED:
             print(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
         for group in report.repeats[:_NUM_NAMED]:

@@ -77,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(tomli_w.dumps(settings.to_dict(config)))
         return 0
+    from ..core.run.checkpoint import SaveError
     from ..core.run.log import Reporter
-    from ..core.train.loop import train
+    from ..core.train.loop import HALTED, train
 
-    return train(given, Reporter(as_json="json" in args))
+    try:
+        return train(given, Reporter(as_json="json" in args))
+    except SaveError as error:  # before the first step; later the loop tells of it
+        print(f"mien train: {error}", file=sys.stderr)
+        return HALTED

@@ -162,6 +162,9 @@ class Loop:
         self.saved_at = time.monotonic()
 
     def _report_saves(self) -> None:
+        """Tell of the saves that have ended, and of what the model folder has to say."""
+        while self.r.folder.warnings:
+            self.reporter.warning(self.r.folder.warnings.pop(0))
         for saved in self.r.saver.finished():
             self.reporter.save(
                 iteration=saved.iterations,

@@ -1,5 +1,6 @@
 """From settings to everything that a training loop needs, checked in the order a user would."""
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -70,8 +71,8 @@ def open_run(given: dict[str, Any], reporter: Reporter) -> Iterator[Run]:
         saved = folder.load()
         if saved is not None:
             config = _resumed(saved, given, reporter)
-        for warning in folder.warnings:
-            reporter.warning(warning)
+        while folder.warnings:
+            reporter.warning(folder.warnings.pop(0))
         yield _prepare(config, saved, folder, reporter, stack)
 
 
@@ -97,7 +98,7 @@ def _prepare(
     reporter: Reporter,
     stack: ExitStack,
 ) -> Run:
-    config = _with_absolute_inputs(config)
+    config = _resolved(config)
     device = choose_device(config.train.device)
     precision = precisions.resolve(config.precision.mode, device)
     options = models.options_of(config.model.trainer, config.model.options)
@@ -164,21 +165,23 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def _with_absolute_inputs(config: Config) -> Config:
-    """The face folders by absolute path, so that a resume works from anywhere."""
+def _resolved(config: Config) -> Config:
+    """All options of the family written out; the face folders absolute, to resume from anywhere."""
+    options = models.options_of(config.model.trainer, config.model.options)
     paths = {}
     for side in SIDES:
         given = getattr(config.data, f"input_{side}")
         if not given:
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER")
         paths[f"input_{side}"] = os.path.abspath(os.path.expanduser(given))
-    return from_dict(merge(to_dict(config), {"data": paths}))
+    resolved = {"data": paths, "model": {"options": dataclasses.asdict(options)}}
+    return from_dict(merge(to_dict(config), resolved))
 
 
 def _read_sides(config: Config) -> dict[str, FaceFolder]:
     """Both sides' faces, checked against each other and the batch size."""
     data = config.data
-    faces = {
+    faces: dict[str, FaceFolder] = {
         side: read_folder(getattr(data, f"input_{side}"), strict=data.strict, side=side)
         for side in SIDES
     }
