@@ -1,0 +1,98 @@
+"""Batches: pure functions of seed and count, one ahead, in the network's format."""
+
+import pytest
+import torch
+
+from mien.core.config import from_dict
+from mien.core.data.feed import Feed
+from mien.core.data.store import FaceStore
+from mien.kernels.augment import draw, records_of
+
+
+def _store(num_faces, seed):
+    generator = torch.Generator().manual_seed(seed)
+    faces = torch.randint(0, 256, (num_faces, 32, 32, 8), dtype=torch.uint8, generator=generator)
+    names = [f"{i}.png" for i in range(num_faces)]
+    return FaceStore(faces, "host", names, [], "", "", reused=False, seconds=0.0)
+
+
+def _feed(dtype=torch.float32, threads=2, **sections):
+    values = {"train": {"batch_size": 4}} | sections
+    stores = {"a": _store(7, 1), "b": _store(5, 2)}
+    return Feed(
+        stores,
+        from_dict(values),
+        input_px=16,
+        output_px=(16, 32),
+        device=torch.device("cpu"),
+        dtype=dtype,
+        num_threads=threads,
+    )
+
+
+def _assert_equal(one, two):
+    assert torch.equal(one.input_nchw, two.input_nchw)
+    for ours, theirs in zip(one.targets + one.weights, two.targets + two.weights, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_batches_depend_on_the_count_alone():
+    """Not on what was asked before, on working ahead, or on the number of threads."""
+    steady, jumping = _feed(), _feed(threads=1)
+    for step in range(4):
+        seen = {"a": 4 * step, "b": 4 * step}
+        _assert_equal(steady.next(seen), jumping.batch(seen))
+    _assert_equal(steady.next({"a": 40, "b": 8}), jumping.next({"a": 40, "b": 8}))
+    steady.close()
+    jumping.close()
+
+
+def test_shapes_formats_and_sides():
+    feed = _feed(torch.bfloat16, loss={"learn_mask": True})
+    batch = feed.batch({"a": 0, "b": 0})
+    assert batch.input_nchw.shape == (8, 3, 16, 16)
+    assert batch.input_nchw.dtype == torch.bfloat16
+    assert batch.input_nchw.is_contiguous(memory_format=torch.channels_last)
+    assert [t.shape for t in batch.targets] == [(8, 3, 16, 16), (8, 3, 32, 32)]
+    assert [w.shape for w in batch.weights] == [(8, 1, 16, 16), (8, 1, 32, 32)]
+    assert batch.weights[0].dtype == torch.float32
+    assert batch.mask_n1hw.shape == (8, 1, 32, 32)
+    for tensor in (batch.input_nchw, *batch.targets, *batch.weights, batch.mask_n1hw):
+        assert tensor.isfinite().all()
+        assert tensor.min() >= 0
+    assert batch.targets[1].max() <= 1
+    feed.close()
+
+
+def test_without_a_penalty_every_weight_is_one():
+    feed = _feed(loss={"penalized_mask_loss": False})
+    assert all(weight.eq(1).all() for weight in feed.batch({"a": 0, "b": 0}).weights)
+    feed.close()
+
+
+@pytest.mark.parametrize(("side", "num_faces"), [(0, 7), (1, 5)])
+def test_every_face_is_seen_before_one_repeats(side, num_faces):
+    feed = _feed()
+    orders = set()
+    for epoch in range(6):
+        params = draw(
+            feed.ranges,
+            seed=3,
+            side=side,
+            first=epoch * num_faces,
+            count=num_faces,
+            num_faces=num_faces,
+            size_px=32,
+        )
+        order = tuple(records_of(params)["index"])
+        assert sorted(order) == list(range(num_faces))
+        orders.add(order)
+    assert len(orders) > 1, "every epoch has the same order"
+    feed.close()
+
+
+def test_waiting_is_counted():
+    feed = _feed()
+    feed.next({"a": 0, "b": 0})
+    assert feed.waited_s > 0
+    feed.close()
