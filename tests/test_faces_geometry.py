@@ -1,11 +1,17 @@
 """Alignment, pose and crops against another implementation's numbers, and their rules."""
 
+import re
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 
+from mien.core.faces import geometry
 from mien.core.faces.geometry import (
+    Alignment,
     Crop,
+    CropBox,
     align,
     crop_box,
     crop_landmarks,
@@ -91,3 +97,122 @@ def test_landmarks_and_matrices_equal_oracle(oracle_dir):
             error = matrix - golden[f"matrix:{combo}"]
             error_px = header.landmarks_l2.astype(np.float64) @ error[:, :2].T + error[:, 2]
             assert np.abs(error_px).max() < LANDMARK_PX, (sample.name, combo)
+
+
+def make_landmarks(mean_2=(300.0, 200.0), scale: float = 150.0, degrees: float = 12.0):
+    """Landmarks of a face that is scaled, turned and moved from a plausible mean."""
+    generator = np.random.default_rng(3)
+    points = generator.uniform(0, 1, (68, 2))
+    angle = np.deg2rad(degrees)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return (points @ turn.T * scale + mean_2).astype(np.float32)
+
+
+def make_alignment(face=(0.1, -0.2), head=(0.3, 0.05)) -> Alignment:
+    offsets = {"face": np.float32(face), "head": np.float32(head), "legacy": np.zeros(2, "f4")}
+    matrix = np.array([[0.01, 0.002, -1.0], [-0.002, 0.01, -2.0]])
+    return Alignment(matrix, np.zeros((68, 2), "f4"), offsets, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_similarity_is_umeyama(mirrored):
+    """Against Umeyama's own formula by SVD; a mirrored face must not be fitted by a reflection."""
+    landmarks = make_landmarks()
+    if mirrored:
+        landmarks[:, 0] *= -1
+    with np.load(Path(geometry.__file__).with_name("mean_face.npz")) as constants:
+        target = constants["mean51"]
+    source = landmarks[17:].astype(np.float64)
+    centred, wanted = source - source.mean(axis=0), target - target.mean(axis=0)
+    u, d, vt = np.linalg.svd(wanted.T @ centred / len(source))
+    s = np.array([1.0, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
+    turn = u @ np.diag(s) @ vt
+    scale = (d * s).sum() / centred.var(axis=0).sum()
+    expected = scale * turn
+    found = align(landmarks).matrix_23
+    assert np.allclose(found[:, :2], expected, rtol=1e-9, atol=1e-12)
+    assert np.allclose(found[:, 2], target.mean(axis=0) - expected @ source.mean(axis=0))
+    assert np.linalg.det(found[:, :2]) > 0
+
+
+def test_crop_boxes_by_hand():
+    """The worked sizes of the format: a head-centred picture of 512 px has an inner box of 192."""
+    alignment = make_alignment()
+    for centering, coverage, side in (
+        ("face", 1.0, 384),
+        ("legacy", 1.0, 308),
+        ("legacy", 0.625, 192),
+        ("head", 0.8, 410),
+        ("head", 1.0, 512),
+    ):
+        assert crop_box(alignment, 512, Crop(centering, coverage, 0.0, 64)).side == side
+    # x: (0.1 - 0.3) 192 + 64 = 25.6; y: (-0.2 - 0.05 - 0.1) 192 + 64 = -3.2
+    assert crop_box(alignment, 512, Crop("face", 1.0, 0.1, 64)) == CropBox(26, -3, 384)
+    assert crop_box(alignment, 512, Crop("head", 1.0, 0.0, 64)) == CropBox(0, 0, 512)
+
+
+def test_positive_offset_moves_the_face_down():
+    landmarks, alignment = make_landmarks(), make_alignment()
+    still, moved = (
+        crop_landmarks(landmarks, alignment, Crop("face", 1.0, y, 64)) for y in (0.0, 0.25)
+    )
+    assert np.allclose(moved - still, [0.0, 0.25 * 32], atol=1e-4)
+
+
+@pytest.mark.oracle
+def test_picture_and_landmarks_move_together(oracle_dir):
+    """The cut-out picture shows each landmark where crop_landmarks says, in every crop."""
+    sample = next(iter(sorted((oracle_dir / "samples").glob("*.png"))), None)
+    if sample is None:
+        pytest.skip(f"{oracle_dir} has no samples")
+    edge_px, header = read_header(sample)
+    alignment = align(header.landmarks_l2)
+    whole = crop_landmarks(header.landmarks_l2, alignment, Crop("head", 1.0, 0.0, edge_px))
+    for centering in ("face", "head", "legacy"):
+        for coverage, offset in ((1.0, 0.0), (0.7, 0.2), (0.9, -0.25)):
+            crop = Crop(centering, coverage, offset, 512)
+            box = crop_box(alignment, edge_px, crop)
+            through_box = (whole - (box.left, box.top)) * (512 / box.side)
+            found = crop_landmarks(header.landmarks_l2, alignment, crop)
+            # The box lies on whole px of the picture: half a px of it, and its even side.
+            assert np.abs(through_box - found).max() < 2.5 * 512 / box.side
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (5, 5, 3), (4, 7, 1)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 4), (-2, 1, 4), (3, -3, 6), (-9, 0, 4), (0, 99, 3), (-3, -3, 12), (2, 2, 1)]
+)
+def test_cut_pads_with_zeros(shape, box):
+    image = np.random.default_rng(0).integers(1, 256, shape, np.uint8)
+    left, top, side = box
+    found = cut(image, CropBox(left, top, side))
+    assert found.shape == (side, side, *shape[2:])
+    for row in range(side):
+        for column in range(side):
+            y, x = top + row, left + column
+            inside = 0 <= y < shape[0] and 0 <= x < shape[1]
+            assert np.array_equal(found[row, column], image[y, x] if inside else 0 * image[0, 0])
+
+
+def test_resize_is_cubic_up_and_area_down():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    up = cv2.resize(image, (100, 100), interpolation=cv2.INTER_CUBIC)
+    down = cv2.resize(image, (20, 20), interpolation=cv2.INTER_AREA)
+    assert np.array_equal(resize(image, 100), up)
+    assert np.array_equal(resize(image, 20), down)
+    assert resize(image, 64) is image
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        (("nose", 1.0, 0.0, 64), "centering must be one of"),
+        (("face", 1.1, 0.0, 64), "coverage must be above 0 and at most 1, got 1.1"),
+        (("face", 87.5, 0.0, 64), "coverage must be above 0 and at most 1, got 87.5"),
+        (("face", 1.0, 10, 64), "vertical_offset must be -0.25 to 0.25, got 10"),
+        (("face", 1.0, 0.0, 0), "size_px must be at least 1, got 0"),
+    ],
+)
+def test_impossible_crops_are_refused(values, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        Crop(*values)

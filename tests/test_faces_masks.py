@@ -1,5 +1,8 @@
 """Masks against another implementation's pixels, and their rules."""
 
+import zlib
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ import pytest
 from mien.core.faces.folder import Face
 from mien.core.faces.geometry import Crop, align, crop_box, crop_landmarks, cut, resize
 from mien.core.faces.masks import area_mask, landmark_mask, stored_mask, training_masks
-from mien.core.faces.png import StoredMask, read_header
+from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, read_header
 
 NEWER_OPENCV = int(cv2.__version__.split(".")[0]) >= 5
 
@@ -65,12 +68,14 @@ def test_masks_equal_oracle(oracle_dir):
         else:
             mask = face.header.masks[name]
             found = stored_mask(mask, face.alignment, crop, **options)
-            if crop.centering == mask.centering and crop.coverage == 1 and crop.vertical_offset:
+            full = crop.centering == mask.centering and crop.coverage == 1.0
+            if full and crop.vertical_offset:
                 # The other implementation leaves the offset out here; ours moves mask and picture.
                 unmoved = Crop(crop.centering, crop.coverage, 0.0, crop.size_px)
                 still = stored_mask(mask, face.alignment, unmoved, **options)
                 assert_same(still, expected, where, differing)
-                assert_moved(found, still, mask, crop)
+                assert np.array_equal(found, moved_whole(face, mask, crop, options)), where
+                assert not np.array_equal(found, still), where
                 num_mended += 1
             else:
                 assert_same(found, expected, where, differing)
@@ -78,13 +83,18 @@ def test_masks_equal_oracle(oracle_dir):
     assert_few(differing, num_checked)
 
 
-def assert_moved(moved: np.ndarray, still: np.ndarray, mask: StoredMask, crop: Crop) -> None:
-    """The mask lies lower by the offset; equal where crop and stored mask have one size."""
-    assert moved.shape == still.shape
-    assert not np.array_equal(moved, still)
-    rows = np.arange(len(still))
-    centre_moved, centre_still = (m.sum(axis=1) @ rows / m.sum() for m in (moved, still))
-    assert np.sign(centre_moved - centre_still) == np.sign(crop.vertical_offset)
+def moved_whole(face: Face, mask: StoredMask, crop: Crop, options: dict) -> np.ndarray:
+    """The whole stored mask moved by the crop's offset: the crop formula for full coverage."""
+    size_px = mask.size_px
+    uncut = Crop(crop.centering, 1.0, 0.0, size_px)
+    pixels = stored_mask(mask, face.alignment, uncut, **options)
+    inner_px = size_px * (1 - {"legacy": 0.375, "face": 0.5, "head": 0.625}[crop.centering])
+    top = round(-crop.vertical_offset * inner_px + size_px / 2) - size_px // 2
+    moved = np.zeros_like(pixels)
+    for row in range(size_px):
+        if 0 <= top + row < size_px:
+            moved[row] = pixels[top + row]
+    return resize(moved, crop.size_px)
 
 
 @pytest.mark.oracle
@@ -131,3 +141,122 @@ def test_training_items_equal_oracle(oracle_dir):
             )
             num_checked += 1
     assert_few(differing, num_checked)
+
+
+def make_face(stored_px: int = 64, centering: str = "face") -> Face:
+    """A face that fills its crop as the mean face does, with one stored mask: a soft disc."""
+    rows, columns = np.mgrid[:stored_px, :stored_px] / stored_px
+    disc = np.clip(1.3 - 3.2 * np.hypot(rows - 0.5, columns - 0.5), 0, 1)
+    data = zlib.compress(np.rint(disc * 255).astype(np.uint8).tobytes())
+    generator = np.random.default_rng(1)
+    landmarks = (generator.uniform(0, 1, (68, 2)) * 100 + 50).astype(np.float32)
+    mask = StoredMask(data, stored_px, centering, np.eye(3))
+    header = FaceHeader(landmarks, masks={"vgg-clear": mask})
+    return Face(Path("face.png"), 256, header, align(landmarks))
+
+
+PLAIN = {"dilation": 0.0, "blur_kernel": 0, "threshold": 0}
+
+
+@pytest.mark.parametrize("offset", [-0.25, -0.1, 0.1, 0.25])
+def test_offset_moves_a_full_mask_of_the_same_centering(offset):
+    face = make_face()
+    mask = face.header.masks["vgg-clear"]
+    pixels = mask.pixels()
+    centre = round(-offset * 64 * 0.5 + 32)
+    expected = np.zeros_like(pixels)
+    for row in range(64):
+        if 0 <= centre - 32 + row < 64:
+            expected[row] = pixels[centre - 32 + row]
+    found = stored_mask(mask, face.alignment, Crop("face", 1.0, offset, 64), **PLAIN)
+    assert np.array_equal(found, expected)
+    assert not np.array_equal(found, pixels)
+
+
+def test_threshold_by_hand():
+    face = make_face()
+    mask = face.header.masks["vgg-clear"]
+    pixels = mask.pixels()
+    crop = Crop("face", 1.0, 0.0, 64)
+    for percent in (0, 4, 25, 50):
+        margin = percent / 100 * 255
+        expected = pixels.copy()
+        expected[pixels < margin] = 0
+        expected[pixels > 255 - margin] = 255
+        options = PLAIN | {"threshold": percent}
+        assert np.array_equal(stored_mask(mask, face.alignment, crop, **options), expected)
+    assert set(np.unique(expected)) == {0, 255}
+
+
+def test_even_blur_kernel_is_made_odd():
+    face = make_face()
+    mask = face.header.masks["vgg-clear"]
+    crop = Crop("face", 1.0, 0.0, 64)
+    found = [
+        stored_mask(mask, face.alignment, crop, **PLAIN | {"blur_kernel": kernel})
+        for kernel in (4, 5, 3)
+    ]
+    assert np.array_equal(found[0], cv2.GaussianBlur(mask.pixels(), (5, 5), 0))
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("stored_px", [64, 65, 128])
+@pytest.mark.parametrize("size_px", [32, 64, 100, 256])
+def test_odd_and_other_sizes_fit(stored_px, size_px):
+    face = make_face(stored_px)
+    for centering in ("face", "head", "legacy"):
+        for coverage, offset in ((1.0, 0.0), (1.0, 0.2), (0.7, -0.2)):
+            crop = Crop(centering, coverage, offset, size_px)
+            masks = training_masks(face, crop, mask_type="vgg-clear", **PLAIN)
+            assert masks.shape == (size_px, size_px, 3)
+            assert masks[..., 0].any()
+
+
+def test_tiny_dilation_leaves_the_mask_as_it_is():
+    """0.7 % of 64 px rounds to a kernel of no px, which OpenCV refuses."""
+    landmarks = make_face().alignment.normalized_l2 * 64
+    plain = landmark_mask("components", landmarks, 64)
+    assert np.array_equal(landmark_mask("components", landmarks, 64, 0.7), plain)
+    grown = landmark_mask("components", landmarks, 64, 5.0)
+    shrunk = landmark_mask("components", landmarks, 64, -5.0)
+    assert shrunk.sum() < plain.sum() < grown.sum()
+    assert (grown >= plain).all()
+    assert (shrunk <= plain).all()
+
+
+def test_drawing_leaves_the_landmarks_alone():
+    landmarks = make_face().alignment.normalized_l2 * 64
+    before = landmarks.copy()
+    landmark_mask("extended", landmarks, 64)
+    area_mask("eye", landmarks, 64)
+    assert np.array_equal(landmarks, before)
+
+
+def test_training_masks_by_type():
+    face = make_face()
+    crop = Crop("face", 1.0, 0.0, 64)
+    landmarks = crop_landmarks(face.header.landmarks_l2, face.alignment, crop)
+    none = training_masks(face, crop, mask_type="none", **PLAIN)
+    assert (none[..., 0] == 255).all()
+    for plane, area in ((1, "eye"), (2, "mouth")):
+        assert np.array_equal(none[..., plane], area_mask(area, landmarks, 64))
+    drawn = training_masks(face, crop, mask_type="extended", **PLAIN | {"dilation": 3.0})
+    assert np.array_equal(drawn[..., 0], landmark_mask("extended", landmarks, 64, 3.0))
+
+
+def test_missing_and_damaged_masks_are_named():
+    face = make_face()
+    crop = Crop("face", 1.0, 0.0, 64)
+    with pytest.raises(FaceFileError, match=r"no mask 'unet-dfl' \(stored: vgg-clear\): set data"):
+        training_masks(face, crop, mask_type="unet-dfl", **PLAIN)
+    face.header.masks["vgg-clear"].data = b"nothing"
+    with pytest.raises(FaceFileError, match="damaged"):
+        training_masks(face, crop, mask_type="vgg-clear", **PLAIN)
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(ValueError, match="kind must be one of"):
+        landmark_mask("nose", np.zeros((68, 2), np.float32), 64, 0.0)
+    with pytest.raises(ValueError, match="area must be one of"):
+        area_mask("nose", np.zeros((68, 2), np.float32), 64)

@@ -282,7 +282,7 @@ def _measure(face: Face) -> _Measured | Rejected:
     )
     grey = cv2.cvtColor(crop, cv2.COLOR_BGR2GRAY)
     contrast = float(grey[inside].std()) if inside.any() else 0.0
-    edges = cv2.Laplacian(cv2.GaussianBlur(grey, (3, 3), 0), cv2.CV_32F)
+    edges = cv2.Laplacian(grey, cv2.CV_32F)
     return _Measured(
         lightness=float(lightness[inside].mean()) if inside.any() else 0.0,
         light_balance=right - left,
@@ -405,7 +405,13 @@ def _advice(result: Report) -> list[str]:
         advice.append(
             f"{result.num_faces} faces are more than help: keep 1,000 to 10,000 varied ones."
         )
-    advice.extend(_variety_advice(result))
+    if result.trainable:
+        advice.extend(_variety_advice(result))
+    if result.num_repeats > 0.05 * result.num_faces:
+        advice.append(
+            f"{result.num_repeats} of {result.num_faces} files repeat another file's picture "
+            f"nearly unchanged (groups: {len(result.repeats)}): remove them, they teach nothing."
+        )
     advice.extend(_picture_advice(result))
     return advice
 
@@ -423,11 +429,6 @@ def _variety_advice(result: Report) -> list[str]:
         advice.append(
             f"One light: 90 % of the faces lie within {light.range:.0f} of 100 steps of lightness; "
             "add faces under other light, or let colour augmentation help."
-        )
-    if result.num_repeats > 0.05 * result.num_faces:
-        advice.append(
-            f"{result.num_repeats} of {result.num_faces} files repeat another file's picture "
-            f"nearly unchanged (groups: {len(result.repeats)}): remove them, they teach nothing."
         )
     return advice
 

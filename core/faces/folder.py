@@ -141,7 +141,7 @@ def _too_few(
 ) -> str:
     """The one line that says why a folder is refused, and what to do."""
     name = _name(folder, side)
-    reasons = [f"{file.path.name} {file.reason}" for file in rejected[:_NUM_NAMED]]
+    reasons = [f"{file.path.name}: {file.reason}" for file in rejected[:_NUM_NAMED]]
     more = len(rejected) - len(reasons)
     tail = "; ".join(reasons) + (f"; and {more} more" if more > 0 else "")
     if not faces:

@@ -1,0 +1,305 @@
+"""What is measured in a face folder, what is said about it, and the command that prints it."""
+
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from mien.cli import main
+from mien.core.faces import geometry
+from mien.core.faces.check import compare, contact_sheet, decode, inspect, report
+from mien.core.faces.folder import read_folder
+from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, write_face
+
+with np.load(Path(geometry.__file__).with_name("mean_face.npz")) as _constants:
+    MEAN_51_2 = _constants["mean51"]
+
+
+def face_landmarks(scale: float = 120.0) -> np.ndarray:
+    """A frontal face: the mean inner landmarks and a round jaw, px of a frame."""
+    angle = np.linspace(np.pi, 0, 17)
+    jaw = np.column_stack([0.5 + 0.62 * np.cos(angle), 0.25 + 0.95 * np.sin(angle)])
+    return (np.vstack([jaw, MEAN_51_2]) * scale + 200).astype(np.float32)
+
+
+def turned(landmarks: np.ndarray, yaw: float) -> np.ndarray:
+    """The landmarks squeezed as by a turned head: only the measured angle need move."""
+    x = (landmarks[:, 0] - landmarks[:, 0].mean()) / 100
+    bent = landmarks.copy()
+    bent[:, 0] += (yaw * (1 - x**2) * 10).astype(np.float32)
+    return bent
+
+
+def write(
+    folder: Path,
+    name: str,
+    *,
+    seed: int = 0,
+    edge_px: int = 128,
+    light: float = 1.0,
+    blur: int = 0,
+    yaw: float = 0.0,
+    masks: dict | None = None,
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(60, 200, (edge_px // 4, edge_px // 4, 3)).astype(np.uint8)
+    image = cv2.resize(coarse, (edge_px, edge_px), interpolation=cv2.INTER_CUBIC)
+    if blur:
+        image = cv2.GaussianBlur(image, (blur, blur), 0)
+    image = np.clip(image * light, 0, 255).astype(np.uint8)
+    header = FaceHeader(turned(face_landmarks(), yaw), masks=masks or {}, source={"face_index": 0})
+    write_face(folder / name, image, header)
+    return folder / name
+
+
+@pytest.fixture
+def faces(tmp_path) -> Path:
+    """30 different faces."""
+    folder = tmp_path / "a"
+    for number in range(30):
+        write(folder, f"f{number:02}.png", seed=number)
+    return folder
+
+
+def said(advice: list[str], text: str) -> bool:
+    return any(text in sentence for sentence in advice)
+
+
+def test_counts_sizes_and_progress(faces):
+    write(faces, "large.png", seed=99, edge_px=256)
+    calls = []
+    found = report(faces, progress=lambda done, total: calls.append((done, total)))
+    assert (found.num_files, found.num_faces, found.trainable) == (31, 31, True)
+    assert found.sizes_px == {128: 30, 256: 1}
+    assert calls == [(done, 31) for done in range(1, 32)]
+    assert said(found.advice, "have 2 sizes (30 of 128 px, 1 of 256 px)")
+    assert said(found.advice, "31 faces are few")
+    assert found.repeats == []
+    assert found.blurred == found.blank == found.odd_landmarks == []
+    assert json.loads(json.dumps(found.as_dict()))["sizes_px"] == {"128": 30, "256": 1}
+
+
+def test_native_px_is_the_head_in_the_source(faces):
+    found = report(faces)
+    # 120 px for the inner box of the mean face, which is 3/8 of the head crop.
+    assert found.native_px.median == pytest.approx(120 / 0.375, rel=1e-3)
+    assert said(found.advice, "96 real px of a face: fit for models of up to 64 px")
+
+
+def test_repeats_are_grouped_and_named(faces):
+    again = cv2.imread(str(faces / "f03.png"))
+    header = FaceHeader(face_landmarks())
+    brighter = np.clip(again.astype(np.float32) * 1.05 + 4, 0, 255).astype(np.uint8)
+    write_face(faces / "g1.png", brighter, header)
+    soft = cv2.GaussianBlur(again, (3, 3), 0.5)
+    write_face(faces / "g2.png", soft, header)
+    found = report(faces)
+    assert found.repeats == [["f03.png", "g1.png", "g2.png"]]
+    assert found.num_repeats == 2
+    assert said(found.advice, "2 of 32 files repeat")
+
+
+def test_repeats_are_found_across_blocks(faces, monkeypatch):
+    write_face(faces / "z.png", cv2.imread(str(faces / "f00.png")), FaceHeader(face_landmarks()))
+    monkeypatch.setattr("mien.core.faces.check._BLOCK_ROWS", 7)
+    assert report(faces).repeats == [["f00.png", "z.png"]]
+
+
+def test_light_is_measured_on_the_face(faces, tmp_path):
+    plain = report(faces)
+    assert 45 < plain.lightness.median < 60
+    assert said(plain.advice, "One light")
+    dark = tmp_path / "dark"
+    for number in range(30):
+        write(dark, f"f{number:02}.png", seed=number, light=0.4)
+    darker = report(dark)
+    assert darker.lightness.median < plain.lightness.median - 15
+    compared = compare(plain, darker)
+    assert said(compared.advice, "Side A has faces as light as")
+    assert said(compared.advice, "Side B has faces as dark as")
+    for number in range(30):
+        write(faces, f"h{number:02}.png", seed=100 + number, light=0.3 + number / 40)
+    assert not said(report(faces).advice, "One light")
+
+
+def test_pose_is_spread_and_compared(faces, tmp_path):
+    turned_folder = tmp_path / "b"
+    for number in range(30):
+        write(turned_folder, f"f{number:02}.png", seed=number + 50, yaw=(number % 5 - 2) * 1.0)
+    straight, other = report(faces), report(turned_folder)
+    assert straight.yaw.range < 1 < other.yaw.range
+    assert said(straight.advice, "Little variety of yaw")
+    assert sum(straight.poses.values()) == 30
+    compared = compare(straight, other)
+    assert compared.poses_only_a == {}
+    assert sum(compared.poses_only_b.values()) > 0.2
+    assert said(compared.advice, "of side B's faces look where side A has none")
+    assert json.dumps(compared.as_dict())
+
+
+def test_blur_blank_and_odd_faces_are_named(faces):
+    write(faces, "soft.png", seed=200, blur=21)
+    write_face(faces / "black.png", np.zeros((128, 128, 3), np.uint8), FaceHeader(face_landmarks()))
+    odd = np.random.default_rng(0).uniform(0, 200, (68, 2)).astype(np.float32)
+    write_face(faces / "odd.png", cv2.imread(str(faces / "f00.png"))[::-1].copy(), FaceHeader(odd))
+    found = report(faces)
+    assert found.blurred == ["soft.png"]
+    assert found.blank == ["black.png"]
+    assert found.odd_landmarks == ["odd.png"]
+    assert said(found.advice, "1 face with a blank picture (black.png)")
+
+
+def test_unreadable_files_are_named_with_reasons(faces):
+    (faces / "empty.png").write_bytes(b"")
+    cut = (faces / "f01.png").read_bytes()
+    (faces / "cut.png").write_bytes(cut[: len(cut) * 2 // 3])
+    damaged = bytearray((faces / "f02.png").read_bytes())
+    damaged[-40] ^= 0xFF
+    (faces / "damaged.png").write_bytes(damaged)
+    found = report(faces)
+    assert (found.num_files, found.num_faces) == (33, 30)
+    assert list(found.unreadable) == ["cut.png", "damaged.png", "empty.png"]
+    assert "0 bytes" in found.unreadable["empty.png"]
+    assert "cut short" in found.unreadable["cut.png"]
+    assert said(found.advice, "3 of 33 files cannot be used")
+
+
+def test_masks_are_counted_and_checked(faces):
+    good = StoredMask(zlib.compress(bytes(64)), 8, "face", np.eye(3))
+    bad = StoredMask(b"no zlib", 8, "face", np.eye(3))
+    write(faces, "f00.png", masks={"vgg-clear": good})
+    write(faces, "f01.png", seed=1, masks={"vgg-clear": bad, "components": bad})
+    found = report(faces)
+    assert found.masks == {"components": 1, "vgg-clear": 2}
+    assert list(found.damaged_masks) == ["f01.png"]
+    assert found.damaged_masks["f01.png"].startswith("vgg-clear: a stored mask is damaged")
+    assert said(found.advice, "Only 2 of 30 faces have the mask 'vgg-clear'")
+
+
+def test_few_or_no_faces_are_reported(tmp_path):
+    write(tmp_path / "few", "f.png")
+    found = report(tmp_path / "few")
+    assert not found.trainable
+    assert said(found.advice, "1 usable faces are too few to train: at least 25")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "f.png").write_bytes(b"text")
+    found = report(tmp_path / "none")
+    assert found.num_faces == 0
+    assert found.yaw is None
+    assert compare(found, found).shared is not None
+    with pytest.raises(ValueError, match="does not exist"):
+        report(tmp_path / "nowhere")
+
+
+def test_same_folder_on_both_sides_is_said(faces):
+    found = report(faces)
+    compared = compare(found, found)
+    assert "both sides use the folder" in compared.shared
+    assert said(compared.advice, "give each person a folder")
+
+
+def test_decode_refuses_pictures_of_another_size(faces):
+    face = read_folder(faces).faces[0]
+    face.edge_px = 64
+    with pytest.raises(FaceFileError, match="damaged or cut short"):
+        decode(face)
+
+
+@pytest.mark.oracle
+def test_inspect_and_sheet_of_oracle_samples(oracle_dir):
+    samples = sorted((oracle_dir / "samples").glob("*.png"))
+    if not samples:
+        pytest.skip(f"{oracle_dir} has no samples")
+    for sample in samples:
+        facts = inspect(sample)
+        with np.load(oracle_dir / "geometry" / f"{sample.stem}.npz") as golden:
+            pose = [facts["pitch"], facts["yaw"], facts["roll"]]
+            assert np.allclose(pose, golden["pitch_yaw_roll"], atol=0.11)
+        assert all("problem" not in mask for mask in facts["masks"].values())
+        json.dumps(facts)
+        sheet = contact_sheet(sample, tile_px=64)
+        drawn = sum(name not in ("components", "extended") for name in facts["masks"])
+        rows = -(-(8 + drawn) // 4)
+        assert sheet.shape == (rows * (64 + 8 + 20) + 8, 4 * (64 + 8) + 8, 3)
+        assert sheet.dtype == np.uint8
+
+
+def test_specimens_are_reported(faces_dir):
+    if not (faces_dir / "bad").is_dir():
+        pytest.skip(f"{faces_dir} has no bad specimens")
+    found = report(faces_dir / "bad")
+    assert "cut short" in found.unreadable["truncated_idat.png"]
+    assert found.blank == ["all_black.png"]
+    assert "good_control.png" not in found.unreadable
+    assert "header_expression.png" in found.unreadable
+
+
+def test_command_check_prints_json(faces, tmp_path, capsys):
+    assert main(["faces", "check", str(faces), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["folders"][0]["num_faces"] == 30
+    write(tmp_path / "few", "f.png")
+    assert main(["faces", "check", str(faces), str(tmp_path / "few"), "--json"]) == 2
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["comparison"]["shared"] is None
+    assert [one["trainable"] for one in facts["folders"]] == [True, False]
+
+
+def test_command_check_prints_text(faces, capsys):
+    (faces / "empty.png").write_bytes(b"")
+    assert main(["faces", "check", str(faces)]) == 0
+    text = capsys.readouterr().out
+    assert "30 of 31 files" in text
+    assert "unusable: empty.png: is empty" in text
+    assert "30 faces are few" in text
+    assert "pitch \\ yaw" in text
+
+
+def test_command_inspect_writes_a_picture(faces, tmp_path, capsys):
+    output = tmp_path / "sheet.png"
+    file = str(faces / "f00.png")
+    assert main(["faces", "inspect", file, "--json", "--output", str(output)]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["edge_px"] == 128
+    assert facts["box"] == {"left": 0, "top": 0, "width": 0, "height": 0}
+    assert cv2.imread(str(output)).shape[2] == 3
+    assert main(["faces", "inspect", file]) == 0
+    assert "native_px" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["check", "{tmp}/none"], "does not exist"),
+        (["check", "{tmp}"], "holds no PNG"),
+        (["inspect", "{tmp}/none.png"], "none.png: cannot be read: No such file"),
+        (["inspect", "{tmp}/a/f00.png", "--output", "{tmp}/x.txt"], "must end in .png"),
+        (["inspect", "{tmp}/a/f00.png", "--output", "{tmp}/no/x.png"], "No such file"),
+        (["draw", "{tmp}/new", "--count", "0"], "--count must be at least 1, got 0"),
+    ],
+)
+def test_command_says_mistakes_in_one_line(faces, tmp_path, capsys, arguments, text):
+    assert main(["faces", *(part.format(tmp=tmp_path) for part in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("mien faces: ")
+    assert captured.err.count("\n") == 1
+    assert text in captured.err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, mien.cli\n"
+        "try: mien.cli.main(['faces', 'check', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'cv2', 'numpy', 'rich'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "FOLDER_B" in done.stdout

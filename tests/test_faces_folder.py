@@ -1,0 +1,155 @@
+"""Folders of faces: which files count, what is refused in one line, and shared folders."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mien.core.faces.folder import list_pictures, overlap, read_folder
+from mien.core.faces.png import FaceHeader, write_face
+
+
+def write_faces(folder: Path, names: list[str], edge_px: int = 32) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    for name in names:
+        landmarks = generator.uniform(50, 150, (68, 2)).astype(np.float32)
+        write_face(folder / name, np.zeros((edge_px, edge_px, 3), np.uint8), FaceHeader(landmarks))
+    return folder
+
+
+def message_of(*args, **options) -> str:
+    with pytest.raises(ValueError, match=".") as caught:
+        read_folder(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_faces_come_sorted_by_name(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f10.png", "f9.PNG", "f1.png", "é.png"])
+    found = read_folder(folder, minimum=4)
+    assert [face.path.name for face in found.faces] == ["f1.png", "f10.png", "f9.PNG", "é.png"]
+    assert found.rejected == []
+    assert {face.edge_px for face in found.faces} == {32}
+    assert found.faces[0].alignment.matrix_23.shape == (2, 3)
+
+
+def test_other_entries_are_passed_over(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png"])
+    write_faces(folder / "deeper.png", ["f2.png"])
+    (folder / "notes.txt").write_text("no face")
+    (folder / ".hidden.png").write_text("no face")
+    (folder / "dangling.png").symlink_to(folder / "gone.png")
+    elsewhere = write_faces(tmp_path / "b", ["real.png"])
+    (folder / "f0.png").symlink_to(elsewhere / "real.png")
+    assert [path.name for path in list_pictures(folder)] == ["f0.png", "f1.png"]
+    assert len(read_folder(folder, minimum=2).faces) == 2
+
+
+def test_rejected_files_are_named_with_their_reason(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
+    (folder / "f0.png").write_bytes(b"")
+    found = read_folder(folder, minimum=2)
+    assert len(found.faces) == 2
+    assert [(file.path.name, file.reason[:16]) for file in found.rejected] == [
+        ("f0.png", "is empty (0 byte")
+    ]
+
+
+def test_strict_stops_at_the_first_rejected_file(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png", "f3.png"])
+    (folder / "f2.png").write_bytes(b"no png")
+    (folder / "f4.png").write_bytes(b"")
+    message = message_of(folder, minimum=2, strict=True)
+    assert message.startswith(f"{folder / 'f2.png'}: is no PNG")
+    assert (
+        len(read_folder(write_faces(tmp_path / "b", ["f.png"]), minimum=1, strict=True).faces) == 1
+    )
+
+
+def test_too_few_faces_are_refused_with_advice(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
+    message = message_of(folder, side="b")
+    assert message.startswith(f"side B: {folder} contains fewer than 25 usable faces (2)")
+    assert "at least 500" in message
+    for number in range(5):
+        (folder / f"g{number}.png").write_bytes(b"")
+    message = message_of(folder)
+    assert "5 files are unusable" in message
+    assert "and 2 more" in message
+    assert len(read_folder(folder, minimum=2).faces) == 2
+
+
+def test_missing_wrong_and_empty_folders_are_refused(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png"])
+    assert "does not exist" in message_of(tmp_path / "none")
+    assert message_of(tmp_path / "none", side="a").startswith("side A: ")
+    assert "is a file" in message_of(folder / "f1.png")
+    (tmp_path / "empty").mkdir()
+    assert "holds no PNG" in message_of(tmp_path / "empty")
+
+
+def test_pictures_without_headers_are_no_faces(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
+    for path in list_pictures(folder):
+        content = path.read_bytes()
+        start = content.index(b"iTXt") - 4
+        path.write_bytes(content[:start] + content[content.index(b"IDAT") - 4 :])
+    message = message_of(folder, minimum=1)
+    assert "2 PNGs are not extracted faces: extract faces from the pictures first" in message
+    assert read_folder(folder, minimum=0).faces == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_files_are_rejected(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
+    (folder / "f1.png").chmod(0)
+    found = read_folder(folder, minimum=1)
+    assert "Permission denied" in found.rejected[0].reason
+
+
+def test_overlap_names_what_is_shared(tmp_path):
+    a = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
+    b = write_faces(tmp_path / "b", ["f1.png", "f2.png"])
+    inner = write_faces(a / "inner", ["f1.png"])
+    assert overlap(a, b) is None
+    assert "both sides use" in overlap(a, a)
+    (tmp_path / "link").symlink_to(a)
+    assert "both sides use" in overlap(tmp_path / "link", a)
+    assert f"{inner} lies inside {a}" == overlap(a, inner) == overlap(inner, a)
+    (b / "f3.png").symlink_to(a / "f1.png")
+    assert overlap(a, b).endswith("share 1 files")
+    os.link(a / "f2.png", b / "f4.png")
+    assert overlap(a, b).endswith("share 2 files")
+
+
+@pytest.mark.slow
+def test_real_folders_are_read_whole(faces_dir):
+    for name in ("a_grid", "b_talk", "a_hi", "b_hi"):
+        folder = faces_dir / name
+        if not folder.is_dir():
+            pytest.skip(f"{faces_dir} has no {name}")
+        found = read_folder(folder, strict=True)
+        assert len(found.faces) == len(list(folder.glob("*.png")))
+        yaws = np.array([face.alignment.yaw for face in found.faces])
+        distances = np.array([face.alignment.average_distance for face in found.faces])
+        assert np.abs(yaws).max() < 60
+        assert distances.max() < 0.06
+
+
+def test_a_folder_of_specimens_yields_its_faces(faces_dir, tmp_path):
+    bad = faces_dir / "bad"
+    if not bad.is_dir():
+        pytest.skip(f"{faces_dir} has no bad specimens")
+    names = [face.path.name for face in read_folder(bad, minimum=1).faces]
+    assert "good_control.png" in names
+    assert "no_header.png" not in names
+    assert "fewer than 25" in message_of(bad / "too_few", side="a")
+    sizes = {face.edge_px for face in read_folder(bad / "mixed_sizes", minimum=1).faces}
+    assert min(sizes) == 64
+    assert max(sizes) == 1024
+    shutil.copy(bad / "no_header.png", tmp_path)
+    assert "are not extracted faces" in message_of(tmp_path)
