@@ -1,5 +1,6 @@
 // Per-pixel maths of the augmentation: affine, random warp, area resize, weights, store formats.
-// A picture pixel is 8 bytes in one uint64_t: B G R face eye mouth 0 0, B in the lowest byte.
+// A store pixel is two words of four levels: B G R face, B in the lowest byte, and eye mouth 0 0.
+// Levels are handled a word at a time, two of them in one multiplication.
 #pragma once
 
 #include "color.cuh"
@@ -36,46 +37,42 @@ MIEN_HD Steps row_steps(const Inverse &inverse, int row) {
             round_int((inverse.y_by_y * row + inverse.y_add) * 1024) + 16};
 }
 
-MIEN_HD uint64_t load_pixel(const uint64_t *pixel) {
-#if defined(__CUDA_ARCH__)
-    return __ldg(reinterpret_cast<const unsigned long long *>(pixel));
-#else
-    return *pixel;
-#endif
+MIEN_HD uint32_t even_levels(uint32_t word) { return word & 0x00FF00FFu; }
+MIEN_HD uint32_t odd_levels(uint32_t word) { return (word >> 8) & 0x00FF00FFu; }
+
+// Bilinear mix of four words; right and down are the weights of the second, in 32nds.
+MIEN_HD uint32_t blend_words(uint32_t top_left, uint32_t top_right, uint32_t bottom_left,
+                             uint32_t bottom_right, uint32_t right, uint32_t down) {
+    const uint32_t left = 32 - right, up = 32 - down;
+    const uint32_t top_even = even_levels(top_left) * left + even_levels(top_right) * right;
+    const uint32_t top_odd = odd_levels(top_left) * left + odd_levels(top_right) * right;
+    const uint32_t low_even = even_levels(bottom_left) * left + even_levels(bottom_right) * right;
+    const uint32_t low_odd = odd_levels(bottom_left) * left + odd_levels(bottom_right) * right;
+    const uint32_t first = ((top_even & 0xFFFF) * up + (low_even & 0xFFFF) * down + 512) >> 10;
+    const uint32_t second = ((top_odd & 0xFFFF) * up + (low_odd & 0xFFFF) * down + 512) >> 10;
+    const uint32_t third = ((top_even >> 16) * up + (low_even >> 16) * down + 512) >> 10;
+    const uint32_t fourth = ((top_odd >> 16) * up + (low_odd >> 16) * down + 512) >> 10;
+    return first | (second << 8) | (third << 16) | (fourth << 24);
 }
 
-// Bilinear mix of four pixels, all channels; right and down are the weights of the second, in
-// 32nds.
-MIEN_HD uint64_t blend_pixels(uint64_t top_left, uint64_t top_right, uint64_t bottom_left,
-                              uint64_t bottom_right, int right, int down) {
-#if defined(__CUDACC__)
-    uint64_t out = 0;
-#pragma unroll
-    for (int shift = 0; shift < 48; shift += 8) {
-        const int tl = static_cast<int>(top_left >> shift) & 255;
-        const int tr = static_cast<int>(top_right >> shift) & 255;
-        const int bl = static_cast<int>(bottom_left >> shift) & 255;
-        const int br = static_cast<int>(bottom_right >> shift) & 255;
-        const int top = 32 * tl + (tr - tl) * right, bottom = 32 * bl + (br - bl) * right;
-        const int level = (32 * top + (bottom - top) * down + 512) >> 10;
-        out |= static_cast<uint64_t>(static_cast<uint32_t>(level)) << shift;
-    }
-    return out;
-#else
-    typedef uint8_t Bytes __attribute__((vector_size(8)));
-    typedef uint16_t Halves __attribute__((vector_size(16)));
-    typedef uint32_t Wholes __attribute__((vector_size(32)));
-    const auto wide = [](uint64_t pixel) __attribute__((always_inline)) {
-        return __builtin_convertvector(reinterpret_cast<Bytes>(pixel), Halves);
-    };
-    const uint16_t r = static_cast<uint16_t>(right), l = static_cast<uint16_t>(32 - right);
-    const uint32_t d = static_cast<uint32_t>(down), u = 32 - d;
-    const Halves top = wide(top_left) * l + wide(top_right) * r;
-    const Halves bottom = wide(bottom_left) * l + wide(bottom_right) * r;
-    const Wholes sum =
-        __builtin_convertvector(top, Wholes) * u + __builtin_convertvector(bottom, Wholes) * d;
-    return reinterpret_cast<uint64_t>(__builtin_convertvector((sum + 512) >> 10, Bytes));
-#endif
+// Where one output pixel of the affine comes from: four indices, the edge repeated, and two
+// weights.
+struct Taps {
+    int top_left, top_right, bottom_left, bottom_right;
+    uint32_t right, down;
+};
+
+MIEN_HD Taps affine_taps(Steps row, Steps column, int size_px) {
+    const int x = (row.x + column.x) >> 5, y = (row.y + column.y) >> 5, last = size_px - 1;
+    const int left = clamp_int(x >> 5, 0, last), right = clamp_int((x >> 5) + 1, 0, last);
+    const int top = clamp_int(y >> 5, 0, last) * size_px;
+    const int bottom = clamp_int((y >> 5) + 1, 0, last) * size_px;
+    return {top + left,
+            top + right,
+            bottom + left,
+            bottom + right,
+            static_cast<uint32_t>(x & 31),
+            static_cast<uint32_t>(y & 31)};
 }
 
 // ---- random warp ------------------------------------------------------------------------------
@@ -127,18 +124,18 @@ MIEN_HD int mix_level(int top_left, int top_right, int bottom_left, int bottom_r
     return round_int(mix(top, bottom, down));
 }
 
-// The same of whole pixels, B G R only.
-MIEN_HD uint64_t mix_pixels(uint64_t top_left, uint64_t top_right, uint64_t bottom_left,
-                            uint64_t bottom_right, float right, float down) {
-    uint64_t out = 0;
-    for (int shift = 0; shift < 24; shift += 8) {
-        const int level = mix_level(static_cast<int>(top_left >> shift) & 255,
-                                    static_cast<int>(top_right >> shift) & 255,
-                                    static_cast<int>(bottom_left >> shift) & 255,
-                                    static_cast<int>(bottom_right >> shift) & 255, right, down);
-        out |= static_cast<uint64_t>(static_cast<uint32_t>(level)) << shift;
-    }
-    return out;
+MIEN_HD int level_of(uint32_t word, int channel) {
+    return static_cast<int>(word >> 8 * channel) & 255;
+}
+
+// The same of the first three levels of a word.
+MIEN_HD uint32_t mix_words(uint32_t top_left, uint32_t top_right, uint32_t bottom_left,
+                           uint32_t bottom_right, float right, float down) {
+    int mixed[3] = {};
+    for (int c = 0; c < 3; ++c)
+        mixed[c] = mix_level(level_of(top_left, c), level_of(top_right, c),
+                             level_of(bottom_left, c), level_of(bottom_right, c), right, down);
+    return static_cast<uint32_t>(mixed[0] | (mixed[1] << 8) | (mixed[2] << 16));
 }
 
 // ---- area resize ------------------------------------------------------------------------------
@@ -176,18 +173,57 @@ MIEN_HD AreaSpan area_span(int at, int from_px, int to_px) {
     return span;
 }
 
-// Mean of a box of `ratio` x `ratio` levels.
-MIEN_HD int box_mean(int sum, int ratio, float per_pixel) {
-    return ratio == 2 ? (sum + 2) >> 2 : round_int(static_cast<float>(sum) * per_pixel);
+// Mean of a box of `ratio` x `ratio` words; `stride` words a row.
+MIEN_HD uint32_t box_mean(const uint32_t *box, int stride, int ratio) {
+    if (ratio == 2) {
+        uint32_t even = 0x00020002u, odd = 0x00020002u;
+        for (int y = 0; y < 2; ++y) {
+            for (int x = 0; x < 2; ++x) {
+                even += even_levels(box[y * stride + x]);
+                odd += odd_levels(box[y * stride + x]);
+            }
+        }
+        return even_levels(even >> 2) | (even_levels(odd >> 2) << 8);
+    }
+    int sums[4] = {};
+    for (int y = 0; y < ratio; ++y)
+        for (int x = 0; x < ratio; ++x)
+            for (int c = 0; c < 4; ++c) sums[c] += level_of(box[y * stride + x], c);
+    const float per_level = 1.0f / static_cast<float>(ratio * ratio);
+    uint32_t mean = 0;
+    for (int c = 0; c < 4; ++c)
+        mean |= static_cast<uint32_t>(round_int(static_cast<float>(sums[c]) * per_level)) << 8 * c;
+    return mean;
+}
+
+// One output word of the resize by a ratio that is no whole number.
+MIEN_HD uint32_t area_mean(const uint32_t *picture, int stride, const AreaSpan &columns,
+                           const AreaSpan &rows) {
+    float sums[4] = {};
+    for (int y = 0; y < rows.count; ++y) {
+        const uint32_t *row = picture + (rows.begin + y) * stride + columns.begin;
+        float line[4] = {};
+        for (int x = 0; x < columns.count; ++x) {
+            const float weight = area_weight(columns, x);
+            for (int c = 0; c < 4; ++c) line[c] += static_cast<float>(level_of(row[x], c)) * weight;
+        }
+        const float weight = area_weight(rows, y);
+        for (int c = 0; c < 4; ++c) sums[c] += line[c] * weight;
+    }
+    uint32_t mean = 0;
+    for (int c = 0; c < 4; ++c)
+        mean |= static_cast<uint32_t>(clamp_int(round_int(sums[c]), 0, 255)) << 8 * c;
+    return mean;
 }
 
 // ---- what is stored ---------------------------------------------------------------------------
 
 MIEN_HD float unit_level(int level) { return static_cast<float>(level) / 255.0f; }
 
-MIEN_HD float pixel_weight(const mien_augment_job &job, int face, int eye, int mouth) {
-    const float weight = unit_level(face) * (1.0f + job.eye_extra * unit_level(eye));
-    return weight * (1.0f + job.mouth_extra * unit_level(mouth));
+MIEN_HD float pixel_weight(float eye_extra, float mouth_extra, uint32_t picture, uint32_t areas) {
+    const float eye = unit_level(level_of(areas, 0)), mouth = unit_level(level_of(areas, 1));
+    return unit_level(level_of(picture, 3)) * (1.0f + eye_extra * eye) *
+           (1.0f + mouth_extra * mouth);
 }
 
 // Nearest bfloat16 of a number, ties to even.

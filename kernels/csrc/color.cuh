@@ -32,11 +32,12 @@ constexpr int rounded(double value) {  // half to even; value >= 0
 }
 
 struct ColorTables {
-    uint16_t linear[256];        // byte -> linear light * 2040
-    uint16_t cube_root[2041];    // linear light * 2040 -> f * 2^15
-    uint16_t light_y[256];       // L -> Y * 2^14
-    uint16_t light_f[256];       // L -> f(Y) * 2^14
-    uint8_t gamma_encode[4096];  // linear light * 4096 -> byte
+    // 32-bit entries, though fewer bits would do: that is what vector units gather.
+    int32_t linear[256];         // byte -> linear light * 2040
+    int32_t cube_root[2041];     // linear light * 2040 -> f * 2^15
+    int32_t light_y[256];        // L -> Y * 2^14
+    int32_t light_f[256];        // L -> f(Y) * 2^14
+    int32_t gamma_encode[4096];  // linear light * 4096 -> byte
 };
 
 constexpr ColorTables make_color_tables() {
@@ -44,25 +45,22 @@ constexpr ColorTables make_color_tables() {
     for (int i = 0; i < 256; ++i) {
         const double x = i / 255.0, base = (x + 0.055) / 1.055;
         const double square = base * base;  // base^2.4 = base^2 * (base^2)^(1/5)
-        t.linear[i] = static_cast<uint16_t>(
-            rounded(2040 * (x <= 0.04045 ? x / 12.92 : square * root(square, 5))));
+        t.linear[i] = rounded(2040 * (x <= 0.04045 ? x / 12.92 : square * root(square, 5)));
         const double light = i * 100 / 255.0, f = (light + 16) / 116;
         const double y = light <= 8 ? light / 903.3 : f * f * f;
-        t.light_y[i] = static_cast<uint16_t>(rounded(16384 * y));
-        t.light_f[i] =
-            static_cast<uint16_t>(rounded(16384 * (light <= 8 ? 7.787 * y + 16.0 / 116 : f)));
+        t.light_y[i] = rounded(16384 * y);
+        t.light_f[i] = rounded(16384 * (light <= 8 ? 7.787 * y + 16.0 / 116 : f));
     }
     for (int i = 0; i <= 2040; ++i) {
         const double x = i / 2040.0;
         const double f = x < 0.008856 ? 7.787 * x + 16.0 / 116 : root(x, 3);
         // Through float: two entries lie so close to one half that OpenCV's float decides them.
-        t.cube_root[i] = static_cast<uint16_t>(rounded(static_cast<float>(32768 * f)));
+        t.cube_root[i] = rounded(static_cast<float>(32768 * f));
     }
     for (int i = 0; i < 4096; ++i) {
         const double x = i / 4096.0, fourth = root(root(x, 2), 2), twelfth = root(fourth, 3);
         const double power = twelfth * twelfth * fourth;  // x^(5/12)
-        t.gamma_encode[i] = static_cast<uint8_t>(
-            rounded(255 * (x <= 0.0031308 ? 12.92 * x : 1.055 * power - 0.055)));
+        t.gamma_encode[i] = rounded(255 * (x <= 0.0031308 ? 12.92 * x : 1.055 * power - 0.055));
     }
     return t;
 }
@@ -80,7 +78,7 @@ MIEN_HD int cube_root_of(const ColorTables &t, int from_red, int from_green, int
 
 MIEN_HD int lightness(int f_y) {
     constexpr int kScale = (116 * 255 + 50) / 100, kShift = -((16 * 255 * 32768 + 50) / 100);
-    return clamp_int((kScale * f_y + kShift + 16384) >> 15, 0, 255);
+    return (kScale * f_y + kShift + 16384) >> 15;
 }
 
 // L alone, of a store pixel (B in the lowest byte).
@@ -97,8 +95,8 @@ MIEN_HD Lab lab_of(const ColorTables &t, uint32_t bgr) {
     const int y = cube_root_of(t, 871, 2929, 296, red, green, blue);
     const int z = cube_root_of(t, 73, 448, 3575, red, green, blue);
     constexpr int kMiddle = 128 * 32768 + 16384;
-    return {lightness(y), clamp_int((500 * (x - y) + kMiddle) >> 15, 0, 255),
-            clamp_int((200 * (y - z) + kMiddle) >> 15, 0, 255)};
+    // No colour leaves 0..255: L 0..255, a 42..226, b 20..223.
+    return {lightness(y), (500 * (x - y) + kMiddle) >> 15, (200 * (y - z) + kMiddle) >> 15};
 }
 
 // f -> X or Z, both with 14 fractional bits: the cube, or the straight piece near black.
@@ -115,9 +113,9 @@ MIEN_HD uint32_t bgr_of(const ColorTables &t, Lab lab) {
     const int blue = (217 * x + -836 * y + 4715 * z + 8192) >> 14;
     const int green = (-3773 * x + 7684 * y + 185 * z + 8192) >> 14;
     const int red = (12615 * x + -6296 * y + -2223 * z + 8192) >> 14;
-    return t.gamma_encode[clamp_int(blue, 0, 4095)] |
-           (uint32_t{t.gamma_encode[clamp_int(green, 0, 4095)]} << 8) |
-           (uint32_t{t.gamma_encode[clamp_int(red, 0, 4095)]} << 16);
+    return static_cast<uint32_t>(t.gamma_encode[clamp_int(blue, 0, 4095)] |
+                                 (t.gamma_encode[clamp_int(green, 0, 4095)] << 8) |
+                                 (t.gamma_encode[clamp_int(red, 0, 4095)] << 16));
 }
 
 // Move a level towards 255 or 0 by a part of the distance; truncated.
