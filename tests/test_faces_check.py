@@ -48,8 +48,14 @@ def write(
 ) -> Path:
     folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(seed)
-    coarse = generator.integers(60, 200, (edge_px // 4, edge_px // 4, 3)).astype(np.uint8)
-    image = cv2.resize(coarse, (edge_px, edge_px), interpolation=cv2.INTER_CUBIC)
+    size = (edge_px, edge_px)
+    coarse, fine = (
+        cv2.resize(
+            generator.uniform(*limits, (cells, cells, 3)), size, interpolation=cv2.INTER_CUBIC
+        )
+        for cells, limits in ((12, (100, 160)), (edge_px // 2, (-20, 20)))
+    )
+    image = np.clip(coarse + fine, 0, 255).astype(np.uint8)
     if blur:
         image = cv2.GaussianBlur(image, (blur, blur), 0)
     image = np.clip(image * light, 0, 255).astype(np.uint8)
