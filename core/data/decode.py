@@ -150,11 +150,15 @@ def _decode_dali(
     boxes = [geometry.crop_box(face.alignment, face.edge_px, crop) for face in faces]
     parts = [_inside(box, face.edge_px) for box, face in zip(boxes, faces, strict=True)]
 
-    def finish(number: int, part_rgb: np.ndarray) -> np.ndarray:
-        box, part = boxes[number], parts[number]
-        square = CropBox(box.left - part.left, box.top - part.top, box.side)
-        crop_rgb = geometry.resize(geometry.cut(part_rgb, square), crop.size_px)
-        return cv2.cvtColor(crop_rgb, cv2.COLOR_RGB2BGR)
+    def finish(numbers: range, first: int, decoded: Any) -> list[np.ndarray]:
+        crops = []
+        for number in numbers:
+            box, part = boxes[number], parts[number]
+            square = CropBox(box.left - part.left, box.top - part.top, box.side)
+            cut_rgb = geometry.cut(decoded.at(number - first), square)
+            crop_rgb = geometry.resize(cut_rgb, crop.size_px)
+            crops.append(cv2.cvtColor(crop_rgb, cv2.COLOR_RGB2BGR))
+        return crops
 
     batches = _batches(faces)
     try:
@@ -164,6 +168,7 @@ def _decode_dali(
         yield from _decode_opencv(faces, crop, threads, device, warn)
         return
     failures = 0
+    on_gpu = device.startswith("cuda")
     with ThreadPoolExecutor(threads) as pool:
         for batch in batches:
             try:
@@ -178,10 +183,19 @@ def _decode_dali(
                     yield from _decode_opencv(faces, crop, threads, device, warn, batch.stop)
                     return
                 continue
-            on_host = decoded.as_cpu() if device.startswith("cuda") else decoded
-            crops = list(pool.map(finish, batch, [on_host.at(i) for i in range(len(batch))]))
+            on_host = decoded.as_cpu() if on_gpu else decoded
+            # One task a thread: a task for each face would cost as much as the face's resize.
+            step = -(-len(batch) // threads)
+            tasks = [
+                pool.submit(finish, batch[first : first + step], batch.start, on_host)
+                for first in range(0, len(batch), step)
+            ]
+            finished = [crop_bgr for task in tasks for crop_bgr in task.result()]
             pipeline.release_outputs()
-            yield from zip(batch, crops, strict=True)
+            yield from zip(batch, finished, strict=True)
+    if on_gpu:
+        del pipeline, decoded, on_host
+        importlib.import_module("nvidia.dali.backend").ReleaseUnusedMemory()
 
 
 def _inside(box: CropBox, edge_px: int) -> _Part:

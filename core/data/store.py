@@ -52,12 +52,13 @@ MAX_HEADER_BYTES = 256 * 1024**2
 MINIMUM_FACES = 25
 ROOM_SHARE = 0.5
 DISK_RESERVE_BYTES = 256 * 1024**2
-MASKS_AHEAD = 48
+MASKS_IN_TASK = 8
+TASKS_AHEAD = 6
 COPY_BYTES = 256 * 1024**2
 
 _GIB = 1024**3
 _PART = ".part"
-_PLACES = {"gpu": "in GPU memory", "host": "in host memory"}
+_PLACES = {"gpu": "GPU memory", "host": "host memory"}
 # Channels of (blue, green, red, face, eye, mouth), each with its byte in the pixel.
 _TO_PIXEL = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
@@ -136,7 +137,6 @@ def open_store(
     """
     begin = time.perf_counter()
     tell = progress or (lambda done, total: None)
-    backend, decoded_by = choose_backend(data.decoder)
     facts = _plan(folder, crop, data)
     path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
     saved = _read_raw(path, facts.key) if path else None
@@ -149,6 +149,7 @@ def open_store(
         decoded_by = f"faces were decoded at an earlier start, they are read from {path}"
         tell(len(folder.faces), len(folder.faces))
     else:
+        backend, decoded_by = choose_backend(data.decoder)
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         with _Build(facts, path, placement, device) as build:
             names, rejected = _decode_into(
@@ -180,7 +181,7 @@ def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tupl
     auto: the GPU where they fit in half of its free memory, else the host where they fit in half
     of its available memory, else a file. Raises ValueError where the place asked for has no room.
     """
-    need = f"{num_bytes / _GIB:.2f} GiB of faces"
+    need = f"{_size(num_bytes)} of faces"
     rooms = {"host": available_host_bytes()}
     if device.type == "cuda":
         rooms = {"gpu": torch.cuda.mem_get_info(device)[0], **rooms}
@@ -193,16 +194,16 @@ def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tupl
     if setting != "auto":
         if num_bytes > rooms[setting]:
             raise ValueError(
-                f"data.placement is {setting}, but {need} do not fit in the "
-                f"{_room(setting, rooms[setting])}; set it to auto or file"
+                f"data.placement is {setting}, but {need} do not fit in {_PLACES[setting]} "
+                f"({_size(rooms[setting])} free); set it to auto or file"
             )
-        return setting, f"{need} are kept {_PLACES[setting]}, as set by data.placement"
+        return setting, f"{need} are kept in {_PLACES[setting]}, as set by data.placement"
     passed = ""
     for place, room in rooms.items():
         if num_bytes <= ROOM_SHARE * room:
-            return place, f"{need} are kept {_PLACES[place]}: {_room(place, room)}{passed}"
-        passed += f", more than half of the {_room(place, room)}"
-    return "file", f"{need} are read from a memory-mapped file: they are {passed[2:]}"
+            return place, f"{need} are kept in {_PLACES[place]} ({_size(room)} free){passed}"
+        passed += f"; too many for half of {_PLACES[place]} ({_size(room)} free)"
+    return "file", f"{need} are read from a memory-mapped file{passed}"
 
 
 def available_host_bytes() -> int:
@@ -245,9 +246,8 @@ def _group_rooms(membership: Path, root: Path) -> list[int]:
     return rooms
 
 
-def _room(place: str, num_bytes: int) -> str:
-    where = "free on the GPU" if place == "gpu" else "available in host memory"
-    return f"{num_bytes / _GIB:.2f} GiB {where}"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / 1024**2:.1f} MiB"
 
 
 def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
@@ -261,7 +261,7 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
     files = [[face.path.name, *_size_and_time(face.path)] for face in folder.faces]
     text = json.dumps([SCHEMA, settings, files], sort_keys=True)
     return _Facts(
-        key=hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32],
+        key=hashlib.sha256(text.encode()).hexdigest()[:32],
         folder=str(folder.path.resolve()),
         size_px=crop.size_px,
         settings=settings,
@@ -351,13 +351,17 @@ def _masks_ahead(
         except FaceFileError as error:
             return error
 
-    waiting: deque[Future[np.ndarray | FaceFileError]] = deque()
-    for face in faces:
-        waiting.append(pool.submit(make, face))
-        if len(waiting) > MASKS_AHEAD:
-            yield waiting.popleft().result()
+    def make_all(part: list[Face]) -> list[np.ndarray | FaceFileError]:
+        return [make(face) for face in part]
+
+    waiting: deque[Future[list[np.ndarray | FaceFileError]]] = deque()
+    for first in range(0, len(faces), MASKS_IN_TASK):
+        part = faces[first : first + MASKS_IN_TASK]
+        waiting.append(pool.submit(make_all, part))
+        if len(waiting) > TASKS_AHEAD:
+            yield from waiting.popleft().result()
     while waiting:
-        yield waiting.popleft().result()
+        yield from waiting.popleft().result()
 
 
 def _host_tensor(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -403,7 +407,7 @@ class _Build:
             self.pixels_fssc = self._raw.pixels_fssc
         elif placement == "file":
             raise ValueError(
-                f"{plan.num_bytes / _GIB:.2f} GiB of decoded faces need a file, but there is none "
+                f"{_size(plan.num_bytes)} of decoded faces need a file, but there is none "
                 f"({self.obstacle}); set data.store_dir to a folder with that much room"
             )
         else:
