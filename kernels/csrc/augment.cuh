@@ -173,6 +173,11 @@ MIEN_HD AreaSpan area_span(int at, int from_px, int to_px) {
     return span;
 }
 
+// Mean of `ratio` x `ratio` levels, from their sum.
+MIEN_HD int level_mean(int sum, int ratio) {
+    return round_int(static_cast<float>(sum) * (1.0f / static_cast<float>(ratio * ratio)));
+}
+
 // Mean of a box of `ratio` x `ratio` words; `stride` words a row.
 MIEN_HD uint32_t box_mean(const uint32_t *box, int stride, int ratio) {
     if (ratio == 2) {
@@ -189,10 +194,8 @@ MIEN_HD uint32_t box_mean(const uint32_t *box, int stride, int ratio) {
     for (int y = 0; y < ratio; ++y)
         for (int x = 0; x < ratio; ++x)
             for (int c = 0; c < 4; ++c) sums[c] += level_of(box[y * stride + x], c);
-    const float per_level = 1.0f / static_cast<float>(ratio * ratio);
     uint32_t mean = 0;
-    for (int c = 0; c < 4; ++c)
-        mean |= static_cast<uint32_t>(round_int(static_cast<float>(sums[c]) * per_level)) << 8 * c;
+    for (int c = 0; c < 4; ++c) mean |= static_cast<uint32_t>(level_mean(sums[c], ratio)) << 8 * c;
     return mean;
 }
 

@@ -1,0 +1,466 @@
+// The augmentation on a GPU: five launches a batch for a model whose input and output have the
+// store's size, and the same per-pixel functions as on the CPU.
+//
+//   gather    store -> LAB, shifted (read once: the store may lie in host memory); affine steps and
+//             the stretched warp grid of each face
+//   tables    CLAHE: tile histograms -> level tables, of the faces that have it
+//   color     CLAHE, LAB -> BGR, in place
+//   transform affine and flip; target and weight of an output that has the store's size
+//   outputs   area resize -> target and weight of the other sizes
+//   warp      only for an input that is neither the store's size nor half of it
+//   input     random warp and mean of a box, or the resize of what was warped -> input
+
+#include <cuda_runtime.h>
+
+#include "augment.cuh"
+#include "augment_checks.h"
+#include "draw.cuh"
+#include "status.h"
+
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ constexpr mien::ColorTables kColors = mien::make_color_tables();
+
+// What lies in the workspace, in bytes from its start.
+struct Layout {
+    int64_t staged;   // [count, S, S] pixels: LAB, then BGR, and the masks
+    int64_t picture;  // [count, S, S] words: B G R face, turned
+    int64_t areas;    // [count, S, S] words: eye mouth, turned
+    int64_t warped;   // [count, S, S] words; none where `input` warps by itself
+    int64_t levels;   // [count, tiles, tiles, 256] bytes
+    int64_t columns;  // [count, S] Steps
+    int64_t rows;     // [count, S] Steps
+    int64_t grid;     // [count, 2, 5, S] float
+    int64_t bytes;
+    int max_tiles;
+};
+
+// Whether the warp and the mean of a box are one kernel.
+bool warps_in_input(const mien_augment_job &job) {
+    return job.size_px == job.input_px || job.size_px == 2 * job.input_px;
+}
+
+Layout layout_of(const mien_augment_job &job) {
+    const int64_t edge = job.size_px, words = job.count * edge * edge * int64_t{sizeof(uint32_t)};
+    Layout l{};
+    l.max_tiles = mien::clahe_tiles(job.size_px, mien::kMaxClaheSize);
+    int64_t at = 0;
+    const auto take = [&at](int64_t bytes) {
+        const int64_t start = at;
+        at += (bytes + 255) / 256 * 256;
+        return start;
+    };
+    l.staged = take(2 * words);
+    l.picture = take(words);
+    l.areas = take(words);
+    l.warped = take(warps_in_input(job) ? 0 : words);
+    l.levels = take(job.count * l.max_tiles * l.max_tiles * 256);
+    l.columns = take(job.count * edge * int64_t{sizeof(mien::Steps)});
+    l.rows = take(job.count * edge * int64_t{sizeof(mien::Steps)});
+    l.grid = take(job.count * 10 * edge * int64_t{sizeof(float)});
+    l.bytes = at;
+    return l;
+}
+
+// Everything a kernel needs; passed by value.
+struct Call {
+    const uint2 *faces;
+    const mien_face *params;
+    int64_t num_faces;
+    int size, input_px, rgb;
+    uint2 *staged;
+    uint32_t *picture, *areas, *warped;
+    uint8_t *levels;
+    mien::Steps *columns, *rows;
+    float *grid;
+    int max_tiles;
+    bool with_areas, penalize;
+    float eye_extra, mouth_extra;
+};
+
+struct Output {
+    void *target;
+    float *weight, *mask;
+    int edge, type;
+};
+
+struct Outputs {
+    Output of[MIEN_MAX_OUTPUTS];
+    int count;
+};
+
+__device__ int tiles_of(const Call &call, const mien_face &face) {
+    return face.color ? mien::clamp_int(face.clahe_tiles, 0, call.max_tiles) : 0;
+}
+
+// ---- gather -----------------------------------------------------------------------------------
+
+__device__ void prepare_face(const Call &call, const mien_face &face, int64_t n) {
+    const int size = call.size;
+    const mien::Inverse inverse = mien::inverse_of(face.matrix);
+    for (int at = static_cast<int>(threadIdx.x); at < size; at += kThreads) {
+        call.columns[n * size + at] = mien::column_steps(inverse, face.flip ? size - 1 - at : at);
+        call.rows[n * size + at] = mien::row_steps(inverse, at);
+    }
+    if (!face.warp) return;
+    for (int at = static_cast<int>(threadIdx.x); at < size; at += kThreads) {
+        const mien::GridSpan span = mien::grid_span(at, size);
+        const int next = span.first < 4 ? span.first + 1 : 4;
+        for (int line = 0; line < 10; ++line) {
+            const int axis = line / 5, row = line % 5;
+            const float *noise = face.warp_noise[axis][row];
+            const float first =
+                mien::grid_point(axis == 0 ? span.first : row, size, noise[span.first]);
+            const float second = mien::grid_point(axis == 0 ? next : row, size, noise[next]);
+            call.grid[(n * 10 + line) * size + at] = mien::mix(first, second, span.part);
+        }
+    }
+}
+
+// blockIdx.x: kThreads pixels, or (the last one) the tables of the face; blockIdx.y: the face.
+__global__ void __launch_bounds__(kThreads) gather_kernel(const Call call) {
+    const int64_t n = blockIdx.y;
+    const mien_face &face = call.params[n];
+    if (blockIdx.x == gridDim.x - 1) return prepare_face(call, face, n);
+    const int area = call.size * call.size;
+    const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= area) return;
+    int64_t index = face.index < 0 ? 0 : face.index;
+    index = index < call.num_faces ? index : call.num_faces - 1;
+    uint2 pixel = __ldg(call.faces + index * area + i);
+    if (face.color) {
+        const mien::Lab lab = mien::lab_of(kColors, pixel.x);
+        pixel.x = (pixel.x & 0xFF000000u) |
+                  static_cast<uint32_t>(mien::shifted(lab.l, face.lab[0]) |
+                                        (mien::shifted(lab.a, face.lab[1]) << 8) |
+                                        (mien::shifted(lab.b, face.lab[2]) << 16));
+    }
+    call.staged[n * area + i] = pixel;
+}
+
+// ---- colour -----------------------------------------------------------------------------------
+
+// Inclusive sum over the block of kThreads threads; every thread gets its own.
+__device__ int block_scan(int value, int *warp_sums) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xFFFFFFFFu, value, step);
+        if (lane >= step) value += other;
+    }
+    __syncthreads();  // warp_sums may still be read from the last call
+    if (lane == 31) warp_sums[warp] = value;
+    __syncthreads();
+    for (int before = 0; before < warp; ++before) value += warp_sums[before];
+    return value;
+}
+
+// blockIdx.x: a row of tiles; blockIdx.y: the face.
+__global__ void __launch_bounds__(kThreads) tables_kernel(const Call call) {
+    __shared__ int bins[kThreads];
+    __shared__ int warp_sums[kThreads / 32];
+    const int64_t n = blockIdx.y;
+    const int num_tiles = tiles_of(call, call.params[n]), tile_y = static_cast<int>(blockIdx.x);
+    if (tile_y >= num_tiles) return;
+    const int size = call.size, thread = static_cast<int>(threadIdx.x);
+    const mien::ClaheTiles tiles = mien::clahe_of(num_tiles, size);
+    const uint2 *staged = call.staged + n * size * size;
+    uint8_t *levels =
+        call.levels + (n * call.max_tiles * call.max_tiles + tile_y * num_tiles) * 256;
+    for (int tile_x = 0; tile_x < num_tiles; ++tile_x) {
+        bins[thread] = 0;
+        __syncthreads();
+        for (int i = thread; i < tiles.area; i += kThreads) {
+            const int x = mien::reflected(tile_x * tiles.edge_px + i % tiles.edge_px, size);
+            const int y = mien::reflected(tile_y * tiles.edge_px + i / tiles.edge_px, size);
+            atomicAdd(bins + (staged[y * size + x].x & 255), 1);  // whole numbers: one sum
+        }
+        __syncthreads();
+        const int count = bins[thread], clipped = count < tiles.clip ? count : tiles.clip;
+        __syncthreads();
+        bins[thread] = block_scan(count - clipped, warp_sums);
+        __syncthreads();
+        const int excess = bins[kThreads - 1];
+        const int total = block_scan(clipped + mien::clahe_share(thread, excess), warp_sums);
+        levels[tile_x * 256 + thread] = static_cast<uint8_t>(mien::clahe_level(tiles, total));
+        __syncthreads();
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) color_kernel(const Call call) {
+    const int64_t n = blockIdx.y;
+    const int size = call.size, i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+    const mien_face &face = call.params[n];
+    if (i >= size * size || !face.color) return;
+    uint32_t &word = call.staged[n * size * size + i].x;
+    mien::Lab lab{mien::level_of(word, 0), mien::level_of(word, 1), mien::level_of(word, 2)};
+    const int num_tiles = tiles_of(call, face);
+    if (num_tiles > 0) {
+        const mien::ClaheTiles tiles = mien::clahe_of(num_tiles, size);
+        const mien::ClaheSpan x = mien::clahe_span(tiles, i % size);
+        const mien::ClaheSpan y = mien::clahe_span(tiles, i / size);
+        const uint8_t *levels = call.levels + n * call.max_tiles * call.max_tiles * 256 + lab.l;
+        const uint8_t *upper = levels + y.first * num_tiles * 256;
+        const uint8_t *lower = levels + y.second * num_tiles * 256;
+        lab.l = mien::clahe_blend(x, y, __ldg(upper + x.first * 256), __ldg(upper + x.second * 256),
+                                  __ldg(lower + x.first * 256), __ldg(lower + x.second * 256));
+    }
+    word = (word & 0xFF000000u) | mien::bgr_of(kColors, lab);
+}
+
+// ---- stores -----------------------------------------------------------------------------------
+
+__device__ void store_level(void *out, int type, int64_t at, int level) {
+    const float value = mien::unit_level(level);
+    if (type == MIEN_FLOAT32)
+        static_cast<float *>(out)[at] = value;
+    else
+        static_cast<uint16_t *>(out)[at] =
+            type == MIEN_BFLOAT16 ? mien::bfloat16_bits(value) : mien::float16_bits(value);
+}
+
+// `pixel` counts over the whole batch.
+__device__ void store_pixel(void *out, int type, int rgb, int64_t pixel, uint32_t word) {
+    store_level(out, type, 3 * pixel, mien::level_of(word, rgb ? 2 : 0));
+    store_level(out, type, 3 * pixel + 1, mien::level_of(word, 1));
+    store_level(out, type, 3 * pixel + 2, mien::level_of(word, rgb ? 0 : 2));
+}
+
+__device__ void store_output(const Call &call, const Output &out, int64_t pixel, uint32_t picture,
+                             uint32_t areas) {
+    store_pixel(out.target, out.type, call.rgb, pixel, picture);
+    const float mask = mien::unit_level(mien::level_of(picture, 3));
+    float weight = 1.0f;
+    if (call.penalize)
+        weight = call.with_areas
+                     ? mien::pixel_weight(call.eye_extra, call.mouth_extra, picture, areas)
+                     : mask;
+    out.weight[pixel] = weight;
+    if (out.mask) out.mask[pixel] = mask;
+}
+
+// ---- affine and flip --------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(kThreads) transform_kernel(const Call call, const Outputs full) {
+    const int64_t n = blockIdx.y;
+    const int size = call.size, i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= size * size) return;
+    const mien::Taps taps =
+        mien::affine_taps(call.rows[n * size + i / size], call.columns[n * size + i % size], size);
+    const int64_t pixel = n * size * size + i;
+    const uint2 *staged = call.staged + n * size * size;
+    const uint2 top_left = __ldg(staged + taps.top_left);
+    const uint2 top_right = __ldg(staged + taps.top_right);
+    const uint2 bottom_left = __ldg(staged + taps.bottom_left);
+    const uint2 bottom_right = __ldg(staged + taps.bottom_right);
+    const uint32_t picture = mien::blend_words(top_left.x, top_right.x, bottom_left.x,
+                                               bottom_right.x, taps.right, taps.down);
+    uint32_t areas = 0;
+    if (call.with_areas) {
+        areas = mien::blend_words(top_left.y, top_right.y, bottom_left.y, bottom_right.y,
+                                  taps.right, taps.down);
+        call.areas[pixel] = areas;
+    }
+    call.picture[pixel] = picture;
+    for (int k = 0; k < full.count; ++k) store_output(call, full.of[k], pixel, picture, areas);
+}
+
+// ---- the other sizes --------------------------------------------------------------------------
+
+__device__ uint32_t resized(const uint32_t *picture, int from_px, int to_px, int x, int y) {
+    const int ratio = from_px / to_px;
+    if (ratio * to_px == from_px)
+        return mien::box_mean(picture + y * ratio * from_px + x * ratio, from_px, ratio);
+    return mien::area_mean(picture, from_px, mien::area_span(x, from_px, to_px),
+                           mien::area_span(y, from_px, to_px));
+}
+
+// blockIdx.z: the output.
+__global__ void __launch_bounds__(kThreads) outputs_kernel(const Call call, const Outputs small) {
+    const Output &out = small.of[blockIdx.z];
+    const int64_t n = blockIdx.y;
+    const int size = call.size, edge = out.edge;
+    const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= edge * edge) return;
+    const int64_t start = n * size * size;
+    const uint32_t picture = resized(call.picture + start, size, edge, i % edge, i / edge);
+    const uint32_t areas =
+        call.with_areas ? resized(call.areas + start, size, edge, i % edge, i / edge) : 0;
+    store_output(call, out, n * edge * edge + i, picture, areas);
+}
+
+// ---- random warp ------------------------------------------------------------------------------
+
+__device__ uint32_t word_or_border(const uint32_t *picture, int size, int x, int y) {
+    const bool inside = x >= 0 && x < size && y >= 0 && y < size;
+    return inside ? __ldg(picture + y * size + x) : 0;
+}
+
+__device__ uint32_t warped_word(const Call &call, const uint32_t *picture, const float *grid, int x,
+                                int y) {
+    const int size = call.size;
+    const mien::GridSpan span = mien::grid_span(y, size);
+    const int upper = span.first * size + x,
+              lower = (span.first < 4 ? span.first + 1 : 4) * size + x;
+    const mien::Place column =
+        mien::place_of(mien::mix(__ldg(grid + upper), __ldg(grid + lower), span.part), size);
+    const float *grid_y = grid + 5 * size;
+    const mien::Place row =
+        mien::place_of(mien::mix(__ldg(grid_y + upper), __ldg(grid_y + lower), span.part), size);
+    return mien::mix_words(word_or_border(picture, size, column.first, row.first),
+                           word_or_border(picture, size, column.first + 1, row.first),
+                           word_or_border(picture, size, column.first, row.first + 1),
+                           word_or_border(picture, size, column.first + 1, row.first + 1),
+                           column.part, row.part);
+}
+
+// The warp alone, for an input that is neither S nor half of it.
+__global__ void __launch_bounds__(kThreads) warp_kernel(const Call call) {
+    const int64_t n = blockIdx.y;
+    const int size = call.size, i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= size * size) return;
+    const uint32_t *picture = call.picture + n * size * size;
+    const float *grid = call.grid + n * 10 * size;
+    call.warped[n * size * size + i] =
+        call.params[n].warp ? warped_word(call, picture, grid, i % size, i / size) : picture[i];
+}
+
+// kRatio: S / input_px where both the warp and the mean of a box are made here; 0 where the warped
+// picture lies in the workspace.
+template <int kRatio>
+__global__ void __launch_bounds__(kThreads) input_kernel(const Call call, void *input, int type) {
+    const int64_t n = blockIdx.y;
+    const int size = call.size, edge = call.input_px;
+    const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
+    if (i >= edge * edge) return;
+    const int x = i % edge, y = i / edge;
+    uint32_t word;
+    if constexpr (kRatio == 0) {
+        word = resized(call.warped + n * size * size, size, edge, x, y);
+    } else {
+        const uint32_t *picture = call.picture + n * size * size;
+        const float *grid = call.grid + n * 10 * size;
+        const bool warp = call.params[n].warp != 0;
+        uint32_t box[kRatio * kRatio];
+#pragma unroll
+        for (int k = 0; k < kRatio * kRatio; ++k) {
+            const int at_x = kRatio * x + k % kRatio, at_y = kRatio * y + k / kRatio;
+            box[k] = warp ? warped_word(call, picture, grid, at_x, at_y)
+                          : __ldg(picture + at_y * size + at_x);
+        }
+        word = kRatio == 1 ? box[0] : mien::box_mean(box, kRatio, kRatio);
+    }
+    store_pixel(input, type, call.rgb, n * edge * edge + i, word);
+}
+
+// ---- draw -------------------------------------------------------------------------------------
+
+__global__ void __launch_bounds__(128)
+    draw_kernel(const mien_ranges ranges, uint64_t seed, int32_t side, const int64_t *first,
+                int64_t offset, int64_t count, int64_t num_faces, int32_t size_px,
+                mien_face *params) {
+    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    if (i >= count) return;
+    const int64_t serial = (first ? *first : 0) + offset + i;
+    mien::draw_face(ranges, seed, side, serial, num_faces, size_px, params + i);
+}
+
+mien_status launched(const char *what) {
+    const cudaError_t error = cudaGetLastError();
+    if (error == cudaSuccess) return MIEN_OK;
+    return mien::fail(MIEN_CUDA_ERROR, "%s: %s", what, cudaGetErrorString(error));
+}
+
+unsigned blocks_for(int64_t items) {
+    return static_cast<unsigned>((items + kThreads - 1) / kThreads);
+}
+
+}  // namespace
+
+mien_status mien_draw_cuda(const mien_ranges *ranges, uint64_t seed, int32_t side,
+                           const int64_t *first, int64_t offset, int64_t count, int64_t num_faces,
+                           int32_t size_px, mien_face *params, void *stream) {
+    const mien_status status = mien::check_draw(ranges, side, count, num_faces, size_px, params);
+    if (status != MIEN_OK || count == 0) return status;
+    const auto blocks = static_cast<unsigned>((count + 127) / 128);
+    draw_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(
+        *ranges, seed, side, first, offset, count, num_faces, size_px, params);
+    return launched("draw");
+}
+
+int64_t mien_augment_workspace_bytes(const mien_augment_job *job) {
+    return mien::check_job(job) == MIEN_OK ? layout_of(*job).bytes : 0;
+}
+
+mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int64_t workspace_bytes,
+                              void *stream) {
+    if (const mien_status status = mien::check_job(job)) return status;
+    if (job->count == 0) return MIEN_OK;
+    if (const mien_status status = mien::check_pointers(job)) return status;
+    if (job->count > 65535)
+        return mien::fail(MIEN_INVALID_ARGUMENT, "count must be at most 65535, got %lld",
+                          static_cast<long long>(job->count));
+    const Layout layout = layout_of(*job);
+    if (!workspace || workspace_bytes < layout.bytes)
+        return mien::fail(MIEN_INVALID_ARGUMENT, "workspace must have %lld bytes, got %lld",
+                          static_cast<long long>(layout.bytes),
+                          static_cast<long long>(workspace ? workspace_bytes : 0));
+    const auto at = [workspace](int64_t offset) { return static_cast<char *>(workspace) + offset; };
+    Call call{};
+    call.faces = reinterpret_cast<const uint2 *>(job->faces);
+    call.params = job->params;
+    call.num_faces = job->num_faces;
+    call.size = job->size_px;
+    call.input_px = job->input_px;
+    call.rgb = job->rgb;
+    call.staged = reinterpret_cast<uint2 *>(at(layout.staged));
+    call.picture = reinterpret_cast<uint32_t *>(at(layout.picture));
+    call.areas = reinterpret_cast<uint32_t *>(at(layout.areas));
+    call.warped = reinterpret_cast<uint32_t *>(at(layout.warped));
+    call.levels = reinterpret_cast<uint8_t *>(at(layout.levels));
+    call.columns = reinterpret_cast<mien::Steps *>(at(layout.columns));
+    call.rows = reinterpret_cast<mien::Steps *>(at(layout.rows));
+    call.grid = reinterpret_cast<float *>(at(layout.grid));
+    call.max_tiles = layout.max_tiles;
+    call.penalize = job->penalize != 0;
+    call.with_areas = job->penalize && (job->eye_extra > 0 || job->mouth_extra > 0);
+    call.eye_extra = job->eye_extra;
+    call.mouth_extra = job->mouth_extra;
+
+    Outputs full{}, small{};  // of the store's size, and smaller
+    int largest_small = 0;
+    for (int i = 0; i < job->num_outputs; ++i) {
+        const int edge = job->output_px[i];
+        Outputs &group = edge == job->size_px ? full : small;
+        group.of[group.count++] = {job->targets[i], job->weights[i],
+                                   i == job->num_outputs - 1 ? job->mask : nullptr, edge,
+                                   job->target_type};
+        if (edge < job->size_px && edge > largest_small) largest_small = edge;
+    }
+
+    const auto faces = static_cast<unsigned>(job->count);
+    const int64_t area = int64_t{job->size_px} * job->size_px;
+    const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    const auto tiles = static_cast<unsigned>(layout.max_tiles);
+    const dim3 pixels(blocks_for(area), faces);
+    gather_kernel<<<dim3(pixels.x + 1, faces), kThreads, 0, queue>>>(call);
+    tables_kernel<<<dim3(tiles, faces), kThreads, 0, queue>>>(call);
+    color_kernel<<<pixels, kThreads, 0, queue>>>(call);
+    transform_kernel<<<pixels, kThreads, 0, queue>>>(call, full);
+    if (small.count > 0) {
+        const unsigned blocks = blocks_for(int64_t{largest_small} * largest_small);
+        const dim3 grid(blocks, faces, static_cast<unsigned>(small.count));
+        outputs_kernel<<<grid, kThreads, 0, queue>>>(call, small);
+    }
+    const dim3 inputs(blocks_for(int64_t{job->input_px} * job->input_px), faces);
+    if (job->size_px == job->input_px) {
+        input_kernel<1><<<inputs, kThreads, 0, queue>>>(call, job->input, job->input_type);
+    } else if (job->size_px == 2 * job->input_px) {
+        input_kernel<2><<<inputs, kThreads, 0, queue>>>(call, job->input, job->input_type);
+    } else {
+        warp_kernel<<<pixels, kThreads, 0, queue>>>(call);
+        input_kernel<0><<<inputs, kThreads, 0, queue>>>(call, job->input, job->input_type);
+    }
+    return launched("augment");
+}
