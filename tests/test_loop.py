@@ -1,0 +1,314 @@
+"""Training as a user sees it: it learns, saves, resumes bit for bit, and stops as it should."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mien.cli import main
+from mien.core.data.feed import Feed
+from mien.core.faces.synthetic import draw_folder
+from mien.core.run.checkpoint import ModelFolder, SaveError
+
+
+@pytest.fixture(scope="session")
+def sides(tmp_path_factory):
+    root = tmp_path_factory.mktemp("drawn")
+    for side in "ab":
+        draw_folder(root / side, identity=side, count=26, size_px=96)
+    return root / "a", root / "b"
+
+
+def _words(sides, model_dir, *more):
+    return [
+        "train",
+        *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
+        *("-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
+        *("--set", "train.log_interval=2", "--device", "cpu", *more),
+    ]
+
+
+def _train(sides, model_dir, *more):
+    return main(_words(sides, model_dir, *more))
+
+
+def _tensors(model_dir, name="model"):
+    state = json.loads((model_dir / "state.json").read_text())
+    newest = model_dir / "generations" / str(state["iterations"])
+    return load_file(newest / f"{name}.safetensors")
+
+
+def _assert_same_bits(one, two):
+    for name in ("model", "optimizer"):
+        ours, theirs = _tensors(one, name), _tensors(two, name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{name} {key}"
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_a_resumed_run_equals_an_uninterrupted_one(sides, tmp_path, mode):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert _train(sides, straight, "-i", "6", "--precision", mode) == 0
+    assert _train(sides, resumed, "-i", "2", "--precision", mode) == 0
+    assert _train(sides, resumed, "-i", "4") == 0
+    _assert_same_bits(straight, resumed)
+    state = json.loads((resumed / "state.json").read_text())
+    assert state["iterations"] == 6
+    assert [session["iterations"] for session in state["sessions"]] == [2, 4]
+
+
+def test_seeds_decide_everything(sides, tmp_path):
+    for name, seed in (("one", "7"), ("again", "7"), ("other", "8")):
+        assert _train(sides, tmp_path / name, "-i", "3", "--seed", seed) == 0
+    _assert_same_bits(tmp_path / "one", tmp_path / "again")
+    one, other = _tensors(tmp_path / "one"), _tensors(tmp_path / "other")
+    assert not any(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_threads_do_not_change_the_batches(sides, tmp_path):
+    for threads in ("1", "3"):
+        words = ("-i", "2", "--set", f"data.num_threads={threads}")
+        assert _train(sides, tmp_path / threads, *words) == 0
+    _assert_same_bits(tmp_path / "1", tmp_path / "3")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--set", "loss.learn_mask=true"),
+        ("--set", "loss.penalized_mask_loss=false", "--set", "data.mask_type=none"),
+        ("--set", "data.mask_type=vgg-clear", "--set", "data.coverage=75"),
+        ("--set", "data.centering=legacy", "--set", "data.vertical_offset=10", "-W", "-P", "-c"),
+        ("--set", "model.reflect_padding=true", "--no-logs", "--set", "data.decoder=opencv"),
+        ("-t", "original", "--set", "model.options.lowmem=true"),
+    ],
+    ids=lambda words: " ".join(word for word in words if word != "--set"),
+)
+def test_every_way_to_train(sides, tmp_path, more, capsys):
+    assert _train(sides, tmp_path / "model", "-i", "2", *more) == 0
+    assert "Stopped at iteration 2: all iterations are done" in capsys.readouterr().out
+    assert (tmp_path / "model/preview.png").stat().st_size > 1000
+    assert (tmp_path / "model/logs").exists() == ("--no-logs" not in more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_the_loss_falls(sides, tmp_path, mode, capsys):
+    words = ("-i", "80", "--json", "--precision", mode, "--set", "optimizer.learning_rate=1e-3")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    for side in "ab":
+        losses = [step[f"loss_{side}"] for step in steps]
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_json_events_tell_the_whole_run(sides, tmp_path, capsys):
+    assert _train(sides, tmp_path / "model", "-i", "3", "--json", "-s", "2") == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kinds = [event["event"] for event in events]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "stop"
+    assert [e["iteration"] for e in events if e["event"] == "step"] == [1, 2, 3]
+    assert [e["iteration"] for e in events if e["event"] == "save"] == [1, 2, 3]
+    step = next(event for event in events if event["event"] == "step")
+    assert {"iteration", "loss_a", "loss_b", "eg_per_s", "data_wait", "memory_mib"} <= step.keys()
+    assert events[-1]["exit_code"] == 0
+
+
+def _poisoned(feed, at):
+    """The feed, with a NaN in the batch after ``at`` faces."""
+    original = Feed.batch
+
+    def batch(self, faces_seen):
+        made = original(self, faces_seen)
+        if faces_seen["a"] == at:
+            made.input_nchw[0, 0, 0, 0] = float("nan")
+        return made
+
+    return batch
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_a_nan_halts_and_never_reaches_the_weights(sides, tmp_path, monkeypatch, mode, capsys):
+    monkeypatch.setattr(Feed, "batch", _poisoned(Feed, at=4 * 3))
+    assert _train(sides, tmp_path / "model", "-i", "9", "--precision", mode) == 3
+    said = capsys.readouterr().out
+    assert "not a number at iteration 4 (loss_a" in said
+    assert "Lower optimizer.learning_rate" in said
+    tensors = _tensors(tmp_path / "model")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    monkeypatch.undo()
+    assert _train(sides, tmp_path / "model", "-i", "2") == 0, "the model can go on"
+
+
+def test_a_full_disk_halts_with_the_last_save_named(sides, tmp_path, monkeypatch, capsys):
+    original = ModelFolder.save
+
+    def save(self, model, optimizer, state):
+        if state["iterations"] > 1:
+            raise SaveError("cannot save to X: No space left on device")
+        return original(self, model, optimizer, state)
+
+    monkeypatch.setattr(ModelFolder, "save", save)
+    assert _train(sides, tmp_path / "model", "-i", "8", "-s", "2") == 3
+    assert "No space left on device" in capsys.readouterr().out
+    assert json.loads((tmp_path / "model/state.json").read_text())["iterations"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_and_exits_with_4(sides, tmp_path, number):
+    words = [sys.executable, "-m", "mien.cli", *_words(sides, tmp_path / "model", "--json")]
+    started = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    for line in started.stdout:
+        if '"step"' in line and json.loads(line)["iteration"] >= 4:
+            break
+    started.send_signal(number)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 4, err
+    stop = json.loads(out.splitlines()[-1])
+    assert stop["event"] == "stop"
+    assert signal.Signals(number).name in stop["reason"]
+    state = json.loads((tmp_path / "model/state.json").read_text())
+    assert state["iterations"] == stop["iteration"] >= 4
+
+
+def test_a_second_run_on_the_same_folder_is_refused(sides, tmp_path, capsys):
+    assert _train(sides, tmp_path / "model", "-i", "1") == 0
+    with ModelFolder(tmp_path / "model"):
+        capsys.readouterr()
+        assert _train(sides, tmp_path / "model", "-i", "1") == 2
+    assert "in use" in capsys.readouterr().err
+
+
+def _refusals(sides, tmp_path):
+    few, empty, file = tmp_path / "few", tmp_path / "empty", tmp_path / "file"
+    few.mkdir()
+    empty.mkdir()
+    file.write_text("no folder")
+    for path in sorted(sides[0].iterdir())[:3]:
+        (few / path.name).write_bytes(path.read_bytes())
+    return {
+        "no such folder": (["-A", str(tmp_path / "none")], "does not exist"),
+        "empty": (["-A", str(empty)], "holds no PNG"),
+        "few": (["-B", str(few)], "25"),
+        "both sides": (["-B", str(sides[0])], "both sides use the folder"),
+        "batch": (["-b", "27"], "use --batch-size 26 or less"),
+        "trainer": (["-t", "orignal"], "did you mean original"),
+        "option": (["--set", "model.options.widht=8"], "has no option"),
+        "model dir is a file": (["-m", str(file)], str(file)),
+        "foreign folder": (["-m", str(sides[0])], str(sides[0])),
+        "precision": (["--precision", "tf32"], "tf32 needs an Nvidia GPU"),
+        "mask": (["--set", "data.mask_type=unet-dfl"], "unet-dfl"),
+    }
+
+
+REFUSALS = (
+    *("no such folder", "empty", "few", "both sides", "batch", "trainer", "option"),
+    *("model dir is a file", "foreign folder", "precision", "mask"),
+)
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_mistakes_are_one_line_and_change_nothing(sides, tmp_path, case, capsys):
+    words, message = _refusals(sides, tmp_path)[case]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert _train(sides, tmp_path / "model", "-i", "1", *words) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert err.startswith("mien train: ")
+    assert message in err
+    for path, changed in before.items():
+        if path.is_file():
+            assert path.stat().st_mtime_ns == changed
+
+
+def test_locked_settings_and_other_trainers_are_refused(sides, tmp_path, capsys):
+    model_dir = tmp_path / "model"
+    assert _train(sides, model_dir, "-i", "1") == 0
+    before = _tensors(model_dir)
+    for words, message in (
+        (("-t", "original"), "lightweight"),
+        (("--set", "data.coverage=80"), "data.coverage is fixed at 100.0 in this model"),
+        (("--seed", "3"), "train.seed is fixed at 0"),
+    ):
+        capsys.readouterr()
+        assert _train(sides, model_dir, "-i", "1", *words) == 2
+        assert message in capsys.readouterr().err
+    assert _tensors(model_dir).keys() == before.keys()
+
+
+def test_a_resume_needs_only_the_folder_and_tells_of_changes(sides, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(sides[0].parent)
+    model_dir = tmp_path / "model"
+    assert _train((Path("a"), Path("b")), model_dir, "-i", "1") == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "-m", "model", "-i", "1", "--set", "optimizer.learning_rate=1e-4"]) == 0
+    said = capsys.readouterr().out
+    assert "updated optimizer.learning_rate from 5e-05 to 0.0001" in said
+    assert json.loads((model_dir / "state.json").read_text())["iterations"] == 2
+
+
+def test_unreadable_faces_are_named_skipped_and_strict_stops(sides, tmp_path, capsys):
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    for path in sides[0].iterdir():
+        (faces / path.name).write_bytes(path.read_bytes())
+    good = next(faces.iterdir()).read_bytes()
+    (faces / "broken.png").write_bytes(good[: len(good) // 2])
+    (faces / "text.png").write_text("not a picture")
+    both = (faces, sides[1])
+    assert _train(both, tmp_path / "model", "-i", "1") == 0
+    said = capsys.readouterr().out
+    assert "broken.png" in said
+    assert "text.png" in said
+    assert _train(both, tmp_path / "strict", "-i", "1", "--strict") == 2
+    assert ".png" in capsys.readouterr().err
+
+
+def test_the_loop_stays_readable():
+    """step() <= 40 lines, run() <= 60."""
+    import inspect
+
+    from mien.core.train.loop import Loop
+    from mien.core.train.step import TrainStep
+
+    assert len(inspect.getsource(TrainStep.__call__).splitlines()) <= 40
+    assert len(inspect.getsource(Loop.run).splitlines()) <= 60
+
+
+@pytest.mark.slow
+def test_kill_9_loses_nothing_but_the_work_since_the_last_save(sides, tmp_path):
+    """Killed at a random moment, then resumed to iteration 12: equal to a straight run."""
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert _train(sides, straight, "-i", "12", "-s", "2") == 0
+    words = _words(sides, killed, "--json", "-s", "2", "-i", "12")
+    for delay in (0.0, 0.05, 0.2):
+        started = subprocess.Popen(
+            [sys.executable, "-m", "mien.cli", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        for line in started.stdout:
+            if '"save"' in line:
+                break
+        time.sleep(delay)
+        started.kill()
+        started.communicate()
+    done = json.loads((killed / "state.json").read_text())["iterations"]
+    assert 1 <= done <= 12
+    if done < 12:
+        assert _train(sides, killed, "-s", "2", "-i", str(12 - done)) == 0
+    _assert_same_bits(straight, killed)
