@@ -1,0 +1,115 @@
+"""Augmentation: faces a second and core, with every variation on, drawing included.
+
+The faces change from batch to batch, as in training, so that no face is still in the cache.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..kernels.augment import Ranges, augment, draw, empty
+
+SIZES = ((64, (64,)), (128, (128,)), (128, (256,)), (64, (32, 64, 128)))
+"""Input and outputs in px; the store has the largest."""
+
+_STORE_BYTES = 64 * 2**20
+
+
+def step(
+    input_px: int, output_px: Sequence[int], batch: int, num_threads: int, device: str = "cpu"
+) -> Callable[[], None]:
+    """A function that draws and augments the next ``batch`` faces of a store of 64 MiB."""
+    size_px = max(input_px, *output_px)
+    faces_fssc = _store(size_px).to(device)
+    out = empty(batch, input_px=input_px, output_px=output_px, device=device)
+    num_faces, first = len(faces_fssc), 0
+
+    def run() -> None:
+        nonlocal first
+        params_nx = draw(
+            Ranges(),
+            seed=1,
+            side=0,
+            first=first,
+            count=batch,
+            num_faces=num_faces,
+            size_px=size_px,
+            device=device,
+        )
+        augment(
+            faces_fssc,
+            params_nx,
+            input_px=input_px,
+            output_px=output_px,
+            eye_multiplier=3,
+            mouth_multiplier=2,
+            out=out,
+            num_threads=num_threads,
+        )
+        first += batch
+
+    return run
+
+
+def faces_per_second(
+    size_in: int, size_out: int, batch: int, num_threads: int, *, repeats: int = 7
+) -> dict[str, float]:
+    """Medians of ``repeats`` windows of 0.3 s: faces a second of wall time, and of CPU time."""
+    run = step(size_in, (size_out,), batch, num_threads)
+    run()
+    wall_rates, cpu_rates = [], []
+    for _ in range(repeats):
+        wall, cpu, faces = time.perf_counter(), time.process_time(), 0
+        while time.perf_counter() - wall < 0.3:
+            run()
+            faces += batch
+        wall_rates.append(faces / (time.perf_counter() - wall))
+        cpu_rates.append(faces / (time.process_time() - cpu))
+    return {
+        "faces_per_wall_s": statistics.median(wall_rates),
+        "faces_per_cpu_s": statistics.median(cpu_rates),
+        "faces_per_cpu_s_low": min(cpu_rates),
+        "faces_per_cpu_s_high": max(cpu_rates),
+    }
+
+
+def cases() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """Yield (what it is, function to time)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for input_px, output_px in SIZES:
+        for batch in (16, 64):
+            what = {
+                "kernel": "augment",
+                "batch": batch,
+                "input_px": input_px,
+                "output_px": list(output_px),
+                "num_threads": 1,
+            }
+            yield what, step(input_px, output_px, batch, 1, device)
+
+
+def _store(size_px: int) -> torch.Tensor:
+    """Smooth pictures with a fine grain, as faces have, and soft discs for masks."""
+    generator = np.random.default_rng(0)
+    num_faces = max(2, _STORE_BYTES // (8 * size_px * size_px))
+    places = np.linspace(-1, 1, size_px, dtype=np.float32)
+    faces = np.zeros((num_faces, size_px, size_px, 8), np.uint8)
+    radius = np.hypot(places, places[:, None])
+    for channel, edge in ((3, 0.9), (4, 0.3), (5, 0.2)):
+        faces[..., channel] = np.clip(255 * 8 * (edge - radius), 0, 255)
+    for face in faces:
+        for channel in range(3):
+            tilt, bend, level = generator.uniform((-60, -60, 60), (60, 60, 190))
+            face[..., channel] = np.clip(
+                level
+                + tilt * places
+                + bend * np.cos(4 * radius)
+                + generator.integers(-6, 7, (size_px, size_px)),
+                0,
+                255,
+            )
+    return torch.from_numpy(faces)

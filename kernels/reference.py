@@ -1,0 +1,102 @@
+"""Plain statements of every operation in `mien.kernels`, to test the fast ones against.
+
+Written to be read, not to be fast; nothing but tests uses them.
+"""
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+
+_IDENTITY = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
+
+
+def augment(
+    faces_fssc: np.ndarray,
+    records: np.ndarray,
+    *,
+    input_px: int,
+    output_px: Sequence[int],
+    penalize_mask: bool = True,
+    eye_multiplier: float = 1,
+    mouth_multiplier: float = 1,
+    rgb: bool = False,
+) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], np.ndarray]:
+    """`mien.kernels.augment` as a chain of OpenCV calls.
+
+    Returns:
+        Input (B, H, W, 3) uint8; of each output its target (B, H, W, 3) uint8 and its weight
+        (B, H, W) float64; the face mask (B, H, W) uint8 of the last output.
+    """
+    inputs: list[np.ndarray] = []
+    targets: list[list[np.ndarray]] = [[] for _ in output_px]
+    weights: list[list[np.ndarray]] = [[] for _ in output_px]
+    masks: list[np.ndarray] = []
+    size_px = faces_fssc.shape[1]
+    for record in records:
+        face_ssc = faces_fssc[record["index"]].copy()
+        if record["color"]:
+            face_ssc[..., :3] = vary_color(
+                face_ssc[..., :3], record["lab"], int(record["clahe_tiles"])
+            )
+        face_ssc = np.ascontiguousarray(face_ssc[..., :6])
+        if not np.array_equal(record["matrix"], _IDENTITY):
+            face_ssc = cv2.warpAffine(
+                face_ssc,
+                record["matrix"],
+                (size_px, size_px),
+                flags=cv2.INTER_LINEAR,
+                borderMode=cv2.BORDER_REPLICATE,
+            )
+        if record["flip"]:
+            face_ssc = face_ssc[:, ::-1]
+        order = slice(2, None, -1) if rgb else slice(0, 3)
+        picture = np.ascontiguousarray(face_ssc[..., order])
+        for i, edge in enumerate(output_px):
+            targets[i].append(_shrunk(picture, edge))
+            face, eye, mouth = (_shrunk(face_ssc[..., c], edge) for c in (3, 4, 5))
+            weight = np.ones((edge, edge))
+            if penalize_mask:
+                weight = face / 255
+                if eye_multiplier > 1:
+                    weight = weight + weight * (eye / 255) * eye_multiplier
+                if mouth_multiplier > 1:
+                    weight = weight + weight * (mouth / 255) * mouth_multiplier
+            weights[i].append(weight)
+        masks.append(face)
+        if record["warp"]:
+            picture = cv2.remap(
+                picture, *warp_maps(record["warp_noise"], size_px), cv2.INTER_LINEAR
+            )
+        inputs.append(_shrunk(picture, input_px))
+    return np.stack(inputs), [*map(np.stack, targets)], [*map(np.stack, weights)], np.stack(masks)
+
+
+def vary_color(picture_ssc: np.ndarray, lab: np.ndarray, clahe_tiles: int) -> np.ndarray:
+    """A BGR picture with L, a, b moved by a part of the way to 255 or 0, then CLAHE on L."""
+    levels = cv2.cvtColor(np.ascontiguousarray(picture_ssc), cv2.COLOR_BGR2LAB).astype(np.float32)
+    part = lab.astype(np.float32)
+    moved = np.where(part >= 0, levels + (255 - levels) * part, levels * (1 + part))
+    lab_ssc = moved.astype(np.uint8)
+    if clahe_tiles:
+        clahe = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(clahe_tiles, clahe_tiles))
+        lab_ssc[..., 0] = clahe.apply(np.ascontiguousarray(lab_ssc[..., 0]))
+    return cv2.cvtColor(lab_ssc, cv2.COLOR_LAB2BGR)
+
+
+def warp_maps(noise: np.ndarray, size_px: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each pixel of the random warp comes from: x (S, S) and y (S, S), float32."""
+    points = np.linspace(0, size_px, 5, dtype=np.float32)
+    stretched = int(1.25 * size_px)
+    begin = stretched // 10
+    maps = []
+    for grid in (np.tile(points, (5, 1)) + noise[0], np.tile(points[:, None], 5) + noise[1]):
+        large = cv2.resize(grid, (stretched, stretched), interpolation=cv2.INTER_LINEAR)
+        maps.append(np.ascontiguousarray(large[begin : begin + size_px, begin : begin + size_px]))
+    return maps[0], maps[1]
+
+
+def _shrunk(plane: np.ndarray, edge: int) -> np.ndarray:
+    if plane.shape[0] == edge:
+        return plane
+    return cv2.resize(np.ascontiguousarray(plane), (edge, edge), interpolation=cv2.INTER_AREA)
