@@ -119,13 +119,14 @@ def test_backends_agree_on_real_faces(faces_dir, folder, crop, monkeypatch):
         np.testing.assert_array_equal(one, other, err_msg=str(face.path))
 
 
+@pytest.mark.parametrize("shift", [40.0, -40.0, 1e12])
 @pytest.mark.parametrize("backend", decode.BACKENDS)
-def test_a_box_outside_the_picture_is_black(faces, backend, monkeypatch):
+def test_a_box_outside_the_picture_is_black(faces, backend, shift, monkeypatch):
     if backend == "dali":
         refuse_opencv(monkeypatch)
     face = faces[1]
     alignment = geometry.align(face.header.landmarks_l2)
-    alignment.offsets = {name: np.full(2, 40.0, np.float32) for name in alignment.offsets}
+    alignment.offsets = {name: np.full(2, shift, np.float32) for name in alignment.offsets}
     alignment.offsets["head"] = np.zeros(2, np.float32)
     far = Face(face.path, face.edge_px, face.header, alignment)
     near = faces[0]
