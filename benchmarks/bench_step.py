@@ -112,7 +112,7 @@ def plain_step(name: str, batch_size: int, mode: str, device: torch.device) -> C
         total = faces.new_zeros(())
         for side, part in (("a", slice(batch_size)), ("b", slice(batch_size, None))):
             with precision.forward():
-                (decoded, *_) = model.swap(faces[part], side)  # type: ignore[arg-type]
+                (decoded, *_) = model.swap(faces[part], side)
             error = plain_ssim(decoded, target[part]) + (decoded - target[part]).square()
             total = total + (error * weight[part]).mean()
         total.backward()

@@ -43,7 +43,7 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
         turns_off = any(flag.startswith("--no-") for flag in spec.flags)
         options["action"] = "store_false" if turns_off else "store_true"
         if turns_off:
-            options["help"] = f"do not: {options['help'][0].lower()}{options['help'][1:]}"
+            options["help"] = f"Turn this off: {options['help']}"
     else:
         options["type"] = spec.type
         options["metavar"] = spec.name.upper()
