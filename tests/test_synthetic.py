@@ -188,6 +188,12 @@ def test_a_face_depends_on_identity_number_and_seed_only(tmp_path):
         assert (draw_face(identity, number, size_px=64, seed=seed)[0] != first).mean() > 0.5
 
 
+def test_two_people_do_not_share_their_random_numbers(folders):
+    yaw = {side: [face.alignment.yaw for face in folders[side].faces] for side in ("a", "b")}
+    assert np.abs(np.subtract(yaw["a"], yaw["b"])).mean() > 5
+    assert np.corrcoef(yaw["a"], yaw["b"])[0, 1] < 0.6
+
+
 def test_the_same_set_is_left_alone(tmp_path):
     path = tmp_path / "faces"
     draw_folder(path, identity="a", count=3, size_px=64)
