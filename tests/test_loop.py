@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mien.cli import main
 from mien.core.data.feed import Feed
+from mien.core.faces.png import read_header, write_face
 from mien.core.faces.synthetic import draw_folder
 from mien.core.run.checkpoint import ModelFolder, SaveError
 
@@ -312,3 +314,21 @@ def test_kill_9_loses_nothing_but_the_work_since_the_last_save(sides, tmp_path):
     if done < 12:
         assert _train(sides, killed, "-s", "2", "-i", str(12 - done)) == 0
     _assert_same_bits(straight, killed)
+
+
+def test_a_face_without_the_stored_mask_is_left_out_of_training_and_preview(
+    sides, tmp_path, capsys
+):
+    faces = tmp_path / "faces"
+    faces.mkdir()
+    for path in sides[0].iterdir():
+        (faces / path.name).write_bytes(path.read_bytes())
+    odd = min(faces.iterdir())  # the first face is always one of the preview's
+    _, header = read_header(odd)
+    header.masks.clear()
+    write_face(odd, cv2.imread(str(odd)), header)
+    words = ("-i", "1", "--set", "data.mask_type=vgg-clear")
+    assert _train((faces, sides[1]), tmp_path / "model", *words) == 0
+    said = capsys.readouterr().out
+    assert f"skipped {odd}" in said
+    assert "25 of" in said

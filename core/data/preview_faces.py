@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import DataConfig
-from ..faces import geometry, masks
-from ..faces.folder import Face, FaceFolder
+from ..faces import geometry
+from ..faces.folder import Face
 from ..faces.png import FaceFileError
 from .decode import decode_crops
+from .store import configured_masks
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def full_size_px(output_px: int, coverage: float) -> int:
 
 
 def load_preview_faces(
-    folders: dict[str, FaceFolder],
+    faces: dict[str, list[Face]],
     data: DataConfig,
     *,
     count: int,
@@ -39,20 +40,24 @@ def load_preview_faces(
     output_px: int,
     num_threads: int,
 ) -> PreviewFaces:
-    """Faces for the preview; as many of each side as both can give, at most ``count``."""
+    """Faces for the preview; as many of each side as both can give, at most ``count``.
+
+    ``faces`` are those that are trained on, by side.
+    """
     coverage, offset = data.coverage / 100, data.vertical_offset / 100
     process_px = max(input_px, output_px)
     seen = geometry.Crop(data.centering, coverage, offset, process_px)
     shown = geometry.Crop(data.centering, 1.0, offset, full_size_px(output_px, coverage))
-    sides = [
-        _decode_spread(folder.faces, count, seen, shown, num_threads) for folder in folders.values()
-    ]
+    sides = [_decode_spread(side, count, seen, shown, num_threads) for side in faces.values()]
     least = min(len(side) for side in sides)
     inputs, targets = [], []
     for side in sides:
         inputs.append([geometry.resize(crop, input_px) for _, crop, _ in side[:least]])
         targets.append(
-            [np.dstack((full, _mask(face, shown, data))) for face, _, full in side[:least]]
+            [
+                np.dstack((full, configured_masks(face, shown, data)[..., 0]))
+                for face, _, full in side[:least]
+            ]
         )
     return PreviewFaces(np.array(inputs), np.array(targets))
 
@@ -73,15 +78,3 @@ def _decode_spread(
         if not isinstance(small, FaceFileError) and not isinstance(full, FaceFileError):
             readable.append((face, small, full))
     return readable
-
-
-def _mask(face: Face, crop: geometry.Crop, data: DataConfig) -> np.ndarray:
-    """(F, F) uint8: what the model counts as face; all of it where no mask is used."""
-    return masks.training_masks(
-        face,
-        crop,
-        mask_type=data.mask_type,
-        dilation=data.mask_dilation,
-        blur_kernel=data.mask_blur_kernel,
-        threshold=data.mask_threshold,
-    )[..., 0]

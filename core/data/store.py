@@ -333,6 +333,21 @@ def _decode_into(
     return names, rejected
 
 
+def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
+    """(s, s, 3) uint8: the face mask, eyes and mouth, as the settings want them.
+
+    Raises FaceFileError where the face lacks the mask that is set.
+    """
+    return masks.training_masks(
+        face,
+        crop,
+        mask_type=data.mask_type,
+        dilation=data.mask_dilation,
+        blur_kernel=data.mask_blur_kernel,
+        threshold=data.mask_threshold,
+    )
+
+
 def _masks_ahead(
     pool: ThreadPoolExecutor, faces: list[Face], crop: Crop, data: DataConfig
 ) -> Iterator[np.ndarray | FaceFileError]:
@@ -340,14 +355,7 @@ def _masks_ahead(
 
     def make(face: Face) -> np.ndarray | FaceFileError:
         try:
-            return masks.training_masks(
-                face,
-                crop,
-                mask_type=data.mask_type,
-                dilation=data.mask_dilation,
-                blur_kernel=data.mask_blur_kernel,
-                threshold=data.mask_threshold,
-            )
+            return configured_masks(face, crop, data)
         except FaceFileError as error:
             return error
 

@@ -17,7 +17,7 @@ from ..data.decode import thread_count
 from ..data.feed import SIDES, Feed
 from ..data.preview_faces import PreviewFaces, load_preview_faces
 from ..data.store import FaceStore, open_store
-from ..faces.folder import FaceFolder, overlap, read_folder
+from ..faces.folder import Face, FaceFolder, overlap, read_folder
 from ..faces.geometry import Crop
 from ..run.checkpoint import Generation, ModelFolder, Saver
 from ..run.log import Log, Reporter, open_log
@@ -129,7 +129,7 @@ def _prepare(
     )
     stack.callback(feed.close)
     preview_faces = load_preview_faces(
-        faces,
+        {side: _trained_on(faces[side], stores[side]) for side in SIDES},
         config.data,
         count=config.preview.preview_images,
         input_px=input_px,
@@ -219,6 +219,12 @@ def _open_stores(
             )
         stores[side] = store
     return stores
+
+
+def _trained_on(folder: FaceFolder, store: FaceStore) -> list[Face]:
+    """The folder's faces less those that the store had to leave out."""
+    kept = set(store.names)
+    return [face for face in folder.faces if face.path.name in kept]
 
 
 def _restore(
