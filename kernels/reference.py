@@ -50,18 +50,23 @@ def augment(
             )
         if record["flip"]:
             face_ssc = face_ssc[:, ::-1]
-        order = slice(2, None, -1) if rgb else slice(0, 3)
+        order = [2, 1, 0] if rgb else [0, 1, 2]
         picture = np.ascontiguousarray(face_ssc[..., order])
+        # OpenCV's rounding depends on the number of channels: those masks that are used.
+        used = [3]
+        if penalize_mask:
+            used += [4] * (eye_multiplier > 1) + [5] * (mouth_multiplier > 1)
+        stack = np.ascontiguousarray(face_ssc[..., order + used])
         for i, edge in enumerate(output_px):
-            targets[i].append(_shrunk(picture, edge))
-            face, eye, mouth = (_shrunk(face_ssc[..., c], edge) for c in (3, 4, 5))
+            small = _shrunk(stack, edge)
+            targets[i].append(small[..., :3])
+            face, areas = small[..., 3], iter(np.moveaxis(small[..., 4:], -1, 0))
             weight = np.ones((edge, edge))
             if penalize_mask:
                 weight = face / 255
-                if eye_multiplier > 1:
-                    weight = weight + weight * (eye / 255) * eye_multiplier
-                if mouth_multiplier > 1:
-                    weight = weight + weight * (mouth / 255) * mouth_multiplier
+                for multiplier in (eye_multiplier, mouth_multiplier):
+                    if multiplier > 1:
+                        weight = weight + weight * (next(areas) / 255) * multiplier
             weights[i].append(weight)
         masks.append(face)
         if record["warp"]:
@@ -96,7 +101,13 @@ def warp_maps(noise: np.ndarray, size_px: int) -> tuple[np.ndarray, np.ndarray]:
     return maps[0], maps[1]
 
 
-def _shrunk(plane: np.ndarray, edge: int) -> np.ndarray:
-    if plane.shape[0] == edge:
-        return plane
-    return cv2.resize(np.ascontiguousarray(plane), (edge, edge), interpolation=cv2.INTER_AREA)
+def _shrunk(picture: np.ndarray, edge: int) -> np.ndarray:
+    """Resized by area; a picture of more than four channels one by one where OpenCV refuses it."""
+    if picture.shape[0] == edge:
+        return picture
+    if picture.shape[2] > 4 and picture.shape[0] % edge:
+        planes = [np.ascontiguousarray(plane) for plane in np.moveaxis(picture, -1, 0)]
+        return np.stack(
+            [cv2.resize(p, (edge, edge), interpolation=cv2.INTER_AREA) for p in planes], -1
+        )
+    return cv2.resize(picture, (edge, edge), interpolation=cv2.INTER_AREA)

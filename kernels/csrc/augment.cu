@@ -268,10 +268,11 @@ __global__ void __launch_bounds__(kThreads) transform_kernel(const Call call, co
 
 // ---- the other sizes --------------------------------------------------------------------------
 
-__device__ uint32_t resized(const uint32_t *picture, int from_px, int to_px, int x, int y) {
+__device__ uint32_t resized(const uint32_t *picture, int from_px, int to_px, int x, int y,
+                            mien::Midway midway) {
     const int ratio = from_px / to_px;
     if (ratio * to_px == from_px)
-        return mien::box_mean(picture + y * ratio * from_px + x * ratio, from_px, ratio);
+        return mien::box_mean(picture + y * ratio * from_px + x * ratio, from_px, ratio, midway);
     return mien::area_mean(picture, from_px, mien::area_span(x, from_px, to_px),
                            mien::area_span(y, from_px, to_px));
 }
@@ -284,9 +285,10 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const Call call, cons
     const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= edge * edge) return;
     const int64_t start = n * size * size;
-    const uint32_t picture = resized(call.picture + start, size, edge, i % edge, i / edge);
+    const mien::Midway midway = call.with_areas ? mien::kToEven : mien::kUp;
+    const uint32_t picture = resized(call.picture + start, size, edge, i % edge, i / edge, midway);
     const uint32_t areas =
-        call.with_areas ? resized(call.areas + start, size, edge, i % edge, i / edge) : 0;
+        call.with_areas ? resized(call.areas + start, size, edge, i % edge, i / edge, midway) : 0;
     store_output(call, out, n * edge * edge + i, picture, areas);
 }
 
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, void *
     const int x = i % edge, y = i / edge;
     uint32_t word;
     if constexpr (kRatio == 0) {
-        word = resized(call.warped + n * size * size, size, edge, x, y);
+        word = resized(call.warped + n * size * size, size, edge, x, y, mien::kUp);
     } else {
         const uint32_t *picture = call.picture + n * size * size;
         const float *grid = call.grid + n * 10 * size;
@@ -349,7 +351,7 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, void *
             box[k] = warp ? warped_word(call, picture, grid, at_x, at_y)
                           : __ldg(picture + at_y * size + at_x);
         }
-        word = kRatio == 1 ? box[0] : mien::box_mean(box, kRatio, kRatio);
+        word = kRatio == 1 ? box[0] : mien::box_mean(box, kRatio, kRatio, mien::kUp);
     }
     store_pixel(input, type, call.rgb, n * edge * edge + i, word);
 }

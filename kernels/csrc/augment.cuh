@@ -178,16 +178,24 @@ MIEN_HD int level_mean(int sum, int ratio) {
     return round_int(static_cast<float>(sum) * (1.0f / static_cast<float>(ratio * ratio)));
 }
 
+// How the mean of a 2 x 2 box is rounded where it lies midway. OpenCV rounds it up in pictures of
+// up to four channels and to even in pictures of more, as the targets are where eye or mouth masks
+// come with them.
+enum Midway { kUp, kToEven };
+
 // Mean of a box of `ratio` x `ratio` words; `stride` words a row.
-MIEN_HD uint32_t box_mean(const uint32_t *box, int stride, int ratio) {
+MIEN_HD uint32_t box_mean(const uint32_t *box, int stride, int ratio, Midway midway) {
     if (ratio == 2) {
-        uint32_t even = 0x00020002u, odd = 0x00020002u;
+        uint32_t even = 0, odd = 0;
         for (int y = 0; y < 2; ++y) {
             for (int x = 0; x < 2; ++x) {
                 even += even_levels(box[y * stride + x]);
                 odd += odd_levels(box[y * stride + x]);
             }
         }
+        // Half of the divisor; to round to even, one less where the quotient is even.
+        even += midway == kUp ? 0x00020002u : 0x00010001u + ((even >> 2) & 0x00010001u);
+        odd += midway == kUp ? 0x00020002u : 0x00010001u + ((odd >> 2) & 0x00010001u);
         return even_levels(even >> 2) | (even_levels(odd >> 2) << 8);
     }
     int sums[4] = {};

@@ -225,21 +225,25 @@ void warp(const mien_face &face, int size, const Scratch &s) {
 
 // ---- area resize ------------------------------------------------------------------------------
 
+template <mien::Midway midway>
 void halve_row(const uint32_t *__restrict from, int stride, int to_px, uint32_t *__restrict to) {
-    for (int x = 0; x < to_px; ++x) to[x] = mien::box_mean(from + 2 * x, stride, 2);
+    for (int x = 0; x < to_px; ++x) to[x] = mien::box_mean(from + 2 * x, stride, 2, midway);
 }
 
-void resize(const uint32_t *from, int stride, int from_px, int to_px, uint32_t *to,
-            const Scratch &s) {
+void resize(const uint32_t *from, int stride, int from_px, int to_px, mien::Midway midway,
+            uint32_t *to, const Scratch &s) {
     const int ratio = from_px / to_px;
     if (from_px % to_px == 0) {
         for (int y = 0; y < to_px; ++y) {
             const uint32_t *row = from + y * ratio * stride;
-            if (ratio == 2)
-                halve_row(row, stride, to_px, to + y * to_px);
+            uint32_t *out = to + y * to_px;
+            if (ratio == 2 && midway == mien::kUp)
+                halve_row<mien::kUp>(row, stride, to_px, out);
+            else if (ratio == 2)
+                halve_row<mien::kToEven>(row, stride, to_px, out);
             else
                 for (int x = 0; x < to_px; ++x)
-                    to[y * to_px + x] = mien::box_mean(row + ratio * x, stride, ratio);
+                    out[x] = mien::box_mean(row + ratio * x, stride, ratio, midway);
         }
         return;
     }
@@ -325,13 +329,14 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
     if (face.color) vary_color(call, face, source, s);
     transform(face, source, with_areas, size, s);
 
+    const mien::Midway midway = with_areas ? mien::kToEven : mien::kUp;
     for (int i = 0; i < job.num_outputs; ++i) {
         const int edge = job.output_px[i];
         const uint32_t *picture = s.picture, *areas = s.areas;
         int stride = s.stride;
         if (edge != size) {
-            resize(picture, stride, size, edge, s.small[0], s);
-            if (with_areas) resize(areas, size, size, edge, s.small[1], s);
+            resize(picture, stride, size, edge, midway, s.small[0], s);
+            if (with_areas) resize(areas, size, size, edge, midway, s.small[1], s);
             picture = s.small[0];
             areas = s.small[1];
             stride = edge;
@@ -353,7 +358,7 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
         stride = size;
     }
     if (job.input_px != size) {
-        resize(input, stride, size, job.input_px, s.small[0], s);
+        resize(input, stride, size, job.input_px, mien::kUp, s.small[0], s);
         input = s.small[0];
         stride = job.input_px;
     }

@@ -1,0 +1,487 @@
+"""augment against OpenCV and against the oracle, stage by stage and whole: the same levels.
+
+Levels are compared exactly, as OpenCV 5 computes them. With OpenCV 4 only the random warp differs:
+it then uses 5 bits of position, up to 4 levels away on up to 12 % of the values.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import mien
+from mien.kernels import reference
+from mien.kernels.augment import (
+    FACE_PARAMS,
+    Ranges,
+    augment,
+    draw,
+    empty,
+    params_from_records,
+    records_of,
+)
+
+CSRC = Path(mien.__file__).parent / "kernels/csrc"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def levels(picture):
+    """A result as uint8 (B, H, W, C); fails where it is not level / 255 exactly."""
+    values = picture.float().permute(0, 2, 3, 1).numpy()
+    rounded = np.rint(values * 255)
+    exact = (torch.from_numpy(rounded.astype(np.float32)) / 255).to(picture.dtype).float()
+    assert np.array_equal(exact.numpy(), values)
+    return rounded.astype(np.uint8)
+
+
+def store_of(planes):
+    """uint8 (F, S, S, up to 6) as a store tensor."""
+    faces = np.zeros((*planes.shape[:3], 8), np.uint8)
+    faces[..., : planes.shape[3]] = planes
+    return torch.from_numpy(faces)
+
+
+def still(count):
+    """Parameters that change nothing."""
+    records = np.zeros(count, FACE_PARAMS)
+    records["index"] = np.arange(count)
+    records["matrix"] = [[1, 0, 0], [0, 1, 0]]
+    return records
+
+
+def drawn_store(num_faces, size_px, seed=0):
+    """Faces with structure of every scale, all levels, and soft masks."""
+    generator = np.random.default_rng(seed)
+    planes = np.zeros((num_faces, size_px, size_px, 6), np.uint8)
+    for face in planes:
+        for channel in range(6):
+            coarse = generator.integers(0, 256, (5, 5)).astype(np.uint8)
+            plane = cv2.resize(coarse, (size_px, size_px), interpolation=cv2.INTER_CUBIC)
+            grain = generator.integers(-20, 21, plane.shape)
+            face[..., channel] = np.clip(plane.astype(int) + grain, 0, 255)
+    return store_of(planes)
+
+
+def drawn_params(count, num_faces, size_px, **ranges):
+    strong = {
+        "zoom_amount": 25,
+        "rotation_range": 25,
+        "shift_range": 25,
+        "color_lightness": 75,
+        "color_ab": 50,
+        "color_clahe_chance": 75,
+        "color_clahe_max_size": 8,
+    }
+    return draw(
+        Ranges(**(strong | ranges)),
+        seed=5,
+        side=1,
+        first=3,
+        count=count,
+        num_faces=num_faces,
+        size_px=size_px,
+    )
+
+
+def config_of(data):
+    return dict(zip(data["conf_names"].tolist(), data["conf_values"].tolist(), strict=True))
+
+
+def clahe_tiles(chosen, grid_base, size_px):
+    """Tiles of each face; the oracle leaves CLAHE out where only the first face was chosen."""
+    tiles = np.zeros(len(chosen), np.int32)
+    if not np.array_equal(np.flatnonzero(chosen), [0]):
+        base = max(2, size_px // 128)
+        tiles[chosen] = grid_base.astype(int) * (base // 2) + base
+    return tiles
+
+
+def run_whole(faces, records, size_px):
+    """Target and input levels at the store's size, and the face mask."""
+    params = params_from_records(records)
+    out = augment(faces, params, input_px=size_px, output_px=[size_px], learn_mask=True)
+    return levels(out.targets_bchw[0]), levels(out.input_bchw), levels(out.mask_b1hw)
+
+
+@pytest.mark.oracle
+def test_each_stage_equals_the_oracle(oracle_dir):
+    """Colour, affine of picture and masks, flip, warp: each from the oracle's random numbers."""
+    files = sorted(oracle_dir.glob("augmentation/*.npz"))
+    assert files, "the oracle has no augmentation"
+    for file in files:
+        data = np.load(file, allow_pickle=False)
+        size_px, config = int(data["size"]), config_of(data)
+        planes = data["in_batch"]
+        faces, count = store_of(planes), len(planes)
+
+        color = still(count)
+        color["color"] = 1
+        color["lab"] = data["color:lab_random"].reshape(count, 3)
+        lab_only = run_whole(faces, color, size_px)[0]
+        chosen = data["color:clahe_random"] < config["color_clahe_chance"] / 100
+        color["clahe_tiles"] = clahe_tiles(chosen, data["color:clahe_grid_base"], size_px)
+        assert np.array_equal(run_whole(faces, color, size_px)[0], data["color:out"]), file
+        shifted = data["color:lab_after_random_lab"]
+        back = np.stack([cv2.cvtColor(lab, cv2.COLOR_LAB2BGR) for lab in shifted])
+        assert np.array_equal(lab_only, back), file
+
+        records = still(count)
+        records["matrix"] = data["transform:matrices"][:, :2]
+        target, _, mask = run_whole(faces, records, size_px)
+        assert np.array_equal(target, data["transform:out"][..., :3]), file
+        assert np.array_equal(mask, data["transform:out"][..., 3:4]), file
+
+        records["flip"] = data["flip:random"] <= config["flip_chance"] / 100
+        target, _, mask = run_whole(faces, records, size_px)
+        assert np.array_equal(target, data["flip:out"][..., :3]), file
+        assert np.array_equal(mask, data["flip:out"][..., 3:4]), file
+
+        records["warp"], records["warp_noise"] = 1, data["warp:noise"]
+        target, warped, _ = run_whole(faces, records, size_px)
+        assert np.array_equal(target, data["flip:out"][..., :3]), file
+        assert np.array_equal(warped, data["warp:out"]), file
+
+
+def _draws(data):
+    """The oracle's random numbers by purpose, from the order in which they were drawn."""
+    warp, to_landmarks, flip, color = data["flags_warp_wtl_flip_color"].tolist()
+    series = [data[key] for key in sorted(data.files) if key.startswith("random:")]
+    taken = iter(series[2:] if to_landmarks else series)
+    draws = {}
+    if color:
+        draws["lab"], draws["clahe"] = next(taken), next(taken)
+        # The grid is drawn only where a face was chosen: 5 numbers or fewer, whole numbers.
+        if np.any(draws["clahe"] < 0.5):
+            draws["grid"] = next(taken)
+    draws["rotation"], draws["scale"], draws["shift"] = next(taken), next(taken), next(taken)
+    if flip:
+        draws["flip"] = next(taken)
+    if warp and not to_landmarks:
+        draws["noise"] = next(taken)
+    return draws
+
+
+def _matrices(draws, size_px):
+    angle = np.deg2rad(draws["rotation"].astype(np.float32))
+    alpha = draws["scale"].astype(np.float32) * np.cos(angle)
+    beta = draws["scale"].astype(np.float32) * np.sin(angle)
+    centre = (size_px - 1) / 2
+    shift = draws["shift"].astype(np.float32)
+    x = centre * (1 - alpha) - centre * beta + shift[:, 0]
+    y = centre * beta + centre * (1 - alpha) + shift[:, 1]
+    rows = np.stack([np.stack([alpha, beta, x], -1), np.stack([-beta, alpha, y], -1)], 1)
+    return rows.astype(np.float32)
+
+
+@pytest.mark.oracle
+def test_the_whole_chain_equals_the_oracle(oracle_dir):
+    """From the store to input, targets and masks of every size, in the oracle's random numbers."""
+    files = sorted(oracle_dir.glob("collate/*.npz"))
+    assert files, "the oracle has no collate"
+    for file in files:
+        data = np.load(file, allow_pickle=False)
+        _, to_landmarks, flips, colors = data["flags_warp_wtl_flip_color"].tolist()
+        draws = _draws(data)
+        items = data["trainset_items"]  # (batch, side, S, S, C); A first, then B, when augmented
+        batch, size_px = items.shape[0], items.shape[2]
+        planes = np.concatenate([items[:, side] for side in range(items.shape[1])])
+        records = still(len(planes))
+        if colors:
+            records["color"] = 1
+            records["lab"] = draws["lab"].reshape(-1, 3)
+            chosen = draws["clahe"] < 0.5
+            records["clahe_tiles"] = clahe_tiles(chosen, draws.get("grid"), size_px)
+        records["matrix"] = _matrices(draws, size_px)
+        if flips:
+            records["flip"] = draws["flip"] <= 0.5
+        if "noise" in draws:
+            records["warp"], records["warp_noise"] = 1, draws["noise"]
+        output_px = data["output_sizes"].tolist()
+        out = augment(
+            store_of(planes),
+            params_from_records(records),
+            input_px=int(data["input_size"]),
+            output_px=output_px,
+            eye_multiplier=3 if "mask_eye:0" in data.files else 1,
+            mouth_multiplier=2 if "mask_mouth:0" in data.files else 1,
+            learn_mask=True,
+            rgb=str(data["color_order"]) == "rgb",
+        )
+        for side in range(items.shape[1]):
+            half = out.part(side * batch, (side + 1) * batch)
+            if not to_landmarks:  # random warp or none
+                assert np.array_equal(levels(half.input_bchw), data[f"feed:{side}"]), file
+            for i in range(len(output_px)):
+                target = data[f"target:{i}"][:, side]
+                assert np.array_equal(levels(half.targets_bchw[i]), target), (file, i)
+                face, eye, mouth = (
+                    data[f"mask_{name}:{i}"][:, side] / 255
+                    if f"mask_{name}:{i}" in data.files
+                    else 0
+                    for name in ("face", "eye", "mouth")
+                )
+                weight = face + face * eye * 3
+                weight = weight + weight * mouth * 2
+                np.testing.assert_allclose(half.weights_b1hw[i].numpy(), weight, rtol=5e-7)
+            assert np.array_equal(
+                levels(half.mask_b1hw)[..., 0], data[f"mask_face:{i}"][:, side, 0]
+            ), file
+
+
+CASES = [
+    pytest.param(64, 64, [64], id="64"),
+    pytest.param(128, 64, [32, 64, 128], id="whole-ratios"),
+    pytest.param(96, 40, [33, 64, 96], id="other-ratios"),
+    pytest.param(66, 66, [22], id="no-multiple-of-4"),
+    pytest.param(37, 36, [1, 37], id="odd"),
+    pytest.param(8, 8, [8, 4], id="smallest"),
+    pytest.param(384, 128, [384, 96], id="384"),
+]
+
+
+@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
+@pytest.mark.parametrize("rgb", [False, True], ids=["bgr", "rgb"])
+def test_equals_opencv(size_px, input_px, output_px, rgb):
+    faces = drawn_store(5, size_px)
+    params = drawn_params(7, 5, size_px)
+    records = records_of(params)
+    records["color"][1], records["warp"][2], records["clahe_tiles"][3] = 0, 0, 3
+    records["warp_noise"][4] *= 40  # far out of the picture
+    sizes = {"input_px": input_px, "output_px": output_px}
+    masks = {"eye_multiplier": 3, "mouth_multiplier": 2}
+    ours = augment(faces, params, **sizes, **masks, learn_mask=True, rgb=rgb)
+    want = reference.augment(faces.numpy(), records, **sizes, **masks, rgb=rgb)
+    assert np.array_equal(levels(ours.input_bchw), want[0])
+    for target, wanted in zip(ours.targets_bchw, want[1], strict=True):
+        assert np.array_equal(levels(target), wanted)
+    for weight, wanted in zip(ours.weights_b1hw, want[2], strict=True):
+        np.testing.assert_allclose(weight[:, 0].numpy(), wanted, rtol=5e-7)  # fp32 roundings
+    assert np.array_equal(levels(ours.mask_b1hw)[..., 0], want[3])
+
+
+def test_color_equals_opencv_for_every_color():
+    """All 2^24 colours, each with a shift of L, a, b: reaches all tables of both directions."""
+    low = np.arange(65536, dtype=np.uint32)
+    generator = np.random.default_rng(0)
+    for begin in range(0, 256, 32):
+        high = np.arange(begin, begin + 32, dtype=np.uint32)
+        colors = np.stack(np.broadcast_arrays(low & 255, low >> 8, high[:, None]), -1)
+        faces = store_of(colors.astype(np.uint8).reshape(32, 256, 256, 3))
+        records = still(32)
+        records["color"] = 1
+        records["lab"][begin == 0 :] = generator.uniform(-0.5, 0.5, (32 - (begin == 0), 3))
+        ours = run_whole(faces, records, 256)[0]
+        for face, record, picture in zip(faces.numpy(), records, ours, strict=True):
+            assert np.array_equal(picture, reference.vary_color(face[..., :3], record["lab"], 0))
+
+
+@pytest.mark.parametrize("size_px", [64, 100, 256])
+@pytest.mark.parametrize("tiles", range(1, 11))
+def test_clahe_equals_opencv(size_px, tiles):
+    faces = drawn_store(2, size_px, seed=tiles)
+    faces[1, :, :, :3] = 130  # one level: all of it above the clip limit
+    records = still(2)
+    records["color"], records["clahe_tiles"] = 1, tiles
+    ours = run_whole(faces, records, size_px)[0]
+    for face, picture in zip(faces.numpy(), ours, strict=True):
+        want = reference.vary_color(face[..., :3], np.zeros(3, np.float32), tiles)
+        assert np.array_equal(picture, want)
+
+
+@pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("input_dtype", DTYPES, ids=str)
+def test_dtypes_are_rounded_once(input_dtype, target_dtype):
+    faces, params = drawn_store(4, 32), drawn_params(4, 4, 32)
+    sizes = {"input_px": 32, "output_px": [16, 32]}
+    whole = augment(faces, params, **sizes)
+    ours = augment(faces, params, **sizes, input_dtype=input_dtype, target_dtype=target_dtype)
+    assert torch.equal(ours.input_bchw, whole.input_bchw.to(input_dtype))
+    for target, wanted in zip(ours.targets_bchw, whole.targets_bchw, strict=True):
+        assert torch.equal(target, wanted.to(target_dtype))
+        assert target.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_follow_the_multipliers():
+    faces = drawn_store(3, 32)
+    params = params_from_records(still(3))
+    face, eye, mouth = (faces[..., c].double() / 255 for c in (3, 4, 5))
+
+    def weight(**options):
+        out = augment(faces, params, input_px=32, output_px=[32], **options)
+        return out.weights_b1hw[0][:, 0].double()
+
+    assert weight(penalize_mask=False, eye_multiplier=3).eq(1).all()
+    torch.testing.assert_close(weight(), face, rtol=5e-7, atol=0)
+    torch.testing.assert_close(
+        weight(eye_multiplier=1, mouth_multiplier=1), face, rtol=5e-7, atol=0
+    )
+    eyes = face * (1 + 4 * eye)
+    torch.testing.assert_close(weight(eye_multiplier=4), eyes, rtol=5e-7, atol=0)
+    lips = face * (1 + 2 * mouth)
+    torch.testing.assert_close(weight(mouth_multiplier=2), lips, rtol=5e-7, atol=0)
+
+
+def test_same_bits_on_any_number_of_threads():
+    faces, params = drawn_store(9, 64), drawn_params(20, 9, 64)
+    runs = [
+        augment(faces, params, input_px=32, output_px=[64, 24], num_threads=threads)
+        for threads in (1, 1, 2, 5, 0)
+    ]
+    for other in runs[1:]:
+        assert torch.equal(other.input_bchw, runs[0].input_bchw)
+        for ours, first in zip(other.targets_bchw, runs[0].targets_bchw, strict=True):
+            assert torch.equal(ours, first)
+
+
+def test_both_sides_go_into_one_batch():
+    faces = {0: drawn_store(3, 32, seed=1), 1: drawn_store(4, 32, seed=2)}
+    sizes = {"input_px": 32, "output_px": [16]}
+    both = empty(9, **sizes)
+    for side, begin in ((0, 0), (1, 4)):
+        params = drawn_params(4, len(faces[side]), 32)
+        part = both.part(begin, begin + 4)
+        augment(faces[side], params, **sizes, out=part)
+        alone = augment(faces[side], params, **sizes)
+        assert torch.equal(both.input_bchw[begin : begin + 4], alone.input_bchw)
+        assert torch.equal(both.targets_bchw[0][begin : begin + 4], alone.targets_bchw[0])
+        assert torch.equal(both.weights_b1hw[0][begin : begin + 4], alone.weights_b1hw[0])
+    assert both.input_bchw[8].isnan().all(), "wrote beyond its part"
+
+
+def test_no_faces_are_no_error():
+    faces, params = drawn_store(2, 32), drawn_params(0, 2, 32)
+    assert augment(faces, params, input_px=32, output_px=[32]).input_bchw.shape == (0, 3, 32, 32)
+
+
+def test_works_in_a_forked_process():
+    """The parent's threads are not in the child, which has to start its own."""
+    faces, params = drawn_store(4, 32), drawn_params(8, 4, 32)
+    want = augment(faces, params, input_px=32, output_px=[32], num_threads=3).input_bchw
+    child = os.fork()
+    if child == 0:
+        ours = augment(faces, params, input_px=32, output_px=[32], num_threads=3).input_bchw
+        os._exit(0 if ours.numpy().tobytes() == want.numpy().tobytes() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("build", ["baseline", "avx2"])
+def test_every_build_gives_the_same_bits(build):
+    """The library holds the inner loops for several instruction sets."""
+    code = (
+        "import sys, hashlib; sys.path.insert(0, sys.argv[1]); import test_augment as t\n"
+        "out = t.augment(t.drawn_store(5, 96), t.drawn_params(9, 5, 96), input_px=48,\n"
+        "    output_px=[96, 40], eye_multiplier=3, mouth_multiplier=2)\n"
+        "tensors = [out.input_bchw, *out.targets_bchw, *out.weights_b1hw]\n"
+        "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in tensors)).hexdigest())\n"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code, str(Path(__file__).parent)],
+            env=os.environ | {"MIEN_CPU": name},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for name in (build, "")
+    ]
+    assert len(runs[0]) > 60
+    assert runs[0] == runs[1]
+
+
+def _refused(change):
+    faces, params = torch.zeros(2, 16, 16, 8, dtype=torch.uint8), drawn_params(3, 2, 16)
+    given = {"faces_fssc": faces, "params_nx": params, "input_px": 16, "output_px": [16]}
+    return given | change(given)
+
+
+def _bad_index(given):
+    records = records_of(given["params_nx"]).copy()
+    records["index"][1] = 2
+    return {"params_nx": params_from_records(records)}
+
+
+def _bad_tiles(given):
+    records = records_of(given["params_nx"]).copy()
+    records["clahe_tiles"][2] = 11
+    return {"params_nx": params_from_records(records)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: {"faces_fssc": g["faces_fssc"].float()}, r"faces must be uint8 \(F, S, S, 8\)"),
+        (lambda g: {"faces_fssc": g["faces_fssc"][..., :6]}, r"faces must be uint8 \(F, S, S, 8\)"),
+        (lambda g: {"faces_fssc": g["faces_fssc"][:, :8]}, r"faces must be \(2, 8, 8, 8\)"),
+        (lambda g: {"faces_fssc": g["faces_fssc"].transpose(1, 2)}, "faces must be contiguous"),
+        (lambda g: {"params_nx": g["params_nx"][:, :9]}, r"params must be \(3, 264\) uint8"),
+        (lambda g: {"input_px": 17}, "sizes must be 1 to 16 px .*got 17"),
+        (lambda g: {"output_px": [0]}, "sizes must be 1 to 16 px .*got 0"),
+        (lambda g: {"output_px": []}, "output_px must name 1 to 8 sizes"),
+        (lambda g: {"output_px": [4] * 9}, "output_px must name 1 to 8 sizes"),
+        (lambda g: {"input_dtype": torch.float64}, "dtype must be float32, bfloat16 or float16"),
+        (
+            lambda g: {"out": empty(2, input_px=16, output_px=[16])},
+            r"input must be \(3, 3, 16, 16\)",
+        ),
+        (
+            lambda g: {"out": empty(3, input_px=16, output_px=[8])},
+            r"target must be \(3, 3, 16, 16\)",
+        ),
+        (lambda g: {"out": empty(3, input_px=16, output_px=[8, 16])}, "must have 1 targets"),
+        (lambda g: {"learn_mask": True, "out": empty(3, input_px=16, output_px=[16])}, "a mask if"),
+        (_bad_index, r"face 1: index must be 0\.\.1, got 2"),
+        (_bad_tiles, r"face 2: clahe_tiles must be 0\.\.10, got 11"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        augment(**_refused(change))
+
+
+def test_refuses_an_output_of_another_layout():
+    given = _refused(lambda given: {})
+    out = empty(3, input_px=16, output_px=[16])
+    out.input_bchw = torch.empty(3, 3, 16, 16)
+    with pytest.raises(ValueError, match="input must be channels_last"):
+        augment(**given, out=out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
+@pytest.mark.parametrize("pinned", [False, True], ids=["device", "pinned"])
+def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, pinned):
+    faces, params = drawn_store(5, size_px), drawn_params(11, 5, size_px)
+    records = records_of(params)
+    records["color"][1], records["warp"][2] = 0, 0
+    options = {"input_px": input_px, "output_px": output_px, "learn_mask": True}
+    options |= {"eye_multiplier": 3, "input_dtype": torch.bfloat16, "mouth_multiplier": 2}
+    want = augment(faces, params, **options)
+    there = faces.pin_memory() if pinned else faces.cuda()
+    ours = augment(there, params.cuda(), **options)
+    assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
+    assert torch.equal(ours.mask_b1hw.cpu(), want.mask_b1hw)
+    pairs = zip(
+        ours.targets_bchw + ours.weights_b1hw, want.targets_bchw + want.weights_b1hw, strict=True
+    )
+    assert all(torch.equal(one.cpu(), other) for one, other in pairs)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_kernels_spill_nothing(tmp_path):
+    command = "nvcc -std=c++17 -O3 --fmad=false -arch=sm_90 -Werror all-warnings -Xptxas -v".split()
+    folders = ["-I", str(CSRC / "include"), "-I", str(CSRC)]
+    files = ["-c", str(CSRC / "augment.cu"), "-o", str(tmp_path / "augment.o")]
+    done = subprocess.run([*command, *folders, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    usage = [line for line in done.stderr.splitlines() if "bytes stack frame" in line]
+    assert len(usage) == 10, "kernels came or went: look at the new list"
+    for line in usage:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line
