@@ -1,0 +1,214 @@
+"""draw: pure functions of (seed, side, serial number), with the distributions of the settings."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from mien.kernels.augment import Ranges, draw, records_of
+
+NUM = 20_000
+
+
+def drawn(first=0, count=NUM, *, seed=11, side=0, num_faces=997, size_px=64, **ranges):
+    params = draw(
+        Ranges(**ranges),
+        seed=seed,
+        side=side,
+        first=first,
+        count=count,
+        num_faces=num_faces,
+        size_px=size_px,
+    )
+    return records_of(params)
+
+
+def philox(counter, key):
+    """Philox4x32-10 as its authors state it, in Python's whole numbers."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [high >> 32 ^ c[1] ^ k[0], high & 0xFFFFFFFF, low >> 32 ^ c[3] ^ k[1], low & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+def test_numbers_are_philox():
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    ones = 0xFFFFFFFF
+    assert philox([ones] * 4, [ones] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    seed, side = 0x0123456789ABCDEF, 1
+    for serial in (0, 5, 2**40 + 3):
+        record = drawn(serial, 1, seed=seed, side=side, num_faces=1)[0]
+        where = [serial & ones, serial >> 32, 1 << 8 | side, 0]
+        words = philox(where, [seed & ones, seed >> 32])
+        want = [
+            (2 * (word >> 8) / 2**24 - 1) * part for word, part in zip(words, (0.3, 0.08, 0.08))
+        ]
+        np.testing.assert_allclose(record["lab"], parts, rtol=1e-6)
+        bend = philox([*where[:2], 3 << 8 | side, 0], [seed & ones, seed >> 32])
+        radius = math.sqrt(-2 * math.log((bend[0] + 0.5) / 2**32))
+        angle = 2 * math.pi * (bend[1] >> 8) / 2**24
+        noise = 5 / 256 * 64 * radius * np.array([math.cos(angle), math.sin(angle)])
+        np.testing.assert_allclose(record["warp_noise"][0, 0, :2], noise, rtol=2e-6, atol=1e-6)
+
+
+def test_a_face_does_not_depend_on_its_batch():
+    whole = drawn(0, 50)
+    assert np.array_equal(drawn(20, 30), whole[20:])
+    assert np.array_equal(drawn(49, 1), whole[49:])
+
+
+def test_sides_seeds_and_faces_differ():
+    one = drawn(0, 100)
+    for other in (drawn(0, 100, side=1), drawn(0, 100, seed=12), drawn(100, 100)):
+        assert not np.array_equal(one["index"], other["index"])
+        for name in ("lab", "matrix", "warp_noise"):
+            assert not np.any(one[name] == other[name])
+
+
+@pytest.mark.parametrize("num_faces", [1, 2, 3, 5, 16, 17, 25, 64, 257, 1000])
+def test_every_face_is_seen_before_one_repeats(num_faces):
+    epochs = 6
+    index = drawn(0, epochs * num_faces, num_faces=num_faces)["index"].reshape(epochs, num_faces)
+    assert np.array_equal(np.sort(index, axis=1), np.tile(np.arange(num_faces), (epochs, 1)))
+    if num_faces >= 16:
+        assert len({row.tobytes() for row in index}) == epochs, "an order came twice"
+        assert not any(np.array_equal(row, np.arange(num_faces)) for row in index)
+
+
+def _chi_squared(counts):
+    """Sum of squared, normalised deviations from equal counts, in its own standard deviations."""
+    counts = np.asarray(counts, np.float64)
+    mean, free = counts.mean(), counts.size - 1
+    return (((counts - mean) ** 2 / mean).sum() - free) / math.sqrt(2 * free)
+
+
+@pytest.mark.parametrize("num_faces", [5, 25, 100])
+def test_every_face_is_as_likely_at_every_place(num_faces):
+    epochs = 2000
+    index = drawn(0, epochs * num_faces, num_faces=num_faces)["index"].reshape(epochs, num_faces)
+    table = np.zeros((num_faces, num_faces))
+    for place in range(num_faces):
+        np.add.at(table[place], index[:, place], 1)
+    assert abs(_chi_squared(table)) < 5
+    follows = np.zeros((num_faces, num_faces))
+    np.add.at(follows, (index[:, :-1], index[:, 1:]), 1)
+    assert abs(_chi_squared(follows[~np.eye(num_faces, dtype=bool)])) < 5
+
+
+def _is_uniform(values, low, high):
+    """Kolmogorov-Smirnov distance to the uniform distribution, below its 1e-4 quantile."""
+    ranks = np.sort((np.asarray(values, np.float64) - low) / (high - low))
+    assert ranks[0] >= -1e-6
+    assert ranks[-1] <= 1 + 1e-6
+    distance = np.abs(ranks - (np.arange(ranks.size) + 0.5) / ranks.size).max()
+    return distance < 2.23 / math.sqrt(ranks.size)
+
+
+def _is_chance(hits, chance):
+    return abs(np.mean(hits) - chance) < 4.5 * math.sqrt(chance * (1 - chance) / len(hits))
+
+
+def test_color_distributions():
+    records = drawn(color_lightness=40, color_ab=20, color_clahe_chance=30)
+    assert np.all(records["color"] == 1)
+    for channel, part in enumerate((0.4, 0.2, 0.2)):
+        assert _is_uniform(records["lab"][:, channel], -part, part)
+    assert abs(np.corrcoef(records["lab"].T)[np.triu_indices(3, 1)]).max() < 0.035
+    assert _is_chance(records["clahe_tiles"] > 0, 0.3)
+    assert not drawn(color=False)["color"].any()
+
+
+@pytest.mark.parametrize(
+    ("size_px", "max_size", "tiles"),
+    [
+        (64, 4, [2, 3, 4, 5, 6]),
+        (256, 1, [2, 3]),
+        (384, 4, [3, 4, 5, 6, 7]),
+        (512, 4, [4, 6, 8, 10, 12]),
+        (512, 0, [4]),
+    ],
+)
+def test_clahe_grids(size_px, max_size, tiles):
+    records = drawn(size_px=size_px, color_clahe_chance=100, color_clahe_max_size=max_size)
+    counts = Counter(records["clahe_tiles"].tolist())
+    assert sorted(counts) == tiles
+    if len(tiles) > 1:
+        assert abs(_chi_squared(list(counts.values()))) < 5
+
+
+@pytest.mark.parametrize("size_px", [64, 256])
+def test_affine_distributions(size_px):
+    records = drawn(size_px=size_px, zoom_amount=20, rotation_range=25, shift_range=15)
+    (alpha, beta, x), (minus_beta, same_alpha, y) = (
+        records["matrix"].astype(np.float64).transpose(1, 2, 0)
+    )
+    assert np.array_equal(alpha, same_alpha)
+    assert np.array_equal(beta, -minus_beta)
+    assert _is_uniform(np.hypot(alpha, beta), 0.8, 1.2)
+    assert _is_uniform(np.rad2deg(np.arctan2(beta, alpha)), -25, 25)
+    centre = (size_px - 1) / 2
+    shift_x = x - (centre * (1 - alpha) - centre * beta)
+    shift_y = y - (centre * beta + centre * (1 - alpha))
+    for shift in (shift_x, shift_y):
+        assert _is_uniform(shift / size_px, -0.15, 0.15)
+
+
+def test_flip_chances():
+    assert _is_chance(drawn(flip_chance=20)["flip"], 0.2)
+    assert not drawn(flip_chance=0)["flip"].any()
+    assert drawn(flip_chance=100)["flip"].all()
+    assert not drawn(flip=False, flip_chance=100)["flip"].any()
+
+
+@pytest.mark.parametrize("size_px", [64, 256])
+def test_warp_noise_is_normal(size_px):
+    records = drawn(count=4000, size_px=size_px)
+    assert np.all(records["warp"] == 1)
+    noise = records["warp_noise"].astype(np.float64).reshape(len(records), 50) / (5 / 256 * size_px)
+    ranks = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in noise.ravel()])
+    assert _is_uniform(ranks, 0, 1)
+    assert abs((noise**2).mean() - 1) < 0.01
+    assert abs((noise**4).mean() - 3) < 0.1
+    correlation = np.corrcoef(noise.T) - np.eye(50)
+    assert np.abs(correlation).max() < 5 / math.sqrt(len(noise))
+    assert not drawn(count=4, warp=False)["warp"].any()
+
+
+def test_no_variation_is_the_identity():
+    records = drawn(count=100, zoom_amount=0, rotation_range=0, shift_range=0)
+    assert np.array_equal(records["matrix"], np.tile(np.eye(2, 3, dtype=np.float32), (100, 1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"count": -1}, "count must be >= 0"),
+        ({"num_faces": 0}, "num_faces >= 1"),
+        ({"size_px": 4}, "size_px >= 8"),
+        ({"side": 2}, r"side must be 0 \(a\) or 1 \(b\), got 2"),
+        ({"first": -1}, "must not be negative, got -1"),
+        ({"color_clahe_max_size": 9}, "color_clahe_max_size must be 0 to 8, got 9"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        drawn(**({"count": 1} | change))
+
+
+def test_refuses_a_counter_off_the_gpu():
+    counter = torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="first must be a number or an int64 CUDA tensor"):
+        draw(Ranges(), seed=0, side=0, first=counter, count=1, num_faces=1, size_px=64)
+
+
+@pytest.mark.gpu
+def test_gpu_draws_the_same_bits():
+    options = {"seed": 2**63 + 5, "side": 1, "count": 3000, "num_faces": 77, "size_px": 128}
+    want = draw(Ranges(), first=1000, **options)
+    counter = torch.tensor([900], device="cuda")
+    assert torch.equal(draw(Ranges(), first=counter, offset=100, **options).cpu(), want)
+    assert torch.equal(draw(Ranges(), first=1000, device="cuda", **options).cpu(), want)

@@ -1,0 +1,84 @@
+"""The border to libmien: a plain C header, no stale builds, errors that carry their reason."""
+
+import hashlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import mien
+from mien.kernels import native
+from mien.kernels.augment import FACE_PARAMS, MAX_OUTPUTS
+
+HEADER = Path(mien.__file__).parent / "kernels/csrc/include/mien.h"
+
+
+@pytest.mark.parametrize("language", ["c", "c++"])
+def test_header_is_plain_c(language):
+    standard = "-std=c11" if language == "c" else "-std=c++17"
+    flags = f"-x {language} {standard} -Wall -Wextra -pedantic -Werror -fsyntax-only".split()
+    compiler = shutil.which("cc")
+    assert compiler
+    subprocess.run([compiler, *flags, HEADER], check=True)
+
+
+def test_structures_agree_with_c():
+    ffi, lib = native.library()
+    assert ffi.sizeof("mien_face") == FACE_PARAMS.itemsize
+    assert lib.MIEN_MAX_OUTPUTS == MAX_OUTPUTS
+    for name in FACE_PARAMS.names:
+        assert ffi.offsetof("mien_face", name) == FACE_PARAMS.fields[name][1], name
+
+
+def test_library_was_built_from_this_header():
+    ffi, lib = native.library()
+    ours = hashlib.sha256(HEADER.read_bytes()).hexdigest()
+    assert ffi.string(lib.mien_header_hash()).decode() == ours
+
+
+def test_a_library_of_another_header_is_refused(tmp_path, monkeypatch):
+    changed = tmp_path / "mien.h"
+    changed.write_text(HEADER.read_text() + "\n")
+    monkeypatch.setattr(native, "_HEADER", changed)
+    native.library.cache_clear()
+    try:
+        with pytest.raises(native.NativeError, match="was built from another mien.h; run"):
+            native.library()
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_missing_library_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_HERE", tmp_path)
+    native.library.cache_clear()
+    try:
+        with pytest.raises(native.NativeError, match="cannot load .* build it with `make setup`"):
+            native.library()
+    finally:
+        native.library.cache_clear()
+
+
+def test_errors_carry_the_reason():
+    ffi, _ = native.library()
+    job = ffi.new("mien_augment_job *", {"num_faces": 1, "size_px": 5000})
+    with pytest.raises(native.NativeError, match=r"augment_cpu: size_px must be 8\.\.4096, got"):
+        native.call("augment_cpu", job, 1)
+    job.size_px, job.input_px, job.num_outputs, job.count = 64, 64, 1, 1
+    job.output_px[0] = 65
+    with pytest.raises(native.NativeError, match=r"output_px must be 1\.\.64 .*, got 65"):
+        native.call("augment_cpu", job, 1)
+    job.output_px[0] = 64
+    with pytest.raises(native.NativeError, match="null pointer"):
+        native.call("augment_cpu", job, 1)
+    job.input_type = 7
+    with pytest.raises(native.NativeError, match="unknown type 7"):
+        native.call("augment_cpu", job, 1)
+    ranges = ffi.new("mien_ranges *", {"clahe_max_size": 9})
+    with pytest.raises(native.NativeError, match=r"clahe_max_size must be 0\.\.8, got 9"):
+        native.call("draw_cpu", ranges, 0, 0, 0, 0, 1, 64, ffi.NULL)
+
+
+def test_a_wrong_argument_is_a_type_error():
+    with pytest.raises(TypeError):
+        native.call("augment_cpu", "no job", 1)
