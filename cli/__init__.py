@@ -48,3 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # the user's mistake; anything else is ours and keeps its trace
         print(f"mien {args.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(
+            f"mien {args.command}: interrupted before there was anything to save", file=sys.stderr
+        )
+        return 4

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-KINDS = ("data", "step", "learning")
+KINDS = ("data", "step", "train", "learning")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         choices=("all", *KINDS),
         help="data: batches from the store, first start-up; step: training steps and Python calls; "
-        "learning: curves against a reference (needs --reference and faces); all: data and step",
+        "train: the whole loop; "
+        "learning: curves against a reference (needs --reference and faces); all: data, step and train",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(
@@ -35,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write the results file."""
     if args.kind == "learning":
         return _learning(args)
-    from ..benchmarks import bench_data, bench_step
+    from ..benchmarks import bench_data, bench_step, bench_train
     from ..benchmarks.harness import write_results
 
-    parts = {"data": bench_data.rows, "step": bench_step.rows}
+    parts = {"data": bench_data.rows, "step": bench_step.rows, "train": bench_train.rows}
     chosen = parts if args.kind == "all" else {args.kind: parts[args.kind]}
     rows = []
     for measure in chosen.values():

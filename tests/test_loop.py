@@ -332,3 +332,25 @@ def test_a_face_without_the_stored_mask_is_left_out_of_training_and_preview(
     said = capsys.readouterr().out
     assert f"skipped {odd}" in said
     assert "25 of" in said
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("placement", ["gpu", "host", "file"])
+def test_training_on_a_gpu(sides, tmp_path, mode, placement):
+    words = ("--device", "cuda", "--precision", mode, "--set", f"data.placement={placement}")
+    assert _train(sides, tmp_path / "model", "-i", "4", *words) == 0
+    assert _train(sides, tmp_path / "model", "-i", "2") == 0
+    tensors = _tensors(tmp_path / "model")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.gpu
+def test_the_first_loss_on_a_gpu_is_that_of_the_cpu(sides, tmp_path, capsys):
+    losses = {}
+    for device in ("cpu", "cuda"):
+        words = ("-i", "1", "--json", "--precision", "fp32", "--device", device)
+        assert _train(sides, tmp_path / device, *words) == 0
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        losses[device] = [e["loss_a"] for e in events if e["event"] == "step"]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)

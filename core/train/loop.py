@@ -22,7 +22,7 @@ class Halted(Exception):
 
 def train(given: dict[str, Any], reporter: Reporter) -> int:
     """Train or resume a model as the user's settings say; the exit code of `mien train`."""
-    with StopRequest() as stop, open_run(given, reporter) as run:
+    with open_run(given, reporter) as run, StopRequest() as stop:
         return Loop(run, reporter, stop).run()
 
 
