@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="all",
         choices=("all", *KINDS),
         help="data: batches from the store, first start-up; step: training steps and Python calls; "
-        "train: the whole loop; "
-        "learning: curves against a reference (needs --reference and faces); all: data, step and train",
+        "train: the whole loop; all: these three; learning: curves against a reference "
+        "(needs --reference and faces)",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(

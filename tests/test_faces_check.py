@@ -5,13 +5,14 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 
 from mien.cli import main
-from mien.core.faces import geometry
+from mien.core.faces import check, geometry
 from mien.core.faces.check import compare, contact_sheet, decode, inspect, report
 from mien.core.faces.folder import read_folder
 from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, write_face
@@ -115,6 +116,16 @@ def test_repeats_are_found_across_blocks(faces, monkeypatch):
     write_face(faces / "z.png", cv2.imread(str(faces / "f00.png")), FaceHeader(face_landmarks()))
     monkeypatch.setattr("mien.core.faces.check._BLOCK_ROWS", 7)
     assert report(faces).repeats == [["f00.png", "z.png"]]
+
+
+def test_a_chain_of_likeness_is_no_group():
+    """Each file is held against the group's first: a slow film is not one picture."""
+    signs = np.ones((4, 255), np.float32)
+    for number, num_changed in enumerate((0, 10, 20, 11)):
+        signs[number, :num_changed] = -1
+    measured = [SimpleNamespace(signs=row) for row in signs]
+    assert check._repeats(["f0", "f1", "f2", "f3"], measured) == [["f0", "f1"], ["f2", "f3"]]
+    assert check._repeats([], []) == []
 
 
 def test_light_is_measured_on_the_face(faces, tmp_path):
