@@ -48,7 +48,7 @@ def first_start(
     has_dali = choose_backend("auto")[0] == "dali"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "faces"
-        files = _repeat(source or _draw(Path(scratch) / "drawn", png_px), folder, num_faces)
+        files = _repeat(source or _draw(Path(scratch), png_px, num_faces), folder, num_faces)
         variants: dict[str, Callable[[], Any]] = {"opencv": lambda: _bare_opencv(files, threads)}
         if has_dali:
             variants["dali"] = lambda: _bare_dali(files, threads)
@@ -90,8 +90,9 @@ def first_start(
     return result
 
 
-def _draw(folder: Path, png_px: int) -> Path:
-    draw_folder(folder, identity="a", count=NUM_DRAWN, size_px=png_px)
+def _draw(scratch: Path, png_px: int, num_faces: int) -> Path:
+    folder = scratch / "drawn"
+    draw_folder(folder, identity="a", count=min(NUM_DRAWN, num_faces), size_px=png_px)
     return folder
 
 

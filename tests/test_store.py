@@ -612,6 +612,17 @@ def test_available_memory_is_plausible():
     )
 
 
+@pytest.mark.slow
+def test_benchmark_of_the_first_start():
+    row = first_start(30, 64, 32, repeats=1)
+    assert (row["num_faces"], row["nbytes"]) == (30, 30 * 32 * 32 * 8)
+    bare = min(row["bare_dali_s"], row["bare_opencv_s"])
+    assert row["ratio"] == row["first_s"] / bare
+    assert 0 < row["headers_s"] < row["first_s"]
+    assert 0 < row["second_s"]
+    json.dumps(row)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("placement", ["auto", "gpu", "host", "file"])
 @pytest.mark.parametrize("keep", [True, False])
