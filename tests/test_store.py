@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from mien.benchmarks.bench_store import first_start
 from mien.core.config import DataConfig
 from mien.core.data import store
 from mien.core.data.store import choose_placement, open_store
