@@ -28,13 +28,11 @@ mien::LevelTables make_level_tables() {
     return tables;
 }
 
-// The best build for this processor; MIEN_CPU=baseline or avx2 holds it back, for tests.
+// The best build for this processor; MIEN_CPU=baseline holds it back, for tests.
 mien::AugmentFace best_build() {
 #if defined(__x86_64__)
     const char *limit = std::getenv("MIEN_CPU");
     const bool baseline = limit && std::strcmp(limit, "baseline") == 0;
-    const bool avx2 = limit && std::strcmp(limit, "avx2") == 0;
-    if (!baseline && !avx2 && __builtin_cpu_supports("x86-64-v4")) return mien::augment_face_avx512;
     if (!baseline && __builtin_cpu_supports("x86-64-v3")) return mien::augment_face_avx2;
 #endif
     return mien::augment_face_baseline;

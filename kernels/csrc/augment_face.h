@@ -28,6 +28,5 @@ using AugmentFace = void (*)(const FaceCall &call, int64_t face, unsigned char *
 
 void augment_face_baseline(const FaceCall &call, int64_t face, unsigned char *scratch);
 void augment_face_avx2(const FaceCall &call, int64_t face, unsigned char *scratch);
-void augment_face_avx512(const FaceCall &call, int64_t face, unsigned char *scratch);
 
 }  // namespace mien
