@@ -153,6 +153,9 @@ def test_affine_distributions(size_px):
     shift_y = y - (centre * beta + centre * (1 - alpha))
     for shift in (shift_x, shift_y):
         assert _is_uniform(shift / size_px, -0.15, 0.15)
+    drawn_numbers = np.stack([np.hypot(alpha, beta), np.arctan2(beta, alpha), shift_x, shift_y])
+    correlation = np.corrcoef(drawn_numbers) - np.eye(4)
+    assert np.abs(correlation).max() < 5 / math.sqrt(NUM)
 
 
 def test_flip_chances():
