@@ -1,7 +1,7 @@
-"""First start-up against bare decoding: what it costs to have a side's faces ready.
+"""First start-up against bare decoding: what it costs to have both sides' faces ready.
 
-The start-up is everything from a folder's name to the tensor: headers, alignment, decoding, crop,
-resize, masks, and the raw file synced to disk. Bare decoding is what no start-up can do without:
+The start-up is everything from the folders' names to the tensors: headers, alignment, decoding,
+crop, resize, masks, and the raw files synced to disk. Bare decoding is what no start-up can do without:
 the same files read and decoded to full pictures and thrown away, by DALI and by OpenCV, on as many
 threads; the ratio is taken to the faster of the two.
 """
@@ -21,9 +21,8 @@ import torch
 
 from ..core.config import DataConfig
 from ..core.data.decode import BATCH_SIZE, choose_backend, thread_count
-from ..core.data.store import open_store
+from ..core.data.sides import SIDES, open_sides
 from ..core.faces.folder import read_folder
-from ..core.faces.geometry import Crop
 from ..core.faces.synthetic import draw_folder
 
 NUM_DRAWN = 64
@@ -40,9 +39,9 @@ def first_start(
 ) -> dict[str, Any]:
     """Seconds and CPU seconds of a first start-up, of the next one, and of bare decoding.
 
-    source: folder of face PNGs to use, repeated up to num_faces, in place of drawn faces. Each
-    figure is the best of `repeats` rounds; a round runs every variant once, so that a busy moment
-    of the machine does not fall on one of them alone. Imports are made before.
+    source: folder of face PNGs to use, repeated up to num_faces in all, in place of drawn faces.
+    Each figure is the best of `repeats` rounds; a round runs every variant once, so that a busy
+    moment of the machine does not fall on one of them alone. Imports are made before.
     """
     threads = thread_count(num_threads)
     has_dali = choose_backend("auto")[0] == "dali"
@@ -58,17 +57,21 @@ def first_start(
                 times.setdefault(f"bare_{name}", []).append(_timed(run)[1:])
             store_dir = Path(scratch) / f"store_{turn}"
             start = _starter(folder, size_px, store_dir, threads)
-            store, *first = _timed(start)
-            del store
+            opened, *first = _timed(start)
+            del opened
             again, *second = _timed(start)
-            if not again.reused:
-                raise RuntimeError(f"the raw file was not reused: {again.why}")
-            headers = _timed(lambda: read_folder(folder))[1:]
+            stores = [side.store for side in again.values()]
+            if not all(store.reused for store in stores):
+                raise RuntimeError(f"the raw files were not reused: {stores[0].why}")
+            headers = _timed(lambda: [read_folder(folder / side) for side in SIDES])[1:]
             times.setdefault("first", []).append((first[0], first[1]))
             times.setdefault("second", []).append((second[0], second[1]))
             times.setdefault("headers", []).append(headers)
-            facts = {"nbytes": again.nbytes, "placement": again.placement}
-            del again
+            facts = {
+                "nbytes": sum(store.nbytes for store in stores),
+                "placement": stores[0].placement,
+            }
+            del again, stores
             for file in store_dir.iterdir():
                 file.unlink()
     result: dict[str, Any] = {
@@ -97,14 +100,18 @@ def _draw(scratch: Path, png_px: int, num_faces: int) -> Path:
 
 
 def _repeat(source: Path, folder: Path, num_faces: int) -> list[Path]:
-    """Links to the pictures of a folder, repeated in turn, in a new folder."""
+    """Links to the pictures of a folder, repeated in turn, half of them for each side."""
     pictures = sorted(source.resolve().glob("*.png"))
-    if not pictures:
-        raise ValueError(f"{source} holds no PNG")
-    folder.mkdir()
-    files = [folder / f"{number:06d}.png" for number in range(num_faces)]
-    for number, file in enumerate(files):
-        file.symlink_to(pictures[number % len(pictures)])
+    if len(pictures) < 2:
+        raise ValueError(f"{source} holds fewer than 2 PNGs")
+    files = []
+    for number, side in enumerate(SIDES):
+        (folder / side).mkdir(parents=True)
+        own = pictures[number :: len(SIDES)]  # the sides may not share a file
+        for i in range(num_faces // len(SIDES)):
+            file = folder / side / f"{i:06d}.png"
+            file.symlink_to(own[i % len(own)])
+            files.append(file)
     return files
 
 
@@ -116,13 +123,11 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
 
 def _starter(folder: Path, size_px: int, store_dir: Path, threads: int) -> Callable[[], Any]:
-    data = DataConfig(num_threads=threads)
-    crop = Crop("face", 1.0, 0.0, size_px)
+    a, b = (str(folder / side) for side in SIDES)
+    data = DataConfig(input_a=a, input_b=b, num_threads=threads)
 
     def start() -> Any:
-        return open_store(
-            read_folder(folder), crop, data, store_dir=store_dir, device=torch.device("cpu")
-        )
+        return open_sides(data, size_px, store_dir=store_dir, device=torch.device("cpu"))
 
     return start
 

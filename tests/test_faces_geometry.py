@@ -111,7 +111,7 @@ def make_landmarks(mean_2=(300.0, 200.0), scale: float = 150.0, degrees: float =
 def make_alignment(face=(0.1, -0.2), head=(0.3, 0.05)) -> Alignment:
     offsets = {"face": np.float32(face), "head": np.float32(head), "legacy": np.zeros(2, "f4")}
     matrix = np.array([[0.01, 0.002, -1.0], [-0.002, 0.01, -2.0]])
-    return Alignment(matrix, np.zeros((68, 2), "f4"), offsets, 0.0, 0.0, 0.0, 0.0)
+    return Alignment(matrix, np.zeros((68, 2), "f4"), offsets, np.zeros(3))
 
 
 @pytest.mark.parametrize("mirrored", [False, True])

@@ -615,8 +615,8 @@ def test_available_memory_is_plausible():
 
 @pytest.mark.slow
 def test_benchmark_of_the_first_start():
-    row = first_start(30, 64, 32, repeats=1)
-    assert (row["num_faces"], row["nbytes"]) == (30, 30 * 32 * 32 * 8)
+    row = first_start(60, 64, 32, repeats=1)
+    assert (row["num_faces"], row["nbytes"]) == (60, 60 * 32 * 32 * 8)
     bare = min(row["bare_dali_s"], row["bare_opencv_s"])
     assert row["ratio"] == row["first_s"] / bare
     assert 0 < row["headers_s"] < row["first_s"]

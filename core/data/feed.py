@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.augment import Ranges, augment, draw, empty
-from ...models.autoencoder import Side
 from ..config import Config, to_dict
+from .sides import SIDES
 from .store import FaceStore
-
-SIDES: tuple[Side, Side] = ("a", "b")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from .geometry import Alignment, align
 from .png import FaceFileError, FaceHeader, read_header
 
 MINIMUM_FACES = 25
-_NUM_THREADS = 4
 _NUM_NAMED = 3
 
 
@@ -58,15 +56,14 @@ def read_folder(
     files = list_pictures(folder, side=side)
     faces: list[Face] = []
     rejected: list[Rejected] = []
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for result in pool.map(_read, files):
-            if isinstance(result, Face):
-                faces.append(result)
-                continue
-            if strict:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise ValueError(f"{result.path}: {result.reason}")
-            rejected.append(result)
+    for file in files:  # threads would only wait for each other: this is Python's own work
+        result = _read(file)
+        if isinstance(result, Face):
+            faces.append(result)
+            continue
+        if strict:
+            raise ValueError(f"{result.path}: {result.reason}")
+        rejected.append(result)
     if len(faces) < minimum:
         raise ValueError(_too_few(folder, faces, rejected, minimum, side))
     return FaceFolder(folder, faces, rejected)

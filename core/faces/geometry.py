@@ -9,6 +9,7 @@ head, gives each centering an offset in those units; a crop of `size_px` with pa
 Letters: l = landmark (68), 2 = (x, y), 23 = 2 x 3 matrix, hwc = row, column, channel.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,17 +63,41 @@ class Alignment:
     """A face in normalised coordinates.
 
     matrix_23: frame px to normalised, float64. normalized_l2: (68, 2) float32. offsets: centre of
-    each centering, (2,) float32, normalised. pitch, yaw, roll: degrees. average_distance: mean
-    distance of the inner landmarks from the mean face, normalised.
+    each centering, (2,) float32, normalised. rotation_3: of the head, as a rotation vector.
     """
 
     matrix_23: np.ndarray
     normalized_l2: np.ndarray
     offsets: dict[str, np.ndarray]
-    pitch: float
-    yaw: float
-    roll: float
-    average_distance: float
+    rotation_3: np.ndarray
+
+    @functools.cached_property
+    def angles(self) -> tuple[float, float, float]:
+        """Pitch, yaw and roll in degrees; worked out when asked for, training needs none."""
+        turn_33, _ = cv2.Rodrigues(self.rotation_3)
+        angles = cv2.decomposeProjectionMatrix(np.hstack([turn_33, np.zeros((3, 1))]))[-1]
+        pitch, yaw, roll = angles[:, 0].tolist()
+        return pitch, yaw, roll
+
+    @property
+    def pitch(self) -> float:
+        """Degrees."""
+        return self.angles[0]
+
+    @property
+    def yaw(self) -> float:
+        """Degrees."""
+        return self.angles[1]
+
+    @property
+    def roll(self) -> float:
+        """Degrees."""
+        return self.angles[2]
+
+    @property
+    def average_distance(self) -> float:
+        """Mean distance of the inner landmarks from the mean face, normalised."""
+        return float(np.abs(self.normalized_l2[INNER_LANDMARKS] - _MEAN_51_2).mean())
 
 
 @dataclass(frozen=True)
@@ -104,17 +129,7 @@ def align(landmarks_l2: np.ndarray) -> Alignment:
     centres = projected[:, 0].astype(np.float32) - _PRINCIPAL_POINT
     offsets = dict(zip(_OFFSET_CENTERINGS, centres, strict=True))
     offsets["legacy"] = np.zeros(2, np.float32)
-    pitch, yaw, roll = _angles(rotation)
-    difference = normalized_l2[INNER_LANDMARKS] - _MEAN_51_2
-    return Alignment(
-        matrix_23=matrix_23,
-        normalized_l2=normalized_l2,
-        offsets=offsets,
-        pitch=pitch,
-        yaw=yaw,
-        roll=roll,
-        average_distance=float(np.abs(difference).mean()),
-    )
+    return Alignment(matrix_23, normalized_l2, offsets, rotation)
 
 
 def transform(points_l2: np.ndarray, matrix_23: np.ndarray) -> np.ndarray:
@@ -131,14 +146,6 @@ def _similarity(points_l2: np.ndarray) -> np.ndarray:
     sine = (x @ _MEAN_Y - y @ _MEAN_X) / spread
     turn = np.array([[cosine, -sine], [sine, cosine]])
     return np.column_stack([turn, _MEAN_CENTRE - turn @ centre])
-
-
-def _angles(rotation: np.ndarray) -> tuple[float, float, float]:
-    """Pitch, yaw and roll in degrees."""
-    turn_33, _ = cv2.Rodrigues(rotation)
-    angles = cv2.decomposeProjectionMatrix(np.hstack([turn_33, np.zeros((3, 1))]))[-1]
-    pitch, yaw, roll = angles[:, 0].tolist()
-    return pitch, yaw, roll
 
 
 def padding_px(crop: Crop) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.feed import SIDES
+from ..data.sides import SIDES
 from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
 from ..run.preview import preview_image, save_png

@@ -14,11 +14,10 @@ from ... import __version__, models
 from ...models.autoencoder import Autoencoder
 from ..config import Config, from_dict, merge, to_dict
 from ..data.decode import thread_count
-from ..data.feed import SIDES, Feed
+from ..data.feed import Feed
 from ..data.preview_faces import PreviewFaces, load_preview_faces
-from ..data.store import FaceStore, open_store
-from ..faces.folder import Face, FaceFolder, overlap, read_folder
-from ..faces.geometry import Crop
+from ..data.sides import SIDES, SideFaces, open_sides
+from ..data.store import FaceStore
 from ..run.checkpoint import Generation, ModelFolder, Saver
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
@@ -104,9 +103,8 @@ def _prepare(
     options = models.options_of(config.model.trainer, config.model.options)
     family = models.family(config.model.trainer)
     input_px, output_px = family.sizes(options)
-    faces = _read_sides(config)
     num_threads = thread_count(config.data.num_threads)
-    stores = _open_stores(config, faces, max(input_px, *output_px), device, reporter)
+    faces = _open_faces(config, max(input_px, *output_px), device, reporter)
     model = models.build(
         config.model.trainer,
         learn_mask=config.loss.learn_mask,
@@ -118,6 +116,7 @@ def _prepare(
     update = Update(model, config.optimizer, precision)
     state = _restore(config, saved, model, update)
     session = state.begin_session(config)
+    stores = {side: opened.store for side, opened in faces.items()}
     feed = Feed(
         stores,
         config,
@@ -129,7 +128,7 @@ def _prepare(
     )
     stack.callback(feed.close)
     preview_faces = load_preview_faces(
-        {side: _trained_on(faces[side], stores[side]) for side in SIDES},
+        {side: opened.trained_on for side, opened in faces.items()},
         config.data,
         count=config.preview.preview_images,
         input_px=input_px,
@@ -178,53 +177,28 @@ def _resolved(config: Config) -> Config:
     return from_dict(merge(to_dict(config), resolved))
 
 
-def _read_sides(config: Config) -> dict[str, FaceFolder]:
-    """Both sides' faces, checked against each other and the batch size."""
+def _open_faces(
+    config: Config, size_px: int, device: torch.device, reporter: Reporter
+) -> dict[str, SideFaces]:
+    """Both sides' faces; tells of what had to be left out."""
     data = config.data
-    faces: dict[str, FaceFolder] = {
-        side: read_folder(getattr(data, f"input_{side}"), strict=data.strict, side=side)
-        for side in SIDES
-    }
-    shared = overlap(data.input_a, data.input_b)
-    if shared:
-        raise ValueError(f"{shared}: give each side a folder of its own")
-    return faces
-
-
-def _open_stores(
-    config: Config,
-    faces: dict[str, FaceFolder],
-    size_px: int,
-    device: torch.device,
-    reporter: Reporter,
-) -> dict[str, FaceStore]:
-    data = config.data
-    crop = Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
     model_dir = Path(config.save.model_dir).expanduser()
     store_dir = Path(data.store_dir).expanduser() if data.store_dir else model_dir / "faces"
-    stores = {}
-    for side, folder in faces.items():
-        with reporter.progress(f"Decoding faces of {side.upper()}") as tell:
-            store = open_store(
-                folder, crop, data, store_dir=store_dir, device=device, progress=tell
-            )
-        for warning in store.warnings:
+    faces = open_sides(
+        data, size_px, store_dir=store_dir, device=device, progress=reporter.progress
+    )
+    for side, opened in faces.items():
+        for warning in opened.store.warnings:
             reporter.warning(warning)
-        for bad in folder.rejected + store.rejected:
+        for bad in opened.left_out:
             reporter.warning(f"skipped {bad.path}: {bad.reason}")
-        if config.train.batch_size > store.num_faces:
+        if config.train.batch_size > opened.store.num_faces:
             raise ValueError(
                 f"train.batch_size is {config.train.batch_size}, but side {side.upper()} has "
-                f"{store.num_faces} faces; use --batch-size {store.num_faces} or less, or add faces"
+                f"{opened.store.num_faces} faces; use --batch-size {opened.store.num_faces} or "
+                "less, or add faces"
             )
-        stores[side] = store
-    return stores
-
-
-def _trained_on(folder: FaceFolder, store: FaceStore) -> list[Face]:
-    """The folder's faces less those that the store had to leave out."""
-    kept = set(store.names)
-    return [face for face in folder.faces if face.path.name in kept]
+    return faces
 
 
 def _restore(

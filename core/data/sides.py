@@ -1,0 +1,85 @@
+"""Both sides' faces, from the folders' names to decoded pictures."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...models.autoencoder import Side
+from ..config import DataConfig
+from ..faces.folder import Face, FaceFolder, Rejected, list_pictures, overlap, read_folder
+from ..faces.geometry import Crop
+from .store import FaceStore, open_store
+
+SIDES: tuple[Side, Side] = ("a", "b")
+
+Tell = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SideFaces:
+    """The faces of one side."""
+
+    folder: FaceFolder
+    store: FaceStore
+
+    @property
+    def trained_on(self) -> list[Face]:
+        """The folder's faces less those that the store had to leave out."""
+        kept = set(self.store.names)
+        return [face for face in self.folder.faces if face.path.name in kept]
+
+    @property
+    def left_out(self) -> list[Rejected]:
+        """Every file that is not trained on, and why."""
+        return self.folder.rejected + self.store.rejected
+
+
+def _no_progress(_title: str) -> AbstractContextManager[Tell]:
+    return nullcontext(lambda _done, _total: None)
+
+
+def open_sides(
+    data: DataConfig,
+    size_px: int,
+    *,
+    store_dir: Path | None,
+    device: torch.device,
+    progress: Callable[[str], AbstractContextManager[Tell]] = _no_progress,
+) -> dict[str, SideFaces]:
+    """Both sides' faces at the processing size; B's headers are read while A is decoded.
+
+    Args:
+        data: The folders, and how faces are cut out of them.
+        size_px: Processing size: the largest of the model's inputs and outputs.
+        store_dir: Folder that keeps the decoded faces; None keeps none.
+        device: Where training runs.
+        progress: Called with a title; gives what is to be told ``(done, total)``.
+
+    Raises:
+        ValueError: A folder is missing, holds too few faces, or both sides share faces.
+    """
+    paths = {side: getattr(data, f"input_{side}") for side in SIDES}
+    for side, path in paths.items():  # what can be seen at a glance is told first
+        list_pictures(path, side=side)
+    shared = overlap(*paths.values())
+    if shared:
+        raise ValueError(f"{shared}: give each side a folder of its own")
+    crop = Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
+    opened = {}
+    with ThreadPoolExecutor(1) as reader:
+        coming = {
+            side: reader.submit(read_folder, path, strict=data.strict, side=side)
+            for side, path in paths.items()
+        }
+        for side in SIDES:
+            folder = coming[side].result()
+            with progress(f"Decoding faces of {side.upper()}") as tell:
+                store = open_store(
+                    folder, crop, data, store_dir=store_dir, device=device, progress=tell
+                )
+            opened[side] = SideFaces(folder, store)
+    return {str(side): faces for side, faces in opened.items()}
