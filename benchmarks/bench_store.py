@@ -1,9 +1,9 @@
 """First start-up against bare decoding: what it costs to have both sides' faces ready.
 
 The start-up is everything from the folders' names to the tensors: headers, alignment, decoding,
-crop, resize, masks, and the raw files synced to disk. Bare decoding is what no start-up can do without:
-the same files read and decoded to full pictures and thrown away, by DALI and by OpenCV, on as many
-threads; the ratio is taken to the faster of the two.
+crop, resize, masks, and the raw files synced to disk. Bare decoding is what no start-up can do
+without: the same files read, decoded to full pictures and thrown away, by DALI and by OpenCV, on
+as many threads; the ratio is taken to the faster of the two.
 """
 
 import importlib
