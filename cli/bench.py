@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-KINDS = ("data", "step", "train", "learning")
+KINDS = ("data", "step", "train", "learning", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("all", *KINDS),
         help="data: batches from the store, first start-up; step: training steps and Python calls; "
         "train: the whole loop; all: these three; learning: curves against a reference "
-        "(needs --reference and faces)",
+        "(needs --reference and faces); report: put the newest results into README.md",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(
@@ -36,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print, and write the results file."""
     if args.kind == "learning":
         return _learning(args)
+    if args.kind == "report":
+        from ..benchmarks import report
+
+        report.update(Path("README.md"))
+        return 0
     from ..benchmarks import bench_data, bench_step, bench_train
     from ..benchmarks.harness import write_results
 
