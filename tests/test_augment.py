@@ -366,7 +366,8 @@ def test_works_in_a_forked_process():
     want = augment(faces, params, input_px=32, output_px=[32], num_threads=3).input_bchw
     child = os.fork()
     if child == 0:
-        signal.alarm(60)  # it would wait for ever for threads that it does not have
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)  # it would wait for ever for threads that it does not have
         ours = augment(faces, params, input_px=32, output_px=[32], num_threads=3).input_bchw
         os._exit(0 if ours.numpy().tobytes() == want.numpy().tobytes() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
