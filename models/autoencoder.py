@@ -3,6 +3,7 @@
 Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W columns.
 """
 
+import abc
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ def require_step(name: str, value: int, low: int, high: int, step: int) -> None:
     )
 
 
-class Autoencoder(nn.Module):
+class Autoencoder(nn.Module, abc.ABC):
     """A face goes through `encode`, which both sides share, then through `decode` of one side."""
 
     Config: Any
@@ -55,13 +56,13 @@ class Autoencoder(nn.Module):
         """``(input_px, output_px)`` of a model with these options, without making it."""
         return cls.input_px, cls.output_px
 
+    @abc.abstractmethod
     def encode(self, faces_nchw: Tensor) -> Codes:
         """What the two sides share, computed once for any number of faces, 0..1."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, codes: Codes, side: Side) -> Outputs:
         """Faces of ``side``, small to large, 0..1 fp32; then the mask where one is learned."""
-        raise NotImplementedError
 
     def forward(self, faces_nchw: Tensor) -> tuple[Outputs, Outputs]:
         """Outputs of A for the first half of the batch, of B for the second."""
