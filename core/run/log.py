@@ -259,7 +259,7 @@ class Reporter:
 
 
 class _StatusLine:
-    """One line at the bottom of a terminal, with others scrolling by above it."""
+    """A status at the bottom of a terminal (folded where it is narrow), others scroll by above."""
 
     def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
@@ -279,8 +279,7 @@ class _StatusLine:
     def update(self, text: str) -> None:
         if not self._live.is_started:
             self._live.start()
-        line = self._text(text, no_wrap=True, overflow="ellipsis")
-        self._live.update(line, refresh=True)
+        self._live.update(self._text(text), refresh=True)
 
     def write(self, text: str) -> None:
         self._console.print(self._text(text), soft_wrap=True)
