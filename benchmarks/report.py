@@ -70,12 +70,13 @@ def _card(content: dict[str, Any]) -> Iterable[str]:
         ],
     )
     yield from _table(
-        "The whole loop (data, logging, previews, saves)",
-        ["model", "batch", "precision", "EG/s", "waiting for data"],
+        "The whole loop (data, logging, two previews and saves; short runs, so these weigh much)",
+        ["model", "batch", "precision", "EG/s", "waiting for data", "iterations"],
         [
             [
                 *(row["model"], row["batch_size"], row["precision"], row["eg_per_s"]),
                 f"{100 * row['data_wait']:.1f} %",
+                row["iterations"],
             ]
             for row in rows
             if row["kind"] == "train"

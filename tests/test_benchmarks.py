@@ -52,6 +52,7 @@ def test_results_replace_equal_measurements_and_reach_the_readme(tmp_path, monke
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
     row = {"kind": "train", "model": "tiny", "batch_size": 2, "precision": "fp32"}
+    row |= {"iterations": 7}
     harness.write_results([row | {"eg_per_s": 1.0, "data_wait": 0.5}])
     path = harness.write_results([row | {"eg_per_s": 2.5, "data_wait": 0.25}])
     content = json.loads(path.read_text())
@@ -61,7 +62,7 @@ def test_results_replace_equal_measurements_and_reach_the_readme(tmp_path, monke
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.update(readme)
     text = readme.read_text()
-    assert "| tiny | 2 | fp32 | 2.5 | 25.0 % |" in text
+    assert "| tiny | 2 | fp32 | 2.5 | 25.0 % | 7 |" in text
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
