@@ -7,6 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Before mien.kernels is imported: without a GPU, tests interpret the Triton kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from mien.kernels import dispatch
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
@@ -76,6 +82,16 @@ def _poison():
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton_device(device):
+    """Where Triton kernels run in this test: on the GPU, else in Triton's interpreter."""
+    if device == "cuda":
+        yield device
+        return
+    with dispatch.interpreted():
+        yield device
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,27 @@
+"""Which tensors a Triton kernel takes: those on a GPU; any, while a test interprets the kernels."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import Tensor
+
+_interpreted = False
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether an operation on ``tensor`` launches its kernels; else it runs in plain PyTorch."""
+    return tensor.is_cuda or _interpreted
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """CPU tensors go through Triton's interpreter inside.
+
+    TRITON_INTERPRET=1 must be set before `mien.kernels` is imported.
+    """
+    global _interpreted
+    before, _interpreted = _interpreted, True
+    try:
+        yield
+    finally:
+        _interpreted = before
