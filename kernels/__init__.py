@@ -6,8 +6,9 @@ What belongs to an operation besides its function is imported from its module:
 
 from . import reference
 from .augment import augment
+from .upscale import activate, to_image, upscale
 
 OPERATIONS = ("augment",)
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
-__all__ = ["OPERATIONS", "augment", "reference"]
+__all__ = ["OPERATIONS", "activate", "augment", "reference", "to_image", "upscale"]

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 _IDENTITY = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
 
@@ -111,3 +114,31 @@ def _shrunk(picture: np.ndarray, edge: int) -> np.ndarray:
             [cv2.resize(p, (edge, edge), interpolation=cv2.INTER_AREA) for p in planes], -1
         )
     return cv2.resize(picture, (edge, edge), interpolation=cv2.INTER_AREA)
+
+
+def activate(
+    x_bchw: Tensor,
+    bias_c: Tensor | None,
+    *,
+    slope: float,
+    residual_bchw: Tensor | None = None,
+    border: Sequence[int] = (0, 0, 0, 0),
+) -> Tensor:
+    """`mien.kernels.activate` as separate operations, in the dtype of ``x_bchw``."""
+    z_bchw = x_bchw if bias_c is None else x_bchw + bias_c.view(-1, 1, 1)
+    if residual_bchw is not None:
+        z_bchw = z_bchw + residual_bchw
+    return F.pad(F.leaky_relu(z_bchw, slope), tuple(border))
+
+
+def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int = 2) -> Tensor:
+    """`mien.kernels.upscale` as separate operations, in the dtype of ``x_bchw``."""
+    z_bchw = activate(x_bchw, bias_c, slope=slope)
+    batch, channels, rows, columns = z_bchw.shape
+    blocks = z_bchw.reshape(batch, factor, factor, channels // factor**2, rows, columns)
+    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(batch, -1, rows * factor, columns * factor)
+
+
+def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
+    """`mien.kernels.to_image` as separate operations, in the dtype of ``x_bchw``."""
+    return torch.sigmoid(activate(x_bchw, bias_c, slope=1)[:, :channels])
