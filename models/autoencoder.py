@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .blocks import Bottleneck, SameConv
 from .initializers import initialize
 
 Side = Literal["a", "b"]
@@ -64,16 +65,36 @@ class Autoencoder(nn.Module, abc.ABC):
     def decode(self, codes: Codes, side: Side) -> Outputs:
         """Faces of ``side``, small to large, 0..1 fp32; then the mask where one is learned."""
 
-    def forward(self, faces_nchw: Tensor) -> tuple[Outputs, Outputs]:
-        """Outputs of A for the first half of the batch, of B for the second."""
+    def forward(
+        self, faces_nchw: Tensor, side_stream: torch.cuda.Stream | None = None
+    ) -> tuple[Outputs, Outputs]:
+        """Outputs of A for the first half of the batch, of B for the second.
+
+        Args:
+            faces_nchw: A's faces, then as many of B, 0..1.
+            side_stream: Decode B there while A is decoded; the backward pass then does likewise.
+        """
         codes = self.encode(faces_nchw)
-        half = faces_nchw.shape[0] // 2
-        code_a, code_b = tuple(c[:half] for c in codes), tuple(c[half:] for c in codes)
-        return self.decode(code_a, "a"), self.decode(code_b, "b")
+        # Split, not sliced: the gradients of both halves then meet in one copy.
+        code_a, code_b = zip(*(c.split(c.shape[0] // 2) for c in codes), strict=True)
+        if side_stream is None:
+            return self.decode(code_a, "a"), self.decode(code_b, "b")
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
+            outputs_b = self.decode(code_b, "b")
+        outputs_a = self.decode(code_a, "a")
+        torch.cuda.current_stream().wait_stream(side_stream)
+        return outputs_a, outputs_b
 
     def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
         """Any faces, decoded as ``side``: its own faces are re-created, the other's swapped."""
         return self.decode(self.encode(faces_bchw), side)
+
+    def align(self, multiple: int) -> None:
+        """Pad channels to a multiple where the tensor cores want it; see `alignment`."""
+        for module in self.modules():
+            if isinstance(module, SameConv | Bottleneck):
+                module.align(multiple)
 
     def initialize(self, seed: int) -> None:
         """Fill every weight as a pure function of ``seed`` and lay them out channels_last."""

@@ -2,14 +2,19 @@
 
 Tensors are channels_last (NHWC in memory), so flattening, un-flattening and depth-to-space need no
 reordering: dense weights are kept in NHWC order, and a shuffled pixel's channels lie together.
+Convolutions are bare products of a library; all that stands between two of them is one kernel.
 
-Shape letters: B faces, C channels, H rows, W columns, R upscale factor.
+Shape letters: B faces, C channels, H rows, W columns.
 """
 
-import torch
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+
+from ..kernels.upscale import activate, to_image, upscale
+from .alignment import axis, pad_parameter
 
 
 def _same_padding(size_px: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -18,37 +23,63 @@ def _same_padding(size_px: int, kernel: int, stride: int) -> tuple[int, int]:
     return total // 2, total - total // 2
 
 
+Border = tuple[int, int, int, int]
+_NO_BORDER: Border = (0, 0, 0, 0)
+
+
 class SameConv(nn.Module):
-    """Convolution whose output is ceil(size / stride), the smaller share of the padding first."""
+    """Convolution whose output is ceil(size / stride), the smaller share of the padding first.
+
+    Its bias is not added here but by the kernel that follows it, together with all else that comes
+    before the next convolution.
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, *, reflect: bool = False
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        reflect: bool = False,
+        output_groups: int = 1,
     ):
         super().__init__()
         self.kernel, self.stride, self.reflect = kernel, stride, reflect
+        self.output_groups = output_groups
         # Even padding on both ends is the convolution's own affair; anything else is padded first.
         self.built_in = stride == 1 and kernel % 2 == 1 and not reflect
         self.conv = skip_init(
             nn.Conv2d, inputs, outputs, kernel, stride, padding=kernel // 2 if self.built_in else 0
         )
 
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        if not self.built_in:
-            top, bottom = _same_padding(x_bchw.shape[2], self.kernel, self.stride)
-            left, right = _same_padding(x_bchw.shape[3], self.kernel, self.stride)
+    @property
+    def bias(self) -> Tensor:
+        """(outputs,), for the kernel that follows."""
+        return self.conv.bias
+
+    def border(self, rows: int, columns: int) -> Border:
+        """Pixels (left, right, top, bottom) by which an input of this size is to be framed."""
+        if self.built_in:
+            return _NO_BORDER
+        vertical = _same_padding(rows, self.kernel, self.stride)
+        return *_same_padding(columns, self.kernel, self.stride), *vertical
+
+    def forward(self, x_bchw: Tensor, *, framed: bool = False) -> Tensor:
+        """The products, without the bias; ``framed``: the input has its border already."""
+        border = _NO_BORDER if framed else self.border(*x_bchw.shape[2:])
+        missing = self.conv.weight.shape[1] - x_bchw.shape[1]  # of an aligned model: see `align`
+        if any(border) or missing:
             mode = "reflect" if self.reflect else "constant"
-            x_bchw = F.pad(x_bchw, (left, right, top, bottom), mode=mode)
-        return self.conv(x_bchw)
+            x_bchw = F.pad(x_bchw, (*border, 0, missing) if missing else border, mode=mode)
+        return F.conv2d(x_bchw, self.conv.weight, None, self.stride, self.conv.padding)
 
-
-def depth_to_space(x_bchw: Tensor, factor: int) -> Tensor:
-    """[B, R*R*C, H, W] -> [B, C, H*R, W*R]; input channel (i*R + j)*C + c is output (i, j, c)."""
-    batch, channels, rows, columns = x_bchw.shape
-    out_channels = channels // factor**2
-    blocks = x_bchw.permute(0, 2, 3, 1).reshape(batch, rows, columns, factor, factor, out_channels)
-    spread = blocks.permute(0, 1, 3, 2, 4, 5)
-    out_bhwc = spread.reshape(batch, rows * factor, columns * factor, out_channels)
-    return out_bhwc.permute(0, 3, 1, 2)
+    def align(self, multiple: int) -> None:
+        """Pad the channels to a multiple; see `alignment`."""
+        outputs, inputs = self.conv.weight.shape[:2]
+        by_output = axis(0, self.output_groups, outputs, multiple)
+        pad_parameter(self.conv, "weight", (by_output, axis(1, 1, inputs, multiple)))
+        pad_parameter(self.conv, "bias", (by_output,))
 
 
 class Downscale(nn.Module):
@@ -58,8 +89,35 @@ class Downscale(nn.Module):
         super().__init__()
         self.conv = SameConv(inputs, outputs, 5, 2, reflect=reflect)
 
+    def forward(
+        self, x_bchw: Tensor, *, framed: bool = False, border: Border = _NO_BORDER
+    ) -> Tensor:
+        """``framed``: the input has its border already; ``border``: the output gets one."""
+        product = self.conv(x_bchw, framed=framed)
+        return activate(product, self.conv.bias, slope=0.1, border=border)
+
+
+class Downscales(nn.Sequential):
+    """`Downscale` blocks in a row; each frames its output with the zeros that the next one needs.
+
+    So no pass over memory only pads.
+    """
+
+    def __init__(self, inputs: int, widths: Sequence[int], *, reflect: bool = False):
+        pairs = zip((inputs, *widths), widths, strict=False)
+        super().__init__(*(Downscale(i, o, reflect=reflect) for i, o in pairs))
+        self.reflect = reflect
+
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return F.leaky_relu(self.conv(x_bchw), 0.1, inplace=True)
+        rows, columns = x_bchw.shape[2:]
+        framed = False
+        for number, block in enumerate(self, 1):
+            rows, columns = -(-rows // 2), -(-columns // 2)
+            frames_next = number < len(self) and not self.reflect
+            border = block.conv.border(rows, columns) if frames_next else _NO_BORDER
+            x_bchw = block(x_bchw, framed=framed, border=border)
+            framed = frames_next
+        return x_bchw
 
 
 class Upscale(nn.Module):
@@ -67,10 +125,10 @@ class Upscale(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, reflect: bool = False):
         super().__init__()
-        self.conv = SameConv(inputs, outputs * 4, 3, reflect=reflect)
+        self.conv = SameConv(inputs, outputs * 4, 3, reflect=reflect, output_groups=4)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return depth_to_space(F.leaky_relu(self.conv(x_bchw), 0.1, inplace=True), 2)
+        return upscale(self.conv(x_bchw), self.conv.bias, slope=0.1)
 
 
 class ToImage(nn.Module):
@@ -78,25 +136,34 @@ class ToImage(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 5):
         super().__init__()
+        self.outputs = outputs
         self.conv = SameConv(inputs, outputs, kernel)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return torch.sigmoid(self.conv(x_bchw).float())
+        return to_image(self.conv(x_bchw), self.conv.bias, channels=self.outputs)
 
 
 class Bottleneck(nn.Module):
     """[B, C, H, W] -> [B, outputs, size, size] through two dense layers, in NHWC order."""
 
-    def __init__(self, inputs: int, nodes: int, outputs: int, size_px: int):
+    def __init__(self, pixels: int, channels: int, nodes: int, outputs: int, size_px: int):
         super().__init__()
-        self.outputs, self.size_px = outputs, size_px
-        self.squeeze = skip_init(nn.Linear, inputs, nodes)
+        self.pixels, self.size_px = pixels, size_px
+        self.squeeze = skip_init(nn.Linear, pixels * channels, nodes)
         self.expand = skip_init(nn.Linear, nodes, outputs * size_px**2)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         flat_bn = x_bchw.permute(0, 2, 3, 1).flatten(1)
         out_bn = self.expand(self.squeeze(flat_bn))
-        return out_bn.view(-1, self.size_px, self.size_px, self.outputs).permute(0, 3, 1, 2)
+        return out_bn.view(out_bn.shape[0], self.size_px, self.size_px, -1).permute(0, 3, 1, 2)
+
+    def align(self, multiple: int) -> None:
+        """Pad the channels of the pictures on both sides; see `alignment`."""
+        inputs, outputs = self.squeeze.in_features, self.expand.out_features
+        by_output = axis(0, self.size_px**2, outputs, multiple)
+        pad_parameter(self.squeeze, "weight", (axis(1, self.pixels, inputs, multiple),))
+        pad_parameter(self.expand, "weight", (by_output,))
+        pad_parameter(self.expand, "bias", (by_output,))
 
 
 class UpscaleDecoder(nn.Module):

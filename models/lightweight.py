@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Build, Codes, Outputs, Side, require_step
-from .blocks import Bottleneck, Downscale, Upscale, UpscaleDecoder
+from .blocks import Bottleneck, Downscales, Upscale, UpscaleDecoder
 from .registry import register
 
 
@@ -39,8 +39,8 @@ class Lightweight(Autoencoder):
         w, reflect = config.width, build.reflect_padding
         widths = (w, 2 * w, 4 * w)
         self.encoder = nn.Sequential(
-            *(Downscale(i, o, reflect=reflect) for i, o in zip((3, *widths), widths, strict=False)),
-            Bottleneck(8 * 8 * 4 * w, 4 * w, 4 * w, 4),
+            Downscales(3, widths, reflect=reflect),
+            Bottleneck(8 * 8, 4 * w, 4 * w, 4 * w, 4),
             Upscale(4 * w, 2 * w, reflect=reflect),
         )
         self.decoder_a = self._decoder()

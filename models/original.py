@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Build, Codes, Outputs, Side, require_step
-from .blocks import Bottleneck, Downscale, Upscale, UpscaleDecoder
+from .blocks import Bottleneck, Downscales, Upscale, UpscaleDecoder
 from .registry import register
 
 
@@ -44,8 +44,8 @@ class Original(Autoencoder):
         nodes = 4 * w if config.lowmem else 8 * w
         last_px = 64 // 2 ** len(widths)
         self.encoder = nn.Sequential(
-            *(Downscale(i, o, reflect=reflect) for i, o in zip((3, *widths), widths, strict=False)),
-            Bottleneck(last_px**2 * widths[-1], nodes, 8 * w, 4),
+            Downscales(3, widths, reflect=reflect),
+            Bottleneck(last_px**2, widths[-1], nodes, 8 * w, 4),
             Upscale(8 * w, 4 * w, reflect=reflect),
         )
         self.decoder_a = self._decoder()
