@@ -17,31 +17,31 @@ SIZES = ((64, (64,)), (128, (128,)), (128, (256,)), (64, (32, 64, 128)))
 """Input and outputs in px; the store has the largest."""
 
 _STORE_BYTES = 64 * 2**20
+"""Of each side, so that no face is still in the cache of a GPU when it comes again."""
 
 
 def step(
     input_px: int, output_px: Sequence[int], batch: int, num_threads: int, device: str = "cpu"
 ) -> Callable[[], None]:
-    """A function that draws and augments the next ``batch`` faces of a store of 64 MiB."""
+    """A function that draws and augments the next ``batch`` faces: half of each of two stores."""
     size_px = max(input_px, *output_px)
-    faces_fssc = _store(size_px).to(device)
+    faces = [_store(size_px).to(device) for _ in range(2)]
     out = empty(batch, input_px=input_px, output_px=output_px, device=device)
-    num_faces, first = len(faces_fssc), 0
+    num_faces, first = [len(faces_fssc) for faces_fssc in faces], 0
 
     def run() -> None:
         nonlocal first
         params_nx = draw(
             Ranges(),
             seed=1,
-            side=0,
-            first=first,
-            count=batch,
+            first=[first, first],
+            count=batch // 2,
             num_faces=num_faces,
             size_px=size_px,
             device=device,
         )
         augment(
-            faces_fssc,
+            faces,
             params_nx,
             input_px=input_px,
             output_px=output_px,
@@ -50,7 +50,7 @@ def step(
             out=out,
             num_threads=num_threads,
         )
-        first += batch
+        first += batch // 2
 
     return run
 

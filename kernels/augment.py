@@ -1,15 +1,16 @@
 """Turn faces of the store into network inputs, targets and loss weights, in one call.
 
-    draw(ranges, seed=, side=, first=, count=, num_faces=, size_px=) -> params
-    augment(faces_fssc, params, input_px=, output_px=, ...)          -> Augmented
+    draw(ranges, seed=, first=, count=, num_faces=, size_px=)    -> params
+    augment((faces_a, faces_b), params, input_px=, output_px=, ...) -> Augmented
 
-    Augmented.input_bchw     (B, 3, input_px, input_px)    0..1, BGR, channels_last
+    Augmented.input_bchw     (B, 3, input_px, input_px)    0..1, BGR, channels_last; or (B, 8, ...)
              .targets_bchw   one (B, 3, P, P) per output   0..1, BGR, channels_last
              .weights_b1hw   one (B, 1, P, P) per output   float32
              .mask_b1hw      (B, 1, P, P) of the last output, float32; None unless asked for
 
-For a batch of both sides: ``out = empty(2 * batch, ...)``, then `augment` each side into
-``out.part(0, batch)`` and ``out.part(batch, 2 * batch)``.
+A batch holds as many faces of A as of B, A's before B's; both are made at once, so that a step on
+a GPU is one launch to draw and one series of launches to augment. Each side has a store of its own.
+A store alone makes batches of side A alone.
 
 Each face is gathered, varied in colour (a shift of L, a and b, then CLAHE on L), zoomed, turned,
 shifted (with its masks, the edge pixels repeated) and mirrored. That picture, resized, is the
@@ -40,8 +41,6 @@ from torch import Tensor
 
 from . import native
 
-SIDES = {"a": 0, "b": 1}
-
 FACE_PARAMS = np.dtype(
     [
         ("index", np.int64),
@@ -57,7 +56,9 @@ FACE_PARAMS = np.dtype(
 )
 """What is done to one face; the struct `mien_face` of mien.h, where the fields are explained."""
 
+MAX_SIDES = 2
 MAX_OUTPUTS = 8
+INPUT_CHANNELS = (3, 8)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -95,21 +96,13 @@ class Augmented:
     weights_b1hw: list[Tensor]
     mask_b1hw: Tensor | None
 
-    def part(self, begin: int, end: int) -> "Augmented":
-        """Views of the faces ``begin`` to ``end - 1``."""
-        return Augmented(
-            self.input_bchw[begin:end],
-            [target[begin:end] for target in self.targets_bchw],
-            [weight[begin:end] for weight in self.weights_b1hw],
-            None if self.mask_b1hw is None else self.mask_b1hw[begin:end],
-        )
-
 
 def empty(
     batch: int,
     *,
     input_px: int,
     output_px: Sequence[int],
+    input_channels: int = 3,
     learn_mask: bool = False,
     input_dtype: torch.dtype = torch.float32,
     target_dtype: torch.dtype = torch.float32,
@@ -117,16 +110,16 @@ def empty(
 ) -> Augmented:
     """Room for ``batch`` augmented faces, not yet written."""
 
-    def picture(edge: int, dtype: torch.dtype) -> Tensor:
-        shape = (batch, 3, edge, edge)
+    def picture(channels: int, edge: int, dtype: torch.dtype) -> Tensor:
+        shape = (batch, channels, edge, edge)
         return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
     def plane(edge: int) -> Tensor:
         return torch.empty(batch, 1, edge, edge, device=device)
 
     return Augmented(
-        picture(input_px, input_dtype),
-        [picture(edge, target_dtype) for edge in output_px],
+        picture(input_channels, input_px, input_dtype),
+        [picture(3, edge, target_dtype) for edge in output_px],
         [plane(edge) for edge in output_px],
         plane(output_px[-1]) if learn_mask else None,
     )
@@ -149,30 +142,26 @@ def draw(
     ranges: Ranges,
     *,
     seed: int,
-    side: int,
-    first: int | Tensor,
+    first: Sequence[int] | Tensor,
     count: int,
-    num_faces: int,
+    num_faces: Sequence[int],
     size_px: int,
-    offset: int = 0,
     device: torch.device | str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Parameters of ``count`` faces, uint8 (count, bytes of FACE_PARAMS).
+    """Parameters of ``count`` faces of each side, uint8 (N, bytes of FACE_PARAMS).
 
-    Row i belongs to serial number ``first + offset + i``.
+    Row i belongs to A's serial number ``first[0] + i``, row ``count + i`` to B's ``first[1] + i``.
 
     Args:
         ranges: How far to vary.
         seed: Any 64-bit number.
-        side: 0 for a, 1 for b.
-        first: Serial number; or an int64 CUDA tensor of one element, from which the kernel reads it
-            when it runs, so that a captured graph can move on.
-        count: How many.
-        num_faces: Faces of this side in the store.
-        size_px: The store's edge S.
-        offset: Added to ``first``.
-        device: Where to draw; default: where ``first`` lies, the CPU for a number.
+        first: Serial number of each side's first face; or an int64 tensor of them on the device,
+            which is read when the drawing runs, so that a captured graph can move on.
+        count: How many of each side.
+        num_faces: Faces in each side's store: one number for A alone, or two.
+        size_px: The stores' edge S.
+        device: Where to draw; default: where ``first`` lies, the CPU for numbers.
         out: Where to put them.
 
     Raises:
@@ -180,25 +169,21 @@ def draw(
     """
     if device is None:
         device = first.device if isinstance(first, Tensor) else "cpu"
-    device = torch.device(device)
-    if count < 0 or num_faces < 1 or size_px < 8:
+    device, sides = torch.device(device), len(num_faces)
+    if not 1 <= sides <= MAX_SIDES:
+        raise ValueError(f"num_faces must name 1 or 2 sides, got {list(num_faces)}")
+    if count < 0 or min(num_faces) < 1 or size_px < 8:
         raise ValueError(
-            f"count must be >= 0, num_faces >= 1 and size_px >= 8, got {count}, {num_faces}, "
+            f"count must be >= 0, num_faces >= 1 and size_px >= 8, got {count}, {list(num_faces)}, "
             f"{size_px}"
         )
-    if side not in SIDES.values():
-        raise ValueError(f"side must be 0 (a) or 1 (b), got {side}")
     if not 0 <= ranges.color_clahe_max_size <= 8:
         raise ValueError(f"color_clahe_max_size must be 0 to 8, got {ranges.color_clahe_max_size}")
     if isinstance(first, Tensor):
-        if device.type != "cuda" or first.dtype != torch.int64 or first.numel() != 1:
-            raise ValueError(
-                "first must be a number or an int64 CUDA tensor of one element, got "
-                f"{first.dtype} {tuple(first.shape)} on {first.device}"
-            )
-    elif first + offset < 0:
-        raise ValueError(f"first + offset must not be negative, got {first + offset}")
-    shape = (count, FACE_PARAMS.itemsize)
+        _check(first, "first", (sides,), (torch.int64,), device)
+    elif len(first) != sides or min(first) < 0:
+        raise ValueError(f"first must be {sides} numbers, none negative, got {list(first)}")
+    shape = (sides * count, FACE_PARAMS.itemsize)
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=device)
     _check(out, "out", shape, (torch.uint8,), device)
@@ -220,30 +205,31 @@ def draw(
             "warp": ranges.warp,
         },
     )
-    params = ffi.cast("mien_face *", out.data_ptr())
-    key = seed % 2**64
-    if device.type == "cpu":
-        assert isinstance(first, int)
-        start = first + offset
-        native.call("draw_cpu", given, key, side, start, count, num_faces, size_px, params)
-        return out
+    job = ffi.new("mien_draw_job *")
+    job.seed = seed % 2**64
+    job.num_sides = sides
+    job.size_px = size_px
+    job.count = count
+    job.num_faces = list(num_faces)
     if isinstance(first, Tensor):
-        pointer = ffi.cast("int64_t *", first.data_ptr())
+        job.counters = ffi.cast("int64_t *", first.data_ptr())
     else:
-        pointer, offset = ffi.NULL, first + offset
-    stream = _stream(ffi, device)
-    native.call(
-        "draw_cuda", given, key, side, pointer, offset, count, num_faces, size_px, params, stream
-    )
+        job.first = list(first)
+    job.params = ffi.cast("mien_face *", out.data_ptr())
+    if device.type == "cpu":
+        native.call("draw_cpu", given, job)
+    else:
+        native.call("draw_cuda", given, job, _stream(ffi, device))
     return out
 
 
 def augment(
-    faces_fssc: Tensor,
+    faces: Sequence[Tensor],
     params_nx: Tensor,
     *,
     input_px: int,
     output_px: Sequence[int],
+    input_channels: int = 3,
     penalize_mask: bool = True,
     eye_multiplier: float = 1,
     mouth_multiplier: float = 1,
@@ -260,10 +246,13 @@ def augment(
     Runs where the parameters lie; faces in pinned host memory can be read from a GPU.
 
     Args:
-        faces_fssc: The store, uint8 (F, S, S, 8): B, G, R, face, eye, mouth, 0, 0.
+        faces: Each side's store, uint8 (F, S, S, 8): B, G, R, face, eye, mouth, 0, 0. The first
+            half of the rows are faces of the first, the others of the second; S is the same.
         params_nx: From `draw` or `params_from_records`.
         input_px: Edge of the input, at most S.
         output_px: Edge of each output, at most S.
+        input_channels: 3, or 8 for an input whose channels 3 to 7 are zeros, as tensor cores
+            want multiples of 8.
         penalize_mask: Weigh by the masks; else every weight is 1.
         eye_multiplier: E of the formula where above 1.
         mouth_multiplier: M of the formula where above 1.
@@ -271,32 +260,26 @@ def augment(
         rgb: Write R, G, B instead of B, G, R.
         input_dtype: float32, bfloat16 or float16; of the input.
         target_dtype: The same, of the targets.
-        out: Where to put everything, from `empty` or its `part`; the dtypes are then its own.
+        out: Where to put everything, from `empty`; the dtypes are then its own.
         num_threads: CPU threads; 0: as many as the process has cores. The result is the same.
         workspace: GPU only: uint8 tensor of at least `workspace_bytes`.
 
     Raises:
         ValueError: On shapes, dtypes or devices that do not fit.
     """
-    if faces_fssc.dtype != torch.uint8 or faces_fssc.ndim != 4 or faces_fssc.shape[3] != 8:
-        raise ValueError(
-            f"faces must be uint8 (F, S, S, 8), got {faces_fssc.dtype} {tuple(faces_fssc.shape)}"
-        )
-    num_faces, size_px = faces_fssc.shape[:2]
     device = params_nx.device
     count = params_nx.shape[0]
-    _check(faces_fssc, "faces", (num_faces, size_px, size_px, 8), (torch.uint8,), None)
+    size_px = _check_faces(faces, device)
     _check(params_nx, "params", (count, FACE_PARAMS.itemsize), (torch.uint8,), device)
-    if faces_fssc.device != device and not (device.type == "cuda" and faces_fssc.is_pinned()):
-        raise ValueError(
-            f"params on {device} but faces on {faces_fssc.device}: put them on one device, or the "
-            "faces in pinned memory"
-        )
+    if count % len(faces):
+        raise ValueError(f"params must have as many rows for each side, got {count} rows")
     if not output_px or len(output_px) > MAX_OUTPUTS:
         raise ValueError(f"output_px must name 1 to {MAX_OUTPUTS} sizes, got {list(output_px)}")
     for edge in (input_px, *output_px):
         if not 1 <= edge <= size_px:
             raise ValueError(f"sizes must be 1 to {size_px} px (the store's), got {edge}")
+    if input_channels not in INPUT_CHANNELS:
+        raise ValueError(f"input_channels must be 3 or 8, got {input_channels}")
     for dtype in (input_dtype, target_dtype):
         if dtype not in _TYPES:
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
@@ -305,16 +288,21 @@ def augment(
             count,
             input_px=input_px,
             output_px=output_px,
+            input_channels=input_channels,
             learn_mask=learn_mask,
             input_dtype=input_dtype,
             target_dtype=target_dtype,
             device=device,
         )
-    _check_out(out, count, input_px, output_px, learn_mask, device)
+    _check_out(out, (count, input_channels, input_px, input_px), output_px, learn_mask, device)
 
     ffi, lib = native.library()
-    job = _job(ffi, num_faces, size_px, count, input_px, output_px)
-    job.faces = ffi.cast("uint8_t *", faces_fssc.data_ptr())
+    job = _job(ffi, count, size_px, input_px, output_px)
+    job.num_sides = len(faces)
+    job.input_channels = input_channels
+    for side, faces_fssc in enumerate(faces):
+        job.faces[side] = ffi.cast("uint8_t *", faces_fssc.data_ptr())
+        job.num_faces[side] = len(faces_fssc)
     job.params = ffi.cast("mien_face *", params_nx.data_ptr())
     job.rgb = rgb
     job.input_type = _TYPES[out.input_bchw.dtype]
@@ -349,20 +337,25 @@ def augment(
 def workspace_bytes(batch: int, *, size_px: int, input_px: int, output_px: Sequence[int]) -> int:
     """GPU memory that `augment` needs besides its results, for ``batch`` faces."""
     ffi, lib = native.library()
-    return lib.mien_augment_workspace_bytes(_job(ffi, 1, size_px, batch, input_px, output_px))
+    return lib.mien_augment_workspace_bytes(_job(ffi, batch, size_px, input_px, output_px))
 
 
-def _job(
-    ffi: Any,
-    num_faces: int,
-    size_px: int,
-    count: int,
-    input_px: int,
-    output_px: Sequence[int],
-) -> Any:
+def launches(
+    batch: int, *, size_px: int, input_px: int, output_px: Sequence[int]
+) -> dict[str, int]:
+    """Kernels that `draw` and `augment` launch on a GPU for ``batch`` faces of these sizes."""
+    ffi, lib = native.library()
+    job = _job(ffi, batch, size_px, input_px, output_px)
+    return {"draw": int(batch > 0), "augment": lib.mien_augment_launches(job)}
+
+
+def _job(ffi: Any, count: int, size_px: int, input_px: int, output_px: Sequence[int]) -> Any:
+    """A job of one side, its pointers unset."""
     job = ffi.new("mien_augment_job *")
-    job.num_faces = num_faces
+    job.num_sides = 1
+    job.num_faces[0] = 1
     job.count = count
+    job.input_channels = 3
     job.size_px = size_px
     job.input_px = input_px
     job.num_outputs = len(output_px)
@@ -394,10 +387,30 @@ def _check(
         raise ValueError(f"{name} must be {layout}, got strides {tensor.stride()}")
 
 
+def _check_faces(faces: Sequence[Tensor], device: torch.device) -> int:
+    """The edge S of the stores; refuse those that cannot be read from the device."""
+    if not 1 <= len(faces) <= MAX_SIDES:
+        raise ValueError(f"faces must be 1 or 2 stores, got {len(faces)}")
+    size_px = faces[0].shape[1] if faces[0].ndim == 4 else 0
+    for faces_fssc in faces:
+        if faces_fssc.dtype != torch.uint8 or faces_fssc.ndim != 4 or faces_fssc.shape[3] != 8:
+            raise ValueError(
+                "faces must be uint8 (F, S, S, 8), got "
+                f"{faces_fssc.dtype} {tuple(faces_fssc.shape)}"
+            )
+        shape = (len(faces_fssc), size_px, size_px, 8)
+        _check(faces_fssc, "faces", shape, (torch.uint8,), None)
+        if faces_fssc.device != device and not (device.type == "cuda" and faces_fssc.is_pinned()):
+            raise ValueError(
+                f"params on {device} but faces on {faces_fssc.device}: put them on one device, or "
+                "the faces in pinned memory"
+            )
+    return size_px
+
+
 def _check_out(
     out: Augmented,
-    count: int,
-    input_px: int,
+    input_shape: tuple[int, int, int, int],
     output_px: Sequence[int],
     learn_mask: bool,
     device: torch.device,
@@ -410,9 +423,8 @@ def _check_out(
         )
     if (out.mask_b1hw is not None) != learn_mask:
         raise ValueError("out must have a mask if, and only if, learn_mask is set")
-    types = tuple(_TYPES)
-    shape = (count, 3, input_px, input_px)
-    _check(out.input_bchw, "input", shape, types, device, channels_last=True)
+    types, count = tuple(_TYPES), input_shape[0]
+    _check(out.input_bchw, "input", input_shape, types, device, channels_last=True)
     same = (out.targets_bchw[0].dtype,) if out.targets_bchw[0].dtype in types else types
     for edge, target, weight in zip(output_px, out.targets_bchw, out.weights_b1hw, strict=True):
         _check(target, "target", (count, 3, edge, edge), same, device, channels_last=True)

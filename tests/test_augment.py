@@ -20,10 +20,12 @@ import mien
 from mien.kernels import reference
 from mien.kernels.augment import (
     FACE_PARAMS,
+    Augmented,
     Ranges,
     augment,
     draw,
     empty,
+    launches,
     params_from_records,
     records_of,
 )
@@ -82,12 +84,17 @@ def drawn_params(count, num_faces, size_px, **ranges):
     return draw(
         Ranges(**(strong | ranges)),
         seed=5,
-        side=1,
-        first=3,
+        first=[3],
         count=count,
-        num_faces=num_faces,
+        num_faces=[num_faces],
         size_px=size_px,
     )
+
+
+def both_sides(count, num_faces, size_px, **ranges):
+    """Parameters of ``count`` faces of each side."""
+    ranges = Ranges(rotation_range=25, zoom_amount=25, color_clahe_max_size=8, **ranges)
+    return draw(ranges, seed=5, first=[3, 40], count=count, num_faces=num_faces, size_px=size_px)
 
 
 def config_of(data):
@@ -106,7 +113,7 @@ def clahe_tiles(chosen, grid_base, size_px):
 def run_whole(faces, records, size_px):
     """Target and input levels at the store's size, and the face mask."""
     params = params_from_records(records)
-    out = augment(faces, params, input_px=size_px, output_px=[size_px], learn_mask=True)
+    out = augment([faces], params, input_px=size_px, output_px=[size_px], learn_mask=True)
     return levels(out.targets_bchw[0]), levels(out.input_bchw), levels(out.mask_b1hw)
 
 
@@ -193,6 +200,7 @@ def test_the_whole_chain_equals_the_oracle(oracle_dir):
         batch, size_px = items.shape[0], items.shape[2]
         planes = np.concatenate([items[:, side] for side in range(items.shape[1])])
         records = still(len(planes))
+        records["index"] %= batch
         if colors:
             records["color"] = 1
             records["lab"] = draws["lab"].reshape(-1, 3)
@@ -205,7 +213,7 @@ def test_the_whole_chain_equals_the_oracle(oracle_dir):
             records["warp"], records["warp_noise"] = 1, draws["noise"]
         output_px = data["output_sizes"].tolist()
         out = augment(
-            store_of(planes),
+            [store_of(planes[:batch]), store_of(planes[batch:])],
             params_from_records(records),
             input_px=int(data["input_size"]),
             output_px=output_px,
@@ -215,12 +223,12 @@ def test_the_whole_chain_equals_the_oracle(oracle_dir):
             rgb=str(data["color_order"]) == "rgb",
         )
         for side in range(items.shape[1]):
-            half = out.part(side * batch, (side + 1) * batch)
+            half = slice(side * batch, (side + 1) * batch)
             if not to_landmarks:  # random warp or none
-                assert np.array_equal(levels(half.input_bchw), data[f"feed:{side}"]), file
+                assert np.array_equal(levels(out.input_bchw[half]), data[f"feed:{side}"]), file
             for i in range(len(output_px)):
                 target = data[f"target:{i}"][:, side]
-                assert np.array_equal(levels(half.targets_bchw[i]), target), (file, i)
+                assert np.array_equal(levels(out.targets_bchw[i][half]), target), (file, i)
                 face, eye, mouth = (
                     data[f"mask_{name}:{i}"][:, side] / 255
                     if f"mask_{name}:{i}" in data.files
@@ -229,10 +237,10 @@ def test_the_whole_chain_equals_the_oracle(oracle_dir):
                 )
                 weight = face + face * eye * 3
                 weight = weight + weight * mouth * 2
-                np.testing.assert_allclose(half.weights_b1hw[i].numpy(), weight, rtol=5e-7)
-            assert np.array_equal(
-                levels(half.mask_b1hw)[..., 0], data[f"mask_face:{i}"][:, side, 0]
-            ), file
+                ours = out.weights_b1hw[i][half].numpy()
+                np.testing.assert_allclose(ours, weight, rtol=5e-7)
+            face = data[f"mask_face:{i}"][:, side, 0]
+            assert np.array_equal(levels(out.mask_b1hw[half])[..., 0], face), file
 
 
 CASES = [
@@ -256,7 +264,7 @@ def test_equals_opencv(size_px, input_px, output_px, rgb):
     records["warp_noise"][4] *= 40  # far out of the picture
     sizes = {"input_px": input_px, "output_px": output_px}
     masks = {"eye_multiplier": 3, "mouth_multiplier": 2}
-    ours = augment(faces, params, **sizes, **masks, learn_mask=True, rgb=rgb)
+    ours = augment([faces], params, **sizes, **masks, learn_mask=True, rgb=rgb)
     want = reference.augment(faces.numpy(), records, **sizes, **masks, rgb=rgb)
     assert np.array_equal(levels(ours.input_bchw), want[0])
     for target, wanted in zip(ours.targets_bchw, want[1], strict=True):
@@ -300,8 +308,8 @@ def test_clahe_equals_opencv(size_px, tiles):
 def test_dtypes_are_rounded_once(input_dtype, target_dtype):
     faces, params = drawn_store(4, 32), drawn_params(4, 4, 32)
     sizes = {"input_px": 32, "output_px": [16, 32]}
-    whole = augment(faces, params, **sizes)
-    ours = augment(faces, params, **sizes, input_dtype=input_dtype, target_dtype=target_dtype)
+    whole = augment([faces], params, **sizes)
+    ours = augment([faces], params, **sizes, input_dtype=input_dtype, target_dtype=target_dtype)
     assert torch.equal(ours.input_bchw, whole.input_bchw.to(input_dtype))
     for target, wanted in zip(ours.targets_bchw, whole.targets_bchw, strict=True):
         assert torch.equal(target, wanted.to(target_dtype))
@@ -314,7 +322,7 @@ def test_weights_follow_the_multipliers():
     face, eye, mouth = (faces[..., c].double() / 255 for c in (3, 4, 5))
 
     def weight(**options):
-        out = augment(faces, params, input_px=32, output_px=[32], **options)
+        out = augment([faces], params, input_px=32, output_px=[32], **options)
         return out.weights_b1hw[0][:, 0].double()
 
     assert weight(penalize_mask=False, eye_multiplier=3).eq(1).all()
@@ -331,7 +339,7 @@ def test_weights_follow_the_multipliers():
 def test_same_bits_on_any_number_of_threads():
     faces, params = drawn_store(9, 64), drawn_params(20, 9, 64)
     runs = [
-        augment(faces, params, input_px=32, output_px=[64, 24], num_threads=threads)
+        augment([faces], params, input_px=32, output_px=[64, 24], num_threads=threads)
         for threads in (1, 1, 2, 5, 0)
     ]
     for other in runs[1:]:
@@ -341,34 +349,70 @@ def test_same_bits_on_any_number_of_threads():
 
 
 def test_both_sides_go_into_one_batch():
-    faces = {0: drawn_store(3, 32, seed=1), 1: drawn_store(4, 32, seed=2)}
+    faces = [drawn_store(3, 32, seed=1), drawn_store(4, 32, seed=2)]
     sizes = {"input_px": 32, "output_px": [16]}
-    both = empty(9, **sizes)
-    for side, begin in ((0, 0), (1, 4)):
-        params = drawn_params(4, len(faces[side]), 32)
-        part = both.part(begin, begin + 4)
-        augment(faces[side], params, **sizes, out=part)
-        alone = augment(faces[side], params, **sizes)
-        assert torch.equal(both.input_bchw[begin : begin + 4], alone.input_bchw)
-        assert torch.equal(both.targets_bchw[0][begin : begin + 4], alone.targets_bchw[0])
-        assert torch.equal(both.weights_b1hw[0][begin : begin + 4], alone.weights_b1hw[0])
-    assert both.input_bchw[8].isnan().all(), "wrote beyond its part"
+    params = both_sides(4, (3, 4), 32)
+    both = augment(faces, params, **sizes)
+    for side in range(2):
+        half = slice(4 * side, 4 * side + 4)
+        alone = augment([faces[side]], params[half], **sizes)
+        assert torch.equal(both.input_bchw[half], alone.input_bchw)
+        assert torch.equal(both.targets_bchw[0][half], alone.targets_bchw[0])
+        assert torch.equal(both.weights_b1hw[0][half], alone.weights_b1hw[0])
+
+
+def test_nothing_is_written_beyond_the_batch():
+    faces, params = drawn_store(3, 32), drawn_params(2, 3, 32)
+    whole = empty(3, input_px=32, output_px=[32], input_channels=8)
+    first_two = Augmented(
+        whole.input_bchw[:2], [whole.targets_bchw[0][:2]], [whole.weights_b1hw[0][:2]], None
+    )
+    sizes = {"input_px": 32, "output_px": [32], "input_channels": 8}
+    assert augment([faces], params, **sizes, out=first_two).input_bchw.isfinite().all()
+    for tensor in (whole.input_bchw, whole.targets_bchw[0], whole.weights_b1hw[0]):
+        assert tensor[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rgb", [False, True], ids=["bgr", "rgb"])
+def test_eight_channels_are_three_and_zeros(dtype, rgb):
+    faces, params = drawn_store(4, 37), drawn_params(5, 4, 37)
+    options = {"input_px": 23, "output_px": [37], "input_dtype": dtype, "rgb": rgb}
+    three = augment([faces], params, **options)
+    eight = augment([faces], params, **options, input_channels=8)
+    assert eight.input_bchw.shape == (5, 8, 23, 23)
+    assert eight.input_bchw.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(eight.input_bchw[:, :3], three.input_bchw)
+    assert torch.equal(eight.input_bchw[:, 3:], torch.zeros(5, 5, 23, 23, dtype=dtype))
+    assert torch.equal(eight.targets_bchw[0], three.targets_bchw[0])
+
+
+def test_launches_follow_the_sizes():
+    def count(batch, input_px, output_px):
+        return launches(batch, size_px=64, input_px=input_px, output_px=output_px)
+
+    assert count(32, 64, [64]) == {"draw": 1, "augment": 5}
+    assert count(32, 32, [64, 64]) == {"draw": 1, "augment": 5}
+    assert count(32, 32, [16, 32, 64]) == {"draw": 1, "augment": 6}
+    assert count(32, 48, [64]) == {"draw": 1, "augment": 6}
+    assert count(32, 16, [16]) == {"draw": 1, "augment": 7}
+    assert count(0, 64, [64]) == {"draw": 0, "augment": 0}
 
 
 def test_no_faces_are_no_error():
     faces, params = drawn_store(2, 32), drawn_params(0, 2, 32)
-    assert augment(faces, params, input_px=32, output_px=[32]).input_bchw.shape == (0, 3, 32, 32)
+    assert augment([faces], params, input_px=32, output_px=[32]).input_bchw.shape == (0, 3, 32, 32)
 
 
 def test_works_in_a_forked_process():
     """The parent's threads are not in the child, which has to start its own."""
     faces, params = drawn_store(4, 32), drawn_params(8, 4, 32)
-    want = augment(faces, params, input_px=32, output_px=[32], num_threads=3).input_bchw
+    want = augment([faces], params, input_px=32, output_px=[32], num_threads=3).input_bchw
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(30)  # it would wait for ever for threads that it does not have
-        ours = augment(faces, params, input_px=32, output_px=[32], num_threads=3).input_bchw
+        ours = augment([faces], params, input_px=32, output_px=[32], num_threads=3).input_bchw
         os._exit(0 if ours.numpy().tobytes() == want.numpy().tobytes() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
@@ -377,7 +421,7 @@ def test_every_build_gives_the_same_bits():
     """The library holds the inner loops for two instruction sets."""
     code = (
         "import sys, hashlib; sys.path.insert(0, sys.argv[1]); import test_augment as t\n"
-        "out = t.augment(t.drawn_store(5, 96), t.drawn_params(9, 5, 96), input_px=48,\n"
+        "out = t.augment([t.drawn_store(5, 96)], t.drawn_params(9, 5, 96), input_px=48,\n"
         "    output_px=[96, 40], eye_multiplier=3, mouth_multiplier=2)\n"
         "tensors = [out.input_bchw, *out.targets_bchw, *out.weights_b1hw]\n"
         "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in tensors)).hexdigest())\n"
@@ -398,8 +442,12 @@ def test_every_build_gives_the_same_bits():
 
 def _refused(change):
     faces, params = torch.zeros(2, 16, 16, 8, dtype=torch.uint8), drawn_params(3, 2, 16)
-    given = {"faces_fssc": faces, "params_nx": params, "input_px": 16, "output_px": [16]}
+    given = {"faces": [faces], "params_nx": params, "input_px": 16, "output_px": [16]}
     return given | change(given)
+
+
+def _store(change):
+    return lambda given: {"faces": [change(given["faces"][0])]}
 
 
 def _bad_index(given):
@@ -417,10 +465,18 @@ def _bad_tiles(given):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda g: {"faces_fssc": g["faces_fssc"].float()}, r"faces must be uint8 \(F, S, S, 8\)"),
-        (lambda g: {"faces_fssc": g["faces_fssc"][..., :6]}, r"faces must be uint8 \(F, S, S, 8\)"),
-        (lambda g: {"faces_fssc": g["faces_fssc"][:, :8]}, r"faces must be \(2, 8, 8, 8\)"),
-        (lambda g: {"faces_fssc": g["faces_fssc"].transpose(1, 2)}, "faces must be contiguous"),
+        (_store(lambda faces: faces.float()), r"faces must be uint8 \(F, S, S, 8\)"),
+        (_store(lambda faces: faces[0]), r"faces must be uint8 \(F, S, S, 8\)"),
+        (_store(lambda faces: faces[..., :6]), r"faces must be uint8 \(F, S, S, 8\)"),
+        (_store(lambda faces: faces[:, :8]), r"faces must be \(2, 8, 8, 8\)"),
+        (_store(lambda faces: faces.transpose(1, 2)), "faces must be contiguous"),
+        (lambda g: {"faces": []}, "faces must be 1 or 2 stores, got 0"),
+        (lambda g: {"faces": 2 * g["faces"]}, "as many rows for each side, got 3 rows"),
+        (
+            lambda g: {"faces": [*g["faces"], torch.zeros(1, 8, 8, 8, dtype=torch.uint8)]},
+            r"faces must be \(1, 16, 16, 8\) uint8, got \(1, 8, 8, 8\)",
+        ),
+        (lambda g: {"input_channels": 4}, "input_channels must be 3 or 8, got 4"),
         (lambda g: {"params_nx": g["params_nx"][:, :9]}, r"params must be \(3, 264\) uint8"),
         (lambda g: {"input_px": 17}, "sizes must be 1 to 16 px .*got 17"),
         (lambda g: {"output_px": [0]}, "sizes must be 1 to 16 px .*got 0"),
@@ -430,6 +486,10 @@ def _bad_tiles(given):
         (
             lambda g: {"out": empty(2, input_px=16, output_px=[16])},
             r"input must be \(3, 3, 16, 16\)",
+        ),
+        (
+            lambda g: {"out": empty(3, input_px=16, output_px=[16]), "input_channels": 8},
+            r"input must be \(3, 8, 16, 16\)",
         ),
         (
             lambda g: {"out": empty(3, input_px=16, output_px=[8])},
@@ -456,16 +516,19 @@ def test_refuses_an_output_of_another_layout():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
-@pytest.mark.parametrize("pinned", [False, True], ids=["device", "pinned"])
-def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, pinned):
-    faces, params = drawn_store(5, size_px), drawn_params(11, 5, size_px)
+@pytest.mark.parametrize("channels", [3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, channels, dtype):
+    """A's store lies in GPU memory, B's, which has more faces, in pinned memory."""
+    a, b = drawn_store(5, size_px), drawn_store(7, size_px, seed=1)
+    params = both_sides(6, (5, 7), size_px)
     records = records_of(params)
     records["color"][1], records["warp"][2] = 0, 0
     options = {"input_px": input_px, "output_px": output_px, "learn_mask": True}
-    options |= {"eye_multiplier": 3, "input_dtype": torch.bfloat16, "mouth_multiplier": 2}
-    want = augment(faces, params, **options)
-    there = faces.pin_memory() if pinned else faces.cuda()
-    ours = augment(there, params.cuda(), **options)
+    options |= {"eye_multiplier": 3, "mouth_multiplier": 2, "input_channels": channels}
+    options |= {"input_dtype": dtype, "target_dtype": dtype}
+    want = augment([a, b], params, **options)
+    ours = augment([a.cuda(), b.pin_memory()], params.cuda(), **options)
     assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
     assert torch.equal(ours.mask_b1hw.cpu(), want.mask_b1hw)
     pairs = zip(

@@ -13,16 +13,17 @@ NUM = 20_000
 
 
 def drawn(first=0, count=NUM, *, seed=11, side=0, num_faces=997, size_px=64, **ranges):
+    """Records of one side; the other side's numbers are others."""
+    firsts, nums = [first + 77, first], [num_faces + 1, num_faces]
     params = draw(
         Ranges(**ranges),
         seed=seed,
-        side=side,
-        first=first,
+        first=firsts if side else firsts[::-1],
         count=count,
-        num_faces=num_faces,
+        num_faces=nums if side else nums[::-1],
         size_px=size_px,
     )
-    return records_of(params)
+    return records_of(params)[side * count : (side + 1) * count]
 
 
 def philox(counter, key):
@@ -57,6 +58,21 @@ def test_a_face_does_not_depend_on_its_batch():
     whole = drawn(0, 50)
     assert np.array_equal(drawn(20, 30), whole[20:])
     assert np.array_equal(drawn(49, 1), whole[49:])
+
+
+def test_a_side_alone_is_a():
+    options = {"seed": 3, "count": 9, "size_px": 64}
+    alone = draw(Ranges(), first=[4], num_faces=[7], **options)
+    both = draw(Ranges(), first=[4, 0], num_faces=[7, 5], **options)
+    assert torch.equal(alone, both[:9])
+
+
+def test_numbers_can_come_from_a_tensor():
+    options = {"seed": 3, "count": 4, "num_faces": [7, 5], "size_px": 64}
+    seen = torch.tensor([2**40, 3])
+    assert torch.equal(
+        draw(Ranges(), first=seen, **options), draw(Ranges(), first=[2**40, 3], **options)
+    )
 
 
 def test_sides_seeds_and_faces_differ():
@@ -188,28 +204,28 @@ def test_no_variation_is_the_identity():
     ("change", "message"),
     [
         ({"count": -1}, "count must be >= 0"),
-        ({"num_faces": 0}, "num_faces >= 1"),
+        ({"num_faces": [0, 5]}, "num_faces >= 1"),
+        ({"num_faces": []}, r"num_faces must name 1 or 2 sides, got \[\]"),
+        ({"num_faces": [1, 2, 3]}, r"num_faces must name 1 or 2 sides, got \[1, 2, 3\]"),
         ({"size_px": 4}, "size_px >= 8"),
-        ({"side": 2}, r"side must be 0 \(a\) or 1 \(b\), got 2"),
-        ({"first": -1}, "must not be negative, got -1"),
+        ({"first": [0, -1]}, r"first must be 2 numbers, none negative, got \[0, -1\]"),
+        ({"first": [0]}, r"first must be 2 numbers, none negative, got \[0\]"),
+        ({"first": torch.zeros(2)}, r"first must be \(2,\) int64, got \(2,\) torch.float32"),
+        ({"first": torch.zeros(1, dtype=torch.int64)}, r"first must be \(2,\) int64, got \(1,\)"),
         ({"color_clahe_max_size": 9}, "color_clahe_max_size must be 0 to 8, got 9"),
     ],
 )
 def test_refuses(change, message):
+    given = {"first": [0, 0], "count": 1, "num_faces": [3, 5], "size_px": 64} | change
+    ranges = Ranges(color_clahe_max_size=given.pop("color_clahe_max_size", 4))
     with pytest.raises(ValueError, match=message):
-        drawn(**({"count": 1} | change))
-
-
-def test_refuses_a_counter_off_the_gpu():
-    counter = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(ValueError, match="first must be a number or an int64 CUDA tensor"):
-        draw(Ranges(), seed=0, side=0, first=counter, count=1, num_faces=1, size_px=64)
+        draw(ranges, seed=0, **given)
 
 
 @pytest.mark.gpu
 def test_gpu_draws_the_same_bits():
-    options = {"seed": 2**63 + 5, "side": 1, "count": 3000, "num_faces": 77, "size_px": 128}
-    want = draw(Ranges(), first=1000, **options)
-    counter = torch.tensor([900], device="cuda")
-    assert torch.equal(draw(Ranges(), first=counter, offset=100, **options).cpu(), want)
-    assert torch.equal(draw(Ranges(), first=1000, device="cuda", **options).cpu(), want)
+    options = {"seed": 2**63 + 5, "count": 3000, "num_faces": [77, 1001], "size_px": 128}
+    want = draw(Ranges(), first=[1000, 2**40], **options)
+    counters = torch.tensor([1000, 2**40], device="cuda")
+    assert torch.equal(draw(Ranges(), first=counters, **options).cpu(), want)
+    assert torch.equal(draw(Ranges(), first=[1000, 2**40], device="cuda", **options).cpu(), want)

@@ -16,17 +16,20 @@ def _store(num_faces, seed):
     return FaceStore(faces, "host", names, [], "", "", reused=False, seconds=0.0)
 
 
-def _feed(dtype=torch.float32, threads=2, **sections):
+def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", **sections):
     values = {"train": {"batch_size": 4}} | sections
     stores = {"a": _store(7, 1), "b": _store(5, 2)}
+    for store in stores.values():
+        store.faces_fssc = store.faces_fssc.to(device)
     return Feed(
         stores,
         from_dict(values),
         input_px=16,
         output_px=(16, 32),
-        device=torch.device("cpu"),
+        device=torch.device(device),
         dtype=dtype,
         num_threads=threads,
+        input_channels=channels,
     )
 
 
@@ -41,15 +44,55 @@ def test_batches_depend_on_the_count_alone():
     steady, jumping = _feed(), _feed(threads=1)
     for step in range(4):
         seen = {"a": 4 * step, "b": 4 * step}
-        _assert_equal(steady.next(seen), jumping.batch(seen))
+        jumping.seek(seen)
+        _assert_equal(steady.next(seen), jumping.batch())
     _assert_equal(steady.next({"a": 40, "b": 8}), jumping.next({"a": 40, "b": 8}))
     steady.close()
     jumping.close()
 
 
+def test_seek_and_batch_go_on_by_themselves():
+    """As a captured step does: `batch` again and again, `seek` where another count is wanted."""
+    plain, moving = _feed(), _feed()
+    seen = {"a": 0, "b": 0}
+    for _ in range(3):
+        moving.seek(seen)
+        _assert_equal(moving.batch(), plain.next(seen))
+        seen = {side: number + 4 for side, number in seen.items()}
+        assert moving.seen.tolist() == list(seen.values())
+    resumed = {"a": 400, "b": 8}
+    moving.seek(resumed)
+    _assert_equal(moving.batch(), plain.next(resumed))
+    moving.seek(resumed)  # the same batch once more
+    _assert_equal(moving.batch(), plain.next(resumed))
+    plain.close()
+    moving.close()
+
+
+@pytest.mark.gpu
+def test_a_graph_makes_the_batches_of_the_cpu():
+    plain, captured = _feed(channels=8), _feed(channels=8, device="cuda")
+    seen = {"a": 40, "b": 8}
+    captured.seek(seen)
+    captured.batch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch = captured.batch()
+    for _ in range(3):
+        captured.seek(seen)
+        graph.replay()
+        wanted = plain.next(seen)
+        assert torch.equal(batch.input_nchw.cpu(), wanted.input_nchw)
+        pairs = zip(batch.targets + batch.weights, wanted.targets + wanted.weights, strict=True)
+        assert all(torch.equal(ours.cpu(), theirs) for ours, theirs in pairs)
+        seen = {side: number + 4 for side, number in seen.items()}
+    plain.close()
+
+
 def test_shapes_formats_and_sides():
     feed = _feed(torch.bfloat16, loss={"learn_mask": True})
-    batch = feed.batch({"a": 0, "b": 0})
+    batch = feed.batch()
     assert batch.input_nchw.shape == (8, 3, 16, 16)
     assert batch.input_nchw.dtype == torch.bfloat16
     assert batch.input_nchw.is_contiguous(memory_format=torch.channels_last)
@@ -66,7 +109,7 @@ def test_shapes_formats_and_sides():
 
 def test_without_a_penalty_every_weight_is_one():
     feed = _feed(loss={"penalized_mask_loss": False})
-    assert all(weight.eq(1).all() for weight in feed.batch({"a": 0, "b": 0}).weights)
+    assert all(weight.eq(1).all() for weight in feed.batch().weights)
     feed.close()
 
 
@@ -78,13 +121,12 @@ def test_every_face_is_seen_before_one_repeats(side, num_faces):
         params = draw(
             feed.ranges,
             seed=3,
-            side=side,
-            first=epoch * num_faces,
+            first=[epoch * num_faces] * 2,
             count=num_faces,
-            num_faces=num_faces,
+            num_faces=[num_faces, num_faces],
             size_px=32,
         )
-        order = tuple(records_of(params)["index"])
+        order = tuple(records_of(params)["index"][side * num_faces :][:num_faces])
         assert sorted(order) == list(range(num_faces))
         orders.add(order)
     assert len(orders) > 1, "every epoch has the same order"

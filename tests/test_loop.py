@@ -128,20 +128,20 @@ def test_json_events_tell_the_whole_run(sides, tmp_path, capsys):
 
 def _poisoned(feed, at):
     """The feed, with a NaN in the batch after ``at`` faces."""
-    original = Feed.batch
+    original = Feed.next
 
-    def batch(self, faces_seen):
+    def following(self, faces_seen):
         made = original(self, faces_seen)
         if faces_seen["a"] == at:
             made.input_nchw[0, 0, 0, 0] = float("nan")
         return made
 
-    return batch
+    return following
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
 def test_a_nan_halts_and_never_reaches_the_weights(sides, tmp_path, monkeypatch, mode, capsys):
-    monkeypatch.setattr(Feed, "batch", _poisoned(Feed, at=4 * 3))
+    monkeypatch.setattr(Feed, "next", _poisoned(Feed, at=4 * 3))
     assert _train(sides, tmp_path / "model", "-i", "9", "--precision", mode) == 3
     said = capsys.readouterr().out
     assert "not a number at iteration 4 (loss_a" in said

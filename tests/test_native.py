@@ -61,11 +61,11 @@ def test_a_missing_library_says_what_to_run(tmp_path, monkeypatch):
 
 def test_errors_carry_the_reason():
     ffi, _ = native.library()
-    job = ffi.new("mien_augment_job *", {"num_faces": 1, "size_px": 5000})
+    job = ffi.new("mien_augment_job *", {"num_faces": [1, 0], "size_px": 5000})
     with pytest.raises(native.NativeError, match=r"augment_cpu: size_px must be 8\.\.4096, got"):
         native.call("augment_cpu", job, 1)
     job.size_px, job.input_px, job.num_outputs, job.count = 64, 64, 1, 1
-    job.output_px[0] = 65
+    job.num_sides, job.input_channels, job.output_px[0] = 1, 3, 65
     with pytest.raises(native.NativeError, match=r"output_px must be 1\.\.64 .*, got 65"):
         native.call("augment_cpu", job, 1)
     job.output_px[0] = 64
@@ -74,9 +74,13 @@ def test_errors_carry_the_reason():
     job.input_type = 7
     with pytest.raises(native.NativeError, match="unknown type 7"):
         native.call("augment_cpu", job, 1)
+    job.input_type, job.num_sides = 0, 3
+    with pytest.raises(native.NativeError, match=r"num_sides must be 1\.\.2, got 3"):
+        native.call("augment_cpu", job, 1)
     ranges = ffi.new("mien_ranges *", {"clahe_max_size": 9})
+    draw_job = ffi.new("mien_draw_job *", {"num_sides": 1, "num_faces": [1], "size_px": 64})
     with pytest.raises(native.NativeError, match=r"clahe_max_size must be 0\.\.8, got 9"):
-        native.call("draw_cpu", ranges, 0, 0, 0, 0, 1, 64, ffi.NULL)
+        native.call("draw_cpu", ranges, draw_job)
 
 
 def test_a_wrong_argument_is_a_type_error():

@@ -9,11 +9,20 @@ Shape letters: N faces, first those of A, then as many of B; H rows, W columns.
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels.augment import Ranges, augment, draw, empty
+from ...kernels.augment import (
+    FACE_PARAMS,
+    Augmented,
+    Ranges,
+    augment,
+    draw,
+    empty,
+    workspace_bytes,
+)
 from ..config import Config, to_dict
 from .sides import SIDES
 from .store import FaceStore
@@ -37,7 +46,12 @@ class Batch:
 
 
 class Feed:
-    """Makes batches from two stores; the next one while the present one is trained on."""
+    """Makes batches from two stores.
+
+    On the CPU the next batch is made while the present one is trained on. On a GPU every batch goes
+    to the same tensors, and how many faces were seen is counted on the device, so that `batch` can
+    be captured in a CUDA graph together with the step; each replay then makes the next batch.
+    """
 
     def __init__(
         self,
@@ -49,13 +63,20 @@ class Feed:
         device: torch.device,
         dtype: torch.dtype,
         num_threads: int,
+        input_channels: int = 3,
     ):
         self.stores, self.config, self.device, self.dtype = stores, config, device, dtype
         self.input_px, self.output_px, self.num_threads = input_px, output_px, num_threads
+        self.input_channels, self.size_px = input_channels, stores["a"].size_px
         self.ranges = Ranges(**to_dict(config)["augment"])
+        self.seen = torch.zeros(len(SIDES), dtype=torch.int64, device=device)
+        """Faces of each side before the next batch, on the device; `batch` moves it on."""
+
         self.waited_s = 0.0
         """Seconds for which `next` kept its caller waiting, so far."""
 
+        self._expected: dict[str, int] = dict.fromkeys(SIDES, 0)
+        self._room = _Room(self) if device.type == "cuda" else None
         self._ahead: tuple[dict[str, int], Future[Batch]] | None = None
         # On a GPU the kernels queue up behind the step; on the CPU a thread works ahead.
         self._worker = ThreadPoolExecutor(1, "mien-feed") if device.type == "cpu" else None
@@ -63,54 +84,66 @@ class Feed:
     def next(self, faces_seen: dict[str, int]) -> Batch:
         """The batch after ``faces_seen`` faces of each side."""
         if self._worker is None:
-            return self.batch(faces_seen)
+            self.seek(faces_seen)
+            return self.batch()
         started = time.perf_counter()
         if self._ahead is None or self._ahead[0] != faces_seen:
-            batch = self.batch(faces_seen)
+            batch = self._make(_numbers(faces_seen))
         else:
             batch = self._ahead[1].result()
-        size = self.config.train.batch_size
-        following = {side: seen + size for side, seen in faces_seen.items()}
-        self._ahead = following, self._worker.submit(self.batch, following)
+        following = self._following(faces_seen)
+        self._ahead = following, self._worker.submit(self._make, _numbers(following))
         self.waited_s += time.perf_counter() - started
         return batch
 
-    def batch(self, faces_seen: dict[str, int]) -> Batch:
-        """The same, made now."""
-        config, size = self.config, self.config.train.batch_size
-        learn_mask = config.loss.learn_mask
-        out = empty(
-            len(SIDES) * size,
+    def seek(self, faces_seen: dict[str, int]) -> None:
+        """Have the next batch be the one after ``faces_seen`` faces of each side.
+
+        To be called before each batch, also before one that a captured graph makes: as long as the
+        batches follow one another it does nothing.
+        """
+        if faces_seen != self._expected:
+            for seen, number in zip(self.seen, _numbers(faces_seen), strict=True):
+                seen.fill_(number)
+        self._expected = self._following(faces_seen)
+
+    def batch(self) -> Batch:
+        """The batch after `seen` faces, which then moves on."""
+        batch = self._make(self.seen)
+        self.seen.add_(self.config.train.batch_size)
+        return batch
+
+    def _following(self, faces_seen: dict[str, int]) -> dict[str, int]:
+        size = self.config.train.batch_size
+        return {side: faces_seen[side] + size for side in SIDES}
+
+    def _make(self, first: list[int] | Tensor) -> Batch:
+        """The batch after so many faces of each side."""
+        room, config = self._room or _Room(self), self.config
+        stores = [self.stores[side] for side in SIDES]
+        draw(
+            self.ranges,
+            seed=config.train.seed,
+            first=first,
+            count=config.train.batch_size,
+            num_faces=[store.num_faces for store in stores],
+            size_px=self.size_px,
+            out=room.params_nx,
+        )
+        out = augment(
+            [store.faces_fssc for store in stores],
+            room.params_nx,
             input_px=self.input_px,
             output_px=self.output_px,
-            learn_mask=learn_mask,
-            input_dtype=self.dtype,
-            device=self.device,
+            input_channels=self.input_channels,
+            penalize_mask=config.loss.penalized_mask_loss,
+            eye_multiplier=config.loss.eye_multiplier,
+            mouth_multiplier=config.loss.mouth_multiplier,
+            learn_mask=config.loss.learn_mask,
+            out=room.out,
+            num_threads=self.num_threads,
+            workspace=room.workspace,
         )
-        for number, side in enumerate(SIDES):
-            store = self.stores[side]
-            params = draw(
-                self.ranges,
-                seed=config.train.seed,
-                side=number,
-                first=faces_seen[side],
-                count=size,
-                num_faces=store.num_faces,
-                size_px=store.size_px,
-                device=self.device,
-            )
-            augment(
-                store.faces_fssc,
-                params,
-                input_px=self.input_px,
-                output_px=self.output_px,
-                penalize_mask=config.loss.penalized_mask_loss,
-                eye_multiplier=config.loss.eye_multiplier,
-                mouth_multiplier=config.loss.mouth_multiplier,
-                learn_mask=learn_mask,
-                out=out.part(number * size, (number + 1) * size),
-                num_threads=self.num_threads,
-            )
         return Batch(
             out.input_bchw, tuple(out.targets_bchw), tuple(out.weights_b1hw), out.mask_b1hw
         )
@@ -119,3 +152,30 @@ class Feed:
         """End the thread that works ahead."""
         if self._worker is not None:
             self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+class _Room:
+    """The tensors that a batch is made in: its parameters, itself, and on a GPU a workspace."""
+
+    def __init__(self, feed: Feed):
+        faces, device = len(SIDES) * feed.config.train.batch_size, feed.device
+        sizes: dict[str, Any] = {"input_px": feed.input_px, "output_px": feed.output_px}
+        shape = (faces, FACE_PARAMS.itemsize)
+        self.params_nx = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.out: Augmented = empty(
+            faces,
+            **sizes,
+            input_channels=feed.input_channels,
+            learn_mask=feed.config.loss.learn_mask,
+            input_dtype=feed.dtype,
+            device=device,
+        )
+        self.workspace: Tensor | None = None
+        if device.type == "cuda":
+            needed = workspace_bytes(faces, size_px=feed.size_px, **sizes)
+            self.workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+
+
+def _numbers(faces_seen: dict[str, int]) -> list[int]:
+    """In the order of the sides."""
+    return [faces_seen[side] for side in SIDES]

@@ -37,11 +37,6 @@ struct Layout {
     int max_tiles;
 };
 
-// Whether the warp and the mean of a box are one kernel.
-bool warps_in_input(const mien_augment_job &job) {
-    return job.size_px == job.input_px || job.size_px == 2 * job.input_px;
-}
-
 Layout layout_of(const mien_augment_job &job) {
     const int64_t edge = job.size_px, words = job.count * edge * edge * int64_t{sizeof(uint32_t)};
     Layout l{};
@@ -55,7 +50,7 @@ Layout layout_of(const mien_augment_job &job) {
     l.staged = take(2 * words);
     l.picture = take(words);
     l.areas = take(words);
-    l.warped = take(warps_in_input(job) ? 0 : words);
+    l.warped = take(mien::launches_of(job).warp ? words : 0);
     l.levels = take(job.count * l.max_tiles * l.max_tiles * 256);
     l.columns = take(job.count * edge * int64_t{sizeof(mien::Steps)});
     l.rows = take(job.count * edge * int64_t{sizeof(mien::Steps)});
@@ -66,9 +61,10 @@ Layout layout_of(const mien_augment_job &job) {
 
 // Everything a kernel needs; passed by value.
 struct Call {
-    const uint2 *faces;
+    const uint2 *faces[MIEN_MAX_SIDES];
+    int64_t num_faces[MIEN_MAX_SIDES];
     const mien_face *params;
-    int64_t num_faces;
+    int64_t begin_b;  // the first row of b's
     int size, input_px, rgb;
     uint2 *staged;
     uint32_t *picture, *areas, *warped;
@@ -89,6 +85,11 @@ struct Output {
 struct Outputs {
     Output of[MIEN_MAX_OUTPUTS];
     int count;
+};
+
+struct Input {
+    void *pixels;
+    int type, channels;
 };
 
 __device__ int tiles_of(const Call &call, const mien_face &face) {
@@ -127,9 +128,11 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Call call) {
     const int area = call.size * call.size;
     const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= area) return;
+    const bool of_b = n >= call.begin_b;
+    const int64_t num_faces = of_b ? call.num_faces[1] : call.num_faces[0];
     int64_t index = face.index < 0 ? 0 : face.index;
-    index = index < call.num_faces ? index : call.num_faces - 1;
-    uint2 pixel = __ldg(call.faces + index * area + i);
+    index = index < num_faces ? index : num_faces - 1;
+    uint2 pixel = __ldg((of_b ? call.faces[1] : call.faces[0]) + index * area + i);
     if (face.color) {
         const mien::Lab lab = mien::lab_of(kColors, pixel.x);
         pixel.x = (pixel.x & 0xFF000000u) |
@@ -211,13 +214,16 @@ __global__ void __launch_bounds__(kThreads) color_kernel(const Call call) {
 
 // ---- stores -----------------------------------------------------------------------------------
 
-__device__ void store_level(void *out, int type, int64_t at, int level) {
+__device__ uint32_t half_bits(int type, int level) {
     const float value = mien::unit_level(level);
+    return type == MIEN_BFLOAT16 ? mien::bfloat16_bits(value) : mien::float16_bits(value);
+}
+
+__device__ void store_level(void *out, int type, int64_t at, int level) {
     if (type == MIEN_FLOAT32)
-        static_cast<float *>(out)[at] = value;
+        static_cast<float *>(out)[at] = mien::unit_level(level);
     else
-        static_cast<uint16_t *>(out)[at] =
-            type == MIEN_BFLOAT16 ? mien::bfloat16_bits(value) : mien::float16_bits(value);
+        static_cast<uint16_t *>(out)[at] = static_cast<uint16_t>(half_bits(type, level));
 }
 
 // `pixel` counts over the whole batch.
@@ -225,6 +231,21 @@ __device__ void store_pixel(void *out, int type, int rgb, int64_t pixel, uint32_
     store_level(out, type, 3 * pixel, mien::level_of(word, rgb ? 2 : 0));
     store_level(out, type, 3 * pixel + 1, mien::level_of(word, 1));
     store_level(out, type, 3 * pixel + 2, mien::level_of(word, rgb ? 0 : 2));
+}
+
+// The same with five zeros behind it: 16 bytes, or twice 16, at once.
+__device__ void store_wide_pixel(void *out, int type, int rgb, int64_t pixel, uint32_t word) {
+    const int first = mien::level_of(word, rgb ? 2 : 0), second = mien::level_of(word, 1);
+    const int third = mien::level_of(word, rgb ? 0 : 2);
+    if (type == MIEN_FLOAT32) {
+        float4 *at = static_cast<float4 *>(out) + 2 * pixel;
+        at[0] = make_float4(mien::unit_level(first), mien::unit_level(second),
+                            mien::unit_level(third), 0.0f);
+        at[1] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    } else {
+        static_cast<uint4 *>(out)[pixel] = make_uint4(
+            half_bits(type, first) | (half_bits(type, second) << 16), half_bits(type, third), 0, 0);
+    }
 }
 
 __device__ void store_output(const Call &call, const Output &out, int64_t pixel, uint32_t picture,
@@ -331,7 +352,7 @@ __global__ void __launch_bounds__(kThreads) warp_kernel(const Call call) {
 // kRatio: S / input_px where both the warp and the mean of a box are made here; 0 where the warped
 // picture lies in the workspace.
 template <int kRatio>
-__global__ void __launch_bounds__(kThreads) input_kernel(const Call call, void *input, int type) {
+__global__ void __launch_bounds__(kThreads) input_kernel(const Call call, const Input input) {
     const int64_t n = blockIdx.y;
     const int size = call.size, edge = call.input_px;
     const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
@@ -353,19 +374,23 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, void *
         }
         word = kRatio == 1 ? box[0] : mien::box_mean(box, kRatio, kRatio, mien::kUp);
     }
-    store_pixel(input, type, call.rgb, n * edge * edge + i, word);
+    const int64_t pixel = n * edge * edge + i;
+    if (input.channels == 3)
+        store_pixel(input.pixels, input.type, call.rgb, pixel, word);
+    else
+        store_wide_pixel(input.pixels, input.type, call.rgb, pixel, word);
 }
 
 // ---- draw -------------------------------------------------------------------------------------
 
-__global__ void __launch_bounds__(128)
-    draw_kernel(const mien_ranges ranges, uint64_t seed, int32_t side, const int64_t *first,
-                int64_t offset, int64_t count, int64_t num_faces, int32_t size_px,
-                mien_face *params) {
-    const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    if (i >= count) return;
-    const int64_t serial = (first ? *first : 0) + offset + i;
-    mien::draw_face(ranges, seed, side, serial, num_faces, size_px, params + i);
+constexpr int kDrawThreads = 128;
+
+// A warp for each face.
+__global__ void __launch_bounds__(kDrawThreads)
+    draw_kernel(const mien_ranges ranges, const mien_draw_job job) {
+    const int64_t row = int64_t{blockIdx.x} * (kDrawThreads / 32) + threadIdx.x / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (row < job.num_sides * job.count) mien::draw_row(ranges, job, row, lane, 32);
 }
 
 mien_status launched(const char *what) {
@@ -380,14 +405,12 @@ unsigned blocks_for(int64_t items) {
 
 }  // namespace
 
-mien_status mien_draw_cuda(const mien_ranges *ranges, uint64_t seed, int32_t side,
-                           const int64_t *first, int64_t offset, int64_t count, int64_t num_faces,
-                           int32_t size_px, mien_face *params, void *stream) {
-    const mien_status status = mien::check_draw(ranges, side, count, num_faces, size_px, params);
-    if (status != MIEN_OK || count == 0) return status;
-    const auto blocks = static_cast<unsigned>((count + 127) / 128);
-    draw_kernel<<<blocks, 128, 0, static_cast<cudaStream_t>(stream)>>>(
-        *ranges, seed, side, first, offset, count, num_faces, size_px, params);
+mien_status mien_draw_cuda(const mien_ranges *ranges, const mien_draw_job *job, void *stream) {
+    const mien_status status = mien::check_draw(ranges, job);
+    if (status != MIEN_OK || job->count == 0) return status;
+    constexpr int kRows = kDrawThreads / 32;
+    const auto blocks = static_cast<unsigned>((job->num_sides * job->count + kRows - 1) / kRows);
+    draw_kernel<<<blocks, kDrawThreads, 0, static_cast<cudaStream_t>(stream)>>>(*ranges, *job);
     return launched("draw");
 }
 
@@ -410,9 +433,12 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
                           static_cast<long long>(workspace ? workspace_bytes : 0));
     const auto at = [workspace](int64_t offset) { return static_cast<char *>(workspace) + offset; };
     Call call{};
-    call.faces = reinterpret_cast<const uint2 *>(job->faces);
+    for (int side = 0; side < job->num_sides; ++side) {
+        call.faces[side] = reinterpret_cast<const uint2 *>(job->faces[side]);
+        call.num_faces[side] = job->num_faces[side];
+    }
     call.params = job->params;
-    call.num_faces = job->num_faces;
+    call.begin_b = job->count / job->num_sides;
     call.size = job->size_px;
     call.input_px = job->input_px;
     call.rgb = job->rgb;
@@ -430,6 +456,7 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
     call.eye_extra = job->eye_extra;
     call.mouth_extra = job->mouth_extra;
 
+    const mien::Launches also = mien::launches_of(*job);
     Outputs full{}, small{};  // of the store's size, and smaller
     int largest_small = 0;
     for (int i = 0; i < job->num_outputs; ++i) {
@@ -450,19 +477,20 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
     tables_kernel<<<dim3(tiles, faces), kThreads, 0, queue>>>(call);
     color_kernel<<<pixels, kThreads, 0, queue>>>(call);
     transform_kernel<<<pixels, kThreads, 0, queue>>>(call, full);
-    if (small.count > 0) {
+    if (also.outputs) {
         const unsigned blocks = blocks_for(int64_t{largest_small} * largest_small);
         const dim3 grid(blocks, faces, static_cast<unsigned>(small.count));
         outputs_kernel<<<grid, kThreads, 0, queue>>>(call, small);
     }
     const dim3 inputs(blocks_for(int64_t{job->input_px} * job->input_px), faces);
-    if (job->size_px == job->input_px) {
-        input_kernel<1><<<inputs, kThreads, 0, queue>>>(call, job->input, job->input_type);
-    } else if (job->size_px == 2 * job->input_px) {
-        input_kernel<2><<<inputs, kThreads, 0, queue>>>(call, job->input, job->input_type);
-    } else {
+    const Input input{job->input, job->input_type, job->input_channels};
+    if (also.warp) {
         warp_kernel<<<pixels, kThreads, 0, queue>>>(call);
-        input_kernel<0><<<inputs, kThreads, 0, queue>>>(call, job->input, job->input_type);
+        input_kernel<0><<<inputs, kThreads, 0, queue>>>(call, input);
+    } else if (job->size_px == job->input_px) {
+        input_kernel<1><<<inputs, kThreads, 0, queue>>>(call, input);
+    } else {
+        input_kernel<2><<<inputs, kThreads, 0, queue>>>(call, input);
     }
     return launched("augment");
 }

@@ -8,6 +8,11 @@
 
 namespace mien {
 
+// Which side row `row` of a job belongs to.
+MIEN_HD int side_of(const mien_augment_job &job, int64_t row) {
+    return row * job.num_sides < job.count ? 0 : 1;
+}
+
 // ---- affine: fixed point, 5 fractional bits of position, 10 of weight -------------------------
 
 // Output position -> source position, scaled by 1024.

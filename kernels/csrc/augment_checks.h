@@ -7,13 +7,20 @@ namespace mien {
 
 constexpr int kMinSizePx = 8, kMaxSizePx = 4096, kMaxClaheSize = 8;
 
-mien_status check_draw(const mien_ranges *ranges, int32_t side, int64_t count, int64_t num_faces,
-                       int32_t size_px, const void *params);
+mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job);
 
 // Sizes, counts and types.
 mien_status check_job(const mien_augment_job *job);
 
 // That no pointer is null; `mask` may be.
 mien_status check_pointers(const mien_augment_job *job);
+
+// Which kernels a GPU launches besides those of every job.
+struct Launches {
+    bool outputs;  // an output has another size than the store
+    bool warp;     // the warp fills a picture of its own, as `input` cannot make it on the way
+};
+
+Launches launches_of(const mien_augment_job &job);
 
 }  // namespace mien

@@ -67,14 +67,24 @@ mien_status check_job(const mien_augment_job *job) {
     if (job->size_px < kMinSizePx || job->size_px > kMaxSizePx)
         return fail(MIEN_INVALID_ARGUMENT, "size_px must be %d..%d, got %d", kMinSizePx, kMaxSizePx,
                     job->size_px);
-    if (job->count < 0 || job->num_faces < 1)
-        return fail(MIEN_INVALID_ARGUMENT, "count must be at least 0 and num_faces at least 1");
+    if (job->num_sides < 1 || job->num_sides > MIEN_MAX_SIDES)
+        return fail(MIEN_INVALID_ARGUMENT, "num_sides must be 1..%d, got %d", MIEN_MAX_SIDES,
+                    job->num_sides);
+    for (int side = 0; side < job->num_sides; ++side)
+        if (job->num_faces[side] < 1)
+            return fail(MIEN_INVALID_ARGUMENT, "num_faces must be at least 1");
+    if (job->count < 0 || job->count % job->num_sides != 0)
+        return fail(MIEN_INVALID_ARGUMENT, "count must be a multiple of %d (num_sides), got %lld",
+                    job->num_sides, static_cast<long long>(job->count));
     if (job->num_outputs < 1 || job->num_outputs > MIEN_MAX_OUTPUTS)
         return fail(MIEN_INVALID_ARGUMENT, "num_outputs must be 1..%d, got %d", MIEN_MAX_OUTPUTS,
                     job->num_outputs);
     if (job->input_px < 1 || job->input_px > job->size_px)
         return fail(MIEN_INVALID_ARGUMENT, "input_px must be 1..%d (size_px), got %d", job->size_px,
                     job->input_px);
+    if (job->input_channels != 3 && job->input_channels != 8)
+        return fail(MIEN_INVALID_ARGUMENT, "input_channels must be 3 or 8, got %d",
+                    job->input_channels);
     for (int i = 0; i < job->num_outputs; ++i)
         if (job->output_px[i] < 1 || job->output_px[i] > job->size_px)
             return fail(MIEN_INVALID_ARGUMENT, "output_px must be 1..%d (size_px), got %d",
@@ -86,21 +96,38 @@ mien_status check_job(const mien_augment_job *job) {
 }
 
 mien_status check_pointers(const mien_augment_job *job) {
-    bool given = job->faces && job->params && job->input;
+    bool given = job->params && job->input;
+    for (int side = 0; side < job->num_sides; ++side) given = given && job->faces[side];
     for (int i = 0; i < job->num_outputs; ++i) given = given && job->targets[i] && job->weights[i];
-    return given ? MIEN_OK : fail(MIEN_INVALID_ARGUMENT, "null pointer");
+    if (!given) return fail(MIEN_INVALID_ARGUMENT, "null pointer");
+    if (job->input_channels == 8 && reinterpret_cast<uintptr_t>(job->input) % 16 != 0)
+        return fail(MIEN_INVALID_ARGUMENT, "an input of 8 channels must be aligned to 16 bytes");
+    return MIEN_OK;
 }
 
-mien_status check_draw(const mien_ranges *ranges, int32_t side, int64_t count, int64_t num_faces,
-                       int32_t size_px, const void *params) {
-    if (!ranges || (!params && count > 0)) return fail(MIEN_INVALID_ARGUMENT, "null pointer");
-    if (count < 0) return fail(MIEN_INVALID_ARGUMENT, "count must not be negative");
-    if (num_faces < 1) return fail(MIEN_INVALID_ARGUMENT, "num_faces must be at least 1");
-    if (side < 0 || side > 255)
-        return fail(MIEN_INVALID_ARGUMENT, "side must be 0..255, got %d", side);
-    if (size_px < kMinSizePx || size_px > kMaxSizePx)
+Launches launches_of(const mien_augment_job &job) {
+    Launches also{};
+    for (int i = 0; i < job.num_outputs; ++i)
+        also.outputs = also.outputs || job.output_px[i] != job.size_px;
+    also.warp = job.size_px != job.input_px && job.size_px != 2 * job.input_px;
+    return also;
+}
+
+mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job) {
+    if (!ranges || !job || (!job->params && job->count > 0))
+        return fail(MIEN_INVALID_ARGUMENT, "null pointer");
+    if (job->count < 0) return fail(MIEN_INVALID_ARGUMENT, "count must not be negative");
+    if (job->num_sides < 1 || job->num_sides > MIEN_MAX_SIDES)
+        return fail(MIEN_INVALID_ARGUMENT, "num_sides must be 1..%d, got %d", MIEN_MAX_SIDES,
+                    job->num_sides);
+    for (int side = 0; side < job->num_sides; ++side) {
+        if (job->num_faces[side] < 1)
+            return fail(MIEN_INVALID_ARGUMENT, "num_faces must be at least 1");
+        if (job->first[side] < 0) return fail(MIEN_INVALID_ARGUMENT, "first must not be negative");
+    }
+    if (job->size_px < kMinSizePx || job->size_px > kMaxSizePx)
         return fail(MIEN_INVALID_ARGUMENT, "size_px must be %d..%d, got %d", kMinSizePx, kMaxSizePx,
-                    size_px);
+                    job->size_px);
     if (ranges->clahe_max_size < 0 || ranges->clahe_max_size > kMaxClaheSize)
         return fail(MIEN_INVALID_ARGUMENT, "clahe_max_size must be 0..%d, got %d", kMaxClaheSize,
                     ranges->clahe_max_size);
@@ -109,14 +136,17 @@ mien_status check_draw(const mien_ranges *ranges, int32_t side, int64_t count, i
 
 }  // namespace mien
 
-mien_status mien_draw_cpu(const mien_ranges *ranges, uint64_t seed, int32_t side, int64_t first,
-                          int64_t count, int64_t num_faces, int32_t size_px, mien_face *params) {
-    const mien_status status = mien::check_draw(ranges, side, count, num_faces, size_px, params);
-    if (status != MIEN_OK) return status;
-    if (first < 0) return mien::fail(MIEN_INVALID_ARGUMENT, "first must not be negative");
-    for (int64_t i = 0; i < count; ++i)
-        mien::draw_face(*ranges, seed, side, first + i, num_faces, size_px, params + i);
+mien_status mien_draw_cpu(const mien_ranges *ranges, const mien_draw_job *job) {
+    if (const mien_status status = mien::check_draw(ranges, job)) return status;
+    for (int64_t row = 0; row < job->num_sides * job->count; ++row)
+        mien::draw_row(*ranges, *job, row, 0, 1);
     return MIEN_OK;
+}
+
+int32_t mien_augment_launches(const mien_augment_job *job) {
+    if (mien::check_job(job) != MIEN_OK || job->count == 0) return 0;
+    const mien::Launches also = mien::launches_of(*job);
+    return 5 + also.outputs + also.warp;  // gather, tables, color, transform, input
 }
 
 mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads) {
@@ -126,9 +156,10 @@ mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads) {
     const int max_tiles = mien::clahe_tiles(job->size_px, mien::kMaxClaheSize);
     for (int64_t i = 0; i < job->count; ++i) {
         const mien_face &face = job->params[i];
-        if (face.index < 0 || face.index >= job->num_faces)
+        const int64_t num_faces = job->num_faces[mien::side_of(*job, i)];
+        if (face.index < 0 || face.index >= num_faces)
             return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: index must be 0..%lld, got %lld",
-                              static_cast<long long>(i), static_cast<long long>(job->num_faces - 1),
+                              static_cast<long long>(i), static_cast<long long>(num_faces - 1),
                               static_cast<long long>(face.index));
         if (face.clahe_tiles < 0 || face.clahe_tiles > max_tiles)
             return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: clahe_tiles must be 0..%d, got %d",
@@ -159,10 +190,7 @@ mien_status no_cuda() {
 }
 }  // namespace
 
-mien_status mien_draw_cuda(const mien_ranges *, uint64_t, int32_t, const int64_t *, int64_t,
-                           int64_t, int64_t, int32_t, mien_face *, void *) {
-    return no_cuda();
-}
+mien_status mien_draw_cuda(const mien_ranges *, const mien_draw_job *, void *) { return no_cuda(); }
 mien_status mien_augment_cuda(const mien_augment_job *, void *, int64_t, void *) {
     return no_cuda();
 }

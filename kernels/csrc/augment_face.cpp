@@ -255,29 +255,34 @@ void resize(const uint32_t *from, int stride, int from_px, int to_px, mien::Midw
 
 // ---- stores -----------------------------------------------------------------------------------
 
-template <typename T>
+template <int channels, typename T>
 void store_row(const uint32_t *__restrict row, int count, int rgb, const T *__restrict levels,
                T *__restrict out) {
     const int first = rgb ? 16 : 0, last = rgb ? 0 : 16;
     for (int x = 0; x < count; ++x) {
-        out[3 * x] = levels[(row[x] >> first) & 255];
-        out[3 * x + 1] = levels[(row[x] >> 8) & 255];
-        out[3 * x + 2] = levels[(row[x] >> last) & 255];
+        out[channels * x] = levels[(row[x] >> first) & 255];
+        out[channels * x + 1] = levels[(row[x] >> 8) & 255];
+        out[channels * x + 2] = levels[(row[x] >> last) & 255];
+        for (int c = 3; c < channels; ++c) out[channels * x + c] = 0;
     }
 }
 
+template <int channels>
 void store_picture(const FaceCall &call, int type, const uint32_t *picture, int stride, int edge,
                    int64_t face, void *out) {
     const int rgb = call.job->rgb;
+    const mien::LevelTables &levels = *call.levels;
     for (int y = 0; y < edge; ++y) {
         const uint32_t *row = picture + y * stride;
-        const int64_t at = (face * edge + y) * edge * 3;
+        const int64_t at = (face * edge + y) * edge * channels;
+        uint32_t *words = static_cast<uint32_t *>(out) + at;
+        uint16_t *halves = static_cast<uint16_t *>(out) + at;
         if (type == MIEN_FLOAT32)
-            store_row(row, edge, rgb, call.levels->float32, static_cast<uint32_t *>(out) + at);
+            store_row<channels>(row, edge, rgb, levels.float32, words);
         else if (type == MIEN_BFLOAT16)
-            store_row(row, edge, rgb, call.levels->bfloat16, static_cast<uint16_t *>(out) + at);
+            store_row<channels>(row, edge, rgb, levels.bfloat16, halves);
         else
-            store_row(row, edge, rgb, call.levels->float16, static_cast<uint16_t *>(out) + at);
+            store_row<channels>(row, edge, rgb, levels.float16, halves);
     }
 }
 
@@ -324,8 +329,8 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
     const Scratch s = carve(size, scratch, nullptr);
     const bool with_areas = job.penalize && (job.eye_extra > 0 || job.mouth_extra > 0);
 
-    const uint32_t *source =
-        reinterpret_cast<const uint32_t *>(job.faces) + face.index * (int64_t{2} * size * size);
+    const uint32_t *source = reinterpret_cast<const uint32_t *>(job.faces[mien::side_of(job, n)]) +
+                             face.index * (int64_t{2} * size * size);
     if (face.color) vary_color(call, face, source, s);
     transform(face, source, with_areas, size, s);
 
@@ -341,7 +346,7 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
             areas = s.small[1];
             stride = edge;
         }
-        store_picture(call, job.target_type, picture, stride, edge, n, job.targets[i]);
+        store_picture<3>(call, job.target_type, picture, stride, edge, n, job.targets[i]);
         const int64_t at = n * edge * edge;
         store_weights(job, with_areas, picture, stride, areas, edge, job.weights[i] + at);
         if (job.mask && i == job.num_outputs - 1)
@@ -362,7 +367,10 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
         input = s.small[0];
         stride = job.input_px;
     }
-    store_picture(call, job.input_type, input, stride, job.input_px, n, job.input);
+    if (job.input_channels == 3)
+        store_picture<3>(call, job.input_type, input, stride, job.input_px, n, job.input);
+    else
+        store_picture<8>(call, job.input_type, input, stride, job.input_px, n, job.input);
 }
 
 }  // namespace mien

@@ -37,8 +37,9 @@ MIEN_HD void affine_matrix(float turns, float zoom, float shift_x, float shift_y
     matrix[5] = (centre * beta + rest) + shift_y;
 }
 
-MIEN_HD void draw_face(const mien_ranges &ranges, uint64_t seed, int32_t side, int64_t serial,
-                       int64_t num_faces, int32_t size_px, mien_face *face) {
+// All but the noise of the warp.
+MIEN_HD void draw_change(const mien_ranges &ranges, uint64_t seed, int32_t side, int64_t serial,
+                         int64_t num_faces, int32_t size_px, mien_face *face) {
     const uint64_t epoch = static_cast<uint64_t>(serial / num_faces);
     face->index =
         permuted(serial % num_faces, num_faces, random_words(seed, epoch, kOrder, side, 0),
@@ -68,18 +69,39 @@ MIEN_HD void draw_face(const mien_ranges &ranges, uint64_t seed, int32_t side, i
 
     face->warp = ranges.warp != 0;
     face->reserved = 0;
+}
+
+// The noise is drawn in blocks of four numbers; of the last one two are used.
+constexpr int kNoiseBlocks = 13;
+
+MIEN_HD void draw_noise(uint64_t seed, int32_t side, int64_t serial, int32_t size_px, int block,
+                        mien_face *face) {
+    const Words bend = random_words(seed, static_cast<uint64_t>(serial), kWarp, side,
+                                    static_cast<uint32_t>(block));
     const float sigma = (5.0f / 256.0f) * static_cast<float>(size_px);
-    float *noise = &face->warp_noise[0][0][0];
-    for (uint32_t block = 0; block < 13; ++block) {
-        const Words bend = random_words(seed, number, kWarp, side, block);
-        const Pair one = normals(bend.word[0], bend.word[1]);
-        noise[4 * block] = sigma * one.first;
-        noise[4 * block + 1] = sigma * one.second;
-        if (block == 12) break;  // 50 numbers: the last block gives two
-        const Pair two = normals(bend.word[2], bend.word[3]);
-        noise[4 * block + 2] = sigma * two.first;
-        noise[4 * block + 3] = sigma * two.second;
-    }
+    float *noise = &face->warp_noise[0][0][0] + 4 * block;
+    const Pair one = normals(bend.word[0], bend.word[1]);
+    noise[0] = sigma * one.first;
+    noise[1] = sigma * one.second;
+    if (block == kNoiseBlocks - 1) return;
+    const Pair two = normals(bend.word[2], bend.word[3]);
+    noise[2] = sigma * two.first;
+    noise[3] = sigma * two.second;
+}
+
+// Row `row` of a job, the first `count` rows being faces of a and those behind them of b. `worker`
+// of `num_workers` does its share: the first one the change, all of them the noise.
+MIEN_HD void draw_row(const mien_ranges &ranges, const mien_draw_job &job, int64_t row, int worker,
+                      int num_workers) {
+    const int32_t side = row < job.count ? 0 : 1;
+    const int64_t first = side == 0 ? job.first[0] : job.first[1];
+    const int64_t num_faces = side == 0 ? job.num_faces[0] : job.num_faces[1];
+    const int64_t serial = first + (job.counters ? job.counters[side] : 0) + row - side * job.count;
+    mien_face *face = job.params + row;
+    if (worker == 0) draw_change(ranges, job.seed, side, serial, num_faces, job.size_px, face);
+    // From the last worker down, so that the first has the least noise besides.
+    for (int block = num_workers - 1 - worker; block < kNoiseBlocks; block += num_workers)
+        draw_noise(job.seed, side, serial, job.size_px, block, face);
 }
 
 }  // namespace mien

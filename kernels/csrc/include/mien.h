@@ -59,24 +59,40 @@ typedef struct {
     float warp_noise[2][5][5]; /* px added to the control points; [0] x, [1] y */
 } mien_face;
 
+#define MIEN_MAX_SIDES 2
 #define MIEN_MAX_OUTPUTS 8
+
+/* Which faces are drawn: the same number of each side, a's before b's. */
+typedef struct {
+    uint64_t seed;
+    int32_t num_sides; /* 1 (a alone) or 2 */
+    int32_t size_px;
+    int64_t count;                     /* of each side */
+    int64_t num_faces[MIEN_MAX_SIDES]; /* in the stores */
+    int64_t first[MIEN_MAX_SIDES];     /* serial number of each side's first face */
+    const int64_t *counters;           /* [num_sides] added to `first` when it runs, or NULL */
+    mien_face *params;                 /* [num_sides * count] */
+} mien_draw_job;
 
 typedef enum { MIEN_FLOAT32 = 0, MIEN_BFLOAT16 = 1, MIEN_FLOAT16 = 2 } mien_type;
 
-/* One call of the augmentation. Pictures are NHWC with 3 channels, 0..1. */
+/* One call of the augmentation, for one side or both. Pictures are NHWC, 0..1. */
 typedef struct {
-    const uint8_t *faces;    /* [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0 */
-    const mien_face *params; /* [count] */
-    int64_t num_faces;
-    int64_t count;
+    /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0. */
+    const uint8_t *faces[MIEN_MAX_SIDES];
+    int64_t num_faces[MIEN_MAX_SIDES];
+    const mien_face *params; /* [count]: a's, then as many of b */
+    int64_t count;           /* of all sides */
+    int32_t num_sides;
     int32_t size_px;
     int32_t rgb; /* 0: pictures are BGR, 1: RGB */
     int32_t input_px;
+    int32_t input_channels; /* 3, or 8: five zeros behind each pixel; then aligned to 16 bytes */
     int32_t input_type;
     int32_t target_type;
     int32_t num_outputs;
     int32_t output_px[MIEN_MAX_OUTPUTS];
-    void *input;                      /* [count, input_px, input_px, 3] */
+    void *input;                      /* [count, input_px, input_px, input_channels] */
     void *targets[MIEN_MAX_OUTPUTS];  /* [count, output_px, output_px, 3] */
     float *weights[MIEN_MAX_OUTPUTS]; /* [count, output_px, output_px] */
     float *mask;      /* [count, last output_px, last output_px] face mask, or NULL */
@@ -85,17 +101,13 @@ typedef struct {
     float mouth_extra;
 } mien_augment_job;
 
-/* Draw the parameters of the faces first ... first + count - 1 of a side (a: 0, b: 1). Every
- * number depends on (seed, side, serial number) alone; each num_faces in a row are all faces. */
-MIEN_API mien_status mien_draw_cpu(const mien_ranges *ranges, uint64_t seed, int32_t side,
-                                   int64_t first, int64_t count, int64_t num_faces, int32_t size_px,
-                                   mien_face *params);
+/* Draw the parameters of the faces first ... first + count - 1 of each side. Every number depends
+ * on (seed, side, serial number) alone; each num_faces in a row are all faces of the side. */
+MIEN_API mien_status mien_draw_cpu(const mien_ranges *ranges, const mien_draw_job *job);
 
-/* The same bits in device memory. `first` is a device pointer, so that a captured graph can move
- * on, or NULL for 0; `offset` is added to it. */
-MIEN_API mien_status mien_draw_cuda(const mien_ranges *ranges, uint64_t seed, int32_t side,
-                                    const int64_t *first, int64_t offset, int64_t count,
-                                    int64_t num_faces, int32_t size_px, mien_face *params,
+/* The same bits in device memory, in one launch. `counters` lies there too, so that a captured
+ * graph can move on. */
+MIEN_API mien_status mien_draw_cuda(const mien_ranges *ranges, const mien_draw_job *job,
                                     void *stream);
 
 /* Gather, colour, affine, flip, targets, weights, warp, input. num_threads 0: one per core. The
@@ -106,6 +118,9 @@ MIEN_API mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_t
  * its nearest end. */
 MIEN_API mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace,
                                        int64_t workspace_bytes, void *stream);
+
+/* Kernels that mien_augment_cuda launches for this job (its pointers are not read). */
+MIEN_API int32_t mien_augment_launches(const mien_augment_job *job);
 
 /* Bytes of device memory that mien_augment_cuda needs for this job (its pointers are not read). */
 MIEN_API int64_t mien_augment_workspace_bytes(const mien_augment_job *job);
