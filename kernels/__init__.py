@@ -5,9 +5,10 @@ What belongs to an operation besides its function is imported from its module:
 """
 
 from . import reference
+from .adam import adam
 from .augment import augment
 
-OPERATIONS = ("augment",)
+OPERATIONS = ("adam", "augment")
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
-__all__ = ["OPERATIONS", "augment", "reference"]
+__all__ = ["OPERATIONS", "adam", "augment", "reference"]
