@@ -5,10 +5,11 @@ What belongs to an operation besides its function is imported from its module:
 """
 
 from . import reference
+from .adam import adam
 from .augment import augment
 from .upscale import activate, to_image, upscale
 
-OPERATIONS = ("augment",)
+OPERATIONS = ("adam", "augment")
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
-__all__ = ["OPERATIONS", "activate", "augment", "reference", "to_image", "upscale"]
+__all__ = ["OPERATIONS", "activate", "adam", "augment", "reference", "to_image", "upscale"]

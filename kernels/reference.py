@@ -142,3 +142,43 @@ def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int 
 def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
     """`mien.kernels.to_image` as separate operations, in the dtype of ``x_bchw``."""
     return torch.sigmoid(activate(x_bchw, bias_c, slope=1)[:, :channels])
+
+
+def adam(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    means: Sequence[Tensor],
+    squares: Sequence[Tensor],
+    *,
+    learning_rate: float,
+    step: int,
+    beta_1: float,
+    beta_2: float,
+    epsilon: float,
+    weight_decay: float = 0.0,
+    max_norm: float = 0.0,
+    scale: float = 1.0,
+    decays: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """`mien.kernels.adam` for one step that is number ``step`` of the finite ones, from 1.
+
+    Returns:
+        Parameters, means and squares after the step, in their own dtype; what came in, if a
+        gradient is not finite.
+    """
+    gradients = [each.to(parameters[0].dtype) / scale for each in gradients]
+    norm = torch.stack([each.square().sum() for each in gradients]).sum().sqrt()
+    if not torch.isfinite(norm):
+        return list(parameters), list(means), list(squares)
+    factor = min(1.0, max_norm / (float(norm) + 1e-6)) if max_norm else 1.0
+    moved, new_means, new_squares = [], [], []
+    for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        decay = weight_decay if decays is None or decays[i] else 0.0
+        mean = beta_1 * means[i] + (1 - beta_1) * factor * gradient
+        square = beta_2 * squares[i] + (1 - beta_2) * (factor * gradient).square()
+        root = (square / (1 - beta_2**step)).sqrt()
+        change = mean / (1 - beta_1**step) / (root + epsilon)
+        moved.append((1 - learning_rate * decay) * parameter - learning_rate * change)
+        new_means.append(mean)
+        new_squares.append(square)
+    return moved, new_means, new_squares

@@ -1,0 +1,258 @@
+"""Where the tensors of an optimizer lie: what lets one launch update all of them.
+
+A kernel over many tensors reads their addresses from tables on the device. Weights and moments
+never move, so theirs are written once. Gradients move from step to step, except inside a CUDA
+graph, so theirs are sent whenever they differ.
+
+Letters: T tensors, N chunks of them, S slots.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 16384
+"""Elements of a program: some 5,000 programs for 82 M weights, and a short tail."""
+
+_ALIGNMENT = 16  # bytes; what a GPU thread reads at once
+_FULL, _HALF = (torch.float32,), (torch.bfloat16, torch.float16)
+_EAGER_SLOTS, _CAPTURE_SLOTS = 16, 112
+
+
+class Tables:
+    """The tensors of one optimizer and their addresses.
+
+    Make it before a CUDA graph is captured: it takes page-locked memory, which a capture forbids.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        means: Sequence[Tensor],
+        squares: Sequence[Tensor],
+        copies: Sequence[Tensor] = (),
+        *,
+        decays: Sequence[bool] | None = None,
+    ):
+        """Check the tensors and write their addresses to the device.
+
+        Args:
+            parameters: fp32, contiguous or channels_last, all on one device.
+            means: fp32, each of the shape and the strides of its parameter.
+            squares: The same.
+            copies: The same, but all bf16 or all fp16; none where the network computes in fp32.
+            decays: Which parameters the weight decay moves; default: all.
+
+        Raises:
+            ValueError: On a tensor that does not fit.
+        """
+        if not parameters:
+            raise ValueError("parameters must be at least one, got none")
+        self.parameters, self.means = list(parameters), list(means)
+        self.squares, self.copies = list(squares), list(copies)
+        self.decays = [True] * len(self.parameters) if decays is None else list(decays)
+        self._check_state("parameters", _FULL)
+        self._check_state("means", _FULL)
+        self._check_state("squares", _FULL)
+        if self.copies:
+            self._check_state("copies", _HALF)
+        self._check_length("decays", self.decays)
+
+        device, num_tensors = self.parameters[0].device, len(self.parameters)
+        self._made_at = self._addresses()
+        rows = [*self._made_at, [int(decay) for decay in self.decays]]
+        self.addresses_t5 = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(device)
+        """int64: addresses of the parameter, its moments and its copy; whether it decays."""
+
+        chunks = [
+            (index, start, min(CHUNK, parameter.numel() - start))
+            for index, parameter in enumerate(self.parameters)
+            for start in range(0, parameter.numel(), CHUNK)
+        ]
+        self.chunks_n3 = torch.tensor(chunks, dtype=torch.int64).view(-1, 3).to(device)
+        """int64: tensor, first element, elements."""
+
+        self._gradient_rows = _GradientRows(num_tensors, device)
+
+    def check_holds(self, **lists: Sequence[Tensor]) -> None:
+        """Raise ValueError unless these lists of tensors are what the tables were made for."""
+        for name, tensors in lists.items():
+            own = getattr(self, name)
+            if len(own) != len(tensors) or any(map(_differ, own, tensors)):
+                raise ValueError(f"tables were made for other {name}: make new Tables")
+
+    def check_unmoved(self) -> None:
+        """Raise ValueError if a tensor has got another address since."""
+        if self._addresses() != self._made_at:
+            raise ValueError("a tensor has moved since its Tables were made: make new Tables")
+
+    def fitted(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients; as a copy where one lies in another way than its parameter.
+
+        Raises:
+            ValueError: On a gradient of another shape, type or device.
+        """
+        self._check_length("gradients", gradients)
+        fitted = []
+        for index, (gradient, parameter) in enumerate(zip(gradients, self.parameters, strict=True)):
+            dtypes = (gradients[0].dtype,) if index else _FULL + _HALF
+            _check(f"gradients[{index}]", gradient, parameter, dtypes)
+            if not (_same_layout(gradient, parameter) and _is_aligned(gradient)):
+                gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+            fitted.append(gradient)
+        return fitted
+
+    def gradient_row(self, gradients: Sequence[Tensor], *, again: bool) -> Tensor:
+        """Where the gradients lie: int64 (T,) on the device.
+
+        Args:
+            gradients: From `fitted`.
+            again: They have been asked for in this step before.
+        """
+        return self._gradient_rows.find(tuple(map(Tensor.data_ptr, gradients)), again=again)
+
+    def _addresses(self) -> list[list[int]]:
+        """Of the parameters, their moments and their copies."""
+        lists = (self.parameters, self.means, self.squares, self.copies)
+        found = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+        return found if self.copies else [*found[:3], [0] * len(self.parameters)]
+
+    def _check_length(self, name: str, values: Sequence[object]) -> None:
+        if len(values) != len(self.parameters):
+            raise ValueError(
+                f"{name} must be as many as the parameters, {len(self.parameters)}, "
+                f"got {len(values)}"
+            )
+
+    def _check_state(self, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+        tensors = getattr(self, name)
+        self._check_length(name, tensors)
+        for index, (tensor, parameter) in enumerate(zip(tensors, self.parameters, strict=True)):
+            one = f"{name}[{index}]"
+            _check(one, tensor, parameter, (tensors[0].dtype,) if index else dtypes)
+            if tensor.device != self.parameters[0].device:
+                raise ValueError(
+                    f"{one} must be on {self.parameters[0].device}, got {tensor.device}"
+                )
+            if not _is_dense(tensor):
+                raise ValueError(
+                    f"{one} must be contiguous or channels_last, got strides {tensor.stride()}"
+                )
+            if not _same_layout(tensor, parameter):
+                raise ValueError(
+                    f"{one} must have the strides {parameter.stride()} of its parameter, "
+                    f"got {tensor.stride()}"
+                )
+            if not _is_aligned(tensor):
+                raise ValueError(
+                    f"{one} must start at a multiple of {_ALIGNMENT} bytes, got one that starts "
+                    f"{tensor.data_ptr() % _ALIGNMENT} after: clone it"
+                )
+
+
+class _GradientRows:
+    """Addresses of gradients on the device, each set of them sent once.
+
+    Sets are sent from slots of page-locked memory that are there from the start. Eager steps rotate
+    through some of the slots. A captured copy reads its slot again at every replay, so a slot that
+    was filled in a capture is never used again; its row on the device is of no use outside of that
+    graph, for the copy runs at a replay and not at the capture.
+    """
+
+    def __init__(self, num_tensors: int, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.device = device
+        shape = (_EAGER_SLOTS + _CAPTURE_SLOTS, num_tensors)
+        self.staged_st = torch.zeros(shape, dtype=torch.int64, pin_memory=self.on_gpu)
+        self.rows_st = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.slots: dict[tuple, int] = {}  # (stream, addresses) -> eager slot
+        self.contents: list[tuple | None] = [None] * _EAGER_SLOTS  # the reverse
+        self.copied = [torch.cuda.Event() for _ in range(_EAGER_SLOTS)] if self.on_gpu else []
+        self.next_slot = 0
+        self.num_captured = 0
+        self.last_captured: tuple[int, ...] = ()
+
+    def find(self, addresses: tuple[int, ...], *, again: bool) -> Tensor:
+        """A row with these addresses, sent unless it is there."""
+        if is_capturing(self.device):
+            return self._captured(addresses, again)
+        stream = torch.cuda.current_stream(self.device) if self.on_gpu else None
+        key = (stream, addresses)
+        slot = self.slots.get(key)
+        if slot is None:
+            slot = self.next_slot
+            self.next_slot = (slot + 1) % _EAGER_SLOTS
+            self._release(slot, stream)
+            self._send(slot, addresses)
+            self.slots[key], self.contents[slot] = slot, key
+            if stream is not None:
+                self.copied[slot].record(stream)
+        return self.rows_st[slot]
+
+    def _captured(self, addresses: tuple[int, ...], again: bool) -> Tensor:
+        if not (again and addresses == self.last_captured):
+            if self.num_captured == _CAPTURE_SLOTS:
+                raise RuntimeError(
+                    f"these Tables have been captured {_CAPTURE_SLOTS} times: make new ones"
+                )
+            self._send(_EAGER_SLOTS + self.num_captured, addresses)
+            self.num_captured += 1
+            self.last_captured = addresses
+        return self.rows_st[_EAGER_SLOTS + self.num_captured - 1]
+
+    def _release(self, slot: int, stream: torch.cuda.Stream | None) -> None:
+        """Wait until nothing reads the slot any more; that is long ago, as a rule."""
+        content = self.contents[slot]
+        if content is None:
+            return
+        del self.slots[content]
+        if stream is None:
+            return
+        if content[0] == stream:
+            self.copied[slot].synchronize()  # what reads the row is before us in the stream
+        else:
+            content[0].synchronize()
+
+    def _send(self, slot: int, addresses: tuple[int, ...]) -> None:
+        self.staged_st[slot] = torch.tensor(addresses, dtype=torch.int64)
+        self.rows_st[slot].copy_(self.staged_st[slot], non_blocking=True)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check(name: str, tensor: Tensor, parameter: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.shape != parameter.shape:
+        raise ValueError(
+            f"{name} must be {tuple(parameter.shape)} as its parameter, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != parameter.device:
+        raise ValueError(f"{name} must be on {parameter.device}, got {tensor.device}")
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    return a is not b
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % _ALIGNMENT == 0
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or (
+        tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order."""
+    if a.stride() == b.stride():
+        return True
+    places = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(size == 1 or in_a == in_b for size, in_a, in_b in places) or a.numel() == 0
