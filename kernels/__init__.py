@@ -6,8 +6,9 @@ What belongs to an operation besides its function is imported from its module:
 
 from . import reference
 from .augment import augment
+from .face_loss import face_loss
 
-OPERATIONS = ("augment",)
+OPERATIONS = ("augment", "face_loss")
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
-__all__ = ["OPERATIONS", "augment", "reference"]
+__all__ = ["OPERATIONS", "augment", "face_loss", "reference"]
