@@ -3,7 +3,8 @@
 Written to be read, not to be fast; nothing but tests uses them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -182,3 +183,86 @@ def adam(
         new_means.append(mean)
         new_squares.append(square)
     return moved, new_means, new_squares
+
+
+def face_loss(
+    pred_a: Tensor,
+    pred_b: Tensor,
+    target_nchw: Tensor,
+    weight_n1hw: Tensor | None,
+    *,
+    losses: Sequence[tuple[str, float]],
+    scale: float = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mien.kernels.face_loss` by autograd, in the dtype of the predictions.
+
+    Returns:
+        Means (2, K) of each side and loss, unshared and unscaled; the gradients of both sides.
+    """
+    means, gradients = [], []
+    weights = (1.0, 1.0) if weight_n1hw is None else weight_n1hw.to(pred_a.dtype).chunk(2)
+    for pred, target, weight in zip((pred_a, pred_b), target_nchw.chunk(2), weights, strict=True):
+        pred = pred.detach().requires_grad_()
+        with torch.enable_grad():
+            maps = [LOSS_MAPS[name](pred, target.to(pred.dtype)) for name, _ in losses]
+            side = torch.stack([(each * weight).mean() for each in maps])
+            total = sum(share * mean for (_, share), mean in zip(losses, side, strict=True))
+            gradients += torch.autograd.grad(scale * total, pred)
+        means.append(side.detach())
+    return torch.stack(means), gradients[0], gradients[1]
+
+
+def mae(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
+    """|pred - target|."""
+    return (pred_bchw - target_bchw).abs()
+
+
+def mse(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
+    """(pred - target)^2."""
+    return (pred_bchw - target_bchw).square()
+
+
+def logcosh(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
+    """log(cosh(target - pred))."""
+    difference = target_bchw - pred_bchw
+    return difference + F.softplus(-2 * difference) - math.log(2)
+
+
+def smooth_loss(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
+    """The general robust loss with alpha 1 and c 1/255 (Barron 2019, equation 1), times c."""
+    c = 1 / 255
+    return c * ((((pred_bchw - target_bchw) / c).square() + 1).sqrt() - 1)
+
+
+def ssim(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
+    """1 - SSIM, 0..2 (Wang et al. 2004, equation 13), with an 11 x 11 Gaussian of sigma 1.5.
+
+    Borders are reflected, so the map keeps the picture's size. Variances are clamped at 0.
+    """
+    c1, c2 = 0.01**2, 0.03**2  # for pictures in 0..1
+    x, y = pred_bchw, target_bchw
+    mean_x, mean_y, mean_xy = _blurred(x), _blurred(y), _blurred(x * y)
+    mean_squares = _blurred(x * x + y * y)
+    product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
+    luminance = (2 * product + c1) / (squares + c1)
+    contrast = (2 * (mean_xy - product) + c2) / (F.relu(mean_squares - squares) + c2)
+    return 1 - luminance * contrast
+
+
+def _blurred(x_bchw: Tensor) -> Tensor:
+    places = torch.arange(-5, 6, dtype=x_bchw.dtype, device=x_bchw.device)
+    taps = torch.exp(-(places**2) / (2 * 1.5**2))
+    taps = (taps / taps.sum()).expand(x_bchw.shape[1], 1, 1, -1)
+    padded = F.pad(x_bchw, (5, 5, 5, 5), mode="reflect")
+    across = F.conv2d(padded, taps, groups=len(taps))
+    return F.conv2d(across, taps.transpose(2, 3), groups=len(taps))
+
+
+LOSS_MAPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mae": mae,
+    "mse": mse,
+    "logcosh": logcosh,
+    "smooth_loss": smooth_loss,
+    "ssim": ssim,
+}
+"""Every picture loss: (prediction, target), both (B, C, H, W), to a map of that shape."""
