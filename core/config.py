@@ -205,7 +205,7 @@ class AugmentConfig(_Checked):
     """Largest number of steps by which the CLAHE grid is refined."""
 
 
-LOSSES = ("mae", "mse", "ssim")
+LOSSES = ("logcosh", "mae", "mse", "smooth_loss", "ssim")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -278,6 +278,9 @@ class PrecisionConfig(_Checked):
     )
     """auto: bf16 on a GPU that has it, tf32 on an older GPU, fp32 on the CPU."""
 
+    align_channels: str = _setting("auto", choices=("auto", "on", "off"))
+    """Pad channels to multiples of 8 with zeros that no file ever holds; auto: on a GPU."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(_Checked):
@@ -295,8 +298,18 @@ class TrainConfig(_Checked):
     device: str = _setting("auto", choices=("auto", "cpu", "cuda"), flag="--device")
     """auto: the first GPU, else the CPU."""
 
-    log_interval: int = _setting(10, low=1, high=100_000)
-    """Iterations between two status lines; losses stay on the device in between."""
+    log_interval: int = _setting(0, low=0, high=4096)
+    """Iterations between two status lines; 0: about one line a second."""
+
+    engine: str = _setting("auto", choices=("auto", "eager", "compile", "graph"), flag="--engine")
+    """How a step runs: operation by operation, compiled by torch, or as one CUDA graph (auto: on a
+    GPU)."""
+
+    decoder_streams: str = _setting("auto", choices=("auto", "one", "two"))
+    """Run both decoders at the same time on a GPU; auto: with at most 16 faces a side."""
+
+    deterministic: bool = _setting(False)
+    """Let a GPU use only algorithms that give the same bits in every run, slower or not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,8 +319,8 @@ class SaveConfig(_Checked):
     model_dir: str = _setting("", flag="-m --model-dir")
     """The model's folder: a new model where it is empty, a resumed one where it holds one."""
 
-    save_interval: int = _setting(250, low=1, high=1_000_000, flag="-s --save-interval")
-    """Iterations between two saves."""
+    save_interval: int = _setting(0, low=0, high=1_000_000, flag="-s --save-interval")
+    """Iterations between two saves; 0: 250, but not within a minute of the last save."""
 
     save_minutes: float = _setting(0.0, low=0.0, high=1440.0, flag="--save-minutes")
     """Minutes between two saves, in place of iterations; 0 is off."""

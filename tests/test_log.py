@@ -175,7 +175,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(log._writer, "add_scalar", full)
+    monkeypatch.setattr(log._writer.file_writer, "add_summary", full)
     with pytest.raises(LogError, match="No space left on device; free space"):
         log.scalars({"batch_total": 1.0}, 1)
     log.close()

@@ -68,8 +68,10 @@ class TensorBoardLog:
     """
 
     def __init__(self, model_dir: Path, session: int, first_step: int = 1) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
+        self._summary = Summary
         self.folder = model_dir / "logs" / f"session_{session}" / "train"
         self._writer = self._guarded(
             lambda: SummaryWriter(str(self.folder), purge_step=first_step, flush_secs=30)
@@ -88,9 +90,9 @@ class TensorBoardLog:
         self._guarded(self._writer.close)
 
     def _add(self, values: dict[str, float], step: int) -> None:
-        now = time.time()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step, walltime=now)
+        # One event an iteration: `add_scalar` makes one of each value, at ten times the cost.
+        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        self._writer.file_writer.add_summary(self._summary(value=entries), step)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:

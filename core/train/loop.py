@@ -1,6 +1,9 @@
 """The training loop: step, log, preview, save."""
 
 import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,8 +15,12 @@ from ..run.log import LogError, NullLog, Reporter
 from ..run.preview import preview_image, save_png
 from ..run.stop import StopRequest
 from .prepare import Run, open_run
+from .ring import CAPACITY, to_host
 
 DONE, HALTED, STOPPED = 0, 3, 4
+
+_SECONDS_BETWEEN_LINES = 1.0
+_SAVE_ITERATIONS, _SAVE_SECONDS = 250, 60.0
 
 
 class Halted(Exception):
@@ -26,18 +33,34 @@ def train(given: dict[str, Any], reporter: Reporter) -> int:
         return Loop(run, reporter, stop).run()
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The losses of some iterations, on their way to the host."""
+
+    rows: Callable[[], np.ndarray]
+    skipped: Callable[[], list[np.ndarray]]
+    first: int
+    count: int
+
+
 class Loop:
-    """Drives one run to its end."""
+    """Drives one run to its end.
+
+    On a GPU the host runs ahead of the device; losses are told one status line later, so that
+    neither waits for the other.
+    """
 
     def __init__(self, run: Run, reporter: Reporter, stop: StopRequest):
         self.r, self.reporter, self.stop = run, reporter, stop
-        self.pending: list[torch.Tensor] = []
-        """Logged values of the iterations since the last status line, on the device."""
+        self.unlogged = 0
+        """Iterations whose losses have not been asked for."""
 
+        self.asked: deque[_Asked] = deque()
+        self.lines_behind = 1 if run.device.type == "cuda" else 0
         self.skipped = 0
         self.mean_loss: float | None = None
         now = time.monotonic()
-        self.logged_at, self.saved_at, self.waited_s = now, now, 0.0
+        self.asked_at, self.told_at, self.saved_at, self.waited_s = now, now, now, 0.0
 
     def run(self) -> int:
         """Train to the last iteration, a signal or a failure; the exit code."""
@@ -61,81 +84,98 @@ class Loop:
         return self.r.config.train.iterations - self.r.state.session.iterations
 
     def _train(self) -> None:
-        state, config = self.r.state, self.r.config
+        state = self.r.state
         while self._remaining() and not self.stop.signal_name:
-            batch = self.r.feed.next(state.faces_seen)
-            self.pending.append(self.r.step(batch))
+            self.r.engine(state.faces_seen)
             state.advance()
-            if len(self.pending) == config.train.log_interval or state.session.iterations == 1:
+            self.unlogged += 1
+            if self._log_is_due():
                 self._log()
             if self._save_is_due():
                 self._save()
             self._report_saves()
 
+    def _log_is_due(self) -> bool:
+        """At the first iteration, then at every interval or, without one, once a second."""
+        interval = self.r.config.train.log_interval
+        if self.r.state.session.iterations == 1 or self.unlogged == (interval or CAPACITY):
+            return True
+        return not interval and time.monotonic() - self.asked_at >= _SECONDS_BETWEEN_LINES
+
     def _save_is_due(self) -> bool:
         """At the first iteration, which finds a full disk early, then at every interval."""
         done, settings = self.r.state.session.iterations, self.r.config.save
+        since = time.monotonic() - self.saved_at
         if done == 1:
             return True
         if settings.save_minutes:
-            return time.monotonic() - self.saved_at >= 60 * settings.save_minutes
-        return done % settings.save_interval == 0
+            return since >= 60 * settings.save_minutes
+        if settings.save_interval:
+            return done % settings.save_interval == 0
+        return done % _SAVE_ITERATIONS == 0 and since >= _SAVE_SECONDS
 
-    def _log(self) -> None:
-        """Bring the losses since the last time to the host: status line, events, finite check."""
-        if not self.pending:
-            return
-        values = torch.stack(self.pending).cpu().numpy()
-        count, last = len(values), self.r.state.iterations
-        self.pending = []
+    def _log(self, wait: bool = False) -> None:
+        """Ask for the losses since the last time; tell those that are there, or wait for all."""
+        self.asked_at = time.monotonic()
+        if self.unlogged:
+            self.asked.append(
+                _Asked(
+                    rows=self.r.step.ring.fetch(self.unlogged),
+                    skipped=to_host(self.r.step.update.skipped),
+                    first=self.r.state.iterations - self.unlogged + 1,
+                    count=self.unlogged,
+                )
+            )
+            self.unlogged = 0
+        while len(self.asked) > (0 if wait else self.lines_behind):
+            self._tell(self.asked.popleft())
+
+    def _tell(self, asked: "_Asked") -> None:
+        """Status line, events and finite check of some iterations."""
+        named = self.r.step.loss.named(asked.rows())
         try:
-            for iteration, row in zip(range(last - count + 1, last + 1), values, strict=True):
-                named = dict(zip(self.r.step.names, row.tolist(), strict=True))
-                scalars = {k: v for k, v in named.items() if k.startswith("batch_")}
-                self.r.log.scalars(scalars, iteration)
+            for i in range(asked.count):
+                scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
+                self.r.log.scalars(scalars, asked.first + i)
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
             self.r.log = NullLog()
-        self._status(values.mean(axis=0), count)
-        self._check_finite(values, last - count + 1)
-        self.r.state.add_losses(float(values[:, :2].sum()), count)
+        self._status(named, asked)
+        self._check_finite(named, asked)
+        self.r.state.add_losses(float(named["batch_total"].sum()), asked.count)
 
-    def _status(self, means: np.ndarray, count: int) -> None:
+    def _status(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
         now = time.monotonic()
-        elapsed = max(now - self.logged_at, 1e-9)
+        elapsed = max(now - self.told_at, 1e-9)
         waited = self.r.feed.waited_s - self.waited_s
-        faces = len(SIDES) * self.r.config.train.batch_size * count
+        faces = len(SIDES) * self.r.config.train.batch_size * asked.count
         on_gpu = self.r.device.type == "cuda"
         memory = torch.cuda.max_memory_allocated(self.r.device) / 2**20 if on_gpu else None
+        last = asked.first + asked.count - 1
+        behind = self.r.state.iterations - last
         self.reporter.step(
-            iteration=self.r.state.iterations,
-            loss_a=float(means[0]),
-            loss_b=float(means[1]),
+            iteration=last,
+            loss_a=float(named["loss_a"].mean()),
+            loss_b=float(named["loss_b"].mean()),
             eg_per_s=faces / elapsed,
             data_wait=min(waited / elapsed, 1.0),
             memory_mib=memory,
-            seconds_left=self._remaining() * elapsed / count,
+            seconds_left=(self._remaining() + behind) * elapsed / asked.count,
         )
-        self.logged_at, self.waited_s = now, self.r.feed.waited_s
+        self.told_at, self.waited_s = now, self.r.feed.waited_s
 
-    def _check_finite(self, values: np.ndarray, first: int) -> None:
+    def _check_finite(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
         """Halt where steps were not finite; with fp16 single ones only lower the loss scale."""
-        skipped = int(self.r.step.update.skipped)
+        skipped = int(asked.skipped()[0])
         is_new, self.skipped = skipped > self.skipped, skipped
-        bad_rows = np.flatnonzero(~np.isfinite(values).all(axis=1))
+        bad = {name: ~np.isfinite(values) for name, values in named.items()}
+        bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
         if not len(bad_rows) and (self.r.precision.scales_loss or not is_new):
             return
-        where = f"iteration {first + int(bad_rows[0])}" if len(bad_rows) else "the gradient"
-        names = (
-            [
-                name
-                for name, value in zip(self.r.step.names, values[bad_rows[0]], strict=True)
-                if not np.isfinite(value)
-            ]
-            if len(bad_rows)
-            else []
-        )
-        cause = f" ({', '.join(names)})" if names else ""
+        where, cause = "the gradient", ""
+        if len(bad_rows):
+            where = f"iteration {asked.first + int(bad_rows[0])}"
+            cause = f" ({', '.join(name for name in bad if bad[name][bad_rows[0]])})"
         raise Halted(
             f"not a number at {where}{cause}; no weight was touched by it. Lower "
             "optimizer.learning_rate, or set optimizer.epsilon_exponent to -5 or -4 with bf16 or "
@@ -144,13 +184,13 @@ class Loop:
 
     def _save(self) -> None:
         """Queue a save of the present state and write the preview beside it."""
-        self._log()
+        self._log(wait=True)
         state = self.r.state
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
         self.mean_loss, _ = state.close_interval()
-        model = {name: tensor.detach() for name, tensor in self.r.model.state_dict().items()}
-        waited = self.r.saver.save(model, self.r.step.update.tensors(), state.to_dict())
+        update = self.r.step.update
+        waited = self.r.saver.save(update.weights(), update.tensors(), state.to_dict())
         if waited > 1:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
@@ -182,9 +222,8 @@ class Loop:
         for side, inputs in zip(SIDES, faces.inputs, strict=True):
             pixels = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(run.device)
             other = SIDES[1 - SIDES.index(side)]
-            with run.precision.forward():
-                codes = run.model.encode(pixels.to(run.precision.compute) / 255)
-                decoded = [run.model.decode(codes, each) for each in (side, other)]
+            codes = run.model.encode(pixels.to(run.precision.compute) / 255)
+            decoded = [run.model.decode(codes, each) for each in (side, other)]
             has_mask = run.model.build.learn_mask
             predictions.append([_to_pixels(outputs, has_mask) for outputs in decoded])
         run.model.train()

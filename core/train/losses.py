@@ -1,115 +1,42 @@
-"""What is minimised: weighted maps of differences between a decoded face and its target.
+"""What is minimised: weighted means of differences between decoded faces and their targets.
 
 Every loss is a map (B, 3, H, W); it is multiplied by one weight plane (B, 1, H, W), which is
 face * (1 + E eye) * (1 + M mouth) or 1, and averaged over all pixels and channels, not over the
 mask's area. A side's loss is the sum over outputs and losses; the model's the sum over sides.
-Everything here is fp32 (or float64, if given so), whatever the precision of the network.
+`kernels.face_loss` gives the means and their gradient at once, in fp32 whatever the network's
+precision; nothing here is differentiated again.
 
-Shape letters: B faces, C channels, H rows, W columns, S edge in px.
+Shape letters: B faces of a side, C channels, H rows, W columns, K losses, V logged numbers.
 """
 
-import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.face_loss import face_loss
+from ...models.autoencoder import Outputs
 from ..config import LossConfig
-
-_C1, _C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for pictures in 0..1
-_WINDOW, _SIGMA = 11, 1.5
-
-
-def mae(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
-    """|target - pred|."""
-    return (target_bchw - pred_bchw).abs()
-
-
-def mse(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
-    """(target - pred)^2."""
-    return (target_bchw - pred_bchw).square()
-
-
-@functools.lru_cache(maxsize=32)
-def _window_matrix(size_px: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(S, S): one axis of the 11-tap Gaussian with reflected borders, as a matrix."""
-    half = _WINDOW // 2
-    if size_px <= half:
-        raise ValueError(f"SSIM needs pictures of at least {half + 1} px, got {size_px}")
-    taps = [math.exp(-((i - half) ** 2) / (2 * _SIGMA**2)) for i in range(_WINDOW)]
-    matrix = torch.zeros(size_px, size_px, dtype=torch.float64)
-    for row in range(size_px):
-        for offset, tap in enumerate(taps):
-            column = abs(row + offset - half)
-            column = min(column, 2 * (size_px - 1) - column)
-            matrix[row, column] += tap / sum(taps)
-    return matrix.to(device, dtype)
-
-
-class _Blur(torch.autograd.Function):
-    """G x G^T. The variance below is a small difference of large numbers, so no product is rounded.
-
-    Its own function because TF32 may be allowed while the rest of the backward pass runs.
-    """
-
-    @staticmethod
-    def forward(ctx, x_bchw: Tensor, rows_hh: Tensor, columns_ww: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_hh, columns_ww)
-        return _exact_product(rows_hh, x_bchw, columns_ww.t())
-
-    @staticmethod
-    def backward(ctx, grad_bchw: Tensor):
-        rows_hh, columns_ww = ctx.saved_tensors
-        return _exact_product(rows_hh.t(), grad_bchw, columns_ww), None, None
-
-
-def _exact_product(left: Tensor, x_bchw: Tensor, right: Tensor) -> Tensor:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = False
-    try:
-        return left @ (x_bchw @ right)
-    finally:
-        matmul.allow_tf32 = before
-
-
-def ssim(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
-    """1 - SSIM, 0..2 (Wang et al. 2004, equation 13), with an 11 x 11 Gaussian of sigma 1.5.
-
-    Borders are reflected, so the map keeps the picture's size. Variances are clamped at 0.
-    """
-    *_, height, width = pred_bchw.shape
-    rows_hh = _window_matrix(height, pred_bchw.dtype, pred_bchw.device)
-    columns_ww = _window_matrix(width, pred_bchw.dtype, pred_bchw.device)
-    x, y = pred_bchw.contiguous(), target_bchw.contiguous()  # matrix products want rows whole
-    maps = torch.cat((x, y, x * y, x * x + y * y))
-    mean_x, mean_y, mean_xy, mean_squares = _Blur.apply(maps, rows_hh, columns_ww).chunk(4)
-    product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
-    luminance = (2 * product + _C1) / (squares + _C1)
-    contrast = (2 * (mean_xy - product) + _C2) / (F.relu(mean_squares - squares) + _C2)
-    return 1 - luminance * contrast
-
-
-FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mae": mae, "mse": mse, "ssim": ssim}
+from ..data.feed import Batch
+from ..data.sides import SIDES
 
 
 @dataclass(frozen=True)
-class SideLoss:
-    """The loss of one side of a batch. Scalars on the device; nothing is copied to the host."""
+class Losses:
+    """The losses of one batch, on the device."""
 
-    total: Tensor
-    parts: dict[str, Tensor]
-    """By name as in the logs, the side left open: `face_{side}` (`face_{side}_0`.. with several
-    outputs), `mask_{side}`, `weighted_{side}/ssim`, `unweighted_{side}/ssim`.."""
+    row_v: Tensor
+    """The unweighted means, in the order that `Loss.named` knows."""
+
+    gradients: tuple[Tensor, ...]
+    """Of the total, by every output of A, then of B."""
 
 
 class Loss:
-    """The configured sum of losses of one side."""
+    """The configured sum of losses, for a model with ``num_outputs`` faces a side."""
 
-    def __init__(self, config: LossConfig):
+    def __init__(self, config: LossConfig, num_outputs: int):
         slots = [(config.loss_function, 100)]
         slots += [
             (getattr(config, f"loss_function_{n}"), getattr(config, f"loss_weight_{n}"))
@@ -119,42 +46,67 @@ class Loss:
         for name, percent in slots:
             if name != "none" and percent > 0:  # the same loss twice adds up
                 self.weights[name] = self.weights.get(name, 0.0) + percent / 100
-        self.mask_loss = FUNCTIONS[config.mask_loss_function]
+        self.mask_weights = {config.mask_loss_function: 1.0} if config.learn_mask else {}
+        self.num_outputs = num_outputs
+        self._terms = self._named_terms()
+
+    @property
+    def num_values(self) -> int:
+        """V: length of a row."""
+        return len(SIDES) * (self.num_outputs * len(self.weights) + len(self.mask_weights))
 
     def __call__(
-        self,
-        outputs: tuple[Tensor, ...],
-        targets: tuple[Tensor, ...],
-        weights: tuple[Tensor, ...],
-        mask_b1hw: Tensor | None,
-    ) -> SideLoss:
-        """The loss of one side.
+        self, outputs: tuple[Outputs, Outputs], batch: Batch, scale: Tensor | None
+    ) -> Losses:
+        """The losses of a batch and the gradients of their sum, times ``scale`` (None: 1)."""
+        targets: list[Tensor] = [*batch.targets]
+        weights: list[Tensor | None] = [*batch.weights]
+        functions = [self.weights] * self.num_outputs
+        if batch.mask_n1hw is not None:
+            targets.append(batch.mask_n1hw)
+            weights.append(None)
+            functions.append(self.mask_weights)
+        results = [
+            face_loss(of_a, of_b, target, weight, losses=[*losses.items()], scale=scale)
+            for of_a, of_b, target, weight, losses in zip(
+                *outputs, targets, weights, functions, strict=True
+            )
+        ]
+        means = [result.means_2k.flatten() for result in results]
+        return Losses(
+            row_v=means[0] if len(means) == 1 else torch.cat(means),
+            gradients=(*(r.gradient_a for r in results), *(r.gradient_b for r in results)),
+        )
 
-        Args:
-            outputs: Faces (B, 3, S, S), one a size, 0..1; then the mask (B, 1, S, S) if learned.
-            targets: As the faces of ``outputs``.
-            weights: (B, 1, S, S) weight of each pixel, one a size.
-            mask_b1hw: The face mask to be learned; None where none is.
-        """
-        parts: dict[str, Tensor] = {}
-        total = targets[0].new_zeros((), dtype=outputs[0].dtype)
-        for number, (target, weight) in enumerate(zip(targets, weights, strict=True)):
-            face = total.new_zeros(())
-            for name, share in self.weights.items():
-                error = FUNCTIONS[name](outputs[number], target.to(outputs[number].dtype))
-                mean = (error * weight).mean()
-                _add(parts, "unweighted_{side}/" + name, mean)
-                _add(parts, "weighted_{side}/" + name, mean * share)
-                face = face + mean * share
-            parts["face_{side}" + (f"_{number}" if len(targets) > 1 else "")] = face.detach()
-            total = total + face
-        if mask_b1hw is not None:
-            mask = self.mask_loss(outputs[-1], mask_b1hw.to(outputs[-1].dtype)).mean()
-            parts["mask_{side}"] = mask.detach()
-            total = total + mask
-        return SideLoss(total, parts)
+    def named(self, rows_nv: np.ndarray) -> dict[str, np.ndarray]:
+        """What is logged, by name, from N rows: `loss_a`, `loss_b`, then as in `run.log`."""
+        rows = rows_nv.astype(np.float64)
+        # Column by column, so that a number that is not finite shows only where it belongs.
+        return {
+            name: sum((share * rows[:, column] for column, share in terms), np.zeros(len(rows)))
+            for name, terms in self._terms.items()
+        }
 
-
-def _add(parts: dict[str, Tensor], name: str, value: Tensor) -> None:
-    value = value.detach()
-    parts[name] = parts[name] + value if name in parts else value
+    def _named_terms(self) -> dict[str, list[tuple[int, float]]]:
+        """For each logged name the columns of a row that make it up, each with its weight."""
+        terms: dict[str, list[tuple[int, float]]] = {f"loss_{side}": [] for side in SIDES}
+        terms["batch_total"] = []
+        column = 0
+        for number in range(self.num_outputs):
+            suffix = f"_{number}" if self.num_outputs > 1 else ""
+            for side in SIDES:
+                for name, share in self.weights.items():
+                    for key, weight in (
+                        (f"loss_{side}", share),
+                        ("batch_total", share),
+                        (f"batch_face_{side}{suffix}", share),
+                        (f"batch_weighted_{side}/{name}", share),
+                        (f"batch_unweighted_{side}/{name}", 1.0),
+                    ):
+                        terms.setdefault(key, []).append((column, weight))
+                    column += 1
+        for side in SIDES if self.mask_weights else ():
+            for key in (f"loss_{side}", "batch_total", f"batch_mask_{side}"):
+                terms.setdefault(key, []).append((column, 1.0))
+            column += 1
+        return terms

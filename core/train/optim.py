@@ -1,96 +1,161 @@
-"""How the weights are moved: unscale, non-finite check and Adam, with nothing read by the host.
+"""How the weights are moved: unscale, non-finite check, norm, clip and Adam, all on the device.
 
-A step whose gradient is not finite changes nothing but the count of such steps; with fp16 it also
-halves the loss scale. PyTorch's fused Adam takes the scale and the verdict as device scalars.
+The optimizer keeps the fp32 weights; where the network computes in 16 bits, its parameters are the
+low-precision copies that each update writes. A step whose gradient is not finite changes nothing
+but the count of such steps; with fp16 it also halves the loss scale.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ...kernels.adam import (
+    BETA_1_POWER,
+    BETA_2_POWER,
+    GOOD_STEPS,
+    SCALE,
+    SKIPPED,
+    STEP,
+    adam,
+    new_control,
+)
+from ...kernels.tables import Tables
+from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
 from .precision import Precision
 
-_FIRST_SCALE, _GROWTH_STEPS = 65536.0, 2000
+_FIRST_SCALE = 65536.0
+_SAVED = {  # what a resume needs of the control numbers, by name
+    "step": STEP,
+    "beta_1_power": BETA_1_POWER,
+    "beta_2_power": BETA_2_POWER,
+    "scale": SCALE,
+    "good_steps": GOOD_STEPS,
+}
 
 
 class Update:
-    """The optimizer of one model and, with fp16, the loss scale."""
+    """The optimizer of one model and, with fp16, the loss scale.
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, precision: Precision):
-        self.names, self.parameters = [], []
-        for name, parameter in model.named_parameters():
-            self.names.append(name)
-            self.parameters.append(parameter)
-        self.precision = precision
-        self.adam = torch.optim.Adam(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.ada_beta_1, config.ada_beta_2),
-            eps=10.0**config.epsilon_exponent,
-            fused=True,
+    Takes over the model's weights: where the precision is of 16 bits, the model's parameters become
+    copies in it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        precision: Precision,
+    ):
+        named = dict(model.named_parameters())
+        self.model, self.precision = model, precision
+        self.names, self.parameters = list(named), list(named.values())
+        self.masters = [parameter.detach() for parameter in self.parameters]
+        self.copies: list[Tensor] = []
+        if precision.compute is not torch.float32:
+            for parameter in self.parameters:
+                parameter.data = parameter.data.to(precision.compute)
+            self.copies = [parameter.detach() for parameter in self.parameters]
+        self.means = [torch.zeros_like(master) for master in self.masters]
+        self.squares = [torch.zeros_like(master) for master in self.masters]
+        self.control = new_control(
+            self.masters[0].device,
+            learning_rate=config.learning_rate,
+            scale=_FIRST_SCALE if precision.scales_loss else 1.0,
         )
-        device = self.parameters[0].device
-        self.scale = torch.tensor(_FIRST_SCALE if precision.scales_loss else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
-        """Finite steps since the scale last changed."""
+        self.tables = Tables(self.masters, self.means, self.squares, self.copies)
+        self.settings = {
+            "beta_1": config.ada_beta_1,
+            "beta_2": config.ada_beta_2,
+            "epsilon": 10.0**config.epsilon_exponent,
+            "dynamic_scale": precision.scales_loss,
+        }
 
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        """Steps of this session that were not finite and so changed nothing."""
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        """Move the weights by the gradients of the (scaled) loss, one of each parameter."""
+        adam(
+            self.masters,
+            gradients,
+            self.means,
+            self.squares,
+            self.copies,
+            self.control,
+            tables=self.tables,
+            **self.settings,
+        )
 
-    def __call__(self, loss: Tensor) -> None:
-        """Back-propagate a scalar loss and move the weights."""
-        with self.precision.backward():
-            (loss * self.scale).backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = (~torch.isfinite(norm)).float()
-        self.adam.grad_scale = self.scale  # type: ignore[attr-defined]
-        self.adam.found_inf = bad  # type: ignore[attr-defined]
-        self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        self.skipped += bad.long()
-        if self.precision.scales_loss:
-            self._rescale(bad)
+    @property
+    def scale(self) -> Tensor | None:
+        """What the loss's gradient is multiplied with, on the device; None: nothing."""
+        return self.control[SCALE].float() if self.precision.scales_loss else None
 
-    def _rescale(self, bad: Tensor) -> None:
-        """Halve the scale after an overflow; double it after 2,000 good steps."""
-        good = (self.good_steps + 1) * (1 - bad)
-        grown = good >= _GROWTH_STEPS
-        factor = torch.where(bad > 0, 0.5, torch.where(grown, 2.0, 1.0))
-        self.scale.mul_(factor)
-        self.good_steps.copy_(torch.where(grown, 0.0, good))
+    @property
+    def skipped(self) -> Tensor:
+        """Steps of this session that were not finite and so changed nothing, on the device."""
+        return self.control[SKIPPED]
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state in fp32, as a checkpoint holds it."""
+        state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return state | self._cropped(self.masters)
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `weights` gave.
+
+        Raises:
+            ValueError: A tensor is missing, unknown or of another shape.
+        """
+        own = self.weights()
+        if tensors.keys() != own.keys():
+            odd = sorted(tensors.keys() ^ own.keys())[0]
+            raise ValueError(f"{odd} is in only one of them")
+        masters = dict(zip(self.names, self.masters, strict=True))
+        state = self.model.state_dict()
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"{name} has another shape")
+            if name in masters:
+                masters[name].copy_(self._padded(name, tensor))
+            else:
+                state[name].copy_(tensor)
+        for copy, master in zip(self.copies, self.masters, strict=False):
+            copy.copy_(master)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a resume needs, by name: `<parameter>.mean`, `.square`, `.step`, `scale`.."""
-        found = {"scale": self.scale, "good_steps": self.good_steps}
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            state = self.adam.state.get(parameter)
-            if state:
-                found[f"{name}.mean"] = state["exp_avg"]
-                found[f"{name}.square"] = state["exp_avg_sq"]
-                found[f"{name}.step"] = state["step"]
+        """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `step`, `scale`.."""
+        found = {name: self.control[index] for name, index in _SAVED.items()}
+        for kind, tensors in (("mean", self.means), ("square", self.squares)):
+            found |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
         return found
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `tensors` gave; rates and epsilon stay as configured now.
+        """Take up what `tensors` gave; the rate and epsilon stay as configured now.
 
         Raises:
             ValueError: A tensor is missing or has another shape.
         """
-        if self.precision.scales_loss and float(tensors["scale"]) > 1:
-            self.scale.copy_(tensors["scale"])
-            self.good_steps.copy_(tensors["good_steps"])
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            if f"{name}.step" not in tensors:
-                continue  # saved before the first step
-            mean, square = tensors[f"{name}.mean"], tensors[f"{name}.square"]
-            if mean.shape != parameter.shape:
+        own = self.tensors()
+        for name, wanted in own.items():
+            if name not in tensors or tensors[name].shape != wanted.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "none"
                 raise ValueError(
-                    f"optimizer state of {name} has shape {tuple(mean.shape)}, "
-                    f"the model {tuple(parameter.shape)}"
+                    f"optimizer state of {name} has shape {found}, the model {tuple(wanted.shape)}"
                 )
-            self.adam.state[parameter] = {
-                "step": tensors[f"{name}.step"].to(parameter.device, torch.float32),
-                "exp_avg": torch.empty_like(parameter).copy_(mean),
-                "exp_avg_sq": torch.empty_like(parameter).copy_(square),
-            }
+        for name, index in _SAVED.items():
+            is_scale = name in ("scale", "good_steps")
+            if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
+                self.control[index] = tensors[name].to(self.control)
+        for name, mean, square in zip(self.names, self.means, self.squares, strict=True):
+            mean.copy_(self._padded(name, tensors[f"{name}.mean"]))
+            square.copy_(self._padded(name, tensors[f"{name}.square"]))
+
+    def _cropped(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By parameter, without the channels that alignment added."""
+        return {
+            name: crop(tensor, axes_of(parameter)) if axes_of(parameter) else tensor
+            for name, parameter, tensor in zip(self.names, self.parameters, tensors, strict=True)
+        }
+
+    def _padded(self, name: str, tensor: Tensor) -> Tensor:
+        return pad(tensor, axes_of(self.parameters[self.names.index(name)]))

@@ -21,10 +21,13 @@ from ..data.store import FaceStore
 from ..run.checkpoint import Generation, ModelFolder, Saver
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
+from . import engine as engines
 from . import precision as precisions
+from .engine import Engine
 from .losses import Loss
 from .optim import Update
 from .precision import Precision
+from .ring import LossRing
 from .step import TrainStep
 
 
@@ -36,6 +39,7 @@ class Run:
     state: TrainingState
     model: Autoencoder
     step: TrainStep
+    engine: Engine
     precision: Precision
     feed: Feed
     folder: ModelFolder
@@ -100,6 +104,7 @@ def _prepare(
     config = _resolved(config)
     device = choose_device(config.train.device)
     precision = precisions.resolve(config.precision.mode, device)
+    engine_name, engine_why = engines.choose(config.train.engine, device)
     options = models.options_of(config.model.trainer, config.model.options)
     family = models.family(config.model.trainer)
     input_px, output_px = family.sizes(options)
@@ -112,9 +117,14 @@ def _prepare(
         seed=config.train.seed,
         **config.model.options,
     )
+    on_gpu = device.type == "cuda"
+    is_aligned = _is_on(config.precision.align_channels, on_gpu)
+    if is_aligned:
+        model.align(8)
     model.to(device)
+    _set_libraries(precision, deterministic=config.train.deterministic)
     update = Update(model, config.optimizer, precision)
-    state = _restore(config, saved, model, update)
+    state = _restore(config, saved, update)
     session = state.begin_session(config)
     stores = {side: opened.store for side, opened in faces.items()}
     feed = Feed(
@@ -125,6 +135,7 @@ def _prepare(
         device=device,
         dtype=precision.compute,
         num_threads=num_threads,
+        input_channels=8 if is_aligned else 3,
     )
     stack.callback(feed.close)
     preview_faces = load_preview_faces(
@@ -135,17 +146,34 @@ def _prepare(
         output_px=output_px[-1],
         num_threads=num_threads,
     )
+    streams = _is_on(
+        {"one": "off", "two": "on"}.get(config.train.decoder_streams, "auto"),
+        on_gpu and config.train.batch_size <= 16,
+    )
+    loss = Loss(config.loss, len(output_px))
+    step = TrainStep(
+        model,
+        loss,
+        update,
+        LossRing(loss.num_values, device),
+        side_stream=torch.cuda.Stream(device) if streams and on_gpu else None,
+    )
+    engine = engines.make(engine_name, step, feed, reporter.warning)
     folder.write_config(config)
     saver = stack.enter_context(Saver(folder))
     first_step = state.iterations + 1
     log = open_log(folder.path, session.number, enabled=config.save.logs, first_step=first_step)
     stack.callback(log.close)
-    reporter.start(_facts(config, state, saved, stores, model, precision, device, num_threads))
+    engine_fact = f"{engine_name} ({engine_why})"
+    reporter.start(
+        _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
+    )
     return Run(
         config=config,
         state=state,
         model=model,
-        step=TrainStep(model, Loss(config.loss), update, precision),
+        step=step,
+        engine=engine,
         precision=precision,
         feed=feed,
         folder=folder,
@@ -201,23 +229,28 @@ def _open_faces(
     return faces
 
 
-def _restore(
-    config: Config, saved: Generation | None, model: Autoencoder, update: Update
-) -> TrainingState:
+def _restore(config: Config, saved: Generation | None, update: Update) -> TrainingState:
     """A new state, or the saved one with weights and optimizer put back."""
     if saved is None:
         return TrainingState(trainer=config.model.trainer)
-    parameters = model.state_dict()
-    if saved.model.keys() != parameters.keys():
-        odd = sorted(saved.model.keys() ^ parameters.keys())[0]
-        raise ValueError(f"{saved.path} does not fit this model: {odd} is in only one of them")
-    for name, tensor in saved.model.items():
-        if tensor.shape != parameters[name].shape:
-            raise ValueError(f"{saved.path} does not fit this model: {name} has another shape")
-        parameters[name].copy_(tensor)  # in place: keeps the memory format
+    try:
+        update.load_weights(saved.model)
+    except ValueError as error:
+        raise ValueError(f"{saved.path} does not fit this model: {error}") from error
     if saved.optimizer is not None:
         update.load(saved.optimizer)
     return TrainingState.from_dict(saved.state)
+
+
+def _is_on(setting: str, automatic: bool) -> bool:
+    return setting == "on" or (setting == "auto" and automatic)
+
+
+def _set_libraries(precision: Precision, *, deterministic: bool) -> None:
+    """How cuDNN and cuBLAS are to work in this process."""
+    precision.apply()
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
 
 
 def _facts(
@@ -225,15 +258,16 @@ def _facts(
     state: TrainingState,
     saved: Generation | None,
     stores: dict[str, FaceStore],
-    model: Autoencoder,
+    update: Update,
     precision: Precision,
+    engine: str,
     device: torch.device,
     num_threads: int,
 ) -> dict[str, Any]:
     """The start-up lines: what runs, and which path each part takes."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    parameters = sum(tensor.numel() for tensor in update.weights().values()) / 1e6
     begin = f"resumes at iteration {state.iterations}" if saved else "is new"
     facts = {
         "mien": __version__,
@@ -241,7 +275,7 @@ def _facts(
         f"{config.save.model_dir} {begin}",
         "device": f"{name}, {num_threads} CPU threads",
         "precision": f"{precision.name} ({precision.why})",
-        "engine": "eager",
+        "engine": engine,
         "augment": f"libmien, {'CUDA' if on_gpu else 'C++ threads'}",
     }
     for side, store in stores.items():

@@ -1,46 +1,61 @@
-"""One training step: both sides through the shared encoder at once, losses, update.
+"""One training step: both sides through the shared encoder at once, losses, gradients, update.
 
 Shape letters: N faces, first those of A, then as many of B; H rows, W columns; S edge in px.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...models.autoencoder import Autoencoder
+from ...models.autoencoder import Autoencoder, Outputs
 from ..data.feed import Batch
 from .losses import Loss
 from .optim import Update
-from .precision import Precision
+from .ring import LossRing
 
 
 class TrainStep:
-    """Moves the weights by one batch; nothing in it waits for the device."""
+    """Moves the weights by one batch; nothing in it waits for the device.
 
-    def __init__(self, model: Autoencoder, loss: Loss, update: Update, precision: Precision):
-        self.model, self.loss, self.update, self.precision = model, loss, update, precision
-        self.names: list[str] = []
-        """Names of the logged values; known after the first step."""
+    Args:
+        model: Trained in place.
+        loss: What is minimised.
+        update: Moves the weights.
+        ring: Takes the losses.
+        side_stream: Where B's decoder runs beside A's; None: after it.
+    """
 
-    def __call__(self, batch: Batch) -> Tensor:
-        """Train on one batch; the logged values (K,), fp32, as named by `names`."""
-        with self.precision.forward():
-            outputs = self.model(batch.input_nchw)
-        half = batch.input_nchw.shape[0] // 2
-        sides = {}
-        for side, side_outputs, part in zip(
-            "ab", outputs, (slice(half), slice(half, None)), strict=True
-        ):
-            sides[side] = self.loss(
-                side_outputs,
-                tuple(target[part] for target in batch.targets),
-                tuple(weight[part] for weight in batch.weights),
-                None if batch.mask_n1hw is None else batch.mask_n1hw[part],
-            )
-        total = sides["a"].total + sides["b"].total
-        self.update(total)
-        values = {"loss_a": sides["a"].total, "loss_b": sides["b"].total, "batch_total": total}
-        for side, result in sides.items():
-            for name, value in result.parts.items():
-                values["batch_" + name.format(side=side)] = value
-        self.names = self.names or list(values)
-        return torch.stack([value.detach().float() for value in values.values()])
+    def __init__(
+        self,
+        model: Autoencoder,
+        loss: Loss,
+        update: Update,
+        ring: LossRing,
+        side_stream: torch.cuda.Stream | None = None,
+    ):
+        self.network: Callable[..., Any] = model
+        """What computes the outputs: the model, or the model compiled."""
+
+        self.parameters = list(model.parameters())
+        self.loss, self.update, self.ring, self.side_stream = loss, update, ring, side_stream
+
+    def __call__(self, batch: Batch) -> None:
+        """Train on one batch."""
+        outputs = self.forward(batch.input_nchw)
+        losses = self.loss(outputs, batch, self.update.scale)
+        self.update(self.backward(outputs, losses.gradients))
+        self.ring.push(losses.row_v)
+
+    def forward(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
+        """What the decoders of A and B make of their halves of the batch."""
+        if self.side_stream is None:
+            return self.network(input_nchw)
+        return self.network(input_nchw, self.side_stream)
+
+    def backward(
+        self, outputs: tuple[Outputs, Outputs], gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The gradient of every parameter, given those of the outputs."""
+        return torch.autograd.grad((*outputs[0], *outputs[1]), self.parameters, gradients)

@@ -1,0 +1,126 @@
+"""Three ways to run the same step: eager, compiled, and replayed as one CUDA graph.
+
+A graph holds everything from the draw of the faces to the update of the weights, so an iteration is
+one call of the driver, with no Python, no transfer and no wait in it.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from ..data.feed import Feed
+from .step import TrainStep
+
+WARM_UP = 3
+"""Iterations before the capture, in which libraries choose their algorithms and take memory."""
+
+
+def choose(setting: str, device: torch.device) -> tuple[str, str]:
+    """``(name, why)`` of the engine that `train.engine` leads to.
+
+    Raises:
+        ValueError: The device cannot run so.
+    """
+    if setting == "graph" and device.type != "cuda":
+        raise ValueError("--engine graph needs an Nvidia GPU; use eager or compile on the CPU")
+    if setting != "auto":
+        return setting, "as set"
+    if device.type == "cuda":
+        return "graph", "the whole step is one CUDA graph"
+    return "eager", "the default on a CPU"
+
+
+def make(name: str, step: TrainStep, feed: Feed, warn: Callable[[str], None]) -> "Engine":
+    """The engine of this name; ``warn`` is told where it falls back, and why."""
+    return {"eager": Engine, "compile": Compiled, "graph": Graphed}[name](step, feed, warn)
+
+
+class Engine:
+    """Runs iterations one operation after the other."""
+
+    name = "eager"
+
+    def __init__(self, step: TrainStep, feed: Feed, warn: Callable[[str], None]):
+        self.step, self.feed, self.warn = step, feed, warn
+
+    def __call__(self, faces_seen: dict[str, int]) -> None:
+        """Train on the batch after ``faces_seen`` faces of each side."""
+        self.step(self.feed.next(faces_seen))
+
+    def _fall_back(self, error: Exception) -> None:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        self.warn(f"the {self.name} engine cannot run here ({reason}); training goes on eagerly")
+        self.name = "eager"
+
+
+class Compiled(Engine):
+    """Runs the network as torch.compile makes it; losses and update are kernels already."""
+
+    name = "compile"
+
+    def __init__(self, step: TrainStep, feed: Feed, warn: Callable[[str], None]):
+        super().__init__(step, feed, warn)
+        self.is_tried = False
+
+    def __call__(self, faces_seen: dict[str, int]) -> None:
+        if not self.is_tried:
+            self._try(faces_seen)
+        super().__call__(faces_seen)
+
+    def _try(self, faces_seen: dict[str, int]) -> None:
+        """Compile on a batch that comes again, so a failure costs nothing but time."""
+        self.is_tried = True
+        plain = self.step.network
+        self.step.network = torch.compile(plain, fullgraph=True)
+        try:
+            self.step.forward(self.feed.next(faces_seen).input_nchw)
+        except RuntimeError as error:
+            self.step.network = plain
+            self._fall_back(error)
+
+
+class Graphed(Engine):
+    """Replays an iteration that was captured once; needs a feed whose tensors stay in place."""
+
+    name = "graph"
+
+    def __init__(self, step: TrainStep, feed: Feed, warn: Callable[[str], None]):
+        super().__init__(step, feed, warn)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = 0
+
+    def __call__(self, faces_seen: dict[str, int]) -> None:
+        self.feed.seek(faces_seen)
+        if self.graph is None and self.name == "graph":
+            if self.warm < WARM_UP:
+                return self._warm_up()
+            self._capture()
+        if self.graph is None:
+            self._iteration()
+        else:
+            self.graph.replay()
+
+    def _iteration(self) -> None:
+        self.step(self.feed.batch())
+
+    def _warm_up(self) -> None:
+        """A real iteration, on a stream of its own as a capture will be."""
+        self.warm += 1
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._iteration()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _capture(self) -> None:
+        """Record an iteration without running it."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the saver's thread may copy to the host meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._iteration()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            self._fall_back(error)
+        else:
+            self.graph = graph

@@ -1,0 +1,62 @@
+"""The losses of the last iterations, kept on the device until the host has time for them.
+
+Letters: V numbers of an iteration, N iterations.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CAPACITY = 4096
+"""Iterations; a loop must fetch at least this often."""
+
+
+class LossRing:
+    """Rows of numbers, pushed by the step without the host, fetched without a wait."""
+
+    def __init__(self, num_values: int, device: torch.device):
+        self.rows = torch.zeros(CAPACITY, num_values, device=device)
+        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self._fetched = 0
+        """Rows that the host has asked for so far."""
+
+    def push(self, row_v: Tensor) -> None:
+        """Keep the numbers of one iteration."""
+        self.rows.index_copy_(0, self.slot, row_v[None])
+        self.slot.add_(1).remainder_(CAPACITY)
+
+    def fetch(self, count: int) -> Callable[[], np.ndarray]:
+        """A function that waits for the next ``count`` rows (N, V), in order, and returns them.
+
+        The copy is queued now; so rows pushed later cannot overwrite them before.
+
+        Raises:
+            ValueError: More rows than are kept.
+        """
+        if count > CAPACITY:
+            raise ValueError(f"the last {CAPACITY} rows are kept, asked for {count}")
+        begin = self._fetched % CAPACITY
+        self._fetched += count
+        first = self.rows[begin : begin + count]
+        pieces = to_host(first, self.rows[: count - len(first)])
+        return lambda: np.concatenate(pieces())
+
+
+def to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
+    """A function that returns copies of the tensors as they are now; it waits, this does not."""
+    on_gpu = tensors[0].is_cuda
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for t in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event() if on_gpu else None
+    if copied:
+        copied.record()
+
+    def result() -> list[np.ndarray]:
+        if copied:
+            copied.synchronize()
+        return [copy.numpy() for copy in copies]
+
+    return result

@@ -1,0 +1,136 @@
+"""Engines: eager, compiled and graphed steps are the same training."""
+
+import pytest
+import torch
+
+from mien import models
+from mien.core.config import from_dict
+from mien.core.data.feed import Feed
+from mien.core.data.store import FaceStore
+from mien.core.train import engine as engines
+from mien.core.train import precision as precisions
+from mien.core.train.losses import Loss
+from mien.core.train.optim import Update
+from mien.core.train.ring import LossRing
+from mien.core.train.step import TrainStep
+
+CPU = torch.device("cpu")
+
+
+def _store(seed, device):
+    generator = torch.Generator().manual_seed(seed)
+    faces = torch.randint(0, 256, (30, 64, 64, 8), dtype=torch.uint8, generator=generator)
+    names = [f"{i}.png" for i in range(30)]
+    return FaceStore(faces.to(device), "host", names, [], "", "", reused=False, seconds=0.0)
+
+
+def _trained(name, mode="fp32", device=CPU, iterations=6, batch_size=2, streams=False, warn=None):
+    """Losses and weights after some iterations of a tiny model, and the engine."""
+    config = from_dict({"train": {"batch_size": batch_size}})
+    precision = precisions.resolve(mode, device)
+    precision.apply()
+    model = models.build("original", seed=1, width=8)
+    if device.type == "cuda":
+        model.align(8)
+    model.to(device)
+    update, loss = Update(model, config.optimizer, precision), Loss(config.loss, 1)
+    side_stream = torch.cuda.Stream() if streams else None
+    ring = LossRing(loss.num_values, device)
+    step = TrainStep(model, loss, update, ring, side_stream)
+    feed = Feed(
+        {side: _store(seed, device) for seed, side in enumerate("ab")},
+        config,
+        input_px=64,
+        output_px=(64,),
+        device=device,
+        dtype=precision.compute,
+        num_threads=1,
+        input_channels=8 if device.type == "cuda" else 3,
+    )
+    try:
+        engine = engines.make(name, step, feed, warn or pytest.fail)
+        for iteration in range(iterations):
+            engine(dict.fromkeys("ab", iteration * batch_size))
+        return ring.fetch(iterations)(), update.weights(), engine
+    finally:
+        feed.close()
+
+
+def _assert_same_bits(one, two):
+    torch.testing.assert_close(one[0], two[0], rtol=0, atol=0)
+    for name, tensor in one[1].items():
+        assert torch.equal(tensor, two[1][name]), name
+
+
+def test_the_engine_is_chosen_by_the_device():
+    assert engines.choose("auto", CPU)[0] == "eager"
+    assert engines.choose("auto", torch.device("cuda"))[0] == "graph"
+    assert engines.choose("compile", CPU) == ("compile", "as set")
+    with pytest.raises(ValueError, match="graph needs an Nvidia GPU; use eager or compile"):
+        engines.choose("graph", CPU)
+
+
+def test_eager_iterations_are_the_same_twice():
+    _assert_same_bits(_trained("eager"), _trained("eager"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_a_compiled_step_trains_as_an_eager_one(mode):
+    rows, weights, engine = _trained("compile", mode)
+    assert engine.name == "compile", "it fell back"
+    eager_rows, eager_weights, _ = _trained("eager", mode)
+    torch.testing.assert_close(rows, eager_rows, rtol=1e-4, atol=1e-5)
+    moved = 6 * 5e-5  # no weight moves further than this in six steps of Adam
+    for name, tensor in weights.items():
+        assert (tensor - eager_weights[name]).abs().max() < 0.05 * moved or mode == "bf16", name
+
+
+def test_a_step_that_cannot_be_compiled_runs_eagerly_and_says_why(monkeypatch):
+    def compiled(network, **_):
+        def fail(*_):
+            raise RuntimeError("no working C++ compiler\nand much more")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    warnings = []
+    result = _trained("compile", warn=warnings.append)
+    assert result[2].name == "eager"
+    assert warnings == [
+        "the compile engine cannot run here (no working C++ compiler); training goes on eagerly"
+    ]
+    _assert_same_bits(result, _trained("eager"))
+
+
+@pytest.fixture
+def _same_algorithms():
+    """cuDNN chooses by rule, not by time, so that two runs can be compared bit by bit."""
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_same_algorithms")
+@pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_graphed_step_has_the_bits_of_an_eager_one(mode, streams):
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    graphed = _trained("graph", mode, cuda, iterations=12, streams=streams)
+    assert graphed[2].graph is not None
+    _assert_same_bits(graphed, _trained("eager", mode, cuda, iterations=12, streams=streams))
+
+
+@pytest.mark.gpu
+def test_a_capture_that_fails_is_told_and_training_goes_on(monkeypatch):
+    def capture(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    warnings = []
+    cuda = torch.device("cuda", torch.cuda.current_device())
+    result = _trained("graph", "bf16", cuda, iterations=6, warn=warnings.append)
+    assert result[2].name == "eager"
+    assert len(warnings) == 1
+    assert "not permitted when stream is capturing" in warnings[0]
