@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import models
-from .harness import environment, measure, pace, rounded, spread_ms
+from .harness import device_name, measure, pace, rounded, spread_ms
 from .roofline import Card, meta_model
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -34,7 +34,7 @@ def measure_ceilings(device: torch.device) -> dict[str, Any]:
     batch_size = _GPU_BATCH_SIZE if on_gpu else _CPU_BATCH_SIZE
     edge = _GPU_EDGE if on_gpu else _CPU_EDGE
     return {
-        "device": environment()["card"],
+        "device": device_name(device.type),
         "num_sms": _num_sms(device),
         "copy_gb_s": _copy(device, _GPU_COPY_BYTES if on_gpu else _CPU_COPY_BYTES),
         "gemm_edge": edge,

@@ -39,6 +39,13 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
+def device_name(device_type: str) -> str:
+    """What results are filed under; a CPU is called one."""
+    import torch
+
+    return torch.cuda.get_device_name() if device_type == "cuda" else f"CPU {_cpu_name()}"
+
+
 def environment() -> dict[str, Any]:
     """What the numbers depend on besides the settings."""
     import torch
@@ -49,7 +56,7 @@ def environment() -> dict[str, Any]:
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "card": torch.cuda.get_device_name() if on_gpu else f"CPU {_cpu_name()}",
+        "card": device_name("cuda" if on_gpu else "cpu"),
         "cores": len(_cores()),
         "driver": _driver() if on_gpu else None,
         "torch": torch.__version__,
@@ -229,6 +236,22 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"card", "commit", "rows"} <= content.keys():
         raise ValueError(f"{path} is not a results file of `mien bench`: it has no card and rows")
     return content
+
+
+def all_results() -> list[dict[str, Any]]:
+    """Every results file, in the order of the times at which they were begun."""
+    files = [read_results(path) for path in RESULTS.glob("*.json")]
+    return sorted(files, key=lambda content: content["time_utc"])
+
+
+def known_ceilings() -> dict[str, Any] | None:
+    """The newest ceilings of this card and version of PyTorch; None where there are none."""
+    where = environment()
+    for content in reversed(all_results()):
+        same = all(content[key] == where[key] for key in ("card", "cores", "torch"))
+        if same and content.get("ceilings"):
+            return content["ceilings"]
+    return None
 
 
 def write_results(

@@ -32,6 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .. import models
 from ..models.autoencoder import Autoencoder, Build
+from .harness import rounded
 
 VALUE_BYTES = 2
 """A bf16 number."""
@@ -324,7 +325,7 @@ def rows(measured: Card | None = None) -> Iterator[dict[str, Any]]:
                     "batch_size": batch_size,
                     "of": card.name,
                     "precision": "bf16",
-                    "ceiling_eg_per_s": round(best.eg_per_s),
-                    "stretch_eg_per_s": round(stretch(work, card).eg_per_s),
+                    "ceiling_eg_per_s": rounded(best.eg_per_s),
+                    "stretch_eg_per_s": rounded(stretch(work, card).eg_per_s),
                     "binds": best.binds,
                 }

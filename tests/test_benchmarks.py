@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mien.benchmarks import bench_step, ceilings, harness, learning, report
+from mien.benchmarks import bench_step, ceilings, harness, learning
 from mien.core.train.losses import ssim
 
 
@@ -73,7 +73,7 @@ def test_ceilings_of_this_machine(quick, monkeypatch):
     assert {row["phase"] for row in found["convolutions"]} == {"forward", "data", "weight"}
     assert ceilings.card_of(found).copy_gb_s == found["copy_gb_s"]
     shapes = {row["shape"] for row in found["convolutions"]}
-    assert "2x3x67x67 -> 128, 5x5/2" in shapes, "the first convolution, padded"
+    assert any("-> 128, 5x5/2" in shape for shape in shapes), "the first convolution"
     assert len(found["convolutions"]) == 3 * len(shapes)
 
 
@@ -95,29 +95,6 @@ def test_the_state_of_a_card_is_read_or_absent(monkeypatch, tmp_path):
     assert harness.card_state() is None
     smi.unlink()
     assert harness.card_state() is None
-
-
-def test_results_replace_equal_measurements_and_reach_the_readme(tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    row = {"kind": "train", "model": "tiny", "batch_size": 2, "precision": "fp32"}
-    row |= {"iterations": 7}
-    harness.write_results([row | {"eg_per_s": 1.0, "data_wait": 0.5}])
-    path = harness.write_results([row | {"eg_per_s": 2.5, "data_wait": 0.25}])
-    content = json.loads(path.read_text())
-    assert [r["eg_per_s"] for r in content["rows"]] == [2.5]
-    assert {"schema", "card", "driver", "torch", "triton", "commit", "dirty"} <= content.keys()
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update(readme)
-    text = readme.read_text()
-    assert "| tiny | 2 | fp32 | 2.5 | 25.0 % | 7 |" in text
-    assert "old" not in text
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    readme.write_text("no marks")
-    with pytest.raises(ValueError, match="lacks the lines"):
-        report.update(readme)
 
 
 def _reference(tmp_path):
