@@ -1,29 +1,126 @@
-"""The data path: batches from the store, and the first start-up.
+"""The data path: batches from the store in each place that it can be in, and the first start-up.
 
 Without a GPU the figure to read is faces per CPU second of one core.
 
 Run: ``mien bench data``.
 """
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from .bench_augment import faces_per_second
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.config import from_dict
+from ..core.data.feed import Feed
+from ..core.data.sides import SIDES
+from ..core.data.store import BYTES_PER_PIXEL, FaceStore
 from .bench_store import first_start
+from .harness import Pace, measure, rounded
 
 SIZES = [(64, 64), (128, 128), (128, 256), (256, 256)]
+BATCH_SIZE = 16
 NUM_FACES, PNG_PX = 1000, 512
+
+_STORE_BYTES = 64 * 2**20
+"""Of each side: more than a GPU's cache holds."""
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    """One row a size of batches, then the first start-up for 1,000 faces of 512 px."""
+    """One row a size of batches and place of the faces; then the first start-up."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for input_px, output_px in SIZES:
-        figures = faces_per_second(input_px, output_px, batch=32, num_threads=1)
-        yield {
-            "kind": "data",
-            "name": "batches",
-            "input_px": input_px,
-            "output_px": output_px,
-            **{k: round(v, 1) if isinstance(v, float) else v for k, v in figures.items()},
-        }
+        for placement in ("gpu", "host") if device.type == "cuda" else ("host", "file"):
+            yield _batches(input_px, output_px, placement, device)
     yield first_start(NUM_FACES, PNG_PX, 64)
+
+
+def _batches(input_px: int, output_px: int, placement: str, device: torch.device) -> dict[str, Any]:
+    on_gpu = device.type == "cuda"
+    how = Pace(7, 0.3, 20 if on_gpu else 1)
+    with tempfile.TemporaryDirectory(prefix="mien-bench-") as scratch:
+        next_batch, close = _feed(input_px, output_px, placement, device, Path(scratch))
+        try:
+            timed = measure(next_batch, how, device_type=device.type)
+        finally:
+            close()
+    faces = len(SIDES) * BATCH_SIZE
+    return {
+        "kind": "data",
+        "name": "batches",
+        "input_px": input_px,
+        "output_px": output_px,
+        "batch_size": BATCH_SIZE,
+        "placement": placement,
+        "faces_per_wall_s": rounded(faces / timed["median_s"]),
+        "faces_per_wall_s_low": rounded(faces / timed["p90_s"]),
+        "faces_per_wall_s_high": rounded(faces / timed["p10_s"]),
+        "faces_per_cpu_s": rounded(faces / timed["cpu_s"]) if timed["cpu_s"] else None,
+    }
+
+
+def _feed(
+    input_px: int, output_px: int, placement: str, device: torch.device, scratch: Path
+) -> tuple[Callable[[], object], Callable[[], None]]:
+    """A function that makes the next batch on one thread, everything on, and one that ends it."""
+    size_px = max(input_px, output_px)
+    stores: dict[str, FaceStore] = {
+        side: FaceStore(
+            faces_fssc=_placed(_draw_faces(size_px), placement, scratch / side),
+            placement=placement,
+            names=[],
+            rejected=[],
+            why="drawn",
+            backend="none",
+            reused=False,
+            seconds=0.0,
+        )
+        for side in SIDES
+    }
+    feed = Feed(
+        stores,
+        from_dict({"train": {"batch_size": BATCH_SIZE}}),
+        input_px=input_px,
+        output_px=(output_px,),
+        device=device,
+        dtype=torch.bfloat16,
+        num_threads=1,
+    )
+    seen: dict[str, int] = dict.fromkeys(SIDES, 0)
+
+    def next_batch() -> None:
+        feed.next(dict(seen))
+        for side in SIDES:
+            seen[side] += BATCH_SIZE
+
+    return next_batch, feed.close
+
+
+def _placed(faces_fssc: np.ndarray, placement: str, path: Path) -> Tensor:
+    if placement == "file":
+        faces_fssc.tofile(path)
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=faces_fssc.shape))
+    faces = torch.from_numpy(faces_fssc)
+    if placement == "gpu":
+        return faces.cuda()
+    return faces.pin_memory() if torch.cuda.is_available() else faces
+
+
+def _draw_faces(size_px: int) -> np.ndarray:
+    """(F, S, S, 8): a smooth picture with a fine grain, as faces have, and soft discs for masks."""
+    generator = np.random.default_rng(0)
+    num_faces = max(BATCH_SIZE, _STORE_BYTES // (BYTES_PER_PIXEL * size_px**2))
+    places = np.linspace(-1, 1, size_px, dtype=np.float32)
+    radius = np.hypot(places, places[:, None])
+    faces = np.zeros((num_faces, size_px, size_px, BYTES_PER_PIXEL), np.uint8)
+    grain = generator.integers(-6, 7, (size_px, size_px, 3))
+    shades = generator.uniform(60, 190, (num_faces, 1, 1, 3)).astype(np.float32)
+    for face, shade in zip(faces, shades, strict=True):
+        smooth = shade + 40 * places[:, None, None] + 30 * np.cos(4 * radius)[..., None]
+        face[..., :3] = np.clip(smooth + grain, 0, 255)
+    for channel, edge in ((3, 0.9), (4, 0.3), (5, 0.2)):
+        faces[..., channel] = np.clip(255 * 8 * (edge - radius), 0, 255)
+    return faces

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import models
 from ..core.config import LossConfig, OptimizerConfig
@@ -24,55 +23,66 @@ from ..core.train.losses import Loss
 from ..core.train.optim import Update
 from ..core.train.step import TrainStep
 from ..models.autoencoder import Autoencoder
-from .harness import measure
+from . import launches
+from .ceilings import card_of
+from .harness import measure, pace, rounded, spread_ms
+from .roofline import ceiling, meta_model, work_of
 
 CASES = [("lightweight", 8), ("original", 16)]
 
 
-def rows(repeats: int = 5, modes: tuple[str, ...] = ("fp32", "bf16")) -> Iterator[dict[str, Any]]:
-    """One row a model, precision and engine."""
+def rows(
+    ceilings: dict[str, Any] | None = None, modes: tuple[str, ...] = ("fp32", "bf16")
+) -> Iterator[dict[str, Any]]:
+    """One row a model, precision and engine.
+
+    ceilings: of this card, as `ceilings.measure_ceilings` gives them; for `share_of_ceiling`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, batch_size in CASES:
         for mode in modes:
-            steps = {
-                "mien-eager": mien_step(name, batch_size, mode, device),
-                "plain-torch": plain_step(name, batch_size, mode, device),
-            }
-            for engine, step in steps.items():
-                yield _row(name, batch_size, mode, engine, step, repeats, device)
+            for engine, make in ENGINES.items():
+                step = make(name, batch_size, mode, device)
+                what = {
+                    "kind": "step",
+                    "model": name,
+                    "batch_size": batch_size,
+                    "precision": mode,
+                    "engine": engine,
+                    "threads": torch.get_num_threads(),
+                }
+                yield what | _figures(what, step, device, ceilings)
 
 
-def _row(
-    name: str,
-    batch_size: int,
-    mode: str,
-    engine: str,
+def _figures(
+    what: dict[str, Any],
     step: Callable[[], object],
-    repeats: int,
     device: torch.device,
+    ceilings: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    def timed() -> None:
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    figures = measure(timed, repeats=repeats, warmup=2)
-    faces = 2 * batch_size
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    timed = measure(step, pace("step", device.type), device_type=device.type)
+    faces = 2 * what["batch_size"]
+    eg_per_s = faces / timed["median_s"]
     return {
-        "kind": "step",
-        "model": name,
-        "batch_size": batch_size,
-        "precision": mode,
-        "engine": engine,
-        "eg_per_s": round(faces / figures["median_s"], 2),
-        "eg_per_cpu_s": round(faces / figures["cpu_s"], 2),
-        "median_ms": round(1e3 * figures["median_s"], 1),
-        "p10_ms": round(1e3 * figures["p10_s"], 1),
-        "p90_ms": round(1e3 * figures["p90_s"], 1),
-        "threads": torch.get_num_threads(),
+        "eg_per_s": rounded(eg_per_s),
+        "eg_per_cpu_s": rounded(faces / timed["cpu_s"]) if timed["cpu_s"] else None,
+        **spread_ms(timed),
+        "share_of_ceiling": _share(what, eg_per_s, ceilings),
+        "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None,
         "python_calls": count_python_calls(step),
-        "launches": count_launches(step),
+        "launches": launches.count(step),
     }
+
+
+def _share(what: dict[str, Any], eg_per_s: float, ceilings: dict[str, Any] | None) -> float | None:
+    """Of what the roofline of this card allows; it is drawn for bf16."""
+    if ceilings is None or what["precision"] != "bf16":
+        return None
+    work = work_of(meta_model(what["model"]), what["batch_size"])
+    return rounded(eg_per_s / ceiling(work, card_of(ceilings)).eg_per_s)
 
 
 def make_batch(model: Autoencoder, batch_size: int, device: torch.device) -> Batch:
@@ -157,24 +167,8 @@ def count_python_calls(step: Callable[[], object]) -> int:
     return count
 
 
-class _LaunchCounter(TorchDispatchMode):
-    """Counts operations that do work; views and metadata are free."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if not (func.is_view or func.namespace == "prim"):
-            self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
-def count_launches(step: Callable[[], object]) -> int:
-    """Operations other than views in one step, forward, backward and update; exact."""
-    step()
-    with _LaunchCounter() as counter:
-        step()
-    return counter.count
+ENGINES: dict[str, Callable[[str, int, str, torch.device], Callable[[], object]]] = {
+    "mien-eager": mien_step,
+    "plain-torch": plain_step,
+}
+"""Makes a step of (model, batch size, precision, device), by name."""

@@ -1,18 +1,29 @@
 """What every benchmark shares: where it ran, how it is timed, where its numbers go."""
 
 import json
+import math
 import platform
 import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
+SCHEMA = 2
+
+IDENTITY = frozenset(
+    "kind name model batch_size precision engine threads without kernel variant case of placement "
+    "input_px output_px png_px size_px num_faces faces phase".split()
+)
+"""Fields of a row that say what was measured; all others are figures."""
+
+GRAPH_CALLS = 16
+"""Calls of a captured function in one graph."""
 
 
 def _git(*words: str) -> str:
@@ -28,6 +39,13 @@ def _cpu_name() -> str:
     return platform.machine()
 
 
+def device_name(device_type: str) -> str:
+    """What results are filed under; a CPU is called one."""
+    import torch
+
+    return torch.cuda.get_device_name() if device_type == "cuda" else f"CPU {_cpu_name()}"
+
+
 def environment() -> dict[str, Any]:
     """What the numbers depend on besides the settings."""
     import torch
@@ -38,7 +56,7 @@ def environment() -> dict[str, Any]:
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "card": torch.cuda.get_device_name() if on_gpu else f"CPU {_cpu_name()}",
+        "card": device_name("cuda" if on_gpu else "cpu"),
         "cores": len(_cores()),
         "driver": _driver() if on_gpu else None,
         "torch": torch.__version__,
@@ -59,24 +77,105 @@ def _driver() -> str:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
 
 
-def measure(fn: Callable[[], object], *, repeats: int, warmup: int = 1) -> dict[str, float]:
-    """Wall and CPU seconds of one call of ``fn``: medians, and the spread of the wall time."""
-    for _ in range(warmup):
+@dataclass(frozen=True)
+class Pace:
+    """How often something is run before its time is believed."""
+
+    windows: int
+    window_s: float
+    """A window lasts at least this long, and at least one call."""
+
+    warmup: int
+    """Calls before the first window."""
+
+
+def pace(kind: str, device_type: str) -> Pace:
+    """The pace for a ``kind`` ("step" or "kernel") of benchmark; a CPU's is for patience."""
+    if device_type == "cuda":
+        return Pace(5, 2.0, 20) if kind == "step" else Pace(7, 0.1, 20)
+    return Pace(5, 0.0, 2) if kind == "step" else Pace(5, 0.05, 1)
+
+
+def measure(
+    fn: Callable[[], object], how: Pace, *, device_type: str = "cpu", capture: bool = False
+) -> dict[str, float]:
+    """Seconds of one call of ``fn``: the median over the windows and their spread.
+
+    A GPU is timed by its own events, so ``fn`` need not wait for it; the CPU by the wall's clock.
+    cpu_s are the CPU seconds of all threads of this process.
+
+    Args:
+        fn: What to time.
+        how: How often.
+        device_type: "cuda" or "cpu".
+        capture: Put the calls into a CUDA graph and time that, which leaves out the time that
+            Python needs to launch them. ``fn`` must allow it; inputs that it takes in turn are
+            taken in turn in the graph as well.
+    """
+    for _ in range(how.warmup):
         fn()
-    wall, cpu = [], []
-    for _ in range(repeats):
-        started, cpu_before = time.perf_counter(), _cpu_seconds()
-        fn()
-        wall.append(time.perf_counter() - started)
-        cpu.append(_cpu_seconds() - cpu_before)
-    ordered = sorted(wall)
+    if device_type == "cuda":
+        run, inside = (_captured(fn), GRAPH_CALLS) if capture else (fn, 1)
+        return _windows(_cuda_timer(run), how, inside)
+    return _windows(_wall_timer(fn), how, 1)
+
+
+def _windows(time_calls: Callable[[int], tuple[float, float]], how: Pace, inside: int) -> dict:
+    """Figures of one call; a timed one makes ``inside`` of them."""
+    calls = 1
+    for _ in range(2):  # one call alone seems slow; from several it is seen how many fill a window
+        seconds, _ = time_calls(calls)
+        calls = max(1, math.ceil(calls * how.window_s / max(seconds, 1e-9)))
+        if calls == 1:
+            break
+    timed = [time_calls(calls) for _ in range(how.windows)]
+    wall = sorted(seconds / (calls * inside) for seconds, _ in timed)
     return {
         "median_s": statistics.median(wall),
-        "p10_s": ordered[round(0.1 * (repeats - 1))],
-        "p90_s": ordered[round(0.9 * (repeats - 1))],
-        "cpu_s": statistics.median(cpu),
-        "repeats": repeats,
+        "p10_s": wall[round(0.1 * (how.windows - 1))],
+        "p90_s": wall[round(0.9 * (how.windows - 1))],
+        "cpu_s": statistics.median(cpu / (calls * inside) for _, cpu in timed),
+        "windows": how.windows,
     }
+
+
+def _wall_timer(fn: Callable[[], object]) -> Callable[[int], tuple[float, float]]:
+    def time_calls(count: int) -> tuple[float, float]:
+        started, cpu_before = time.perf_counter(), _cpu_seconds()
+        for _ in range(count):
+            fn()
+        return time.perf_counter() - started, _cpu_seconds() - cpu_before
+
+    return time_calls
+
+
+def _cuda_timer(fn: Callable[[], object]) -> Callable[[int], tuple[float, float]]:
+    import torch
+
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def time_calls(count: int) -> tuple[float, float]:
+        torch.cuda.synchronize()
+        cpu_before = _cpu_seconds()
+        begin.record()
+        for _ in range(count):
+            fn()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3, _cpu_seconds() - cpu_before
+
+    return time_calls
+
+
+def _captured(fn: Callable[[], object]) -> Callable[[], None]:
+    """A replay of `GRAPH_CALLS` calls."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            fn()
+    return graph.replay
 
 
 def _cpu_seconds() -> float:
@@ -84,19 +183,104 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def write_results(rows: list[dict[str, Any]]) -> Path:
-    """Put the rows into this card's and commit's file, in place of equal measurements there."""
-    where = environment()
+def spread_ms(figures: dict[str, float]) -> dict[str, float]:
+    """The figures of `measure` as the fields of a row."""
+    return {f"{name}_ms": rounded(1e3 * figures[f"{name}_s"]) for name in ("median", "p10", "p90")}
+
+
+def rounded(value: float, digits: int = 4) -> float:
+    """To so many significant digits."""
+    return float(f"{value:.{digits}g}")
+
+
+def card_state() -> dict[str, float] | None:
+    """Clocks, temperature and power of the GPU at this moment; None where nothing tells them."""
+    fields = {
+        "sm_mhz": "clocks.sm",
+        "memory_mhz": "clocks.mem",
+        "temperature_c": "temperature.gpu",
+        "power_w": "power.draw",
+    }
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields.values())}"]
+    try:
+        done = subprocess.run(
+            [*query, "--format=csv,noheader,nounits"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    if done.returncode or not done.stdout.strip():
+        return None
+    values = done.stdout.splitlines()[0].split(",")
+    known = zip(fields, values, strict=True)
+    return {name: float(value) for name, value in known if value.strip()[:1].isdigit()}
+
+
+def results_path(where: dict[str, Any]) -> Path:
+    """The file of a card and commit, as `environment` tells them."""
     slug = "".join(c if c.isalnum() else "-" for c in where["card"].lower()).strip("-")
-    path = RESULTS / f"{slug}-{where['torch'].partition('+')[0]}-{where['commit']}.json"
-    path.parent.mkdir(exist_ok=True)
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    kept = [row for row in old if _identity(row) not in {_identity(new) for new in rows}]
-    content = {"schema": SCHEMA, **where, "rows": kept + rows}
+    return RESULTS / f"{slug}-{where['torch'].partition('+')[0]}-{where['commit']}.json"
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """A results file.
+
+    Raises:
+        ValueError: It cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict) or not {"card", "commit", "rows"} <= content.keys():
+        raise ValueError(f"{path} is not a results file of `mien bench`: it has no card and rows")
+    return content
+
+
+def all_results() -> list[dict[str, Any]]:
+    """Every results file, in the order of the times at which they were begun."""
+    files = [read_results(path) for path in RESULTS.glob("*.json")]
+    return sorted(files, key=lambda content: content["time_utc"])
+
+
+def known_ceilings() -> dict[str, Any] | None:
+    """The newest ceilings of this card and version of PyTorch; None where there are none."""
+    where = environment()
+    for content in reversed(all_results()):
+        same = all(content[key] == where[key] for key in ("card", "cores", "torch"))
+        if same and content.get("ceilings"):
+            return content["ceilings"]
+    return None
+
+
+def write_results(
+    rows: list[dict[str, Any]],
+    *,
+    ceilings: dict[str, Any] | None = None,
+    conditions: dict[str, Any] | None = None,
+) -> Path:
+    """Put the rows into this card's and commit's file, in place of equal measurements there.
+
+    ceilings: what the card can do; conditions: `card_state` before and after, by benchmark. Those
+    of the file stay where none are given.
+    """
+    where = environment()
+    path = results_path(where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = read_results(path) if path.exists() else {"rows": []}
+    new = {identity(row) for row in rows}
+    content = {
+        "schema": SCHEMA,
+        **where,
+        "ceilings": ceilings or old.get("ceilings"),
+        "conditions": {**old.get("conditions", {}), **(conditions or {})},
+        "rows": [row for row in old["rows"] if identity(row) not in new] + rows,
+    }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def _identity(row: dict[str, Any]) -> str:
+def identity(row: dict[str, Any]) -> str:
     """What was measured, without the figures."""
-    return json.dumps({k: v for k, v in row.items() if isinstance(v, str | bool)}, sort_keys=True)
+    return json.dumps({k: row[k] for k in sorted(IDENTITY & row.keys())}, sort_keys=True)

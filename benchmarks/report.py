@@ -1,14 +1,16 @@
-"""The README's figures, from the newest results file of each card; nothing is typed in by hand.
+"""The README's tables and its picture, from the newest results file of each card.
 
-Run: ``mien bench report``.
+Nothing is typed in by hand. Run: ``mien bench report``.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .harness import RESULTS
+from .ceilings import card_of
+from .compare import name as name_of
+from .harness import RESULTS, all_results, identity
+from .roofline import ceiling, meta_model, work_of
 
 BEGIN, END = "<!-- figures: `mien bench report` writes them -->", "<!-- end of figures -->"
 LEARNING = RESULTS / "learning"
@@ -16,11 +18,7 @@ LEARNING = RESULTS / "learning"
 
 def newest_results() -> list[dict[str, Any]]:
     """The last results file of every card, by the time it was begun."""
-    newest: dict[str, dict[str, Any]] = {}
-    files = (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
-    for content in sorted(files, key=lambda content: content["time_utc"]):
-        newest[content["card"]] = content
-    return list(newest.values())
+    return list({content["card"]: content for content in all_results()}.values())
 
 
 def render() -> str:
@@ -34,26 +32,98 @@ def _card(content: dict[str, Any]) -> Iterable[str]:
         f"**{content['card']}**, {content['cores']} cores, torch {content['torch']}, commit "
         f"{content['commit']}{dirty}\n"
     )
-    rows = content["rows"]
+    rows = [row for row in content["rows"] if "error" not in row]
+    yield from _ceilings(content.get("ceilings"))
+    yield from _kernels([row for row in rows if row["kind"] == "kernel"])
+    whole = [row for row in rows if "without" not in row]
+    yield from _steps([row for row in whole if row["kind"] == "step"])
+    yield from _data([row for row in rows if row["kind"] == "data"])
+    yield from _loop([row for row in whole if row["kind"] == "train"])
+    yield from _ablation([row for row in rows if row["kind"] in ("step", "train")])
+    yield from _rooflines([row for row in rows if row["kind"] == "roofline"])
+
+
+def _ceilings(ceilings: dict[str, Any] | None) -> Iterable[str]:
+    if not ceilings:
+        return
+    gemms = ceilings["gemm_tflops"]
+    edge = ceilings["gemm_edge"]
     yield from _table(
-        "One training step (no data)",
-        ["model", "batch", "precision", "engine", "EG/s", "EG per CPU s", "Python calls", "ops"],
+        "What this card can do: a copy (read and write), square products, the models' convolutions",
+        ["copy GB/s", *(f"{mode} {edge}^3 TFLOP/s" for mode in gemms)],
+        [[ceilings["copy_gb_s"], *gemms.values()]],
+    )
+    phases: dict[str, dict[str, float]] = {}
+    for row in ceilings["convolutions"]:
+        phases.setdefault(row["shape"], {})[row["phase"]] = row["tflops"]
+    precision = {row["precision"] for row in ceilings["convolutions"]}
+    yield from _table(
+        f"Convolutions in {', '.join(sorted(precision))}, TFLOP/s",
+        ["faces x channels x px -> channels, taps/stride", "forward", "data gradient", "weight's"],
+        [
+            [shape, *(found.get(phase, "") for phase in ("forward", "data", "weight"))]
+            for shape, found in phases.items()
+        ],
+    )
+
+
+def _kernels(rows: list[dict[str, Any]]) -> Iterable[str]:
+    ours = [row for row in rows if row["variant"] == "mien"]
+    yield from _table(
+        "Kernels (times faster than the same in PyTorch, eager and compiled)",
+        ["kernel", "case", "ms", "GB/s", "TFLOP/s", "share of ceiling", "eager", "compiled"],
         [
             [
-                *(row["model"], row["batch_size"], row["precision"], row["engine"]),
-                *(row["eg_per_s"], row["eg_per_cpu_s"], row["python_calls"], row["launches"]),
+                *(row["kernel"], _case(row), row["median_ms"]),
+                *(_known(row, key) for key in ("gb_per_s", "tflops")),
+                _percent(row.get("share_of_ceiling")),
+                *(_known(row, f"speedup_over_torch_{how}") for how in ("eager", "compile")),
             ]
-            for row in rows
-            if row["kind"] == "step"
+            for row in ours
         ],
     )
     yield from _table(
-        "Batches from the store (everything on), one thread",
-        ["input px", "target px", "faces per CPU s"],
+        "Where mien's kernels lose",
+        ["kernel", "case", "to", "times as fast"],
         [
-            [row["input_px"], row["output_px"], round(row["faces_per_cpu_s"])]
+            [
+                *(row["kernel"], _case(row), name),
+                row["speedup_over_" + name.replace("-", "_")],
+            ]
+            for row in ours
+            for name in row.get("loses_to", [])
+        ],
+    )
+
+
+def _steps(rows: list[dict[str, Any]]) -> Iterable[str]:
+    head = ["model", "batch", "precision", "engine", "EG/s", "EG per CPU s", "share of ceiling"]
+    yield from _table(
+        "One training step (no data)",
+        [*head, "Python calls", "launches"],
+        [
+            [
+                *(row["model"], row["batch_size"], row["precision"], row["engine"]),
+                *(row["eg_per_s"], _known(row, "eg_per_cpu_s")),
+                _percent(row.get("share_of_ceiling")),
+                *(row["python_calls"], row["launches"]),
+            ]
             for row in rows
-            if row.get("name") == "batches"
+        ],
+    )
+
+
+def _data(rows: list[dict[str, Any]]) -> Iterable[str]:
+    yield from _table(
+        "Batches from the store (everything on), one thread",
+        ["input px", "target px", "faces in", "faces per s", "faces per CPU s"],
+        [
+            [
+                *(row["input_px"], row["output_px"], row.get("placement", "")),
+                *(_whole(row["faces_per_wall_s"]), _whole(row["faces_per_cpu_s"])),
+            ]
+            for row in rows
+            if row["name"] == "batches"
         ],
     )
     yield from _table(
@@ -62,26 +132,78 @@ def _card(content: dict[str, Any]) -> Iterable[str]:
         [
             [
                 *(row["num_faces"], row["png_px"], round(row["first_s"], 2)),
-                round(min(row["bare_dali_s"], row["bare_opencv_s"]), 2),
+                round(min(v for k, v in row.items() if k in ("bare_dali_s", "bare_opencv_s")), 2),
                 *(round(row[key], 2) for key in ("ratio", "cpu_ratio", "second_s")),
             ]
             for row in rows
-            if row.get("name") == "first_start"
+            if row["name"] == "first_start"
         ],
     )
+
+
+def _loop(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield from _table(
         "The whole loop (data, logging, two previews and saves; short runs, so these weigh much)",
-        ["model", "batch", "precision", "EG/s", "waiting for data", "iterations"],
+        ["model", "batch", "precision", "engine", "EG/s", "waiting for data", "iterations"],
         [
             [
-                *(row["model"], row["batch_size"], row["precision"], row["eg_per_s"]),
-                f"{100 * row['data_wait']:.1f} %",
-                row["iterations"],
+                *(row["model"], row["batch_size"], row["precision"], row["engine"]),
+                *(row["eg_per_s"], _percent(row["data_wait"]), row["iterations"]),
             ]
             for row in rows
-            if row["kind"] == "train"
         ],
     )
+
+
+def _ablation(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """Each row that leaves something out, beside the same row that leaves nothing out."""
+    whole = {identity(row): row for row in rows if "without" not in row}
+    body = []
+    for row in rows:
+        rest = {key: value for key, value in row.items() if key != "without"}
+        full = whole.get(identity(rest))
+        if "without" in row and full:
+            share = row["eg_per_s"] / full["eg_per_s"]
+            body.append(
+                [
+                    *(row["kind"], row["model"], row["batch_size"], row["precision"]),
+                    *(row["engine"], row["without"], row["eg_per_s"], full["eg_per_s"]),
+                    f"{100 * (share - 1):+.1f} %",
+                ]
+            )
+    head = ["of", "model", "batch", "precision", "engine", "without", "EG/s", "EG/s with", "change"]
+    yield from _table("Each lever off, one at a time", head, body)
+
+
+def _rooflines(rows: list[dict[str, Any]]) -> Iterable[str]:
+    """EG/s by model and card: ceiling / stretch at every batch size."""
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        text = f"{row['ceiling_eg_per_s']} / {row['stretch_eg_per_s']}"
+        cells.setdefault((row["model"], row["of"]), {})[row["batch_size"]] = text
+    sizes = sorted({row["batch_size"] for row in rows})
+    yield from _table(
+        "Computed, not measured: EG/s of a step in bf16 at its roofline / with the best kernels",
+        ["model", "card", *(f"batch {size}" for size in sizes)],
+        [[*key, *(found.get(size, "") for size in sizes)] for key, found in cells.items()],
+    )
+
+
+def _case(row: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in row["case"].items())
+
+
+def _known(row: dict[str, Any], key: str) -> Any:
+    """A figure, or nothing where it was not measured."""
+    return "" if row.get(key) is None else row[key]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _whole(value: float | None) -> Any:
+    return "" if value is None else round(value)
 
 
 def _table(title: str, head: list[str], body: list[list[Any]]) -> Iterable[str]:
@@ -99,8 +221,8 @@ def _line(cells: Iterable[Any]) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def update(readme: Path) -> None:
-    """Put the tables between the README's two marks.
+def update(readme: Path, picture: Path) -> None:
+    """Put the tables between the README's two marks, and draw the picture.
 
     Raises:
         ValueError: The file lacks the marks.
@@ -111,3 +233,59 @@ def update(readme: Path) -> None:
     if not (begin and end):
         raise ValueError(f"{readme} lacks the lines {BEGIN} and {END}")
     readme.write_text(f"{before}{BEGIN}\n\n{render()}\n{END}{after}")
+    draw(newest_results(), picture)
+
+
+def draw(contents: list[dict[str, Any]], picture: Path) -> None:
+    """EG/s of every step and loop as bars, one panel a card, each bf16 bar under its ceiling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(content, _bars(content)) for content in contents]
+    panels = [(content, bars) for content, bars in panels if bars]
+    if not panels:
+        return
+    heights = [1 + 0.32 * len(bars) for _, bars in panels]
+    figure, grid = pyplot.subplots(
+        len(panels), 1, figsize=(10, sum(heights) + 0.6), height_ratios=heights, squeeze=False
+    )
+    for axis, (content, bars) in zip(grid[:, 0], panels, strict=True):
+        for place, (_, eg_per_s, bound, color) in enumerate(bars):
+            axis.barh(place, eg_per_s, height=0.7, color=color)
+            text = f"{eg_per_s:,.4g}"
+            if bound is not None:
+                axis.plot([bound, bound], [place - 0.42, place + 0.42], color="black", linewidth=2)
+                text += f"  ({100 * eg_per_s / bound:.0f} % of {bound:,.4g})"
+            beside = axis.get_yaxis_transform()  # x in shares of the panel's width
+            axis.text(1.01, place, text, va="center", fontsize=8, transform=beside)
+        axis.set_yticks(range(len(bars)), [label for label, *_ in bars], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(title=f"{content['card']}, commit {content['commit']}")
+        axis.grid(alpha=0.3, axis="x")
+        axis.set_axisbelow(True)
+    grid[-1, 0].set_xlabel("EG/s; the black mark is the roofline's ceiling in bf16")
+    figure.tight_layout()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+    pyplot.close(figure)
+
+
+def _bars(content: dict[str, Any]) -> list[tuple[str, float, float | None, str]]:
+    """(label, EG/s, ceiling, colour) of every step and loop that leaves nothing out."""
+    card = card_of(content["ceilings"]) if content.get("ceilings") else None
+    bars = []
+    for row in content["rows"]:
+        if row["kind"] not in ("step", "train") or "without" in row or "error" in row:
+            continue
+        bound = None
+        if card and row["precision"] == "bf16":
+            work = work_of(meta_model(row["model"]), row["batch_size"])
+            bound = ceiling(work, card).eg_per_s
+        color = "tab:gray" if row["engine"] == "plain-torch" else _COLORS[row["kind"]]
+        bars.append((name_of(row), row["eg_per_s"], bound, color))
+    return bars
+
+
+_COLORS = {"step": "tab:blue", "train": "tab:orange"}

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-KINDS = ("data", "step", "train", "learning", "report")
+ALL = ("kernels", "data", "step", "train", "roofline")
+KINDS = (*ALL, "ceilings", "learning", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,13 +17,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         default="all",
         choices=("all", *KINDS),
-        help="data: batches from the store, first start-up; step: training steps and Python calls; "
-        "train: the whole loop; all: these three; learning: curves against a reference "
-        "(needs --reference and faces); report: put the newest results into README.md",
+        help="kernels: each against PyTorch; data: batches from the store, first start-up; step: "
+        "training steps, Python calls and launches; train: the whole loop; roofline: what a step "
+        "could reach; all: these five; ceilings: what this card can do, measured anew; learning: "
+        "curves against a reference (needs --reference and faces); report: put the newest results "
+        "into README.md and docs/figures.png",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(
         "--no-save", action="store_true", help="print only; write nothing to benchmarks/results"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="OP", help="kernels: these operations alone"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="results of before, of the same device"
+    )
+    parser.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="with --compare: write the table there too"
     )
     learning = parser.add_argument_group("learning")
     learning.add_argument("--reference", type=Path, help="curve to be met, a JSON file")
@@ -33,32 +47,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, and write the results file."""
+    """Measure, print, write the results file, compare."""
     if args.kind == "learning":
         return _learning(args)
     if args.kind == "report":
         from ..benchmarks import report
 
-        report.update(Path("README.md"))
+        report.update(Path("README.md"), Path("docs/figures.png"))
         return 0
-    from ..benchmarks import bench_data, bench_step, bench_train
-    from ..benchmarks.harness import write_results
+    from .. import kernels
+    from ..benchmarks import compare, harness
 
-    parts = {"data": bench_data.rows, "step": bench_step.rows, "train": bench_train.rows}
-    chosen = parts if args.kind == "all" else {args.kind: parts[args.kind]}
-    rows = []
-    for measure in chosen.values():
-        for row in measure():
-            rows.append(row)
+    unknown = sorted(set(args.only) - set(kernels.OPERATIONS))
+    if unknown:
+        raise ValueError(f"no kernel {unknown[0]!r}; there are: {', '.join(kernels.OPERATIONS)}")
+    if args.markdown and not args.compare:
+        raise ValueError("--markdown writes a comparison: add --compare FILE")
+    before = harness.read_results(args.compare) if args.compare else None
+    here = harness.environment()
+    if before:
+        compare.require_same_device(before, here)
+    ceilings = _ceilings(args)
+    if args.kind == "ceilings":
+        _print(ceilings, args.json)
+    rows: list[dict[str, Any]] = []
+    for kind in ALL if args.kind == "all" else [k for k in ALL if k == args.kind]:
+        state = harness.card_state()
+        measured = []
+        for row in _measure(kind, args.only, ceilings):
+            measured.append(row)
             if not args.json:
-                print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-    if args.json:
-        print(json.dumps(rows, indent=1))
-    if not args.no_save:
-        path = write_results(rows)
+                _print_row(row)
+        rows += measured
+        if not args.no_save:  # at once, so that a failure later on costs none of it
+            conditions = {kind: {"before": state, "after": harness.card_state()}}
+            harness.write_results(measured, ceilings=ceilings, conditions=conditions)
+    if args.kind == "ceilings" and not args.no_save:
+        harness.write_results([], ceilings=ceilings)
+    if args.json and rows:
+        _print(rows, True)
+    if not args.no_save and not args.json:
+        print(f"written to {harness.results_path(here)}")
+    if before:
+        changes = compare.changes(before["rows"], rows)
         if not args.json:
-            print(f"written to {path}")
-    return 0
+            print("\n".join(compare.lines(changes)))
+        if args.markdown:
+            args.markdown.write_text(compare.markdown(changes, before, here))
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def _ceilings(args: argparse.Namespace) -> dict[str, Any]:
+    """What this card can do: as measured before, or now."""
+    import torch
+
+    from ..benchmarks import ceilings, harness
+
+    known = None if args.kind == "ceilings" else harness.known_ceilings()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return known or ceilings.measure_ceilings(device)
+
+
+def _measure(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of one part."""
+    from ..benchmarks import bench_data, bench_kernels, bench_step, bench_train, roofline
+    from ..benchmarks.ceilings import card_of
+
+    if kind == "kernels":
+        return bench_kernels.rows(ceilings, tuple(only))
+    if kind == "data":
+        return bench_data.rows()
+    if kind == "step":
+        return bench_step.rows(ceilings)
+    if kind == "train":
+        return bench_train.rows()
+    return roofline.rows(card_of(ceilings))
+
+
+def _print(value: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(value, indent=1))
+        return
+    for row in value["convolutions"]:
+        _print_row(row)
+    _print_row({key: item for key, item in value.items() if key != "convolutions"})
+
+
+def _print_row(row: dict[str, Any]) -> None:
+    print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    for name in row.get("loses_to", []):
+        print(f"  loses to {name}: {row['kernel']} {row['case']}")
 
 
 def _learning(args: argparse.Namespace) -> int:

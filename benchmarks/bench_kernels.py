@@ -1,0 +1,88 @@
+"""Every kernel against plain PyTorch and `torch.compile`, on the same tensors in the same run.
+
+A module ``bench_<op>`` has ``cases()``, which yields (what, function to time). ``what`` says which
+case it is; these of its fields are read here and are not part of the case:
+
+    variant  "mien" (the default), "torch-eager" or "torch-compile"
+    bytes    that no implementation can do without moving
+    flops    the same, of its products; with dtype, they are judged by that product's ceiling
+    capture  False where the function cannot be put into a CUDA graph; all others are, on a GPU, so
+             that kernels are compared and not the Python in front of them
+
+Run: ``mien bench kernels``.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .. import kernels
+from .ceilings import ceiling_s
+from .harness import measure, pace, rounded, spread_ms
+
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def rows(ceilings: dict[str, Any], only: tuple[str, ...] = ()) -> Iterator[dict[str, Any]]:
+    """One row a case and variant; a row with ``error`` is of a case that failed.
+
+    Args:
+        ceilings: Of this card, as `ceilings.measure_ceilings` gives them.
+        only: Operations; all, if none is named.
+    """
+    for name in kernels.OPERATIONS:
+        if only and name not in only:
+            continue
+        module = importlib.import_module(f"{__package__}.bench_{name}")
+        found = [_row(name, dict(what), fn, ceilings) for what, fn in module.cases()]
+        yield from _compared(found)
+
+
+def _row(
+    name: str, what: dict[str, Any], fn: Callable[[], object], ceilings: dict[str, Any]
+) -> dict[str, Any]:
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    variant = what.pop("variant", "mien")
+    num_bytes, flops = what.pop("bytes", None), what.pop("flops", None)
+    capture = what.pop("capture", True) and device_type == "cuda"
+    what.pop("kernel", None)
+    case = {
+        key: value if isinstance(value, int | list) else str(value) for key, value in what.items()
+    }
+    row = {"kind": "kernel", "kernel": name, "variant": variant, "case": case}
+    try:
+        timed = measure(fn, pace("kernel", device_type), device_type=device_type, capture=capture)
+    except RuntimeError as error:  # one case must not cost the figures of all; the command fails
+        return row | {"error": str(error).partition("\n")[0]}
+    seconds = timed["median_s"]
+    dtype = str(what.get("dtype", "bf16")).removeprefix("torch.")
+    bound_s = ceiling_s(ceilings, num_bytes, flops, _DTYPES.get(dtype, dtype))
+    return row | {
+        **spread_ms(timed),
+        "timed": "graph" if capture else "stream" if device_type == "cuda" else "wall",
+        "gb_per_s": rounded(num_bytes / seconds / 1e9) if num_bytes else None,
+        "tflops": rounded(flops / seconds / 1e12) if flops else None,
+        "share_of_ceiling": rounded(bound_s / seconds) if bound_s else None,
+    }
+
+
+def _compared(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of one operation; those of mien told how much faster they are, and than what not."""
+    variants: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in found:
+        if "error" not in row:
+            variants.setdefault(json.dumps(row["case"]), {})[row["variant"]] = row
+    for row in found:
+        if row["variant"] == "mien" and "error" not in row:
+            others = dict(variants[json.dumps(row["case"])])
+            others.pop("mien")
+            for name, other in others.items():
+                ratio = rounded(other["median_ms"] / row["median_ms"])
+                row["speedup_over_" + name.replace("-", "_")] = ratio
+            row["loses_to"] = [
+                name for name, other in others.items() if other["median_ms"] < row["median_ms"]
+            ]
+        yield row

@@ -1,0 +1,78 @@
+"""Launches are counted exactly, and a step keeps its budget."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mien import models
+from mien.benchmarks import bench_step, launches
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted"),
+    [
+        (lambda: torch.ones(3).add_(1).view(3), 2),  # ones and add_; the view is free
+        (lambda: torch.empty(3), 0),
+        (lambda: torch.empty_like(torch.empty(2, 3)).t(), 0),
+        (lambda: torch.cat((torch.empty(2), torch.empty(3))), 1),
+        (lambda: torch.empty(3).copy_(torch.empty(3)), 1),
+        (lambda: torch.empty(3).to(torch.float64), 1),
+        (lambda: F.pad(torch.empty(1, 1, 4, 4), (1, 2, 1, 2)), 2),
+        (lambda: torch.empty(2, 3) @ torch.empty(3, 4), 1),
+        (lambda: F.conv2d(torch.empty(1, 2, 5, 5), torch.empty(3, 2, 3, 3)), 1),
+        (lambda: F.conv2d(torch.empty(1, 2, 5, 5), torch.empty(3, 2, 3, 3), torch.empty(3)), 2),
+        (lambda: torch._foreach_add([torch.empty(2), torch.empty(3)], 1), 1),
+    ],
+)
+def test_launches_of_operations(run, wanted):
+    assert launches.count(run) == wanted
+
+
+@pytest.mark.parametrize("asked", [(True, False, False), (False, True, True), (True, True, True)])
+def test_a_convolution_backward_launches_once_a_gradient(asked):
+    x, weight, bias = (
+        torch.rand(*shape, requires_grad=wanted)
+        for shape, wanted in zip(((1, 2, 5, 5), (3, 2, 3, 3), (3,)), asked, strict=True)
+    )
+    out = F.conv2d(x, weight, bias)
+    grad = torch.ones_like(out)
+    needed = [t for t in (x, weight, bias) if t.requires_grad]
+
+    def backward():
+        torch.autograd.grad(out, needed, grad, retain_graph=True)
+
+    assert launches.count(backward) == sum(asked)
+
+
+def test_operations_of_mien_launch_what_their_module_says(monkeypatch):
+    @torch.library.custom_op("mien::launch_test", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return (x + 1) * 2
+
+    x = torch.rand(3)
+    with pytest.raises(KeyError, match="mien::launch_test"):
+        launches.count(lambda: twice(x))
+    monkeypatch.setattr(launches, "launches_of_mien", lambda: {"mien::launch_test": 5})
+    assert launches.count(lambda: twice(x)) == 5
+
+
+def test_phases_are_counted_in_order():
+    made = []
+    phases = {
+        "make": lambda: made.append(torch.ones(2)),
+        "use": lambda: made[-1].mul_(2).add_(1),
+    }
+    assert launches.count_phases(phases) == {"make": 1, "use": 2}
+
+
+@pytest.mark.budget
+def test_a_step_keeps_its_budget():
+    """Equality: a step that launches less lowers the budget, so that it stays low."""
+    device = torch.device("cpu")
+    counts = {
+        name: {"step": launches.count(bench_step.mien_step(name, 1, "bf16", device))}
+        for name in models.available()
+    }
+    assert counts == launches.read_budget(), (
+        f"now {counts}; where that is meant, call launches.write_budget with it"
+    )

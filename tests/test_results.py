@@ -1,0 +1,248 @@
+"""Results files: what is written fits the schema, is compared with the past, reaches the README."""
+
+import functools
+import itertools
+import json
+
+import jsonschema
+import pytest
+import torch
+
+from mien import models
+from mien.benchmarks import (
+    bench_data,
+    bench_kernels,
+    bench_step,
+    bench_train,
+    ceilings,
+    compare,
+    harness,
+    report,
+    roofline,
+)
+from mien.cli import main
+
+SCHEMA = json.loads((harness.RESULTS.parent / "schema.json").read_text())
+COMMITTED = sorted(harness.RESULTS.glob("*.json"))
+
+CEILINGS = {
+    "device": "CPU of a test",
+    "num_sms": 2,
+    "copy_gb_s": 10.0,
+    "gemm_edge": 64,
+    "gemm_tflops": {"bf16": 0.5, "fp32": 0.25},
+    "batch_size": 1,
+    "convolutions": [
+        {"models": ["original"], "shape": "2x3x67x67 -> 128, 5x5/2", "phase": phase}
+        | {"precision": "fp32", "tflops": 0.1, "median_ms": 2.0, "p10_ms": 1.9, "p90_ms": 2.2}
+        for phase in ("forward", "data", "weight")
+    ],
+}
+
+
+def step_row(eg_per_s=20.0, ms=1000.0, **more):
+    return {
+        "kind": "step",
+        "model": "original",
+        "batch_size": 16,
+        "precision": "bf16",
+        "engine": "mien-eager",
+        "threads": 2,
+        "eg_per_s": eg_per_s,
+        "eg_per_cpu_s": eg_per_s / 2,
+        "median_ms": ms,
+        "p10_ms": 0.98 * ms,
+        "p90_ms": 1.02 * ms,
+        "share_of_ceiling": 0.5,
+        "peak_mib": None,
+        "python_calls": 1200,
+        "launches": 300,
+    } | more
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Results are kept here; this machine's ceilings are known."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda device: CEILINGS)
+    quick = harness.Pace(2, 0.0, 0)
+    for module in (bench_kernels, bench_step):
+        monkeypatch.setattr(module, "pace", lambda kind, device_type: quick)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_results_fit_the_schema(path):
+    jsonschema.validate(harness.read_results(path), SCHEMA)
+
+
+def test_the_schema_refuses_what_it_does_not_know():
+    content = {"schema": 2, **harness.environment(), "ceilings": CEILINGS, "conditions": {}}
+    jsonschema.validate(content | {"rows": [step_row()]}, SCHEMA)
+    for bad in (
+        step_row(speed=3),
+        step_row(eg_per_s=-1),
+        {"kind": "step"},
+        {"kind": "kernel", "kernel": "x", "variant": "mien", "case": {}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(content | {"rows": [bad]}, SCHEMA)
+
+
+def test_identity_and_figures_share_no_field():
+    """Every field of a row is in the schema; those that name what was measured are IDENTITY."""
+    assert harness.IDENTITY <= SCHEMA["$defs"]["row"]["properties"].keys() | {"phase"}
+
+
+def test_equal_measurements_are_replaced_and_others_kept(folder):
+    harness.write_results([step_row(1.0), step_row(5.0, batch_size=64)], ceilings=CEILINGS)
+    state = {"before": None, "after": {"sm_mhz": 1980.0}}
+    path = harness.write_results([step_row(2.5)], conditions={"step": state})
+    content = harness.read_results(path)
+    assert [row["eg_per_s"] for row in content["rows"]] == [5.0, 2.5]
+    assert content["ceilings"] == CEILINGS
+    assert content["conditions"] == {"step": state}
+    assert harness.known_ceilings() == CEILINGS
+    jsonschema.validate(content, SCHEMA)
+
+
+def cases():
+    x = torch.rand(2**16, device="cuda" if torch.cuda.is_available() else "cpu")
+    for num in (2**12, 2**16):
+        what = {"num": num, "dtype": torch.float32, "bytes": 8 * num, "flops": num}
+        for variant, delay in (("mien", 20), ("torch-eager", 1), ("torch-compile", 60)):
+            yield what | {"variant": variant}, lambda n=num, d=delay: [x[:n] + 1 for _ in range(d)]
+
+    def fail():
+        raise RuntimeError("no such kernel\nat line 1")
+
+    yield {"num": 0}, fail
+
+
+def test_kernels_are_put_beside_their_rivals(folder, monkeypatch, capsys):
+    from mien import kernels
+    from mien.benchmarks import bench_augment
+
+    monkeypatch.setattr(kernels, "OPERATIONS", ("augment",))
+    monkeypatch.setattr(bench_augment, "cases", cases)
+    assert main(["bench", "kernels"]) == 1, "one case failed"
+    printed = capsys.readouterr().out
+    assert "loses to torch-eager: augment {'num': 4096, 'dtype': 'torch.float32'}" in printed
+    (path,) = harness.RESULTS.glob("*.json")
+    content = harness.read_results(path)
+    jsonschema.validate(content, SCHEMA)
+    assert len(content["rows"]) == 7
+    ours = [row for row in content["rows"] if row["variant"] == "mien"]
+    assert ours[0]["case"] == {"num": 4096, "dtype": "torch.float32"}
+    assert ours[0]["loses_to"] == ["torch-eager"]
+    assert ours[0]["speedup_over_torch_eager"] < 1 < ours[0]["speedup_over_torch_compile"]
+    assert ours[0]["share_of_ceiling"] == pytest.approx(ours[0]["gb_per_s"] / 10, rel=0.01)
+    assert ours[2]["error"] == "no such kernel"
+
+
+def test_every_part_writes_rows_that_fit(folder, monkeypatch):
+    """Real rows of short runs; only the models are few and the faces small."""
+    narrow = functools.partial(models.build, width=8)
+    monkeypatch.setattr(bench_step.models, "build", narrow)
+    monkeypatch.setattr(bench_step, "CASES", [("lightweight", 1)])
+    monkeypatch.setattr(bench_data, "SIZES", [(64, 64)])
+    monkeypatch.setattr(bench_data, "Pace", lambda *_: harness.Pace(2, 0.0, 0))
+    monkeypatch.setattr(bench_data, "_STORE_BYTES", 2**16)
+    first = {"kind": "data", "name": "first_start", "num_faces": 9, "png_px": 64, "size_px": 64}
+    first |= dict.fromkeys(("first_s", "bare_dali_s", "second_s", "ratio", "cpu_ratio"), 1.5)
+    monkeypatch.setattr(bench_data, "first_start", lambda *_: first)
+    loop = {"kind": "train", "model": "lightweight", "batch_size": 1, "precision": "bf16"}
+    loop |= {"engine": "eager", "iterations": 7, "eg_per_s": 6.5, "data_wait": 0.25}
+    monkeypatch.setattr(bench_train, "rows", lambda: iter([loop | {"peak_mib": None}]))
+    monkeypatch.setattr(roofline.models, "available", lambda: ["lightweight"])
+    for kind in ("data", "step", "train", "roofline", "ceilings"):
+        assert main(["bench", kind, "--json"]) == 0
+    (path,) = harness.RESULTS.glob("*.json")
+    content = harness.read_results(path)
+    jsonschema.validate(content, SCHEMA)
+    kinds = [row["kind"] for row in content["rows"]]
+    assert [kind for kind, _ in itertools.groupby(kinds)][:3] == ["data", "step", "train"]
+    places = [row["placement"] for row in content["rows"] if row.get("name") == "batches"]
+    assert places == (["gpu", "host"] if torch.cuda.is_available() else ["host", "file"])
+    bf16 = [row for row in content["rows"] if row["kind"] == "step" and row["precision"] == "bf16"]
+    assert all(0 < row["share_of_ceiling"] for row in bf16)
+
+
+def test_changes_are_held_against_the_spread():
+    old = [step_row(20, 1000), step_row(30, 700, precision="fp32"), step_row(9, engine="gone")]
+    new = [step_row(25, 800), step_row(29, 710, precision="fp32"), step_row(9, engine="new")]
+    better, same = compare.changes(old, new)
+    assert (better.figure, better.old, better.new) == ("median_ms", 1000, 800)
+    assert (better.ratio, better.verdict) == (0.8, "better")
+    assert same.verdict == "within the spread"
+    (worse,) = compare.changes(new[:1], old[:1])
+    assert worse.verdict == "worse"
+    (rate,) = compare.changes(
+        [{"kind": "train", "model": "m", "eg_per_s": 10.0}],
+        [{"kind": "train", "model": "m", "eg_per_s": 11.0}],
+    )
+    assert rate.verdict == "spread unknown"
+
+
+def test_compare_on_the_command_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr(bench_step, "rows", lambda known: iter([step_row(25, 800)]))
+    old = {"schema": 2, **harness.environment(), "commit": "0ld", "rows": [step_row(20, 1000)]}
+    before = folder / "before.json"
+    before.write_text(json.dumps(old))
+    table = folder / "table.md"
+    words = ["bench", "step", "--no-save", "--compare", str(before)]
+    assert main([*words, "--markdown", str(table)]) == 0
+    name = "step original 16 bf16 mien-eager"
+    assert f"{name}: median_ms 1000 -> 800 (x 0.800, better)" in capsys.readouterr().out
+    assert f"| {name} | median_ms | 1000 | 800 | 0.800 | better |" in table.read_text()
+    assert not harness.RESULTS.exists()
+
+    before.write_text(json.dumps(old | {"card": "Another"}))
+    assert main(words) == 2
+    refusal = capsys.readouterr().err
+    assert "the file is of Another, this is " + harness.environment()["card"] in refusal
+    for text, complaint in (("no", "not valid JSON"), ("{}", "not a results file")):
+        before.write_text(text)
+        assert main(words) == 2
+        assert complaint in capsys.readouterr().err
+    assert main([*words[:-1], str(folder / "none")]) == 2
+    assert main(["bench", "step", "--markdown", "x"]) == 2
+    assert main(["bench", "kernels", "--only", "nothing"]) == 2
+    assert "no kernel 'nothing'; there are: " in capsys.readouterr().err
+
+
+def test_the_readme_and_the_picture(folder):
+    loop = {"kind": "train", "model": "lightweight", "batch_size": 2, "precision": "fp32"}
+    loop |= {"engine": "eager", "iterations": 7, "eg_per_s": 2.5, "data_wait": 0.25}
+    kernel = {"kind": "kernel", "kernel": "upscale", "variant": "mien", "case": {"px": 64}}
+    kernel |= {"median_ms": 0.5, "p10_ms": 0.4, "p90_ms": 0.6, "timed": "graph"}
+    kernel |= {"share_of_ceiling": 0.81, "loses_to": ["torch-compile"]}
+    kernel |= {"speedup_over_torch_compile": 0.9, "gb_per_s": None}
+    rows = [step_row(20.0), step_row(16.0, without="channel alignment"), loop, kernel]
+    rows += [step_row(9.0, engine="plain-torch")]
+    harness.write_results(rows, ceilings=CEILINGS)
+    readme, picture = folder / "README.md", folder / "docs/figures.png"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.update(readme, picture)
+    text = readme.read_text()
+    assert "| lightweight | 2 | fp32 | eager | 2.5 | 25.0 % | 7 |" in text
+    assert "| upscale | px=64 | 0.5 |  |  | 81.0 % |  | 0.9 |" in text
+    assert "| upscale | px=64 | torch-compile | 0.9 |" in text
+    assert "| original | 16 | bf16 | mien-eager | 20.0 | 10.0 | 50.0 % | 1200 | 300 |" in text
+    assert "| step | original | 16 | bf16 | mien-eager | channel alignment | 16.0 | 20.0 |" in text
+    assert "-20.0 %" in text
+    assert "| 10.0 | 0.5 | 0.25 |" in text, "the ceilings"
+    assert "old" not in text
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert picture.stat().st_size > 10_000
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        report.update(readme, picture)
+
+
+def test_a_card_without_steps_draws_nothing(folder):
+    harness.write_results([], ceilings=CEILINGS)
+    report.draw(report.newest_results(), folder / "picture.png")
+    assert not (folder / "picture.png").exists()
