@@ -31,7 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .. import models
-from ..models.autoencoder import Autoencoder, Build
+from ..core.train.memory import meta_model
+from ..models.autoencoder import Autoencoder
 from .harness import rounded
 
 VALUE_BYTES = 2
@@ -198,14 +199,6 @@ def _values(weights: list[Tensor], input_values: int, output_values: int) -> dic
         "input_values": input_values,
         "output_values": output_values,
     }
-
-
-def meta_model(
-    name: str, *, learn_mask: bool = False, reflect_padding: bool = False, **options: Any
-) -> Autoencoder:
-    """A model of the family without memory for its weights."""
-    build = Build(learn_mask=learn_mask, reflect_padding=reflect_padding)
-    return models.family(name)(models.options_of(name, options), build).to("meta")
 
 
 def work_of(model: Autoencoder, batch_size: int) -> Work:
