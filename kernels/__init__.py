@@ -8,7 +8,7 @@ from . import reference
 from .augment import augment
 from .upscale import activate, to_image, upscale
 
-OPERATIONS = ("augment",)
+OPERATIONS = ("augment", "upscale")
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
 __all__ = ["OPERATIONS", "activate", "augment", "reference", "to_image", "upscale"]
