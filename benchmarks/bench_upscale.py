@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import activate, to_image, upscale
-from ..models.blocks import depth_to_space
+from ..kernels import activate, reference, to_image, upscale
 
 Function = Callable[..., Tensor]
 
@@ -76,27 +74,10 @@ def _variants(
         yield "torch-compile", functools.partial(compiled, **options)
 
 
-def plain_activate(
-    x_bchw: Tensor, bias_c: Tensor, *, slope: float, border: tuple[int, int, int, int]
-) -> Tensor:
-    """`activate` as models have it without a kernel."""
-    return F.pad(F.leaky_relu(x_bchw + bias_c.view(-1, 1, 1), slope), border)
-
-
-def plain_upscale(x_bchw: Tensor, bias_c: Tensor, *, slope: float) -> Tensor:
-    """`upscale` as models have it without a kernel."""
-    return depth_to_space(F.leaky_relu(x_bchw + bias_c.view(-1, 1, 1), slope), 2)
-
-
-def plain_to_image(x_bchw: Tensor, bias_c: Tensor, *, channels: int) -> Tensor:
-    """`to_image` as models have it without a kernel."""
-    return torch.sigmoid((x_bchw + bias_c.view(-1, 1, 1))[:, :channels].float())
-
-
 OPERATIONS: dict[str, tuple[Function, Function]] = {
-    "activate": (activate, plain_activate),
-    "upscale": (upscale, plain_upscale),
-    "to_image": (to_image, plain_to_image),
+    "activate": (activate, reference.activate),
+    "upscale": (upscale, reference.upscale),
+    "to_image": (to_image, reference.to_image),
 }
 """Ours, and the same in separate operations."""
 

@@ -134,15 +134,17 @@ def activate(
 
 def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int = 2) -> Tensor:
     """`mien.kernels.upscale` as separate operations, in the dtype of ``x_bchw``."""
-    z_bchw = activate(x_bchw, bias_c, slope=slope)
-    batch, channels, rows, columns = z_bchw.shape
-    blocks = z_bchw.reshape(batch, factor, factor, channels // factor**2, rows, columns)
-    return blocks.permute(0, 3, 4, 1, 5, 2).reshape(batch, -1, rows * factor, columns * factor)
+    z_bhwc = activate(x_bchw, bias_c, slope=slope).permute(0, 2, 3, 1)
+    batch, rows, columns, _ = z_bhwc.shape
+    blocks = z_bhwc.reshape(batch, rows, columns, factor, factor, -1)
+    spread = blocks.permute(0, 1, 3, 2, 4, 5)
+    return spread.reshape(batch, rows * factor, columns * factor, -1).permute(0, 3, 1, 2)
 
 
 def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
-    """`mien.kernels.to_image` as separate operations, in the dtype of ``x_bchw``."""
-    return torch.sigmoid(activate(x_bchw, bias_c, slope=1)[:, :channels])
+    """`mien.kernels.to_image` as separate operations; types of 16 bits become fp32."""
+    z_bchw = activate(x_bchw, bias_c, slope=1)[:, :channels]
+    return torch.sigmoid(z_bchw.float() if z_bchw.dtype.itemsize == 2 else z_bchw)
 
 
 def adam(
@@ -199,8 +201,11 @@ def face_loss(
     Returns:
         Means (2, K) of each side and loss, unshared and unscaled; the gradients of both sides.
     """
-    means, gradients = [], []
-    weights = (1.0, 1.0) if weight_n1hw is None else weight_n1hw.to(pred_a.dtype).chunk(2)
+    means: list[Tensor] = []
+    gradients: list[Tensor] = []
+    weights: Sequence[Tensor | float] = (1.0, 1.0)
+    if weight_n1hw is not None:
+        weights = weight_n1hw.to(pred_a.dtype).chunk(2)
     for pred, target, weight in zip((pred_a, pred_b), target_nchw.chunk(2), weights, strict=True):
         pred = pred.detach().requires_grad_()
         with torch.enable_grad():
