@@ -1,6 +1,7 @@
 """mien train: train a model from two folders of faces, or resume one."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print every setting as TOML and leave", **quiet
     )
     parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run two steps, say what the run needs and how fast it could be, and leave",
+        **quiet,
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print events, one JSON object a line", **quiet
     )
 
@@ -45,7 +52,11 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
         if turns_off:
             options["help"] = f"Turn this off: {options['help']}"
     else:
-        options["type"] = spec.type
+        # A word that stands for a number is understood by the settings themselves.
+        words = spec.words
+        options["type"] = (
+            (lambda text: text if text in words else int(text)) if words else spec.type
+        )
         options["metavar"] = spec.name.upper()
         if spec.default != "":
             options["help"] += f" (default: {spec.default})"
@@ -77,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(tomli_w.dumps(settings.to_dict(config)))
         return 0
+    if "dry_run" in args:
+        return _dry_run(given, as_json="json" in args)
     from ..core.run.checkpoint import SaveError
     from ..core.run.log import Reporter
     from ..core.train.loop import HALTED, train
@@ -86,3 +99,46 @@ def run(args: argparse.Namespace) -> int:
     except SaveError as error:  # before the first step; later the loop tells of it
         print(f"mien train: {error}", file=sys.stderr)
         return HALTED
+
+
+def _dry_run(given: dict[str, Any], as_json: bool) -> int:
+    """Parameters, memory, two steps, and what the card's roofline allows."""
+    from ..benchmarks import ceilings, harness, roofline
+    from ..core.run.log import Reporter
+    from ..core.train.dry_run import rehearse
+    from ..core.train.memory import describe
+
+    found = rehearse(given, Reporter(sys.stderr if as_json else sys.stdout))
+    model, batch_size = found.config.model, found.config.train.batch_size
+    card = harness.known_ceilings() or ceilings.measure_ceilings(found.device)
+    meta = roofline.meta_model(
+        model.trainer, learn_mask=found.config.loss.learn_mask, **model.options
+    )
+    bound = roofline.ceiling(roofline.work_of(meta, batch_size), ceilings.card_of(card))
+    facts = {
+        "trainer": model.trainer,
+        "parameters": found.num_parameters,
+        "batch_size": batch_size,
+        "precision": found.precision,
+        "gpu_memory_mib": round(found.memory.total_mib),
+        "free_mib": round(found.free_bytes / 2**20),
+        "peak_mib": found.peak_mib,
+        "losses": found.losses,
+        "second_step_s": found.step_s,
+        "roofline_eg_per_s": round(bound.eg_per_s, 1),
+        "roofline_of": card["device"],
+        "bound_by": bound.binds,
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return 0
+    print(f"parameters   {found.num_parameters:,}")
+    print(f"GPU memory   {describe(found.memory, found.free_bytes)}")
+    for number, losses in enumerate(found.losses, 1):
+        print(f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}")
+    print(
+        f"roofline     {bound.eg_per_s:,.0f} EG/s on {card['device']} in bf16, bound by "
+        f"{bound.binds}; no run can be faster, good ones reach half of it"
+    )
+    print("dry run: nothing was kept")
+    return 0

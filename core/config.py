@@ -40,9 +40,18 @@ def _setting(
     choices: tuple[str, ...] | None = None,
     locked: bool = False,
     flag: str = "",
+    words: dict[str, int] | None = None,
 ) -> Any:
-    """A field with its range, its lock and the names of its command-line flag (space separated)."""
-    metadata = {"low": low, "high": high, "choices": choices, "locked": locked, "flag": flag}
+    """A field with its range, its lock, the names of its command-line flag (space separated), and
+    words that stand for numbers."""
+    metadata: dict[str, Any] = {
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "locked": locked,
+        "flag": flag,
+    }
+    metadata |= {"words": words or {}}
     return field(default=default, metadata=metadata)
 
 
@@ -55,6 +64,9 @@ class _Checked:
         section = section_name(type(self))
         for name, spec in fields_of(type(self)).items():
             value = getattr(self, name)
+            if isinstance(value, str) and value in spec.words:
+                value = spec.words[value]
+                object.__setattr__(self, name, value)
             problem = _problem(value, spec)
             if problem:
                 raise ValueError(f"{section}.{name} must be {problem}, got {value!r}")
@@ -75,6 +87,7 @@ class Spec:
     choices: tuple[str, ...] | None
     locked: bool
     flags: tuple[str, ...]
+    words: dict[str, int]
     doc: str
 
 
@@ -286,8 +299,8 @@ class PrecisionConfig(_Checked):
 class TrainConfig(_Checked):
     """The run."""
 
-    batch_size: int = _setting(16, low=1, high=4096, flag="-b --batch-size")
-    """Faces of each side in one iteration."""
+    batch_size: int = _setting(16, low=0, high=4096, flag="-b --batch-size", words={"auto": 0})
+    """Faces of each side in one iteration; auto (or 0): the most that fit in memory."""
 
     iterations: int = _setting(1_000_000, low=1, high=1_000_000_000, flag="-i --iterations")
     """Iterations of this session; a resumed model goes this many further."""
@@ -404,6 +417,7 @@ def _fields(section: str) -> dict[str, Spec]:
             choices=meta.get("choices"),
             locked=meta.get("locked", False),
             flags=tuple(meta.get("flag", "").split()),
+            words=meta.get("words", {}),
             doc=docs[item.name],
         )
     return specs

@@ -17,11 +17,12 @@ from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.preview_faces import PreviewFaces, load_preview_faces
 from ..data.sides import SIDES, SideFaces, open_sides
-from ..data.store import FaceStore
+from ..data.store import FaceStore, available_host_bytes
 from ..run.checkpoint import Generation, ModelFolder, Saver
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from . import engine as engines
+from . import memory
 from . import precision as precisions
 from .engine import Engine
 from .losses import Loss
@@ -73,13 +74,19 @@ def open_run(given: dict[str, Any], reporter: Reporter) -> Iterator[Run]:
         )
         saved = folder.load()
         if saved is not None:
-            config = _resumed(saved, given, reporter)
+            config = resumed_config(saved, given, reporter)
         while folder.warnings:
             reporter.warning(folder.warnings.pop(0))
-        yield _prepare(config, saved, folder, reporter, stack)
+        config = _resolved(config)
+        device = choose_device(config.train.device)
+        try:
+            yield _prepare(config, saved, folder, reporter, stack, device)
+        except torch.OutOfMemoryError as error:
+            precision = precisions.resolve(config.precision.mode, device)
+            raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
 
 
-def _resumed(saved: Generation, given: dict[str, Any], reporter: Reporter) -> Config:
+def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter) -> Config:
     """The settings of a resumed run: the model's own where locked, the user's where free."""
     if saved.config is None:
         raise ValueError(
@@ -100,9 +107,8 @@ def _prepare(
     folder: ModelFolder,
     reporter: Reporter,
     stack: ExitStack,
+    device: torch.device,
 ) -> Run:
-    config = _resolved(config)
-    device = choose_device(config.train.device)
     precision = precisions.resolve(config.precision.mode, device)
     engine_name, engine_why = engines.choose(config.train.engine, device)
     options = models.options_of(config.model.trainer, config.model.options)
@@ -110,6 +116,7 @@ def _prepare(
     input_px, output_px = family.sizes(options)
     num_threads = thread_count(config.data.num_threads)
     faces = _open_faces(config, max(input_px, *output_px), device, reporter)
+    config = _with_batch_size(config, faces, precision, device)
     model = models.build(
         config.model.trainer,
         learn_mask=config.loss.learn_mask,
@@ -215,18 +222,45 @@ def _open_faces(
     faces = open_sides(
         data, size_px, store_dir=store_dir, device=device, progress=reporter.progress
     )
-    for side, opened in faces.items():
+    for opened in faces.values():
         for warning in opened.store.warnings:
             reporter.warning(warning)
         for bad in opened.left_out:
             reporter.warning(f"skipped {bad.path}: {bad.reason}")
-        if config.train.batch_size > opened.store.num_faces:
+    return faces
+
+
+def _with_batch_size(
+    config: Config, faces: dict[str, SideFaces], precision: Precision, device: torch.device
+) -> Config:
+    """The settings with a batch size that each side can fill: as set, or the most that fits."""
+    batch_size = config.train.batch_size
+    for side, opened in faces.items():
+        if batch_size > opened.store.num_faces:
             raise ValueError(
-                f"train.batch_size is {config.train.batch_size}, but side {side.upper()} has "
+                f"train.batch_size is {batch_size}, but side {side.upper()} has "
                 f"{opened.store.num_faces} faces; use --batch-size {opened.store.num_faces} or "
                 "less, or add faces"
             )
-    return faces
+    if batch_size:
+        return config
+    free = free_bytes(device)
+    largest = memory.footprint(config, precision).largest_batch(free)
+    if not largest:
+        raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))
+    return with_batch_size(config, min(largest, *(f.store.num_faces for f in faces.values())))
+
+
+def with_batch_size(config: Config, batch_size: int) -> Config:
+    """The same settings with another batch size."""
+    return from_dict(merge(to_dict(config), {"train": {"batch_size": batch_size}}))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that this process may use for training."""
+    if device.type != "cuda":
+        return available_host_bytes()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def _restore(config: Config, saved: Generation | None, update: Update) -> TrainingState:

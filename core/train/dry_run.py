@@ -1,0 +1,97 @@
+"""A rehearsal: everything that training does up to the second step, and nothing of it kept."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config, from_dict, merge, to_dict
+from ..data.sides import SIDES
+from ..run.checkpoint import ModelFolder
+from ..run.log import Reporter
+from . import memory
+from .prepare import Run, free_bytes, open_run, resumed_config
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run with these settings is like."""
+
+    config: Config
+    """All settings, the batch size among them."""
+
+    precision: str
+    device: torch.device
+    num_parameters: int
+    memory: memory.Memory
+    """Estimated, of a GPU."""
+
+    free_bytes: int
+    """Memory that was there for it."""
+
+    losses: list[dict[str, float]]
+    """Of the steps that were run: `loss_a`, `loss_b`."""
+
+    step_s: float
+    """Of the last of them; first steps are slow."""
+
+    peak_mib: float | None
+    """Measured GPU memory; None on a CPU."""
+
+
+def rehearse(given: dict[str, Any], reporter: Reporter) -> Rehearsal:
+    """Run two steps of what the settings describe. A model folder is only read.
+
+    Faces that an earlier start decoded are used; those decoded now are not kept.
+
+    Raises:
+        ValueError: As training would raise it.
+    """
+    config = _settings(given, reporter)
+    with tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch:
+        own_faces = Path(config.save.model_dir).expanduser() / "faces"
+        decoded = str(own_faces) if config.save.model_dir and own_faces.is_dir() else ""
+        trial = {
+            "save": {"model_dir": f"{scratch}/model", "logs": False},
+            "data": {"store_dir": config.data.store_dir or decoded or f"{scratch}/faces"},
+        }
+        with open_run(merge(to_dict(config), trial), reporter) as run:
+            return _rehearsed(run)
+
+
+def _settings(given: dict[str, Any], reporter: Reporter) -> Config:
+    """The settings that training would have: of the model where there is one."""
+    config = from_dict(given)
+    path = Path(config.save.model_dir).expanduser()
+    if not config.save.model_dir or not (path / "generations").is_dir():
+        return config
+    with ModelFolder(path, trainer=given.get("model", {}).get("trainer")) as folder:
+        saved = folder.load()
+    return config if saved is None else resumed_config(saved, given, reporter)
+
+
+def _rehearsed(run: Run) -> Rehearsal:
+    batch_size, free, losses = run.config.train.batch_size, free_bytes(run.device), []
+    for number in range(STEPS):
+        begin = time.perf_counter()
+        run.engine(dict.fromkeys(SIDES, number * batch_size))
+        named = run.step.loss.named(run.step.ring.fetch(1)())
+        step_s = time.perf_counter() - begin
+        losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
+    on_gpu = run.device.type == "cuda"
+    return Rehearsal(
+        config=run.config,
+        precision=run.precision.name,
+        device=run.device,
+        num_parameters=sum(tensor.numel() for tensor in run.step.update.weights().values()),
+        memory=memory.footprint(run.config, run.precision).at(batch_size),
+        free_bytes=free,
+        losses=losses,
+        step_s=step_s,
+        peak_mib=torch.cuda.max_memory_allocated(run.device) / 2**20 if on_gpu else None,
+    )
