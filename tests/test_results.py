@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -222,7 +223,7 @@ def test_the_readme_and_the_picture(folder):
     rows = [step_row(20.0), step_row(16.0, without="channel alignment"), loop, kernel]
     rows += [step_row(9.0, engine="plain-torch")]
     harness.write_results(rows, ceilings=CEILINGS)
-    readme, picture = folder / "README.md", folder / "docs/figures.png"
+    readme, picture = Path("README.md"), Path("docs/figures.png")
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.update(readme, picture)
     text = readme.read_text()
@@ -233,6 +234,7 @@ def test_the_readme_and_the_picture(folder):
     assert "| step | original | 16 | bf16 | mien-eager | channel alignment | 16.0 | 20.0 |" in text
     assert "-20.0 %" in text
     assert "| 10.0 | 0.5 | 0.25 |" in text, "the ceilings"
+    assert "![EG/s and the roofline's ceiling](docs/figures.png)" in text
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -244,5 +246,12 @@ def test_the_readme_and_the_picture(folder):
 
 def test_a_card_without_steps_draws_nothing(folder):
     harness.write_results([], ceilings=CEILINGS)
-    report.draw(report.newest_results(), folder / "picture.png")
+    assert not report.draw(report.newest_results(), folder / "picture.png")
     assert not (folder / "picture.png").exists()
+
+
+def test_graphs_hold_more_than_a_cache():
+    calls = bench_kernels._graph_calls
+    assert calls(None) == calls(10 * 2**30) == 64
+    assert calls(2**20) * 2**20 == 128 * 2**20
+    assert calls(8) == 1024
