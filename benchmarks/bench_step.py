@@ -1,15 +1,19 @@
-"""One training step, without data: ours, and the same modules in plain PyTorch eager.
+"""One training step, without data: ours in every engine, and the same modules in plain PyTorch.
 
-The plain step is what one would write first: each side through the encoder by itself, NCHW, SSIM by
-dense convolutions, `torch.optim.Adam`. Both are timed in turn, on the same batch. Without a GPU the
-figure to read is faces per CPU second; the calls and launches of a step are exact anywhere.
+The plain step is what one would write first: each side through the encoder by itself, SSIM by dense
+convolutions, bias and activation and depth-to-space as operations of their own, `torch.optim.Adam`,
+autocast. All are timed on the same batch. Rows with "without" leave one lever out; the row with all
+of them is beside. Without a GPU the figure to read is faces per CPU second; the calls and launches
+of a step are exact anywhere.
 
 Run: ``mien bench step``.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -18,43 +22,56 @@ from torch import Tensor
 from .. import models
 from ..core.config import LossConfig, OptimizerConfig
 from ..core.data.feed import Batch
+from ..core.train import engine as engines
 from ..core.train import precision as precisions
-from ..core.train.losses import Loss
+from ..core.train.losses import Loss, Losses
 from ..core.train.optim import Update
+from ..core.train.ring import LossRing
 from ..core.train.step import TrainStep
-from ..models.autoencoder import Autoencoder
+from ..kernels import reference
+from ..kernels.augment import launches as augment_launches
+from ..models import blocks
+from ..models.autoencoder import Autoencoder, Outputs
 from . import launches
 from .ceilings import card_of
 from .harness import measure, pace, rounded, spread_ms
 from .roofline import ceiling, meta_model, work_of
 
 CASES = [("lightweight", 8), ("original", 16)]
+GPU_CASES = [("lightweight", 16), ("original", 16), ("original", 64)]
+
+LEVERS = ("upscale", "face_loss", "adam", "align", "streams")
+"""What "without" names: three kernels, the aligned channels, the decoders' two streams."""
 
 
 def rows(
     ceilings: dict[str, Any] | None = None, modes: tuple[str, ...] = ("fp32", "bf16")
 ) -> Iterator[dict[str, Any]]:
-    """One row a model, precision and engine.
+    """One row a model, precision and engine, then one a lever that is left out.
 
     ceilings: of this card, as `ceilings.measure_ceilings` gives them; for `share_of_ceiling`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, batch_size in CASES:
+    on_gpu = device.type == "cuda"
+    best = "graph" if on_gpu else "eager"
+    for name, batch_size in GPU_CASES if on_gpu else CASES:
         for mode in modes:
-            for engine, make in ENGINES.items():
-                step = make(name, batch_size, mode, device)
-                what = {
-                    "kind": "step",
-                    "model": name,
-                    "batch_size": batch_size,
-                    "precision": mode,
-                    "engine": engine,
-                    "threads": torch.get_num_threads(),
-                }
-                yield what | _figures(what, step, device, ceilings)
+            what = {"kind": "step", "model": name, "batch_size": batch_size, "precision": mode}
+            for engine in ("eager", "compile", "graph") if on_gpu else ("eager",):
+                step = mien_step(name, batch_size, mode, device, engine)
+                yield _row(what | {"engine": f"mien-{engine}"}, step, device, ceilings)
+            for engine in ("plain-torch", "plain-compile") if on_gpu else ("plain-torch",):
+                step = plain_step(name, batch_size, mode, device, is_compiled="comp" in engine)
+                yield _row(what | {"engine": engine}, step, device, ceilings)
+            if mode != "bf16":
+                continue
+            for lever in LEVERS if on_gpu else LEVERS[:3]:
+                step = mien_step(name, batch_size, mode, device, best, without=lever)
+                row = what | {"engine": f"mien-{best}", "without": lever}
+                yield _row(row, step, device, ceilings)
 
 
-def _figures(
+def _row(
     what: dict[str, Any],
     step: Callable[[], object],
     device: torch.device,
@@ -66,14 +83,17 @@ def _figures(
     timed = measure(step, pace("step", device.type), device_type=device.type)
     faces = 2 * what["batch_size"]
     eg_per_s = faces / timed["median_s"]
+    is_eager = what["engine"] in ("mien-eager", "plain-torch")
     return {
+        **what,
+        "threads": torch.get_num_threads(),
         "eg_per_s": rounded(eg_per_s),
         "eg_per_cpu_s": rounded(faces / timed["cpu_s"]) if timed["cpu_s"] else None,
         **spread_ms(timed),
         "share_of_ceiling": _share(what, eg_per_s, ceilings),
         "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None,
         "python_calls": count_python_calls(step),
-        "launches": launches.count(step),
+        "launches": launches.count(step) if is_eager else None,
     }
 
 
@@ -85,8 +105,10 @@ def _share(what: dict[str, Any], eg_per_s: float, ceilings: dict[str, Any] | Non
     return rounded(eg_per_s / ceiling(work, card_of(ceilings)).eg_per_s)
 
 
-def make_batch(model: Autoencoder, batch_size: int, device: torch.device) -> Batch:
-    """A random batch of the right shapes."""
+def make_batch(
+    model: Autoencoder, batch_size: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """A random batch of the right shapes; ``dtype`` and channels of the input as the model's."""
     generator = torch.Generator().manual_seed(0)
     size, out = model.input_px, model.output_px[-1]
 
@@ -95,37 +117,165 @@ def make_batch(model: Autoencoder, batch_size: int, device: torch.device) -> Bat
         drawn = torch.rand(*shape, generator=generator).to(device)
         return drawn.contiguous(memory_format=torch.channels_last)
 
-    return Batch(draw(3, size), (draw(3, out),), (draw(1, out),), None)
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    faces = draw(3, size).to(dtype)
+    missing = first.weight.shape[1] - faces.shape[1]
+    faces = F.pad(faces, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
+    return Batch(faces, (draw(3, out),), (draw(1, out).contiguous(),), None)
 
 
-def mien_step(name: str, batch_size: int, mode: str, device: torch.device) -> Callable[[], object]:
-    """Our step, bound to a model and a batch."""
-    model = models.build(name).to(device)
+class _OneBatch:
+    """Gives the same batch for ever."""
+
+    def __init__(self, batch: Batch):
+        self.only = batch
+
+    def next(self, _faces_seen: dict[str, int]) -> Batch:
+        """The batch."""
+        return self.only
+
+    def seek(self, _faces_seen: dict[str, int]) -> None:
+        """There is nowhere to go."""
+
+    def batch(self) -> Batch:
+        """The batch."""
+        return self.only
+
+
+class _PlainLoss(Loss):
+    """The losses as operations of PyTorch, differentiated by autograd."""
+
+    def __call__(
+        self, outputs: tuple[Outputs, Outputs], batch: Batch, scale: Tensor | None
+    ) -> Losses:
+        """As the fused losses, of a model with one output."""
+        means, *gradients = reference.face_loss(
+            outputs[0][0],
+            outputs[1][0],
+            batch.targets[0],
+            batch.weights[0],
+            losses=[*self.weights.items()],
+        )
+        if scale is not None:
+            gradients = [scale * gradient for gradient in gradients]
+        return Losses(means.flatten(), tuple(gradients))
+
+
+class _PlainUpdate(Update):
+    """The optimizer as PyTorch has it: upcast gradients, fused Adam, copies."""
+
+    def __call__(self, gradients: Any) -> None:
+        """As the fused update, but for clipping and the check for numbers that are not finite."""
+        if not hasattr(self, "torch_adam"):
+            on_gpu = self.masters[0].is_cuda
+            self.torch_adam = torch.optim.Adam(
+                self.masters, lr=5e-5, eps=1e-7, fused=True, capturable=on_gpu
+            )
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            master.grad = gradient.float()
+        self.torch_adam.step()
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.masters)
+
+
+@contextlib.contextmanager
+def _plain_upscale() -> Iterator[None]:
+    """The models' blocks use separate operations inside."""
+    names = ("activate", "upscale", "to_image")
+    with mock.patch.multiple(blocks, **{name: getattr(reference, name) for name in names}):
+        yield
+
+
+def train_step(
+    name: str,
+    mode: str,
+    device: torch.device,
+    *,
+    aligned: bool,
+    without: str = "",
+    two_streams: bool = False,
+) -> tuple[TrainStep, Autoencoder]:
+    """A step of a fresh model as training makes it, and the model."""
     precision = precisions.resolve(mode, device)
-    step = TrainStep(
-        model, Loss(LossConfig()), Update(model, OptimizerConfig(), precision), precision
+    precision.apply()
+    model = models.build(name)
+    if aligned:
+        model.align(8)
+    model.to(device)
+    update = (_PlainUpdate if without == "adam" else Update)(model, OptimizerConfig(), precision)
+    loss = (_PlainLoss if without == "face_loss" else Loss)(LossConfig(), len(model.output_px))
+    ring = LossRing(loss.num_values, device)
+    stream = torch.cuda.Stream() if two_streams else None
+    return TrainStep(model, loss, update, ring, stream), model
+
+
+def mien_step(
+    name: str,
+    batch_size: int,
+    mode: str,
+    device: torch.device,
+    engine: str = "eager",
+    without: str = "",
+) -> Callable[[], object]:
+    """Our step, bound to a model and a batch; one lever may be left out."""
+    on_gpu = device.type == "cuda"
+    two_streams = on_gpu and engine != "compile" and batch_size <= 16 and without != "streams"
+    step, model = train_step(
+        name,
+        mode,
+        device,
+        aligned=on_gpu and without != "align",
+        without=without,
+        two_streams=two_streams,
     )
-    batch = make_batch(model, batch_size, device)
-    return lambda: step(batch)
+    torch.backends.cudnn.benchmark = True
+    compute = step.update.precision.compute
+    batch = make_batch(model, batch_size, device, compute)
+    source = _OneBatch(batch)
+
+    def fail(warning: str) -> None:
+        raise RuntimeError(warning)  # a fallback would be measured under a wrong name
+
+    run = engines.make(engine, step, source, fail)
+    seen = {"a": 0, "b": 0}
+    if without != "upscale":
+        return lambda: run(seen)
+
+    def plainly() -> None:
+        with _plain_upscale():
+            run(seen)
+
+    return plainly
 
 
-def plain_step(name: str, batch_size: int, mode: str, device: torch.device) -> Callable[[], object]:
+def plain_step(
+    name: str, batch_size: int, mode: str, device: torch.device, *, is_compiled: bool = False
+) -> Callable[[], object]:
     """The same modules, used plainly."""
     model = models.build(name).to(device).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     precision = precisions.resolve(mode, device)
+    precision.apply()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5, eps=1e-7)
-    batch = make_batch(model, batch_size, device)
+    batch = make_batch(model, batch_size, device, torch.float32)
     faces, target = batch.input_nchw.contiguous(), batch.targets[0].contiguous()
     weight = batch.weights[0].contiguous()
+    lowered = precision.compute is not torch.float32
+
+    def side_loss(side: Any, part: slice) -> Tensor:
+        with torch.autocast(device.type, precision.compute, enabled=lowered):
+            (decoded, *_) = model.swap(faces[part], side)
+        decoded = decoded.float()
+        error = plain_ssim(decoded, target[part]) + (decoded - target[part]).square()
+        return (error * weight[part]).mean()
+
+    def total() -> Tensor:
+        return side_loss("a", slice(batch_size)) + side_loss("b", slice(batch_size, None))
+
+    compute = torch.compile(total) if is_compiled else total
 
     def step() -> None:
-        total = faces.new_zeros(())
-        for side, part in (("a", slice(batch_size)), ("b", slice(batch_size, None))):
-            with precision.forward():
-                (decoded, *_) = model.swap(faces[part], side)
-            error = plain_ssim(decoded, target[part]) + (decoded - target[part]).square()
-            total = total + (error * weight[part]).mean()
-        total.backward()
+        with _plain_upscale():
+            compute().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -167,8 +317,36 @@ def count_python_calls(step: Callable[[], object]) -> int:
     return count
 
 
-ENGINES: dict[str, Callable[[str, int, str, torch.device], Callable[[], object]]] = {
-    "mien-eager": mien_step,
-    "plain-torch": plain_step,
-}
-"""Makes a step of (model, batch size, precision, device), by name."""
+def phase_launches(name: str, mode: str = "bf16", batch_size: int = 1) -> dict[str, int]:
+    """Kernels that a step launches on a GPU in each phase, counted without one.
+
+    The count does not depend on the batch size. Channels are aligned, as they are on a GPU.
+    """
+    cpu = torch.device("cpu")
+    step, model = train_step(name, mode, cpu, aligned=True)
+    batch = make_batch(model, batch_size, cpu, step.update.precision.compute)
+    made: dict[str, Any] = {}
+
+    def forward() -> None:
+        made["outputs"] = step.forward(batch.input_nchw)
+
+    def loss() -> None:
+        made["losses"] = step.loss(made["outputs"], batch, step.update.scale)
+
+    def backward() -> None:
+        gradients = step.backward(made["outputs"], made["losses"].gradients)
+        made.setdefault("gradients", gradients)  # in place, as in a captured graph
+
+    def update() -> None:
+        step.update(made["gradients"])
+
+    def log() -> None:
+        step.ring.push(made["losses"].row_v)
+
+    phases = (forward, loss, backward, update, log)
+    counts = launches.count_phases({phase.__name__: phase for phase in phases})
+    sizes: dict[str, Any] = {"input_px": model.input_px, "output_px": model.output_px}
+    size_px = max(model.input_px, *model.output_px)
+    augment = augment_launches(2 * batch_size, size_px=size_px, **sizes)
+    counts["augment"] = sum(augment.values()) + 1  # and one that counts the faces seen
+    return counts | {"all": sum(counts.values())}

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dispatch import uses_triton
-from .tables import CHUNK, Tables, is_capturing
+from .tables import Tables, is_capturing
 
 (
     LEARNING_RATE,
@@ -57,6 +57,7 @@ _WARPS = 8
 _BLOCK_NORM = 4096  # elements at a time; two 16-byte loads a thread of 16-bit gradients
 _BLOCK_CONTROL = 4096
 _BLOCK_UPDATE = 1024  # four elements a thread: 16 bytes of fp32, 8 of a 16-bit type
+_ROW = 1024  # elements that plain PyTorch squares and adds at a time
 
 
 @triton.jit
@@ -190,8 +191,8 @@ def _update_kernel(
     learning_rate = tl.load(control_ptr + _LEARNING_RATE)
     correction_1 = (1 - tl.load(control_ptr + _BETA_1_POWER)).to(tl.float32)
     correction_2 = (1 - tl.load(control_ptr + _BETA_2_POWER)).to(tl.float32)
-    step_size = learning_rate.to(tl.float32) / correction_1
-    root_correction = 1 / tl.sqrt(correction_2)
+    step_size = tl.div_rn(learning_rate.to(tl.float32), correction_1)
+    root_correction = tl.div_rn(1.0, tl.sqrt_rn(correction_2))
     factor = tl.load(control_ptr + _FACTOR).to(tl.float32)
 
     # Backwards, so that the gradients which the norm has read last are still in the cache.
@@ -300,11 +301,8 @@ def _plain_control(
     max_norm: float,
     dynamic_scale: bool,
 ) -> None:
-    # In pieces, because PyTorch's sum of squares of 16 M fp32 numbers is wrong by 1e-3.
-    pieces = [piece for each in gradients for piece in _flat(each).float().split(CHUNK)]
-    norms = torch.stack(torch._foreach_norm(pieces)).double()
     now = control.tolist()
-    now[NORM] = float(norms.square().sum().sqrt()) / now[SCALE]
+    now[NORM] = math.sqrt(_sum_of_squares(gradients)) / now[SCALE]
     finite = math.isfinite(now[NORM])
     now[FINITE] = float(finite)
     now[FACTOR] = 0.0
@@ -322,6 +320,17 @@ def _plain_control(
         now[SCALE] *= (2.0 if grown else 1.0) if finite else 0.5
         now[GOOD_STEPS] = 0.0 if grown else good
     control.copy_(torch.tensor(now, dtype=torch.float64))
+
+
+def _sum_of_squares(tensors: Sequence[Tensor]) -> float:
+    """In rows: PyTorch's norm of 16 M fp32 numbers at once is wrong by 1e-3."""
+    flats = [each.as_strided((each.numel(),), (1,)).float() for each in tensors]
+    ends = [each.numel() // _ROW * _ROW for each in flats]
+    rests = [each[end:] for each, end in zip(flats, ends, strict=True)]
+    rows = [each[:end].view(-1, _ROW) for each, end in zip(flats, ends, strict=True) if end]
+    norms = [torch.linalg.vector_norm(each, dim=1) for each in rows]
+    norms.append(torch.stack(torch._foreach_norm(rests)))
+    return float(torch.cat(norms).double().square().sum())
 
 
 def _plain_update(
@@ -345,17 +354,22 @@ def _plain_update(
         # Not as the fused kernel's grad_scale, which would write the scaled gradients back.
         gradients = torch._foreach_mul(gradients, now[FACTOR])
     step = torch.tensor(now[STEP], dtype=torch.float32)
-    for decayed in {decay and weight_decay > 0 for decay in decays}:
-        chosen = [(decay and weight_decay > 0) == decayed for decay in decays]
-        lists = [
+    for decayed in (False, True):
+        chosen = [decay == decayed for decay in decays]
+        if not any(chosen):
+            continue
+        own, by, first, second = (
             list(itertools.compress(tensors, chosen))
             for tensors in (parameters, gradients, means, squares)
-        ]
+        )
         # One core, 50 M weights: 27 ms, as torch._foreach_ operations 160 ms.
         torch._fused_adamw_(
-            *lists,
+            own,
+            by,
+            first,
+            second,
             [],
-            [step] * len(lists[0]),
+            [step] * len(own),
             lr=now[LEARNING_RATE],
             beta1=beta_1,
             beta2=beta_2,
@@ -366,11 +380,6 @@ def _plain_update(
         )
     if copies:
         torch._foreach_copy_(list(copies), list(parameters))
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The elements as they lie in memory, of a tensor without gaps."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def new_control(device: torch.device | str, *, learning_rate: float, scale: float = 1.0) -> Tensor:

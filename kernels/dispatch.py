@@ -1,8 +1,4 @@
-"""Which way an operation runs: as kernels on a GPU, in plain PyTorch elsewhere.
-
-Tests and benchmarks change that for a while: `interpreted` sends CPU tensors through Triton's
-interpreter, `plain` takes the statements of `reference` in place of kernels.
-"""
+"""Which tensors a Triton kernel takes: those on a GPU; any, while a test interprets the kernels."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,17 +6,11 @@ from collections.abc import Iterator
 from torch import Tensor
 
 _interpreted = False
-_plain: frozenset[str] = frozenset()
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Whether an operation on ``tensor`` launches its Triton kernels."""
+    """Whether an operation on ``tensor`` launches its kernels; else it runs in plain PyTorch."""
     return tensor.is_cuda or _interpreted
-
-
-def is_plain(operation: str) -> bool:
-    """Whether this operation (a name of `kernels.OPERATIONS`) is to run as its plain statement."""
-    return operation in _plain
 
 
 @contextlib.contextmanager
@@ -35,14 +25,3 @@ def interpreted() -> Iterator[None]:
         yield
     finally:
         _interpreted = before
-
-
-@contextlib.contextmanager
-def plain(*operations: str) -> Iterator[None]:
-    """These operations run as their plain statements inside."""
-    global _plain
-    before, _plain = _plain, frozenset(operations)
-    try:
-        yield
-    finally:
-        _plain = before

@@ -7,6 +7,7 @@ graph, so theirs are sent whenever they differ.
 Letters: T tensors, N chunks of them, S slots.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -60,6 +61,7 @@ class Tables:
         self._check_length("decays", self.decays)
 
         device, num_tensors = self.parameters[0].device, len(self.parameters)
+        self._layouts = _layouts(self.parameters)
         self._made_at = self._addresses()
         rows = [*self._made_at, [int(decay) for decay in self.decays]]
         self.addresses_t5 = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(device)
@@ -79,7 +81,7 @@ class Tables:
         """Raise ValueError unless these lists of tensors are what the tables were made for."""
         for name, tensors in lists.items():
             own = getattr(self, name)
-            if len(own) != len(tensors) or any(map(_differ, own, tensors)):
+            if len(own) != len(tensors) or any(map(operator.is_not, own, tensors)):
                 raise ValueError(f"tables were made for other {name}: make new Tables")
 
     def check_unmoved(self) -> None:
@@ -94,6 +96,10 @@ class Tables:
             ValueError: On a gradient of another shape, type or device.
         """
         self._check_length("gradients", gradients)
+        types = {gradient.dtype for gradient in gradients}
+        if len(types) == 1 and types <= {*_FULL, *_HALF} and _layouts(gradients) == self._layouts:
+            if not any(address % _ALIGNMENT for address in map(Tensor.data_ptr, gradients)):
+                return list(gradients)  # as a rule
         fitted = []
         for index, (gradient, parameter) in enumerate(zip(gradients, self.parameters, strict=True)):
             dtypes = (gradients[0].dtype,) if index else _FULL + _HALF
@@ -115,7 +121,7 @@ class Tables:
     def _addresses(self) -> list[list[int]]:
         """Of the parameters, their moments and their copies."""
         lists = (self.parameters, self.means, self.squares, self.copies)
-        found = [[tensor.data_ptr() for tensor in tensors] for tensors in lists]
+        found = [list(map(Tensor.data_ptr, tensors)) for tensors in lists]
         return found if self.copies else [*found[:3], [0] * len(self.parameters)]
 
     def _check_length(self, name: str, values: Sequence[object]) -> None:
@@ -236,10 +242,6 @@ def _check(name: str, tensor: Tensor, parameter: Tensor, dtypes: tuple[torch.dty
         raise ValueError(f"{name} must be on {parameter.device}, got {tensor.device}")
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
-    return a is not b
-
-
 def _is_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % _ALIGNMENT == 0
 
@@ -248,6 +250,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (
         tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _layouts(tensors: Sequence[Tensor]) -> list[tuple]:
+    strides = map(Tensor.stride, tensors)
+    return [(each.shape, lie, each.device) for each, lie in zip(tensors, strides, strict=True)]
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

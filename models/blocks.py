@@ -8,6 +8,7 @@ Shape letters: B faces, C channels, H rows, W columns.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ def _same_padding(size_px: int, kernel: int, stride: int) -> tuple[int, int]:
 
 Border = tuple[int, int, int, int]
 _NO_BORDER: Border = (0, 0, 0, 0)
+
+
+def _frame_with_zeros(x_bchw: Tensor, border: Border) -> Tensor:
+    return activate(x_bchw, None, slope=1, border=border)  # F.pad takes two passes for it
+
+
+def _frame_by_reflection(x_bchw: Tensor, border: Border) -> Tensor:
+    return F.pad(x_bchw, border, mode="reflect")
 
 
 class SameConv(nn.Module):
@@ -69,9 +78,11 @@ class SameConv(nn.Module):
         """The products, without the bias; ``framed``: the input has its border already."""
         border = _NO_BORDER if framed else self.border(*x_bchw.shape[2:])
         missing = self.conv.weight.shape[1] - x_bchw.shape[1]  # of an aligned model: see `align`
-        if any(border) or missing:
-            mode = "reflect" if self.reflect else "constant"
-            x_bchw = F.pad(x_bchw, (*border, 0, missing) if missing else border, mode=mode)
+        if missing:
+            x_bchw = F.pad(x_bchw, (0, 0, 0, 0, 0, missing))
+        if any(border):
+            framed_by = _frame_by_reflection if self.reflect else _frame_with_zeros
+            x_bchw = framed_by(x_bchw, border)
         return F.conv2d(x_bchw, self.conv.weight, None, self.stride, self.conv.padding)
 
     def align(self, multiple: int) -> None:
@@ -110,11 +121,11 @@ class Downscales(nn.Sequential):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         rows, columns = x_bchw.shape[2:]
-        framed = False
-        for number, block in enumerate(self, 1):
+        blocks, framed = cast(Sequence[Downscale], self), False
+        for number, block in enumerate(blocks, 1):
             rows, columns = -(-rows // 2), -(-columns // 2)
-            frames_next = number < len(self) and not self.reflect
-            border = block.conv.border(rows, columns) if frames_next else _NO_BORDER
+            frames_next = number < len(blocks) and not self.reflect
+            border = blocks[number].conv.border(rows, columns) if frames_next else _NO_BORDER
             x_bchw = block(x_bchw, framed=framed, border=border)
             framed = frames_next
         return x_bchw

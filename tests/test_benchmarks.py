@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mien.benchmarks import bench_step, ceilings, harness, learning
-from mien.core.train.losses import ssim
+from mien.kernels.reference import ssim
 
 
 def test_the_plain_step_computes_the_same_loss():

@@ -8,7 +8,7 @@ from mien.core.train import ring
 from mien.core.train.ring import LossRing
 
 
-def test_rows_come_back_in_order_across_the_end(monkeypatch, device):
+def test_rows_come_back_in_order(monkeypatch, device):
     monkeypatch.setattr(ring, "CAPACITY", 5)
     losses = LossRing(2, torch.device(device))
     pushed = 0

@@ -5,14 +5,28 @@ one call of the driver, with no Python, no transfer and no wait in it.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
-from ..data.feed import Feed
+from ..data.feed import Batch
 from .step import TrainStep
 
 WARM_UP = 3
 """Iterations before the capture, in which libraries choose their algorithms and take memory."""
+
+
+class Source(Protocol):
+    """Where batches come from: a `Feed`."""
+
+    def next(self, faces_seen: dict[str, int]) -> Batch:
+        """The batch after so many faces of each side."""
+
+    def seek(self, faces_seen: dict[str, int]) -> None:
+        """Have the next batch be that one."""
+
+    def batch(self) -> Batch:
+        """The next batch, in tensors that stay in place; may be captured."""
 
 
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
@@ -30,7 +44,7 @@ def choose(setting: str, device: torch.device) -> tuple[str, str]:
     return "eager", "the default on a CPU"
 
 
-def make(name: str, step: TrainStep, feed: Feed, warn: Callable[[str], None]) -> "Engine":
+def make(name: str, step: TrainStep, feed: Source, warn: Callable[[str], None]) -> "Engine":
     """The engine of this name; ``warn`` is told where it falls back, and why."""
     return {"eager": Engine, "compile": Compiled, "graph": Graphed}[name](step, feed, warn)
 
@@ -40,7 +54,7 @@ class Engine:
 
     name = "eager"
 
-    def __init__(self, step: TrainStep, feed: Feed, warn: Callable[[str], None]):
+    def __init__(self, step: TrainStep, feed: Source, warn: Callable[[str], None]):
         self.step, self.feed, self.warn = step, feed, warn
 
     def __call__(self, faces_seen: dict[str, int]) -> None:
@@ -58,7 +72,7 @@ class Compiled(Engine):
 
     name = "compile"
 
-    def __init__(self, step: TrainStep, feed: Feed, warn: Callable[[str], None]):
+    def __init__(self, step: TrainStep, feed: Source, warn: Callable[[str], None]):
         super().__init__(step, feed, warn)
         self.is_tried = False
 
@@ -84,7 +98,7 @@ class Graphed(Engine):
 
     name = "graph"
 
-    def __init__(self, step: TrainStep, feed: Feed, warn: Callable[[str], None]):
+    def __init__(self, step: TrainStep, feed: Source, warn: Callable[[str], None]):
         super().__init__(step, feed, warn)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0

@@ -6,6 +6,7 @@ but the count of such steps; with fp16 it also halves the loss scale.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Update:
             scale=_FIRST_SCALE if precision.scales_loss else 1.0,
         )
         self.tables = Tables(self.masters, self.means, self.squares, self.copies)
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "beta_1": config.ada_beta_1,
             "beta_2": config.ada_beta_2,
             "epsilon": 10.0**config.epsilon_exponent,

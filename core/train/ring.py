@@ -18,30 +18,26 @@ class LossRing:
 
     def __init__(self, num_values: int, device: torch.device):
         self.rows = torch.zeros(CAPACITY, num_values, device=device)
-        self.slot = torch.zeros(1, dtype=torch.int64, device=device)
-        self._fetched = 0
-        """Rows that the host has asked for so far."""
+        self.next_row = torch.zeros(1, dtype=torch.int64, device=device)
 
     def push(self, row_v: Tensor) -> None:
         """Keep the numbers of one iteration."""
-        self.rows.index_copy_(0, self.slot, row_v[None])
-        self.slot.add_(1).remainder_(CAPACITY)
+        self.rows.index_copy_(0, self.next_row, row_v[None])
+        self.next_row.add_(1)
 
     def fetch(self, count: int) -> Callable[[], np.ndarray]:
-        """A function that waits for the next ``count`` rows (N, V), in order, and returns them.
+        """A function that waits for all rows since the last call, ``count`` of them, (N, V).
 
-        The copy is queued now; so rows pushed later cannot overwrite them before.
+        The copy is queued now, so rows that are pushed later do not reach it.
 
         Raises:
             ValueError: More rows than are kept.
         """
         if count > CAPACITY:
             raise ValueError(f"the last {CAPACITY} rows are kept, asked for {count}")
-        begin = self._fetched % CAPACITY
-        self._fetched += count
-        first = self.rows[begin : begin + count]
-        pieces = to_host(first, self.rows[: count - len(first)])
-        return lambda: np.concatenate(pieces())
+        copies = to_host(self.rows[:count])
+        self.next_row.zero_()
+        return lambda: copies()[0]
 
 
 def to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
