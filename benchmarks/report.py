@@ -143,12 +143,26 @@ def _data(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 def _loop(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield from _table(
-        "The whole loop (data, logging, two previews and saves; short runs, so these weigh much)",
-        ["model", "batch", "precision", "engine", "EG/s", "waiting for data", "iterations"],
+        "The whole loop: data, logging, previews and saves (on a CPU a few iterations only)",
+        [
+            "model",
+            "batch",
+            "precision",
+            "engine",
+            "saves",
+            "EG/s",
+            "waiting for data",
+            "iterations",
+        ],
         [
             [
                 *(row["model"], row["batch_size"], row["precision"], row["engine"]),
-                *(row["eg_per_s"], _percent(row["data_wait"]), row["iterations"]),
+                *(
+                    _known(row, "saves"),
+                    row["eg_per_s"],
+                    _percent(row["data_wait"]),
+                    row["iterations"],
+                ),
             ]
             for row in rows
         ],
