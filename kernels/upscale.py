@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .dispatch import uses_triton
@@ -41,22 +43,252 @@ LAUNCHES = {
 _NHWC = torch.channels_last
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+_TILE = 2048  # values of a program's tile: with 4 warps, 16 a thread
+_RUN = 64  # channels of a tile at most: 128 bytes of bf16, the length of a cache line
+_PROGRAMS = 1056  # of a backward pass at most: 8 for each of 132 SMs. Fixed: sums depend on it
+_SUMMED = 8  # channels of a program that adds up partial sums: 32 bytes of each of their rows
+_VALUES = 512  # of a program of `to_image`
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,         # [B, rows, columns, R, L]
+    bias_ptr,      # [R, L], or None
+    residual_ptr,  # like x, or None
+    y_ptr,         # [B, frame_rows, R, frame_columns, L]
+    num_pixels,    # of all frames
+    rows, columns, frame_rows, frame_columns, top, left,
+    SLOPE: tl.constexpr,
+    HAS_BORDER: tl.constexpr,
+    FACTOR: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    # Neighbouring programs take neighbouring channels, then the next pixels.
+    program = tl.program_id(0)
+    num_chunks: tl.constexpr = (LENGTH + BLOCK_L - 1) // BLOCK_L
+    run = program // num_chunks % FACTOR
+    channels = program % num_chunks * BLOCK_L + tl.arange(0, BLOCK_L)
+    pixels = program // (num_chunks * FACTOR) * BLOCK_P + tl.arange(0, BLOCK_P)
+
+    source = pixels
+    inside = pixels < num_pixels
+    if HAS_BORDER:
+        line = pixels // frame_columns
+        row = line % frame_rows - top
+        column = pixels % frame_columns - left
+        inside = inside & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        source = (line // frame_rows * rows + row) * columns + column
+    mask = inside[:, None] & (channels < LENGTH)[None, :]
+    x_at = (source.to(tl.int64) * FACTOR + run)[:, None] * LENGTH + channels[None, :]
+    z = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + run * LENGTH + channels, mask=channels < LENGTH, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    y = tl.where(z > 0, z, z * SLOPE)
+
+    target = pixels.to(tl.int64)
+    if FACTOR > 1:
+        line = (pixels // columns).to(tl.int64)
+        target = (line * FACTOR + run) * columns + pixels % columns
+    if HAS_BORDER:
+        y = tl.where(mask, y, 0.0)
+        mask = (pixels < num_pixels)[:, None] & (channels < LENGTH)[None, :]
+    y_at = target[:, None] * LENGTH + channels[None, :]
+    tl.store(y_ptr + y_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,     # [B, frame_rows, R, frame_columns, L]
+    y_ptr,        # like grad, or None: slope 1
+    grad_x_ptr,   # [B, rows, columns, R, L]
+    partial_ptr,  # [N, R, L] fp32 sums of grad_x, or None
+    num_pixels,   # of x
+    num_tiles,    # of a program: each num_programs-th
+    num_programs,
+    rows, columns, frame_rows, frame_columns, top, left,
+    SLOPE: tl.constexpr,
+    HAS_BORDER: tl.constexpr,
+    FACTOR: tl.constexpr,
+    LENGTH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    num_chunks: tl.constexpr = (LENGTH + BLOCK_L - 1) // BLOCK_L
+    run = program // num_chunks % FACTOR
+    channels = program % num_chunks * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = program // (num_chunks * FACTOR)
+    used = channels < LENGTH
+
+    total = tl.zeros((BLOCK_P, BLOCK_L), dtype=tl.float32)
+    for tile in range(num_tiles):
+        pixels = (tile * num_programs + first) * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (pixels < num_pixels)[:, None] & used[None, :]
+        place = pixels.to(tl.int64)
+        if HAS_BORDER:
+            line = pixels // columns
+            frame_line = line // rows * frame_rows + line % rows + top
+            place = frame_line.to(tl.int64) * frame_columns + pixels % columns + left
+        if FACTOR > 1:
+            line = pixels // columns
+            place = (line.to(tl.int64) * FACTOR + run) * columns + pixels % columns
+        at = place[:, None] * LENGTH + channels[None, :]
+        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            grad = tl.where(y > 0, grad, grad * SLOPE)
+        x_at = (pixels.to(tl.int64) * FACTOR + run)[:, None] * LENGTH + channels[None, :]
+        tl.store(grad_x_ptr + x_at, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        total += grad
+    if partial_ptr is not None:
+        out = partial_ptr + (first * FACTOR + run) * LENGTH + channels
+        tl.store(out, tl.sum(total, axis=0), mask=used)
+
+
+@triton.jit
+def _image_kernel(
+    x_ptr,       # [P, NUM_CHANNELS]
+    bias_ptr,    # [NUM_CHANNELS], or None
+    y_ptr,       # [P, CHANNELS] fp32
+    num_values,  # of y
+    NUM_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < num_values
+    channel = at % CHANNELS
+    x_at = (at // CHANNELS).to(tl.int64) * NUM_CHANNELS + channel
+    z = tl.load(x_ptr + x_at, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, tl.sigmoid(z), mask=inside)
+
+
+@triton.jit
+def _image_backward_kernel(
+    grad_ptr, y_ptr,  # [P, CHANNELS] fp32
+    grad_x_ptr,       # [P, NUM_CHANNELS]
+    partial_ptr,      # [N, NUM_CHANNELS] fp32 sums of grad_x, or None
+    num_pixels,
+    num_tiles,        # of a program: each num_programs-th
+    num_programs,
+    NUM_CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0)
+    channels = tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    for tile in range(num_tiles):
+        pixels = (tile * num_programs + first) * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (pixels < num_pixels)[:, None]
+        place = pixels.to(tl.int64)[:, None]
+        at = place * CHANNELS + channels[None, :]
+        shown = inside & (channels < CHANNELS)[None, :]
+        grad = tl.load(grad_ptr + at, mask=shown, other=0.0)
+        y = tl.load(y_ptr + at, mask=shown, other=0.0)
+        grad = grad * y * (1 - y)
+        mask = inside & (channels < NUM_CHANNELS)[None, :]
+        out = grad_x_ptr + place * NUM_CHANNELS + channels[None, :]
+        tl.store(out, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        total += grad
+    if partial_ptr is not None:
+        out = partial_ptr + first * NUM_CHANNELS + channels
+        tl.store(out, tl.sum(total, axis=0), mask=channels < NUM_CHANNELS)
+
+
+@triton.jit
+def _sum_kernel(
+    partial_ptr,    # [N, C] fp32
+    grad_bias_ptr,  # [C]
+    num_partials,
+    NUM_CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    used = channels < NUM_CHANNELS
+    total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    for begin in range(0, num_partials, BLOCK_N):
+        partials = begin + tl.arange(0, BLOCK_N)
+        at = partials[:, None] * NUM_CHANNELS + channels[None, :]
+        mask = (partials < num_partials)[:, None] & used[None, :]
+        total += tl.load(partial_ptr + at, mask=mask, other=0.0)
+    grad_bias = tl.sum(total, axis=0)
+    tl.store(grad_bias_ptr + channels, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=used)
+
 
 def _framed_shape(x_bchw: Tensor, factor: int, border: Sequence[int]) -> tuple[int, ...]:
     """Shape of the result of `activate` and `upscale`."""
     batch, channels, rows, columns = x_bchw.shape
     left, right, top, bottom = border
-    return (
-        batch,
-        channels // factor**2,
-        rows * factor + top + bottom,
-        columns * factor + left + right,
-    )
+    frame = (rows * factor + top + bottom, columns * factor + left + right)
+    return (batch, channels // factor**2, *frame)
+
+
+def _unframed_shape(y_bchw: Tensor, factor: int, border: Sequence[int]) -> tuple[int, ...]:
+    """Shape of the input that `activate` or `upscale` made ``y_bchw`` of."""
+    batch, channels, rows, columns = y_bchw.shape
+    left, right, top, bottom = border
+    inner = ((rows - top - bottom) // factor, (columns - left - right) // factor)
+    return (batch, channels * factor**2, *inner)
 
 
 def _new(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or like.dtype
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=_NHWC)
+
+
+def _new_bias_gradient(grad: Tensor, channels: int, dtype: torch.dtype | None) -> Tensor:
+    """(C,) of the bias's dtype; no elements where there is no bias."""
+    return grad.new_empty(0 if dtype is None else channels, dtype=dtype)
+
+
+def _geometry(x_bchw: Tensor, factor: int, border: Sequence[int]) -> dict[str, int]:
+    """Sizes and tile that the forward and the backward kernel share."""
+    _, channels, rows, columns = x_bchw.shape
+    left, right, top, bottom = border
+    length = channels // factor
+    block_l = min(triton.next_power_of_2(length), _RUN)
+    return {
+        "rows": rows,
+        "columns": columns,
+        "frame_rows": rows + top + bottom,
+        "frame_columns": columns + left + right,
+        "top": top,
+        "left": left,
+        "HAS_BORDER": any(border),
+        "FACTOR": factor,
+        "LENGTH": length,
+        "BLOCK_P": _TILE // block_l,
+        "BLOCK_L": block_l,
+    }
+
+
+def _parts(geometry: dict[str, int]) -> int:
+    """Programs that share a block of pixels."""
+    return geometry["FACTOR"] * triton.cdiv(geometry["LENGTH"], geometry["BLOCK_L"])
+
+
+def _shares(num_blocks: int, parts: int) -> tuple[int, int]:
+    """Programs side by side, and blocks of each, for ``num_blocks`` of pixels in ``parts``."""
+    each = max(triton.cdiv(num_blocks * parts, _PROGRAMS), 1)
+    return triton.cdiv(num_blocks, each), each
+
+
+def _launch_sum(partial_nc: Tensor, grad_bias_c: Tensor) -> None:
+    num_partials, channels = partial_nc.shape
+    block_n = min(max(triton.next_power_of_2(num_partials), 64), 512)
+    _sum_kernel[(triton.cdiv(channels, _SUMMED),)](
+        partial_nc, grad_bias_c, num_partials, channels, BLOCK_N=block_n, BLOCK_C=_SUMMED
+    )
 
 
 def _runs(x_bchw: Tensor, factor: int) -> Tensor:
@@ -74,69 +306,49 @@ def _places(y_bchw: Tensor, factor: int, border: Sequence[int]) -> Tensor:
 
 
 def _activate_plain(
-    x_bchw: Tensor,
-    bias_c: Tensor | None,
-    residual_bchw: Tensor | None,
-    slope: float,
-    factor: int,
-    border: Sequence[int],
-) -> Tensor:
-    y_bchw = _new(x_bchw, _framed_shape(x_bchw, factor, border))
-    left, right, top, bottom = border
-    for edge in (
-        y_bchw[:, :, :top],
-        y_bchw[:, :, y_bchw.shape[2] - bottom :],
-        y_bchw[..., :left],
-        y_bchw[..., y_bchw.shape[3] - right :],
-    ):
-        edge.zero_()
-    x, y = _runs(x_bchw, factor), _places(y_bchw, factor, border)
-    residual = None if residual_bchw is None else _runs(residual_bchw, factor)
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, slope: float, y: Tensor
+) -> None:
+    """On the CPU, in as few passes as torch has; x, residual and y are (B, H, W, R, L)."""
     wide = torch.float32 if x.dtype.itemsize == 2 else x.dtype
-    bias = 0 if bias_c is None else bias_c.to(wide).view(x.shape[3:])
+    addend = 0 if bias is None else bias.to(wide).view(x.shape[3:])
     if x.dtype == wide:
-        torch.add(x, bias, out=y)
+        torch.add(x, addend, out=y)
         if residual is not None:
             y += residual
-        F.leaky_relu_(y, slope)
-        return y_bchw
-    # Half types: a face at a time through fp32, which stays in the cache, so that the result is
-    # rounded once. On (16, 512, 32, 32) bf16, one core, 3.1 ms; all in bf16, rounded twice, 3.1 ms;
-    # the whole batch through fp32 18 ms.
+        if slope != 1:
+            F.leaky_relu_(y, slope)
+        return
+    # Half types: face by face through fp32, which stays in the cache, so that the result is rounded
+    # once. On (16, 512, 32, 32) bf16, one core: 3.1 ms, as much as all in bf16, which rounds
+    # twice; the whole batch through fp32: 18 ms.
     z = torch.empty(x.shape[1:], dtype=wide)
     for i in range(len(x)):
-        z.copy_(x[i]).add_(bias)
+        z.copy_(x[i]).add_(addend)
         if residual is not None:
             z += residual[i]
-        y[i] = F.leaky_relu_(z, slope)
-    return y_bchw
+        y[i] = z if slope == 1 else F.leaky_relu_(z, slope)
 
 
-def _activate_backward_plain(
-    grad_bchw: Tensor,
-    y_bchw: Tensor | None,
-    slope: float,
-    factor: int,
-    border: Sequence[int],
-    grad_x_bchw: Tensor,
-) -> None:
-    grad, grad_x = _places(grad_bchw, factor, border), _runs(grad_x_bchw, factor)
-    if y_bchw is None:
-        grad_x.copy_(grad)
-        return
-    torch.ops.aten.leaky_relu_backward.grad_input(
-        grad, _places(y_bchw, factor, border), slope, True, grad_input=grad_x
-    )
+def _clear_frame(y_bchw: Tensor, border: Sequence[int]) -> None:
+    left, right, top, bottom = border
+    _, _, rows, columns = y_bchw.shape
+    y_bchw[:, :, :top] = 0
+    y_bchw[:, :, rows - bottom :] = 0
+    y_bchw[..., :left] = 0
+    y_bchw[..., columns - right :] = 0
 
 
-def _channel_sums(grad_bchw: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of each channel, added up in fp32 at least."""
+def _sum_channels(grad_bchw: Tensor, grad_bias_c: Tensor) -> None:
+    """Sums over all pixels, added up in fp32 at least."""
     grad_pc = grad_bchw.permute(0, 2, 3, 1).flatten(0, 2)
     if grad_pc.dtype.itemsize > 2:
-        return grad_pc.sum(0).to(dtype)
-    # Parts that stay in the cache as fp32: as fast as a sum in the half type, which rounds it.
-    parts = [part_pc.float().sum(0) for part_pc in grad_pc.split(1024)]
-    return torch.stack(parts).sum(0).to(dtype)
+        grad_bias_c.copy_(grad_pc.sum(0))
+        return
+    # Blocks that stay in the cache as fp32: as fast as a sum in the half type, which rounds it.
+    sums_c = torch.zeros(grad_pc.shape[1])
+    for block_pc in grad_pc.split(1024):
+        sums_c += block_pc.float().sum(0)
+    grad_bias_c.copy_(sums_c)
 
 
 @torch.library.custom_op("mien::activate", mutates_args=())
@@ -151,7 +363,17 @@ def _activate(
     x = x.contiguous(memory_format=_NHWC)
     if residual is not None:
         residual = residual.contiguous(memory_format=_NHWC)
-    return _activate_plain(x, bias, residual, slope, factor, border)
+    y = _new(x, _framed_shape(x, factor, border))
+    if not uses_triton(x):
+        runs = None if residual is None else _runs(residual, factor)
+        _clear_frame(y, border)
+        _activate_plain(_runs(x, factor), bias, runs, slope, _places(y, factor, border))
+        return y
+    geometry = _geometry(x, factor, border)
+    num_pixels = len(x) * geometry["frame_rows"] * geometry["frame_columns"]
+    grid = (triton.cdiv(num_pixels, geometry["BLOCK_P"]) * _parts(geometry),)
+    _forward_kernel[grid](x, bias, residual, y, num_pixels, SLOPE=slope, **geometry)
+    return y
 
 
 @_activate.register_fake
@@ -169,32 +391,38 @@ def _activate_backward(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous(memory_format=_NHWC)
-    grad_x, grad_bias = _new_gradients(grad, factor, border, bias_dtype)
-    _activate_backward_plain(grad, y, slope, factor, border, grad_x)
+    grad_x = _new(grad, _unframed_shape(grad, factor, border))
+    grad_bias = _new_bias_gradient(grad, grad_x.shape[1], bias_dtype)
+    if not uses_triton(grad):
+        placed, runs = _places(grad, factor, border), _runs(grad_x, factor)
+        if y is None:
+            runs.copy_(placed)
+        else:
+            # The True: by the sign of the result, as the kernel does it.
+            torch.ops.aten.leaky_relu_backward.grad_input(
+                placed, _places(y, factor, border), slope, True, grad_input=runs
+            )
+        if bias_dtype is not None:
+            _sum_channels(grad_x, grad_bias)
+        return grad_x, grad_bias
+    geometry = _geometry(grad_x, factor, border)
+    num_pixels, parts = len(grad_x) * geometry["rows"] * geometry["columns"], _parts(geometry)
+    side_by_side, each = _shares(triton.cdiv(num_pixels, geometry["BLOCK_P"]), parts)
+    partial_nc = None
     if bias_dtype is not None:
-        grad_bias = _channel_sums(grad_x, bias_dtype)
-    return grad_x, grad_bias
-
-
-def _new_gradients(
-    grad_bchw: Tensor, factor: int, border: Sequence[int], bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    """Room for the gradients of x and bias; the latter of no elements where there is no bias."""
-    batch, channels, rows, columns = grad_bchw.shape
-    left, right, top, bottom = border
-    shape = (
-        batch,
-        channels * factor**2,
-        (rows - top - bottom) // factor,
-        (columns - left - right) // factor,
+        partial_nc = grad.new_empty(side_by_side, grad_x.shape[1], dtype=torch.float32)
+    _backward_kernel[(side_by_side * parts,)](
+        grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, SLOPE=slope, **geometry
     )
-    grad_bias = grad_bchw.new_empty(0 if bias_dtype is None else shape[1], dtype=bias_dtype)
-    return _new(grad_bchw, shape), grad_bias
+    if partial_nc is not None:
+        _launch_sum(partial_nc, grad_bias)
+    return grad_x, grad_bias
 
 
 @_activate_backward.register_fake
 def _(grad, y, slope, factor, border, bias_dtype):
-    return _new_gradients(grad, factor, border, bias_dtype)
+    grad_x = _new(grad, _unframed_shape(grad, factor, border))
+    return grad_x, _new_bias_gradient(grad, grad_x.shape[1], bias_dtype)
 
 
 def _keep_activate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,29 +437,31 @@ def _differentiate_activate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     grad_x, grad_bias = _activate_backward(
         grad, y, ctx.slope, ctx.factor, ctx.border, ctx.bias_dtype
     )
-    return (
-        grad_x,
-        None if ctx.bias_dtype is None else grad_bias,
-        grad_x if ctx.has_residual else None,
-        *(None, None, None),
-    )
+    grad_residual = grad_x if ctx.has_residual else None
+    return grad_x, None if ctx.bias_dtype is None else grad_bias, grad_residual, None, None, None
 
 
 _activate.register_autograd(_differentiate_activate, setup_context=_keep_activate)
+
+
+def _image_dtype(x_bchw: Tensor) -> torch.dtype:
+    return torch.float64 if x_bchw.dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("mien::to_image", mutates_args=())
 def _to_image(x: Tensor, bias: Tensor | None, channels: int) -> Tensor:
     x = x.contiguous(memory_format=_NHWC)
     y = _new(x, (len(x), channels, *x.shape[2:]), _image_dtype(x))
-    y.copy_(x[:, :channels])
-    if bias is not None:
-        y += bias[:channels].to(y.dtype).view(-1, 1, 1)
-    return y.sigmoid_()
-
-
-def _image_dtype(x_bchw: Tensor) -> torch.dtype:
-    return torch.float64 if x_bchw.dtype == torch.float64 else torch.float32
+    if not uses_triton(x):
+        # One long run a channel: torch is slow on many runs of three values.
+        for channel in range(channels):
+            y[:, channel] = x[:, channel]
+            if bias is not None:
+                y[:, channel] += bias[channel].to(y.dtype)
+        return y.sigmoid_()
+    grid = (triton.cdiv(y.numel(), _VALUES),)
+    _image_kernel[grid](x, bias, y, y.numel(), x.shape[1], channels, BLOCK=_VALUES)
+    return y
 
 
 @_to_image.register_fake
@@ -244,27 +474,38 @@ def _to_image_backward(
     grad: Tensor, y: Tensor, num_channels: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous(memory_format=_NHWC)
-    grad_x, grad_bias = _new_image_gradients(grad, num_channels, dtype, bias_dtype)
-    channels = y.shape[1]
-    grad_z = torch.ops.aten.sigmoid_backward(grad, y)
-    grad_x[:, :channels] = grad_z
-    grad_x[:, channels:] = 0
+    batch, channels, rows, columns = y.shape
+    grad_x = _new(grad, (batch, num_channels, rows, columns), dtype)
+    grad_bias = _new_bias_gradient(grad, num_channels, bias_dtype)
+    if not uses_triton(grad):
+        grad_z = torch.ops.aten.sigmoid_backward(grad, y)
+        grad_x.zero_()
+        for channel in range(channels):
+            grad_x[:, channel] = grad_z[:, channel]
+        if bias_dtype is not None:
+            grad_bias[channels:] = 0
+            _sum_channels(grad_z, grad_bias[:channels])
+        return grad_x, grad_bias
+    block_c = triton.next_power_of_2(num_channels)
+    block_p = triton.cdiv(_TILE, block_c)
+    num_pixels = batch * rows * columns
+    side_by_side, each = _shares(triton.cdiv(num_pixels, block_p), 1)
+    partial_nc = None
     if bias_dtype is not None:
-        grad_bias.zero_()[:channels] = _channel_sums(grad_z, bias_dtype)
+        partial_nc = grad.new_empty(side_by_side, num_channels, dtype=torch.float32)
+    _image_backward_kernel[(side_by_side,)](
+        grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, num_channels, channels,
+        BLOCK_P=block_p, BLOCK_C=block_c,
+    )  # fmt: skip
+    if partial_nc is not None:
+        _launch_sum(partial_nc, grad_bias)
     return grad_x, grad_bias
-
-
-def _new_image_gradients(
-    grad_bchw: Tensor, num_channels: int, dtype: torch.dtype, bias_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
-    shape = (len(grad_bchw), num_channels, *grad_bchw.shape[2:])
-    grad_bias = grad_bchw.new_empty(0 if bias_dtype is None else num_channels, dtype=bias_dtype)
-    return _new(grad_bchw, shape, dtype), grad_bias
 
 
 @_to_image_backward.register_fake
 def _(grad, y, num_channels, dtype, bias_dtype):
-    return _new_image_gradients(grad, num_channels, dtype, bias_dtype)
+    grad_x = _new(grad, (len(y), num_channels, *y.shape[2:]), dtype)
+    return grad_x, _new_bias_gradient(grad, num_channels, bias_dtype)
 
 
 def _keep_to_image(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
