@@ -3,11 +3,12 @@
 A module ``bench_<op>`` has ``cases()``, which yields (what, function to time). ``what`` says which
 case it is; these of its fields are read here and are not part of the case:
 
-    variant  "mien" (the default), "torch-eager" or "torch-compile"
+    variant  "mien" (the default), "torch-eager", "torch-compile", or another "torch-..."
     bytes    that no implementation can do without moving
     flops    the same, of its products; with dtype, they are judged by that product's ceiling
-    capture  False where the function cannot be put into a CUDA graph; all others are, on a GPU, so
-             that kernels are compared and not the Python in front of them
+    capture  False where the function shall not be put into a CUDA graph; all others that allow it
+             are, on a GPU, so that kernels are compared and not the Python in front of them;
+             ``timed`` in the row says which was done
 
 Run: ``mien bench kernels``.
 """
@@ -58,7 +59,7 @@ def _row(
     }
     row = {"kind": "kernel", "kernel": name, "variant": variant, "case": case}
     try:
-        timed = measure(fn, pace("kernel", device_type), device_type=device_type, capture=capture)
+        timed, how = _timed(fn, device_type, capture)
     except RuntimeError as error:  # one case must not cost the figures of all; the command fails
         return row | {"error": str(error).partition("\n")[0]}
     seconds = timed["median_s"]
@@ -66,11 +67,25 @@ def _row(
     bound_s = ceiling_s(ceilings, num_bytes, flops, _DTYPES.get(dtype, dtype))
     return row | {
         **spread_ms(timed),
-        "timed": "graph" if capture else "stream" if device_type == "cuda" else "wall",
+        "timed": how,
         "gb_per_s": rounded(num_bytes / seconds / 1e9) if num_bytes else None,
         "tflops": rounded(flops / seconds / 1e12) if flops else None,
         "share_of_ceiling": rounded(bound_s / seconds) if bound_s else None,
     }
+
+
+def _timed(
+    fn: Callable[[], object], device_type: str, capture: int
+) -> tuple[dict[str, float], str]:
+    """Figures of one call, and how they were taken: graph, stream or wall."""
+    how = pace("kernel", device_type)
+    if capture:
+        try:
+            return measure(fn, how, device_type=device_type, capture=capture), "graph"
+        except RuntimeError:  # some of PyTorch's own steps refuse to be captured
+            torch.cuda.synchronize()
+    figures = measure(fn, how, device_type=device_type)
+    return figures, "stream" if device_type == "cuda" else "wall"
 
 
 def _graph_calls(num_bytes: float | None) -> int:
