@@ -3,17 +3,19 @@
 A module ``bench_<op>`` has ``cases()``, which yields (what, function to time). ``what`` says which
 case it is; these of its fields are read here and are not part of the case:
 
-    variant  "mien" (the default), "torch-eager" or "torch-compile"
+    variant  "mien" (the default), "torch-eager", "torch-compile", or another "torch-..."
     bytes    that no implementation can do without moving
     flops    the same, of its products; with dtype, they are judged by that product's ceiling
-    capture  False where the function cannot be put into a CUDA graph; all others are, on a GPU, so
-             that kernels are compared and not the Python in front of them
+    capture  False where the function shall not be put into a CUDA graph; all others that allow it
+             are, on a GPU, so that kernels are compared and not the Python in front of them;
+             ``timed`` in the row says which was done
 
 Run: ``mien bench kernels``.
 """
 
 import importlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +25,8 @@ from .. import kernels
 from .ceilings import ceiling_s
 from .harness import measure, pace, rounded, spread_ms
 
+_CACHE_BYTES = 64 * 2**20
+_GRAPH_CALLS, _MAX_GRAPH_CALLS = 64, 1024
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -47,14 +51,15 @@ def _row(
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     variant = what.pop("variant", "mien")
     num_bytes, flops = what.pop("bytes", None), what.pop("flops", None)
-    capture = what.pop("capture", True) and device_type == "cuda"
+    is_captured = what.pop("capture", True) and device_type == "cuda"
+    capture = _graph_calls(num_bytes) if is_captured else 0
     what.pop("kernel", None)
     case = {
         key: value if isinstance(value, int | list) else str(value) for key, value in what.items()
     }
     row = {"kind": "kernel", "kernel": name, "variant": variant, "case": case}
     try:
-        timed = measure(fn, pace("kernel", device_type), device_type=device_type, capture=capture)
+        timed, how = _timed(fn, device_type, capture)
     except RuntimeError as error:  # one case must not cost the figures of all; the command fails
         return row | {"error": str(error).partition("\n")[0]}
     seconds = timed["median_s"]
@@ -62,11 +67,31 @@ def _row(
     bound_s = ceiling_s(ceilings, num_bytes, flops, _DTYPES.get(dtype, dtype))
     return row | {
         **spread_ms(timed),
-        "timed": "graph" if capture else "stream" if device_type == "cuda" else "wall",
+        "timed": how,
         "gb_per_s": rounded(num_bytes / seconds / 1e9) if num_bytes else None,
         "tflops": rounded(flops / seconds / 1e12) if flops else None,
         "share_of_ceiling": rounded(bound_s / seconds) if bound_s else None,
     }
+
+
+def _timed(
+    fn: Callable[[], object], device_type: str, capture: int
+) -> tuple[dict[str, float], str]:
+    """Figures of one call, and how they were taken: graph, stream or wall."""
+    how = pace("kernel", device_type)
+    if capture:
+        try:
+            return measure(fn, how, device_type=device_type, capture=capture), "graph"
+        except RuntimeError:  # some of PyTorch's own steps refuse to be captured
+            torch.cuda.synchronize()
+    figures = measure(fn, how, device_type=device_type)
+    return figures, "stream" if device_type == "cuda" else "wall"
+
+
+def _graph_calls(num_bytes: float | None) -> int:
+    """Calls in a graph: more than it takes to push a first call's tensors out of the cache."""
+    wanted = 2 * _CACHE_BYTES / num_bytes if num_bytes else 0
+    return min(max(_GRAPH_CALLS, math.ceil(wanted)), _MAX_GRAPH_CALLS)
 
 
 def _compared(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,8 @@ def name(row: dict[str, Any]) -> str:
 
 
 _NAMED = frozenset(
-    "kernel variant model batch_size precision engine without placement input_px output_px".split()
+    "kernel variant model batch_size precision engine saves without placement "
+    "input_px output_px".split()
 )
 
 

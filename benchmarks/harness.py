@@ -18,12 +18,9 @@ SCHEMA = 2
 
 IDENTITY = frozenset(
     "kind name model batch_size precision engine threads without kernel variant case of placement "
-    "input_px output_px png_px size_px num_faces faces phase".split()
+    "input_px output_px png_px size_px num_faces faces phase saves".split()
 )
 """Fields of a row that say what was measured; all others are figures."""
-
-GRAPH_CALLS = 16
-"""Calls of a captured function in one graph."""
 
 
 def _git(*words: str) -> str:
@@ -97,7 +94,7 @@ def pace(kind: str, device_type: str) -> Pace:
 
 
 def measure(
-    fn: Callable[[], object], how: Pace, *, device_type: str = "cpu", capture: bool = False
+    fn: Callable[[], object], how: Pace, *, device_type: str = "cpu", capture: int = 0
 ) -> dict[str, float]:
     """Seconds of one call of ``fn``: the median over the windows and their spread.
 
@@ -108,15 +105,15 @@ def measure(
         fn: What to time.
         how: How often.
         device_type: "cuda" or "cpu".
-        capture: Put the calls into a CUDA graph and time that, which leaves out the time that
+        capture: Put so many calls into a CUDA graph and time that, which leaves out the time that
             Python needs to launch them. ``fn`` must allow it; inputs that it takes in turn are
-            taken in turn in the graph as well.
+            taken in turn in the graph as well. 0: call it.
     """
     for _ in range(how.warmup):
         fn()
     if device_type == "cuda":
-        run, inside = (_captured(fn), GRAPH_CALLS) if capture else (fn, 1)
-        return _windows(_cuda_timer(run), how, inside)
+        run = _captured(fn, capture) if capture else fn
+        return _windows(_cuda_timer(run), how, max(1, capture))
     return _windows(_wall_timer(fn), how, 1)
 
 
@@ -167,13 +164,13 @@ def _cuda_timer(fn: Callable[[], object]) -> Callable[[int], tuple[float, float]
     return time_calls
 
 
-def _captured(fn: Callable[[], object]) -> Callable[[], None]:
-    """A replay of `GRAPH_CALLS` calls."""
+def _captured(fn: Callable[[], object], calls: int) -> Callable[[], None]:
+    """A replay of so many calls."""
     import torch
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
+        for _ in range(calls):
             fn()
     return graph.replay
 

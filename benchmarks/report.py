@@ -106,7 +106,7 @@ def _steps(rows: list[dict[str, Any]]) -> Iterable[str]:
                 *(row["model"], row["batch_size"], row["precision"], row["engine"]),
                 *(row["eg_per_s"], _known(row, "eg_per_cpu_s")),
                 _percent(row.get("share_of_ceiling")),
-                *(row["python_calls"], row["launches"]),
+                *(_known(row, key) for key in ("python_calls", "launches")),
             ]
             for row in rows
         ],
@@ -143,12 +143,26 @@ def _data(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 def _loop(rows: list[dict[str, Any]]) -> Iterable[str]:
     yield from _table(
-        "The whole loop (data, logging, two previews and saves; short runs, so these weigh much)",
-        ["model", "batch", "precision", "engine", "EG/s", "waiting for data", "iterations"],
+        "The whole loop: data, logging, previews and saves (on a CPU a few iterations only)",
+        [
+            "model",
+            "batch",
+            "precision",
+            "engine",
+            "saves",
+            "EG/s",
+            "waiting for data",
+            "iterations",
+        ],
         [
             [
                 *(row["model"], row["batch_size"], row["precision"], row["engine"]),
-                *(row["eg_per_s"], _percent(row["data_wait"]), row["iterations"]),
+                *(
+                    _known(row, "saves"),
+                    row["eg_per_s"],
+                    _percent(row["data_wait"]),
+                    row["iterations"],
+                ),
             ]
             for row in rows
         ],
@@ -222,7 +236,9 @@ def _line(cells: Iterable[Any]) -> str:
 
 
 def update(readme: Path, picture: Path) -> None:
-    """Put the tables between the README's two marks, and draw the picture.
+    """Put the tables and the picture, drawn anew, between the README's two marks.
+
+    ``picture`` is as the README names it.
 
     Raises:
         ValueError: The file lacks the marks.
@@ -232,12 +248,17 @@ def update(readme: Path, picture: Path) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{readme} lacks the lines {BEGIN} and {END}")
-    readme.write_text(f"{before}{BEGIN}\n\n{render()}\n{END}{after}")
-    draw(newest_results(), picture)
+    figures = render()
+    if draw(newest_results(), picture):
+        figures = f"![EG/s and the roofline's ceiling]({picture})\n\n{figures}"
+    readme.write_text(f"{before}{BEGIN}\n\n{figures}\n{END}{after}")
 
 
-def draw(contents: list[dict[str, Any]], picture: Path) -> None:
-    """EG/s of every step and loop as bars, one panel a card, each bf16 bar under its ceiling."""
+def draw(contents: list[dict[str, Any]], picture: Path) -> bool:
+    """EG/s of every step and loop as bars, one panel a card, each bf16 bar beside its ceiling.
+
+    False, and no picture, where there is nothing to draw.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -246,7 +267,7 @@ def draw(contents: list[dict[str, Any]], picture: Path) -> None:
     panels = [(content, _bars(content)) for content in contents]
     panels = [(content, bars) for content, bars in panels if bars]
     if not panels:
-        return
+        return False
     heights = [1 + 0.32 * len(bars) for _, bars in panels]
     figure, grid = pyplot.subplots(
         len(panels), 1, figsize=(10, sum(heights) + 0.6), height_ratios=heights, squeeze=False
@@ -270,6 +291,7 @@ def draw(contents: list[dict[str, Any]], picture: Path) -> None:
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
+    return True
 
 
 def _bars(content: dict[str, Any]) -> list[tuple[str, float, float | None, str]]:
@@ -283,7 +305,7 @@ def _bars(content: dict[str, Any]) -> list[tuple[str, float, float | None, str]]
         if card and row["precision"] == "bf16":
             work = work_of(meta_model(row["model"]), row["batch_size"])
             bound = ceiling(work, card).eg_per_s
-        color = "tab:gray" if row["engine"] == "plain-torch" else _COLORS[row["kind"]]
+        color = "tab:gray" if row["engine"].startswith("plain") else _COLORS[row["kind"]]
         bars.append((name_of(row), row["eg_per_s"], bound, color))
     return bars
 

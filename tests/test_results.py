@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -215,6 +216,7 @@ def test_compare_on_the_command_line(folder, monkeypatch, capsys):
 def test_the_readme_and_the_picture(folder):
     loop = {"kind": "train", "model": "lightweight", "batch_size": 2, "precision": "fp32"}
     loop |= {"engine": "eager", "iterations": 7, "eg_per_s": 2.5, "data_wait": 0.25}
+    loop |= {"saves": "every minute"}
     kernel = {"kind": "kernel", "kernel": "upscale", "variant": "mien", "case": {"px": 64}}
     kernel |= {"median_ms": 0.5, "p10_ms": 0.4, "p90_ms": 0.6, "timed": "graph"}
     kernel |= {"share_of_ceiling": 0.81, "loses_to": ["torch-compile"]}
@@ -222,17 +224,18 @@ def test_the_readme_and_the_picture(folder):
     rows = [step_row(20.0), step_row(16.0, without="channel alignment"), loop, kernel]
     rows += [step_row(9.0, engine="plain-torch")]
     harness.write_results(rows, ceilings=CEILINGS)
-    readme, picture = folder / "README.md", folder / "docs/figures.png"
+    readme, picture = Path("README.md"), Path("docs/figures.png")
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     report.update(readme, picture)
     text = readme.read_text()
-    assert "| lightweight | 2 | fp32 | eager | 2.5 | 25.0 % | 7 |" in text
+    assert "| lightweight | 2 | fp32 | eager | every minute | 2.5 | 25.0 % | 7 |" in text
     assert "| upscale | px=64 | 0.5 |  |  | 81.0 % |  | 0.9 |" in text
     assert "| upscale | px=64 | torch-compile | 0.9 |" in text
     assert "| original | 16 | bf16 | mien-eager | 20.0 | 10.0 | 50.0 % | 1200 | 300 |" in text
     assert "| step | original | 16 | bf16 | mien-eager | channel alignment | 16.0 | 20.0 |" in text
     assert "-20.0 %" in text
     assert "| 10.0 | 0.5 | 0.25 |" in text, "the ceilings"
+    assert "![EG/s and the roofline's ceiling](docs/figures.png)" in text
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
@@ -244,5 +247,20 @@ def test_the_readme_and_the_picture(folder):
 
 def test_a_card_without_steps_draws_nothing(folder):
     harness.write_results([], ceilings=CEILINGS)
-    report.draw(report.newest_results(), folder / "picture.png")
+    assert not report.draw(report.newest_results(), folder / "picture.png")
     assert not (folder / "picture.png").exists()
+
+
+def test_graphs_hold_more_than_a_cache():
+    calls = bench_kernels._graph_calls
+    assert calls(None) == calls(10 * 2**30) == 64
+    assert calls(2**20) * 2**20 == 128 * 2**20
+    assert calls(8) == 1024
+
+
+def test_the_spread_of_a_loop_is_that_of_its_parts():
+    steps = [{"iteration": 10 * i, "time": 2.0 * i} for i in range(10)]
+    steps.append({"iteration": 100, "time": 22.0})  # the last part: 20 iterations in 6 s
+    spread = bench_train._spread(steps, 32)
+    assert spread == {"eg_per_s_low": 106.7, "eg_per_s_high": 160.0}
+    assert bench_train._spread(steps[:3], 32) == {}
