@@ -179,7 +179,7 @@ class _PlainUpdate(Update):
 
 
 @contextlib.contextmanager
-def _plain_upscale() -> Iterator[None]:
+def plain_blocks() -> Iterator[None]:
     """The models' blocks use separate operations inside."""
     names = ("activate", "upscale", "to_image")
     with mock.patch.multiple(blocks, **{name: getattr(reference, name) for name in names}):
@@ -242,7 +242,7 @@ def mien_step(
         return lambda: run(seen)
 
     def plainly() -> None:
-        with _plain_upscale():
+        with plain_blocks():
             run(seen)
 
     return plainly
@@ -274,7 +274,7 @@ def plain_step(
     compute = torch.compile(total) if is_compiled else total
 
     def step() -> None:
-        with _plain_upscale():
+        with plain_blocks():
             compute().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
