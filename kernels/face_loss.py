@@ -17,10 +17,10 @@ Gaussian of sigma 1.5 and reflected borders):
 
 The first launch filters a tile of both pictures in fast memory, adds up every loss and leaves the
 weighted derivatives of the SSIM map by Gx, Gxy and G(x^2 + y^2); the second filters these with the
-transpose of G and writes the whole gradient. As operations of PyTorch this is some sixty passes
-over the pictures forward and a hundred backward. The gradient is a result, not a formula of
-autograd: hand it to ``torch.autograd.backward`` together with the predictions. Sums are taken in a
-fixed order, so the bits are the same on every run.
+transpose of G and writes the whole gradient. Operations of PyTorch pass over the pictures some
+dozens of times, most of them in autograd. The gradient is a result, not a formula of autograd: hand
+it to ``torch.autograd.backward`` together with the predictions. Sums are taken in a fixed order, so
+the bits are the same on every run.
 
 Shape letters: B faces of a side, N = 2 B faces, A's first, C channels, H rows, W columns, K losses.
 """

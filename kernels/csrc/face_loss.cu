@@ -25,7 +25,7 @@ __device__ void add_up(const mien::LossCall &call, const mien::Tile &tile, int64
 }
 
 template <int kChannels, class RawPred, class RawTarget>
-__global__ void __launch_bounds__(mien::kLossThreads)
+__global__ void __launch_bounds__(mien::kLossThreads, kChannels == 3 ? 5 : 4)
     loss_forward_kernel(const __grid_constant__ mien::LossCall call) {
     __shared__ mien::ForwardShared shared;
     const mien::Tile tile = mien::tile_at(call, blockIdx.x);
@@ -45,7 +45,7 @@ __device__ void means(const mien::LossCall &call, mien::MeansShared &shared) {
 
 // Block 0: the means. The others begin with what was written last and may still lie in the cache.
 template <int kChannels>
-__global__ void __launch_bounds__(mien::kLossThreads)
+__global__ void __launch_bounds__(mien::kLossThreads, 5)
     loss_gradient_kernel(const __grid_constant__ mien::LossCall call) {
     __shared__ union {
         mien::GradientShared gradient;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(mien::kLossThreads)
 }
 
 template <int kChannels>
-__global__ void __launch_bounds__(mien::kLossThreads)
+__global__ void __launch_bounds__(mien::kLossThreads, 7)
     loss_pixels_kernel(const __grid_constant__ mien::LossCall call) {
     __shared__ mien::LossSums sums;
     const mien::Tile tile = mien::tile_at(call, blockIdx.x);

@@ -15,6 +15,23 @@ namespace mien {
 
 constexpr int kParts = 16;  // partial sums a kind on the way to the block's
 
+// To a unit or two in the last place; on a GPU the exact ones are several times as long.
+MIEN_HD float reciprocal(float value) {
+#if defined(__CUDA_ARCH__)
+    return __fdividef(1.0f, value);
+#else
+    return 1.0f / value;
+#endif
+}
+
+MIEN_HD float reciprocal_root(float value) {
+#if defined(__CUDA_ARCH__)
+    return rsqrtf(value);
+#else
+    return 1.0f / sqrtf(value);
+#endif
+}
+
 // ---- pixel losses: d = pred - target ----------------------------------------------------------
 
 constexpr float kSmooth = 1.0f / 255.0f;
@@ -29,9 +46,9 @@ MIEN_HD float pixel_loss(float d) {
         const float sinh = sinhf(size);  // cosh^2 - 1 = sinh^2: no cancellation
         return 0.5f * log1pf(sinh * sinh);
     }
-    // c (sqrt(q + 1) - 1) without the cancellation
-    const float q = d * 255.0f * (d * 255.0f);
-    return kSmooth * q / (sqrtf(q + 1.0f) + 1.0f);
+    // c (1 / r - 1) = c q r / (1 + r), without the cancellation
+    const float q = d * 255.0f * (d * 255.0f), r = reciprocal_root(q + 1.0f);
+    return kSmooth * q * r * reciprocal(1.0f + r);
 }
 
 template <int kKind>
@@ -40,7 +57,7 @@ MIEN_HD float pixel_slope(float d) {
     if constexpr (kKind == MIEN_MSE) return 2.0f * d;
     if constexpr (kKind == MIEN_LOGCOSH) return tanhf(d);
     const float part = d * 255.0f;
-    return part / sqrtf(fused(part, part, 1.0f));
+    return part * reciprocal_root(fused(part, part, 1.0f));
 }
 
 // ---- sums -------------------------------------------------------------------------------------
@@ -163,11 +180,11 @@ struct Similarity {
 MIEN_HD Similarity similarity_of(float mean_x, float mean_y, float mean_xy, float mean_squares) {
     constexpr float kC1 = 0.01f * 0.01f, kC2 = 0.03f * 0.03f;
     const float x = mean_x + 0.5f, y = mean_y + 0.5f;
-    const float inverse_luminance = 1.0f / (fused(x, x, y * y) + kC1);
+    const float inverse_luminance = reciprocal(fused(x, x, y * y) + kC1);
     const float luminance = fused(2.0f * x, y, kC1) * inverse_luminance;
     const float variance = mean_squares - fused(mean_x, mean_x, mean_y * mean_y);
     const bool held = variance <= 0.0f;
-    const float inverse_contrast = 1.0f / ((held ? 0.0f : variance) + kC2);
+    const float inverse_contrast = reciprocal((held ? 0.0f : variance) + kC2);
     const float contrast = fused(2.0f, fused(-mean_x, mean_y, mean_xy), kC2) * inverse_contrast;
     const float moving = held ? 0.0f : contrast;
     Similarity s;
@@ -184,26 +201,27 @@ MIEN_HD void picture_rows(const LossCall &call, const Tile &tile, int thread,
                           ForwardShared &shared) {
     constexpr int kLength = Run<Lanes>::kLength;
     const Run<Lanes> run = run_of<Lanes, kChannels>(call, tile, thread);
-    float maps[kPictureMaps][kLength], weights[kLength], values[kLength];
+    float maps[kPictureMaps][kLength], weights[kLength], doubled[kLength], values[kLength];
     load_weights<kChannels>(call, tile.face, run.x, run.y, run.count, weights);
     filter_run<Lanes, kChannels>(shared.maps, run, maps);
+    MIEN_UNROLL
+    for (int i = 0; i < kLength; ++i) doubled[i] = weights[i];
+    scale_border<kChannels>(call, run.x, run.y, 2.0f, doubled);
     MIEN_UNROLL
     for (int i = 0; i < kLength; ++i) {
         const Similarity s = similarity_of(maps[0][i], maps[1][i], maps[2][i], maps[3][i]);
         values[i] = weights[i] * s.loss;
-        maps[0][i] = weights[i] * s.by_mean;
-        maps[1][i] = weights[i] * s.by_product;
-        maps[2][i] = weights[i] * s.by_squares;
+        maps[0][i] = doubled[i] * s.by_mean;
+        maps[1][i] = doubled[i] * s.by_product;
+        maps[2][i] = doubled[i] * s.by_squares;
     }
     keep_sum<Lanes>(shared.sums, MIEN_SSIM, thread, values);
     const int64_t plane = 2 * call.batch * call.height * call.stride;
     const int64_t row = tile.face * call.height + run.y;
     float *slopes = call.slopes + row * call.stride + tile.first + run.start;
     MIEN_UNROLL
-    for (int map = 0; map < kSlopeMaps; ++map) {
-        scale_border<kChannels>(call, run.x, run.y, 2.0f, maps[map]);
+    for (int map = 0; map < kSlopeMaps; ++map)
         store_run(slopes + map * plane, MIEN_FLOAT32, run.count, true, maps[map]);
-    }
     if (!asks_for_pixels(call)) return;
     float x[kLength], y[kLength];
     load_run(call.preds[side_of(call, tile.face)], call.pred_type,
@@ -285,6 +303,7 @@ MIEN_HD void add_up_means(const LossCall &call, int thread, MeansShared &shared)
         for (int loss = 0; loss < call.num_losses; ++loss) {
             const float *partials = call.partials + (2 * call.kinds[loss] + side) * side_blocks;
             double total = 0.0;
+            MIEN_ROLLED
             for (int64_t i = thread; i < side_blocks; i += kLossThreads) total += partials[i];
             shared.threads[side][loss][thread] = total;
         }
@@ -296,6 +315,7 @@ MIEN_HD void store_means(const LossCall &call, int thread, const MeansShared &sh
     if (thread >= 2 * call.num_losses) return;
     const int side = thread / call.num_losses, loss = thread % call.num_losses;
     double total = 0.0;
+    MIEN_ROLLED
     for (int i = 0; i < kLossThreads; ++i) total += shared.threads[side][loss][i];
     const double count = static_cast<double>(call.batch) * call.height * call.length;
     call.means[thread] = static_cast<float>(total / count);

@@ -161,10 +161,11 @@ MIEN_HD void filter_run(const TileMaps<kMaps> &maps, const Run<Lanes> &run,
                 window[word] = *reinterpret_cast<const Four<float> *>(line + kFirst + 4 * word);
             MIEN_UNROLL
             for (int i = 0; i < kRun; ++i) {
-                float sum = 0.0f;
+                constexpr int kTap0 = kBefore - kFirst;
+                float sum = window[(kTap0 + i) / 4].at[(kTap0 + i) % 4] * taps.at[0];
                 MIEN_UNROLL
-                for (int k = 0; k < kTaps; ++k) {
-                    const int from = kBefore - kFirst + i + k * kChannels;
+                for (int k = 1; k < kTaps; ++k) {
+                    const int from = kTap0 + i + k * kChannels;
                     sum = fused(window[from / 4].at[from % 4], taps.at[k], sum);
                 }
                 sums[map][i] = sum;

@@ -7,8 +7,10 @@
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
 #define MIEN_UNROLL _Pragma("unroll")
+#define MIEN_ROLLED _Pragma("unroll 1")
 #else
 #define MIEN_UNROLL
+#define MIEN_ROLLED
 #endif
 
 #include <string.h>
