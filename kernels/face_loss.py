@@ -17,21 +17,21 @@ Gaussian of sigma 1.5 and reflected borders):
 
 The first launch filters a tile of both pictures in fast memory, adds up every loss and leaves the
 weighted derivatives of the SSIM map by Gx, Gxy and G(x^2 + y^2); the second filters these with the
-transpose of G and writes the whole gradient. As operations of PyTorch this is some sixty passes
-over the pictures forward and a hundred backward. The gradient is a result, not a formula of
-autograd: hand it to ``torch.autograd.backward`` together with the predictions. Sums are taken in a
-fixed order, so the bits are the same on every run.
+transpose of G and writes the whole gradient. Operations of PyTorch pass over the pictures some
+dozens of times, most of them in autograd. The gradient is a result, not a formula of autograd: hand
+it to ``torch.autograd.backward`` together with the predictions. Sums are taken in a fixed order, so
+the bits are the same on every run.
 
 Shape letters: B faces of a side, N = 2 B faces, A's first, C channels, H rows, W columns, K losses.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native
 
 LOSSES = ("mae", "mse", "logcosh", "smooth_loss", "ssim")
 """Names of the losses; a name's place is its number in mien.h."""
@@ -64,7 +64,44 @@ def _op(
     kinds: Sequence[int],
     shares: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    raise NotImplementedError("face_loss has no kernel yet")
+    batch, channels, height, width = pred_a.shape
+    device = pred_a.device
+    means = torch.empty((2, len(kinds)), dtype=torch.float32, device=device)
+    gradient_a, gradient_b = _room_for_gradient(pred_a), _room_for_gradient(pred_b)
+    ffi, lib = native.library()
+
+    def pointer(tensor: Tensor | None, kind: str = "void *") -> Any:
+        return ffi.cast(kind, 0 if tensor is None else tensor.data_ptr())
+
+    job = ffi.new(
+        "mien_face_loss_job *",
+        {
+            "preds": [pointer(pred_a), pointer(pred_b)],
+            "target": pointer(target),
+            "weight": pointer(weight, "float *"),
+            "scale": pointer(scale, "float *"),
+            "batch": batch,
+            "height": height,
+            "width": width,
+            "channels": channels,
+            "pred_type": _TYPES[pred_a.dtype],
+            "target_type": _TYPES[target.dtype],
+            "num_losses": len(kinds),
+            "kinds": list(kinds),
+            "shares": list(shares),
+            "means": pointer(means, "float *"),
+            "gradients": [pointer(gradient_a), pointer(gradient_b)],
+        },
+    )
+    num_bytes = lib.mien_face_loss_workspace_bytes(job)
+    workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    room = pointer(workspace), num_bytes
+    if device.type == "cpu":
+        native.call("face_loss_cpu", job, *room, torch.get_num_threads())
+    else:
+        stream = ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)
+        native.call("face_loss_cuda", job, *room, stream)
+    return means, gradient_a, gradient_b
 
 
 @_op.register_fake
@@ -109,14 +146,16 @@ def face_loss(
     smallest = min(pred_a.shape[2:])
     if LOSSES.index("ssim") in kinds and smallest < MIN_SSIM_PX:
         raise ValueError(f"SSIM needs pictures of at least {MIN_SSIM_PX} px, got {smallest}")
-    means, *gradients = reference.face_loss(
-        pred_a.float(), pred_b.float(), target_nchw, weight_n1hw, losses=losses
+    results = _op(
+        pred_a.detach().contiguous(memory_format=torch.channels_last),
+        pred_b.detach().contiguous(memory_format=torch.channels_last),
+        target_nchw.detach().contiguous(memory_format=torch.channels_last),
+        None if weight_n1hw is None else weight_n1hw.detach().contiguous(),
+        None if scale is None else scale.detach(),
+        kinds,
+        shares,
     )
-    if scale is not None:
-        gradients = [scale * gradient for gradient in gradients]
-    last = torch.channels_last
-    gradient_a, gradient_b = (g.to(pred_a.dtype, memory_format=last) for g in gradients)
-    return FaceLoss(means, gradient_a, gradient_b)
+    return FaceLoss(*results)
 
 
 def _checked_losses(losses: Sequence[tuple[str, float]]) -> tuple[list[int], list[float]]:

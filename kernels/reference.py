@@ -203,14 +203,14 @@ def face_loss(
     """
     means: list[Tensor] = []
     gradients: list[Tensor] = []
-    weights: Sequence[Tensor | float] = (1.0, 1.0)
-    if weight_n1hw is not None:
-        weights = weight_n1hw.to(pred_a.dtype).chunk(2)
-    for pred, target, weight in zip((pred_a, pred_b), target_nchw.chunk(2), weights, strict=True):
+    if weight_n1hw is None:
+        weight_n1hw = torch.ones_like(target_nchw[:, :1])
+    sides = zip((pred_a, pred_b), target_nchw.chunk(2), weight_n1hw.chunk(2), strict=True)
+    for pred, target, weight in sides:
         pred = pred.detach().requires_grad_()
         with torch.enable_grad():
             maps = [LOSS_MAPS[name](pred, target.to(pred.dtype)) for name, _ in losses]
-            side = torch.stack([(each * weight).mean() for each in maps])
+            side = torch.stack([(each * weight.to(pred.dtype)).mean() for each in maps])
             total = sum(share * mean for (_, share), mean in zip(losses, side, strict=True))
             gradients += torch.autograd.grad(scale * total, pred)
         means.append(side.detach())

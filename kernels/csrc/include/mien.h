@@ -125,6 +125,49 @@ MIEN_API int32_t mien_augment_launches(const mien_augment_job *job);
 /* Bytes of device memory that mien_augment_cuda needs for this job (its pointers are not read). */
 MIEN_API int64_t mien_augment_workspace_bytes(const mien_augment_job *job);
 
+/* ---- Picture losses ----------------------------------------------------------------------- */
+
+#define MIEN_MAX_LOSSES 8
+#define MIEN_NUM_LOSS_KINDS 5
+
+typedef enum {
+    MIEN_MAE = 0,
+    MIEN_MSE = 1,
+    MIEN_LOGCOSH = 2,
+    MIEN_SMOOTH_LOSS = 3,
+    MIEN_SSIM = 4,
+} mien_loss;
+
+/* One call of the losses of both sides. Pictures are NHWC, 0..1; side 0 is a, side 1 is b. */
+typedef struct {
+    const void *preds[2]; /* [batch, height, width, channels] */
+    const void *target;   /* [2 batch, height, width, channels], side a first */
+    const float *weight;  /* [2 batch, height, width], or NULL: all 1 */
+    const float *scale;   /* factor of the gradients, or NULL: 1 */
+    int64_t batch;        /* faces of a side */
+    int32_t height;
+    int32_t width;
+    int32_t channels; /* 1 or 3 */
+    int32_t pred_type;
+    int32_t target_type;
+    int32_t num_losses;
+    int32_t kinds[MIEN_MAX_LOSSES];
+    float shares[MIEN_MAX_LOSSES];
+    float *means;       /* [2, num_losses]: of weight * map over all elements of a side */
+    void *gradients[2]; /* like preds: of scale * sum of share * mean */
+} mien_face_loss_job;
+
+/* Bytes of memory that the calls below need for this job (its pointers are not read). */
+MIEN_API int64_t mien_face_loss_workspace_bytes(const mien_face_loss_job *job);
+
+/* Means and gradients. num_threads 0: one per core. The result does not depend on num_threads. */
+MIEN_API mien_status mien_face_loss_cpu(const mien_face_loss_job *job, void *workspace,
+                                        int64_t workspace_bytes, int32_t num_threads);
+
+/* The same on a GPU, in two launches; every pointer must be readable by it. */
+MIEN_API mien_status mien_face_loss_cuda(const mien_face_loss_job *job, void *workspace,
+                                         int64_t workspace_bytes, void *stream);
+
 #ifdef __cplusplus
 }
 #endif

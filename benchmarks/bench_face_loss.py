@@ -1,0 +1,92 @@
+"""The picture losses of both sides, value and gradient: SSIM and MSE, as by default.
+
+The pictures change from call to call, over more than 64 MiB on a GPU, so that its cache does not
+help.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import face_loss, reference
+
+SIZES = ((8, 64), (16, 64), (16, 128), (16, 256))
+"""Faces of a side and their edge in px."""
+
+LOSSES = (("ssim", 1.0), ("mse", 1.0))
+
+_ROTATED_BYTES = 64 * 2**20
+_FLOPS = 2 * (4 + 3) * 22  # of an element: 11 taps each way, of 4 maps and of 3 derivatives
+
+
+def cases() -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
+    """Yield (what it is, function to time)."""
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    sizes = SIZES if on_gpu else SIZES[:2]
+    for (batch, edge), dtype in itertools.product(sizes, (torch.float32, torch.bfloat16)):
+        elements = 2 * batch * 3 * edge * edge
+        what = {
+            "kernel": "face_loss",
+            "batch": batch,
+            "edge_px": edge,
+            "dtype": str(dtype).removeprefix("torch."),
+            # Prediction, target and gradient once, and the weight of each pixel.
+            "bytes": elements * 3 * dtype.itemsize + elements // 3 * 4,
+            "flops": elements * _FLOPS,
+        }
+        sets = _pictures(batch, edge, dtype, device)
+        variants: dict[str, Callable[..., object]] = {
+            "mien": face_loss,
+            "torch-eager": _by_autograd,
+        }
+        if on_gpu:
+            variants["torch-compile"] = torch.compile(_by_autograd)
+        for variant, function in variants.items():
+            yield {**what, "variant": variant}, _rotating(function, sets)
+
+
+def _rotating(function: Callable[..., object], sets: list[list[Tensor]]) -> Callable[[], object]:
+    order = itertools.cycle(sets)
+    return lambda: function(*next(order), losses=LOSSES)
+
+
+def _by_autograd(
+    pred_a: Tensor,
+    pred_b: Tensor,
+    target_nchw: Tensor,
+    weight_n1hw: Tensor,
+    *,
+    losses: tuple[tuple[str, float], ...],
+) -> tuple[Tensor, ...]:
+    """The same with PyTorch's operations, statistics in fp32."""
+    preds = [pred.detach().requires_grad_() for pred in (pred_a, pred_b)]
+    pred = torch.cat(preds).float()
+    total = pred.new_zeros(())
+    for name, share in losses:
+        error = reference.LOSS_MAPS[name](pred, target_nchw.float())
+        total = total + share * (error * weight_n1hw).mean()
+    return torch.autograd.grad(2 * total, preds)
+
+
+def _pictures(batch: int, edge: int, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
+    """As many sets of predictions, targets and weights as outgrow a GPU's cache."""
+
+    def picture(count: int) -> Tensor:
+        random = torch.rand(count, 3, edge, edge, device=device, dtype=dtype)
+        return random.contiguous(memory_format=torch.channels_last)
+
+    one = 4 * batch * 3 * edge * edge * dtype.itemsize
+    count = 2 + _ROTATED_BYTES // one if device == "cuda" else 2
+    return [
+        [
+            picture(batch),
+            picture(batch),
+            picture(2 * batch),
+            torch.rand(2 * batch, 1, edge, edge, device=device),
+        ]
+        for _ in range(count)
+    ]
