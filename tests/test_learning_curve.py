@@ -72,7 +72,7 @@ def _feed(config, dtype, device):
 
 
 def _model(seed):
-    return models.build("lightweight", seed=seed, width=16)
+    return models.build("lightweight", seed=seed, width=8)
 
 
 def _windows(losses):
