@@ -20,6 +20,7 @@ def augment(
     penalize_mask: bool = True,
     eye_multiplier: float = 1,
     mouth_multiplier: float = 1,
+    single_interpolation: bool = False,
     rgb: bool = False,
 ) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], np.ndarray]:
     """`mien.kernels.augment` as a chain of OpenCV calls.
@@ -39,7 +40,7 @@ def augment(
             face_ssc[..., :3] = vary_color(
                 face_ssc[..., :3], record["lab"], int(record["clahe_tiles"])
             )
-        face_ssc = np.ascontiguousarray(face_ssc[..., :6])
+        colored = face_ssc = np.ascontiguousarray(face_ssc[..., :6])
         if not np.array_equal(record["matrix"], _IDENTITY):
             face_ssc = cv2.warpAffine(
                 face_ssc,
@@ -51,6 +52,7 @@ def augment(
         if record["flip"]:
             face_ssc = face_ssc[:, ::-1]
         order = [2, 1, 0] if rgb else [0, 1, 2]
+        before = np.ascontiguousarray(colored[..., order])
         picture = np.ascontiguousarray(face_ssc[..., order])
         # OpenCV's rounding depends on the number of channels: those masks that are used.
         used = [3]
@@ -70,9 +72,13 @@ def augment(
             weights[i].append(weight)
         masks.append(face)
         if record["warp"]:
-            picture = cv2.remap(
-                picture, *warp_maps(record["warp_noise"], size_px), cv2.INTER_LINEAR
-            )
+            maps = warp_maps(record["warp_noise"], size_px)
+            if single_interpolation:
+                maps = maps_before(*maps, record["matrix"], bool(record["flip"]))
+                edge_mode = cv2.BORDER_REPLICATE
+                picture = cv2.remap(before, *maps, cv2.INTER_LINEAR, borderMode=edge_mode)
+            else:
+                picture = cv2.remap(picture, *maps, cv2.INTER_LINEAR)
         inputs.append(_shrunk(picture, input_px))
     return np.stack(inputs), [*map(np.stack, targets)], [*map(np.stack, weights)], np.stack(masks)
 
@@ -99,6 +105,17 @@ def warp_maps(noise: np.ndarray, size_px: int) -> tuple[np.ndarray, np.ndarray]:
         large = cv2.resize(grid, (stretched, stretched), interpolation=cv2.INTER_LINEAR)
         maps.append(np.ascontiguousarray(large[begin : begin + size_px, begin : begin + size_px]))
     return maps[0], maps[1]
+
+
+def maps_before(
+    x_ss: np.ndarray, y_ss: np.ndarray, matrix: np.ndarray, flip: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where positions of the turned and mirrored picture lie in the picture before, float32."""
+    x = x_ss.shape[0] - 1 - x_ss.astype(np.float64) if flip else x_ss.astype(np.float64)
+    whole = np.vstack([matrix.astype(np.float64), [0, 0, 1]])
+    inverse = np.linalg.inv(whole)[:2]
+    source = np.einsum("ij,jyx->iyx", inverse, np.stack([x, y_ss, np.ones_like(x)]))
+    return source[0].astype(np.float32), source[1].astype(np.float32)
 
 
 def _shrunk(picture: np.ndarray, edge: int) -> np.ndarray:

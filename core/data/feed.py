@@ -68,7 +68,9 @@ class Feed:
         self.stores, self.config, self.device, self.dtype = stores, config, device, dtype
         self.input_px, self.output_px, self.num_threads = input_px, output_px, num_threads
         self.input_channels, self.size_px = input_channels, stores["a"].size_px
-        self.ranges = Ranges(**to_dict(config)["augment"])
+        augment_settings = to_dict(config)["augment"]
+        self.single_interpolation = augment_settings.pop("single_interpolation")
+        self.ranges = Ranges(**augment_settings)
         self.seen = torch.zeros(len(SIDES), dtype=torch.int64, device=device)
         """Faces of each side before the next batch, on the device; `batch` moves it on."""
 
@@ -140,6 +142,7 @@ class Feed:
             eye_multiplier=config.loss.eye_multiplier,
             mouth_multiplier=config.loss.mouth_multiplier,
             learn_mask=config.loss.learn_mask,
+            single_interpolation=self.single_interpolation,
             out=room.out,
             num_threads=self.num_threads,
             workspace=room.workspace,

@@ -33,6 +33,7 @@ struct Layout {
     int64_t columns;  // [count, S] Steps
     int64_t rows;     // [count, S] Steps
     int64_t grid;     // [count, 2, 5, S] float
+    int64_t back;     // [count] Back
     int64_t bytes;
     int max_tiles;
 };
@@ -55,6 +56,7 @@ Layout layout_of(const mien_augment_job &job) {
     l.columns = take(job.count * edge * int64_t{sizeof(mien::Steps)});
     l.rows = take(job.count * edge * int64_t{sizeof(mien::Steps)});
     l.grid = take(job.count * 10 * edge * int64_t{sizeof(float)});
+    l.back = take(job.count * int64_t{sizeof(mien::Back)});
     l.bytes = at;
     return l;
 }
@@ -71,7 +73,9 @@ struct Call {
     uint8_t *levels;
     mien::Steps *columns, *rows;
     float *grid;
+    mien::Back *back;
     int max_tiles;
+    bool single_interpolation;
     bool with_areas, penalize;
     float eye_extra, mouth_extra;
 };
@@ -106,6 +110,7 @@ __device__ void prepare_face(const Call &call, const mien_face &face, int64_t n)
         call.rows[n * size + at] = mien::row_steps(inverse, at);
     }
     if (!face.warp) return;
+    if (threadIdx.x == 0) call.back[n] = mien::back_of(face, size);
     for (int at = static_cast<int>(threadIdx.x); at < size; at += kThreads) {
         const mien::GridSpan span = mien::grid_span(at, size);
         const int next = span.first < 4 ? span.first + 1 : 4;
@@ -320,17 +325,35 @@ __device__ uint32_t word_or_border(const uint32_t *picture, int size, int x, int
     return inside ? __ldg(picture + y * size + x) : 0;
 }
 
-__device__ uint32_t warped_word(const Call &call, const uint32_t *picture, const float *grid, int x,
-                                int y) {
+// Out of a picture whose edge is repeated.
+__device__ uint32_t repeated_word(const uint2 *picture, int size, float x, float y) {
+    const mien::EdgePlace column = mien::edge_place_of(x, size);
+    const mien::EdgePlace row = mien::edge_place_of(y, size);
+    const uint2 *upper = picture + row.first * size, *lower = picture + row.second * size;
+    return mien::mix_words(__ldg(&upper[column.first].x), __ldg(&upper[column.second].x),
+                           __ldg(&lower[column.first].x), __ldg(&lower[column.second].x),
+                           column.part, row.part);
+}
+
+// Pixel (x, y) of the warped face n.
+__device__ uint32_t warped_word(const Call &call, int64_t n, int x, int y) {
     const int size = call.size;
+    const float *grid = call.grid + n * 10 * size;
     const mien::GridSpan span = mien::grid_span(y, size);
     const int upper = span.first * size + x,
               lower = (span.first < 4 ? span.first + 1 : 4) * size + x;
-    const mien::Place column =
-        mien::place_of(mien::mix(__ldg(grid + upper), __ldg(grid + lower), span.part), size);
     const float *grid_y = grid + 5 * size;
-    const mien::Place row =
-        mien::place_of(mien::mix(__ldg(grid_y + upper), __ldg(grid_y + lower), span.part), size);
+    const float place_x = mien::mix(__ldg(grid + upper), __ldg(grid + lower), span.part);
+    const float place_y = mien::mix(__ldg(grid_y + upper), __ldg(grid_y + lower), span.part);
+    if (call.single_interpolation) {
+        const mien::Back back = call.back[n];
+        return repeated_word(call.staged + n * size * size, size,
+                             mien::back_x(back, place_x, place_y),
+                             mien::back_y(back, place_x, place_y));
+    }
+    const uint32_t *picture = call.picture + n * size * size;
+    const mien::Place column = mien::place_of(place_x, size);
+    const mien::Place row = mien::place_of(place_y, size);
     return mien::mix_words(word_or_border(picture, size, column.first, row.first),
                            word_or_border(picture, size, column.first + 1, row.first),
                            word_or_border(picture, size, column.first, row.first + 1),
@@ -343,10 +366,9 @@ __global__ void __launch_bounds__(kThreads) warp_kernel(const Call call) {
     const int64_t n = blockIdx.y;
     const int size = call.size, i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= size * size) return;
-    const uint32_t *picture = call.picture + n * size * size;
-    const float *grid = call.grid + n * 10 * size;
-    call.warped[n * size * size + i] =
-        call.params[n].warp ? warped_word(call, picture, grid, i % size, i / size) : picture[i];
+    const int64_t pixel = n * size * size + i;
+    call.warped[pixel] =
+        call.params[n].warp ? warped_word(call, n, i % size, i / size) : call.picture[pixel];
 }
 
 // kRatio: S / input_px where both the warp and the mean of a box are made here; 0 where the warped
@@ -363,14 +385,12 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, const 
         word = resized(call.warped + n * size * size, size, edge, x, y, mien::kUp);
     } else {
         const uint32_t *picture = call.picture + n * size * size;
-        const float *grid = call.grid + n * 10 * size;
         const bool warp = call.params[n].warp != 0;
         uint32_t box[kRatio * kRatio];
 #pragma unroll
         for (int k = 0; k < kRatio * kRatio; ++k) {
             const int at_x = kRatio * x + k % kRatio, at_y = kRatio * y + k / kRatio;
-            box[k] = warp ? warped_word(call, picture, grid, at_x, at_y)
-                          : __ldg(picture + at_y * size + at_x);
+            box[k] = warp ? warped_word(call, n, at_x, at_y) : __ldg(picture + at_y * size + at_x);
         }
         word = kRatio == 1 ? box[0] : mien::box_mean(box, kRatio, kRatio, mien::kUp);
     }
@@ -450,6 +470,8 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
     call.columns = reinterpret_cast<mien::Steps *>(at(layout.columns));
     call.rows = reinterpret_cast<mien::Steps *>(at(layout.rows));
     call.grid = reinterpret_cast<float *>(at(layout.grid));
+    call.back = reinterpret_cast<mien::Back *>(at(layout.back));
+    call.single_interpolation = job->single_interpolation != 0;
     call.max_tiles = layout.max_tiles;
     call.penalize = job->penalize != 0;
     call.with_areas = job->penalize && (job->eye_extra > 0 || job->mouth_extra > 0);

@@ -26,6 +26,7 @@ struct Scratch {
     mien::ClaheSpan *tiles;  // [S]
     mien::Steps *columns;    // [S]
     float *grid[2];          // [5, S]
+    float *place[2];         // [S] x and y that a row of the warp comes from
     mien::AreaSpan *spans;   // [S]
     int stride;              // of bordered
 };
@@ -58,6 +59,7 @@ Scratch carve(int size, unsigned char *block, size_t *bytes) {
     s.tiles = carver.take<mien::ClaheSpan>(edge);
     s.columns = carver.take<mien::Steps>(edge);
     for (auto &lines : s.grid) lines = carver.take<float>(5 * edge);
+    for (auto &line : s.place) line = carver.take<float>(edge);
     s.spans = carver.take<mien::AreaSpan>(edge);
     if (bytes) *bytes = static_cast<size_t>(carver.at - block);
     return s;
@@ -187,20 +189,58 @@ void clear_border(int size, const Scratch &s) {
 
 // ---- random warp ------------------------------------------------------------------------------
 
-// One row: upper and lower are the control rows round it, already stretched over the columns.
-void warp_row(const uint32_t *__restrict picture, int stride, const float *__restrict upper_x,
-              const float *__restrict lower_x, const float *__restrict upper_y,
-              const float *__restrict lower_y, float part, int size, uint32_t *__restrict out) {
+// Where a row comes from; upper and lower are the control rows round it, already stretched over the
+// columns.
+void place_row(const float *__restrict upper, const float *__restrict lower, float part, int size,
+               float *__restrict place) {
+    for (int x = 0; x < size; ++x) place[x] = mien::mix(upper[x], lower[x], part);
+}
+
+// The places in the turned and mirrored picture -> those in the picture before.
+void place_back(const mien::Back &back, int size, float *__restrict place_x,
+                float *__restrict place_y) {
     for (int x = 0; x < size; ++x) {
-        const mien::Place column = mien::place_of(mien::mix(upper_x[x], lower_x[x], part), size);
-        const mien::Place row = mien::place_of(mien::mix(upper_y[x], lower_y[x], part), size);
+        const float at_x = place_x[x], at_y = place_y[x];
+        place_x[x] = mien::back_x(back, at_x, at_y);
+        place_y[x] = mien::back_y(back, at_x, at_y);
+    }
+}
+
+// One row out of a picture that has a border of zeros.
+void sample_bordered(const uint32_t *__restrict picture, int stride,
+                     const float *__restrict place_x, const float *__restrict place_y, int size,
+                     uint32_t *__restrict out) {
+    for (int x = 0; x < size; ++x) {
+        const mien::Place column = mien::place_of(place_x[x], size);
+        const mien::Place row = mien::place_of(place_y[x], size);
         const int at = row.first * stride + column.first;
         out[x] = mien::mix_words(picture[at], picture[at + 1], picture[at + stride],
                                  picture[at + stride + 1], column.part, row.part);
     }
 }
 
-void warp(const mien_face &face, int size, const Scratch &s) {
+// One row out of a picture whose edge is repeated; `step` words from pixel to pixel.
+template <int step>
+void sample_repeated(const uint32_t *__restrict picture, int stride,
+                     const float *__restrict place_x, const float *__restrict place_y, int size,
+                     uint32_t *__restrict out) {
+    for (int x = 0; x < size; ++x) {
+        const mien::EdgePlace column = mien::edge_place_of(place_x[x], size);
+        const mien::EdgePlace row = mien::edge_place_of(place_y[x], size);
+        const int upper = row.first * stride, lower = row.second * stride;
+        out[x] = mien::mix_words(picture[step * (upper + column.first)],
+                                 picture[step * (upper + column.second)],
+                                 picture[step * (lower + column.first)],
+                                 picture[step * (lower + column.second)], column.part, row.part);
+    }
+}
+
+// `source`: the store's pixels.
+void warp(const mien_augment_job &job, const mien_face &face, const uint32_t *source,
+          const Scratch &s) {
+    const int size = job.size_px;
+    const mien::Back back = mien::back_of(face, size);
+    if (!job.single_interpolation) clear_border(size, s);
     for (int axis = 0; axis < 2; ++axis) {
         for (int line = 0; line < 5; ++line) {
             float points[6];
@@ -218,8 +258,18 @@ void warp(const mien_face &face, int size, const Scratch &s) {
     for (int y = 0; y < size; ++y) {
         const mien::GridSpan span = mien::grid_span(y, size);
         const int upper = span.first * size, lower = (span.first < 4 ? span.first + 1 : 4) * size;
-        warp_row(s.picture, s.stride, s.grid[0] + upper, s.grid[0] + lower, s.grid[1] + upper,
-                 s.grid[1] + lower, span.part, size, s.warped + y * size);
+        for (int axis = 0; axis < 2; ++axis)
+            place_row(s.grid[axis] + upper, s.grid[axis] + lower, span.part, size, s.place[axis]);
+        uint32_t *out = s.warped + y * size;
+        if (!job.single_interpolation) {
+            sample_bordered(s.picture, s.stride, s.place[0], s.place[1], size, out);
+            continue;
+        }
+        place_back(back, size, s.place[0], s.place[1]);
+        if (face.color)
+            sample_repeated<1>(s.colored, size, s.place[0], s.place[1], size, out);
+        else
+            sample_repeated<2>(source, size, s.place[0], s.place[1], size, out);
     }
 }
 
@@ -357,8 +407,7 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
     const uint32_t *input = s.picture;
     int stride = s.stride;
     if (face.warp) {
-        clear_border(size, s);
-        warp(face, size, s);
+        warp(job, face, source, s);
         input = s.warped;
         stride = size;
     }

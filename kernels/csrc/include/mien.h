@@ -95,9 +95,10 @@ typedef struct {
     void *input;                      /* [count, input_px, input_px, input_channels] */
     void *targets[MIEN_MAX_OUTPUTS];  /* [count, output_px, output_px, 3] */
     float *weights[MIEN_MAX_OUTPUTS]; /* [count, output_px, output_px] */
-    float *mask;      /* [count, last output_px, last output_px] face mask, or NULL */
-    int32_t penalize; /* 0: every weight is 1 */
-    float eye_extra;  /* weight = face (1 + eye_extra eye) (1 + mouth_extra mouth) */
+    float *mask;                  /* [count, last output_px, last output_px] face mask, or NULL */
+    int32_t penalize;             /* 0: every weight is 1 */
+    int32_t single_interpolation; /* 1: the input is sampled once, by affine and warp together */
+    float eye_extra;              /* weight = face (1 + eye_extra eye) (1 + mouth_extra mouth) */
     float mouth_extra;
 } mien_augment_job;
 
