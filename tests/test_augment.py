@@ -21,6 +21,7 @@ from mien.kernels import reference
 from mien.kernels.augment import (
     FACE_PARAMS,
     Augmented,
+    Landmarks,
     Ranges,
     augment,
     draw,
@@ -243,6 +244,46 @@ def test_the_whole_chain_equals_the_oracle(oracle_dir):
             assert np.array_equal(levels(out.mask_b1hw[half])[..., 0], face), file
 
 
+def landmarks_of(points, nearest):
+    """What `augment` takes of one side."""
+    return Landmarks(
+        points_fl2=torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)),
+        nearest_fk=torch.from_numpy(np.ascontiguousarray(nearest, dtype=np.int32)),
+    )
+
+
+@pytest.mark.oracle
+def test_warp_to_landmarks_equals_the_oracle(oracle_dir):
+    """The oracle bends along the wrong axes: x and y are exchanged in its points.
+
+    Its pixels that lie outside the picture are undefined. Positions are of 2^-14 px here and float
+    there, so single levels fall to their neighbour.
+    """
+    files = sorted(oracle_dir.glob("augmentation/*.npz"))
+    assert files, "the oracle has no augmentation"
+    for file in files:
+        data = np.load(file, allow_pickle=False)
+        size_px, count = int(data["size"]), len(data["in_batch"])
+        faces, points = store_of(data["flip:out"]), data["flip:points_out"][..., ::-1]
+        records = still(2 * count)
+        records["index"] %= count
+        records["warp"] = 2
+        records["landmark_noise"][:count] = data["wtl:noise"][..., ::-1]
+        nearest = np.tile(np.arange(count)[:, None], 10)
+        out = augment(
+            [faces, faces],
+            params_from_records(records),
+            input_px=size_px,
+            output_px=[size_px],
+            landmarks=[landmarks_of(points[:, side], nearest) for side in range(2)],
+        )
+        ours, want = levels(out.input_bchw)[:count], data["wtl:out"]
+        differ = (ours.astype(int) - want)[data["wtl:defined"]]
+        assert np.abs(differ).max() <= 1, file
+        assert np.mean(differ != 0) < 1e-4, file  # measured: at most 6.2e-5
+        assert data["wtl:defined"].mean() > 0.98
+
+
 CASES = [
     pytest.param(64, 64, [64], id="64"),
     pytest.param(128, 64, [32, 64, 128], id="whole-ratios"),
@@ -407,6 +448,134 @@ def test_single_interpolation_is_sharper():
     assert once > 1.5 * twice  # measured: 2.0, the faces being full of grain
 
 
+def drawn_landmarks(num_faces, size_px, seed=0):
+    """Landmarks of both sides: a face's outline and features, differing a little from face to face.
+
+    The jaw is no hull of the features, so that some of its points are dropped and some are not.
+    """
+    generator = np.random.default_rng(seed)
+    angles = np.linspace(0, 2 * np.pi, 51, endpoint=False)
+    jaw = np.stack([np.cos(np.linspace(0, np.pi, 17)), np.sin(np.linspace(0, np.pi, 17))], 1)
+    features = np.stack([np.cos(angles), np.sin(angles)], 1)
+    features *= 0.7 * (np.arange(51)[:, None] % 7 + 1) / 7
+    face = np.concatenate([0.8 * jaw, features]) * 0.45 + 0.5
+    sides = []
+    for count in num_faces:
+        shaken = face + generator.normal(0, 0.02, (count, 68, 2))
+        nearest = generator.integers(0, num_faces[1 - len(sides)], (count, 10))
+        sides.append(landmarks_of(shaken * size_px, nearest))
+    return sides
+
+
+def landmark_pairs(records, landmarks):
+    """For each row, the landmarks of its face and of the one that it is warped to."""
+    pairs = []
+    for row, record in enumerate(records):
+        side = int(2 * row >= len(records))
+        index = record["index"]
+        other = landmarks[side].nearest_fk[index, record["near"]]
+        pairs.append(
+            (
+                landmarks[side].points_fl2[index].numpy(),
+                landmarks[1 - side].points_fl2[other].numpy(),
+            )
+        )
+    return pairs
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
+@pytest.mark.parametrize(("size_px", "input_px"), [(64, 64), (96, 48), (66, 22), (37, 30), (8, 8)])
+def test_warp_to_landmarks_equals_opencv(size_px, input_px, single):
+    faces = [drawn_store(3, size_px), drawn_store(4, size_px, seed=1)]
+    landmarks = drawn_landmarks((3, 4), size_px)
+    params = both_sides(2, (3, 4), size_px, warp_to_landmarks=True)
+    records = records_of(params)
+    sizes = {"input_px": input_px, "output_px": [size_px], "single_interpolation": single}
+    ours = levels(augment(faces, params, landmarks=landmarks, **sizes).input_bchw)
+    pairs = landmark_pairs(records, landmarks)
+    for side in range(2):
+        half = slice(2 * side, 2 * side + 2)
+        want = reference.augment(
+            faces[side].numpy(), records[half], landmarks=pairs[half], **sizes
+        )[0]
+        differ = ours[half].astype(int) - want
+        assert np.abs(differ).max() <= 1
+        assert np.count_nonzero(differ) <= 2 + 5e-4 * differ.size  # measured: 4.4e-4, full of grain
+
+
+def _landmark_case(kind, size_px):
+    generator = np.random.default_rng(3)
+    along = np.linspace(0, size_px - 1, 68)
+    return {
+        "one point": np.full((68, 2), size_px / 3),
+        "a line": np.stack([along, along], 1),
+        "the border": np.stack([along, np.zeros(68)], 1),
+        "a lattice": generator.integers(0, 8, (68, 2)) * (size_px // 8),
+        "a circle": (np.stack([np.cos(along), np.sin(along)], 1) + 1) * (size_px / 2 - 1),
+        "all anywhere": generator.uniform(-0.2, 1.2, (68, 2)) * size_px,
+        "far outside": generator.normal(0, 1e6, (68, 2)),
+    }[kind]
+
+
+@pytest.mark.parametrize("size_px", [8, 37, 64])
+@pytest.mark.parametrize(
+    "kind",
+    ["one point", "a line", "the border", "a lattice", "a circle", "all anywhere"],
+)
+def test_landmarks_that_stay_move_nothing(kind, size_px):
+    """Whatever they look like; the points are of 2^-14 px, too little to move a level."""
+    faces = drawn_store(2, size_px)
+    points = np.tile(_landmark_case(kind, size_px), (2, 1, 1))
+    landmarks = [landmarks_of(points, np.zeros((2, 10)))] * 2
+    records = still(4)
+    records["index"] %= 2
+    records["warp"] = 2
+    params = params_from_records(records)
+    sizes = {"input_px": size_px, "output_px": [size_px]}
+    out = augment([faces, faces], params, landmarks=landmarks, **sizes)
+    assert torch.equal(out.input_bchw, out.targets_bchw[0])
+
+
+def test_landmarks_far_outside_are_no_error():
+    faces = drawn_store(2, 64)
+    points = np.tile(_landmark_case("far outside", 64), (2, 1, 1))
+    landmarks = [landmarks_of(scale * points, np.ones((2, 10))) for scale in (1, -0.3)]
+    records = still(4)
+    records["index"] %= 2
+    records["warp"] = 2
+    sizes = {"input_px": 64, "output_px": [64]}
+    out = augment([faces, faces], params_from_records(records), landmarks=landmarks, **sizes)
+    assert 0 <= out.input_bchw.min() <= out.input_bchw.max() <= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
+def test_landmarks_pull_the_picture_along_their_own_axis(axis):
+    """A feature goes where its landmark goes."""
+    size_px = 64
+    faces = np.zeros((1, size_px, size_px, 3), np.uint8)
+    faces[0, 28:33, 28:33] = 255  # centre (30, 30)
+    points = 30 + 6 * np.stack([np.cos(np.arange(68)), np.sin(np.arange(68))], 1)
+    moved = points.copy()
+    moved[:, axis] += 8
+    landmarks = [landmarks_of(p[None], np.zeros((1, 10))) for p in (points, moved)]
+    records = still(2)
+    records["index"], records["warp"] = 0, 2
+    store = store_of(faces)
+    out = augment(
+        [store, store],
+        params_from_records(records),
+        input_px=size_px,
+        output_px=[size_px],
+        landmarks=landmarks,
+    )
+    face = levels(out.input_bchw)[0, ..., 0].astype(float)  # A's, warped to B's landmarks
+    y, x = np.indices(face.shape)
+    centre = [(face * at).sum() / face.sum() for at in (x, y)]
+    wanted = [30.0, 30.0]
+    wanted[axis] += 8
+    np.testing.assert_allclose(centre, wanted, atol=0.1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rgb", [False, True], ids=["bgr", "rgb"])
 def test_eight_channels_are_three_and_zeros(dtype, rgb):
@@ -430,6 +599,8 @@ def test_launches_follow_the_sizes():
     assert count(32, 32, [16, 32, 64]) == {"draw": 1, "augment": 6}
     assert count(32, 48, [64]) == {"draw": 1, "augment": 6}
     assert count(32, 16, [16]) == {"draw": 1, "augment": 7}
+    more = launches(32, size_px=64, input_px=64, output_px=[64], to_landmarks=True)
+    assert more == {"draw": 1, "augment": 7}
     assert count(0, 64, [64]) == {"draw": 0, "augment": 0}
 
 
@@ -457,7 +628,10 @@ def test_every_build_gives_the_same_bits():
         "import sys, hashlib; sys.path.insert(0, sys.argv[1]); import test_augment as t\n"
         "out = t.augment([t.drawn_store(5, 96)], t.drawn_params(9, 5, 96), input_px=48,\n"
         "    output_px=[96, 40], eye_multiplier=3, mouth_multiplier=2)\n"
-        "tensors = [out.input_bchw, *out.targets_bchw, *out.weights_b1hw]\n"
+        "bent = t.augment([t.drawn_store(5, 96)] * 2, t.both_sides(4, (5, 5), 96,\n"
+        "    warp_to_landmarks=True), input_px=48, output_px=[96],\n"
+        "    landmarks=t.drawn_landmarks((5, 5), 96))\n"
+        "tensors = [out.input_bchw, *out.targets_bchw, *out.weights_b1hw, bent.input_bchw]\n"
         "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in tensors)).hexdigest())\n"
     )
     runs = [
@@ -496,9 +670,58 @@ def _bad_tiles(given):
     return {"params_nx": params_from_records(records)}
 
 
+def _landmarks(change):
+    """Both sides with landmarks, and something wrong."""
+
+    def given(given):
+        faces = [given["faces"][0], given["faces"][0]]
+        records = still(4)
+        records["index"] %= 2
+        records["warp"] = 2
+        landmarks = drawn_landmarks((2, 2), 16)
+        given = {"faces": faces, "landmarks": landmarks, "records": records}
+        given |= change(given)
+        given["params_nx"] = params_from_records(given.pop("records"))
+        return given
+
+    return given
+
+
+def _changed(name, value):
+    def change(given):
+        given["records"][name] = value
+        return {}
+
+    return _landmarks(change)
+
+
+def _half(points):
+    return [
+        points[0],
+        Landmarks(points_fl2=points[1].points_fl2, nearest_fk=points[1].nearest_fk[:, :9]),
+    ]
+
+
+def _lost(points):
+    return [points[0], landmarks_of(points[1].points_fl2, np.full((2, 10), 2))]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_landmarks(lambda g: {"landmarks": None}), r"face 0: warp must be 0\.\.2 .*got 2"),
+        (_changed("warp", 3), r"face 0: warp must be 0\.\.2 .*got 3"),
+        (_changed("near", 10), r"face 0: near must be 0\.\.9, got 10"),
+        (_landmarks(lambda g: {"landmarks": g["landmarks"][:1]}), "landmarks must be of both"),
+        (_landmarks(lambda g: {"faces": g["faces"][:1]}), "got 2 of them and 1 stores"),
+        (
+            _landmarks(lambda g: {"landmarks": _half(g["landmarks"])}),
+            r"nearest must be \(2, 10\) int32, got \(2, 9\)",
+        ),
+        (
+            _landmarks(lambda g: {"landmarks": _lost(g["landmarks"])}),
+            r"face 2: nearest must be 0\.\.1, got 2",
+        ),
         (_store(lambda faces: faces.float()), r"faces must be uint8 \(F, S, S, 8\)"),
         (_store(lambda faces: faces[0]), r"faces must be uint8 \(F, S, S, 8\)"),
         (_store(lambda faces: faces[..., :6]), r"faces must be uint8 \(F, S, S, 8\)"),
@@ -511,7 +734,7 @@ def _bad_tiles(given):
             r"faces must be \(1, 16, 16, 8\) uint8, got \(1, 8, 8, 8\)",
         ),
         (lambda g: {"input_channels": 4}, "input_channels must be 3 or 8, got 4"),
-        (lambda g: {"params_nx": g["params_nx"][:, :9]}, r"params must be \(3, 264\) uint8"),
+        (lambda g: {"params_nx": g["params_nx"][:, :9]}, r"params must be \(3, 808\) uint8"),
         (lambda g: {"input_px": 17}, "sizes must be 1 to 16 px .*got 17"),
         (lambda g: {"output_px": [0]}, "sizes must be 1 to 16 px .*got 0"),
         (lambda g: {"output_px": []}, "output_px must name 1 to 8 sizes"),
@@ -572,6 +795,48 @@ def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, channels, d
     assert all(torch.equal(one.cpu(), other) for one, other in pairs)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
+@pytest.mark.parametrize("size_px", [8, 37, 64, 256])
+def test_gpu_warps_to_landmarks_as_the_cpu(size_px, single):
+    faces = [drawn_store(5, size_px), drawn_store(7, size_px, seed=1)]
+    landmarks = drawn_landmarks((5, 7), size_px)
+    params = both_sides(8, (5, 7), size_px, warp_to_landmarks=True)
+    records_of(params)["warp"][3] = 1
+    options = {"input_px": size_px, "output_px": [size_px], "single_interpolation": single}
+    want = augment(faces, params, landmarks=landmarks, **options)
+    there = [
+        Landmarks(points_fl2=one.points_fl2.cuda(), nearest_fk=one.nearest_fk.cuda())
+        for one in landmarks
+    ]
+    on_gpu = [faces_fssc.cuda() for faces_fssc in faces]
+    for _ in range(3):  # the order in which the triangles are found differs
+        ours = augment(on_gpu, params.cuda(), landmarks=there, **options)
+        assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", ["one point", "a line", "the border", "a lattice", "a circle", "far outside"]
+)
+def test_gpu_takes_any_landmarks(kind):
+    faces = drawn_store(2, 64)
+    points = np.tile(_landmark_case(kind, 64), (2, 1, 1))
+    landmarks = [landmarks_of(scale * points, np.zeros((2, 10))) for scale in (1, 0.9)]
+    records = still(4)
+    records["index"] %= 2
+    records["warp"] = 2
+    params = params_from_records(records)
+    options = {"input_px": 64, "output_px": [64]}
+    want = augment([faces, faces], params, landmarks=landmarks, **options)
+    there = [
+        Landmarks(points_fl2=one.points_fl2.cuda(), nearest_fk=one.nearest_fk.cuda())
+        for one in landmarks
+    ]
+    ours = augment([faces.cuda()] * 2, params.cuda(), landmarks=there, **options)
+    assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
+
+
 @pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -582,6 +847,6 @@ def test_cuda_kernels_spill_nothing(tmp_path):
     done = subprocess.run([*command, *folders, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     usage = [line for line in done.stderr.splitlines() if "bytes stack frame" in line]
-    assert len(usage) == 10, "kernels came or went: look at the new list"
+    assert len(usage) == 12, "kernels came or went: look at the new list"
     for line in usage:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line

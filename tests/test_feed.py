@@ -1,12 +1,13 @@
 """Batches: pure functions of seed and count, one ahead, in the network's format."""
 
+import numpy as np
 import pytest
 import torch
 
 from mien.core.config import from_dict
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
-from mien.kernels.augment import draw, records_of
+from mien.kernels.augment import Landmarks, draw, records_of
 
 
 def _store(num_faces, seed):
@@ -16,7 +17,7 @@ def _store(num_faces, seed):
     return FaceStore(faces, "host", names, [], "", "", reused=False, seconds=0.0)
 
 
-def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", **sections):
+def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", landmarks=None, **sections):
     values = {"train": {"batch_size": 4}} | sections
     stores = {"a": _store(7, 1), "b": _store(5, 2)}
     for store in stores.values():
@@ -30,6 +31,7 @@ def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", **sections):
         dtype=dtype,
         num_threads=threads,
         input_channels=channels,
+        landmarks=landmarks,
     )
 
 
@@ -67,6 +69,26 @@ def test_seek_and_batch_go_on_by_themselves():
     _assert_equal(moving.batch(), plain.next(resumed))
     plain.close()
     moving.close()
+
+
+def test_landmarks_bend_the_inputs_alone():
+    generator = np.random.default_rng(0)
+    points = [generator.uniform(4, 28, (count, 68, 2)).astype(np.float32) for count in (7, 5)]
+    nearest = [np.zeros((count, 10), np.int32) for count in (7, 5)]
+    landmarks = tuple(
+        Landmarks(points_fl2=torch.from_numpy(p), nearest_fk=torch.from_numpy(n))
+        for p, n in zip(points, nearest, strict=True)
+    )
+    plain = _feed()
+    bent = _feed(landmarks=landmarks, augment={"warp_to_landmarks": True})
+    one, other = plain.batch(), bent.batch()
+    assert not torch.equal(one.input_nchw, other.input_nchw)
+    for ours, theirs in zip(one.targets + one.weights, other.targets + other.weights, strict=True):
+        assert torch.equal(ours, theirs)
+    bent.seek({"a": 0, "b": 0})
+    _assert_equal(bent.batch(), other)
+    plain.close()
+    bent.close()
 
 
 @pytest.mark.gpu

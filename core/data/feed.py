@@ -17,6 +17,7 @@ from torch import Tensor
 from ...kernels.augment import (
     FACE_PARAMS,
     Augmented,
+    Landmarks,
     Ranges,
     augment,
     draw,
@@ -64,6 +65,7 @@ class Feed:
         dtype: torch.dtype,
         num_threads: int,
         input_channels: int = 3,
+        landmarks: tuple[Landmarks, Landmarks] | None = None,
     ):
         self.stores, self.config, self.device, self.dtype = stores, config, device, dtype
         self.input_px, self.output_px, self.num_threads = input_px, output_px, num_threads
@@ -71,13 +73,18 @@ class Feed:
         augment_settings = to_dict(config)["augment"]
         self.single_interpolation = augment_settings.pop("single_interpolation")
         self.ranges = Ranges(**augment_settings)
+        self.landmarks = landmarks
+        """Of both sides, where faces are warped to landmarks."""
+
         self.seen = torch.zeros(len(SIDES), dtype=torch.int64, device=device)
         """Faces of each side before the next batch, on the device; `batch` moves it on."""
 
         self.waited_s = 0.0
         """Seconds for which `next` kept its caller waiting, so far."""
 
-        self._expected: dict[str, int] = dict.fromkeys(SIDES, 0)
+        self._expected: dict[str, int] | None = None
+        """What `seen` will be when the replay of a graph follows the last `seek`; None: unknown."""
+
         self._room = _Room(self) if device.type == "cuda" else None
         self._ahead: tuple[dict[str, int], Future[Batch]] | None = None
         # On a GPU the kernels queue up behind the step; on the CPU a thread works ahead.
@@ -101,8 +108,8 @@ class Feed:
     def seek(self, faces_seen: dict[str, int]) -> None:
         """Have the next batch be the one after ``faces_seen`` faces of each side.
 
-        To be called before each batch, also before one that a captured graph makes: as long as the
-        batches follow one another it does nothing.
+        To be called before each batch, also before one that a captured graph makes: as long as its
+        replays follow one another, it does nothing.
         """
         if faces_seen != self._expected:
             for seen, number in zip(self.seen, _numbers(faces_seen), strict=True):
@@ -111,6 +118,7 @@ class Feed:
 
     def batch(self) -> Batch:
         """The batch after `seen` faces, which then moves on."""
+        self._expected = None  # a graph that is being captured makes no batch now
         batch = self._make(self.seen)
         self.seen.add_(self.config.train.batch_size)
         return batch
@@ -137,6 +145,7 @@ class Feed:
             room.params_nx,
             input_px=self.input_px,
             output_px=self.output_px,
+            landmarks=self.landmarks,
             input_channels=self.input_channels,
             penalize_mask=config.loss.penalized_mask_loss,
             eye_multiplier=config.loss.eye_multiplier,
@@ -175,7 +184,12 @@ class _Room:
         )
         self.workspace: Tensor | None = None
         if device.type == "cuda":
-            needed = workspace_bytes(faces, size_px=feed.size_px, **sizes)
+            needed = workspace_bytes(
+                faces,
+                size_px=feed.size_px,
+                to_landmarks=feed.landmarks is not None,
+                **sizes,
+            )
             self.workspace = torch.empty(needed, dtype=torch.uint8, device=device)
 
 

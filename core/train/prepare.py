@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from ... import __version__, models
+from ...kernels.augment import Landmarks
 from ...models.autoencoder import Autoencoder
 from ..config import Config, from_dict, merge, to_dict
 from ..data.decode import thread_count
 from ..data.feed import Feed
+from ..data.landmarks import landmarks_of_sides
 from ..data.preview_faces import PreviewFaces, load_preview_faces
 from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore
@@ -125,6 +127,7 @@ def _prepare(
         device=device,
         dtype=precision.compute,
         num_threads=num_threads,
+        landmarks=_landmarks(config, faces, device, reporter),
     )
     stack.callback(feed.close)
     preview_faces = load_preview_faces(
@@ -199,6 +202,19 @@ def _open_faces(
                 "less, or add faces"
             )
     return faces
+
+
+def _landmarks(
+    config: Config, faces: dict[str, SideFaces], device: torch.device, reporter: Reporter
+) -> tuple[Landmarks, Landmarks] | None:
+    """What faces are warped to, where they are warped to landmarks."""
+    if not config.augment.warp_to_landmarks:
+        return None
+    if not config.augment.warp:
+        reporter.warning("augment.warp is off, so augment.warp_to_landmarks does nothing")
+        return None
+    a, b = (faces[side].landmarks_fl2 for side in SIDES)
+    return landmarks_of_sides((a, b), device)
 
 
 def _restore(

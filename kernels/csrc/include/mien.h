@@ -31,6 +31,11 @@ MIEN_API int32_t mien_has_cuda(void);
 
 /* ---- Augmentation ------------------------------------------------------------------------- */
 
+#define MIEN_LANDMARKS 68
+#define MIEN_NEAREST 10
+
+typedef enum { MIEN_NO_WARP = 0, MIEN_WARP_GRID = 1, MIEN_WARP_LANDMARKS = 2 } mien_warp;
+
 /* How far faces are varied; percent of the full scale, of the edge, or of the faces. */
 typedef struct {
     float zoom_percent;
@@ -41,22 +46,23 @@ typedef struct {
     float ab_percent;
     float clahe_chance_percent;
     int32_t clahe_max_size;
-    int32_t color; /* 0 or 1: vary colour, mirror, bend at all */
+    int32_t color; /* 0 or 1: vary colour, mirror at all */
     int32_t flip;
-    int32_t warp;
+    int32_t warp; /* a mien_warp */
 } mien_ranges;
 
 /* Everything that is done to one face. */
 typedef struct {
-    int64_t index;       /* which face of the store */
-    float lab[3];        /* part of the way to 255 (positive) or to 0 (negative) of L, a, b */
-    int32_t clahe_tiles; /* tiles along an edge of the contrast equalisation; 0: none */
-    float matrix[6];     /* forward affine, rows of 3, px */
-    int32_t flip;        /* 0 or 1 */
-    int32_t color;       /* 0: lab and clahe_tiles are ignored */
-    int32_t warp;        /* 0: warp_noise is ignored */
-    int32_t reserved;
+    int64_t index;             /* which face of the store */
+    float lab[3];              /* part of the way to 255 (positive) or to 0 (negative) of L, a, b */
+    int32_t clahe_tiles;       /* tiles along an edge of the contrast equalisation; 0: none */
+    float matrix[6];           /* forward affine, rows of 3, px */
+    int32_t flip;              /* 0 or 1 */
+    int32_t color;             /* 0: lab and clahe_tiles are ignored */
+    int32_t warp;              /* a mien_warp */
+    int32_t near;              /* which of the nearest faces of the other side to warp to */
     float warp_noise[2][5][5]; /* px added to the control points; [0] x, [1] y */
+    float landmark_noise[MIEN_LANDMARKS][2]; /* px added to the landmarks that are warped to */
 } mien_face;
 
 #define MIEN_MAX_SIDES 2
@@ -81,6 +87,10 @@ typedef struct {
     /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0. */
     const uint8_t *faces[MIEN_MAX_SIDES];
     int64_t num_faces[MIEN_MAX_SIDES];
+    /* With to_landmarks, for both sides: [num_faces, MIEN_LANDMARKS, 2] x and y in px of the store,
+     * and [num_faces, MIEN_NEAREST] numbers of faces of the other side. */
+    const float *landmarks[MIEN_MAX_SIDES];
+    const int32_t *nearest[MIEN_MAX_SIDES];
     const mien_face *params; /* [count]: a's, then as many of b */
     int64_t count;           /* of all sides */
     int32_t num_sides;
@@ -97,6 +107,7 @@ typedef struct {
     float *weights[MIEN_MAX_OUTPUTS]; /* [count, output_px, output_px] */
     float *mask;                  /* [count, last output_px, last output_px] face mask, or NULL */
     int32_t penalize;             /* 0: every weight is 1 */
+    int32_t to_landmarks;         /* 1: faces may be warped to landmarks */
     int32_t single_interpolation; /* 1: the input is sampled once, by affine and warp together */
     float eye_extra;              /* weight = face (1 + eye_extra eye) (1 + mouth_extra mouth) */
     float mouth_extra;
