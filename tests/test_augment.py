@@ -5,6 +5,7 @@ it then uses 5 bits of position, up to 4 levels away on up to 12 % of the values
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import triton
 
 import mien
 from mien.kernels import reference
@@ -837,16 +839,47 @@ def test_gpu_takes_any_landmarks(kind):
     assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
 
 
+@pytest.fixture(scope="module")
+def cubin(tmp_path_factory):
+    """The kernels for sm_90, and what the assembler said of them."""
+    file = tmp_path_factory.mktemp("cuda") / "augment.cubin"
+    command = "nvcc -std=c++17 -O3 --fmad=false -arch=sm_90 -Werror all-warnings -Xptxas -v".split()
+    folders = ["-I", str(CSRC / "include"), "-I", str(CSRC)]
+    files = ["-cubin", str(CSRC / "augment.cu"), "-o", str(file)]
+    done = subprocess.run([*command, *folders, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return file, done.stderr
+
+
 @pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_cuda_kernels_spill_nothing(tmp_path):
-    command = "nvcc -std=c++17 -O3 --fmad=false -arch=sm_90 -Werror all-warnings -Xptxas -v".split()
-    folders = ["-I", str(CSRC / "include"), "-I", str(CSRC)]
-    files = ["-c", str(CSRC / "augment.cu"), "-o", str(tmp_path / "augment.o")]
-    done = subprocess.run([*command, *folders, *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    usage = [line for line in done.stderr.splitlines() if "bytes stack frame" in line]
+def test_cuda_kernels_spill_nothing_and_leave_room(cubin):
+    usage = [line for line in cubin[1].splitlines() if "bytes stack frame" in line]
     assert len(usage) == 12, "kernels came or went: look at the new list"
     for line in usage:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", cubin[1])]
+    assert len(registers) == 12
+    assert max(registers) <= 64  # four blocks of 256 threads a multiprocessor
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_kernels_move_pixels_whole(cubin):
+    """The store is read by 8 bytes a pixel, inputs of eight channels are written by 16."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(cuobjdump), "-sass", str(cubin[0])]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = {part.split()[0]: part for part in listing.split("Function : ")[1:]}
+
+    def count(kernel, instruction):
+        (code,) = (code for name, code in kernels.items() if kernel in name)
+        return len(re.findall(re.escape(instruction), code))
+
+    assert count("gather_kernel", "LDG.E.64.CONSTANT") == 1
+    assert count("gather_kernel", "STG.E.64") == 1
+    assert count("transform_kernel", "LDG.E.64.CONSTANT") == 4
+    for ratio in range(3):
+        assert count(f"input_kernelILi{ratio}E", "STG.E.128") == 3  # one of 16 bits, two of fp32

@@ -1,6 +1,5 @@
 """Batches: pure functions of seed and count, one ahead, in the network's format."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -71,16 +70,20 @@ def test_seek_and_batch_go_on_by_themselves():
     moving.close()
 
 
-def test_landmarks_bend_the_inputs_alone():
-    generator = np.random.default_rng(0)
-    points = [generator.uniform(4, 28, (count, 68, 2)).astype(np.float32) for count in (7, 5)]
-    nearest = [np.zeros((count, 10), np.int32) for count in (7, 5)]
-    landmarks = tuple(
-        Landmarks(points_fl2=torch.from_numpy(p), nearest_fk=torch.from_numpy(n))
-        for p, n in zip(points, nearest, strict=True)
+def _landmarks(device):
+    generator = torch.Generator().manual_seed(3)
+    return tuple(
+        Landmarks(
+            points_fl2=(4 + 24 * torch.rand(count, 68, 2, generator=generator)).to(device),
+            nearest_fk=torch.zeros(count, 10, dtype=torch.int32, device=device),
+        )
+        for count in (7, 5)
     )
+
+
+def test_landmarks_bend_the_inputs_alone():
     plain = _feed()
-    bent = _feed(landmarks=landmarks, augment={"warp_to_landmarks": True})
+    bent = _feed(landmarks=_landmarks("cpu"), augment={"warp_to_landmarks": True})
     one, other = plain.batch(), bent.batch()
     assert not torch.equal(one.input_nchw, other.input_nchw)
     for ours, theirs in zip(one.targets + one.weights, other.targets + other.weights, strict=True):
@@ -92,8 +95,13 @@ def test_landmarks_bend_the_inputs_alone():
 
 
 @pytest.mark.gpu
-def test_a_graph_makes_the_batches_of_the_cpu():
-    plain, captured = _feed(channels=8), _feed(channels=8, device="cuda")
+@pytest.mark.parametrize("to_landmarks", [False, True], ids=["grid", "landmarks"])
+def test_a_graph_makes_the_batches_of_the_cpu(to_landmarks):
+    options = {"channels": 8, "augment": {"warp_to_landmarks": to_landmarks}}
+    plain, captured = (
+        _feed(device=device, landmarks=_landmarks(device) if to_landmarks else None, **options)
+        for device in ("cpu", "cuda")
+    )
     seen = {"a": 40, "b": 8}
     captured.seek(seen)
     captured.batch()

@@ -115,6 +115,11 @@ __device__ int64_t index_in(int64_t index, int64_t num_faces) {
     return index < 0 ? 0 : index < num_faces ? index : num_faces - 1;
 }
 
+// How a face is bent; not at all where that needs landmarks and the job has none.
+__device__ int warp_of(const Call &call, const mien_face &face) {
+    return face.warp == MIEN_WARP_LANDMARKS && !call.landmarks[0] ? MIEN_NO_WARP : face.warp;
+}
+
 __device__ int tiles_of(const Call &call, const mien_face &face) {
     return face.color ? mien::clamp_int(face.clahe_tiles, 0, call.max_tiles) : 0;
 }
@@ -456,8 +461,8 @@ __global__ void __launch_bounds__(kThreads) warp_kernel(const Call call) {
     const int size = call.size, i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= size * size) return;
     const int64_t pixel = n * size * size + i;
-    call.warped[pixel] =
-        call.params[n].warp ? warped_word(call, n, i % size, i / size) : call.picture[pixel];
+    call.warped[pixel] = warp_of(call, call.params[n]) ? warped_word(call, n, i % size, i / size)
+                                                       : call.picture[pixel];
 }
 
 // kRatio: S / input_px where both the warp and the mean of a box are made here; 0 where the warped
@@ -474,7 +479,7 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, const 
         word = resized(call.warped + n * size * size, size, edge, x, y, mien::kUp);
     } else {
         const uint32_t *picture = call.picture + n * size * size;
-        const bool warp = call.params[n].warp != 0;
+        const bool warp = warp_of(call, call.params[n]) != MIEN_NO_WARP;
         uint32_t box[kRatio * kRatio];
 #pragma unroll
         for (int k = 0; k < kRatio * kRatio; ++k) {

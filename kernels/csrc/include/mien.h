@@ -127,7 +127,7 @@ MIEN_API mien_status mien_draw_cuda(const mien_ranges *ranges, const mien_draw_j
 MIEN_API mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads);
 
 /* The same on a GPU; every pointer must be readable by it. An index outside the store is moved to
- * its nearest end. */
+ * its nearest end; a face that is to be warped to landmarks which the job lacks is not bent. */
 MIEN_API mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace,
                                        int64_t workspace_bytes, void *stream);
 
