@@ -97,8 +97,10 @@ MIEN_HD bool in_circle(Point a, Point b, Point c, Point p) {
 // others lie within half a turn: then one of them has none to its right.
 MIEN_HD bool in_hull(const Point *points, int count, Point p) {
     Point right = points[0];
+    MIEN_ROLLED
     for (int i = 1; i < count; ++i)
         if (area_of(p, right, points[i]) < 0) right = points[i];
+    MIEN_ROLLED
     for (int i = 0; i < count; ++i) {
         const int64_t side = area_of(p, right, points[i]);
         if (side < 0 || (side == 0 && along(p, right, points[i]) <= 0)) return true;
