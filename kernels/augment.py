@@ -187,6 +187,8 @@ def draw(
     if device is None:
         device = first.device if isinstance(first, Tensor) else "cpu"
     device, sides = torch.device(device), len(num_faces)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # as tensors name theirs
     if not 1 <= sides <= MAX_SIDES:
         raise ValueError(f"num_faces must name 1 or 2 sides, got {list(num_faces)}")
     if count < 0 or min(num_faces) < 1 or size_px < 8:
@@ -246,6 +248,7 @@ def augment(
     *,
     input_px: int,
     output_px: Sequence[int],
+    num_faces: Sequence[int] | None = None,
     landmarks: Sequence[Landmarks] | None = None,
     input_channels: int = 3,
     penalize_mask: bool = True,
@@ -270,6 +273,8 @@ def augment(
         params_nx: From `draw` or `params_from_records`.
         input_px: Edge of the input, at most S.
         output_px: Edge of each output, at most S.
+        num_faces: Faces of each side's whole store, where ``faces`` holds only those of this batch,
+            in the order of the rows.
         landmarks: Of both sides, where faces may be warped to landmarks; on the device.
         input_channels: 3, or 8 for an input whose channels 3 to 7 are zeros, as tensor cores
             want multiples of 8.
@@ -298,8 +303,16 @@ def augment(
     _check(params_nx, "params", (count, FACE_PARAMS.itemsize), (torch.uint8,), device)
     if count % len(faces):
         raise ValueError(f"params must have as many rows for each side, got {count} rows")
+    gathered = num_faces is not None
+    in_batch = [len(faces_fssc) for faces_fssc in faces]
+    in_store = in_batch if num_faces is None else list(num_faces)
+    if len(in_store) != len(faces) or (gathered and in_batch != [count // len(faces)] * len(faces)):
+        raise ValueError(
+            f"with num_faces, faces must be those of the {count} rows, got {in_batch} of "
+            f"{in_store} faces"
+        )
     if landmarks is not None:
-        _check_landmarks(landmarks, faces, device)
+        _check_landmarks(landmarks, in_store, device)
     if not output_px or len(output_px) > MAX_OUTPUTS:
         raise ValueError(f"output_px must name 1 to {MAX_OUTPUTS} sizes, got {list(output_px)}")
     for edge in (input_px, *output_px):
@@ -326,10 +339,11 @@ def augment(
     ffi, lib = native.library()
     job = _job(ffi, count, size_px, input_px, output_px)
     job.num_sides = len(faces)
+    job.gathered = gathered
     job.input_channels = input_channels
     for side, faces_fssc in enumerate(faces):
         job.faces[side] = ffi.cast("uint8_t *", faces_fssc.data_ptr())
-        job.num_faces[side] = len(faces_fssc)
+        job.num_faces[side] = in_store[side]
     for side, given in enumerate(landmarks or ()):
         job.to_landmarks = 1
         job.landmarks[side] = ffi.cast("float *", given.points_fl2.data_ptr())
@@ -468,14 +482,14 @@ def _check_faces(faces: Sequence[Tensor], device: torch.device) -> int:
 
 
 def _check_landmarks(
-    landmarks: Sequence[Landmarks], faces: Sequence[Tensor], device: torch.device
+    landmarks: Sequence[Landmarks], num_faces: Sequence[int], device: torch.device
 ) -> None:
-    if len(landmarks) != MAX_SIDES or len(faces) != MAX_SIDES:
+    if len(landmarks) != MAX_SIDES or len(num_faces) != MAX_SIDES:
         raise ValueError(
-            f"landmarks must be of both sides, got {len(landmarks)} of them and {len(faces)} stores"
+            f"landmarks must be of both sides, got {len(landmarks)} of them and {len(num_faces)} "
+            "stores"
         )
-    for given, faces_fssc in zip(landmarks, faces, strict=True):
-        count = len(faces_fssc)
+    for given, count in zip(landmarks, num_faces, strict=True):
         points = (count, NUM_LANDMARKS, 2)
         _check(given.points_fl2, "landmarks", points, (torch.float32,), device)
         _check(given.nearest_fk, "nearest", (count, NUM_NEAREST), (torch.int32,), device)

@@ -404,6 +404,28 @@ def test_both_sides_go_into_one_batch():
         assert torch.equal(both.weights_b1hw[0][half], alone.weights_b1hw[0])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_batch_can_bring_its_own_faces(device):
+    """The faces that the rows name, in their order, in place of the stores."""
+    faces = [drawn_store(5, 32, seed=1), drawn_store(7, 32, seed=2)]
+    landmarks = drawn_landmarks((5, 7), 32)
+    params = both_sides(4, (5, 7), 32, warp_to_landmarks=True)
+    index = records_of(params)["index"].reshape(2, 4)
+    sizes = {"input_px": 32, "output_px": [16]}
+    want = augment(faces, params, landmarks=landmarks, **sizes)
+    own = [store[rows].to(device) for store, rows in zip(faces, index, strict=True)]
+    there = [
+        Landmarks(points_fl2=one.points_fl2.to(device), nearest_fk=one.nearest_fk.to(device))
+        for one in landmarks
+    ]
+    params = params.to(device)
+    ours = augment(own, params, num_faces=(5, 7), landmarks=there, **sizes)
+    assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
+    assert torch.equal(ours.targets_bchw[0].cpu(), want.targets_bchw[0])
+    with pytest.raises(ValueError, match=r"those of the 8 rows, got \[5, 7\] of \[5, 7\] faces"):
+        augment(faces, params, num_faces=(5, 7), **sizes)
+
+
 def test_nothing_is_written_beyond_the_batch():
     faces, params = drawn_store(3, 32), drawn_params(2, 3, 32)
     whole = empty(3, input_px=32, output_px=[32], input_channels=8)

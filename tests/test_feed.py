@@ -19,8 +19,9 @@ def _store(num_faces, seed):
 def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", landmarks=None, **sections):
     values = {"train": {"batch_size": 4}} | sections
     stores = {"a": _store(7, 1), "b": _store(5, 2)}
-    for store in stores.values():
-        store.faces_fssc = store.faces_fssc.to(device)
+    if device == "cuda":
+        stores["a"].faces_fssc = stores["a"].faces_fssc.cuda()
+        stores["b"].faces_fssc = stores["b"].faces_fssc.pin_memory()
     return Feed(
         stores,
         from_dict(values),
@@ -92,6 +93,39 @@ def test_landmarks_bend_the_inputs_alone():
     _assert_equal(bent.batch(), other)
     plain.close()
     bent.close()
+
+
+def test_gathered_faces_make_the_same_batches():
+    """As for a GPU where faces are in a file, here forced."""
+    options = {"landmarks": _landmarks("cpu"), "augment": {"warp_to_landmarks": True}}
+    plain, gathering = _feed(**options), _feed(**options)
+    gathering._gathers = True
+    for seen in ({"a": 0, "b": 0}, {"a": 40, "b": 8}):
+        gathering.seek(seen)
+        _assert_equal(gathering.batch(), plain.next(seen))
+    plain.close()
+    gathering.close()
+
+
+@pytest.mark.gpu
+def test_faces_that_a_gpu_cannot_read_are_gathered():
+    plain, gathering = _feed(), _feed(device="cuda")
+    assert gathering.is_capturable
+    stores = {"a": _store(7, 1), "b": gathering.stores["b"]}  # A's in plain host memory
+    mixed = Feed(
+        stores,
+        gathering.config,
+        input_px=16,
+        output_px=(16, 32),
+        device=torch.device("cuda"),
+        dtype=torch.float32,
+        num_threads=1,
+    )
+    assert not mixed.is_capturable
+    for seen in ({"a": 0, "b": 0}, {"a": 4, "b": 4}):
+        ours, wanted = mixed.next(seen), plain.next(seen)
+        assert torch.equal(ours.input_nchw.cpu(), wanted.input_nchw)
+    plain.close()
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from ...kernels.augment import (
     augment,
     draw,
     empty,
+    records_of,
     workspace_bytes,
 )
 from ..config import Config, to_dict
@@ -51,7 +52,8 @@ class Feed:
 
     On the CPU the next batch is made while the present one is trained on. On a GPU every batch goes
     to the same tensors, and how many faces were seen is counted on the device, so that `batch` can
-    be captured in a CUDA graph together with the step; each replay then makes the next batch.
+    be captured in a CUDA graph together with the step; each replay then makes the next batch. Faces
+    in a file are no use to a graph: the host gathers those of each batch (`is_capturable`).
     """
 
     def __init__(
@@ -85,6 +87,12 @@ class Feed:
         self._expected: dict[str, int] | None = None
         """What `seen` will be when the replay of a graph follows the last `seek`; None: unknown."""
 
+        self.is_capturable = device.type == "cuda" and all(
+            store.faces_fssc.is_cuda or store.faces_fssc.is_pinned() for store in stores.values()
+        )
+        """Whether `batch` leaves the host out."""
+
+        self._gathers = device.type == "cuda" and not self.is_capturable
         self._room = _Room(self) if device.type == "cuda" else None
         self._ahead: tuple[dict[str, int], Future[Batch]] | None = None
         # On a GPU the kernels queue up behind the step; on the CPU a thread works ahead.
@@ -130,19 +138,26 @@ class Feed:
     def _make(self, first: list[int] | Tensor) -> Batch:
         """The batch after so many faces of each side."""
         room, config = self._room or _Room(self), self.config
-        stores = [self.stores[side] for side in SIDES]
-        draw(
+        faces = [self.stores[side].faces_fssc for side in SIDES]
+        num_faces = [len(faces_fssc) for faces_fssc in faces]
+        if self._gathers and isinstance(first, Tensor):
+            first = first.tolist()
+        params_nx = draw(
             self.ranges,
             seed=config.train.seed,
             first=first,
             count=config.train.batch_size,
-            num_faces=[store.num_faces for store in stores],
+            num_faces=num_faces,
             size_px=self.size_px,
-            out=room.params_nx,
+            out=None if self._gathers else room.params_nx,
         )
+        if self._gathers:
+            faces = [each.to(self.device) for each in _chosen(faces, params_nx)]
+            room.params_nx.copy_(params_nx)
         out = augment(
-            [store.faces_fssc for store in stores],
+            faces,
             room.params_nx,
+            num_faces=num_faces if self._gathers else None,
             input_px=self.input_px,
             output_px=self.output_px,
             landmarks=self.landmarks,
@@ -196,3 +211,12 @@ class _Room:
 def _numbers(faces_seen: dict[str, int]) -> list[int]:
     """In the order of the sides."""
     return [faces_seen[side] for side in SIDES]
+
+
+def _chosen(faces: list[Tensor], params_nx: Tensor) -> list[Tensor]:
+    """Of each side's faces those that the rows name, in their order."""
+    rows = torch.from_numpy(records_of(params_nx)["index"].copy()).reshape(len(SIDES), -1)
+    return [
+        faces_fssc.index_select(0, chosen.to(faces_fssc.device))
+        for faces_fssc, chosen in zip(faces, rows, strict=True)
+    ]

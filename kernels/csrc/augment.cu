@@ -77,6 +77,7 @@ struct Call {
     int64_t num_faces[MIEN_MAX_SIDES];
     const mien_face *params;
     int64_t begin_b;  // the first row of b's
+    bool gathered;
     int size, input_px, rgb;
     uint2 *staged;
     uint32_t *picture, *areas, *warped;
@@ -160,7 +161,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Call call) {
     if (i >= area) return;
     const bool of_b = n >= call.begin_b;
     const int64_t index = index_in(face.index, of_b ? call.num_faces[1] : call.num_faces[0]);
-    uint2 pixel = __ldg((of_b ? call.faces[1] : call.faces[0]) + index * area + i);
+    const int64_t at = call.gathered ? n - (of_b ? call.begin_b : 0) : index;
+    uint2 pixel = __ldg((of_b ? call.faces[1] : call.faces[0]) + at * area + i);
     if (face.color) {
         const mien::Lab lab = mien::lab_of(kColors, pixel.x);
         pixel.x = (pixel.x & 0xFF000000u) |
@@ -552,6 +554,7 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
         call.num_faces[side] = job->num_faces[side];
     }
     call.params = job->params;
+    call.gathered = job->gathered != 0;
     call.begin_b = job->count / job->num_sides;
     call.size = job->size_px;
     call.input_px = job->input_px;

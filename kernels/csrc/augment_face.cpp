@@ -450,8 +450,9 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
     const bool with_areas = job.penalize && (job.eye_extra > 0 || job.mouth_extra > 0);
 
     const int side = mien::side_of(job, n);
-    const uint32_t *source = reinterpret_cast<const uint32_t *>(job.faces[side]) +
-                             face.index * (int64_t{2} * size * size);
+    const int64_t at = job.gathered ? n - side * (job.count / job.num_sides) : face.index;
+    const uint32_t *source =
+        reinterpret_cast<const uint32_t *>(job.faces[side]) + at * (int64_t{2} * size * size);
     if (face.color) vary_color(call, face, source, s);
     transform(face, source, with_areas, size, s);
 
@@ -468,11 +469,11 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
             stride = edge;
         }
         store_picture<3>(call, job.target_type, picture, stride, edge, n, job.targets[i]);
-        const int64_t at = n * edge * edge;
-        store_weights(job, with_areas, picture, stride, areas, edge, job.weights[i] + at);
+        const int64_t start = n * edge * edge;
+        store_weights(job, with_areas, picture, stride, areas, edge, job.weights[i] + start);
         if (job.mask && i == job.num_outputs - 1)
             for (int y = 0; y < edge; ++y)
-                store_mask_row(picture + y * stride, edge, job.mask + at + y * edge);
+                store_mask_row(picture + y * stride, edge, job.mask + start + y * edge);
     }
 
     const uint32_t *input = s.picture;

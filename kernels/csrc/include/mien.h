@@ -84,7 +84,8 @@ typedef enum { MIEN_FLOAT32 = 0, MIEN_BFLOAT16 = 1, MIEN_FLOAT16 = 2 } mien_type
 
 /* One call of the augmentation, for one side or both. Pictures are NHWC, 0..1. */
 typedef struct {
-    /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0. */
+    /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0. With gathered,
+     * only the faces of this batch, in the order of its rows. */
     const uint8_t *faces[MIEN_MAX_SIDES];
     int64_t num_faces[MIEN_MAX_SIDES];
     /* With to_landmarks, for both sides: [num_faces, MIEN_LANDMARKS, 2] x and y in px of the store,
@@ -94,6 +95,7 @@ typedef struct {
     const mien_face *params; /* [count]: a's, then as many of b */
     int64_t count;           /* of all sides */
     int32_t num_sides;
+    int32_t gathered; /* 0 or 1 */
     int32_t size_px;
     int32_t rgb; /* 0: pictures are BGR, 1: RGB */
     int32_t input_px;
