@@ -189,36 +189,33 @@ __device__ int block_scan(int value, int *warp_sums) {
     return value;
 }
 
-// blockIdx.x: a row of tiles; blockIdx.y: the face.
+// blockIdx.x: a tile, or nothing where the face has fewer; blockIdx.y: the face.
 __global__ void __launch_bounds__(kThreads) tables_kernel(const Call call) {
     __shared__ int bins[kThreads];
     __shared__ int warp_sums[kThreads / 32];
     const int64_t n = blockIdx.y;
-    const int num_tiles = tiles_of(call, call.params[n]), tile_y = static_cast<int>(blockIdx.x);
-    if (tile_y >= num_tiles) return;
+    const int num_tiles = tiles_of(call, call.params[n]), tile = static_cast<int>(blockIdx.x);
+    if (tile >= num_tiles * num_tiles) return;
     const int size = call.size, thread = static_cast<int>(threadIdx.x);
     const mien::ClaheTiles tiles = mien::clahe_of(num_tiles, size);
+    const int left = tile % num_tiles * tiles.edge_px, top = tile / num_tiles * tiles.edge_px;
     const uint2 *staged = call.staged + n * size * size;
-    uint8_t *levels =
-        call.levels + (n * call.max_tiles * call.max_tiles + tile_y * num_tiles) * 256;
-    for (int tile_x = 0; tile_x < num_tiles; ++tile_x) {
-        bins[thread] = 0;
-        __syncthreads();
-        for (int i = thread; i < tiles.area; i += kThreads) {
-            const int x = mien::reflected(tile_x * tiles.edge_px + i % tiles.edge_px, size);
-            const int y = mien::reflected(tile_y * tiles.edge_px + i / tiles.edge_px, size);
-            atomicAdd(bins + (staged[y * size + x].x & 255), 1);  // whole numbers: one sum
-        }
-        __syncthreads();
-        const int count = bins[thread], clipped = count < tiles.clip ? count : tiles.clip;
-        __syncthreads();
-        bins[thread] = block_scan(count - clipped, warp_sums);
-        __syncthreads();
-        const int excess = bins[kThreads - 1];
-        const int total = block_scan(clipped + mien::clahe_share(thread, excess), warp_sums);
-        levels[tile_x * 256 + thread] = static_cast<uint8_t>(mien::clahe_level(tiles, total));
-        __syncthreads();
+    bins[thread] = 0;
+    __syncthreads();
+    for (int i = thread; i < tiles.area; i += kThreads) {
+        const int x = mien::reflected(left + i % tiles.edge_px, size);
+        const int y = mien::reflected(top + i / tiles.edge_px, size);
+        atomicAdd(bins + (staged[y * size + x].x & 255), 1);  // whole numbers: one sum
     }
+    __syncthreads();
+    const int count = bins[thread], clipped = count < tiles.clip ? count : tiles.clip;
+    __syncthreads();
+    bins[thread] = block_scan(count - clipped, warp_sums);
+    __syncthreads();
+    const int excess = bins[kThreads - 1];
+    const int total = block_scan(clipped + mien::clahe_share(thread, excess), warp_sums);
+    const int64_t table = n * call.max_tiles * call.max_tiles + tile;
+    call.levels[table * 256 + thread] = static_cast<uint8_t>(mien::clahe_level(tiles, total));
 }
 
 __global__ void __launch_bounds__(kThreads) color_kernel(const Call call) {
@@ -600,7 +597,7 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
     const auto tiles = static_cast<unsigned>(layout.max_tiles);
     const dim3 pixels(blocks_for(area), faces);
     gather_kernel<<<dim3(pixels.x + 1, faces), kThreads, 0, queue>>>(call);
-    tables_kernel<<<dim3(tiles, faces), kThreads, 0, queue>>>(call);
+    tables_kernel<<<dim3(tiles * tiles, faces), kThreads, 0, queue>>>(call);
     color_kernel<<<pixels, kThreads, 0, queue>>>(call);
     transform_kernel<<<pixels, kThreads, 0, queue>>>(call, full);
     if (also.outputs) {
