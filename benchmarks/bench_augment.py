@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..kernels.augment import Ranges, augment, draw, empty
+from ..kernels.augment import (
+    NUM_NEAREST,
+    Landmarks,
+    Ranges,
+    augment,
+    draw,
+    empty,
+    workspace_bytes,
+)
 
 SIZES = ((64, (64,)), (128, (128,)), (128, (256,)), (64, (32, 64, 128)))
 """Input and outputs in px; the store has the largest."""
@@ -21,18 +29,40 @@ _STORE_BYTES = 64 * 2**20
 
 
 def step(
-    input_px: int, output_px: Sequence[int], batch: int, num_threads: int, device: str = "cpu"
+    input_px: int,
+    output_px: Sequence[int],
+    batch: int,
+    num_threads: int,
+    device: str = "cpu",
+    *,
+    input_channels: int = 3,
+    dtype: torch.dtype = torch.float32,
+    to_landmarks: bool = False,
 ) -> Callable[[], None]:
     """A function that draws and augments the next ``batch`` faces: half of each of two stores."""
     size_px = max(input_px, *output_px)
     faces = [_store(size_px).to(device) for _ in range(2)]
-    out = empty(batch, input_px=input_px, output_px=output_px, device=device)
+    out = empty(
+        batch,
+        input_px=input_px,
+        output_px=output_px,
+        input_channels=input_channels,
+        input_dtype=dtype,
+        target_dtype=dtype,
+        device=device,
+    )
     num_faces, first = [len(faces_fssc) for faces_fssc in faces], 0
+    landmarks = [_landmarks(count, size_px, device) for count in num_faces]
+    workspace = None
+    if device != "cpu":
+        sizes: dict[str, Any] = {"input_px": input_px, "output_px": output_px}
+        needed = workspace_bytes(batch, size_px=size_px, to_landmarks=to_landmarks, **sizes)
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
 
     def run() -> None:
         nonlocal first
         params_nx = draw(
-            Ranges(),
+            Ranges(warp_to_landmarks=to_landmarks),
             seed=1,
             first=[first, first],
             count=batch // 2,
@@ -45,10 +75,13 @@ def step(
             params_nx,
             input_px=input_px,
             output_px=output_px,
+            landmarks=landmarks if to_landmarks else None,
+            input_channels=input_channels,
             eye_multiplier=3,
             mouth_multiplier=2,
             out=out,
             num_threads=num_threads,
+            workspace=workspace,
         )
         first += batch // 2
 
@@ -79,17 +112,56 @@ def faces_per_second(
 
 def cases() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
     """Yield (what it is, function to time)."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
+    device, channels = ("cuda", 8) if on_gpu else ("cpu", 3)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     for input_px, output_px in SIZES:
-        for batch in (16, 64):
-            what = {
-                "kernel": "augment",
-                "batch": batch,
-                "input_px": input_px,
-                "output_px": list(output_px),
-                "num_threads": 1,
-            }
-            yield what, step(input_px, output_px, batch, 1, device)
+        for batch in (32, 128):
+            for to_landmarks in (False, True):
+                what = {
+                    "kernel": "augment",
+                    "variant": "mien",
+                    "batch": batch,
+                    "input_px": input_px,
+                    "output_px": list(output_px),
+                    "input_channels": channels,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "warp": "landmarks" if to_landmarks else "grid",
+                    "num_threads": 1,
+                    "bytes": batch * _face_bytes(input_px, output_px, channels, dtype.itemsize),
+                }
+                yield (
+                    what,
+                    step(
+                        input_px,
+                        output_px,
+                        batch,
+                        1,
+                        device,
+                        input_channels=channels,
+                        dtype=dtype,
+                        to_landmarks=to_landmarks,
+                    ),
+                )
+
+
+def _face_bytes(input_px: int, output_px: Sequence[int], channels: int, itemsize: int) -> int:
+    """What must at least be moved for a face: the store read once, every result written once."""
+    outputs = sum((3 * itemsize + 4) * edge**2 for edge in output_px)
+    return 8 * max(input_px, *output_px) ** 2 + channels * itemsize * input_px**2 + outputs
+
+
+def _landmarks(num_faces: int, size_px: int, device: str) -> Landmarks:
+    """A spiral of points in the middle of each face, a little shaken."""
+    generator = np.random.default_rng(0)
+    turns = np.linspace(0, 6 * np.pi, 68)
+    spiral = 0.5 + 0.018 * turns[:, None] * np.stack([np.cos(turns), np.sin(turns)], 1)
+    points = spiral + generator.normal(0, 0.02, (num_faces, 68, 2))
+    nearest = generator.integers(0, num_faces, (num_faces, NUM_NEAREST))
+    return Landmarks(
+        points_fl2=torch.tensor(points * size_px, dtype=torch.float32, device=device),
+        nearest_fk=torch.tensor(nearest, dtype=torch.int32, device=device),
+    )
 
 
 def _store(size_px: int) -> torch.Tensor:

@@ -193,6 +193,12 @@ class AugmentConfig(_Checked):
     warp: bool = _setting(True, flag="-W --no-warp")
     """Bend the input picture with a random 5 x 5 grid."""
 
+    warp_to_landmarks: bool = _setting(False, flag="-M --warp-to-landmarks")
+    """Bend the input picture to the landmarks of a similar face of the other side instead."""
+
+    single_interpolation: bool = _setting(False)
+    """Turn and bend the input picture in one sampling instead of two: slightly sharper."""
+
     zoom_amount: int = _setting(5, low=0, high=25)
     """Percent of zoom, in and out."""
 

@@ -18,8 +18,9 @@ target; with the masks it gives one weight per pixel,
 
     weight = face * (1 + E * eye) * (1 + M * mouth)    E, M: the multipliers above 1, else 0
 
-and, bent by a random 5 x 5 grid and resized, the input. Between the stages levels are rounded to
-uint8, in the order and with the rounding of OpenCV 5, whose results it equals. One pass writes
+and, bent and resized, the input: bent by a random 5 x 5 grid, or so that its landmarks come to lie
+where those of a similar face of the other side are. Between the stages levels are rounded to uint8,
+in the order and with the rounding of OpenCV 5, whose results it equals. One pass writes
 everything in the training's dtype and layout: a dozen OpenCV calls and as many temporaries per face
 become one call per batch.
 
@@ -50,12 +51,15 @@ FACE_PARAMS = np.dtype(
         ("flip", np.int32),
         ("color", np.int32),
         ("warp", np.int32),
-        ("reserved", np.int32),
+        ("near", np.int32),
         ("warp_noise", np.float32, (2, 5, 5)),
+        ("landmark_noise", np.float32, (68, 2)),
     ]
 )
 """What is done to one face; the struct `mien_face` of mien.h, where the fields are explained."""
 
+NO_WARP, WARP_GRID, WARP_LANDMARKS = 0, 1, 2
+NUM_LANDMARKS, NUM_NEAREST = 68, 10
 MAX_SIDES = 2
 MAX_OUTPUTS = 8
 INPUT_CHANNELS = (3, 8)
@@ -85,6 +89,19 @@ class Ranges:
     color: bool = True
     flip: bool = True
     warp: bool = True
+    warp_to_landmarks: bool = False
+    """Where faces are bent, bend them to landmarks of the other side instead of at random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Landmarks:
+    """What `augment` needs of one side to warp to landmarks."""
+
+    points_fl2: Tensor
+    """Landmarks of every face of the store (F, 68, 2) float32, x and y in px of the store."""
+
+    nearest_fk: Tensor
+    """Faces of the other side (F, 10) int32, one of which each face is warped to."""
 
 
 @dataclass
@@ -170,6 +187,8 @@ def draw(
     if device is None:
         device = first.device if isinstance(first, Tensor) else "cpu"
     device, sides = torch.device(device), len(num_faces)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # as tensors name theirs
     if not 1 <= sides <= MAX_SIDES:
         raise ValueError(f"num_faces must name 1 or 2 sides, got {list(num_faces)}")
     if count < 0 or min(num_faces) < 1 or size_px < 8:
@@ -202,7 +221,7 @@ def draw(
             "clahe_max_size": ranges.color_clahe_max_size,
             "color": ranges.color,
             "flip": ranges.flip,
-            "warp": ranges.warp,
+            "warp": _warp_of(ranges),
         },
     )
     job = ffi.new("mien_draw_job *")
@@ -229,11 +248,14 @@ def augment(
     *,
     input_px: int,
     output_px: Sequence[int],
+    num_faces: Sequence[int] | None = None,
+    landmarks: Sequence[Landmarks] | None = None,
     input_channels: int = 3,
     penalize_mask: bool = True,
     eye_multiplier: float = 1,
     mouth_multiplier: float = 1,
     learn_mask: bool = False,
+    single_interpolation: bool = False,
     rgb: bool = False,
     input_dtype: torch.dtype = torch.float32,
     target_dtype: torch.dtype = torch.float32,
@@ -251,12 +273,20 @@ def augment(
         params_nx: From `draw` or `params_from_records`.
         input_px: Edge of the input, at most S.
         output_px: Edge of each output, at most S.
+        num_faces: Faces of each side's whole store, where ``faces`` holds only those of this batch,
+            in the order of the rows.
+        landmarks: Of both sides, where faces may be warped to landmarks; on the device.
         input_channels: 3, or 8 for an input whose channels 3 to 7 are zeros, as tensor cores
             want multiples of 8.
         penalize_mask: Weigh by the masks; else every weight is 1.
         eye_multiplier: E of the formula where above 1.
         mouth_multiplier: M of the formula where above 1.
         learn_mask: Give the face mask of the last output as well.
+        single_interpolation: Sample a bent input once, from the coloured face, by affine and warp
+            together. It differs in three things: it is slightly sharper, as nothing is blended and
+            rounded twice; positions are single floats throughout, not 32nds of a pixel; and what
+            lies outside the picture repeats its edge instead of being black. Targets, weights and
+            faces that are not bent stay the same.
         rgb: Write R, G, B instead of B, G, R.
         input_dtype: float32, bfloat16 or float16; of the input.
         target_dtype: The same, of the targets.
@@ -273,6 +303,16 @@ def augment(
     _check(params_nx, "params", (count, FACE_PARAMS.itemsize), (torch.uint8,), device)
     if count % len(faces):
         raise ValueError(f"params must have as many rows for each side, got {count} rows")
+    gathered = num_faces is not None
+    in_batch = [len(faces_fssc) for faces_fssc in faces]
+    in_store = in_batch if num_faces is None else list(num_faces)
+    if len(in_store) != len(faces) or (gathered and in_batch != [count // len(faces)] * len(faces)):
+        raise ValueError(
+            f"with num_faces, faces must be those of the {count} rows, got {in_batch} of "
+            f"{in_store} faces"
+        )
+    if landmarks is not None:
+        _check_landmarks(landmarks, in_store, device)
     if not output_px or len(output_px) > MAX_OUTPUTS:
         raise ValueError(f"output_px must name 1 to {MAX_OUTPUTS} sizes, got {list(output_px)}")
     for edge in (input_px, *output_px):
@@ -299,10 +339,15 @@ def augment(
     ffi, lib = native.library()
     job = _job(ffi, count, size_px, input_px, output_px)
     job.num_sides = len(faces)
+    job.gathered = gathered
     job.input_channels = input_channels
     for side, faces_fssc in enumerate(faces):
         job.faces[side] = ffi.cast("uint8_t *", faces_fssc.data_ptr())
-        job.num_faces[side] = len(faces_fssc)
+        job.num_faces[side] = in_store[side]
+    for side, given in enumerate(landmarks or ()):
+        job.to_landmarks = 1
+        job.landmarks[side] = ffi.cast("float *", given.points_fl2.data_ptr())
+        job.nearest[side] = ffi.cast("int32_t *", given.nearest_fk.data_ptr())
     job.params = ffi.cast("mien_face *", params_nx.data_ptr())
     job.rgb = rgb
     job.input_type = _TYPES[out.input_bchw.dtype]
@@ -315,6 +360,7 @@ def augment(
         assert out.mask_b1hw is not None
         job.mask = ffi.cast("float *", out.mask_b1hw.data_ptr())
     job.penalize = penalize_mask
+    job.single_interpolation = single_interpolation
     job.eye_extra = eye_multiplier if eye_multiplier > 1 else 0
     job.mouth_extra = mouth_multiplier if mouth_multiplier > 1 else 0
 
@@ -334,26 +380,53 @@ def augment(
     return out
 
 
-def workspace_bytes(batch: int, *, size_px: int, input_px: int, output_px: Sequence[int]) -> int:
+def workspace_bytes(
+    batch: int,
+    *,
+    size_px: int,
+    input_px: int,
+    output_px: Sequence[int],
+    to_landmarks: bool = False,
+) -> int:
     """GPU memory that `augment` needs besides its results, for ``batch`` faces."""
     ffi, lib = native.library()
-    return lib.mien_augment_workspace_bytes(_job(ffi, batch, size_px, input_px, output_px))
+    job = _job(ffi, batch, size_px, input_px, output_px, to_landmarks)
+    return lib.mien_augment_workspace_bytes(job)
 
 
 def launches(
-    batch: int, *, size_px: int, input_px: int, output_px: Sequence[int]
+    batch: int,
+    *,
+    size_px: int,
+    input_px: int,
+    output_px: Sequence[int],
+    to_landmarks: bool = False,
 ) -> dict[str, int]:
-    """Kernels that `draw` and `augment` launch on a GPU for ``batch`` faces of these sizes."""
+    """Kernels that `draw` and `augment` launch on a GPU for ``batch`` faces of both sides."""
     ffi, lib = native.library()
-    job = _job(ffi, batch, size_px, input_px, output_px)
+    job = _job(ffi, batch, size_px, input_px, output_px, to_landmarks)
     return {"draw": int(batch > 0), "augment": lib.mien_augment_launches(job)}
 
 
-def _job(ffi: Any, count: int, size_px: int, input_px: int, output_px: Sequence[int]) -> Any:
-    """A job of one side, its pointers unset."""
+def _warp_of(ranges: Ranges) -> int:
+    if not ranges.warp:
+        return NO_WARP
+    return WARP_LANDMARKS if ranges.warp_to_landmarks else WARP_GRID
+
+
+def _job(
+    ffi: Any,
+    count: int,
+    size_px: int,
+    input_px: int,
+    output_px: Sequence[int],
+    to_landmarks: bool = False,
+) -> Any:
+    """A job of the stores' first sides, as many as it needs, its pointers unset."""
     job = ffi.new("mien_augment_job *")
-    job.num_sides = 1
-    job.num_faces[0] = 1
+    job.num_sides = MAX_SIDES if to_landmarks else 1
+    job.num_faces = [1] * MAX_SIDES
+    job.to_landmarks = to_landmarks
     job.count = count
     job.input_channels = 3
     job.size_px = size_px
@@ -406,6 +479,20 @@ def _check_faces(faces: Sequence[Tensor], device: torch.device) -> int:
                 "the faces in pinned memory"
             )
     return size_px
+
+
+def _check_landmarks(
+    landmarks: Sequence[Landmarks], num_faces: Sequence[int], device: torch.device
+) -> None:
+    if len(landmarks) != MAX_SIDES or len(num_faces) != MAX_SIDES:
+        raise ValueError(
+            f"landmarks must be of both sides, got {len(landmarks)} of them and {len(num_faces)} "
+            "stores"
+        )
+    for given, count in zip(landmarks, num_faces, strict=True):
+        points = (count, NUM_LANDMARKS, 2)
+        _check(given.points_fl2, "landmarks", points, (torch.float32,), device)
+        _check(given.nearest_fk, "nearest", (count, NUM_NEAREST), (torch.int32,), device)
 
 
 def _check_out(

@@ -5,6 +5,7 @@ it then uses 5 bits of position, up to 4 levels away on up to 12 % of the values
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import triton
 
 import mien
 from mien.kernels import reference
 from mien.kernels.augment import (
     FACE_PARAMS,
     Augmented,
+    Landmarks,
     Ranges,
     augment,
     draw,
@@ -243,6 +246,46 @@ def test_the_whole_chain_equals_the_oracle(oracle_dir):
             assert np.array_equal(levels(out.mask_b1hw[half])[..., 0], face), file
 
 
+def landmarks_of(points, nearest):
+    """What `augment` takes of one side."""
+    return Landmarks(
+        points_fl2=torch.from_numpy(np.ascontiguousarray(points, dtype=np.float32)),
+        nearest_fk=torch.from_numpy(np.ascontiguousarray(nearest, dtype=np.int32)),
+    )
+
+
+@pytest.mark.oracle
+def test_warp_to_landmarks_equals_the_oracle(oracle_dir):
+    """The oracle bends along the wrong axes: x and y are exchanged in its points.
+
+    Its pixels that lie outside the picture are undefined. Positions are of 2^-14 px here and float
+    there, so single levels fall to their neighbour.
+    """
+    files = sorted(oracle_dir.glob("augmentation/*.npz"))
+    assert files, "the oracle has no augmentation"
+    for file in files:
+        data = np.load(file, allow_pickle=False)
+        size_px, count = int(data["size"]), len(data["in_batch"])
+        faces, points = store_of(data["flip:out"]), data["flip:points_out"][..., ::-1]
+        records = still(2 * count)
+        records["index"] %= count
+        records["warp"] = 2
+        records["landmark_noise"][:count] = data["wtl:noise"][..., ::-1]
+        nearest = np.tile(np.arange(count)[:, None], 10)
+        out = augment(
+            [faces, faces],
+            params_from_records(records),
+            input_px=size_px,
+            output_px=[size_px],
+            landmarks=[landmarks_of(points[:, side], nearest) for side in range(2)],
+        )
+        ours, want = levels(out.input_bchw)[:count], data["wtl:out"]
+        differ = (ours.astype(int) - want)[data["wtl:defined"]]
+        assert np.abs(differ).max() <= 1, file
+        assert np.mean(differ != 0) < 1e-4, file  # measured: at most 6.2e-5
+        assert data["wtl:defined"].mean() > 0.98
+
+
 CASES = [
     pytest.param(64, 64, [64], id="64"),
     pytest.param(128, 64, [32, 64, 128], id="whole-ratios"),
@@ -361,6 +404,28 @@ def test_both_sides_go_into_one_batch():
         assert torch.equal(both.weights_b1hw[0][half], alone.weights_b1hw[0])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_batch_can_bring_its_own_faces(device):
+    """The faces that the rows name, in their order, in place of the stores."""
+    faces = [drawn_store(5, 32, seed=1), drawn_store(7, 32, seed=2)]
+    landmarks = drawn_landmarks((5, 7), 32)
+    params = both_sides(4, (5, 7), 32, warp_to_landmarks=True)
+    index = records_of(params)["index"].reshape(2, 4)
+    sizes = {"input_px": 32, "output_px": [16]}
+    want = augment(faces, params, landmarks=landmarks, **sizes)
+    own = [store[rows].to(device) for store, rows in zip(faces, index, strict=True)]
+    there = [
+        Landmarks(points_fl2=one.points_fl2.to(device), nearest_fk=one.nearest_fk.to(device))
+        for one in landmarks
+    ]
+    params = params.to(device)
+    ours = augment(own, params, num_faces=(5, 7), landmarks=there, **sizes)
+    assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
+    assert torch.equal(ours.targets_bchw[0].cpu(), want.targets_bchw[0])
+    with pytest.raises(ValueError, match=r"those of the 8 rows, got \[5, 7\] of \[5, 7\] faces"):
+        augment(faces, params, num_faces=(5, 7), **sizes)
+
+
 def test_nothing_is_written_beyond_the_batch():
     faces, params = drawn_store(3, 32), drawn_params(2, 3, 32)
     whole = empty(3, input_px=32, output_px=[32], input_channels=8)
@@ -371,6 +436,193 @@ def test_nothing_is_written_beyond_the_batch():
     assert augment([faces], params, **sizes, out=first_two).input_bchw.isfinite().all()
     for tensor in (whole.input_bchw, whole.targets_bchw[0], whole.weights_b1hw[0]):
         assert tensor[2].isnan().all()
+
+
+@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
+def test_single_interpolation_equals_opencv(size_px, input_px, output_px):
+    """Positions are float32 here and float64 there: a level may fall to its other neighbour."""
+    faces, params = drawn_store(5, size_px), drawn_params(9, 5, size_px)
+    records = records_of(params)
+    records["color"][1], records["warp"][2] = 0, 0
+    records["warp_noise"][4] *= 40
+    sizes = {"input_px": input_px, "output_px": output_px}
+    plain = augment([faces], params, **sizes)
+    ours = augment([faces], params, **sizes, single_interpolation=True)
+    want = reference.augment(faces.numpy(), records, **sizes, single_interpolation=True)[0]
+    differ = levels(ours.input_bchw).astype(int) - want
+    assert np.abs(differ).max() <= 1
+    assert np.mean(differ != 0) < 2e-4  # measured: at most 1.1e-4
+    assert torch.equal(ours.input_bchw[2], plain.input_bchw[2]), "a face that is not bent"
+    assert not torch.equal(ours.input_bchw[0], plain.input_bchw[0])
+    for one, other in zip(ours.targets_bchw, plain.targets_bchw, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_single_interpolation_is_sharper():
+    faces, params = drawn_store(6, 128), drawn_params(6, 6, 128)
+    rows = [
+        levels(
+            augment(
+                [faces], params, input_px=128, output_px=[128], single_interpolation=single
+            ).input_bchw
+        )[:, 8:-8, 8:-8].astype(float)
+        for single in (False, True)
+    ]
+    twice, once = (np.square(np.diff(row, axis=2)).mean() for row in rows)
+    assert once > 1.5 * twice  # measured: 2.0, the faces being full of grain
+
+
+def drawn_landmarks(num_faces, size_px, seed=0):
+    """Landmarks of both sides: a face's outline and features, differing a little from face to face.
+
+    The jaw is no hull of the features, so that some of its points are dropped and some are not.
+    """
+    generator = np.random.default_rng(seed)
+    angles = np.linspace(0, 2 * np.pi, 51, endpoint=False)
+    jaw = np.stack([np.cos(np.linspace(0, np.pi, 17)), np.sin(np.linspace(0, np.pi, 17))], 1)
+    features = np.stack([np.cos(angles), np.sin(angles)], 1)
+    features *= 0.7 * (np.arange(51)[:, None] % 7 + 1) / 7
+    face = np.concatenate([0.8 * jaw, features]) * 0.45 + 0.5
+    sides = []
+    for count in num_faces:
+        shaken = face + generator.normal(0, 0.02, (count, 68, 2))
+        nearest = generator.integers(0, num_faces[1 - len(sides)], (count, 10))
+        sides.append(landmarks_of(shaken * size_px, nearest))
+    return sides
+
+
+def landmark_pairs(records, landmarks):
+    """For each row, the landmarks of its face and of the one that it is warped to."""
+    pairs = []
+    for row, record in enumerate(records):
+        side = int(2 * row >= len(records))
+        index = record["index"]
+        other = landmarks[side].nearest_fk[index, record["near"]]
+        pairs.append(
+            (
+                landmarks[side].points_fl2[index].numpy(),
+                landmarks[1 - side].points_fl2[other].numpy(),
+            )
+        )
+    return pairs
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
+@pytest.mark.parametrize(("size_px", "input_px"), [(64, 64), (96, 48), (66, 22), (37, 30), (8, 8)])
+def test_warp_to_landmarks_equals_opencv(size_px, input_px, single):
+    faces = [drawn_store(3, size_px), drawn_store(4, size_px, seed=1)]
+    landmarks = drawn_landmarks((3, 4), size_px)
+    params = both_sides(2, (3, 4), size_px, warp_to_landmarks=True)
+    records = records_of(params)
+    sizes = {"input_px": input_px, "output_px": [size_px], "single_interpolation": single}
+    ours = levels(augment(faces, params, landmarks=landmarks, **sizes).input_bchw)
+    pairs = landmark_pairs(records, landmarks)
+    for side in range(2):
+        half = slice(2 * side, 2 * side + 2)
+        want = reference.augment(
+            faces[side].numpy(), records[half], landmarks=pairs[half], **sizes
+        )[0]
+        differ = ours[half].astype(int) - want
+        assert np.abs(differ).max() <= 1
+        assert np.count_nonzero(differ) <= 2 + 5e-4 * differ.size  # measured: 4.4e-4, full of grain
+
+
+@pytest.mark.parametrize("on_edge", ["source", "destination", "neither"])
+def test_a_point_of_the_jaw_on_the_edge_of_the_features_is_dropped(on_edge):
+    generator = np.random.default_rng(0)
+    features = generator.uniform(24, 40, (51, 2))
+    features[-4:] = [[20, 20], [44, 20], [44, 44], [20, 44]]
+    jaw = np.stack([np.linspace(8, 56, 17), np.full(17, 10.0)], 1)
+    sides = [np.concatenate([jaw, features]) for _ in range(2)]
+    if on_edge != "neither":
+        sides[on_edge == "destination"][8] = [32, 20]
+    landmarks = [landmarks_of(points[None], np.zeros((1, 10))) for points in sides]
+    records = still(2)
+    records["index"], records["warp"] = 0, 2
+    records["landmark_noise"] = generator.uniform(-2, 2, (2, 68, 2))
+    records["landmark_noise"][:, [8, -4, -3, -2, -1]] = 0
+    faces = drawn_store(1, 64)
+    sizes = {"input_px": 64, "output_px": [64]}
+    params = params_from_records(records)
+    ours = levels(augment([faces, faces], params, landmarks=landmarks, **sizes).input_bchw)
+    pairs = landmark_pairs(records, landmarks)
+    want = reference.augment(faces.numpy(), records, landmarks=pairs, **sizes)[0]
+    differ = ours.astype(int) - want
+    assert np.abs(differ).max() <= 1
+    assert np.mean(differ != 0) < 5e-4
+
+
+def _landmark_case(kind, size_px):
+    generator = np.random.default_rng(3)
+    along = np.linspace(0, size_px - 1, 68)
+    return {
+        "one point": np.full((68, 2), size_px / 3),
+        "a line": np.stack([along, along], 1),
+        "the border": np.stack([along, np.zeros(68)], 1),
+        "a lattice": generator.integers(0, 8, (68, 2)) * (size_px // 8),
+        "a circle": (np.stack([np.cos(along), np.sin(along)], 1) + 1) * (size_px / 2 - 1),
+        "all anywhere": generator.uniform(-0.2, 1.2, (68, 2)) * size_px,
+        "far outside": generator.normal(0, 1e6, (68, 2)),
+    }[kind]
+
+
+@pytest.mark.parametrize("size_px", [8, 37, 64])
+@pytest.mark.parametrize(
+    "kind",
+    ["one point", "a line", "the border", "a lattice", "a circle", "all anywhere"],
+)
+def test_landmarks_that_stay_move_nothing(kind, size_px):
+    """Whatever they look like; the points are of 2^-14 px, too little to move a level."""
+    faces = drawn_store(2, size_px)
+    points = np.tile(_landmark_case(kind, size_px), (2, 1, 1))
+    landmarks = [landmarks_of(points, np.zeros((2, 10)))] * 2
+    records = still(4)
+    records["index"] %= 2
+    records["warp"] = 2
+    params = params_from_records(records)
+    sizes = {"input_px": size_px, "output_px": [size_px]}
+    out = augment([faces, faces], params, landmarks=landmarks, **sizes)
+    assert torch.equal(out.input_bchw, out.targets_bchw[0])
+
+
+def test_landmarks_far_outside_are_no_error():
+    faces = drawn_store(2, 64)
+    points = np.tile(_landmark_case("far outside", 64), (2, 1, 1))
+    landmarks = [landmarks_of(scale * points, np.ones((2, 10))) for scale in (1, -0.3)]
+    records = still(4)
+    records["index"] %= 2
+    records["warp"] = 2
+    sizes = {"input_px": 64, "output_px": [64]}
+    out = augment([faces, faces], params_from_records(records), landmarks=landmarks, **sizes)
+    assert 0 <= out.input_bchw.min() <= out.input_bchw.max() <= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
+def test_landmarks_pull_the_picture_along_their_own_axis(axis):
+    """A feature goes where its landmark goes."""
+    size_px = 64
+    faces = np.zeros((1, size_px, size_px, 3), np.uint8)
+    faces[0, 28:33, 28:33] = 255  # centre (30, 30)
+    points = 30 + 6 * np.stack([np.cos(np.arange(68)), np.sin(np.arange(68))], 1)
+    moved = points.copy()
+    moved[:, axis] += 8
+    landmarks = [landmarks_of(p[None], np.zeros((1, 10))) for p in (points, moved)]
+    records = still(2)
+    records["index"], records["warp"] = 0, 2
+    store = store_of(faces)
+    out = augment(
+        [store, store],
+        params_from_records(records),
+        input_px=size_px,
+        output_px=[size_px],
+        landmarks=landmarks,
+    )
+    face = levels(out.input_bchw)[0, ..., 0].astype(float)  # A's, warped to B's landmarks
+    y, x = np.indices(face.shape)
+    centre = [(face * at).sum() / face.sum() for at in (x, y)]
+    wanted = [30.0, 30.0]
+    wanted[axis] += 8
+    np.testing.assert_allclose(centre, wanted, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -396,6 +648,8 @@ def test_launches_follow_the_sizes():
     assert count(32, 32, [16, 32, 64]) == {"draw": 1, "augment": 6}
     assert count(32, 48, [64]) == {"draw": 1, "augment": 6}
     assert count(32, 16, [16]) == {"draw": 1, "augment": 7}
+    more = launches(32, size_px=64, input_px=64, output_px=[64], to_landmarks=True)
+    assert more == {"draw": 1, "augment": 7}
     assert count(0, 64, [64]) == {"draw": 0, "augment": 0}
 
 
@@ -423,7 +677,10 @@ def test_every_build_gives_the_same_bits():
         "import sys, hashlib; sys.path.insert(0, sys.argv[1]); import test_augment as t\n"
         "out = t.augment([t.drawn_store(5, 96)], t.drawn_params(9, 5, 96), input_px=48,\n"
         "    output_px=[96, 40], eye_multiplier=3, mouth_multiplier=2)\n"
-        "tensors = [out.input_bchw, *out.targets_bchw, *out.weights_b1hw]\n"
+        "bent = t.augment([t.drawn_store(5, 96)] * 2, t.both_sides(4, (5, 5), 96,\n"
+        "    warp_to_landmarks=True), input_px=48, output_px=[96],\n"
+        "    landmarks=t.drawn_landmarks((5, 5), 96))\n"
+        "tensors = [out.input_bchw, *out.targets_bchw, *out.weights_b1hw, bent.input_bchw]\n"
         "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in tensors)).hexdigest())\n"
     )
     runs = [
@@ -462,9 +719,58 @@ def _bad_tiles(given):
     return {"params_nx": params_from_records(records)}
 
 
+def _landmarks(change):
+    """Both sides with landmarks, and something wrong."""
+
+    def given(given):
+        faces = [given["faces"][0], given["faces"][0]]
+        records = still(4)
+        records["index"] %= 2
+        records["warp"] = 2
+        landmarks = drawn_landmarks((2, 2), 16)
+        given = {"faces": faces, "landmarks": landmarks, "records": records}
+        given |= change(given)
+        given["params_nx"] = params_from_records(given.pop("records"))
+        return given
+
+    return given
+
+
+def _changed(name, value):
+    def change(given):
+        given["records"][name] = value
+        return {}
+
+    return _landmarks(change)
+
+
+def _half(points):
+    return [
+        points[0],
+        Landmarks(points_fl2=points[1].points_fl2, nearest_fk=points[1].nearest_fk[:, :9]),
+    ]
+
+
+def _lost(points):
+    return [points[0], landmarks_of(points[1].points_fl2, np.full((2, 10), 2))]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (_landmarks(lambda g: {"landmarks": None}), r"face 0: warp must be 0\.\.2 .*got 2"),
+        (_changed("warp", 3), r"face 0: warp must be 0\.\.2 .*got 3"),
+        (_changed("near", 10), r"face 0: near must be 0\.\.9, got 10"),
+        (_landmarks(lambda g: {"landmarks": g["landmarks"][:1]}), "landmarks must be of both"),
+        (_landmarks(lambda g: {"faces": g["faces"][:1]}), "got 2 of them and 1 stores"),
+        (
+            _landmarks(lambda g: {"landmarks": _half(g["landmarks"])}),
+            r"nearest must be \(2, 10\) int32, got \(2, 9\)",
+        ),
+        (
+            _landmarks(lambda g: {"landmarks": _lost(g["landmarks"])}),
+            r"face 2: nearest must be 0\.\.1, got 2",
+        ),
         (_store(lambda faces: faces.float()), r"faces must be uint8 \(F, S, S, 8\)"),
         (_store(lambda faces: faces[0]), r"faces must be uint8 \(F, S, S, 8\)"),
         (_store(lambda faces: faces[..., :6]), r"faces must be uint8 \(F, S, S, 8\)"),
@@ -477,7 +783,7 @@ def _bad_tiles(given):
             r"faces must be \(1, 16, 16, 8\) uint8, got \(1, 8, 8, 8\)",
         ),
         (lambda g: {"input_channels": 4}, "input_channels must be 3 or 8, got 4"),
-        (lambda g: {"params_nx": g["params_nx"][:, :9]}, r"params must be \(3, 264\) uint8"),
+        (lambda g: {"params_nx": g["params_nx"][:, :9]}, r"params must be \(3, 808\) uint8"),
         (lambda g: {"input_px": 17}, "sizes must be 1 to 16 px .*got 17"),
         (lambda g: {"output_px": [0]}, "sizes must be 1 to 16 px .*got 0"),
         (lambda g: {"output_px": []}, "output_px must name 1 to 8 sizes"),
@@ -518,7 +824,8 @@ def test_refuses_an_output_of_another_layout():
 @pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
 @pytest.mark.parametrize("channels", [3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, channels, dtype):
+@pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
+def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, channels, dtype, single):
     """A's store lies in GPU memory, B's, which has more faces, in pinned memory."""
     a, b = drawn_store(5, size_px), drawn_store(7, size_px, seed=1)
     params = both_sides(6, (5, 7), size_px)
@@ -526,7 +833,7 @@ def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, channels, d
     records["color"][1], records["warp"][2] = 0, 0
     options = {"input_px": input_px, "output_px": output_px, "learn_mask": True}
     options |= {"eye_multiplier": 3, "mouth_multiplier": 2, "input_channels": channels}
-    options |= {"input_dtype": dtype, "target_dtype": dtype}
+    options |= {"input_dtype": dtype, "target_dtype": dtype, "single_interpolation": single}
     want = augment([a, b], params, **options)
     ours = augment([a.cuda(), b.pin_memory()], params.cuda(), **options)
     assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
@@ -537,16 +844,88 @@ def test_gpu_gives_the_bits_of_the_cpu(size_px, input_px, output_px, channels, d
     assert all(torch.equal(one.cpu(), other) for one, other in pairs)
 
 
-@pytest.mark.aot
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_cuda_kernels_spill_nothing(tmp_path):
-    command = "nvcc -std=c++17 -O3 --fmad=false -arch=sm_90 -Werror all-warnings -Xptxas -v".split()
-    folders = ["-I", str(CSRC / "include"), "-I", str(CSRC)]
-    files = ["-c", str(CSRC / "augment.cu"), "-o", str(tmp_path / "augment.o")]
+@pytest.mark.gpu
+@pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
+@pytest.mark.parametrize("size_px", [8, 37, 64, 256])
+def test_gpu_warps_to_landmarks_as_the_cpu(size_px, single):
+    faces = [drawn_store(5, size_px), drawn_store(7, size_px, seed=1)]
+    landmarks = drawn_landmarks((5, 7), size_px)
+    params = both_sides(8, (5, 7), size_px, warp_to_landmarks=True)
+    records_of(params)["warp"][3] = 1
+    options = {"input_px": size_px, "output_px": [size_px], "single_interpolation": single}
+    want = augment(faces, params, landmarks=landmarks, **options)
+    there = [
+        Landmarks(points_fl2=one.points_fl2.cuda(), nearest_fk=one.nearest_fk.cuda())
+        for one in landmarks
+    ]
+    on_gpu = [faces_fssc.cuda() for faces_fssc in faces]
+    for _ in range(3):  # the order in which the triangles are found differs
+        ours = augment(on_gpu, params.cuda(), landmarks=there, **options)
+        assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", ["one point", "a line", "the border", "a lattice", "a circle", "far outside"]
+)
+def test_gpu_takes_any_landmarks(kind):
+    faces = drawn_store(2, 64)
+    points = np.tile(_landmark_case(kind, 64), (2, 1, 1))
+    landmarks = [landmarks_of(scale * points, np.zeros((2, 10))) for scale in (1, 0.9)]
+    records = still(4)
+    records["index"] %= 2
+    records["warp"] = 2
+    params = params_from_records(records)
+    options = {"input_px": 64, "output_px": [64]}
+    want = augment([faces, faces], params, landmarks=landmarks, **options)
+    there = [
+        Landmarks(points_fl2=one.points_fl2.cuda(), nearest_fk=one.nearest_fk.cuda())
+        for one in landmarks
+    ]
+    ours = augment([faces.cuda()] * 2, params.cuda(), landmarks=there, **options)
+    assert torch.equal(ours.input_bchw.cpu(), want.input_bchw)
+
+
+def _assembled(folder, arch):
+    """The kernels' cubin, and what the assembler said of them."""
+    file = folder / "augment.cubin"
+    command = "nvcc -std=c++17 -O3 --fmad=false -Werror all-warnings -Xptxas -v -cubin".split()
+    folders = [f"-arch=sm_{arch}", "-I", str(CSRC / "include"), "-I", str(CSRC)]
+    files = [str(CSRC / "augment.cu"), "-o", str(file)]
     done = subprocess.run([*command, *folders, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    usage = [line for line in done.stderr.splitlines() if "bytes stack frame" in line]
-    assert len(usage) == 10, "kernels came or went: look at the new list"
+    return file, done.stderr
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_cuda_kernels_spill_nothing_and_leave_room(tmp_path, arch):
+    said = _assembled(tmp_path, arch)[1]
+    usage = [line for line in said.splitlines() if "bytes stack frame" in line]
+    assert len(usage) == 12, "kernels came or went: look at the new list"
     for line in usage:
-        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in line
+        assert "0 bytes spill stores, 0 bytes spill loads" in line
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", said)]
+    assert len(registers) == 12
+    assert max(registers) <= 64  # four blocks of 256 threads a multiprocessor
+
+
+@pytest.mark.aot
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_kernels_move_pixels_whole(tmp_path):
+    """The store is read by 8 bytes a pixel, inputs of eight channels are written by 16."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    command = [str(cuobjdump), "-sass", str(_assembled(tmp_path, 90)[0])]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = {part.split()[0]: part for part in listing.split("Function : ")[1:]}
+
+    def count(kernel, instruction):
+        (code,) = (code for name, code in kernels.items() if kernel in name)
+        return len(re.findall(re.escape(instruction), code))
+
+    assert count("gather_kernel", "LDG.E.64.CONSTANT") == 1
+    assert count("gather_kernel", "STG.E.64") == 1
+    assert count("transform_kernel", "LDG.E.64.CONSTANT") == 4
+    for ratio in range(3):
+        assert count(f"input_kernelILi{ratio}E", "STG.E.128") == 3  # one of 16 bits, two of fp32

@@ -73,6 +73,12 @@ def test_flags_turn_augmentation_off(capsys):
     assert values["augment"] | {"flip": False, "color": False, "warp": False} == values["augment"]
 
 
+def test_a_flag_warps_to_landmarks(capsys):
+    assert _printed(capsys)["augment"]["warp_to_landmarks"] is False
+    for flag in ("-M", "--warp-to-landmarks"):
+        assert _printed(capsys, flag)["augment"]["warp_to_landmarks"] is True
+
+
 def test_options_of_a_family_by_set(capsys):
     values = _printed(capsys, "--set", "model.options.lowmem=true")
     assert values["model"]["options"] == {"lowmem": True}

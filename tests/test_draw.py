@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mien.kernels.augment import Ranges, draw, records_of
+from mien.kernels.augment import WARP_LANDMARKS, Ranges, draw, records_of
 
 NUM = 20_000
 
@@ -195,6 +195,39 @@ def test_warp_noise_is_normal(size_px):
     assert not drawn(count=4, warp=False)["warp"].any()
 
 
+@pytest.mark.parametrize("size_px", [64, 256])
+def test_noise_of_landmarks_is_normal(size_px):
+    records = drawn(count=4000, size_px=size_px, warp_to_landmarks=True)
+    assert np.all(records["warp"] == WARP_LANDMARKS)
+    noise = records["landmark_noise"].astype(np.float64).reshape(4000, 136) / (2 / 256 * size_px)
+    ranks = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in noise[:, ::5].ravel()])
+    assert _is_uniform(ranks, 0, 1)
+    assert abs((noise**2).mean() - 1) < 0.01
+    assert abs((noise**4).mean() - 3) < 0.1
+    both = np.concatenate([noise, records["warp_noise"].reshape(4000, 50)], axis=1)
+    correlation = np.corrcoef(both.T) - np.eye(186)
+    assert np.abs(correlation).max() < 5.5 / math.sqrt(4000)
+
+
+def test_each_of_the_nearest_is_as_likely():
+    records = drawn(warp_to_landmarks=True)
+    counts = np.bincount(records["near"], minlength=10)
+    assert len(counts) == 10
+    assert abs(_chi_squared(counts)) < 5
+    assert abs(np.corrcoef(records["near"], records["landmark_noise"][:, 0, 0])[0, 1]) < 0.035
+
+
+def test_without_landmarks_nothing_else_changes():
+    grid, landmarks = drawn(count=50), drawn(count=50, warp_to_landmarks=True)
+    assert not grid["landmark_noise"].any()
+    assert not grid["near"].any()
+    for name in ("index", "lab", "matrix", "flip", "clahe_tiles", "warp_noise"):
+        assert np.array_equal(grid[name], landmarks[name])
+    off = drawn(count=50, warp=False, warp_to_landmarks=True)
+    assert not off["warp"].any()
+    assert not off["landmark_noise"].any()
+
+
 def test_no_variation_is_the_identity():
     records = drawn(count=100, zoom_amount=0, rotation_range=0, shift_range=0)
     assert np.array_equal(records["matrix"], np.tile(np.eye(2, 3, dtype=np.float32), (100, 1, 1)))
@@ -225,7 +258,9 @@ def test_refuses(change, message):
 @pytest.mark.gpu
 def test_gpu_draws_the_same_bits():
     options = {"seed": 2**63 + 5, "count": 3000, "num_faces": [77, 1001], "size_px": 128}
-    want = draw(Ranges(), first=[1000, 2**40], **options)
     counters = torch.tensor([1000, 2**40], device="cuda")
-    assert torch.equal(draw(Ranges(), first=counters, **options).cpu(), want)
-    assert torch.equal(draw(Ranges(), first=[1000, 2**40], device="cuda", **options).cpu(), want)
+    for ranges in (Ranges(), Ranges(warp_to_landmarks=True)):
+        want = draw(ranges, first=[1000, 2**40], **options)
+        assert torch.equal(draw(ranges, first=counters, **options).cpu(), want)
+        ours = draw(ranges, first=[1000, 2**40], device="cuda", **options)
+        assert torch.equal(ours.cpu(), want)

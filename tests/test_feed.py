@@ -6,7 +6,7 @@ import torch
 from mien.core.config import from_dict
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
-from mien.kernels.augment import draw, records_of
+from mien.kernels.augment import Landmarks, draw, records_of
 
 
 def _store(num_faces, seed):
@@ -16,11 +16,12 @@ def _store(num_faces, seed):
     return FaceStore(faces, "host", names, [], "", "", reused=False, seconds=0.0)
 
 
-def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", **sections):
+def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", landmarks=None, **sections):
     values = {"train": {"batch_size": 4}} | sections
     stores = {"a": _store(7, 1), "b": _store(5, 2)}
-    for store in stores.values():
-        store.faces_fssc = store.faces_fssc.to(device)
+    if device == "cuda":
+        stores["a"].faces_fssc = stores["a"].faces_fssc.cuda()
+        stores["b"].faces_fssc = stores["b"].faces_fssc.pin_memory()
     return Feed(
         stores,
         from_dict(values),
@@ -30,6 +31,7 @@ def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", **sections):
         dtype=dtype,
         num_threads=threads,
         input_channels=channels,
+        landmarks=landmarks,
     )
 
 
@@ -69,9 +71,71 @@ def test_seek_and_batch_go_on_by_themselves():
     moving.close()
 
 
+def _landmarks(device):
+    generator = torch.Generator().manual_seed(3)
+    return tuple(
+        Landmarks(
+            points_fl2=(4 + 24 * torch.rand(count, 68, 2, generator=generator)).to(device),
+            nearest_fk=torch.zeros(count, 10, dtype=torch.int32, device=device),
+        )
+        for count in (7, 5)
+    )
+
+
+def test_landmarks_bend_the_inputs_alone():
+    plain = _feed()
+    bent = _feed(landmarks=_landmarks("cpu"), augment={"warp_to_landmarks": True})
+    one, other = plain.batch(), bent.batch()
+    assert not torch.equal(one.input_nchw, other.input_nchw)
+    for ours, theirs in zip(one.targets + one.weights, other.targets + other.weights, strict=True):
+        assert torch.equal(ours, theirs)
+    bent.seek({"a": 0, "b": 0})
+    _assert_equal(bent.batch(), other)
+    plain.close()
+    bent.close()
+
+
+def test_gathered_faces_make_the_same_batches():
+    """As for a GPU where faces are in a file, here forced."""
+    options = {"landmarks": _landmarks("cpu"), "augment": {"warp_to_landmarks": True}}
+    plain, gathering = _feed(**options), _feed(**options)
+    gathering._gathers = True
+    for seen in ({"a": 0, "b": 0}, {"a": 40, "b": 8}):
+        gathering.seek(seen)
+        _assert_equal(gathering.batch(), plain.next(seen))
+    plain.close()
+    gathering.close()
+
+
 @pytest.mark.gpu
-def test_a_graph_makes_the_batches_of_the_cpu():
-    plain, captured = _feed(channels=8), _feed(channels=8, device="cuda")
+def test_faces_that_a_gpu_cannot_read_are_gathered():
+    plain, gathering = _feed(), _feed(device="cuda")
+    assert gathering.is_capturable
+    stores = {"a": _store(7, 1), "b": gathering.stores["b"]}  # A's in plain host memory
+    mixed = Feed(
+        stores,
+        gathering.config,
+        input_px=16,
+        output_px=(16, 32),
+        device=torch.device("cuda"),
+        dtype=torch.float32,
+        num_threads=1,
+    )
+    assert not mixed.is_capturable
+    for seen in ({"a": 0, "b": 0}, {"a": 4, "b": 4}):
+        ours, wanted = mixed.next(seen), plain.next(seen)
+        assert torch.equal(ours.input_nchw.cpu(), wanted.input_nchw)
+    plain.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("to_landmarks", [False, True], ids=["grid", "landmarks"])
+def test_a_graph_makes_the_batches_of_the_cpu(to_landmarks):
+    options = {"channels": 8, "augment": {"warp_to_landmarks": to_landmarks}}
+    plain, captured = (
+        _feed(device=device, landmarks=_landmarks(device) if to_landmarks else None, **options)
+        for device in ("cpu", "cuda")
+    )
     seen = {"a": 40, "b": 8}
     captured.seek(seen)
     captured.batch()

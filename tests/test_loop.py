@@ -334,6 +334,29 @@ def test_a_face_without_the_stored_mask_is_left_out_of_training_and_preview(
     assert "25 of" in said
 
 
+def test_training_with_faces_warped_to_landmarks(sides, tmp_path, capsys):
+    straight, resumed, plain = (tmp_path / name for name in ("straight", "resumed", "plain"))
+    once = ("--set", "augment.single_interpolation=true")
+    assert _train(sides, straight, "-i", "3", "-M", *once) == 0
+    assert _train(sides, resumed, "-i", "1", "-M", *once) == 0
+    assert _train(sides, resumed, "-i", "2", "-M", *once) == 0
+    _assert_same_bits(straight, resumed)
+    assert "does nothing" not in capsys.readouterr().out
+    assert _train(sides, plain, "-i", "3") == 0
+    one, other = _tensors(straight), _tensors(plain)
+    assert not all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_no_warp_wins_over_warping_to_landmarks(sides, tmp_path, capsys):
+    both, off = tmp_path / "both", tmp_path / "off"
+    assert _train(sides, both, "-i", "1", "-W", "-M") == 0
+    said = capsys.readouterr()
+    line = "augment.warp is off, so augment.warp_to_landmarks does nothing"
+    assert (said.out + said.err).count(line) == 1
+    assert _train(sides, off, "-i", "1", "-W") == 0
+    _assert_same_bits(both, off)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("placement", ["gpu", "host", "file"])

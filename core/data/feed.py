@@ -17,10 +17,12 @@ from torch import Tensor
 from ...kernels.augment import (
     FACE_PARAMS,
     Augmented,
+    Landmarks,
     Ranges,
     augment,
     draw,
     empty,
+    records_of,
     workspace_bytes,
 )
 from ..config import Config, to_dict
@@ -50,7 +52,8 @@ class Feed:
 
     On the CPU the next batch is made while the present one is trained on. On a GPU every batch goes
     to the same tensors, and how many faces were seen is counted on the device, so that `batch` can
-    be captured in a CUDA graph together with the step; each replay then makes the next batch.
+    be captured in a CUDA graph together with the step; each replay then makes the next batch. Faces
+    in a file are no use to a graph: the host gathers those of each batch (`is_capturable`).
     """
 
     def __init__(
@@ -64,18 +67,32 @@ class Feed:
         dtype: torch.dtype,
         num_threads: int,
         input_channels: int = 3,
+        landmarks: tuple[Landmarks, Landmarks] | None = None,
     ):
         self.stores, self.config, self.device, self.dtype = stores, config, device, dtype
         self.input_px, self.output_px, self.num_threads = input_px, output_px, num_threads
         self.input_channels, self.size_px = input_channels, stores["a"].size_px
-        self.ranges = Ranges(**to_dict(config)["augment"])
+        augment_settings = to_dict(config)["augment"]
+        self.single_interpolation = augment_settings.pop("single_interpolation")
+        self.ranges = Ranges(**augment_settings)
+        self.landmarks = landmarks
+        """Of both sides, where faces are warped to landmarks."""
+
         self.seen = torch.zeros(len(SIDES), dtype=torch.int64, device=device)
         """Faces of each side before the next batch, on the device; `batch` moves it on."""
 
         self.waited_s = 0.0
         """Seconds for which `next` kept its caller waiting, so far."""
 
-        self._expected: dict[str, int] = dict.fromkeys(SIDES, 0)
+        self._expected: dict[str, int] | None = None
+        """What `seen` will be when the replay of a graph follows the last `seek`; None: unknown."""
+
+        self.is_capturable = device.type == "cuda" and all(
+            store.faces_fssc.is_cuda or store.faces_fssc.is_pinned() for store in stores.values()
+        )
+        """Whether `batch` leaves the host out."""
+
+        self._gathers = device.type == "cuda" and not self.is_capturable
         self._room = _Room(self) if device.type == "cuda" else None
         self._ahead: tuple[dict[str, int], Future[Batch]] | None = None
         # On a GPU the kernels queue up behind the step; on the CPU a thread works ahead.
@@ -99,8 +116,8 @@ class Feed:
     def seek(self, faces_seen: dict[str, int]) -> None:
         """Have the next batch be the one after ``faces_seen`` faces of each side.
 
-        To be called before each batch, also before one that a captured graph makes: as long as the
-        batches follow one another it does nothing.
+        To be called before each batch, also before one that a captured graph makes: as long as its
+        replays follow one another, it does nothing.
         """
         if faces_seen != self._expected:
             for seen, number in zip(self.seen, _numbers(faces_seen), strict=True):
@@ -109,6 +126,7 @@ class Feed:
 
     def batch(self) -> Batch:
         """The batch after `seen` faces, which then moves on."""
+        self._expected = None  # a graph that is being captured makes no batch now
         batch = self._make(self.seen)
         self.seen.add_(self.config.train.batch_size)
         return batch
@@ -120,26 +138,35 @@ class Feed:
     def _make(self, first: list[int] | Tensor) -> Batch:
         """The batch after so many faces of each side."""
         room, config = self._room or _Room(self), self.config
-        stores = [self.stores[side] for side in SIDES]
-        draw(
+        faces = [self.stores[side].faces_fssc for side in SIDES]
+        num_faces = [len(faces_fssc) for faces_fssc in faces]
+        if self._gathers and isinstance(first, Tensor):
+            first = first.tolist()
+        params_nx = draw(
             self.ranges,
             seed=config.train.seed,
             first=first,
             count=config.train.batch_size,
-            num_faces=[store.num_faces for store in stores],
+            num_faces=num_faces,
             size_px=self.size_px,
-            out=room.params_nx,
+            out=None if self._gathers else room.params_nx,
         )
+        if self._gathers:
+            faces = [each.to(self.device) for each in _chosen(faces, params_nx)]
+            room.params_nx.copy_(params_nx)
         out = augment(
-            [store.faces_fssc for store in stores],
+            faces,
             room.params_nx,
+            num_faces=num_faces if self._gathers else None,
             input_px=self.input_px,
             output_px=self.output_px,
+            landmarks=self.landmarks,
             input_channels=self.input_channels,
             penalize_mask=config.loss.penalized_mask_loss,
             eye_multiplier=config.loss.eye_multiplier,
             mouth_multiplier=config.loss.mouth_multiplier,
             learn_mask=config.loss.learn_mask,
+            single_interpolation=self.single_interpolation,
             out=room.out,
             num_threads=self.num_threads,
             workspace=room.workspace,
@@ -172,10 +199,24 @@ class _Room:
         )
         self.workspace: Tensor | None = None
         if device.type == "cuda":
-            needed = workspace_bytes(faces, size_px=feed.size_px, **sizes)
+            needed = workspace_bytes(
+                faces,
+                size_px=feed.size_px,
+                to_landmarks=feed.landmarks is not None,
+                **sizes,
+            )
             self.workspace = torch.empty(needed, dtype=torch.uint8, device=device)
 
 
 def _numbers(faces_seen: dict[str, int]) -> list[int]:
     """In the order of the sides."""
     return [faces_seen[side] for side in SIDES]
+
+
+def _chosen(faces: list[Tensor], params_nx: Tensor) -> list[Tensor]:
+    """Of each side's faces those that the rows name, in their order."""
+    rows = torch.from_numpy(records_of(params_nx)["index"].copy()).reshape(len(SIDES), -1)
+    return [
+        faces_fssc.index_select(0, chosen.to(faces_fssc.device))
+        for faces_fssc, chosen in zip(faces, rows, strict=True)
+    ]

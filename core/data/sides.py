@@ -6,12 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ...models.autoencoder import Side
 from ..config import DataConfig
 from ..faces.folder import Face, FaceFolder, Rejected, list_pictures, overlap, read_folder
 from ..faces.geometry import Crop
+from .landmarks import store_landmarks
 from .store import FaceStore, open_store
 
 SIDES: tuple[Side, Side] = ("a", "b")
@@ -25,12 +27,18 @@ class SideFaces:
 
     folder: FaceFolder
     store: FaceStore
+    crop: Crop
 
     @property
     def trained_on(self) -> list[Face]:
         """The folder's faces less those that the store had to leave out."""
         kept = set(self.store.names)
         return [face for face in self.folder.faces if face.path.name in kept]
+
+    @property
+    def landmarks_fl2(self) -> np.ndarray:
+        """Landmarks of the store's faces in its px, (F, 68, 2) float32."""
+        return store_landmarks(self.trained_on, self.crop)
 
     @property
     def left_out(self) -> list[Rejected]:
@@ -81,5 +89,5 @@ def open_sides(
                 store = open_store(
                     folder, crop, data, store_dir=store_dir, device=device, progress=tell
                 )
-            opened[side] = SideFaces(folder, store)
+            opened[side] = SideFaces(folder, store, crop)
     return {str(side): faces for side, faces in opened.items()}

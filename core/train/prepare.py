@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from ... import __version__, models
+from ...kernels.augment import Landmarks
 from ...models.autoencoder import Autoencoder
 from ..config import Config, from_dict, merge, to_dict
 from ..data.decode import thread_count
 from ..data.feed import Feed
+from ..data.landmarks import landmarks_of_sides
 from ..data.preview_faces import PreviewFaces, load_preview_faces
 from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore, available_host_bytes
@@ -143,6 +145,7 @@ def _prepare(
         dtype=precision.compute,
         num_threads=num_threads,
         input_channels=8 if is_aligned else 3,
+        landmarks=_landmarks(config, faces, device, reporter),
     )
     stack.callback(feed.close)
     preview_faces = load_preview_faces(
@@ -261,6 +264,19 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return available_host_bytes()
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def _landmarks(
+    config: Config, faces: dict[str, SideFaces], device: torch.device, reporter: Reporter
+) -> tuple[Landmarks, Landmarks] | None:
+    """What faces are warped to, where they are warped to landmarks."""
+    if not config.augment.warp_to_landmarks:
+        return None
+    if not config.augment.warp:
+        reporter.warning("augment.warp is off, so augment.warp_to_landmarks does nothing")
+        return None
+    a, b = (faces[side].landmarks_fl2 for side in SIDES)
+    return landmarks_of_sides((a, b), device)
 
 
 def _restore(config: Config, saved: Generation | None, update: Update) -> TrainingState:

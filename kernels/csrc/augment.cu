@@ -7,6 +7,8 @@
 //   color     CLAHE, LAB -> BGR, in place
 //   transform affine and flip; target and weight of an output that has the store's size
 //   outputs   area resize -> target and weight of the other sizes
+//   triangles only where faces may be warped to landmarks: their triangulation
+//   map       likewise: where each pixel comes from
 //   warp      only for an input that is neither the store's size nor half of it
 //   input     random warp and mean of a box, or the resize of what was warped -> input
 
@@ -14,6 +16,7 @@
 
 #include "augment.cuh"
 #include "augment_checks.h"
+#include "augment_landmarks.cuh"
 #include "draw.cuh"
 #include "status.h"
 
@@ -25,14 +28,18 @@ __device__ constexpr mien::ColorTables kColors = mien::make_color_tables();
 
 // What lies in the workspace, in bytes from its start.
 struct Layout {
-    int64_t staged;   // [count, S, S] pixels: LAB, then BGR, and the masks
-    int64_t picture;  // [count, S, S] words: B G R face, turned
-    int64_t areas;    // [count, S, S] words: eye mouth, turned
-    int64_t warped;   // [count, S, S] words; none where `input` warps by itself
-    int64_t levels;   // [count, tiles, tiles, 256] bytes
-    int64_t columns;  // [count, S] Steps
-    int64_t rows;     // [count, S] Steps
-    int64_t grid;     // [count, 2, 5, S] float
+    int64_t staged;       // [count, S, S] pixels: LAB, then BGR, and the masks
+    int64_t picture;      // [count, S, S] words: B G R face, turned
+    int64_t areas;        // [count, S, S] words: eye mouth, turned
+    int64_t warped;       // [count, S, S] words; none where `input` warps by itself
+    int64_t levels;       // [count, tiles, tiles, 256] bytes
+    int64_t columns;      // [count, S] Steps
+    int64_t rows;         // [count, S] Steps
+    int64_t grid;         // [count, 2, 5, S] float
+    int64_t back;         // [count] Back
+    int64_t patches;      // [count, kMaxTriangles] Patch; this and the next two for landmarks only
+    int64_t num_patches;  // [count] int
+    int64_t map;          // [count, S, S] float2
     int64_t bytes;
     int max_tiles;
 };
@@ -55,6 +62,11 @@ Layout layout_of(const mien_augment_job &job) {
     l.columns = take(job.count * edge * int64_t{sizeof(mien::Steps)});
     l.rows = take(job.count * edge * int64_t{sizeof(mien::Steps)});
     l.grid = take(job.count * 10 * edge * int64_t{sizeof(float)});
+    l.back = take(job.count * int64_t{sizeof(mien::Back)});
+    const int64_t mapped = job.to_landmarks ? job.count : 0;
+    l.patches = take(mapped * mien::kMaxTriangles * int64_t{sizeof(mien::Patch)});
+    l.num_patches = take(mapped * int64_t{sizeof(int)});
+    l.map = take(mapped * edge * edge * int64_t{sizeof(float2)});
     l.bytes = at;
     return l;
 }
@@ -65,13 +77,21 @@ struct Call {
     int64_t num_faces[MIEN_MAX_SIDES];
     const mien_face *params;
     int64_t begin_b;  // the first row of b's
+    bool gathered;
     int size, input_px, rgb;
     uint2 *staged;
     uint32_t *picture, *areas, *warped;
     uint8_t *levels;
     mien::Steps *columns, *rows;
     float *grid;
+    mien::Back *back;
+    const float *landmarks[MIEN_MAX_SIDES];
+    const int32_t *nearest[MIEN_MAX_SIDES];
+    mien::Patch *patches;
+    int *num_patches;
+    float2 *map;
     int max_tiles;
+    bool single_interpolation;
     bool with_areas, penalize;
     float eye_extra, mouth_extra;
 };
@@ -92,6 +112,15 @@ struct Input {
     int type, channels;
 };
 
+__device__ int64_t index_in(int64_t index, int64_t num_faces) {
+    return index < 0 ? 0 : index < num_faces ? index : num_faces - 1;
+}
+
+// How a face is bent; not at all where that needs landmarks and the job has none.
+__device__ int warp_of(const Call &call, const mien_face &face) {
+    return face.warp == MIEN_WARP_LANDMARKS && !call.landmarks[0] ? MIEN_NO_WARP : face.warp;
+}
+
 __device__ int tiles_of(const Call &call, const mien_face &face) {
     return face.color ? mien::clamp_int(face.clahe_tiles, 0, call.max_tiles) : 0;
 }
@@ -106,6 +135,8 @@ __device__ void prepare_face(const Call &call, const mien_face &face, int64_t n)
         call.rows[n * size + at] = mien::row_steps(inverse, at);
     }
     if (!face.warp) return;
+    if (threadIdx.x == 0) call.back[n] = mien::back_of(face, size);
+    if (face.warp != MIEN_WARP_GRID) return;
     for (int at = static_cast<int>(threadIdx.x); at < size; at += kThreads) {
         const mien::GridSpan span = mien::grid_span(at, size);
         const int next = span.first < 4 ? span.first + 1 : 4;
@@ -129,10 +160,9 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const Call call) {
     const int i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= area) return;
     const bool of_b = n >= call.begin_b;
-    const int64_t num_faces = of_b ? call.num_faces[1] : call.num_faces[0];
-    int64_t index = face.index < 0 ? 0 : face.index;
-    index = index < num_faces ? index : num_faces - 1;
-    uint2 pixel = __ldg((of_b ? call.faces[1] : call.faces[0]) + index * area + i);
+    const int64_t index = index_in(face.index, of_b ? call.num_faces[1] : call.num_faces[0]);
+    const int64_t at = call.gathered ? n - (of_b ? call.begin_b : 0) : index;
+    uint2 pixel = __ldg((of_b ? call.faces[1] : call.faces[0]) + at * area + i);
     if (face.color) {
         const mien::Lab lab = mien::lab_of(kColors, pixel.x);
         pixel.x = (pixel.x & 0xFF000000u) |
@@ -159,36 +189,33 @@ __device__ int block_scan(int value, int *warp_sums) {
     return value;
 }
 
-// blockIdx.x: a row of tiles; blockIdx.y: the face.
+// blockIdx.x: a tile, or nothing where the face has fewer; blockIdx.y: the face.
 __global__ void __launch_bounds__(kThreads) tables_kernel(const Call call) {
     __shared__ int bins[kThreads];
     __shared__ int warp_sums[kThreads / 32];
     const int64_t n = blockIdx.y;
-    const int num_tiles = tiles_of(call, call.params[n]), tile_y = static_cast<int>(blockIdx.x);
-    if (tile_y >= num_tiles) return;
+    const int num_tiles = tiles_of(call, call.params[n]), tile = static_cast<int>(blockIdx.x);
+    if (tile >= num_tiles * num_tiles) return;
     const int size = call.size, thread = static_cast<int>(threadIdx.x);
     const mien::ClaheTiles tiles = mien::clahe_of(num_tiles, size);
+    const int left = tile % num_tiles * tiles.edge_px, top = tile / num_tiles * tiles.edge_px;
     const uint2 *staged = call.staged + n * size * size;
-    uint8_t *levels =
-        call.levels + (n * call.max_tiles * call.max_tiles + tile_y * num_tiles) * 256;
-    for (int tile_x = 0; tile_x < num_tiles; ++tile_x) {
-        bins[thread] = 0;
-        __syncthreads();
-        for (int i = thread; i < tiles.area; i += kThreads) {
-            const int x = mien::reflected(tile_x * tiles.edge_px + i % tiles.edge_px, size);
-            const int y = mien::reflected(tile_y * tiles.edge_px + i / tiles.edge_px, size);
-            atomicAdd(bins + (staged[y * size + x].x & 255), 1);  // whole numbers: one sum
-        }
-        __syncthreads();
-        const int count = bins[thread], clipped = count < tiles.clip ? count : tiles.clip;
-        __syncthreads();
-        bins[thread] = block_scan(count - clipped, warp_sums);
-        __syncthreads();
-        const int excess = bins[kThreads - 1];
-        const int total = block_scan(clipped + mien::clahe_share(thread, excess), warp_sums);
-        levels[tile_x * 256 + thread] = static_cast<uint8_t>(mien::clahe_level(tiles, total));
-        __syncthreads();
+    bins[thread] = 0;
+    __syncthreads();
+    for (int i = thread; i < tiles.area; i += kThreads) {
+        const int x = mien::reflected(left + i % tiles.edge_px, size);
+        const int y = mien::reflected(top + i / tiles.edge_px, size);
+        atomicAdd(bins + (staged[y * size + x].x & 255), 1);  // whole numbers: one sum
     }
+    __syncthreads();
+    const int count = bins[thread], clipped = count < tiles.clip ? count : tiles.clip;
+    __syncthreads();
+    bins[thread] = block_scan(count - clipped, warp_sums);
+    __syncthreads();
+    const int excess = bins[kThreads - 1];
+    const int total = block_scan(clipped + mien::clahe_share(thread, excess), warp_sums);
+    const int64_t table = n * call.max_tiles * call.max_tiles + tile;
+    call.levels[table * 256 + thread] = static_cast<uint8_t>(mien::clahe_level(tiles, total));
 }
 
 __global__ void __launch_bounds__(kThreads) color_kernel(const Call call) {
@@ -313,6 +340,63 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const Call call, cons
     store_output(call, out, n * edge * edge + i, picture, areas);
 }
 
+// ---- warp to landmarks ------------------------------------------------------------------------
+
+constexpr int kMeshThreads = 160;  // one for each triangle
+constexpr int kTileWidth = 32, kTileHeight = kThreads / kTileWidth;
+
+// blockIdx.x: the face.
+__global__ void __launch_bounds__(kMeshThreads) triangles_kernel(const Call call) {
+    __shared__ mien::Mesh mesh;
+    __shared__ int count;
+    const int64_t n = blockIdx.x;
+    const mien_face &face = call.params[n];
+    if (face.warp != MIEN_WARP_LANDMARKS) return;
+    const bool of_b = n >= call.begin_b;
+    const int64_t here = index_in(face.index, of_b ? call.num_faces[1] : call.num_faces[0]);
+    const int32_t *nearest = (of_b ? call.nearest[1] : call.nearest[0]) + here * MIEN_NEAREST;
+    const int64_t there = index_in(nearest[mien::clamp_int(face.near, 0, MIEN_NEAREST - 1)],
+                                   of_b ? call.num_faces[0] : call.num_faces[1]);
+    const float *source = of_b ? call.landmarks[1] : call.landmarks[0];
+    const float *destination = of_b ? call.landmarks[0] : call.landmarks[1];
+    if (threadIdx.x == 0) count = 0;
+    mien::make_patches(face, source + here * 2 * MIEN_LANDMARKS,
+                       destination + there * 2 * MIEN_LANDMARKS, call.size, &mesh,
+                       call.patches + n * mien::kMaxTriangles, &count);
+    if (threadIdx.x == 0) call.num_patches[n] = count;
+}
+
+// blockIdx.x: a tile of kTileWidth x kTileHeight pixels; blockIdx.y: the face.
+__global__ void __launch_bounds__(kThreads) map_kernel(const Call call) {
+    __shared__ mien::Patch patches[mien::kMaxTriangles];  // those that reach into the tile
+    __shared__ int count;
+    const int64_t n = blockIdx.y;
+    if (call.params[n].warp != MIEN_WARP_LANDMARKS) return;
+    const int size = call.size, tiles = (size + kTileWidth - 1) / kTileWidth;
+    const int left = static_cast<int>(blockIdx.x) % tiles * kTileWidth;
+    const int top = static_cast<int>(blockIdx.x) / tiles * kTileHeight;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    const int total = call.num_patches[n];
+    for (int i = static_cast<int>(threadIdx.x); i < total; i += kThreads) {
+        const mien::Patch patch = call.patches[n * mien::kMaxTriangles + i];
+        const mien::Box box = mien::box_of(patch, size);
+        if (box.left < left + kTileWidth && box.right >= left && box.top < top + kTileHeight &&
+            box.bottom >= top)
+            patches[mien::take(&count)] = patch;
+    }
+    __syncthreads();
+    const int x = left + static_cast<int>(threadIdx.x) % kTileWidth;
+    const int y = top + static_cast<int>(threadIdx.x) / kTileWidth;
+    if (x >= size || y >= size) return;
+    for (int i = 0; i < count; ++i) {
+        if (!mien::contains(patches[i], x, y, size)) continue;
+        const mien::Position from = mien::mapped(patches[i], x, y);
+        call.map[(n * size + y) * size + x] = make_float2(from.x, from.y);
+        return;
+    }
+}
+
 // ---- random warp ------------------------------------------------------------------------------
 
 __device__ uint32_t word_or_border(const uint32_t *picture, int size, int x, int y) {
@@ -320,17 +404,49 @@ __device__ uint32_t word_or_border(const uint32_t *picture, int size, int x, int
     return inside ? __ldg(picture + y * size + x) : 0;
 }
 
-__device__ uint32_t warped_word(const Call &call, const uint32_t *picture, const float *grid, int x,
-                                int y) {
+// Out of a picture whose edge is repeated; `step` words from pixel to pixel.
+__device__ uint32_t repeated_word(const uint32_t *picture, int step, int size, float x, float y) {
+    const mien::EdgePlace column = mien::edge_place_of(x, size);
+    const mien::EdgePlace row = mien::edge_place_of(y, size);
+    const uint32_t *upper = picture + step * row.first * size;
+    const uint32_t *lower = picture + step * row.second * size;
+    const int left = step * column.first, right = step * column.second;
+    return mien::mix_words(__ldg(upper + left), __ldg(upper + right), __ldg(lower + left),
+                           __ldg(lower + right), column.part, row.part);
+}
+
+// Where pixel (x, y) of the randomly warped face n comes from.
+__device__ mien::Position grid_position(const Call &call, int64_t n, int x, int y) {
     const int size = call.size;
+    const float *grid_x = call.grid + n * 10 * size, *grid_y = grid_x + 5 * size;
     const mien::GridSpan span = mien::grid_span(y, size);
-    const int upper = span.first * size + x,
-              lower = (span.first < 4 ? span.first + 1 : 4) * size + x;
-    const mien::Place column =
-        mien::place_of(mien::mix(__ldg(grid + upper), __ldg(grid + lower), span.part), size);
-    const float *grid_y = grid + 5 * size;
-    const mien::Place row =
-        mien::place_of(mien::mix(__ldg(grid_y + upper), __ldg(grid_y + lower), span.part), size);
+    const int upper = span.first * size + x;
+    const int lower = (span.first < 4 ? span.first + 1 : 4) * size + x;
+    return {mien::mix(__ldg(grid_x + upper), __ldg(grid_x + lower), span.part),
+            mien::mix(__ldg(grid_y + upper), __ldg(grid_y + lower), span.part)};
+}
+
+// Pixel (x, y) of the warped face n.
+__device__ uint32_t warped_word(const Call &call, int64_t n, int x, int y) {
+    const int size = call.size;
+    const int64_t start = n * size * size;
+    const bool to_landmarks = call.params[n].warp == MIEN_WARP_LANDMARKS;
+    mien::Position place;
+    if (to_landmarks) {
+        const float2 from = __ldg(call.map + start + y * size + x);
+        place = {from.x, from.y};
+    } else {
+        place = grid_position(call, n, x, y);
+    }
+    if (call.single_interpolation) {
+        const mien::Back back = call.back[n];
+        const uint32_t *staged = reinterpret_cast<const uint32_t *>(call.staged + start);
+        return repeated_word(staged, 2, size, mien::back_x(back, place.x, place.y),
+                             mien::back_y(back, place.x, place.y));
+    }
+    const uint32_t *picture = call.picture + start;
+    if (to_landmarks) return repeated_word(picture, 1, size, place.x, place.y);
+    const mien::Place column = mien::place_of(place.x, size), row = mien::place_of(place.y, size);
     return mien::mix_words(word_or_border(picture, size, column.first, row.first),
                            word_or_border(picture, size, column.first + 1, row.first),
                            word_or_border(picture, size, column.first, row.first + 1),
@@ -343,10 +459,9 @@ __global__ void __launch_bounds__(kThreads) warp_kernel(const Call call) {
     const int64_t n = blockIdx.y;
     const int size = call.size, i = static_cast<int>(blockIdx.x) * kThreads + threadIdx.x;
     if (i >= size * size) return;
-    const uint32_t *picture = call.picture + n * size * size;
-    const float *grid = call.grid + n * 10 * size;
-    call.warped[n * size * size + i] =
-        call.params[n].warp ? warped_word(call, picture, grid, i % size, i / size) : picture[i];
+    const int64_t pixel = n * size * size + i;
+    call.warped[pixel] = warp_of(call, call.params[n]) ? warped_word(call, n, i % size, i / size)
+                                                       : call.picture[pixel];
 }
 
 // kRatio: S / input_px where both the warp and the mean of a box are made here; 0 where the warped
@@ -363,14 +478,12 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, const 
         word = resized(call.warped + n * size * size, size, edge, x, y, mien::kUp);
     } else {
         const uint32_t *picture = call.picture + n * size * size;
-        const float *grid = call.grid + n * 10 * size;
-        const bool warp = call.params[n].warp != 0;
+        const bool warp = warp_of(call, call.params[n]) != MIEN_NO_WARP;
         uint32_t box[kRatio * kRatio];
 #pragma unroll
         for (int k = 0; k < kRatio * kRatio; ++k) {
             const int at_x = kRatio * x + k % kRatio, at_y = kRatio * y + k / kRatio;
-            box[k] = warp ? warped_word(call, picture, grid, at_x, at_y)
-                          : __ldg(picture + at_y * size + at_x);
+            box[k] = warp ? warped_word(call, n, at_x, at_y) : __ldg(picture + at_y * size + at_x);
         }
         word = kRatio == 1 ? box[0] : mien::box_mean(box, kRatio, kRatio, mien::kUp);
     }
@@ -438,6 +551,7 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
         call.num_faces[side] = job->num_faces[side];
     }
     call.params = job->params;
+    call.gathered = job->gathered != 0;
     call.begin_b = job->count / job->num_sides;
     call.size = job->size_px;
     call.input_px = job->input_px;
@@ -450,6 +564,15 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
     call.columns = reinterpret_cast<mien::Steps *>(at(layout.columns));
     call.rows = reinterpret_cast<mien::Steps *>(at(layout.rows));
     call.grid = reinterpret_cast<float *>(at(layout.grid));
+    for (int side = 0; job->to_landmarks && side < job->num_sides; ++side) {
+        call.landmarks[side] = job->landmarks[side];
+        call.nearest[side] = job->nearest[side];
+    }
+    call.patches = reinterpret_cast<mien::Patch *>(at(layout.patches));
+    call.num_patches = reinterpret_cast<int *>(at(layout.num_patches));
+    call.map = reinterpret_cast<float2 *>(at(layout.map));
+    call.back = reinterpret_cast<mien::Back *>(at(layout.back));
+    call.single_interpolation = job->single_interpolation != 0;
     call.max_tiles = layout.max_tiles;
     call.penalize = job->penalize != 0;
     call.with_areas = job->penalize && (job->eye_extra > 0 || job->mouth_extra > 0);
@@ -474,13 +597,20 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
     const auto tiles = static_cast<unsigned>(layout.max_tiles);
     const dim3 pixels(blocks_for(area), faces);
     gather_kernel<<<dim3(pixels.x + 1, faces), kThreads, 0, queue>>>(call);
-    tables_kernel<<<dim3(tiles, faces), kThreads, 0, queue>>>(call);
+    tables_kernel<<<dim3(tiles * tiles, faces), kThreads, 0, queue>>>(call);
     color_kernel<<<pixels, kThreads, 0, queue>>>(call);
     transform_kernel<<<pixels, kThreads, 0, queue>>>(call, full);
     if (also.outputs) {
         const unsigned blocks = blocks_for(int64_t{largest_small} * largest_small);
         const dim3 grid(blocks, faces, static_cast<unsigned>(small.count));
         outputs_kernel<<<grid, kThreads, 0, queue>>>(call, small);
+    }
+    if (also.landmarks) {
+        const int64_t size = job->size_px;
+        const int64_t tiles_in_map =
+            (size + kTileWidth - 1) / kTileWidth * ((size + kTileHeight - 1) / kTileHeight);
+        triangles_kernel<<<faces, kMeshThreads, 0, queue>>>(call);
+        map_kernel<<<dim3(static_cast<unsigned>(tiles_in_map), faces), kThreads, 0, queue>>>(call);
     }
     const dim3 inputs(blocks_for(int64_t{job->input_px} * job->input_px), faces);
     const Input input{job->input, job->input_type, job->input_channels};

@@ -121,6 +121,44 @@ MIEN_HD Place place_of(float position, int size_px) {
     return {static_cast<int>(floor), inside - floor};
 }
 
+// The same in a picture whose edge is repeated.
+struct EdgePlace {
+    int first, second;
+    float part;
+};
+
+MIEN_HD EdgePlace edge_place_of(float position, int size_px) {
+    const float last = static_cast<float>(size_px - 1);
+    float inside = position < 0.0f ? 0.0f : position;
+    inside = inside > last ? last : inside;
+    const int first = static_cast<int>(inside);
+    return {first, first < size_px - 1 ? first + 1 : first, inside - static_cast<float>(first)};
+}
+
+// A position in the turned and mirrored picture -> where it comes from in the picture before.
+struct Back {
+    float x_by_x, x_by_y, x_add, y_by_x, y_by_y, y_add;
+};
+
+MIEN_HD Back back_of(const mien_face &face, int size_px) {
+    const Inverse inverse = inverse_of(face.matrix);
+    const double mirror = face.flip ? -1 : 1, start = face.flip ? size_px - 1 : 0;
+    return {static_cast<float>(inverse.x_by_x * mirror),
+            static_cast<float>(inverse.x_by_y),
+            static_cast<float>(inverse.x_by_x * start + inverse.x_add),
+            static_cast<float>(inverse.y_by_x * mirror),
+            static_cast<float>(inverse.y_by_y),
+            static_cast<float>(inverse.y_by_x * start + inverse.y_add)};
+}
+
+MIEN_HD float back_x(const Back &back, float x, float y) {
+    return fused(back.x_by_x, x, fused(back.x_by_y, y, back.x_add));
+}
+
+MIEN_HD float back_y(const Back &back, float x, float y) {
+    return fused(back.y_by_x, x, fused(back.y_by_y, y, back.y_add));
+}
+
 MIEN_HD int mix_level(int top_left, int top_right, int bottom_left, int bottom_right, float right,
                       float down) {
     const float top = mix(static_cast<float>(top_left), static_cast<float>(top_right), right);

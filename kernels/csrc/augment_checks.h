@@ -17,8 +17,9 @@ mien_status check_pointers(const mien_augment_job *job);
 
 // Which kernels a GPU launches besides those of every job.
 struct Launches {
-    bool outputs;  // an output has another size than the store
-    bool warp;     // the warp fills a picture of its own, as `input` cannot make it on the way
+    bool outputs;   // an output has another size than the store
+    int landmarks;  // triangles and map, where faces are warped to landmarks
+    bool warp;      // the warp fills a picture of its own, as `input` cannot make it on the way
 };
 
 Launches launches_of(const mien_augment_job &job);

@@ -82,6 +82,8 @@ mien_status check_job(const mien_augment_job *job) {
     if (job->input_px < 1 || job->input_px > job->size_px)
         return fail(MIEN_INVALID_ARGUMENT, "input_px must be 1..%d (size_px), got %d", job->size_px,
                     job->input_px);
+    if (job->to_landmarks && job->num_sides != MIEN_MAX_SIDES)
+        return fail(MIEN_INVALID_ARGUMENT, "to_landmarks needs both sides");
     if (job->input_channels != 3 && job->input_channels != 8)
         return fail(MIEN_INVALID_ARGUMENT, "input_channels must be 3 or 8, got %d",
                     job->input_channels);
@@ -99,6 +101,8 @@ mien_status check_pointers(const mien_augment_job *job) {
     bool given = job->params && job->input;
     for (int side = 0; side < job->num_sides; ++side) given = given && job->faces[side];
     for (int i = 0; i < job->num_outputs; ++i) given = given && job->targets[i] && job->weights[i];
+    for (int side = 0; job->to_landmarks && side < job->num_sides; ++side)
+        given = given && job->landmarks[side] && job->nearest[side];
     if (!given) return fail(MIEN_INVALID_ARGUMENT, "null pointer");
     if (job->input_channels == 8 && reinterpret_cast<uintptr_t>(job->input) % 16 != 0)
         return fail(MIEN_INVALID_ARGUMENT, "an input of 8 channels must be aligned to 16 bytes");
@@ -110,6 +114,7 @@ Launches launches_of(const mien_augment_job &job) {
     for (int i = 0; i < job.num_outputs; ++i)
         also.outputs = also.outputs || job.output_px[i] != job.size_px;
     also.warp = job.size_px != job.input_px && job.size_px != 2 * job.input_px;
+    also.landmarks = job.to_landmarks ? 2 : 0;
     return also;
 }
 
@@ -128,6 +133,9 @@ mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job) {
     if (job->size_px < kMinSizePx || job->size_px > kMaxSizePx)
         return fail(MIEN_INVALID_ARGUMENT, "size_px must be %d..%d, got %d", kMinSizePx, kMaxSizePx,
                     job->size_px);
+    if (ranges->warp < MIEN_NO_WARP || ranges->warp > MIEN_WARP_LANDMARKS)
+        return fail(MIEN_INVALID_ARGUMENT, "warp must be 0..%d, got %d", MIEN_WARP_LANDMARKS,
+                    ranges->warp);
     if (ranges->clahe_max_size < 0 || ranges->clahe_max_size > kMaxClaheSize)
         return fail(MIEN_INVALID_ARGUMENT, "clahe_max_size must be 0..%d, got %d", kMaxClaheSize,
                     ranges->clahe_max_size);
@@ -146,7 +154,8 @@ mien_status mien_draw_cpu(const mien_ranges *ranges, const mien_draw_job *job) {
 int32_t mien_augment_launches(const mien_augment_job *job) {
     if (mien::check_job(job) != MIEN_OK || job->count == 0) return 0;
     const mien::Launches also = mien::launches_of(*job);
-    return 5 + also.outputs + also.warp;  // gather, tables, color, transform, input
+    return 5 + also.outputs + also.landmarks +
+           also.warp;  // gather, tables, color, transform, input
 }
 
 mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads) {
@@ -164,6 +173,22 @@ mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads) {
         if (face.clahe_tiles < 0 || face.clahe_tiles > max_tiles)
             return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: clahe_tiles must be 0..%d, got %d",
                               static_cast<long long>(i), max_tiles, face.clahe_tiles);
+        const bool to_landmarks = face.warp == MIEN_WARP_LANDMARKS;
+        if (face.warp < MIEN_NO_WARP || face.warp > MIEN_WARP_LANDMARKS ||
+            (to_landmarks && !job->to_landmarks))
+            return mien::fail(MIEN_INVALID_ARGUMENT,
+                              "face %lld: warp must be 0..%d (2 with landmarks alone), got %d",
+                              static_cast<long long>(i), MIEN_WARP_LANDMARKS, face.warp);
+        if (!to_landmarks) continue;
+        if (face.near < 0 || face.near >= MIEN_NEAREST)
+            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: near must be 0..%d, got %d",
+                              static_cast<long long>(i), MIEN_NEAREST - 1, face.near);
+        const int side = mien::side_of(*job, i);
+        const int32_t other = job->nearest[side][face.index * MIEN_NEAREST + face.near];
+        if (other < 0 || other >= job->num_faces[1 - side])
+            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: nearest must be 0..%lld, got %d",
+                              static_cast<long long>(i),
+                              static_cast<long long>(job->num_faces[1 - side] - 1), other);
     }
     static const mien::LevelTables levels = make_level_tables();
     static const mien::AugmentFace augment_face = best_build();

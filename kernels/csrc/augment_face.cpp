@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "augment.cuh"
+#include "augment_landmarks.cuh"
 #include "draw.cuh"
 
 namespace {
@@ -26,8 +27,12 @@ struct Scratch {
     mien::ClaheSpan *tiles;  // [S]
     mien::Steps *columns;    // [S]
     float *grid[2];          // [5, S]
+    float *place[2];         // [S] x and y that a row of the warp comes from
     mien::AreaSpan *spans;   // [S]
-    int stride;              // of bordered
+    mien::Mesh *mesh;        // of the warp to landmarks
+    mien::Patch *patches;
+    float *map[2];  // [S, S] x and y that the pixels come from
+    int stride;     // of bordered
 };
 
 struct Carver {
@@ -58,7 +63,11 @@ Scratch carve(int size, unsigned char *block, size_t *bytes) {
     s.tiles = carver.take<mien::ClaheSpan>(edge);
     s.columns = carver.take<mien::Steps>(edge);
     for (auto &lines : s.grid) lines = carver.take<float>(5 * edge);
+    for (auto &line : s.place) line = carver.take<float>(edge);
     s.spans = carver.take<mien::AreaSpan>(edge);
+    s.mesh = carver.take<mien::Mesh>(1);
+    s.patches = carver.take<mien::Patch>(mien::kMaxTriangles);
+    for (auto &plane : s.map) plane = carver.take<float>(area);
     if (bytes) *bytes = static_cast<size_t>(carver.at - block);
     return s;
 }
@@ -187,20 +196,99 @@ void clear_border(int size, const Scratch &s) {
 
 // ---- random warp ------------------------------------------------------------------------------
 
-// One row: upper and lower are the control rows round it, already stretched over the columns.
-void warp_row(const uint32_t *__restrict picture, int stride, const float *__restrict upper_x,
-              const float *__restrict lower_x, const float *__restrict upper_y,
-              const float *__restrict lower_y, float part, int size, uint32_t *__restrict out) {
+// Where a row comes from; upper and lower are the control rows round it, already stretched over the
+// columns.
+void place_row(const float *__restrict upper, const float *__restrict lower, float part, int size,
+               float *__restrict place) {
+    for (int x = 0; x < size; ++x) place[x] = mien::mix(upper[x], lower[x], part);
+}
+
+// The places in the turned and mirrored picture -> those in the picture before.
+void place_back(const mien::Back &back, int size, float *__restrict place_x,
+                float *__restrict place_y) {
     for (int x = 0; x < size; ++x) {
-        const mien::Place column = mien::place_of(mien::mix(upper_x[x], lower_x[x], part), size);
-        const mien::Place row = mien::place_of(mien::mix(upper_y[x], lower_y[x], part), size);
+        const float at_x = place_x[x], at_y = place_y[x];
+        place_x[x] = mien::back_x(back, at_x, at_y);
+        place_y[x] = mien::back_y(back, at_x, at_y);
+    }
+}
+
+// Pixels x ... end - 1 of a row as far as they belong to the patch; `edges`: left_of of each edge
+// at x, `steps`: what it changes by from pixel to pixel.
+void map_row(const mien::Patch &patch, int64_t edges[3], const int64_t steps[3], int y, int x,
+             int end, float *__restrict map_x, float *__restrict map_y) {
+    int64_t first = edges[0], second = edges[1], third = edges[2];
+    for (; x < end; ++x) {
+        const mien::Position from = mien::mapped(patch, x, y);
+        const bool inside = (first | second | third) >= 0;
+        map_x[x] = inside ? from.x : map_x[x];
+        map_y[x] = inside ? from.y : map_y[x];
+        first += steps[0];
+        second += steps[1];
+        third += steps[2];
+    }
+}
+
+void map_patch(const mien::Patch &patch, int size, const Scratch &s) {
+    const mien::Box box = mien::box_of(patch, size);
+    const mien::Point corners[4] = {patch.a, patch.b, patch.c, patch.a};
+    int64_t steps[3], edges[3];
+    for (int i = 0; i < 3; ++i) steps[i] = (int64_t{corners[i].y} - corners[i + 1].y) * mien::kUnit;
+    const int middle = (size + 1) / 2;  // from where on pixels on an edge count as further left
+    const int ends[2] = {box.right < middle ? box.right + 1 : middle, box.right + 1};
+    const int begins[2] = {box.left, box.left < middle ? middle : box.left};
+    for (int y = box.top; y <= box.bottom; ++y) {
+        for (int half = 0; half < 2; ++half) {
+            if (begins[half] >= ends[half]) continue;
+            for (int i = 0; i < 3; ++i)
+                edges[i] = mien::left_of(corners[i], corners[i + 1], begins[half], y, size);
+            map_row(patch, edges, steps, y, begins[half], ends[half], s.map[0] + y * size,
+                    s.map[1] + y * size);
+        }
+    }
+}
+
+// Where each pixel of a face that is warped to landmarks comes from.
+void map_landmarks(const mien_augment_job &job, const mien_face &face, int side, const Scratch &s) {
+    constexpr int64_t kNumbers = 2 * MIEN_LANDMARKS;
+    const int64_t other = job.nearest[side][face.index * MIEN_NEAREST + face.near];
+    int count = 0;
+    mien::make_patches(face, job.landmarks[side] + face.index * kNumbers,
+                       job.landmarks[1 - side] + other * kNumbers, job.size_px, s.mesh, s.patches,
+                       &count);
+    for (int i = 0; i < count; ++i) map_patch(s.patches[i], job.size_px, s);
+}
+
+// One row out of a picture that has a border of zeros.
+void sample_bordered(const uint32_t *__restrict picture, int stride,
+                     const float *__restrict place_x, const float *__restrict place_y, int size,
+                     uint32_t *__restrict out) {
+    for (int x = 0; x < size; ++x) {
+        const mien::Place column = mien::place_of(place_x[x], size);
+        const mien::Place row = mien::place_of(place_y[x], size);
         const int at = row.first * stride + column.first;
         out[x] = mien::mix_words(picture[at], picture[at + 1], picture[at + stride],
                                  picture[at + stride + 1], column.part, row.part);
     }
 }
 
-void warp(const mien_face &face, int size, const Scratch &s) {
+// One row out of a picture whose edge is repeated; `step` words from pixel to pixel.
+template <int step>
+void sample_repeated(const uint32_t *__restrict picture, int stride,
+                     const float *__restrict place_x, const float *__restrict place_y, int size,
+                     uint32_t *__restrict out) {
+    for (int x = 0; x < size; ++x) {
+        const mien::EdgePlace column = mien::edge_place_of(place_x[x], size);
+        const mien::EdgePlace row = mien::edge_place_of(place_y[x], size);
+        const int upper = row.first * stride, lower = row.second * stride;
+        out[x] = mien::mix_words(picture[step * (upper + column.first)],
+                                 picture[step * (upper + column.second)],
+                                 picture[step * (lower + column.first)],
+                                 picture[step * (lower + column.second)], column.part, row.part);
+    }
+}
+
+void stretch_grid(const mien_face &face, int size, const Scratch &s) {
     for (int axis = 0; axis < 2; ++axis) {
         for (int line = 0; line < 5; ++line) {
             float points[6];
@@ -215,11 +303,43 @@ void warp(const mien_face &face, int size, const Scratch &s) {
             }
         }
     }
+}
+
+// `source`: the store's pixels; `side`: of the face.
+void warp(const mien_augment_job &job, const mien_face &face, int side, const uint32_t *source,
+          const Scratch &s) {
+    const int size = job.size_px;
+    const bool to_landmarks = face.warp == MIEN_WARP_LANDMARKS;
+    const mien::Back back = mien::back_of(face, size);
+    if (to_landmarks)
+        map_landmarks(job, face, side, s);
+    else
+        stretch_grid(face, size, s);
+    if (!job.single_interpolation) clear_border(size, s);
     for (int y = 0; y < size; ++y) {
-        const mien::GridSpan span = mien::grid_span(y, size);
-        const int upper = span.first * size, lower = (span.first < 4 ? span.first + 1 : 4) * size;
-        warp_row(s.picture, s.stride, s.grid[0] + upper, s.grid[0] + lower, s.grid[1] + upper,
-                 s.grid[1] + lower, span.part, size, s.warped + y * size);
+        float *place_x = s.place[0], *place_y = s.place[1];
+        if (to_landmarks) {
+            place_x = s.map[0] + y * size;
+            place_y = s.map[1] + y * size;
+        } else {
+            const mien::GridSpan span = mien::grid_span(y, size);
+            const int upper = span.first * size;
+            const int lower = (span.first < 4 ? span.first + 1 : 4) * size;
+            place_row(s.grid[0] + upper, s.grid[0] + lower, span.part, size, place_x);
+            place_row(s.grid[1] + upper, s.grid[1] + lower, span.part, size, place_y);
+        }
+        uint32_t *out = s.warped + y * size;
+        if (job.single_interpolation) {
+            place_back(back, size, place_x, place_y);
+            if (face.color)
+                sample_repeated<1>(s.colored, size, place_x, place_y, size, out);
+            else
+                sample_repeated<2>(source, size, place_x, place_y, size, out);
+        } else if (to_landmarks) {
+            sample_repeated<1>(s.picture, s.stride, place_x, place_y, size, out);
+        } else {
+            sample_bordered(s.picture, s.stride, place_x, place_y, size, out);
+        }
     }
 }
 
@@ -329,8 +449,10 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
     const Scratch s = carve(size, scratch, nullptr);
     const bool with_areas = job.penalize && (job.eye_extra > 0 || job.mouth_extra > 0);
 
-    const uint32_t *source = reinterpret_cast<const uint32_t *>(job.faces[mien::side_of(job, n)]) +
-                             face.index * (int64_t{2} * size * size);
+    const int side = mien::side_of(job, n);
+    const int64_t at = job.gathered ? n - side * (job.count / job.num_sides) : face.index;
+    const uint32_t *source =
+        reinterpret_cast<const uint32_t *>(job.faces[side]) + at * (int64_t{2} * size * size);
     if (face.color) vary_color(call, face, source, s);
     transform(face, source, with_areas, size, s);
 
@@ -347,18 +469,17 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
             stride = edge;
         }
         store_picture<3>(call, job.target_type, picture, stride, edge, n, job.targets[i]);
-        const int64_t at = n * edge * edge;
-        store_weights(job, with_areas, picture, stride, areas, edge, job.weights[i] + at);
+        const int64_t start = n * edge * edge;
+        store_weights(job, with_areas, picture, stride, areas, edge, job.weights[i] + start);
         if (job.mask && i == job.num_outputs - 1)
             for (int y = 0; y < edge; ++y)
-                store_mask_row(picture + y * stride, edge, job.mask + at + y * edge);
+                store_mask_row(picture + y * stride, edge, job.mask + start + y * edge);
     }
 
     const uint32_t *input = s.picture;
     int stride = s.stride;
     if (face.warp) {
-        clear_border(size, s);
-        warp(face, size, s);
+        warp(job, face, side, source, s);
         input = s.warped;
         stride = size;
     }

@@ -7,7 +7,7 @@
 namespace mien {
 
 // The counter is (serial number: 64 bits, purpose and side: 32 bits, block: 32 bits).
-enum Purpose : uint32_t { kOrder = 0, kColor = 1, kTransform = 2, kWarp = 3 };
+enum Purpose : uint32_t { kOrder = 0, kColor = 1, kTransform = 2, kWarp = 3, kLandmarks = 4 };
 
 MIEN_HD Words random_words(uint64_t seed, uint64_t serial, Purpose purpose, int32_t side,
                            uint32_t block) {
@@ -21,6 +21,9 @@ MIEN_HD int clahe_base(int size_px) { return size_px / 128 > 2 ? size_px / 128 :
 MIEN_HD int clahe_tiles(int size_px, int steps) {
     return steps * (clahe_base(size_px) / 2) + clahe_base(size_px);
 }
+
+// Noise is drawn four numbers at a time; of the grid's last block two are used.
+constexpr int kGridBlocks = 13, kLandmarkBlocks = MIEN_LANDMARKS / 2;
 
 // Forward affine about the picture's centre: turn, zoom, then shift.
 MIEN_HD void affine_matrix(float turns, float zoom, float shift_x, float shift_y, int size_px,
@@ -67,26 +70,40 @@ MIEN_HD void draw_change(const mien_ranges &ranges, uint64_t seed, int32_t side,
                   face->matrix);
     face->flip = ranges.flip != 0 && happens(mirror.word[0], ranges.flip_percent);
 
-    face->warp = ranges.warp != 0;
-    face->reserved = 0;
+    face->warp = ranges.warp;
+    face->near = 0;
+    if (ranges.warp == MIEN_WARP_LANDMARKS)
+        face->near = static_cast<int32_t>(below(
+            random_words(seed, number, kLandmarks, side, kLandmarkBlocks).word[0], MIEN_NEAREST));
 }
 
-// The noise is drawn in blocks of four numbers; of the last one two are used.
-constexpr int kNoiseBlocks = 13;
-
-MIEN_HD void draw_noise(uint64_t seed, int32_t side, int64_t serial, int32_t size_px, int block,
-                        mien_face *face) {
-    const Words bend = random_words(seed, static_cast<uint64_t>(serial), kWarp, side,
+// Four of `total` normal numbers, or what is left of them.
+MIEN_HD void draw_block(uint64_t seed, int64_t serial, Purpose purpose, int32_t side, float sigma,
+                        int block, int total, float *noise) {
+    const Words bend = random_words(seed, static_cast<uint64_t>(serial), purpose, side,
                                     static_cast<uint32_t>(block));
-    const float sigma = (5.0f / 256.0f) * static_cast<float>(size_px);
-    float *noise = &face->warp_noise[0][0][0] + 4 * block;
+    noise += 4 * block;
     const Pair one = normals(bend.word[0], bend.word[1]);
     noise[0] = sigma * one.first;
     noise[1] = sigma * one.second;
-    if (block == kNoiseBlocks - 1) return;
+    if (4 * block + 2 == total) return;
     const Pair two = normals(bend.word[2], bend.word[3]);
     noise[2] = sigma * two.first;
     noise[3] = sigma * two.second;
+}
+
+// Block `block` of the noise of both warps; that of landmarks is 0 where none is warped to.
+MIEN_HD void draw_noise(const mien_ranges &ranges, uint64_t seed, int32_t side, int64_t serial,
+                        int32_t size_px, int block, mien_face *face) {
+    const float size = static_cast<float>(size_px);
+    float *grid = &face->warp_noise[0][0][0], *landmarks = &face->landmark_noise[0][0];
+    if (block < kGridBlocks)
+        return draw_block(seed, serial, kWarp, side, (5.0f / 256.0f) * size, block, 50, grid);
+    const int number = block - kGridBlocks;
+    if (ranges.warp == MIEN_WARP_LANDMARKS)
+        return draw_block(seed, serial, kLandmarks, side, (2.0f / 256.0f) * size, number,
+                          2 * MIEN_LANDMARKS, landmarks);
+    for (int i = 0; i < 4; ++i) landmarks[4 * number + i] = 0.0f;
 }
 
 // Row `row` of a job, the first `count` rows being faces of a and those behind them of b. `worker`
@@ -100,8 +117,9 @@ MIEN_HD void draw_row(const mien_ranges &ranges, const mien_draw_job &job, int64
     mien_face *face = job.params + row;
     if (worker == 0) draw_change(ranges, job.seed, side, serial, num_faces, job.size_px, face);
     // From the last worker down, so that the first has the least noise besides.
-    for (int block = num_workers - 1 - worker; block < kNoiseBlocks; block += num_workers)
-        draw_noise(job.seed, side, serial, job.size_px, block, face);
+    for (int block = num_workers - 1 - worker; block < kGridBlocks + kLandmarkBlocks;
+         block += num_workers)
+        draw_noise(ranges, job.seed, side, serial, job.size_px, block, face);
 }
 
 }  // namespace mien

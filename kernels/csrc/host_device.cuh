@@ -10,6 +10,13 @@
 #define MIEN_HD static inline __attribute__((always_inline))
 #endif
 
+// Before a loop that nvcc must not unroll, as the registers would not suffice.
+#if defined(__CUDACC__)
+#define MIEN_ROLLED _Pragma("unroll 1")
+#else
+#define MIEN_ROLLED
+#endif
+
 namespace mien {
 
 MIEN_HD float fused(float a, float b, float c) {

@@ -31,6 +31,11 @@ MIEN_API int32_t mien_has_cuda(void);
 
 /* ---- Augmentation ------------------------------------------------------------------------- */
 
+#define MIEN_LANDMARKS 68
+#define MIEN_NEAREST 10
+
+typedef enum { MIEN_NO_WARP = 0, MIEN_WARP_GRID = 1, MIEN_WARP_LANDMARKS = 2 } mien_warp;
+
 /* How far faces are varied; percent of the full scale, of the edge, or of the faces. */
 typedef struct {
     float zoom_percent;
@@ -41,22 +46,23 @@ typedef struct {
     float ab_percent;
     float clahe_chance_percent;
     int32_t clahe_max_size;
-    int32_t color; /* 0 or 1: vary colour, mirror, bend at all */
+    int32_t color; /* 0 or 1: vary colour, mirror at all */
     int32_t flip;
-    int32_t warp;
+    int32_t warp; /* a mien_warp */
 } mien_ranges;
 
 /* Everything that is done to one face. */
 typedef struct {
-    int64_t index;       /* which face of the store */
-    float lab[3];        /* part of the way to 255 (positive) or to 0 (negative) of L, a, b */
-    int32_t clahe_tiles; /* tiles along an edge of the contrast equalisation; 0: none */
-    float matrix[6];     /* forward affine, rows of 3, px */
-    int32_t flip;        /* 0 or 1 */
-    int32_t color;       /* 0: lab and clahe_tiles are ignored */
-    int32_t warp;        /* 0: warp_noise is ignored */
-    int32_t reserved;
+    int64_t index;             /* which face of the store */
+    float lab[3];              /* part of the way to 255 (positive) or to 0 (negative) of L, a, b */
+    int32_t clahe_tiles;       /* tiles along an edge of the contrast equalisation; 0: none */
+    float matrix[6];           /* forward affine, rows of 3, px */
+    int32_t flip;              /* 0 or 1 */
+    int32_t color;             /* 0: lab and clahe_tiles are ignored */
+    int32_t warp;              /* a mien_warp */
+    int32_t near;              /* which of the nearest faces of the other side to warp to */
     float warp_noise[2][5][5]; /* px added to the control points; [0] x, [1] y */
+    float landmark_noise[MIEN_LANDMARKS][2]; /* px added to the landmarks that are warped to */
 } mien_face;
 
 #define MIEN_MAX_SIDES 2
@@ -78,12 +84,18 @@ typedef enum { MIEN_FLOAT32 = 0, MIEN_BFLOAT16 = 1, MIEN_FLOAT16 = 2 } mien_type
 
 /* One call of the augmentation, for one side or both. Pictures are NHWC, 0..1. */
 typedef struct {
-    /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0. */
+    /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0. With gathered,
+     * only the faces of this batch, in the order of its rows. */
     const uint8_t *faces[MIEN_MAX_SIDES];
     int64_t num_faces[MIEN_MAX_SIDES];
+    /* With to_landmarks, for both sides: [num_faces, MIEN_LANDMARKS, 2] x and y in px of the store,
+     * and [num_faces, MIEN_NEAREST] numbers of faces of the other side. */
+    const float *landmarks[MIEN_MAX_SIDES];
+    const int32_t *nearest[MIEN_MAX_SIDES];
     const mien_face *params; /* [count]: a's, then as many of b */
     int64_t count;           /* of all sides */
     int32_t num_sides;
+    int32_t gathered; /* 0 or 1 */
     int32_t size_px;
     int32_t rgb; /* 0: pictures are BGR, 1: RGB */
     int32_t input_px;
@@ -95,9 +107,11 @@ typedef struct {
     void *input;                      /* [count, input_px, input_px, input_channels] */
     void *targets[MIEN_MAX_OUTPUTS];  /* [count, output_px, output_px, 3] */
     float *weights[MIEN_MAX_OUTPUTS]; /* [count, output_px, output_px] */
-    float *mask;      /* [count, last output_px, last output_px] face mask, or NULL */
-    int32_t penalize; /* 0: every weight is 1 */
-    float eye_extra;  /* weight = face (1 + eye_extra eye) (1 + mouth_extra mouth) */
+    float *mask;                  /* [count, last output_px, last output_px] face mask, or NULL */
+    int32_t penalize;             /* 0: every weight is 1 */
+    int32_t to_landmarks;         /* 1: faces may be warped to landmarks */
+    int32_t single_interpolation; /* 1: the input is sampled once, by affine and warp together */
+    float eye_extra;              /* weight = face (1 + eye_extra eye) (1 + mouth_extra mouth) */
     float mouth_extra;
 } mien_augment_job;
 
@@ -115,7 +129,7 @@ MIEN_API mien_status mien_draw_cuda(const mien_ranges *ranges, const mien_draw_j
 MIEN_API mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads);
 
 /* The same on a GPU; every pointer must be readable by it. An index outside the store is moved to
- * its nearest end. */
+ * its nearest end; a face that is to be warped to landmarks which the job lacks is not bent. */
 MIEN_API mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace,
                                        int64_t workspace_bytes, void *stream);
 
