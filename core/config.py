@@ -114,6 +114,7 @@ def _problem(value: Any, spec: Spec) -> str | None:
 def _kind(spec: Spec) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     text = words[spec.type]
+    text = " or ".join([*spec.words, text])
     if spec.low is not None and spec.high is not None:
         return f"{text} from {spec.low:g} to {spec.high:g}"
     return text if spec.low is None else f"{text}, at least {spec.low:g}"

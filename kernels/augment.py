@@ -174,7 +174,8 @@ def draw(
         ranges: How far to vary.
         seed: Any 64-bit number.
         first: Serial number of each side's first face; or an int64 tensor of them on the device,
-            which is read when the drawing runs, so that a captured graph can move on.
+            which is read and then moved on by ``count`` when the drawing runs, so that each replay
+            of a captured graph draws the next faces.
         count: How many of each side.
         num_faces: Faces in each side's store: one number for A alone, or two.
         size_px: The stores' edge S.

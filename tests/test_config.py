@@ -40,7 +40,10 @@ def test_every_setting_is_documented_and_enforced(spec):
             "unknown setting train.batchsize; did you mean train.batch_s",
         ),
         ({"train": 3}, "train must be a table of settings, got 3"),
-        ({"train": {"batch_size": True}}, "train.batch_size must be a whole number from 1 to 4096"),
+        (
+            {"train": {"batch_size": True}},
+            "batch_size must be auto or a whole number from 0 to 4096",
+        ),
         ({"data": {"coverage": float("nan")}}, "data.coverage must be a number from 62.5 to 100"),
         ({"data": {"mask_type": "extend"}}, "did you mean 'extended'?"),
         ({"data": {"mask_type": "none"}}, "choose a mask, or set both to false"),
@@ -89,7 +92,10 @@ def test_options_of_a_family_by_set(capsys):
     [
         (["--set", "batch_size=3"], "--set takes section.key=value, got 'batch_size=3'"),
         (["-C", "/no/such.toml"], "cannot read /no/such.toml: No such file or directory"),
-        (["-b", "0"], "train.batch_size must be a whole number from 1 to 4096, got 0"),
+        (
+            ["-b", "5000"],
+            "train.batch_size must be auto or a whole number from 0 to 4096, got 5000",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(words, message, capsys):
@@ -102,3 +108,8 @@ def test_broken_toml_is_one_line(capsys, tmp_path):
     file.write_text("[train\n")
     assert main(["train", "-C", str(file), "--print-config"]) == 2
     assert re.fullmatch(r"mien train: .*run.toml is not valid TOML: .*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("value", ["auto", 0])
+def test_a_word_stands_for_a_number(value):
+    assert settings.from_dict({"train": {"batch_size": value}}).train.batch_size == 0

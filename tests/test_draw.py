@@ -255,12 +255,22 @@ def test_refuses(change, message):
         draw(ranges, seed=0, **given)
 
 
+def test_counters_are_read_and_moved_on():
+    options = {"seed": 3, "count": 4, "num_faces": [7, 9], "size_px": 64}
+    counters = torch.tensor([10, 20])
+    for first in ([10, 20], [14, 24]):
+        drawn_so = draw(Ranges(), first=counters, **options)
+        assert torch.equal(drawn_so, draw(Ranges(), first=first, **options))
+    assert counters.tolist() == [18, 28]
+
+
 @pytest.mark.gpu
 def test_gpu_draws_the_same_bits():
     options = {"seed": 2**63 + 5, "count": 3000, "num_faces": [77, 1001], "size_px": 128}
-    counters = torch.tensor([1000, 2**40], device="cuda")
     for ranges in (Ranges(), Ranges(warp_to_landmarks=True)):
         want = draw(ranges, first=[1000, 2**40], **options)
+        counters = torch.tensor([1000, 2**40], device="cuda")
         assert torch.equal(draw(ranges, first=counters, **options).cpu(), want)
+        assert counters.tolist() == [4000, 2**40 + 3000]
         ours = draw(ranges, first=[1000, 2**40], device="cuda", **options)
         assert torch.equal(ours.cpu(), want)

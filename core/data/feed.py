@@ -127,7 +127,9 @@ class Feed:
     def batch(self) -> Batch:
         """The batch after `seen` faces, which then moves on."""
         self._expected = None  # a graph that is being captured makes no batch now
-        batch = self._make(self.seen)
+        if not self._gathers:
+            return self._make(self.seen)
+        batch = self._make(self.seen.tolist())
         self.seen.add_(self.config.train.batch_size)
         return batch
 
@@ -140,8 +142,6 @@ class Feed:
         room, config = self._room or _Room(self), self.config
         faces = [self.stores[side].faces_fssc for side in SIDES]
         num_faces = [len(faces_fssc) for faces_fssc in faces]
-        if self._gathers and isinstance(first, Tensor):
-            first = first.tolist()
         params_nx = draw(
             self.ranges,
             seed=config.train.seed,

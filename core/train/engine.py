@@ -19,6 +19,9 @@ WARM_UP = 3
 class Source(Protocol):
     """Where batches come from: a `Feed`."""
 
+    is_capturable: bool
+    """Whether `batch` leaves the host out."""
+
     def next(self, faces_seen: dict[str, int]) -> Batch:
         """The batch after so many faces of each side."""
 
@@ -61,8 +64,7 @@ class Engine:
         """Train on the batch after ``faces_seen`` faces of each side."""
         self.step(self.feed.next(faces_seen))
 
-    def _fall_back(self, error: Exception) -> None:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    def _fall_back(self, reason: str) -> None:
         self.warn(f"the {self.name} engine cannot run here ({reason}); training goes on eagerly")
         self.name = "eager"
 
@@ -90,7 +92,7 @@ class Compiled(Engine):
             self.step.forward(self.feed.next(faces_seen).input_nchw)
         except RuntimeError as error:
             self.step.network = plain
-            self._fall_back(error)
+            self._fall_back(_first_line(error))
 
 
 class Graphed(Engine):
@@ -102,17 +104,19 @@ class Graphed(Engine):
         super().__init__(step, feed, warn)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
+        if not feed.is_capturable:
+            self._fall_back("the host gathers the faces of each batch from a file")
 
     def __call__(self, faces_seen: dict[str, int]) -> None:
+        if self.name != "graph":
+            return super().__call__(faces_seen)
         self.feed.seek(faces_seen)
-        if self.graph is None and self.name == "graph":
-            if self.warm < WARM_UP:
-                return self._warm_up()
-            self._capture()
-        if self.graph is None:
-            self._iteration()
-        else:
+        if self.graph is not None:
             self.graph.replay()
+        elif self.warm < WARM_UP:
+            self._warm_up()
+        else:
+            self._capture()
 
     def _iteration(self) -> None:
         self.step(self.feed.batch())
@@ -127,7 +131,7 @@ class Graphed(Engine):
         torch.cuda.current_stream().wait_stream(stream)
 
     def _capture(self) -> None:
-        """Record an iteration without running it."""
+        """Record an iteration without running it, then run it."""
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the saver's thread may copy to the host meanwhile.
@@ -135,6 +139,12 @@ class Graphed(Engine):
                 self._iteration()
         except RuntimeError as error:
             torch.cuda.synchronize()
-            self._fall_back(error)
+            self._fall_back(_first_line(error))
+            self._iteration()
         else:
             self.graph = graph
+            graph.replay()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

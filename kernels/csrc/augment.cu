@@ -496,14 +496,17 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, const 
 
 // ---- draw -------------------------------------------------------------------------------------
 
-constexpr int kDrawThreads = 128;
+constexpr int kDrawThreads = 1024;
 
-// A warp for each face.
+// One block, a warp for each face: only when all have read the counters may they be moved on.
 __global__ void __launch_bounds__(kDrawThreads)
     draw_kernel(const mien_ranges ranges, const mien_draw_job job) {
-    const int64_t row = int64_t{blockIdx.x} * (kDrawThreads / 32) + threadIdx.x / 32;
     const int lane = static_cast<int>(threadIdx.x % 32);
-    if (row < job.num_sides * job.count) mien::draw_row(ranges, job, row, lane, 32);
+    const int64_t rows = job.num_sides * job.count;
+    for (int64_t row = threadIdx.x / 32; row < rows; row += kDrawThreads / 32)
+        mien::draw_row(ranges, job, row, lane, 32);
+    __syncthreads();
+    if (job.counters && threadIdx.x < job.num_sides) job.counters[threadIdx.x] += job.count;
 }
 
 mien_status launched(const char *what) {
@@ -521,9 +524,7 @@ unsigned blocks_for(int64_t items) {
 mien_status mien_draw_cuda(const mien_ranges *ranges, const mien_draw_job *job, void *stream) {
     const mien_status status = mien::check_draw(ranges, job);
     if (status != MIEN_OK || job->count == 0) return status;
-    constexpr int kRows = kDrawThreads / 32;
-    const auto blocks = static_cast<unsigned>((job->num_sides * job->count + kRows - 1) / kRows);
-    draw_kernel<<<blocks, kDrawThreads, 0, static_cast<cudaStream_t>(stream)>>>(*ranges, *job);
+    draw_kernel<<<1, kDrawThreads, 0, static_cast<cudaStream_t>(stream)>>>(*ranges, *job);
     return launched("draw");
 }
 

@@ -148,6 +148,8 @@ mien_status mien_draw_cpu(const mien_ranges *ranges, const mien_draw_job *job) {
     if (const mien_status status = mien::check_draw(ranges, job)) return status;
     for (int64_t row = 0; row < job->num_sides * job->count; ++row)
         mien::draw_row(*ranges, *job, row, 0, 1);
+    for (int side = 0; job->counters && side < job->num_sides; ++side)
+        job->counters[side] += job->count;
     return MIEN_OK;
 }
 

@@ -76,8 +76,8 @@ typedef struct {
     int64_t count;                     /* of each side */
     int64_t num_faces[MIEN_MAX_SIDES]; /* in the stores */
     int64_t first[MIEN_MAX_SIDES];     /* serial number of each side's first face */
-    const int64_t *counters;           /* [num_sides] added to `first` when it runs, or NULL */
-    mien_face *params;                 /* [num_sides * count] */
+    int64_t *counters; /* [num_sides] added to `first` when it runs, then moved on; or NULL */
+    mien_face *params; /* [num_sides * count] */
 } mien_draw_job;
 
 typedef enum { MIEN_FLOAT32 = 0, MIEN_BFLOAT16 = 1, MIEN_FLOAT16 = 2 } mien_type;
