@@ -26,6 +26,7 @@ from ..core.train import engine as engines
 from ..core.train import precision as precisions
 from ..core.train.losses import Loss, Losses
 from ..core.train.optim import Update
+from ..core.train.overlap import OverlappedUpdate
 from ..core.train.ring import LossRing
 from ..core.train.step import TrainStep
 from ..kernels import reference
@@ -40,8 +41,9 @@ from .roofline import ceiling, meta_model, work_of
 CASES = [("lightweight", 8), ("original", 16)]
 GPU_CASES = [("lightweight", 16), ("original", 16), ("original", 64)]
 
-LEVERS = ("upscale", "face_loss", "adam", "align", "streams")
-"""What "without" names: three kernels, the aligned channels, the decoders' two streams."""
+LEVERS = ("upscale", "face_loss", "adam", "align", "streams", "series")
+"""What "without" names: three kernels, the aligned channels, the decoders' two streams, and that
+the update comes after the backward pass, not beside it."""
 
 
 def rows(
@@ -204,7 +206,8 @@ def train_step(
     if aligned:
         model.align(8)
     model.to(device)
-    update = (_PlainUpdate if without == "adam" else Update)(model, OptimizerConfig(), precision)
+    kind_of_update = {"adam": _PlainUpdate, "series": OverlappedUpdate}.get(without, Update)
+    update = kind_of_update(model, OptimizerConfig(), precision)
     loss = (_PlainLoss if without == "face_loss" else Loss)(LossConfig(), len(model.output_px))
     ring = LossRing(loss.num_values, device)
     stream = torch.cuda.Stream() if two_streams else None

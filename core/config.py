@@ -288,6 +288,11 @@ class OptimizerConfig(_Checked):
     ada_beta_2: float = _setting(0.999, low=0.0, high=0.9999999, locked=True)
     """Memory of the gradient's square."""
 
+    overlap: str = _setting("auto", choices=("auto", "on", "off"))
+    """Move the weights of finished layers while the backward pass still runs, to the same bits;
+    auto: off. Not with fp16. If a gradient is not finite, only its own part of the weights (4 M
+    or more) is sure to stay as it was; without overlap all weights stay."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig(_Checked):

@@ -176,8 +176,11 @@ class Loop:
         if len(bad_rows):
             where = f"iteration {asked.first + int(bad_rows[0])}"
             cause = f" ({', '.join(name for name in bad if bad[name][bad_rows[0]])})"
+        touched = "no weight was touched by it"
+        if not self.r.step.update.is_whole:
+            touched = "with optimizer.overlap some other weights may have moved"
         raise Halted(
-            f"not a number at {where}{cause}; no weight was touched by it. Lower "
+            f"not a number at {where}{cause}; {touched}. Lower "
             "optimizer.learning_rate, or set optimizer.epsilon_exponent to -5 or -4 with bf16 or "
             "fp16, and start again"
         )

@@ -6,6 +6,8 @@ but the count of such steps; with fp16 it also halves the loss scale.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,12 +38,26 @@ _SAVED = {  # what a resume needs of the control numbers, by name
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """Parameters that are moved together, with a finite check and a count of steps of their own."""
+
+    numbers: list[int]
+    """Which they are, of the model's."""
+
+    tables: Tables
+    control: Tensor
+
+
 class Update:
     """The optimizer of one model and, with fp16, the loss scale.
 
     Takes over the model's weights: where the precision is of 16 bits, the model's parameters become
     copies in it.
     """
+
+    is_whole = True
+    """Whether a step that is not finite moves nothing at all."""
 
     def __init__(
         self,
@@ -60,12 +76,12 @@ class Update:
             self.copies = [parameter.detach() for parameter in self.parameters]
         self.means = [torch.zeros_like(master) for master in self.masters]
         self.squares = [torch.zeros_like(master) for master in self.masters]
-        self.control = new_control(
+        control = new_control(
             self.masters[0].device,
             learning_rate=config.learning_rate,
             scale=_FIRST_SCALE if precision.scales_loss else 1.0,
         )
-        self.tables = Tables(self.masters, self.means, self.squares, self.copies)
+        self.parts = [self._part(list(range(len(self.parameters))), control)]
         self.settings: dict[str, Any] = {
             "beta_1": config.ada_beta_1,
             "beta_2": config.ada_beta_2,
@@ -75,26 +91,21 @@ class Update:
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) loss, one of each parameter."""
-        adam(
-            self.masters,
-            gradients,
-            self.means,
-            self.squares,
-            self.copies,
-            self.control,
-            tables=self.tables,
-            **self.settings,
-        )
+        self._move(self.parts[0], gradients)
+
+    def beside_backward(self) -> AbstractContextManager[None]:
+        """Wherein the backward pass is to run; here nothing is done beside it."""
+        return nullcontext()
 
     @property
     def scale(self) -> Tensor | None:
         """What the loss's gradient is multiplied with, on the device; None: nothing."""
-        return self.control[SCALE].float() if self.precision.scales_loss else None
+        return self.parts[0].control[SCALE].float() if self.precision.scales_loss else None
 
     @property
     def skipped(self) -> Tensor:
-        """Steps of this session that were not finite and so changed nothing, on the device."""
-        return self.control[SKIPPED]
+        """Steps of this session that were not finite, of the part with the most; on the device."""
+        return torch.stack([part.control[SKIPPED] for part in self.parts]).amax()
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state in fp32, as a checkpoint holds it."""
@@ -125,7 +136,10 @@ class Update:
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `step`, `scale`.."""
-        found = {name: self.control[index] for name, index in _SAVED.items()}
+        controls_p10 = torch.stack([part.control for part in self.parts])
+        furthest = controls_p10[:, STEP].argmax(0, keepdim=True)
+        control = controls_p10.index_select(0, furthest)[0]
+        found = {name: control[index] for name, index in _SAVED.items()}
         for kind, tensors in (("mean", self.means), ("square", self.squares)):
             found |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
         return found
@@ -146,10 +160,34 @@ class Update:
         for name, index in _SAVED.items():
             is_scale = name in ("scale", "good_steps")
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
-                self.control[index] = tensors[name].to(self.control)
+                for part in self.parts:
+                    part.control[index] = tensors[name].to(part.control)
         for name, mean, square in zip(self.names, self.means, self.squares, strict=True):
             mean.copy_(self._padded(name, tensors[f"{name}.mean"]))
             square.copy_(self._padded(name, tensors[f"{name}.square"]))
+
+    def _part(self, numbers: list[int], control: Tensor) -> Part:
+        lists = (self.masters, self.means, self.squares, self.copies)
+        own = [[tensors[number] for number in numbers] if tensors else [] for tensors in lists]
+        return Part(numbers, Tables(*own), control)
+
+    def _split(self, groups: list[list[int]]) -> None:
+        """Have each group of parameters be a part, where there was one for all."""
+        control = self.parts[0].control
+        self.parts = [self._part(numbers, control.clone()) for numbers in groups]
+
+    def _move(self, part: Part, gradients: Sequence[Tensor]) -> None:
+        tables = part.tables
+        adam(
+            tables.parameters,
+            gradients,
+            tables.means,
+            tables.squares,
+            tables.copies,
+            part.control,
+            tables=tables,
+            **self.settings,
+        )
 
     def _cropped(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """By parameter, without the channels that alignment added."""

@@ -24,7 +24,7 @@ from ..run.checkpoint import Generation, ModelFolder, Saver
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from . import engine as engines
-from . import memory
+from . import memory, overlap
 from . import precision as precisions
 from .engine import Engine
 from .losses import Loss
@@ -112,6 +112,7 @@ def _prepare(
     device: torch.device,
 ) -> Run:
     precision = precisions.resolve(config.precision.mode, device)
+    kind_of_update = overlap.choose(config.optimizer.overlap, precision)
     engine_name, engine_why = engines.choose(config.train.engine, device)
     options = models.options_of(config.model.trainer, config.model.options)
     family = models.family(config.model.trainer)
@@ -132,7 +133,7 @@ def _prepare(
         model.align(8)
     model.to(device)
     _set_libraries(precision, deterministic=config.train.deterministic)
-    update = Update(model, config.optimizer, precision)
+    update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
     session = state.begin_session(config)
     stores = {side: opened.store for side, opened in faces.items()}

@@ -57,5 +57,9 @@ class TrainStep:
     def backward(
         self, outputs: tuple[Outputs, Outputs], gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """The gradient of every parameter, given those of the outputs."""
-        return torch.autograd.grad((*outputs[0], *outputs[1]), self.parameters, gradients)
+        """The gradient of every parameter, given those of the outputs.
+
+        Meanwhile an update with overlap moves the weights whose gradients are there.
+        """
+        with self.update.beside_backward():
+            return torch.autograd.grad((*outputs[0], *outputs[1]), self.parameters, gradients)
