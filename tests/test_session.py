@@ -224,7 +224,7 @@ def test_a_lock_is_told_before_a_clash_between_settings():
     [
         ({"train": {"batch_sise": 3}}, "unknown setting train.batch_sise"),
         ({"trian": {}}, "unknown setting trian; did you mean train?"),
-        ({"train": {"batch_size": 0}}, "train.batch_size must be auto or a whole number"),
+        ({"train": {"batch_size": -1}}, "train.batch_size must be auto or a whole number"),
         ({"train": 5}, "train must be a table"),
         ({"loss": {"loss_weight_3": True}}, "loss.loss_weight_3 must be a whole number"),
     ],
