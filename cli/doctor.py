@@ -114,11 +114,13 @@ def _dali() -> list[Finding]:
 def _paths() -> list[Finding]:
     import torch
 
+    from ..core.train import engine
     from ..core.train.precision import resolve
     from ..core.train.prepare import choose_device
 
     device = choose_device("auto")
     precision = resolve("auto", device)
+    name, why = engine.choose("auto", device)
     compiler = shutil.which("nvcc")
     nvcc = "none"
     if compiler:
@@ -129,6 +131,7 @@ def _paths() -> list[Finding]:
         Finding("nvcc", nvcc),
         Finding("device", str(device)),
         Finding("precision", f"{precision.name} ({precision.why})"),
-        Finding("augment", f"libmien, {'CUDA' if on_gpu else 'C++ threads'}"),
+        Finding("engine", f"{name} ({why})"),
+        Finding("kernels", "CUDA and Triton" if on_gpu else "C++ threads and PyTorch"),
         Finding("threads", f"{torch.get_num_threads()} of torch"),
     ]
