@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench gpu clean
 
 setup: $(STAMP) kernels/libmien.so
 
@@ -44,6 +44,15 @@ format: setup
 
 bench: setup
 	$(BIN)/mien bench all
+
+# On a machine with a GPU: every test that uses one, each file in a process of its own (a failed capture
+# can spoil those after it), then every benchmark. GPU_PYTHON=python3 where mien is installed already.
+GPU_PYTHON ?= $(BIN)/python
+gpu:
+	status=0; for file in $$(grep -lE 'mark.gpu|triton_device' tests/test_*.py); do \
+	    $(GPU_PYTHON) -m pytest -q $$file || status=1; done; exit $$status
+	for part in ceilings kernels step train data roofline; do \
+	    $(GPU_PYTHON) -m mien.cli bench $$part || exit 1; done
 
 clean:
 	rm -rf build dist *.egg-info kernels/libmien.so

@@ -95,7 +95,7 @@ def torch_step(state: _State, *, fused: bool) -> Callable[[], None]:
         eps=_EPSILON,
         fused=fused,
         foreach=not fused,
-        capturable=not fused and parameters[0].is_cuda,
+        capturable=parameters[0].is_cuda,
     )
 
     def step() -> None:
@@ -114,4 +114,5 @@ def torch_step(state: _State, *, fused: bool) -> Callable[[], None]:
 
 def compiled_step(state: _State) -> Callable[[], None]:
     """The foreach step through `torch.compile`."""
-    return torch.compile(torch_step(state, fused=False))
+    torch.compiler.reset()  # else the state before makes this one's sizes dynamic
+    return torch.compile(torch_step(state, fused=False), dynamic=False)

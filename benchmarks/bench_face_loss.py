@@ -7,6 +7,7 @@ help.
 import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def cases() -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
         if importlib.util.find_spec("pytorch_msssim"):
             variants["torch-msssim"] = _by_msssim
         if on_gpu:
-            variants["torch-compile"] = torch.compile(_by_autograd)
+            torch.compiler.reset()  # else the sizes before make these dynamic
+            compiled = torch.compile(_total, dynamic=False)
+            variants["torch-compile"] = partial(_by_autograd, total_of=compiled)
         for variant, function in variants.items():
             yield {**what, "variant": variant}, _rotating(function, sets)
 
@@ -57,6 +60,22 @@ def _rotating(function: Callable[..., object], sets: list[list[Tensor]]) -> Call
     return lambda: function(*next(order), losses=LOSSES)
 
 
+def _total(
+    pred_a: Tensor,
+    pred_b: Tensor,
+    target_nchw: Tensor,
+    weight_n1hw: Tensor,
+    losses: tuple[tuple[str, float], ...],
+) -> Tensor:
+    """The sum of all losses with PyTorch's operations, statistics in fp32."""
+    pred = torch.cat((pred_a, pred_b)).float()
+    total = pred.new_zeros(())
+    for name, share in losses:
+        error = reference.LOSS_MAPS[name](pred, target_nchw.float())
+        total = total + share * (error * weight_n1hw).mean()
+    return 2 * total
+
+
 def _by_autograd(
     pred_a: Tensor,
     pred_b: Tensor,
@@ -64,15 +83,11 @@ def _by_autograd(
     weight_n1hw: Tensor,
     *,
     losses: tuple[tuple[str, float], ...],
+    total_of: Callable[..., Tensor] = _total,
 ) -> tuple[Tensor, ...]:
-    """The same with PyTorch's operations, statistics in fp32."""
+    """Value and gradient by autograd."""
     preds = [pred.detach().requires_grad_() for pred in (pred_a, pred_b)]
-    pred = torch.cat(preds).float()
-    total = pred.new_zeros(())
-    for name, share in losses:
-        error = reference.LOSS_MAPS[name](pred, target_nchw.float())
-        total = total + share * (error * weight_n1hw).mean()
-    return torch.autograd.grad(2 * total, preds)
+    return torch.autograd.grad(total_of(*preds, target_nchw, weight_n1hw, losses), preds)
 
 
 def _by_msssim(

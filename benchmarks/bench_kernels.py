@@ -41,7 +41,20 @@ def rows(ceilings: dict[str, Any], only: tuple[str, ...] = ()) -> Iterator[dict[
         if only and name not in only:
             continue
         module = importlib.import_module(f"{__package__}.bench_{name}")
-        found = [_row(name, dict(what), fn, ceilings) for what, fn in module.cases()]
+        found: list[dict[str, Any]] = []
+        try:
+            for what, fn in module.cases():
+                found.append(_row(name, dict(what), fn, ceilings))
+        except RuntimeError as error:  # a case could not be made; keep those before it
+            found.append(
+                {
+                    "kind": "kernel",
+                    "kernel": name,
+                    "variant": "mien",
+                    "case": {},
+                    "error": _line(error),
+                }
+            )
         yield from _compared(found)
 
 
@@ -61,7 +74,7 @@ def _row(
     try:
         timed, how = _timed(fn, device_type, capture)
     except RuntimeError as error:  # one case must not cost the figures of all; the command fails
-        return row | {"error": str(error).partition("\n")[0]}
+        return row | {"error": _line(error)}
     seconds = timed["median_s"]
     dtype = str(what.get("dtype", "bf16")).removeprefix("torch.")
     bound_s = ceiling_s(ceilings, num_bytes, flops, _DTYPES.get(dtype, dtype))
@@ -72,6 +85,10 @@ def _row(
         "tflops": rounded(flops / seconds / 1e12) if flops else None,
         "share_of_ceiling": rounded(bound_s / seconds) if bound_s else None,
     }
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _timed(

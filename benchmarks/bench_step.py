@@ -12,6 +12,7 @@ Run: ``mien bench step``.
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -45,6 +46,8 @@ LEVERS = ("upscale", "face_loss", "adam", "align", "streams", "series")
 """What "without" names: three kernels, the aligned channels, the decoders' two streams, and that
 the update comes after the backward pass, not beside it."""
 
+CPU_LEVERS = LEVERS[:3]
+
 
 def rows(
     ceilings: dict[str, Any] | None = None, modes: tuple[str, ...] = ("fp32", "bf16")
@@ -59,35 +62,54 @@ def rows(
     for name, batch_size in GPU_CASES if on_gpu else CASES:
         for mode in modes:
             what = {"kind": "step", "model": name, "batch_size": batch_size, "precision": mode}
-            for engine in ("eager", "compile", "graph") if on_gpu else ("eager",):
-                step = mien_step(name, batch_size, mode, device, engine)
-                yield _row(what | {"engine": f"mien-{engine}"}, step, device, ceilings)
-            for engine in ("plain-torch", "plain-compile") if on_gpu else ("plain-torch",):
-                step = plain_step(name, batch_size, mode, device, is_compiled="comp" in engine)
-                yield _row(what | {"engine": engine}, step, device, ceilings)
-            if mode != "bf16":
-                continue
-            for lever in LEVERS if on_gpu else LEVERS[:3]:
-                step = mien_step(name, batch_size, mode, device, best, without=lever)
-                row = what | {"engine": f"mien-{best}", "without": lever}
-                yield _row(row, step, device, ceilings)
+            ours = partial(mien_step, name, batch_size, mode, device)
+            plain = partial(plain_step, name, batch_size, mode, device)
+            # Compiling takes a minute, so only in the precision that is meant for a GPU.
+            compiles = on_gpu and mode == "bf16"
+            engines_here = ["eager", *["compile"] * compiles, *["graph"] * on_gpu]
+            makers: dict[tuple[str, str], Callable[[], Callable[[], object]]] = {
+                (f"mien-{engine}", ""): partial(ours, engine) for engine in engines_here
+            }
+            makers["plain-torch", ""] = plain
+            if compiles:
+                makers["plain-compile", ""] = partial(plain, is_compiled=True)
+            for lever in (LEVERS if on_gpu else CPU_LEVERS) if mode == "bf16" else ():
+                makers[f"mien-{best}", lever] = partial(ours, best, without=lever)
+            for (engine, lever), make in makers.items():
+                without = {"without": lever} if lever else {}
+                yield _row(what | {"engine": engine} | without, make, device, ceilings)
 
 
 def _row(
+    what: dict[str, Any],
+    make: Callable[[], Callable[[], object]],
+    device: torch.device,
+    ceilings: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The figures of one step, or why there are none: one failure must not cost all others."""
+    torch.compiler.reset()  # else shapes of the step before make this one's sizes dynamic
+    try:
+        return what | _figures(what, make(), device, ceilings)
+    except RuntimeError as error:
+        return what | {"error": str(error).strip().partition("\n")[0]}
+
+
+def _figures(
     what: dict[str, Any],
     step: Callable[[], object],
     device: torch.device,
     ceilings: dict[str, Any] | None,
 ) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
     timed = measure(step, pace("step", device.type), device_type=device.type)
+    if on_gpu:  # once more, now that libraries have chosen
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
     faces = 2 * what["batch_size"]
     eg_per_s = faces / timed["median_s"]
     is_eager = what["engine"] in ("mien-eager", "plain-torch")
     return {
-        **what,
         "threads": torch.get_num_threads(),
         "eg_per_s": rounded(eg_per_s),
         "eg_per_cpu_s": rounded(faces / timed["cpu_s"]) if timed["cpu_s"] else None,
@@ -185,9 +207,19 @@ class _PlainUpdate(Update):
 @contextlib.contextmanager
 def plain_blocks() -> Iterator[None]:
     """The models' blocks use separate operations inside."""
-    names = ("activate", "upscale", "to_image")
-    with mock.patch.multiple(blocks, **{name: getattr(reference, name) for name in names}):
+    patches: dict[str, Any] = {n: _plain(n) for n in ("activate", "upscale", "to_image")}
+    with mock.patch.multiple(blocks, **patches):
         yield
+
+
+def _plain(name: str) -> Callable[..., Tensor]:
+    """An operation in the type of its input: under autocast a bias of fp32 would widen it."""
+    operation = getattr(reference, name)
+
+    def run(x_bchw: Tensor, bias_c: Tensor | None, **options: Any) -> Tensor:
+        return operation(x_bchw, None if bias_c is None else bias_c.to(x_bchw.dtype), **options)
+
+    return run
 
 
 def train_step(
@@ -276,7 +308,7 @@ def plain_step(
     def total() -> Tensor:
         return side_loss("a", slice(batch_size)) + side_loss("b", slice(batch_size, None))
 
-    compute = torch.compile(total) if is_compiled else total
+    compute = torch.compile(total, dynamic=False) if is_compiled else total
 
     def step() -> None:
         with plain_blocks():
@@ -306,7 +338,10 @@ def plain_ssim(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
 
 
 def count_python_calls(step: Callable[[], object]) -> int:
-    """Python and C function calls that one step makes on the calling thread; exact."""
+    """Python and C function calls that one step makes on the calling thread, exactly.
+
+    On a GPU the backward pass has a thread of its own, which is not counted.
+    """
     step()
     count = 0
 

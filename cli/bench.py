@@ -73,15 +73,13 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for kind in ALL if args.kind == "all" else [k for k in ALL if k == args.kind]:
         state = harness.card_state()
-        measured = []
         for row in _measure(kind, args.only, ceilings):
-            measured.append(row)
+            rows.append(row)
             if not args.json:
                 _print_row(row)
-        rows += measured
-        if not args.no_save:  # at once, so that a failure later on costs none of it
-            conditions = {kind: {"before": state, "after": harness.card_state()}}
-            harness.write_results(measured, ceilings=ceilings, conditions=conditions)
+            if not args.no_save:  # at once, so that a failure later on costs none of it
+                conditions = {kind: {"before": state, "after": harness.card_state()}}
+                harness.write_results([row], ceilings=ceilings, conditions=conditions)
     if args.kind == "ceilings" and not args.no_save:
         harness.write_results([], ceilings=ceilings)
     if args.json and rows:

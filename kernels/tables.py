@@ -169,7 +169,8 @@ class _GradientRows:
     def __init__(self, num_tensors: int, device: torch.device):
         self.on_gpu = device.type == "cuda"
         self.device = device
-        shape = (_EAGER_SLOTS + _CAPTURE_SLOTS, num_tensors)
+        # An even length keeps every row at 16 bytes, so that one compiled kernel fits all.
+        shape = (_EAGER_SLOTS + _CAPTURE_SLOTS, num_tensors + num_tensors % 2)
         self.staged_st = torch.zeros(shape, dtype=torch.int64, pin_memory=self.on_gpu)
         self.rows_st = torch.zeros(shape, dtype=torch.int64, device=device)
         self.slots: dict[tuple, int] = {}  # (stream, addresses) -> eager slot
@@ -221,7 +222,7 @@ class _GradientRows:
             content[0].synchronize()
 
     def _send(self, slot: int, addresses: tuple[int, ...]) -> None:
-        self.staged_st[slot] = torch.tensor(addresses, dtype=torch.int64)
+        self.staged_st[slot, : len(addresses)] = torch.tensor(addresses, dtype=torch.int64)
         self.rows_st[slot].copy_(self.staged_st[slot], non_blocking=True)
 
 

@@ -73,6 +73,7 @@ class Autoencoder(nn.Module, abc.ABC):
         Args:
             faces_nchw: A's faces, then as many of B, 0..1.
             side_stream: Decode B there while A is decoded; the backward pass then does likewise.
+                The codes must live until then: an encoder's last operation keeps its result.
         """
         codes = self.encode(faces_nchw)
         # Split, not sliced: the gradients of both halves then meet in one copy.

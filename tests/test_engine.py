@@ -123,14 +123,23 @@ def test_a_graphed_step_has_the_bits_of_an_eager_one(mode, streams):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("_same_algorithms")
 def test_a_capture_that_fails_is_told_and_training_goes_on(monkeypatch):
-    def capture(*_, **__):
-        raise RuntimeError("operation not permitted when stream is capturing")
+    """Last in this file: PyTorch 2.11 can capture nothing more in a process where one failed."""
+    forward = TrainStep.forward
 
-    monkeypatch.setattr(torch.cuda, "graph", capture)
+    def waits(self, input_nchw):
+        if torch.cuda.is_current_stream_capturing():
+            input_nchw.sum().item()
+        return forward(self, input_nchw)
+
+    monkeypatch.setattr(TrainStep, "forward", waits)
     warnings = []
     cuda = torch.device("cuda", torch.cuda.current_device())
+    before = torch.cuda.current_stream()
     result = _trained("graph", "bf16", cuda, iterations=6, warn=warnings.append)
+    assert torch.cuda.current_stream() == before
     assert result[2].name == "eager"
     assert len(warnings) == 1
-    assert "not permitted when stream is capturing" in warnings[0]
+    assert "the graph engine cannot run here" in warnings[0]
+    _assert_same_bits(result, _trained("eager", "bf16", cuda, iterations=6))

@@ -18,6 +18,7 @@ from mien.core.data.feed import Feed
 from mien.core.faces.png import read_header, write_face
 from mien.core.faces.synthetic import draw_folder
 from mien.core.run.checkpoint import ModelFolder, SaveError
+from mien.core.train.loop import Loop
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +153,58 @@ def test_a_nan_halts_and_never_reaches_the_weights(sides, tmp_path, monkeypatch,
     assert _train(sides, tmp_path / "model", "-i", "2") == 0, "the model can go on"
 
 
+@pytest.fixture
+def _as_on_a_gpu(monkeypatch):
+    """The loop tells losses one line late and counts steps on their way, as with a GPU."""
+
+    class Event:
+        def __init__(self, **_):
+            pass
+
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+    original = Loop.__init__
+
+    def init(self, *args):
+        original(self, *args)
+        self.on_gpu = True
+
+    monkeypatch.setattr(Loop, "__init__", init)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
+
+
+@pytest.mark.usefixtures("_as_on_a_gpu")
+def test_losses_told_late_are_all_told_with_true_times(sides, tmp_path, capsys):
+    words = ("-i", "9", "--json", "-s", "4", "--set", "train.log_interval=2")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [step["iteration"] for step in steps] == [1, 3, 4, 6, 8, 9]
+    assert all(0 < step["eg_per_s"] < 1e5 for step in steps), "a time of nothing"
+    assert steps[-1]["seconds_left"] == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_nan_in_the_last_iterations_halts_too(
+    sides, tmp_path, monkeypatch, late, request, capsys
+):
+    if late:
+        request.getfixturevalue("_as_on_a_gpu")
+    monkeypatch.setattr(Feed, "next", _poisoned(Feed, at=4 * 2))
+    words = ("-i", "3", "--json", "--set", "train.log_interval=100")
+    assert _train(sides, tmp_path / "model", *words) == 3
+    stop = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert stop["event"] == "stop"
+    assert "not a number at iteration 3" in stop["reason"]
+    assert json.loads((tmp_path / "model/state.json").read_text())["iterations"] == 3
+    assert all(tensor.isfinite().all() for tensor in _tensors(tmp_path / "model").values())
+
+
 def test_a_full_disk_halts_with_the_last_save_named(sides, tmp_path, monkeypatch, capsys):
     original = ModelFolder.save
 
@@ -282,7 +335,6 @@ def test_the_loop_stays_readable():
     """step() <= 40 lines, run() <= 60."""
     import inspect
 
-    from mien.core.train.loop import Loop
     from mien.core.train.step import TrainStep
 
     assert len(inspect.getsource(TrainStep.__call__).splitlines()) <= 40
@@ -360,10 +412,12 @@ def test_no_warp_wins_over_warping_to_landmarks(sides, tmp_path, capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("placement", ["gpu", "host", "file"])
-def test_training_on_a_gpu(sides, tmp_path, mode, placement):
+def test_training_on_a_gpu(sides, tmp_path, mode, placement, capsys):
     words = ("--device", "cuda", "--precision", mode, "--set", f"data.placement={placement}")
-    assert _train(sides, tmp_path / "model", "-i", "4", *words) == 0
-    assert _train(sides, tmp_path / "model", "-i", "2") == 0
+    assert _train(sides, tmp_path / "model", "-i", "8", *words) == 0
+    assert _train(sides, tmp_path / "model", "-i", "6", *words) == 0
+    fell_back = "the graph engine cannot run here" in capsys.readouterr().out
+    assert fell_back == (placement == "file"), "a capture failed"
     tensors = _tensors(tmp_path / "model")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 

@@ -146,7 +146,8 @@ def test_every_part_writes_rows_that_fit(folder, monkeypatch):
     """Real rows of short runs; only the models are few and the faces small."""
     narrow = functools.partial(models.build, width=8)
     monkeypatch.setattr(bench_step.models, "build", narrow)
-    monkeypatch.setattr(bench_step, "CASES", [("lightweight", 1)])
+    for cases in ("CASES", "GPU_CASES"):
+        monkeypatch.setattr(bench_step, cases, [("lightweight", 1)])
     monkeypatch.setattr(bench_data, "SIZES", [(64, 64)])
     monkeypatch.setattr(bench_data, "Pace", lambda *_: harness.Pace(2, 0.0, 0))
     monkeypatch.setattr(bench_data, "_STORE_BYTES", 2**16)

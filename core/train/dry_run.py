@@ -13,6 +13,7 @@ from ..data.sides import SIDES
 from ..run.checkpoint import ModelFolder
 from ..run.log import Reporter
 from . import memory
+from .engine import WARM_UP
 from .prepare import Run, free_bytes, open_run, resumed_config
 
 STEPS = 2
@@ -77,7 +78,8 @@ def _settings(given: dict[str, Any], reporter: Reporter) -> Config:
 
 def _rehearsed(run: Run) -> Rehearsal:
     batch_size, free, losses = run.config.train.batch_size, free_bytes(run.device), []
-    for number in range(STEPS):
+    steps = WARM_UP + STEPS if run.engine.name == "graph" else STEPS  # the last ones are replays
+    for number in range(steps):
         begin = time.perf_counter()
         run.engine(dict.fromkeys(SIDES, number * batch_size))
         named = run.step.loss.named(run.step.ring.fetch(1)())

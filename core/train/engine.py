@@ -87,7 +87,7 @@ class Compiled(Engine):
         """Compile on a batch that comes again, so a failure costs nothing but time."""
         self.is_tried = True
         plain = self.step.network
-        self.step.network = torch.compile(plain, fullgraph=True)
+        self.step.network = torch.compile(plain, fullgraph=True, dynamic=False)
         try:
             self.step.forward(self.feed.next(faces_seen).input_nchw)
         except RuntimeError as error:
@@ -104,6 +104,8 @@ class Graphed(Engine):
         super().__init__(step, feed, warn)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
+        # One for all iterations before the replays: memory is cached by stream.
+        self.stream = torch.cuda.Stream()
         if not feed.is_capturable:
             self._fall_back("the host gathers the faces of each batch from a file")
 
@@ -122,22 +124,23 @@ class Graphed(Engine):
         self.step(self.feed.batch())
 
     def _warm_up(self) -> None:
-        """A real iteration, on a stream of its own as a capture will be."""
+        """A real iteration, on the stream of the capture to come."""
         self.warm += 1
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self._iteration()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self) -> None:
         """Record an iteration without running it, then run it."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        torch.cuda.reset_peak_memory_stats()  # libraries took more while they chose
         try:
             # thread_local: the saver's thread may copy to the host meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self._iteration()
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own in place
             torch.cuda.synchronize()
             self._fall_back(_first_line(error))
             self._iteration()
@@ -146,5 +149,8 @@ class Graphed(Engine):
             graph.replay()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """What went wrong first: of errors that followed one another, the first one's first line."""
+    while error.__context__ is not None:
+        error = error.__context__
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -20,6 +20,7 @@ from .ring import CAPACITY, to_host
 DONE, HALTED, STOPPED = 0, 3, 4
 
 _SECONDS_BETWEEN_LINES = 1.0
+_STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
 _SAVE_ITERATIONS, _SAVE_SECONDS = 250, 60.0
 
 
@@ -41,13 +42,18 @@ class _Asked:
     skipped: Callable[[], list[np.ndarray]]
     first: int
     count: int
+    seconds: float
+    """That they took."""
+
+    waited_s: float
+    """Of these, waiting for data."""
 
 
 class Loop:
     """Drives one run to its end.
 
-    On a GPU the host runs ahead of the device; losses are told one status line later, so that
-    neither waits for the other.
+    On a GPU the host runs a few steps ahead of the device; losses are told one status line later,
+    so that neither waits for the other.
     """
 
     def __init__(self, run: Run, reporter: Reporter, stop: StopRequest):
@@ -56,11 +62,15 @@ class Loop:
         """Iterations whose losses have not been asked for."""
 
         self.asked: deque[_Asked] = deque()
-        self.lines_behind = 1 if run.device.type == "cuda" else 0
+        self.on_gpu = run.device.type == "cuda"
+        self.ahead: deque[torch.cuda.Event] = deque()
+        """The ends of the steps that the device has not been seen to reach."""
+
+        self.is_halted = False
         self.skipped = 0
         self.mean_loss: float | None = None
         now = time.monotonic()
-        self.asked_at, self.told_at, self.saved_at, self.waited_s = now, now, now, 0.0
+        self.asked_at, self.saved_at, self.waited_s = now, now, 0.0
 
     def run(self) -> int:
         """Train to the last iteration, a signal or a failure; the exit code."""
@@ -70,9 +80,11 @@ class Loop:
                 self._train()
                 if self.stop.signal_name and self._remaining():
                     code, reason = STOPPED, f"{self.stop.signal_name} received; the state is saved"
+                self._save()
             except Halted as halt:
                 code, reason = HALTED, str(halt)
-            self._save()
+                self.is_halted = True
+                self._save()
             self.r.saver.wait()
             self._report_saves()
         except SaveError as error:
@@ -89,11 +101,22 @@ class Loop:
             self.r.engine(state.faces_seen)
             state.advance()
             self.unlogged += 1
+            self._wait_for_device()
             if self._log_is_due():
                 self._log()
             if self._save_is_due():
                 self._save()
             self._report_saves()
+
+    def _wait_for_device(self) -> None:
+        """Stay only some steps ahead, so that a signal is obeyed soon and times are true."""
+        if not self.on_gpu:
+            return
+        end = torch.cuda.Event(blocking=True)
+        end.record()
+        self.ahead.append(end)
+        if len(self.ahead) > _STEPS_AHEAD:
+            self.ahead.popleft().synchronize()
 
     def _log_is_due(self) -> bool:
         """At the first iteration, then at every interval or, without one, once a second."""
@@ -116,18 +139,20 @@ class Loop:
 
     def _log(self, wait: bool = False) -> None:
         """Ask for the losses since the last time; tell those that are there, or wait for all."""
-        self.asked_at = time.monotonic()
         if self.unlogged:
+            now, waited_s = time.monotonic(), self.r.feed.waited_s
             self.asked.append(
                 _Asked(
                     rows=self.r.step.ring.fetch(self.unlogged),
                     skipped=to_host(self.r.step.update.skipped),
                     first=self.r.state.iterations - self.unlogged + 1,
                     count=self.unlogged,
+                    seconds=max(now - self.asked_at, 1e-9),
+                    waited_s=waited_s - self.waited_s,
                 )
             )
-            self.unlogged = 0
-        while len(self.asked) > (0 if wait else self.lines_behind):
+            self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
+        while len(self.asked) > (1 if self.on_gpu and not wait else 0):
             self._tell(self.asked.popleft())
 
     def _tell(self, asked: "_Asked") -> None:
@@ -142,32 +167,30 @@ class Loop:
             self.r.log = NullLog()
         self._status(named, asked)
         self._check_finite(named, asked)
-        self.r.state.add_losses(float(named["batch_total"].sum()), asked.count)
+        if not self.is_halted:
+            self.r.state.add_losses(float(named["batch_total"].sum()), asked.count)
 
     def _status(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
-        now = time.monotonic()
-        elapsed = max(now - self.told_at, 1e-9)
-        waited = self.r.feed.waited_s - self.waited_s
         faces = len(SIDES) * self.r.config.train.batch_size * asked.count
-        on_gpu = self.r.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self.r.device) / 2**20 if on_gpu else None
+        memory = torch.cuda.max_memory_allocated(self.r.device) / 2**20 if self.on_gpu else None
         last = asked.first + asked.count - 1
         behind = self.r.state.iterations - last
         self.reporter.step(
             iteration=last,
             loss_a=float(named["loss_a"].mean()),
             loss_b=float(named["loss_b"].mean()),
-            eg_per_s=faces / elapsed,
-            data_wait=min(waited / elapsed, 1.0),
+            eg_per_s=faces / asked.seconds,
+            data_wait=min(asked.waited_s / asked.seconds, 1.0),
             memory_mib=memory,
-            seconds_left=(self._remaining() + behind) * elapsed / asked.count,
+            seconds_left=(self._remaining() + behind) * asked.seconds / asked.count,
         )
-        self.told_at, self.waited_s = now, self.r.feed.waited_s
 
     def _check_finite(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
         """Halt where steps were not finite; with fp16 single ones only lower the loss scale."""
         skipped = int(asked.skipped()[0])
         is_new, self.skipped = skipped > self.skipped, skipped
+        if self.is_halted:
+            return  # the cause is known; what was still on its way is only told
         bad = {name: ~np.isfinite(values) for name, values in named.items()}
         bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
         if not len(bad_rows) and (self.r.precision.scales_loss or not is_new):

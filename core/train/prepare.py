@@ -159,15 +159,17 @@ def _prepare(
     )
     streams = _is_on(
         {"one": "off", "two": "on"}.get(config.train.decoder_streams, "auto"),
-        on_gpu and config.train.batch_size <= 16,
+        config.train.batch_size <= 16,
     )
+    # torch.compile knows no streams.
+    side_stream = streams and on_gpu and engine_name != "compile"
     loss = Loss(config.loss, len(output_px))
     step = TrainStep(
         model,
         loss,
         update,
         LossRing(loss.num_values, device),
-        side_stream=torch.cuda.Stream(device) if streams and on_gpu else None,
+        side_stream=torch.cuda.Stream(device) if side_stream else None,
     )
     engine = engines.make(engine_name, step, feed, reporter.warning)
     folder.write_config(config)
@@ -175,7 +177,8 @@ def _prepare(
     first_step = state.iterations + 1
     log = open_log(folder.path, session.number, enabled=config.save.logs, first_step=first_step)
     stack.callback(log.close)
-    engine_fact = f"{engine_name} ({engine_why})"
+    chosen = engine.name == engine_name
+    engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
     )
@@ -298,7 +301,9 @@ def _is_on(setting: str, automatic: bool) -> bool:
 
 
 def _set_libraries(precision: Precision, *, deterministic: bool) -> None:
-    """How cuDNN and cuBLAS are to work in this process."""
+    """How CUDA's libraries are to work in this process, and from when memory is measured."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     precision.apply()
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
