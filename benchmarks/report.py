@@ -1,4 +1,4 @@
-"""The README's tables and its picture, from the newest results file of each card.
+"""The README's figures, and all others in docs/figures.md, from the newest results of each card.
 
 Nothing is typed in by hand. Run: ``mien bench report``.
 """
@@ -21,24 +21,26 @@ def newest_results() -> list[dict[str, Any]]:
     return list({content["card"]: content for content in all_results()}.values())
 
 
-def render() -> str:
-    """All tables as Markdown."""
-    return "\n".join(part for content in newest_results() for part in _card(content))
+def render(*, brief: bool = False) -> str:
+    """All tables as Markdown; ``brief``: steps and the whole loop alone."""
+    return "\n".join(part for content in newest_results() for part in _card(content, brief))
 
 
-def _card(content: dict[str, Any]) -> Iterable[str]:
+def _card(content: dict[str, Any], brief: bool) -> Iterable[str]:
     dirty = ", with uncommitted changes" if content["dirty"] else ""
     yield (
         f"**{content['card']}**, {content['cores']} cores, torch {content['torch']}, commit "
         f"{content['commit']}{dirty}\n"
     )
     rows = [row for row in content["rows"] if "error" not in row]
-    yield from _ceilings(content.get("ceilings"))
-    yield from _kernels([row for row in rows if row["kind"] == "kernel"])
     whole = [row for row in rows if "without" not in row]
     yield from _steps([row for row in whole if row["kind"] == "step"])
-    yield from _data([row for row in rows if row["kind"] == "data"])
     yield from _loop([row for row in whole if row["kind"] == "train"])
+    if brief:
+        return
+    yield from _ceilings(content.get("ceilings"))
+    yield from _kernels([row for row in rows if row["kind"] == "kernel"])
+    yield from _data([row for row in rows if row["kind"] == "data"])
     yield from _ablation([row for row in rows if row["kind"] in ("step", "train")])
     yield from _rooflines([row for row in rows if row["kind"] == "roofline"])
 
@@ -235,20 +237,23 @@ def _line(cells: Iterable[Any]) -> str:
     return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
-def update(readme: Path, picture: Path) -> None:
-    """Put the tables and the picture, drawn anew, between the README's two marks.
+def update(readme: Path, docs: Path) -> None:
+    """Write ``figures.md`` and ``figures.png`` in ``docs``, and the README's between its two marks.
 
-    ``picture`` is as the README names it.
+    ``docs`` is as the README names it.
 
     Raises:
-        ValueError: The file lacks the marks.
+        ValueError: The README lacks the marks.
     """
     text = readme.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise ValueError(f"{readme} lacks the lines {BEGIN} and {END}")
-    figures = render()
+    docs.mkdir(exist_ok=True)
+    picture, everything = docs / "figures.png", docs / "figures.md"
+    everything.write_text(f"# Figures\n\nWritten by `mien bench report`.\n\n{render()}")
+    figures = render(brief=True) + f"\nAll figures: [{everything}]({everything}).\n"
     if draw(newest_results(), picture):
         figures = f"![EG/s and the roofline's ceiling]({picture})\n\n{figures}"
     readme.write_text(f"{before}{BEGIN}\n\n{figures}\n{END}{after}")

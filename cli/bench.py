@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "training steps, Python calls and launches; train: the whole loop; roofline: what a step "
         "could reach; all: these five; ceilings: what this card can do, measured anew; learning: "
         "curves against a reference (needs --reference and faces); report: put the newest results "
-        "into README.md and docs/figures.png",
+        "into README.md and docs",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "report":
         from ..benchmarks import report
 
-        report.update(Path("README.md"), Path("docs/figures.png"))
+        report.update(Path("README.md"), Path("docs"))
         return 0
     from .. import kernels
     from ..benchmarks import compare, harness

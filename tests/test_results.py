@@ -225,25 +225,28 @@ def test_the_readme_and_the_picture(folder):
     rows = [step_row(20.0), step_row(16.0, without="channel alignment"), loop, kernel]
     rows += [step_row(9.0, engine="plain-torch")]
     harness.write_results(rows, ceilings=CEILINGS)
-    readme, picture = Path("README.md"), Path("docs/figures.png")
+    readme, docs = Path("README.md"), Path("docs")
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    report.update(readme, picture)
-    text = readme.read_text()
-    assert "| lightweight | 2 | fp32 | eager | every minute | 2.5 | 25.0 % | 7 |" in text
-    assert "| upscale | px=64 | 0.5 |  |  | 81.0 % |  | 0.9 |" in text
-    assert "| upscale | px=64 | torch-compile | 0.9 |" in text
-    assert "| original | 16 | bf16 | mien-eager | 20.0 | 10.0 | 50.0 % | 1200 | 300 |" in text
-    assert "| step | original | 16 | bf16 | mien-eager | channel alignment | 16.0 | 20.0 |" in text
-    assert "-20.0 %" in text
-    assert "| 10.0 | 0.5 | 0.25 |" in text, "the ceilings"
+    report.update(readme, docs)
+    text, everything = readme.read_text(), (docs / "figures.md").read_text()
+    for both in (text, everything):
+        assert "| lightweight | 2 | fp32 | eager | every minute | 2.5 | 25.0 % | 7 |" in both
+        assert "| original | 16 | bf16 | mien-eager | 20.0 | 10.0 | 50.0 % | 1200 | 300 |" in both
+    assert "| upscale | px=64 | 0.5 |  |  | 81.0 % |  | 0.9 |" in everything
+    assert "| upscale | px=64 | torch-compile | 0.9 |" in everything
+    row = "| step | original | 16 | bf16 | mien-eager | channel alignment | 16.0 | 20.0 |"
+    assert row in everything
+    assert "-20.0 %" in everything
+    assert "| 10.0 | 0.5 | 0.25 |" in everything, "the ceilings"
     assert "![EG/s and the roofline's ceiling](docs/figures.png)" in text
+    assert "[docs/figures.md](docs/figures.md)" in text
     assert "old" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert picture.stat().st_size > 10_000
+    assert (docs / "figures.png").stat().st_size > 10_000
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="lacks the lines"):
-        report.update(readme, picture)
+        report.update(readme, docs)
 
 
 def test_a_card_without_steps_draws_nothing(folder):
