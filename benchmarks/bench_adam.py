@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.train.memory import meta_model
 from ..kernels.adam import adam, new_control
 from ..kernels.tables import Tables
-from ..models.autoencoder import Build
-from ..models.registry import family, options_of
 
 MODELS = ("original", "lightweight")
 _FULL_WIDTH, _SMALL_WIDTH = 128, 16  # of the first layer; 1/64 of the weights without a GPU
@@ -64,10 +63,8 @@ class _State:
 
 def parameters_of(model: str, width: int) -> list[Tensor]:
     """The parameters of a model on the meta device: their shapes and strides."""
-    with torch.device("meta"):
-        made = family(model)(options_of(model, {"width": width}), Build())
-        made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return list(made.parameters())
+    made = meta_model(model, width=width)
+    return list(made.to(memory_format=torch.channels_last).parameters())  # type: ignore[call-overload]
 
 
 def mien_step(state: _State) -> Callable[[], None]:

@@ -3,8 +3,6 @@
 The faces change from batch to batch, as in training, so that no face is still in the cache.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -41,7 +39,7 @@ def step(
 ) -> Callable[[], None]:
     """A function that draws and augments the next ``batch`` faces: half of each of two stores."""
     size_px = max(input_px, *output_px)
-    faces = [_store(size_px).to(device) for _ in range(2)]
+    faces = [draw_store(size_px).to(device) for _ in range(2)]
     out = empty(
         batch,
         input_px=input_px,
@@ -86,28 +84,6 @@ def step(
         first += batch // 2
 
     return run
-
-
-def faces_per_second(
-    size_in: int, size_out: int, batch: int, num_threads: int, *, repeats: int = 7
-) -> dict[str, float]:
-    """Medians of ``repeats`` windows of 0.3 s: faces a second of wall time, and of CPU time."""
-    run = step(size_in, (size_out,), batch, num_threads)
-    run()
-    wall_rates, cpu_rates = [], []
-    for _ in range(repeats):
-        wall, cpu, faces = time.perf_counter(), time.process_time(), 0
-        while time.perf_counter() - wall < 0.3:
-            run()
-            faces += batch
-        wall_rates.append(faces / (time.perf_counter() - wall))
-        cpu_rates.append(faces / (time.process_time() - cpu))
-    return {
-        "faces_per_wall_s": statistics.median(wall_rates),
-        "faces_per_cpu_s": statistics.median(cpu_rates),
-        "faces_per_cpu_s_low": min(cpu_rates),
-        "faces_per_cpu_s_high": max(cpu_rates),
-    }
 
 
 def cases() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
@@ -164,7 +140,7 @@ def _landmarks(num_faces: int, size_px: int, device: str) -> Landmarks:
     )
 
 
-def _store(size_px: int) -> torch.Tensor:
+def draw_store(size_px: int) -> torch.Tensor:
     """Smooth pictures with a fine grain, as faces have, and soft discs for masks."""
     generator = np.random.default_rng(0)
     num_faces = max(2, _STORE_BYTES // (8 * size_px * size_px))

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core.config import from_dict
 from ..core.data.feed import Feed
 from ..core.data.sides import SIDES
-from ..core.data.store import BYTES_PER_PIXEL, FaceStore
+from ..core.data.store import FaceStore
+from .bench_augment import draw_store
 from .bench_store import first_start
 from .harness import Pace, measure, rounded
 
@@ -25,7 +26,6 @@ SIZES = [(64, 64), (128, 128), (128, 256), (256, 256)]
 BATCH_SIZE = 16
 NUM_FACES, PNG_PX = 1000, 512
 
-_STORE_BYTES = 64 * 2**20
 """Of each side: more than a GPU's cache holds."""
 
 
@@ -69,7 +69,7 @@ def _feed(
     size_px = max(input_px, output_px)
     stores: dict[str, FaceStore] = {
         side: FaceStore(
-            faces_fssc=_placed(_draw_faces(size_px), placement, scratch / side),
+            faces_fssc=_placed(draw_store(size_px), placement, scratch / side),
             placement=placement,
             names=[],
             rejected=[],
@@ -101,28 +101,10 @@ def _feed(
     return next_batch, feed.close
 
 
-def _placed(faces_fssc: np.ndarray, placement: str, path: Path) -> Tensor:
+def _placed(faces_fssc: Tensor, placement: str, path: Path) -> Tensor:
     if placement == "file":
-        faces_fssc.tofile(path)
-        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=faces_fssc.shape))
-    faces = torch.from_numpy(faces_fssc)
+        faces_fssc.numpy().tofile(path)
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=tuple(faces_fssc.shape)))
     if placement == "gpu":
-        return faces.cuda()
-    return faces.pin_memory() if torch.cuda.is_available() else faces
-
-
-def _draw_faces(size_px: int) -> np.ndarray:
-    """(F, S, S, 8): a smooth picture with a fine grain, as faces have, and soft discs for masks."""
-    generator = np.random.default_rng(0)
-    num_faces = max(BATCH_SIZE, _STORE_BYTES // (BYTES_PER_PIXEL * size_px**2))
-    places = np.linspace(-1, 1, size_px, dtype=np.float32)
-    radius = np.hypot(places, places[:, None])
-    faces = np.zeros((num_faces, size_px, size_px, BYTES_PER_PIXEL), np.uint8)
-    grain = generator.integers(-6, 7, (size_px, size_px, 3))
-    shades = generator.uniform(60, 190, (num_faces, 1, 1, 3)).astype(np.float32)
-    for face, shade in zip(faces, shades, strict=True):
-        smooth = shade + 40 * places[:, None, None] + 30 * np.cos(4 * radius)[..., None]
-        face[..., :3] = np.clip(smooth + grain, 0, 255)
-    for channel, edge in ((3, 0.9), (4, 0.3), (5, 0.2)):
-        faces[..., channel] = np.clip(255 * 8 * (edge - radius), 0, 255)
-    return faces
+        return faces_fssc.cuda()
+    return faces_fssc.pin_memory() if torch.cuda.is_available() else faces_fssc

@@ -33,6 +33,7 @@ from ..core.train.step import TrainStep
 from ..kernels import reference
 from ..kernels.augment import launches as augment_launches
 from ..models import blocks
+from ..models.alignment import MULTIPLE
 from ..models.autoencoder import Autoencoder, Outputs
 from . import launches
 from .ceilings import card_of
@@ -148,7 +149,7 @@ def make_batch(
     return Batch(faces, (draw(3, out),), (draw(1, out).contiguous(),), None)
 
 
-class _OneBatch:
+class OneBatch:
     """Gives the same batch for ever."""
 
     is_capturable = True
@@ -236,7 +237,7 @@ def train_step(
     precision.apply()
     model = models.build(name)
     if aligned:
-        model.align(8)
+        model.align(MULTIPLE)
     model.to(device)
     kind_of_update = {"adam": _PlainUpdate, "series": OverlappedUpdate}.get(without, Update)
     update = kind_of_update(model, OptimizerConfig(), precision)
@@ -268,7 +269,7 @@ def mien_step(
     torch.backends.cudnn.benchmark = True
     compute = step.update.precision.compute
     batch = make_batch(model, batch_size, device, compute)
-    source = _OneBatch(batch)
+    source = OneBatch(batch)
 
     def fail(warning: str) -> None:
         raise RuntimeError(warning)  # a fallback would be measured under a wrong name

@@ -9,11 +9,10 @@ from typing import Any
 
 from .ceilings import card_of
 from .compare import name as name_of
-from .harness import RESULTS, all_results, identity
+from .harness import all_results, identity
 from .roofline import ceiling, meta_model, work_of
 
 BEGIN, END = "<!-- figures: `mien bench report` writes them -->", "<!-- end of figures -->"
-LEARNING = RESULTS / "learning"
 
 
 def newest_results() -> list[dict[str, Any]]:

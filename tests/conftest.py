@@ -94,6 +94,14 @@ def triton_device(device):
         yield device
 
 
+@pytest.fixture
+def same_algorithms():
+    """cuDNN chooses by rule, not by time, so that two runs can be compared bit by bit."""
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    yield
+    torch.backends.cudnn.deterministic = False
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

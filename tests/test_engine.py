@@ -103,16 +103,8 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly_and_says_why(monkeypatch):
     _assert_same_bits(result, _trained("eager"))
 
 
-@pytest.fixture
-def _same_algorithms():
-    """cuDNN chooses by rule, not by time, so that two runs can be compared bit by bit."""
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    yield
-    torch.backends.cudnn.deterministic = False
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_same_algorithms")
+@pytest.mark.usefixtures("same_algorithms")
 @pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "fp16"])
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_graphed_step_has_the_bits_of_an_eager_one(mode, streams):
@@ -123,7 +115,7 @@ def test_a_graphed_step_has_the_bits_of_an_eager_one(mode, streams):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_same_algorithms")
+@pytest.mark.usefixtures("same_algorithms")
 def test_a_capture_that_fails_is_told_and_training_goes_on(monkeypatch):
     """Last in this file: PyTorch 2.11 can capture nothing more in a process where one failed."""
     forward = TrainStep.forward

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mien import models
-from mien.benchmarks.bench_step import make_batch
+from mien.benchmarks.bench_step import OneBatch, make_batch
 from mien.cli import main
 from mien.core.config import LossConfig, OptimizerConfig
 from mien.core.data.feed import Feed
@@ -22,22 +22,6 @@ from mien.core.train.step import TrainStep
 from mien.kernels.adam import STEP
 
 CPU = torch.device("cpu")
-
-
-class _SameBatch:
-    """Gives one batch for ever, in tensors that stay in place."""
-
-    def __init__(self, batch):
-        self.only = batch
-
-    def next(self, _faces_seen):
-        return self.only
-
-    def seek(self, _faces_seen):
-        pass
-
-    def batch(self):
-        return self.only
 
 
 def _update(model, setting, mode="fp32", **settings):
@@ -65,7 +49,7 @@ def _step(setting, mode="fp32", family="original", device=CPU, streams=False):
     loss = Loss(LossConfig(), len(model.output_px))
     side_stream = torch.cuda.Stream() if streams else None
     step = TrainStep(model, loss, update, LossRing(loss.num_values, device), side_stream)
-    return step, _SameBatch(make_batch(model, 2, device, precision.compute))
+    return step, OneBatch(make_batch(model, 2, device, precision.compute))
 
 
 def _assert_same_weights(one, two):
@@ -383,16 +367,8 @@ def test_a_compiled_step_overlaps_too():
     _assert_same_state(*done)
 
 
-@pytest.fixture
-def _same_algorithms():
-    """cuDNN chooses by rule, not by time, so that two runs can be compared bit by bit."""
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    yield
-    torch.backends.cudnn.deterministic = False
-
-
 @pytest.mark.gpu
-@pytest.mark.usefixtures("_same_algorithms", "_small_parts")
+@pytest.mark.usefixtures("same_algorithms", "_small_parts")
 @pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_graphed_overlapped_step_has_the_bits_of_an_eager_one(mode, streams):

@@ -90,7 +90,7 @@ def _rehearsed(run: Run) -> Rehearsal:
         config=run.config,
         precision=run.precision.name,
         device=run.device,
-        num_parameters=sum(tensor.numel() for tensor in run.step.update.weights().values()),
+        num_parameters=run.step.update.num_parameters,
         memory=memory.footprint(run.config, run.precision).at(batch_size),
         free_bytes=free,
         losses=losses,

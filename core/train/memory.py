@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import models
 from ...kernels.augment import empty, workspace_bytes
+from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder, Build
 from ..config import Config, from_dict, merge, to_dict
 from .precision import Precision
@@ -32,7 +33,6 @@ USABLE_SHARE = 0.9
 _MOMENTS = {"adam": 2}
 """fp32 numbers that an optimizer keeps of each parameter."""
 
-_ALIGNMENT = 8  # channels of a model on a GPU are multiples of it
 _CONTEXT_BYTES = 500 * MIB  # driver, kernels of PyTorch and of the libraries
 _LIBRARY_BYTES = 256 * MIB  # workspaces of cuBLAS (32 MiB a stream) and of cuDNN's convolutions
 _PROBES = (4, 12)  # faces a side
@@ -185,7 +185,7 @@ def _model_of(config: Config, precision: Precision) -> Autoencoder:
         **config.model.options,
     )
     if config.precision.align_channels != "off":
-        model.align(_ALIGNMENT)
+        model.align(MULTIPLE)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(precision.compute)
 
@@ -209,7 +209,7 @@ def _measure(
     batch = empty(
         faces,
         **sizes,
-        input_channels=3 if config.precision.align_channels == "off" else _ALIGNMENT,
+        input_channels=3 if config.precision.align_channels == "off" else MULTIPLE,
         learn_mask=config.loss.learn_mask,
         input_dtype=compute,
         device="meta",

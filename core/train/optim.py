@@ -107,6 +107,11 @@ class Update:
         """Steps of this session that were not finite, of the part with the most; on the device."""
         return torch.stack([part.control[SKIPPED] for part in self.parts]).amax()
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in `weights`."""
+        return sum(tensor.numel() for tensor in self.weights().values())
+
     def weights(self) -> dict[str, Tensor]:
         """The model's state in fp32, as a checkpoint holds it."""
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}

@@ -12,6 +12,7 @@ import torch
 
 from ... import __version__, models
 from ...kernels.augment import Landmarks
+from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
 from ..config import Config, from_dict, merge, to_dict
 from ..data.decode import thread_count
@@ -130,7 +131,7 @@ def _prepare(
     on_gpu = device.type == "cuda"
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
     if is_aligned:
-        model.align(8)
+        model.align(MULTIPLE)
     model.to(device)
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
@@ -145,7 +146,7 @@ def _prepare(
         device=device,
         dtype=precision.compute,
         num_threads=num_threads,
-        input_channels=8 if is_aligned else 3,
+        input_channels=MULTIPLE if is_aligned else 3,
         landmarks=_landmarks(config, faces, device, reporter),
     )
     stack.callback(feed.close)
@@ -157,12 +158,10 @@ def _prepare(
         output_px=output_px[-1],
         num_threads=num_threads,
     )
-    streams = _is_on(
-        {"one": "off", "two": "on"}.get(config.train.decoder_streams, "auto"),
-        config.train.batch_size <= 16,
-    )
+    streams, is_small = config.train.decoder_streams, config.train.batch_size <= 16
+    two_streams = streams == "two" or (streams == "auto" and is_small)
     # torch.compile knows no streams.
-    side_stream = streams and on_gpu and engine_name != "compile"
+    side_stream = two_streams and on_gpu and engine_name != "compile"
     loss = Loss(config.loss, len(output_px))
     step = TrainStep(
         model,
@@ -323,7 +322,7 @@ def _facts(
     """The start-up lines: what runs, and which path each part takes."""
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    parameters = sum(tensor.numel() for tensor in update.weights().values()) / 1e6
+    parameters = update.num_parameters / 1e6
     begin = f"resumes at iteration {state.iterations}" if saved else "is new"
     facts = {
         "mien": __version__,
