@@ -26,8 +26,6 @@ SIZES = [(64, 64), (128, 128), (128, 256), (256, 256)]
 BATCH_SIZE = 16
 NUM_FACES, PNG_PX = 1000, 512
 
-"""Of each side: more than a GPU's cache holds."""
-
 
 def rows() -> Iterator[dict[str, Any]]:
     """One row a size of batches and place of the faces; then the first start-up."""

@@ -11,6 +11,7 @@ import torch
 
 from mien import models
 from mien.benchmarks import (
+    bench_augment,
     bench_data,
     bench_kernels,
     bench_step,
@@ -123,7 +124,6 @@ def cases():
 
 def test_kernels_are_put_beside_their_rivals(folder, monkeypatch, capsys):
     from mien import kernels
-    from mien.benchmarks import bench_augment
 
     monkeypatch.setattr(kernels, "OPERATIONS", ("augment",))
     monkeypatch.setattr(bench_augment, "cases", cases)
@@ -150,7 +150,7 @@ def test_every_part_writes_rows_that_fit(folder, monkeypatch):
         monkeypatch.setattr(bench_step, cases, [("lightweight", 1)])
     monkeypatch.setattr(bench_data, "SIZES", [(64, 64)])
     monkeypatch.setattr(bench_data, "Pace", lambda *_: harness.Pace(2, 0.0, 0))
-    monkeypatch.setattr(bench_data, "_STORE_BYTES", 2**16)
+    monkeypatch.setattr(bench_augment, "_STORE_BYTES", 2**16)
     first = {"kind": "data", "name": "first_start", "num_faces": 9, "png_px": 64, "size_px": 64}
     first |= dict.fromkeys(("first_s", "bare_dali_s", "second_s", "ratio", "cpu_ratio"), 1.5)
     monkeypatch.setattr(bench_data, "first_start", lambda *_: first)
