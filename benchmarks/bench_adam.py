@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.train.memory import meta_model
+from .. import models
 from ..kernels.adam import adam, new_control
 from ..kernels.tables import Tables
 
@@ -63,7 +63,7 @@ class _State:
 
 def parameters_of(model: str, width: int) -> list[Tensor]:
     """The parameters of a model on the meta device: their shapes and strides."""
-    made = meta_model(model, width=width)
+    made = models.meta_model(model, width=width)
     return list(made.to(memory_format=torch.channels_last).parameters())  # type: ignore[call-overload]
 
 

@@ -38,7 +38,7 @@ from ..models.autoencoder import Autoencoder, Outputs
 from . import launches
 from .ceilings import card_of
 from .harness import measure, pace, rounded, spread_ms
-from .roofline import ceiling, meta_model, work_of
+from .roofline import ceiling, work_of
 
 CASES = [("lightweight", 8), ("original", 16)]
 GPU_CASES = [("lightweight", 16), ("original", 16), ("original", 64)]
@@ -126,7 +126,7 @@ def _share(what: dict[str, Any], eg_per_s: float, ceilings: dict[str, Any] | Non
     """Of what the roofline of this card allows; it is drawn for bf16."""
     if ceilings is None or what["precision"] != "bf16":
         return None
-    work = work_of(meta_model(what["model"]), what["batch_size"])
+    work = work_of(models.meta_model(what["model"]), what["batch_size"])
     return rounded(eg_per_s / ceiling(work, card_of(ceilings)).eg_per_s)
 
 

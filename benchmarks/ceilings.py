@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import models
 from .harness import device_name, measure, pace, rounded, spread_ms
-from .roofline import Card, meta_model
+from .roofline import Card
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GPU_MODES, _CPU_MODES = ("bf16", "fp16", "tf32"), ("bf16", "fp32")
@@ -138,7 +138,7 @@ class _Recorder(TorchDispatchMode):
 
 def convolutions_of(name: str, batch_size: int) -> list[Convolution]:
     """The different convolutions of a step of ``batch_size`` faces a side."""
-    model = meta_model(name)
+    model = models.meta_model(name)
     edge = model.input_px
     with torch.no_grad(), _Recorder() as recorder:
         model(torch.empty(2 * batch_size, 3, edge, edge, device="meta"))

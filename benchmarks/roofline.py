@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .. import models
-from ..core.train.memory import meta_model
 from ..models.autoencoder import Autoencoder
 from .harness import rounded
 
@@ -297,7 +296,7 @@ def rows(measured: Card | None = None) -> Iterator[dict[str, Any]]:
     """
     cards = [*CARDS.values(), *([measured] if measured else [])]
     for name in models.available():
-        model = meta_model(name)
+        model = models.meta_model(name)
         one = work_of(model, 1)
         yield {
             "kind": "work",

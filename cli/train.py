@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _dry_run(given: dict[str, Any], as_json: bool) -> int:
     """Parameters, memory, two steps, and what the card's roofline allows."""
+    from .. import models
     from ..benchmarks import ceilings, harness, roofline
     from ..core.run.log import Reporter
     from ..core.train.dry_run import rehearse
@@ -111,9 +112,7 @@ def _dry_run(given: dict[str, Any], as_json: bool) -> int:
     found = rehearse(given, Reporter(sys.stderr if as_json else sys.stdout))
     model, batch_size = found.config.model, found.config.train.batch_size
     card = harness.known_ceilings() or ceilings.measure_ceilings(found.device)
-    meta = roofline.meta_model(
-        model.trainer, learn_mask=found.config.loss.learn_mask, **model.options
-    )
+    meta = models.meta_model(model.trainer, **settings.model_settings(found.config))
     bound = roofline.ceiling(roofline.work_of(meta, batch_size), ceilings.card_of(card))
     facts = {
         "trainer": model.trainer,

@@ -130,6 +130,12 @@ class ModelConfig(_Checked):
     reflect_padding: bool = _setting(False, locked=True)
     """Pad convolutions by reflection instead of zeros; can lessen artefacts at the borders."""
 
+    icnr_init: bool = _setting(False, locked=True)
+    """Draw the weights before a depth-to-space so that no checkerboard shows at the start."""
+
+    conv_aware_init: bool = _setting(False, locked=True)
+    """Draw the weights of convolutions convolution-aware; a large model takes minutes to begin."""
+
     options: dict = field(default_factory=dict, metadata={"locked": True})
     """The family's own options, such as `lowmem = true` of original."""
 
@@ -476,6 +482,18 @@ def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) 
             near = difflib.get_close_matches(key, list(known), n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"unknown setting {prefix}{key}{hint}")
+
+
+def model_settings(config: Config) -> dict[str, Any]:
+    """What `models.build` is to be told of a run's settings."""
+    model = config.model
+    return {
+        "learn_mask": config.loss.learn_mask,
+        "reflect_padding": model.reflect_padding,
+        "icnr_init": model.icnr_init,
+        "conv_aware_init": model.conv_aware_init,
+        **model.options,
+    }
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

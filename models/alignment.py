@@ -2,53 +2,67 @@
 
 A padded channel's weights and biases are zeros. It computes zeros (or is dropped, after a sigmoid),
 receives no gradient, and so stays zero in training. Checkpoints hold the numbers without it.
+
+Where a tensor is a concatenation, each of its parts is padded by itself: its channels are *runs*.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 MULTIPLE = 8
 """Channels that tensor cores take at a time, in 16 bits."""
 
+Runs = tuple[int, ...]
+"""Channels that lie together, each run to be followed by zeros of its own."""
+
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a weight: ``groups`` runs of ``size`` numbers, each followed by zeros."""
+    """One axis of a weight, and where its numbers stand among the zeros."""
 
     number: int
-    groups: int
-    size: int
-    padding: int
+    places: Tensor
+    """(numbers of the axis,) int64, ascending."""
+
+    length: int
+    """Of the padded axis."""
 
 
 Axes = tuple[Axis, ...]
 
 
-def axis(number: int, groups: int, length: int, multiple: int) -> Axis:
-    """The axis of ``length`` numbers in equal groups, each to be padded to a multiple."""
-    size = length // groups
-    return Axis(number, groups, size, -size % multiple)
+def runs_of(channels: int | Runs) -> Runs:
+    """Channels as runs: a plain number is one."""
+    return (channels,) if isinstance(channels, int) else channels
 
 
-def pad(tensor: Tensor, axes: Axes) -> Tensor:
+def axis(number: int, runs: Runs, repeats: int, multiple: int) -> Axis:
+    """An axis of ``repeats`` times these runs, each of which is to be padded to a multiple."""
+    begins, end = [], 0
+    for size in runs:
+        begins.append(torch.arange(end, end + size))
+        end += size + -size % multiple
+    places = torch.arange(repeats)[:, None] * end + torch.cat(begins)
+    return Axis(number, places.flatten(), repeats * end)
+
+
+def pad(tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
     """The tensor with the zeros in their places, in the same memory layout."""
     for each in axes:
-        shape = tensor.shape
-        runs = tensor.movedim(each.number, -1).unflatten(-1, (each.groups, each.size))
-        padded = F.pad(runs, (0, each.padding)).flatten(-2)
-        tensor = padded.movedim(-1, each.number)
-        assert tensor.dim() == len(shape)
+        shape = list(tensor.shape)
+        shape[each.number] = each.length
+        places = each.places.to(tensor.device)
+        tensor = tensor.new_zeros(shape).index_copy(each.number, places, tensor)
     return _dense(tensor)
 
 
-def crop(tensor: Tensor, axes: Axes) -> Tensor:
+def crop(tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
     """The tensor without the zeros: what `pad` was given."""
     for each in axes:
-        runs = tensor.movedim(each.number, -1).unflatten(-1, (each.groups, -1))
-        tensor = runs[..., : each.size].flatten(-2).movedim(-1, each.number)
+        tensor = tensor.index_select(each.number, each.places.to(tensor.device))
     return _dense(tensor)
 
 
@@ -59,7 +73,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def pad_parameter(layer: nn.Module, name: str, axes: Axes) -> None:
     """Pad one parameter of a layer in place and remember how, for `axes_of`."""
-    needed = tuple(each for each in axes if each.padding)
+    needed = tuple(each for each in axes if each.length > len(each.places))
     parameter = getattr(layer, name)
     if parameter is None or not needed:
         return

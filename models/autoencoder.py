@@ -1,16 +1,15 @@
-"""What every family is: one shared encoder, one decoder a side.
+"""What every family is: one shared encoder, one decoder a side, or one for both.
 
 Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W columns.
 """
 
 import abc
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Bottleneck, SameConv
 from .initializers import initialize
 
 Side = Literal["a", "b"]
@@ -28,19 +27,15 @@ class Build:
     reflect_padding: bool = False
     """Pad by reflection in the blocks that allow it."""
 
+    icnr_init: bool = False
+    """Draw the convolutions before a depth-to-space so that no checkerboard shows at the start."""
 
-def require_step(name: str, value: int, low: int, high: int, step: int) -> None:
-    """ValueError naming the nearest valid value unless ``value`` is low, low + step .. high."""
-    if low <= value <= high and (value - low) % step == 0:
-        return
-    near = low + min(max(round((value - low) / step), 0), (high - low) // step) * step
-    raise ValueError(
-        f"{name} must be {low} to {high} in steps of {step}, got {value}; the nearest is {near}"
-    )
+    conv_aware_init: bool = False
+    """Draw convolutions convolution-aware."""
 
 
 class Autoencoder(nn.Module, abc.ABC):
-    """A face goes through `encode`, which both sides share, then through `decode` of one side."""
+    """A face goes through `encode`, which both sides share, then `mix` and `decode` of one side."""
 
     Config: Any
     tiny: Any
@@ -52,18 +47,43 @@ class Autoencoder(nn.Module, abc.ABC):
 
     build: Build
 
+    encoder: nn.Module
+    decoder_a: nn.Module
+    decoder_b: nn.Module
+
+    has_one_decoder = False
+    """Whether both sides meet the same decoder, which then takes them as one batch."""
+
+    freeze_layers: tuple[str, ...] = ("encoder",)
+    """Sub-networks that ``--freeze-weights`` leaves as they are."""
+
+    load_layers: tuple[str, ...] = ("encoder",)
+    """Sub-networks that ``--load-weights`` takes from another model."""
+
+    _noisy: ClassVar[tuple[type[nn.Module], ...]] = (nn.Dropout, nn.Dropout2d)
+
     @classmethod
     def sizes(cls, _options: Any) -> tuple[int, tuple[int, ...]]:
         """``(input_px, output_px)`` of a model with these options, without making it."""
         return cls.input_px, cls.output_px
 
     @abc.abstractmethod
+    def __init__(self, config: Any, build: Build):
+        """Layers without weights yet, for `initialize` or a checkpoint to fill."""
+        super().__init__()
+        self.config, self.build = config, build
+
     def encode(self, faces_nchw: Tensor) -> Codes:
         """What the two sides share, computed once for any number of faces, 0..1."""
+        return (self.encoder(faces_nchw),)
 
-    @abc.abstractmethod
+    def mix(self, codes: Codes, _side: Side) -> Codes:
+        """What the decoder of a side is given, of what the sides share."""
+        return codes
+
     def decode(self, codes: Codes, side: Side) -> Outputs:
         """Faces of ``side``, small to large, 0..1 fp32; then the mask where one is learned."""
+        return (self.decoder_a if side == "a" else self.decoder_b)(*codes)
 
     def forward(
         self, faces_nchw: Tensor, side_stream: torch.cuda.Stream | None = None
@@ -77,27 +97,56 @@ class Autoencoder(nn.Module, abc.ABC):
         """
         codes = self.encode(faces_nchw)
         # Split, not sliced: the gradients of both halves then meet in one copy.
-        code_a, code_b = zip(*(c.split(c.shape[0] // 2) for c in codes), strict=True)
+        code_a, code_b = _halves(codes)
+        if self.has_one_decoder:
+            mixed = zip(self.mix(code_a, "a"), self.mix(code_b, "b"), strict=True)
+            outputs = self.decode(tuple(torch.cat(sides) for sides in mixed), "a")
+            return _halves(outputs)
         if side_stream is None:
-            return self.decode(code_a, "a"), self.decode(code_b, "b")
+            return self._as_side(code_a, "a"), self._as_side(code_b, "b")
         side_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side_stream):
-            outputs_b = self.decode(code_b, "b")
-        outputs_a = self.decode(code_a, "a")
+            outputs_b = self._as_side(code_b, "b")
+        outputs_a = self._as_side(code_a, "a")
         torch.cuda.current_stream().wait_stream(side_stream)
         return outputs_a, outputs_b
 
+    def _as_side(self, codes: Codes, side: Side) -> Outputs:
+        return self.decode(self.mix(codes, side), side)
+
     def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
         """Any faces, decoded as ``side``: its own faces are re-created, the other's swapped."""
-        return self.decode(self.encode(faces_bchw), side)
+        return self._as_side(self.encode(faces_bchw), side)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether a training step draws random numbers (dropout, noise)."""
+        return any(isinstance(module, self._noisy) for module in self.modules())
 
     def align(self, multiple: int) -> None:
-        """Pad channels to a multiple where the tensor cores want it; see `alignment`."""
+        """Pad channels to a multiple where the tensor cores want it; see `alignment`.
+
+        A model with statistics over channels stays as it is: zeros would count in them.
+        """
         for module in self.modules():
-            if isinstance(module, SameConv | Bottleneck):
-                module.align(multiple)
+            if any(run % multiple for run in getattr(module, "normal_channels", ())):
+                return
+        for module in self.modules():
+            if module is not self and hasattr(module, "align"):
+                cast(Any, module).align(multiple)
 
     def initialize(self, seed: int) -> None:
         """Fill every weight as a pure function of ``seed`` and lay them out channels_last."""
-        initialize(self, torch.Generator().manual_seed(seed))
+        initialize(
+            self,
+            torch.Generator().manual_seed(seed),
+            icnr_init=self.build.icnr_init,
+            conv_aware_init=self.build.conv_aware_init,
+        )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The first and the last half of each batch."""
+    first, last = zip(*(t.split(t.shape[0] // 2) for t in tensors), strict=True)
+    return first, last

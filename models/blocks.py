@@ -4,18 +4,24 @@ Tensors are channels_last (NHWC in memory), so flattening, un-flattening and dep
 reordering: dense weights are kept in NHWC order, and a shuffled pixel's channels lie together.
 Convolutions are bare products of a library; all that stands between two of them is one kernel.
 
+A block's ``channels`` are the runs of its output (see `alignment`); what follows takes them as its
+inputs. An activation that comes before a shuffle and one that comes after it are one: the slopes of
+negative values multiply.
+
 Shape letters: B faces, C channels, H rows, W columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..kernels.upscale import activate, to_image, upscale
-from .alignment import axis, pad_parameter
+from .alignment import Runs, axis, pad_parameter, runs_of
+from .initializers import Draw, depthwise_he_uniform, glorot_uniform, he_uniform, small_uniform
 
 
 def _same_padding(size_px: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -36,40 +42,57 @@ def _frame_by_reflection(x_bchw: Tensor, border: Border) -> Tensor:
     return F.pad(x_bchw, border, mode="reflect")
 
 
+def enlarge(x_bchw: Tensor, factor: int = 2) -> Tensor:
+    """[B, C, H, W] -> [B, C, factor H, factor W], bilinear, between centres of pixels."""
+    return F.interpolate(x_bchw, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
 class SameConv(nn.Module):
     """Convolution whose output is ceil(size / stride), the smaller share of the padding first.
 
     Its bias is not added here but by the kernel that follows it, together with all else that comes
-    before the next convolution.
+    before the next convolution. ``shuffled``: groups of output channels that a shuffle takes apart;
+    ``valid``: no padding at all, unless it is by reflection.
     """
 
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
+        inputs: int | Runs,
+        outputs: int | Runs,
         kernel: int,
         stride: int = 1,
         *,
         reflect: bool = False,
-        output_groups: int = 1,
+        valid: bool = False,
+        shuffled: int = 1,
+        bias: bool = True,
+        draw: Draw = he_uniform,
     ):
         super().__init__()
-        self.kernel, self.stride, self.reflect = kernel, stride, reflect
-        self.output_groups = output_groups
+        self.kernel, self.stride, self.reflect, self.shuffled = kernel, stride, reflect, shuffled
+        self.inputs, self.channels = runs_of(inputs), runs_of(outputs)
         # Even padding on both ends is the convolution's own affair; anything else is padded first.
-        self.built_in = stride == 1 and kernel % 2 == 1 and not reflect
+        self.built_in = stride == 1 and kernel % 2 == 1 and not reflect and not valid
+        self.is_valid = valid and not reflect
         self.conv = skip_init(
-            nn.Conv2d, inputs, outputs, kernel, stride, padding=kernel // 2 if self.built_in else 0
+            nn.Conv2d,
+            sum(self.inputs),
+            sum(self.channels) * shuffled,
+            kernel,
+            stride,
+            padding=kernel // 2 if self.built_in else 0,
+            bias=bias,
         )
+        self.conv.draw, self.conv.shuffled_groups = draw, shuffled
 
     @property
-    def bias(self) -> Tensor:
-        """(outputs,), for the kernel that follows."""
+    def bias(self) -> Tensor | None:
+        """(outputs,), for the kernel that follows; None of a convolution without."""
         return self.conv.bias
 
     def border(self, rows: int, columns: int) -> Border:
         """Pixels (left, right, top, bottom) by which an input of this size is to be framed."""
-        if self.built_in:
+        if self.built_in or self.is_valid:
             return _NO_BORDER
         vertical = _same_padding(rows, self.kernel, self.stride)
         return *_same_padding(columns, self.kernel, self.stride), *vertical
@@ -87,65 +110,219 @@ class SameConv(nn.Module):
 
     def align(self, multiple: int) -> None:
         """Pad the channels to a multiple; see `alignment`."""
-        outputs, inputs = self.conv.weight.shape[:2]
-        by_output = axis(0, self.output_groups, outputs, multiple)
-        pad_parameter(self.conv, "weight", (by_output, axis(1, 1, inputs, multiple)))
+        by_output = axis(0, self.channels, self.shuffled, multiple)
+        pad_parameter(self.conv, "weight", (by_output, axis(1, self.inputs, 1, multiple)))
         pad_parameter(self.conv, "bias", (by_output,))
 
 
-class Downscale(nn.Module):
-    """[B, C, H, W] -> [B, outputs, ceil(H / 2), ceil(W / 2)]: 5x5 convolution, LeakyReLU 0.1."""
+class ConvBlock(nn.Module):
+    """[B, C, H, W] -> [B, outputs, ceil(H / stride), ceil(W / stride)]; if ``valid``, less.
 
-    def __init__(self, inputs: int, outputs: int, *, reflect: bool = False):
+    Convolution, then ``norm`` (a module over the picture) if there is one, then LeakyReLU.
+    """
+
+    def __init__(
+        self,
+        inputs: int | Runs,
+        outputs: int | Runs,
+        kernel: int = 5,
+        stride: int = 2,
+        *,
+        slope: float = 0.1,
+        norm: nn.Module | None = None,
+        reflect: bool = False,
+        valid: bool = False,
+        draw: Draw = he_uniform,
+    ):
         super().__init__()
-        self.conv = SameConv(inputs, outputs, 5, 2, reflect=reflect)
+        self.conv = SameConv(
+            inputs, outputs, kernel, stride, reflect=reflect, valid=valid, draw=draw
+        )
+        self.norm, self.slope, self.channels = norm, slope, self.conv.channels
 
     def forward(
         self, x_bchw: Tensor, *, framed: bool = False, border: Border = _NO_BORDER
     ) -> Tensor:
         """``framed``: the input has its border already; ``border``: the output gets one."""
         product = self.conv(x_bchw, framed=framed)
-        return activate(product, self.conv.bias, slope=0.1, border=border)
+        if self.norm is None:
+            return activate(product, self.conv.bias, slope=self.slope, border=border)
+        normal = self.norm(activate(product, self.conv.bias, slope=1))
+        return activate(normal, None, slope=self.slope, border=border)
 
 
-class Downscales(nn.Sequential):
-    """`Downscale` blocks in a row; each frames its output with the zeros that the next one needs.
+class ConvBlocks(nn.Sequential):
+    """`ConvBlock`s in a row; each frames its output with the zeros that the next one needs.
 
     So no pass over memory only pads.
     """
 
-    def __init__(self, inputs: int, widths: Sequence[int], *, reflect: bool = False):
-        pairs = zip((inputs, *widths), widths, strict=False)
-        super().__init__(*(Downscale(i, o, reflect=reflect) for i, o in pairs))
-        self.reflect = reflect
-
     def forward(self, x_bchw: Tensor) -> Tensor:
         rows, columns = x_bchw.shape[2:]
-        blocks, framed = cast(Sequence[Downscale], self), False
+        blocks, framed = cast(Sequence[ConvBlock], self), False
         for number, block in enumerate(blocks, 1):
-            rows, columns = -(-rows // 2), -(-columns // 2)
-            frames_next = number < len(blocks) and not self.reflect
+            stride = block.conv.stride
+            if block.conv.is_valid:
+                rows, columns = rows - block.conv.kernel + 1, columns - block.conv.kernel + 1
+            rows, columns = -(-rows // stride), -(-columns // stride)
+            frames_next = number < len(blocks) and not blocks[number].conv.reflect
             border = blocks[number].conv.border(rows, columns) if frames_next else _NO_BORDER
             x_bchw = block(x_bchw, framed=framed, border=border)
             framed = frames_next
         return x_bchw
 
+    @property
+    def channels(self) -> Runs:
+        """Runs of the output."""
+        return cast(ConvBlock, self[-1]).channels
+
+
+def downscales(
+    inputs: int, widths: Sequence[int], *, reflect: bool = False, draw: Draw = he_uniform
+) -> ConvBlocks:
+    """A `ConvBlock` of 5x5 and stride 2 for each width."""
+    pairs = zip((inputs, *widths), widths, strict=False)
+    return ConvBlocks(*(ConvBlock(i, o, reflect=reflect, draw=draw) for i, o in pairs))
+
 
 class Upscale(nn.Module):
-    """[B, C, H, W] -> [B, outputs, 2H, 2W]: 3x3 convolution, LeakyReLU 0.1, depth-to-space."""
+    """[B, C, H, W] -> [B, outputs, factor H, factor W]: convolution, LeakyReLU, depth-to-space."""
 
-    def __init__(self, inputs: int, outputs: int, *, reflect: bool = False):
+    def __init__(
+        self,
+        inputs: int | Runs,
+        outputs: int,
+        *,
+        kernel: int = 3,
+        factor: int = 2,
+        slope: float = 0.1,
+        reflect: bool = False,
+        draw: Draw = he_uniform,
+    ):
         super().__init__()
-        self.conv = SameConv(inputs, outputs * 4, 3, reflect=reflect, output_groups=4)
+        self.factor, self.slope, self.channels = factor, slope, runs_of(outputs)
+        self.conv = SameConv(
+            inputs, outputs, kernel, reflect=reflect, shuffled=factor**2, draw=draw
+        )
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return upscale(self.conv(x_bchw), self.conv.bias, slope=0.1)
+        return upscale(self.conv(x_bchw), self.conv.bias, slope=self.slope, factor=self.factor)
+
+    def branches(self, x_bchw: Tensor, *slopes: float) -> tuple[Tensor, ...]:
+        """The output with each of several slopes, of one convolution."""
+        product = self.conv(x_bchw)
+        return tuple(
+            upscale(product, self.conv.bias, slope=slope, factor=self.factor) for slope in slopes
+        )
+
+
+class HybridUpscale(nn.Module):
+    """Half of the channels from `Upscale`, half from a convolution that is enlarged bilinearly.
+
+    [B, C, H, W] -> [B, 2 (outputs - outputs // 2), factor H, factor W]. ``slope`` is of the first
+    half; ``slope_enlarged`` of the second, which by itself has no activation.
+    """
+
+    def __init__(
+        self,
+        inputs: int | Runs,
+        outputs: int,
+        *,
+        factor: int = 2,
+        slope: float = 0.1,
+        slope_enlarged: float = 1.0,
+        reflect: bool = False,
+    ):
+        super().__init__()
+        half = outputs - outputs // 2
+        self.factor, self.slope, self.slope_enlarged = factor, slope, slope_enlarged
+        self.channels = (half, half)
+        self.shuffled = Upscale(inputs, half, factor=factor, reflect=reflect)
+        self.enlarged = SameConv(inputs, half, 3)
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        return self.branches(x_bchw, (self.slope, self.slope_enlarged))[0]
+
+    def branches(self, x_bchw: Tensor, *slopes: tuple[float, float]) -> tuple[Tensor, ...]:
+        """The output with each of several pairs of slopes, of one pair of convolutions."""
+        shuffled = self.shuffled.branches(x_bchw, *(slope for slope, _ in slopes))
+        # The bias is added behind: enlarged, it is what it was.
+        enlarged = enlarge(self.enlarged(x_bchw), self.factor)
+        return tuple(
+            torch.cat((first, activate(enlarged, self.enlarged.bias, slope=slope)), dim=1)
+            for first, (_, slope) in zip(shuffled, slopes, strict=True)
+        )
+
+
+class FastUpscale(nn.Module):
+    """[B, C, H, W] -> [B, outputs, 2H, 2W]: the sum of both ways of `HybridUpscale`."""
+
+    def __init__(self, inputs: int | Runs, outputs: int, *, reflect: bool = False):
+        super().__init__()
+        self.enlarged = SameConv(inputs, outputs, 3)
+        self.shuffled = Upscale(inputs, outputs, reflect=reflect)
+        self.channels = self.shuffled.channels
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        enlarged, shuffled = enlarge(self.enlarged(x_bchw)), self.shuffled(x_bchw)
+        return activate(enlarged, self.enlarged.bias, slope=1, residual_bchw=shuffled)
+
+
+class Residual(nn.Module):
+    """LeakyReLU 0.2 of x plus two convolutions of it, the first with LeakyReLU 0.2."""
+
+    def __init__(
+        self,
+        channels: int | Runs,
+        *,
+        kernel: int = 3,
+        bias: bool = True,
+        reflect: bool = False,
+        draw: Draw = he_uniform,
+    ):
+        super().__init__()
+        self.channels = runs_of(channels)
+        first, second = (
+            SameConv(channels, channels, kernel, reflect=reflect, draw=rule, bias=bias)
+            for rule in (draw, small_uniform)
+        )
+        self.first, self.second = first, second
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        y_bchw = activate(self.first(x_bchw), self.first.bias, slope=0.2)
+        y_bchw = self.second(y_bchw)
+        return activate(y_bchw, self.second.bias, slope=0.2, residual_bchw=x_bchw)
+
+
+class SeparableConv(nn.Module):
+    """[B, C, H, W] -> [B, outputs, ceil(H / 2), ceil(W / 2)]: each channel by itself with 5x5 and
+    stride 2, then all channels of a pixel, then ReLU."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        draw: Draw = depthwise_he_uniform,
+        mix: Draw = he_uniform,
+    ):
+        super().__init__()
+        self.channels = runs_of(outputs)
+        self.depthwise = skip_init(nn.Conv2d, inputs, inputs, 5, 2, groups=inputs, bias=False)
+        self.depthwise.draw = draw
+        self.pointwise = SameConv(inputs, outputs, 1, draw=mix)
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        left, right = _same_padding(x_bchw.shape[3], 5, 2)
+        top, bottom = _same_padding(x_bchw.shape[2], 5, 2)
+        framed = _frame_with_zeros(x_bchw, (left, right, top, bottom))
+        return activate(self.pointwise(self.depthwise(framed)), self.pointwise.bias, slope=0)
 
 
 class ToImage(nn.Module):
     """[B, C, H, W] -> [B, outputs, H, W] in 0..1: convolution, then a sigmoid in fp32."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 5):
+    def __init__(self, inputs: int | Runs, outputs: int, kernel: int = 5):
         super().__init__()
         self.outputs = outputs
         self.conv = SameConv(inputs, outputs, kernel)
@@ -154,47 +331,105 @@ class ToImage(nn.Module):
         return to_image(self.conv(x_bchw), self.conv.bias, channels=self.outputs)
 
 
-class Bottleneck(nn.Module):
-    """[B, C, H, W] -> [B, outputs, size, size] through two dense layers, in NHWC order."""
+class Dense(nn.Module):
+    """A dense layer between vectors [B, N], from or to pictures [B, C, S, S], in NHWC order.
 
-    def __init__(self, pixels: int, channels: int, nodes: int, outputs: int, size_px: int):
+    ``inputs`` and ``outputs`` are lengths of vectors, or ``(edge in px, channels)`` of pictures.
+    """
+
+    def __init__(
+        self,
+        inputs: int | tuple[int, int | Runs],
+        outputs: int | tuple[int, int | Runs],
+        *,
+        draw: Draw = glorot_uniform,
+    ):
         super().__init__()
-        self.pixels, self.size_px = pixels, size_px
-        self.squeeze = skip_init(nn.Linear, pixels * channels, nodes)
-        self.expand = skip_init(nn.Linear, nodes, outputs * size_px**2)
+        self.inputs, self.outputs = _picture(inputs), _picture(outputs)
+        self.linear = skip_init(nn.Linear, _numbers(self.inputs), _numbers(self.outputs))
+        self.linear.draw = draw
+        self.channels = self.outputs[1]
 
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        flat_bn = x_bchw.permute(0, 2, 3, 1).flatten(1)
-        out_bn = self.expand(self.squeeze(flat_bn))
-        return out_bn.view(out_bn.shape[0], self.size_px, self.size_px, -1).permute(0, 3, 1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            pixels = x.shape[2] * x.shape[3]
+            missing = self.linear.weight.shape[1] // pixels - x.shape[1]  # see `SameConv`
+            x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+            x = x.permute(0, 2, 3, 1).flatten(1)
+        out_bn = self.linear(x)
+        edge = self.outputs[0]
+        if not edge:
+            return out_bn
+        return out_bn.view(out_bn.shape[0], edge, edge, -1).permute(0, 3, 1, 2)
 
     def align(self, multiple: int) -> None:
-        """Pad the channels of the pictures on both sides; see `alignment`."""
-        inputs, outputs = self.squeeze.in_features, self.expand.out_features
-        by_output = axis(0, self.size_px**2, outputs, multiple)
-        pad_parameter(self.squeeze, "weight", (axis(1, self.pixels, inputs, multiple),))
-        pad_parameter(self.expand, "weight", (by_output,))
-        pad_parameter(self.expand, "bias", (by_output,))
+        """Pad the channels of pictures on either side; see `alignment`."""
+        by_output, by_input = (
+            axis(number, runs, max(edge, 1) ** 2, multiple if edge else 1)
+            for number, (edge, runs) in enumerate((self.outputs, self.inputs))
+        )
+        pad_parameter(self.linear, "weight", (by_output, by_input))
+        pad_parameter(self.linear, "bias", (by_output,))
 
 
-class UpscaleDecoder(nn.Module):
-    """A face from a code through `Upscale` blocks; with ``learn_mask`` a mask through its own."""
+def _picture(shape: int | tuple[int, int | Runs]) -> tuple[int, Runs]:
+    """(edge, runs of channels); of a vector the edge is 0."""
+    return (0, (shape,)) if isinstance(shape, int) else (shape[0], runs_of(shape[1]))
 
-    def __init__(self, inputs: int, widths: tuple[int, ...], *, learn_mask: bool, reflect: bool):
+
+def _numbers(picture: tuple[int, Runs]) -> int:
+    edge, runs = picture
+    return max(edge, 1) ** 2 * sum(runs)
+
+
+class Decoder(nn.Module):
+    """A face from a code and, where there is a second branch, its mask."""
+
+    def __init__(self, face: nn.Module, mask: nn.Module | None):
         super().__init__()
-        self.face = self._branch(inputs, widths, 3, reflect)
-        self.mask = self._branch(inputs, widths, 1, reflect) if learn_mask else None
-
-    @staticmethod
-    def _branch(
-        inputs: int, widths: tuple[int, ...], channels: int, reflect: bool
-    ) -> nn.Sequential:
-        steps = [
-            Upscale(before, after, reflect=reflect)
-            for before, after in zip((inputs, *widths), widths, strict=False)
-        ]
-        return nn.Sequential(*steps, ToImage(widths[-1], channels))
+        self.face, self.mask = face, mask
 
     def forward(self, code_bchw: Tensor) -> tuple[Tensor, ...]:
         face = self.face(code_bchw)
         return (face,) if self.mask is None else (face, self.mask(code_bchw))
+
+
+def branch(
+    inputs: int | Runs,
+    widths: Iterable[int],
+    outputs: int,
+    *,
+    kernel: int = 3,
+    reflect: bool = False,
+    draw: Draw = he_uniform,
+) -> nn.Sequential:
+    """`Upscale` to each width in turn, then a picture of 3 channels or a mask of 1."""
+    steps: list[nn.Module] = []
+    for width in widths:
+        steps.append(Upscale(inputs, width, kernel=kernel, reflect=reflect, draw=draw))
+        inputs = width
+    return nn.Sequential(*steps, ToImage(inputs, outputs))
+
+
+def upscale_decoder(
+    inputs: int | Runs, widths: Sequence[int], *, learn_mask: bool, reflect: bool
+) -> Decoder:
+    """A face through `Upscale` blocks; with ``learn_mask`` a mask through its own."""
+    face = branch(inputs, widths, 3, reflect=reflect)
+    return Decoder(face, branch(inputs, widths, 1, reflect=reflect) if learn_mask else None)
+
+
+def residual_upscale(
+    inputs: int | Runs,
+    outputs: int,
+    *,
+    kernel: int = 3,
+    residuals: int = 1,
+    reflect: bool = False,
+    draw: Draw = he_uniform,
+    first: Draw = he_uniform,
+) -> list[nn.Module]:
+    """`Upscale` with LeakyReLU 0.2, then `Residual` blocks whose first convolution is drawn by
+    ``first``."""
+    step = Upscale(inputs, outputs, kernel=kernel, slope=0.2, reflect=reflect, draw=draw)
+    return [step, *(Residual(outputs, reflect=reflect, draw=first) for _ in range(residuals))]

@@ -7,10 +7,11 @@ Shape letters: B faces, w = width (128), 4w latent values.
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from .autoencoder import Autoencoder, Build, Codes, Outputs, Side, require_step
-from .blocks import Bottleneck, Downscales, Upscale, UpscaleDecoder
+from .autoencoder import Autoencoder, Build
+from .blocks import Dense, Upscale, downscales, upscale_decoder
+from .options import Options, option
 from .registry import register
 
 
@@ -22,38 +23,24 @@ class Lightweight(Autoencoder):
     output_px = (64,)
 
     @dataclass(frozen=True, kw_only=True, slots=True)
-    class Config:
+    class Config(Options):
         """Options of the family."""
 
-        width: int = 128
-        """Channels of the first convolution, 8 to 512 in steps of 8; all others follow it."""
-
-        def __post_init__(self) -> None:
-            require_step("lightweight.width", self.width, 8, 512, 8)
+        width: int = option(128, low=8, high=512, step=8)
+        """Channels of the first convolution; all others follow it."""
 
     tiny = Config(width=8)
 
     def __init__(self, config: Config, build: Build):
-        super().__init__()
-        self.config, self.build = config, build
-        w, reflect = config.width, build.reflect_padding
-        widths = (w, 2 * w, 4 * w)
+        super().__init__(config, build)
+        w, reflect, learn_mask = config.width, build.reflect_padding, build.learn_mask
         self.encoder = nn.Sequential(
-            Downscales(3, widths, reflect=reflect),
-            Bottleneck(8 * 8, 4 * w, 4 * w, 4 * w, 4),
+            downscales(3, (w, 2 * w, 4 * w), reflect=reflect),
+            Dense((8, 4 * w), 4 * w),
+            Dense(4 * w, (4, 4 * w)),
             Upscale(4 * w, 2 * w, reflect=reflect),
         )
-        self.decoder_a = self._decoder()
-        self.decoder_b = self._decoder()
-
-    def _decoder(self) -> UpscaleDecoder:
-        w, build = self.config.width, self.build
-        return UpscaleDecoder(
-            2 * w, (4 * w, 2 * w, w), learn_mask=build.learn_mask, reflect=build.reflect_padding
+        self.decoder_a, self.decoder_b = (
+            upscale_decoder(2 * w, (4 * w, 2 * w, w), learn_mask=learn_mask, reflect=reflect)
+            for _ in "ab"
         )
-
-    def encode(self, faces_nchw: Tensor) -> Codes:
-        return (self.encoder(faces_nchw),)
-
-    def decode(self, codes: Codes, side: Side) -> Outputs:
-        return (self.decoder_a if side == "a" else self.decoder_b)(codes[0])

@@ -6,11 +6,21 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .autoencoder import Autoencoder, Build
 
 FAMILIES = {  # name -> module; one line a family, alphabetical
+    "dfaker": ".dfaker",
+    "dfl-h128": ".dfl_h128",
+    "dfl-sae": ".dfl_sae",
+    "dlight": ".dlight",
+    "iae": ".iae",
     "lightweight": ".lightweight",
     "original": ".original",
+    "realface": ".realface",
+    "unbalanced": ".unbalanced",
+    "villain": ".villain",
 }
 
 _classes: dict[str, type[Autoencoder]] = {}
@@ -23,6 +33,7 @@ def register(name: str) -> Callable[[type[Autoencoder]], type[Autoencoder]]:
         if name in _classes:
             raise ValueError(f"model {name!r} is already registered")
         _classes[name] = cls
+        cls.Config.family = name
         return cls
 
     return add
@@ -47,33 +58,37 @@ def options_of(name: str, options: dict[str, Any]) -> Any:
     """The family's ``Config`` made of plain values.
 
     Raises:
-        ValueError: On an unknown option (the known ones are named) or a value out of range.
+        ValueError: On an unknown option (the known ones are named) or a value that breaks its rule.
     """
     kind = family(name).Config
-    known = {item.name: item for item in dataclasses.fields(kind)}
-    for key, value in options.items():
+    known = [item.name for item in dataclasses.fields(kind)]
+    for key in options:
         if key not in known:
-            raise ValueError(f"{name} has no option {key!r}; it has: {', '.join(known)}")
-        if type(value) is not known[key].type:
-            wanted = getattr(known[key].type, "__name__", known[key].type)
-            raise ValueError(f"{name}.{key} must be of type {wanted}, got {value!r}")
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            has = ", ".join(known) if known else "no options"
+            raise ValueError(f"{name} has no option {key!r}{hint}; it has: {has}")
     return kind(**options)
 
 
-def build(
-    name: str,
-    *,
-    learn_mask: bool = False,
-    reflect_padding: bool = False,
-    seed: int = 0,
-    **options: Any,
-) -> Autoencoder:
-    """A freshly initialised model on the CPU, in channels_last.
+def build(name: str, *, seed: int = 0, **settings: Any) -> Autoencoder:
+    """A freshly initialised model on the CPU, in channels_last; a pure function of the arguments.
 
-    ``options`` are fields of the family's ``Config``; the weights are a pure function of ``seed``.
+    ``settings`` are fields of `Build` and of the family's ``Config``.
     """
-    cls = family(name)
-    settings = options_of(name, options)
-    model = cls(settings, Build(learn_mask=learn_mask, reflect_padding=reflect_padding))
+    model = _made(name, settings)
     model.initialize(seed)
     return model
+
+
+def meta_model(name: str, **settings: Any) -> Autoencoder:
+    """The model that `build` makes, without memory for its weights."""
+    with torch.device("meta"):
+        return _made(name, settings)
+
+
+def _made(name: str, settings: dict[str, Any]) -> Autoencoder:
+    shapes = [item.name for item in dataclasses.fields(Build)]
+    shape = Build(**{key: settings[key] for key in shapes if key in settings})
+    options = {key: value for key, value in settings.items() if key not in shapes}
+    return family(name)(options_of(name, options), shape)

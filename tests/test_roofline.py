@@ -19,7 +19,7 @@ H100 = {
 
 @pytest.mark.parametrize("name", WORK)
 def test_work_of_a_step(name):
-    work = roofline.work_of(roofline.meta_model(name), 1)
+    work = roofline.work_of(models.meta_model(name), 1)
     parameters, gflop, activation_mb, weight_mb = WORK[name]
     assert work.num_parameters / 1e6 == pytest.approx(parameters, rel=0.02)
     assert work.flops("forward") / 2e9 == pytest.approx(gflop, rel=0.02)
@@ -37,7 +37,7 @@ def test_flops_are_those_of_the_flop_counter(name, learn_mask):
         outputs = [output for side in model(faces) for output in side]
         forward = counter.get_total_flops()
         sum(output.sum() for output in outputs).backward()
-    work = roofline.work_of(roofline.meta_model(name, learn_mask=learn_mask, width=8), 2)
+    work = roofline.work_of(models.meta_model(name, learn_mask=learn_mask, width=8), 2)
     assert work.flops("forward") == forward
     assert work.flops() == counter.get_total_flops()
     first = work.products[0].flops
@@ -46,18 +46,18 @@ def test_flops_are_those_of_the_flop_counter(name, learn_mask):
 
 
 def test_work_grows_with_the_batch_and_the_width():
-    model = roofline.meta_model("original", width=8)
+    model = models.meta_model("original", width=8)
     small, large = roofline.work_of(model, 2), roofline.work_of(model, 6)
     assert large.flops() == 3 * small.flops()
     assert large.activation_bytes == 3 * small.activation_bytes
     assert large.weight_bytes == small.weight_bytes
-    lowmem = roofline.work_of(roofline.meta_model("original", width=8, lowmem=True), 2)
+    lowmem = roofline.work_of(models.meta_model("original", width=8, lowmem=True), 2)
     assert lowmem.num_parameters < small.num_parameters
 
 
 def test_bytes_of_one_layer_are_counted_as_stated():
     """Forward reads x and w and writes y, the rest likewise; 2 bytes a value."""
-    work = roofline.work_of(roofline.meta_model("lightweight", width=8), 1)
+    work = roofline.work_of(models.meta_model("lightweight", width=8), 1)
     forward = next(p for p in work.products if p.phase == "forward")
     inputs, weight, outputs = 2 * 3 * 67 * 67, 8 * 3 * 5 * 5, 2 * 8 * 32 * 32  # padded by 3
     assert forward.num_bytes == 2 * (inputs + weight + outputs)
@@ -72,7 +72,7 @@ def test_bytes_of_one_layer_are_counted_as_stated():
 @pytest.mark.parametrize("name", H100)
 def test_predictions_for_an_h100(name, batch_size):
     """Ceilings lie 1.5 to 4.3 % below the figures (padded inputs are counted), stretch within 5."""
-    work = roofline.work_of(roofline.meta_model(name), batch_size)
+    work = roofline.work_of(models.meta_model(name), batch_size)
     ceiling, stretch = H100[name][batch_size]
     card = roofline.CARDS["h100"]
     assert roofline.ceiling(work, card).eg_per_s == pytest.approx(ceiling, rel=0.05)
@@ -80,9 +80,9 @@ def test_predictions_for_an_h100(name, batch_size):
 
 
 def test_what_binds():
-    work = roofline.work_of(roofline.meta_model("original"), 16)
+    work = roofline.work_of(models.meta_model("original"), 16)
     assert roofline.ceiling(work, roofline.CARDS["h100"]).binds == "update"
-    work = roofline.work_of(roofline.meta_model("original"), 256)
+    work = roofline.work_of(models.meta_model("original"), 256)
     assert roofline.ceiling(work, roofline.CARDS["h100"]).binds == "products"
 
 

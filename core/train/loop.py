@@ -249,7 +249,7 @@ class Loop:
             pixels = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(run.device)
             other = SIDES[1 - SIDES.index(side)]
             codes = run.model.encode(pixels.to(run.precision.compute) / 255)
-            decoded = [run.model.decode(codes, each) for each in (side, other)]
+            decoded = [run.model.decode(run.model.mix(codes, to), to) for to in (side, other)]
             has_mask = run.model.build.learn_mask
             predictions.append([_to_pixels(outputs, has_mask) for outputs in decoded])
         run.model.train()

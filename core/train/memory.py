@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ... import models
 from ...kernels.augment import empty, workspace_bytes
 from ...models.alignment import MULTIPLE
-from ...models.autoencoder import Autoencoder, Build
-from ..config import Config, from_dict, merge, to_dict
+from ...models.autoencoder import Autoencoder
+from ..config import Config, from_dict, merge, model_settings, to_dict
 from .precision import Precision
 
 MIB = 2**20
@@ -168,22 +168,9 @@ def _changes(
     yield words, from_dict(merge(to_dict(config), lowmem)), precision, 0
 
 
-def meta_model(
-    name: str, *, learn_mask: bool = False, reflect_padding: bool = False, **options: Any
-) -> Autoencoder:
-    """A model of the family without memory for its weights."""
-    build = Build(learn_mask=learn_mask, reflect_padding=reflect_padding)
-    return models.family(name)(models.options_of(name, options), build).to("meta")
-
-
 def _model_of(config: Config, precision: Precision) -> Autoencoder:
     """The configured model as it is trained on a GPU: aligned, in the format of the precision."""
-    model = meta_model(
-        config.model.trainer,
-        learn_mask=config.loss.learn_mask,
-        reflect_padding=config.model.reflect_padding,
-        **config.model.options,
-    )
+    model = models.meta_model(config.model.trainer, **model_settings(config))
     if config.precision.align_channels != "off":
         model.align(MULTIPLE)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

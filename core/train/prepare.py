@@ -14,7 +14,7 @@ from ... import __version__, models
 from ...kernels.augment import Landmarks
 from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
-from ..config import Config, from_dict, merge, to_dict
+from ..config import Config, from_dict, merge, model_settings, to_dict
 from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
@@ -121,13 +121,7 @@ def _prepare(
     num_threads = thread_count(config.data.num_threads)
     faces = _open_faces(config, max(input_px, *output_px), device, reporter)
     config = _with_batch_size(config, faces, precision, device)
-    model = models.build(
-        config.model.trainer,
-        learn_mask=config.loss.learn_mask,
-        reflect_padding=config.model.reflect_padding,
-        seed=config.train.seed,
-        **config.model.options,
-    )
+    model = models.build(config.model.trainer, seed=config.train.seed, **model_settings(config))
     on_gpu = device.type == "cuda"
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
     if is_aligned:

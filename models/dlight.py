@@ -1,0 +1,203 @@
+"""dlight: a dense-block encoder at 128 px, a light decoder for A, a strong or a fast one for B.
+
+Shape letters: B faces, g = 64 (48 with features lowmem), r = output_size / 64.
+
+    face [B, 3, 128, 128] -> encoder -> [B, 1024, 4, 4] -> decoder of the side -> [B, 3, 64r, 64r]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.upscale import activate
+from .alignment import Runs
+from .autoencoder import Autoencoder, Build, Codes, Outputs, Side
+from .batch_norm import BatchNorm
+from .blocks import (
+    ConvBlock,
+    Dense,
+    FastUpscale,
+    HybridUpscale,
+    Residual,
+    ToImage,
+    Upscale,
+    enlarge,
+)
+from .options import Options, option
+from .registry import register
+
+_CODE = 1024
+_NODES = {"lowmem": 640, "fair": 1152, "best": 1664}
+
+
+class _Densescale(nn.Module):
+    """[B, C, H, W] -> [B, outputs + C, H/2, W/2]: a convolution, beside it the input's average."""
+
+    def __init__(self, inputs: Runs, outputs: int, reflect: bool):
+        super().__init__()
+        self.conv = ConvBlock(inputs, outputs, reflect=reflect)
+        self.channels = (outputs, *inputs)
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        pooled = activate(F.avg_pool2d(x_bchw, 2), None, slope=0.1)
+        return torch.cat((self.conv(x_bchw), pooled), dim=1)
+
+
+class _Enlarged(nn.Module):
+    """A stem: the code, enlarged bilinearly."""
+
+    def __init__(self, factor: int):
+        super().__init__()
+        self.factor, self.channels = factor, (_CODE,)
+
+    def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Where the face begins and, if two are asked for, the mask."""
+        return (enlarge(x_bchw, self.factor),) * count
+
+
+class _Hybrid(HybridUpscale):
+    """A stem: the code, scaled up by `HybridUpscale`."""
+
+    def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Where the face begins and, if two are asked for, the mask."""
+        return self.branches(x_bchw, *((0.2, 0.2), (0.1, 0.1))[:count])
+
+
+class _Shuffled(Upscale):
+    """A stem: the code, scaled up by `Upscale`."""
+
+    def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
+        """Where the face begins and, if two are asked for, the mask."""
+        return (self(x_bchw),) * count
+
+
+class _Decoder(nn.Module):
+    """A stem, from there the face and, where learned, the mask."""
+
+    def __init__(
+        self,
+        stem: _Enlarged | _Hybrid | _Shuffled,
+        face: Sequence[nn.Module],
+        masks: tuple[int, ...],
+        build: Build,
+    ):
+        super().__init__()
+        self.stem, self.face, self.mask = stem, nn.Sequential(*face), None
+        if build.learn_mask:
+            self.mask = nn.Sequential(*_hybrids(stem.channels, masks, 1, build.reflect_padding))
+
+    def forward(self, code_bchw: Tensor) -> Outputs:
+        branches = (self.face,) if self.mask is None else (self.face, self.mask)
+        starts = self.stem.starts(code_bchw, len(branches))
+        return tuple(branch(start) for branch, start in zip(branches, starts, strict=True))
+
+
+def _hybrids(inputs: Runs, widths: tuple[int, ...], outputs: int, reflect: bool) -> list[nn.Module]:
+    """`HybridUpscale` to each width in turn, then a picture or a mask."""
+    steps: list[nn.Module] = []
+    for width in widths:
+        step = HybridUpscale(inputs, width, reflect=reflect)
+        steps, inputs = [*steps, step], step.channels
+    return [*steps, ToImage(inputs, outputs)]
+
+
+@register("dlight")
+class Dlight(Autoencoder):
+    """The `dlight` family."""
+
+    input_px = 128
+
+    @dataclass(frozen=True, kw_only=True, slots=True)
+    class Config(Options):
+        """Options of the family."""
+
+        features: str = option("best", choices=("lowmem", "fair", "best"))
+        """Size of the bottleneck: how many different faces and angles it can tell apart."""
+
+        details: str = option("good", choices=("fast", "good"))
+        """B's decoder: quick, or with residual blocks."""
+
+        output_size: int = option(256, low=128, high=384, step=128)
+        """Edge of the decoded face in px."""
+
+    tiny = Config(features="lowmem", details="fast", output_size=128)
+
+    @classmethod
+    def sizes(cls, options: Config) -> tuple[int, tuple[int, ...]]:
+        return cls.input_px, (options.output_size,)
+
+    def __init__(self, config: Config, build: Build):
+        super().__init__(config, build)
+        self.output_px = (config.output_size,)
+        reflect, factor = build.reflect_padding, config.output_size // 64
+        growth = 48 if config.features == "lowmem" else 64
+        nodes, convs = _NODES[config.features], []
+        channels: Runs = (3,)
+        for width in (growth // 2, growth, 2 * growth, 4 * growth, 8 * growth):
+            convs.append(_Densescale(channels, width, reflect))
+            channels = convs[-1].channels
+        self.encoder = nn.Sequential(
+            *convs,
+            Dense((4, channels), nodes),
+            nn.Dropout(0.05),
+            Dense(nodes, (4, _CODE)),
+            nn.Dropout(0.05),
+        )
+        self.decoder_a = _Decoder(
+            _Enlarged(factor),
+            _hybrids((_CODE,), (256, 128, 64, 32), 3, reflect),
+            (128, 64, 32, 16),
+            build,
+        )
+        self.is_fast = config.details == "fast"
+        if self.is_fast:
+            self.decoder_b_fast = _fast_decoder(factor, build)
+        else:
+            self.decoder_b = _good_decoder(factor, build)
+
+    def decode(self, codes: Codes, side: Side) -> Outputs:
+        if self.is_fast and side == "b":
+            return self.decoder_b_fast(*codes)
+        return super().decode(codes, side)
+
+
+def _good_decoder(factor: int, build: Build) -> _Decoder:
+    reflect = build.reflect_padding
+    stem = _Hybrid(_CODE, 512, factor=factor, reflect=reflect)
+    inputs = stem.channels
+    face: list[nn.Module] = _residuals(inputs, 3, reflect)
+    # (channels, residual blocks of which the first has biases, whether a batch norm follows)
+    for width, num_residuals, has_biases, has_norm in (
+        (512, 2, True, True),
+        (256, 1, True, False),
+        (128, 1, False, True),
+    ):
+        step = HybridUpscale(inputs, width, slope=0.2, slope_enlarged=0.2, reflect=reflect)
+        inputs = step.channels
+        face += [step, *_residuals(inputs, num_residuals, reflect, has_biases)]
+        face += [BatchNorm(width, sides=1)] if has_norm else []
+    face += _hybrids(inputs, (64,), 3, reflect)
+    return _Decoder(stem, face, (128, 64, 32, 16), build)
+
+
+def _residuals(
+    channels: Runs, count: int, reflect: bool, first_has_biases: bool = True
+) -> list[nn.Module]:
+    """`Residual` blocks, all but perhaps the first without biases."""
+    return [
+        Residual(channels, bias=first_has_biases and number == 0, reflect=reflect)
+        for number in range(count)
+    ]
+
+
+def _fast_decoder(factor: int, build: Build) -> _Decoder:
+    reflect, inputs = build.reflect_padding, 512
+    stem = _Shuffled(_CODE, inputs, factor=factor, reflect=reflect)
+    face: list[nn.Module] = []
+    for width in (512, 256, 128, 64):
+        face.append(FastUpscale(inputs, width, reflect=reflect))
+        inputs = width
+    return _Decoder(stem, [*face, ToImage(inputs, 3)], (128, 64, 32, 16), build)

@@ -1,0 +1,86 @@
+"""Options of a family: typed, ranged and stepped; checked when they are made.
+
+An option is *locked*, part of a model's identity, unless it is *free* to change at every resume.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+def option(
+    default: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    step: int = 1,
+    choices: tuple[str, ...] | None = None,
+    free: bool = False,
+) -> Any:
+    """A field: a number from low to high (whole ones in steps from low), or one or more of the
+    choices."""
+    rule = {"low": low, "high": high, "step": step, "choices": choices, "free": free}
+    return field(default=default, metadata=rule)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What every family's ``Config`` is made from: it enforces each field's rule.
+
+    Raises:
+        ValueError: On a value that breaks its rule; the option, the rule and, of numbers and
+            misspelt words, the nearest valid value are named.
+    """
+
+    family: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.type is float and type(value) is int:
+                value = float(value)
+            if item.type == tuple[str, ...] and isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, item.name, value)
+            problem = _problem(value, item)
+            if problem:
+                raise ValueError(f"{self.family}.{item.name} must be {problem}")
+
+
+def _problem(value: Any, item: dataclasses.Field) -> str | None:
+    """The rule that ``value`` breaks, and what it is instead; None where it breaks none."""
+    rule = item.metadata
+    if item.type == tuple[str, ...]:
+        if not isinstance(value, tuple) or not all(isinstance(word, str) for word in value):
+            return f"a list of words, got {value!r}"
+        return next(filter(None, (_misspelt(word, rule["choices"]) for word in value)), None)
+    if type(value) is not item.type:
+        return f"of type {getattr(item.type, '__name__', item.type)}, got {value!r}"
+    if rule["choices"] is not None:
+        return _misspelt(value, rule["choices"])
+    return _out_of_range(value, rule) if rule["low"] is not None else None
+
+
+def _misspelt(word: str, choices: tuple[str, ...]) -> str | None:
+    if word in choices:
+        return None
+    near = difflib.get_close_matches(word, choices, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"one of {', '.join(choices)}, got {word!r}{hint}"
+
+
+def _out_of_range(value: float, rule: Any) -> str | None:
+    low, high, step = rule["low"], rule["high"], rule["step"]
+    if not isinstance(value, int):
+        near = min(max(value, low), high)
+        return (
+            None
+            if low <= value <= high
+            else f"{low:g} to {high:g}, got {value:g}; the nearest is {near:g}"
+        )
+    if low <= value <= high and (value - low) % step == 0:
+        return None
+    near = low + min(max(round((value - low) / step), 0), (high - low) // step) * step
+    steps = f" in steps of {step}" if step > 1 else ""
+    return f"{low} to {high}{steps}, got {value}; the nearest is {near}"
