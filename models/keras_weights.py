@@ -5,11 +5,23 @@ in which they are made, in each layer the kernel, then the bias. Layouts: a conv
 (kh, kw, in, out), a dense layer's (in, out) with both indices in NHWC flatten order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One array of another program and what puts it into its place."""
+
+    shape: tuple[int, ...]
+    """In Keras's layout."""
+
+    load: Callable[[np.ndarray], None]
+    """Takes an array of that shape."""
 
 
 def ordered_parameters(model: nn.Module) -> list[tuple[str, nn.Module, Tensor]]:

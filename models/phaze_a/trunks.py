@@ -1,0 +1,159 @@
+"""timm's networks without their classifiers, fitted to a trainer of two sides.
+
+timm (PyTorch Image Models, Ross Wightman) is imported when the first network is asked for. All
+parameters are made on the meta device: nothing is drawn, nothing is downloaded.
+
+Shape letters: B faces, C channels, H rows, W columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch_norm import BatchNorm
+
+_declared: list[torch.library.Library] = []  # a declaration lasts as long as its library object
+
+
+def import_timm() -> Any:
+    """The package timm.
+
+    timm imports torchvision. Beside a torch of another build (PyPI's torchvision is built for CUDA)
+    its compiled operators do not load, and then it stumbles over its own declarations of them. The
+    networks here use none of these operators, so declaring their signatures is enough.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)
+    import timm
+
+    return timm
+
+
+def make_trunk(
+    timm_name: str, arguments: dict[str, Any], *, eps: float | None, unused: tuple[str, ...]
+) -> Any:
+    """A network of timm's on the meta device, without its classifier.
+
+    Args:
+        timm_name: The name under which timm has it, "mobilenetv1" and "mobilenetv2" with a
+            ``width`` among the arguments, or "nasnetamobile", which timm lacks.
+        arguments: For timm's constructor.
+        eps: Of every batch norm; None: timm's own.
+        unused: Modules that only the classifier needs.
+    """
+    import_timm()
+    with torch.device("meta"):
+        trunk = _create(timm_name, {"num_classes": 0, **arguments})
+        for name in unused:
+            setattr(trunk, name, nn.Identity())
+        if timm_name.startswith("vit"):  # its projection is no classifier, and has no bias
+            trunk.head = nn.Linear(trunk.embed_dim, trunk.num_classes, bias=False)
+        _keep_sides_apart(trunk, eps)
+    return trunk
+
+
+def _create(timm_name: str, arguments: dict[str, Any]) -> Any:
+    import timm
+    from timm.models import efficientnet, mobilenetv3
+
+    if timm_name == "nasnetamobile":
+        return _nasnet_mobile(**arguments)
+    if "width" not in arguments:
+        return timm.create_model(timm_name, pretrained=False, **arguments)
+    width, depth = arguments.pop("width"), arguments.pop("depth", 1)
+    if timm_name.startswith("tf_mobilenetv3"):
+        arguments |= {"bn_eps": 1e-3, "pad_type": "same"}
+        return mobilenetv3._gen_mobilenet_v3(timm_name, width, **arguments)
+    if timm_name.startswith("mobilenetv2"):
+        return efficientnet._gen_mobilenet_v2(timm_name, width, **arguments)
+    return _multiply_depthwise(
+        efficientnet._gen_mobilenet_v1(timm_name, width, **arguments),
+        depth,
+        arguments.get("pad_type", ""),
+    )
+
+
+def _multiply_depthwise(trunk: nn.Module, depth: int, pad_type: str) -> nn.Module:
+    """MobileNet with ``depth`` filters for each channel in its depthwise convolutions."""
+    from timm.layers import create_conv2d
+    from timm.models._efficientnet_blocks import DepthwiseSeparableConv
+
+    for block in trunk.modules():
+        if depth > 1 and isinstance(block, DepthwiseSeparableConv):
+            inputs, outputs = block.conv_dw.in_channels, block.conv_pw.out_channels
+            block.conv_dw = create_conv2d(
+                inputs,
+                inputs * depth,
+                3,
+                stride=block.conv_dw.stride[0],
+                groups=inputs,
+                padding=pad_type,
+            )
+            block.bn1 = type(block.bn1)(inputs * depth, eps=block.bn1.eps, act_layer=nn.ReLU6)
+            block.conv_pw = create_conv2d(inputs * depth, outputs, 1, padding=pad_type)
+    return trunk
+
+
+class _Skipped(nn.Module):
+    """A cell left out of NASNet: gives the older of its two inputs back."""
+
+    def forward(self, _newer: Tensor, older: Tensor) -> Tensor:
+        return older
+
+
+def _nasnet_mobile(**arguments: Any) -> nn.Module:
+    """NASNet-A (4 @ 1056): timm's (6 @ 4032) with other widths and four cells in a row for six.
+
+    Two cells beside one another that give their older inputs back are as though not there, for
+    each cell takes the outputs of the two before it.
+    """
+    from timm.models.nasnet import NASNetALarge
+
+    trunk = NASNetALarge(stem_size=32, num_features=1056, **arguments)
+    for number in (2, 3, 8, 9, 14, 15):
+        setattr(trunk, f"cell_{number}", _Skipped())
+    return trunk
+
+
+class _NormActivation(BatchNorm):
+    """Batch norm, then an activation, for timm's module that is both."""
+
+    def __init__(self, channels: int, act: nn.Module, *, eps: float):
+        super().__init__(channels, eps=eps)
+        self.act = act
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        return self.act(super().forward(x_bchw))
+
+
+def _keep_sides_apart(trunk: nn.Module, eps: float | None) -> None:
+    """Put `BatchNorm` in the place of every batch norm, under the same names."""
+    from timm.layers import BatchNormAct2d
+
+    for parent in list(trunk.modules()):
+        for name, norm in list(parent.named_children()):
+            if not isinstance(norm, nn.BatchNorm2d):
+                continue
+            chosen = norm.eps if eps is None else eps
+            if isinstance(norm, BatchNormAct2d):
+                own: nn.Module = _NormActivation(norm.num_features, norm.act, eps=chosen)
+            else:
+                own = BatchNorm(norm.num_features, eps=chosen)
+            setattr(parent, name, own)
+
+
+def stride_first(trunk: nn.Module) -> None:
+    """Let ResNet's blocks stride in their first convolution (He et al. 2015), not in the second."""
+    from timm.models.resnet import Bottleneck
+
+    for block in trunk.modules():
+        if isinstance(block, Bottleneck):
+            block.conv1.stride, block.conv2.stride = block.conv2.stride, (1, 1)
