@@ -106,6 +106,8 @@ def test_shapes_and_numbers_equal_the_reference(name):
     network = _on_meta(name, size_px)
     assert (network.channels, network.output_px) == (channels, output_px)
     assert _numbers(network) == numbers + _MORE.get(name, 0)
+    kinds = {key.rsplit(".", 1)[1] for key, _ in network.named_parameters()}
+    assert kinds <= {"weight", "bias", "gamma", "pos_embed", "cls_token"}  # all are drawn
     if not name.startswith(_UNREADABLE) and not re.fullmatch(r"resnet\d+_v2", name):
         shapes = [entry.shape for entry in network.keras_entries()]
         assert sum(int(np.prod(shape)) for shape in shapes) == numbers
@@ -216,6 +218,18 @@ def test_the_two_manners_differ_where_the_networks_do():
     assert (reference.bn1.eps, pretrained.bn1.eps) == (1.001e-5, 1e-5)
 
 
+def test_mobilenet_pads_as_the_reference():
+    """112 px: 7 before the last stride; padded behind only, 8 = 3 * 2 + 2 gives 3."""
+    assert _on_meta("mobilenet", 112).output_px == 3
+    assert _on_meta("mobilenet", 112, normalize="pretrained").output_px == 4
+    strided = _drawn("mobilenet", 32).trunk.blocks[1][0].conv_dw
+    picture = torch.rand(1, 64, 7, 7)
+    weight = strided.weight.double()
+    with torch.no_grad():
+        wanted = F.conv2d(F.pad(picture.double(), (0, 1, 0, 1)), weight, None, 2, groups=64)
+        torch.testing.assert_close(strided(picture).double(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_mobilenets_widen_and_deepen():
     plain = _on_meta("mobilenet", 64)
     assert _on_meta("mobilenet", 64, mobilenet_width=0.5).channels == 512
@@ -280,9 +294,12 @@ def test_ordered_shapes_equal_the_oracle(oracle_dir, case_id, name, size_px, arr
     encoder = case["subnets"][0]
     wanted = [tuple(row[3]) for row in encoder["weights"][:arrays]]
     assert case["input_shape"][0] == size_px
-    shapes = [entry.shape for entry in _on_meta(name, size_px).keras_entries()]
+    network = _on_meta(name, size_px)
+    shapes = [entry.shape for entry in network.keras_entries()]
     assert shapes == wanted
-    dense = encoder["weights"][arrays:]  # a bottleneck may follow
+    dense = encoder["weights"][arrays:]  # a bottleneck may follow, on the flattened output
+    if dense:
+        assert dense[0][3][0] == network.channels * network.output_px**2
     rest = sum(int(np.prod(row[3])) for row in dense)
     assert sum(int(np.prod(shape)) for shape in shapes) == encoder["params"] - rest
 
@@ -357,6 +374,11 @@ def test_the_reference_normalises_pictures_for_efficientnet():
     network._features = lambda faces: faces
     out = network(torch.ones(1, 3, 1, 1)).flatten()
     torch.testing.assert_close(out, torch.tensor([0.9 / 0.5, 0.8, 0.7 / 2]))
+    deviation = np.array([0.229, 0.224, 0.225], np.float32)
+    variance.load(deviation**2)
+    out = network(torch.ones(1, 3, 1, 1)).flatten()
+    wanted = np.array([0.9, 0.8, 0.7]) / deviation / np.sqrt(deviation)
+    np.testing.assert_allclose(out.numpy(), wanted, rtol=1e-5)
 
 
 def test_a_depthwise_kernel_finds_its_channels():

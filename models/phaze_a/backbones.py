@@ -5,7 +5,7 @@ its scaling of the picture, its "same" padding, its constants. "pretrained": as 
 were trained. Known differences from the reference that stay in both, for timm's weights would not
 fit otherwise:
 
-    resnet              no bias before a batch norm, which takes it away again
+    resnet50 ..         no bias before a batch norm, which takes it away again
     resnet50_v2 ..      a stack strides in its first block, with a convolution on the shortcut; no
                         biases
     inception, xception padding of timm; inception's batch norms have a gain
@@ -43,6 +43,9 @@ class Spec:
     eps: float | None = None
     """Of the reference's batch norms; None: as timm's."""
 
+    momentum: float = 0.01
+    """Of the reference's batch norms: the step of their running estimates."""
+
     arguments: dict[str, Any] = field(default_factory=dict)
     """For timm's constructor."""
 
@@ -72,12 +75,21 @@ def _clip(size: str, default_px: int, channels: int, weights: str = "") -> Spec:
     )
 
 
-def _efficientnet(name: str, default_px: int, scaling: Literal["0..1", "-1..1"]) -> Spec:
-    # The reference multiplies by 255 and the network divides by it again: nothing is left to do.
+def _efficientnet(size: str, default_px: int) -> Spec:
     return Spec(
-        timm_name=f"tf_{name}",
+        timm_name=f"tf_efficientnet_{size}",
         default_px=default_px,
-        scaling=scaling,
+        # The reference multiplies by 255 and the network divides by it again.
+        scaling="0..1",
+        arguments={"drop_path_rate": 0.2},
+    )
+
+
+def _efficientnet_v2(size: str, default_px: int) -> Spec:
+    return Spec(
+        timm_name=f"tf_efficientnetv2_{size}",
+        default_px=default_px,
+        momentum=0.1,
         arguments={"drop_path_rate": 0.2},
     )
 
@@ -86,6 +98,7 @@ def _mobilenet_v3(size: str) -> Spec:
     return Spec(
         timm_name=f"tf_mobilenetv3_{size}_100",
         default_px=224,
+        momentum=0.001,
         unused=("conv_head", "norm_head", "act2"),
     )
 
@@ -118,12 +131,9 @@ BACKBONES: dict[str, Spec] = {
         )
         for depth in (121, 169, 201)
     },
+    **{f"efficientnet_{size}": _efficientnet(size, px) for size, px in _EFFICIENTNET_PX.items()},
     **{
-        f"efficientnet_{size}": _efficientnet(f"efficientnet_{size}", px, "0..1")
-        for size, px in _EFFICIENTNET_PX.items()
-    },
-    **{
-        f"efficientnet_v2_{size}": _efficientnet(f"efficientnetv2_{size}", px, "-1..1")
+        f"efficientnet_v2_{size}": _efficientnet_v2(size, px)
         for size, px in _EFFICIENTNET_V2_PX.items()
     },
     "inception_resnet_v2": Spec(timm_name="inception_resnet_v2", default_px=299, min_px=75),
@@ -131,11 +141,13 @@ BACKBONES: dict[str, Spec] = {
         timm_name="inception_v3", default_px=299, min_px=75, arguments={"aux_logits": False}
     ),
     "mobilenet": Spec(timm_name="mobilenetv1_100", default_px=224, eps=1e-3, same_padding=True),
-    "mobilenet_v2": Spec(timm_name="mobilenetv2_100", default_px=224, eps=1e-3, same_padding=True),
+    "mobilenet_v2": Spec(
+        timm_name="mobilenetv2_100", default_px=224, eps=1e-3, momentum=0.001, same_padding=True
+    ),
     "mobilenet_v3_large": _mobilenet_v3("large"),
     "mobilenet_v3_small": _mobilenet_v3("small"),
-    "nasnet_large": Spec(timm_name="nasnetalarge", default_px=331),
-    "nasnet_mobile": Spec(timm_name="nasnetamobile", default_px=224),
+    "nasnet_large": Spec(timm_name="nasnetalarge", default_px=331, momentum=0.0003),
+    "nasnet_mobile": Spec(timm_name="nasnetamobile", default_px=224, momentum=0.0003),
     **{
         f"resnet{depth}": Spec(timm_name=f"resnet{depth}", default_px=224, eps=1.001e-5)
         for depth in (50, 101, 152)
@@ -159,12 +171,11 @@ BACKBONES: dict[str, Spec] = {
 NAMES = ("fs_original", *BACKBONES)
 """Everything that ``enc_architecture`` may be; fs_original is no backbone but made of blocks."""
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _MEAN_AND_STD = {
     "0..1": ((0.0,) * 3, (1.0,) * 3),
     "0..255": ((0.0,) * 3, (1 / 255,) * 3),
     "-1..1": ((0.5,) * 3, (0.5,) * 3),
-    "imagenet": _IMAGENET,
+    "imagenet": ((0.485, 0.456, 0.406), keras_order.IMAGENET_STD),
 }
 
 
@@ -306,7 +317,9 @@ def backbone(
     if row.same_padding and as_reference:
         arguments["pad_type"] = "same"
     eps = row.eps if as_reference else None
-    trunk = trunks.make_trunk(timm_name, arguments, eps=eps, unused=row.unused)
+    trunk = trunks.make_trunk(
+        timm_name, arguments, eps=eps, momentum=row.momentum, unused=row.unused
+    )
     if as_reference:
         trunks.stride_first(trunk)
     made = Backbone(name, timm_name, normalize, trunk)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # The same network here as there, its layers made in the same order but for ResNet's shortcuts.
 _SAME = r"clipv_.*|densenet\d+|efficientnet_.*|mobilenet|mobilenet_v2|resnet\d+|vgg\d+"
 
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 def entries(backbone: Backbone) -> list[Entry]:
     """All arrays of the reference's network, in its order.
@@ -110,8 +112,19 @@ def _norm(layer: BatchNorm, *, adds: bool) -> Iterator[Entry]:
 def _normalization(backbone: Backbone) -> Iterator[Entry]:
     """Mean and variance of the picture's channels, and a count that nothing uses."""
     yield Entry((3,), _copy(backbone.mean, lambda t: t.reshape(3, 1, 1)))
-    yield Entry((3,), _copy(backbone.std, lambda t: t.sqrt().reshape(3, 1, 1)))
+    yield Entry((3,), _copy(backbone.std, lambda t: _deviation(t).reshape(3, 1, 1)))
     yield Entry((), lambda array: None)
+
+
+def _deviation(variance: Tensor) -> Tensor:
+    """What the reference divides the picture by.
+
+    Where it began with ImageNet's weights, which bring ImageNet's variance, its network divides by
+    the root of the deviation once more.
+    """
+    deviation = variance.sqrt()
+    is_imagenet = torch.allclose(deviation, torch.tensor(IMAGENET_STD), rtol=1e-3)
+    return deviation**1.5 if is_imagenet else deviation
 
 
 def _clip(tower: Any) -> Iterator[Entry]:

@@ -21,7 +21,9 @@ def load_pretrained(backbone: Backbone, path: str | Path | None) -> Path:
     """Fill a backbone with pretrained weights; the file that they came from.
 
     Args:
-        backbone: Its position table, if it has one, may have another size than the file's.
+        backbone: Made with normalize="pretrained", else its strides, its padding or the scaling of
+            the picture are not those that the weights were trained with. A position table may have
+            another size than the file's.
         path: A file, or a folder that holds ``<weights>.safetensors`` (or .pth, .pt, .bin) or is a
             Hugging Face cache; ``<weights>`` is timm's name of the network, with ".openai" behind
             it for CLIP, and FaRL's own name for FaRL.
@@ -89,7 +91,7 @@ def _named_as_here(backbone: Backbone, tensors: dict[str, Any]) -> dict[str, Ten
         return checkpoint_filter_fn(tensors, backbone.trunk)
     tensors = tensors.get("state_dict", tensors)
     # ConvNeXt: the norm of the classifier works on every pixel here.
-    return {name.replace("head.norm.", "norm_pre."): tensor for name, tensor in tensors.items()}
+    return {name.replace("head.norm.", "norm_pre.", 1): tensor for name, tensor in tensors.items()}
 
 
 def _first_convolution(trunk: nn.Module) -> str:

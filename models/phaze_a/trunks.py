@@ -9,6 +9,7 @@ Shape letters: B faces, C channels, H rows, W columns.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch_norm import BatchNorm
@@ -38,7 +39,12 @@ def import_timm() -> Any:
 
 
 def make_trunk(
-    timm_name: str, arguments: dict[str, Any], *, eps: float | None, unused: tuple[str, ...]
+    timm_name: str,
+    arguments: dict[str, Any],
+    *,
+    eps: float | None,
+    momentum: float,
+    unused: tuple[str, ...],
 ) -> Any:
     """A network of timm's on the meta device, without its classifier.
 
@@ -47,6 +53,7 @@ def make_trunk(
             ``width`` among the arguments, or "nasnetamobile", which timm lacks.
         arguments: For timm's constructor.
         eps: Of every batch norm; None: timm's own.
+        momentum: Of every batch norm: the step of its running estimates.
         unused: Modules that only the classifier needs.
     """
     import_timm()
@@ -56,7 +63,7 @@ def make_trunk(
             setattr(trunk, name, nn.Identity())
         if timm_name.startswith("vit"):  # its projection is no classifier, and has no bias
             trunk.head = nn.Linear(trunk.embed_dim, trunk.num_classes, bias=False)
-        _keep_sides_apart(trunk, eps)
+        _keep_sides_apart(trunk, eps, momentum)
     return trunk
 
 
@@ -74,32 +81,40 @@ def _create(timm_name: str, arguments: dict[str, Any]) -> Any:
         return mobilenetv3._gen_mobilenet_v3(timm_name, width, **arguments)
     if timm_name.startswith("mobilenetv2"):
         return efficientnet._gen_mobilenet_v2(timm_name, width, **arguments)
-    return _multiply_depthwise(
-        efficientnet._gen_mobilenet_v1(timm_name, width, **arguments),
-        depth,
-        arguments.get("pad_type", ""),
-    )
+    trunk = efficientnet._gen_mobilenet_v1(timm_name, width, **arguments)
+    _change_depthwise(trunk, depth, pads_behind=arguments.get("pad_type") == "same")
+    return trunk
 
 
-def _multiply_depthwise(trunk: nn.Module, depth: int, pad_type: str) -> nn.Module:
-    """MobileNet with ``depth`` filters for each channel in its depthwise convolutions."""
+class _PaddedBehind(nn.Conv2d):
+    """Convolution that pads one row and one column of zeros at the far ends, whatever the size."""
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        padded = F.pad(x_bchw, (0, 1, 0, 1))
+        return F.conv2d(padded, self.weight, None, self.stride, groups=self.groups)
+
+
+def _change_depthwise(trunk: nn.Module, depth: int, *, pads_behind: bool) -> None:
+    """MobileNet v1 with ``depth`` filters for each channel in its depthwise convolutions.
+
+    ``pads_behind``: strided ones pad as the reference's, which is TensorFlow's "same" for an even
+    size only.
+    """
     from timm.layers import create_conv2d
     from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 
     for block in trunk.modules():
-        if depth > 1 and isinstance(block, DepthwiseSeparableConv):
-            inputs, outputs = block.conv_dw.in_channels, block.conv_pw.out_channels
-            block.conv_dw = create_conv2d(
-                inputs,
-                inputs * depth,
-                3,
-                stride=block.conv_dw.stride[0],
-                groups=inputs,
-                padding=pad_type,
-            )
-            block.bn1 = type(block.bn1)(inputs * depth, eps=block.bn1.eps, act_layer=nn.ReLU6)
-            block.conv_pw = create_conv2d(inputs * depth, outputs, 1, padding=pad_type)
-    return trunk
+        if not isinstance(block, DepthwiseSeparableConv):
+            continue
+        inputs, stride = block.conv_dw.in_channels, block.conv_dw.stride[0]
+        filters = inputs * depth
+        if pads_behind and stride == 2:
+            block.conv_dw = _PaddedBehind(inputs, filters, 3, 2, groups=inputs, bias=False)
+        elif depth > 1:
+            block.conv_dw = create_conv2d(inputs, filters, 3, stride=stride, groups=inputs)
+        if depth > 1:
+            block.bn1 = type(block.bn1)(filters, eps=block.bn1.eps, act_layer=nn.ReLU6)
+            block.conv_pw = create_conv2d(filters, block.conv_pw.out_channels, 1)
 
 
 class _Skipped(nn.Module):
@@ -126,15 +141,15 @@ def _nasnet_mobile(**arguments: Any) -> nn.Module:
 class _NormActivation(BatchNorm):
     """Batch norm, then an activation, for timm's module that is both."""
 
-    def __init__(self, channels: int, act: nn.Module, *, eps: float):
-        super().__init__(channels, eps=eps)
+    def __init__(self, channels: int, act: nn.Module, *, eps: float, momentum: float):
+        super().__init__(channels, eps=eps, momentum=momentum)
         self.act = act
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return self.act(super().forward(x_bchw))
 
 
-def _keep_sides_apart(trunk: nn.Module, eps: float | None) -> None:
+def _keep_sides_apart(trunk: nn.Module, eps: float | None, momentum: float) -> None:
     """Put `BatchNorm` in the place of every batch norm, under the same names."""
     from timm.layers import BatchNormAct2d
 
@@ -142,11 +157,11 @@ def _keep_sides_apart(trunk: nn.Module, eps: float | None) -> None:
         for name, norm in list(parent.named_children()):
             if not isinstance(norm, nn.BatchNorm2d):
                 continue
-            chosen = norm.eps if eps is None else eps
+            channels, chosen = norm.num_features, norm.eps if eps is None else eps
             if isinstance(norm, BatchNormAct2d):
-                own: nn.Module = _NormActivation(norm.num_features, norm.act, eps=chosen)
+                own: BatchNorm = _NormActivation(channels, norm.act, eps=chosen, momentum=momentum)
             else:
-                own = BatchNorm(norm.num_features, eps=chosen)
+                own = BatchNorm(channels, eps=chosen, momentum=momentum)
             setattr(parent, name, own)
 
 
