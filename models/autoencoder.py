@@ -5,7 +5,7 @@ Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W 
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,6 @@ class Autoencoder(nn.Module, abc.ABC):
 
     load_layers: tuple[str, ...] = ("encoder",)
     """Sub-networks that ``--load-weights`` takes from another model."""
-
-    _noisy: ClassVar[tuple[type[nn.Module], ...]] = (nn.Dropout, nn.Dropout2d)
 
     @classmethod
     def sizes(cls, _options: Any) -> tuple[int, tuple[int, ...]]:
@@ -121,7 +119,8 @@ class Autoencoder(nn.Module, abc.ABC):
     @property
     def is_noisy(self) -> bool:
         """Whether a training step draws random numbers (dropout, noise)."""
-        return any(isinstance(module, self._noisy) for module in self.modules())
+        dropouts = (nn.Dropout, nn.Dropout2d)
+        return any(isinstance(m, dropouts) or hasattr(m, "is_noise") for m in self.modules())
 
     def align(self, multiple: int) -> None:
         """Pad channels to a multiple where the tensor cores want it; see `alignment`.

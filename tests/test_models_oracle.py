@@ -38,7 +38,7 @@ def test_weights_equal_the_oracle(case):
     """Counts in total and per sub-network, shapes and order of every weight; sizes in and out."""
     model, total = _meta_model(case), 0
     for subnet in case["subnets"]:
-        entries = [*keras_entries(getattr(model, subnet["name"]), subnet["name"])]
+        entries = [*keras_entries(getattr(model, subnet["name"]))]
         shapes = [tuple(row[3]) for row in subnet["weights"]]
         assert [entry.shape for entry in entries] == shapes
         count = sum(int(np.prod(shape)) for shape in shapes)
@@ -74,7 +74,7 @@ def test_outputs_equal_the_oracle(case, oracle):
     for entry, (k, _, _, _, shape, base, scale) in zip(entries, case["weights"], strict=True):
         assert entry.shape == tuple(shape)
         values = base + scale * _rule(k, int(np.prod(shape)))
-        entry.load(torch.from_numpy(values.astype(np.float32).reshape(shape)))
+        entry.load(values.astype(np.float32).reshape(shape))
     size_px = case["input_shape"][0]
     faces = torch.stack([_oracle_input(size_px, phase) for phase in (0.0, 1.0)])
     faces = faces.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,1 @@
+"""The model that its user builds of parts."""
