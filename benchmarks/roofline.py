@@ -13,9 +13,10 @@ bf16, and ideally, each number is moved as often as no implementation can do wit
                        weight gradient (2 each) that makes 34 bytes a parameter and step.
 
 The activations of one face are therefore moved 3 * (inputs + outputs) + 2 * outputs values, over
-all forward products. *Ceiling*: each product takes the longer of FLOPs / tensor peak and bytes /
-copy bandwidth; the products, the pointwise passes and the update follow one another. *Stretch*: the
-same with what the best libraries reach (`_product_s`), and a gap after every kernel.
+all forward products. *Ceiling*: each product, with the pointwise pass that belongs to it, takes
+the longer of FLOPs / tensor peak and bytes / copy bandwidth; the products and the update follow one
+another. *Stretch*: with what the best libraries reach (`_product_s`), the pointwise passes apart,
+and a gap after every kernel.
 
 Run: ``mien bench roofline``.
 """
@@ -104,6 +105,11 @@ class Product:
         return max(1, self.flops // (2 * self.rows * self.columns))
 
     @property
+    def pointwise_bytes(self) -> int:
+        """Of the pass back over a forward result: its gradient read and written."""
+        return 2 * VALUE_BYTES * self.output_values if self.phase == "forward" else 0
+
+    @property
     def num_bytes(self) -> int:
         return VALUE_BYTES * (self.weight_values + self.input_values + self.output_values)
 
@@ -125,8 +131,7 @@ class Work:
     @property
     def pointwise_bytes(self) -> int:
         """Read and written by the one pass back over each forward result."""
-        forward = [p for p in self.products if p.phase == "forward"]
-        return 2 * VALUE_BYTES * sum(p.output_values for p in forward)
+        return sum(p.pointwise_bytes for p in self.products)
 
     @property
     def activation_bytes(self) -> int:
@@ -241,12 +246,13 @@ def ceiling(work: Work, card: Card) -> Prediction:
     """Every layer at its roofline; no implementation that works in series is faster."""
     bandwidth = 1e9 * card.copy_gb_s
     products = sum(
-        max(p.flops / (1e12 * card.tensor_tflops), p.num_bytes / bandwidth) for p in work.products
+        max(p.flops / (1e12 * card.tensor_tflops), (p.num_bytes + p.pointwise_bytes) / bandwidth)
+        for p in work.products
     )
     return Prediction(
         work.num_faces,
         products,
-        work.pointwise_bytes / bandwidth,
+        0.0,
         UPDATE_BYTES * work.num_parameters / bandwidth,
         0.0,
     )

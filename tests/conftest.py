@@ -1,7 +1,9 @@
 """Shared by all tests. No tests/__init__.py: see CONTRIBUTING, 'one copy of the package'."""
 
+import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ if not torch.cuda.is_available():
     # Before mien.kernels is imported: without a GPU, tests interpret the Triton kernels.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from mien import models
 from mien.kernels import dispatch
 
 TESTS = Path(__file__).parent
@@ -36,6 +39,14 @@ FACES = _folder("MIEN_FACES", ROOT.parent / "shared/faces")
 def oracle_files(pattern: str) -> list[Path]:
     """Files of the oracle that match, sorted; a list to parametrise a test with."""
     return sorted(ORACLE.glob(pattern)) if ORACLE else []
+
+
+def tiny_options(name: str) -> dict[str, Any]:
+    """Options of the smallest model of a family."""
+    options = dataclasses.asdict(models.family(name).tiny)
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in options.items()
+    }
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("shape", [(12, 5), (12, 5, 3, 3)])
 def test_crop_undoes_pad_and_zeros_lie_behind_each_group(shape):
     tensor = torch.rand(shape)
-    axes = (axis(0, 4, 12, 8), axis(1, 1, 5, 8))
+    axes = (axis(0, (3,), 4, 8), axis(1, (5,), 1, 8))
     padded = pad(tensor, axes)
     assert padded.shape == (32, 8, *shape[2:])
     assert torch.equal(crop(padded, axes), tensor)

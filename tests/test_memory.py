@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from conftest import tiny_options
 
 from mien import models
 from mien.core.config import from_dict
@@ -40,15 +41,15 @@ def bytes_kept(model, faces_nchw):
 @pytest.mark.parametrize("name", models.available())
 @pytest.mark.parametrize("learn_mask", [False, True])
 def test_what_is_kept_for_backward_is_what_a_real_step_keeps(name, align, precision, learn_mask):
-    """To the byte, at batch sizes that were not probed."""
+    """To the byte (but for dropout), at batch sizes that were not probed."""
     config = from_dict(
         {
-            "model": {"trainer": name, "options": {"width": 8}},
+            "model": {"trainer": name, "options": tiny_options(name)},
             "loss": {"learn_mask": learn_mask},
             "precision": {"align_channels": align},
         }
     )
-    model = models.build(name, width=8, learn_mask=learn_mask)
+    model = models.build(name, learn_mask=learn_mask, **tiny_options(name))
     channels = 3
     if align == "on":
         model.align(8)
@@ -59,7 +60,9 @@ def test_what_is_kept_for_backward_is_what_a_real_step_keeps(name, align, precis
         shape = (2 * batch_size, channels, model.input_px, model.input_px)
         faces = torch.rand(shape).to(precision.compute)
         faces = faces.contiguous(memory_format=torch.channels_last)
-        assert need.at(batch_size).parts["kept for backward"] == bytes_kept(model, faces)
+        found = need.at(batch_size).parts["kept for backward"]
+        # A CPU's dropout keeps another mask than that of a device.
+        assert found == pytest.approx(bytes_kept(model, faces), rel=4e-3 if model.is_noisy else 0)
 
 
 def test_parameters_and_batches_are_counted_as_they_are_kept():
