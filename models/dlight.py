@@ -1,8 +1,8 @@
 """dlight: a dense-block encoder at 128 px, a light decoder for A, a strong or a fast one for B.
 
-Shape letters: B faces, g = 64 (48 with features lowmem), r = output_size / 64.
+Shape letters: B faces, w = width (64), r = output_size / 64.
 
-    face [B, 3, 128, 128] -> encoder -> [B, 1024, 4, 4] -> decoder of the side -> [B, 3, 64r, 64r]
+    face [B, 3, 128, 128] -> encoder -> [B, 16w, 4, 4] -> decoder of the side -> [B, 3, 64r, 64r]
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,7 @@ from .blocks import (
 from .options import Options, option
 from .registry import register
 
-_CODE = 1024
-_NODES = {"lowmem": 640, "fair": 1152, "best": 1664}
+_NODES = {"lowmem": 10, "fair": 18, "best": 26}  # times the width
 
 
 class _Densescale(nn.Module):
@@ -49,9 +48,9 @@ class _Densescale(nn.Module):
 class _Enlarged(nn.Module):
     """A stem: the code, enlarged bilinearly."""
 
-    def __init__(self, factor: int):
+    def __init__(self, channels: int, factor: int):
         super().__init__()
-        self.factor, self.channels = factor, (_CODE,)
+        self.factor, self.channels = factor, (channels,)
 
     def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
         """Where the face begins and, if two are asked for, the mask."""
@@ -123,7 +122,10 @@ class Dlight(Autoencoder):
         output_size: int = option(256, low=128, high=384, step=128)
         """Edge of the decoded face in px."""
 
-    tiny = Config(features="lowmem", details="fast", output_size=128)
+        width: int = option(64, low=8, high=128, step=8)
+        """Channels of the encoder's second stage; all others follow it."""
+
+    tiny = Config(features="lowmem", details="fast", output_size=128, width=8)
 
     @classmethod
     def sizes(cls, options: Config) -> tuple[int, tuple[int, ...]]:
@@ -133,8 +135,9 @@ class Dlight(Autoencoder):
         super().__init__(config, build)
         self.output_px = (config.output_size,)
         reflect, factor = build.reflect_padding, config.output_size // 64
-        growth = 48 if config.features == "lowmem" else 64
-        nodes, convs = _NODES[config.features], []
+        w = config.width
+        growth = 3 * w // 4 if config.features == "lowmem" else w
+        nodes, code, convs = w * _NODES[config.features], 16 * w, []
         channels: Runs = (3,)
         for width in (growth // 2, growth, 2 * growth, 4 * growth, 8 * growth):
             convs.append(_Densescale(channels, width, reflect))
@@ -143,20 +146,20 @@ class Dlight(Autoencoder):
             *convs,
             Dense((4, channels), nodes),
             nn.Dropout(0.05),
-            Dense(nodes, (4, _CODE)),
+            Dense(nodes, (4, code)),
             nn.Dropout(0.05),
         )
         self.decoder_a = _Decoder(
-            _Enlarged(factor),
-            _hybrids((_CODE,), (256, 128, 64, 32), 3, reflect),
-            (128, 64, 32, 16),
+            _Enlarged(code, factor),
+            _hybrids((code,), (4 * w, 2 * w, w, w // 2), 3, reflect),
+            _masks(w),
             build,
         )
         self.is_fast = config.details == "fast"
         if self.is_fast:
-            self.decoder_b_fast = _fast_decoder(factor, build)
+            self.decoder_b_fast = _fast_decoder(w, factor, build)
         else:
-            self.decoder_b = _good_decoder(factor, build)
+            self.decoder_b = _good_decoder(w, factor, build)
 
     def decode(self, codes: Codes, side: Side) -> Outputs:
         if self.is_fast and side == "b":
@@ -164,23 +167,28 @@ class Dlight(Autoencoder):
         return super().decode(codes, side)
 
 
-def _good_decoder(factor: int, build: Build) -> _Decoder:
+def _masks(w: int) -> tuple[int, ...]:
+    """Channels of a mask's upscales."""
+    return 2 * w, w, w // 2, w // 4
+
+
+def _good_decoder(w: int, factor: int, build: Build) -> _Decoder:
     reflect = build.reflect_padding
-    stem = _Hybrid(_CODE, 512, factor=factor, reflect=reflect)
+    stem = _Hybrid(16 * w, 8 * w, factor=factor, reflect=reflect)
     inputs = stem.channels
     face: list[nn.Module] = _residuals(inputs, 3, reflect)
     # (channels, residual blocks of which the first has biases, whether a batch norm follows)
     for width, num_residuals, has_biases, has_norm in (
-        (512, 2, True, True),
-        (256, 1, True, False),
-        (128, 1, False, True),
+        (8 * w, 2, True, True),
+        (4 * w, 1, True, False),
+        (2 * w, 1, False, True),
     ):
         step = HybridUpscale(inputs, width, slope=0.2, slope_enlarged=0.2, reflect=reflect)
         inputs = step.channels
         face += [step, *_residuals(inputs, num_residuals, reflect, has_biases)]
         face += [BatchNorm(width, sides=1)] if has_norm else []
-    face += _hybrids(inputs, (64,), 3, reflect)
-    return _Decoder(stem, face, (128, 64, 32, 16), build)
+    face += _hybrids(inputs, (w,), 3, reflect)
+    return _Decoder(stem, face, _masks(w), build)
 
 
 def _residuals(
@@ -193,11 +201,11 @@ def _residuals(
     ]
 
 
-def _fast_decoder(factor: int, build: Build) -> _Decoder:
-    reflect, inputs = build.reflect_padding, 512
-    stem = _Shuffled(_CODE, inputs, factor=factor, reflect=reflect)
+def _fast_decoder(w: int, factor: int, build: Build) -> _Decoder:
+    reflect, inputs = build.reflect_padding, 8 * w
+    stem = _Shuffled(16 * w, inputs, factor=factor, reflect=reflect)
     face: list[nn.Module] = []
-    for width in (512, 256, 128, 64):
+    for width in (8 * w, 4 * w, 2 * w, w):
         face.append(FastUpscale(inputs, width, reflect=reflect))
         inputs = width
-    return _Decoder(stem, [*face, ToImage(inputs, 3)], (128, 64, 32, 16), build)
+    return _Decoder(stem, [*face, ToImage(inputs, 3)], _masks(w), build)

@@ -31,12 +31,14 @@ class _Decoder(nn.Module):
         nodes: int,
         first: tuple[int, int],
         widths: tuple[int, ...],
+        masks: tuple[int, ...],
         *,
         residual: bool,
-        build: Build,
+        reflect: bool,
     ):
+        """``masks``: channels of the mask's upscales; none: no mask is learned."""
         super().__init__()
-        reflect, channels = build.reflect_padding, first[1]
+        channels = first[1]
         self.dense = nn.Sequential(Dense(code, nodes), Dense(nodes, first))
         self.upscale = Upscale(channels, channels, slope=0.2, reflect=reflect)
         steps: list[nn.Module] = [Residual(channels, bias=False, reflect=reflect)]
@@ -49,8 +51,7 @@ class _Decoder(nn.Module):
             self.face = nn.Sequential(*steps, last, ToImage(widths[-1], 3))
         else:
             self.face = nn.Sequential(*steps, *branch(channels, widths, 3, reflect=reflect))
-        masks = _widths(384, len(widths) + 1)
-        self.mask = branch(channels, masks, 1, reflect=reflect) if build.learn_mask else None
+        self.mask = branch(channels, masks, 1, reflect=reflect) if masks else None
 
     def forward(self, code_bchw: Tensor) -> Outputs:
         x_bchw = self.dense(code_bchw)
@@ -74,25 +75,19 @@ class Realface(Autoencoder):
         output_size: int = option(128, low=64, high=256, step=32)
         """Edge of the decoded face in px."""
 
-        dense_nodes: int = option(1536, low=64, high=2048, step=64)
+        dense_nodes: int = option(1536, low=768, high=2048, step=64)
         """Size of B's bottleneck; A's is two thirds of it."""
 
-        complexity_encoder: int = option(128, low=8, high=160, step=4)
+        complexity_encoder: int = option(128, low=96, high=160, step=4)
         """Channels of the first convolution."""
 
-        complexity_decoder: int = option(512, low=32, high=544, step=4)
+        complexity_decoder: int = option(512, low=512, high=544, step=4)
         """Channels of B's second upscale; A's are two thirds of them."""
 
-        dense_filters: int = option(0, low=0, high=2048, step=16)
-        """Channels of B's first picture; 0: by the output size, 768 to 1152."""
+        width: int = option(64, low=4, high=64, step=4)
+        """64ths of every width above and of the rest; less than 64 makes a smaller model."""
 
-    tiny = Config(
-        output_size=64,
-        dense_nodes=64,
-        complexity_encoder=8,
-        complexity_decoder=32,
-        dense_filters=32,
-    )
+    tiny = Config(output_size=64, width=8)
 
     @classmethod
     def sizes(cls, options: Config) -> tuple[int, tuple[int, ...]]:
@@ -101,30 +96,38 @@ class Realface(Autoencoder):
     def __init__(self, config: Config, build: Build):
         super().__init__(config, build)
         self.input_px, self.output_px = self.sizes(config)
-        e, reflect = config.complexity_encoder, build.reflect_padding
+        reflect = build.reflect_padding
+
+        def scaled(width: int) -> int:
+            return width * config.width // 64
+
+        e = scaled(config.complexity_encoder)
         convs: list[nn.Module] = []
         for before, after in ((3, e), (e, 2 * e), (2 * e, 4 * e)):
             convs.append(ConvBlock(before, after, slope=0.2, reflect=reflect))
             convs += [Residual(after, reflect=reflect) for _ in range(2)]
         self.encoder = nn.Sequential(*convs, ConvBlock(4 * e, 8 * e, reflect=reflect))
         edge, num_upscales = dense_edge(config.input_size, config.output_size)
-        code, filters = (config.input_size // 16, 8 * e), config.dense_filters
-        filters = filters or (1024 - (edge - 4) * 64) // 16 * 16
+        code, filters = (config.input_size // 16, 8 * e), scaled(1024 - (edge - 4) * 64)
+        nodes, channels = scaled(config.dense_nodes), scaled(config.complexity_decoder)
+        masks = _widths(scaled(384), num_upscales) if build.learn_mask else ()
         self.decoder_a = _Decoder(
             code,
-            int(config.dense_nodes / 1.5),
+            int(nodes / 1.5),
             (edge, int(filters / 1.5)),
-            _widths(int(config.complexity_decoder / 1.5), num_upscales),
+            _widths(int(channels / 1.5), num_upscales),
+            masks,
             residual=False,
-            build=build,
+            reflect=reflect,
         )
         self.decoder_b = _Decoder(
             code,
-            config.dense_nodes,
+            nodes,
             (edge, filters),
-            _widths(config.complexity_decoder, num_upscales),
+            _widths(channels, num_upscales),
+            masks,
             residual=True,
-            build=build,
+            reflect=reflect,
         )
 
 
