@@ -255,17 +255,21 @@ class HybridUpscale(nn.Module):
 
 
 class FastUpscale(nn.Module):
-    """[B, C, H, W] -> [B, outputs, 2H, 2W]: the sum of both ways of `HybridUpscale`."""
+    """[B, C, H, W] -> [B, outputs, 2H, 2W]: the sum of both ways of `HybridUpscale`, and of it
+    LeakyReLU ``slope``."""
 
-    def __init__(self, inputs: int | Runs, outputs: int, *, reflect: bool = False):
+    def __init__(
+        self, inputs: int | Runs, outputs: int, *, slope: float = 1.0, reflect: bool = False
+    ):
         super().__init__()
+        self.slope = slope
         self.enlarged = SameConv(inputs, outputs, 3)
         self.shuffled = Upscale(inputs, outputs, reflect=reflect)
         self.channels = self.shuffled.channels
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         enlarged, shuffled = enlarge(self.enlarged(x_bchw)), self.shuffled(x_bchw)
-        return activate(enlarged, self.enlarged.bias, slope=1, residual_bchw=shuffled)
+        return activate(enlarged, self.enlarged.bias, slope=self.slope, residual_bchw=shuffled)
 
 
 class Residual(nn.Module):
@@ -292,6 +296,22 @@ class Residual(nn.Module):
         y_bchw = activate(self.first(x_bchw), self.first.bias, slope=0.2)
         y_bchw = self.second(y_bchw)
         return activate(y_bchw, self.second.bias, slope=0.2, residual_bchw=x_bchw)
+
+
+class Noise(nn.Module):
+    """Gaussian noise of deviation 1, in training only; then LeakyReLU ``slope``, in one pass."""
+
+    def __init__(self, channels: int | Runs, *, slope: float = 1.0):
+        super().__init__()
+        self.slope = slope
+        self.normal_channels = runs_of(channels)  # zeros among them would become noise
+
+    def forward(self, x_bchw: Tensor, bias_c: Tensor | None = None) -> Tensor:
+        """``bias_c``: of the convolution before it, if that is still to be added."""
+        noise_bchw = torch.randn_like(x_bchw) if self.training else None
+        if noise_bchw is None and bias_c is None and self.slope == 1:
+            return x_bchw
+        return activate(x_bchw, bias_c, slope=self.slope, residual_bchw=noise_bchw)
 
 
 class SeparableConv(nn.Module):
