@@ -11,6 +11,8 @@ the code, c its channels, O = output_size. Each network but the encoder and what
 What both sides share takes them as one batch, also where it follows what they do not share.
 """
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -92,7 +94,8 @@ class PhazeA(Autoencoder):
         if self.config.starts_pretrained:
             from .pretrained import load_pretrained
 
-            load_pretrained(self.encoder.backbone, self.config.enc_weights)
+            path = self.config.enc_weights or os.environ.get("MIEN_BACKBONES")
+            load_pretrained(self.encoder.backbone, path)
 
     def encode(self, faces_nchw: Tensor) -> Codes:
         """Where a side has a network of its own, ``(the encoder's output, the shared code)``, else
