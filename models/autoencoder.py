@@ -6,12 +6,11 @@ Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W 
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from .blocks import Noise
 from .initializers import initialize
 
 Side = Literal["a", "b"]
@@ -61,8 +60,6 @@ class Autoencoder(nn.Module, abc.ABC):
 
     load_layers: tuple[str, ...] = ("encoder",)
     """Sub-networks that ``--load-weights`` takes from another model."""
-
-    _noisy: ClassVar[tuple[type[nn.Module], ...]] = (nn.Dropout, nn.Dropout2d, Noise)
 
     @classmethod
     def sizes(cls, _options: Any) -> tuple[int, tuple[int, ...]]:
@@ -118,7 +115,8 @@ class Autoencoder(nn.Module, abc.ABC):
     @property
     def is_noisy(self) -> bool:
         """Whether a training step draws random numbers (dropout, noise)."""
-        return any(isinstance(module, self._noisy) for module in self.modules())
+        dropouts = (nn.Dropout, nn.Dropout2d)
+        return any(isinstance(m, dropouts) or hasattr(m, "is_noise") for m in self.modules())
 
     def align(self, multiple: int) -> None:
         """Pad channels to a multiple where the tensor cores want it; see `alignment`.

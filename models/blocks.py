@@ -298,22 +298,6 @@ class Residual(nn.Module):
         return activate(y_bchw, self.second.bias, slope=0.2, residual_bchw=x_bchw)
 
 
-class Noise(nn.Module):
-    """Gaussian noise of deviation 1, in training only; then LeakyReLU ``slope``, in one pass."""
-
-    def __init__(self, channels: int | Runs, *, slope: float = 1.0):
-        super().__init__()
-        self.slope = slope
-        self.normal_channels = runs_of(channels)  # zeros among them would become noise
-
-    def forward(self, x_bchw: Tensor, bias_c: Tensor | None = None) -> Tensor:
-        """``bias_c``: of the convolution before it, if that is still to be added."""
-        noise_bchw = torch.randn_like(x_bchw) if self.training else None
-        if noise_bchw is None and bias_c is None and self.slope == 1:
-            return x_bchw
-        return activate(x_bchw, bias_c, slope=self.slope, residual_bchw=noise_bchw)
-
-
 class SeparableConv(nn.Module):
     """[B, C, H, W] -> [B, outputs, ceil(H / 2), ceil(W / 2)]: each channel by itself with 5x5 and
     stride 2, then all channels of a pixel, then ReLU."""

@@ -16,46 +16,46 @@ import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One array of the list, and what becomes of it."""
+    """One array of another program and what puts it into its place."""
 
-    name: str
     shape: tuple[int, ...]
-    load: Callable[[Tensor], None]
-    """Take up the array, a tensor of this shape."""
+    """In Keras's layout."""
+
+    load: Callable[[np.ndarray], None]
+    """Takes an array of that shape."""
 
 
-def keras_entries(module: nn.Module, path: str = "") -> Iterator[Entry]:
+def keras_entries(module: nn.Module) -> Iterator[Entry]:
     """Every array that fills a model, in order.
 
-    A module whose arrays are not its parameters one by one yields its own from a method
-    ``keras_entries(path)``.
+    A module in it whose arrays are not its parameters one by one tells its own by a method
+    ``keras_entries()``.
     """
-    if path and hasattr(module, "keras_entries"):
-        yield from cast(Any, module).keras_entries(path)
-        return
-    own = [*module.named_parameters(path, recurse=False), *module.named_buffers(path, False)]
-    for name, tensor in own:
-        yield _entry(name, module, tensor)
-    for name, child in module.named_children():
-        yield from keras_entries(child, f"{path}.{name}" if path else name)
+    for _, parameter in module.named_parameters(recurse=False):
+        yield _entry(module, parameter)
+    for _, buffer in module.named_buffers(recurse=False):
+        yield _entry(module, buffer)
+    for child in module.children():
+        if hasattr(child, "keras_entries"):
+            yield from cast(Any, child).keras_entries()
+        else:
+            yield from keras_entries(child)
 
 
-def _entry(name: str, module: nn.Module, tensor: Tensor) -> Entry:
+def _entry(module: nn.Module, tensor: Tensor) -> Entry:
     is_depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
     order = {4: (2, 3, 0, 1) if is_depthwise else (2, 3, 1, 0), 2: (1, 0)}.get(tensor.dim(), (0,))
-    shape = tuple(tensor.shape[axis] for axis in order)
-    if hasattr(module, "keras_shape"):
-        shape = cast(Any, module).keras_shape()
+    turned = tuple(tensor.shape[axis] for axis in order)
+    back = [order.index(axis) for axis in range(len(order))]
 
-    def load(array: Tensor) -> None:
-        view = array.reshape([tensor.shape[axis] for axis in order])
-        back = [order.index(axis) for axis in range(len(order))]
-        with torch.no_grad():
-            tensor.copy_(view.permute(back))
+    def load(array: np.ndarray) -> None:
+        source = torch.from_numpy(np.ascontiguousarray(array)).reshape(turned)
+        tensor.detach().copy_(source.permute(back))
 
-    return Entry(name, shape, load)
+    shape = cast(Any, module).keras_shape() if hasattr(module, "keras_shape") else turned
+    return Entry(shape, load)
 
 
 def load_keras_weights(model: nn.Module, arrays: Sequence[np.ndarray]) -> None:
@@ -67,8 +67,8 @@ def load_keras_weights(model: nn.Module, arrays: Sequence[np.ndarray]) -> None:
     entries = [*keras_entries(model)]
     if len(arrays) != len(entries):
         raise ValueError(f"the model has {len(entries)} weights, got {len(arrays)} arrays")
-    for entry, array in zip(entries, arrays, strict=True):
+    for number, (entry, array) in enumerate(zip(entries, arrays, strict=True)):
         if array.shape != entry.shape:
-            raise ValueError(f"{entry.name} must have shape {entry.shape}, got {array.shape}")
+            raise ValueError(f"array {number} must have shape {entry.shape}, got {array.shape}")
     for entry, array in zip(entries, arrays, strict=True):
-        entry.load(torch.from_numpy(np.ascontiguousarray(array)))
+        entry.load(array)

@@ -6,31 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..options import Options, option
+from . import backbones
 from .curves import capped, curve, halvings
-
-ARCHITECTURES = (
-    "fs_original",
-    *(f"clipv_farl-b-16-{epochs}" for epochs in (16, 64)),
-    *(f"clipv_vit-{size}" for size in ("b-16", "b-32", "l-14", "l-14-336px")),
-    *(f"convnext_{size}" for size in ("tiny", "small", "base", "large", "extra_large")),
-    *(f"densenet{depth}" for depth in (121, 169, 201)),
-    *(f"efficientnet_b{size}" for size in range(8)),
-    *(f"efficientnet_v2_{size}" for size in ("b0", "b1", "b2", "b3", "s", "m", "l")),
-    "inception_resnet_v2",
-    "inception_v3",
-    "mobilenet",
-    "mobilenet_v2",
-    "mobilenet_v3_large",
-    "mobilenet_v3_small",
-    "nasnet_large",
-    "nasnet_mobile",
-    *(f"resnet{depth}" for depth in (50, 101, 152)),
-    *(f"resnet{depth}_v2" for depth in (50, 101, 152)),
-    "vgg16",
-    "vgg19",
-    "xception",
-)
-"""Encoders; all but the first are networks of `backbones`."""
 
 NETWORKS = (
     "encoder",
@@ -49,8 +26,6 @@ NETWORKS = (
 """Sub-networks that a model may have, in the order in which they are made."""
 
 _UPSCALES = ("subpixel", "resize_images", "upscale_fast", "upscale_hybrid")
-_ORIGINAL_PX = 1024  # of fs_original's pictures at 100 percent
-_LEAST_PX = 32  # that fs_original takes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +55,7 @@ class Config(Options):
     split_decoders: bool = option(False)
     """A decoder for each side, else one for both."""
 
-    enc_architecture: str = option("fs_original", choices=ARCHITECTURES)
+    enc_architecture: str = option("fs_original", choices=backbones.NAMES)
     """The encoder: fs_original, shaped by the options that begin so, or a known network."""
 
     enc_scaling: int = option(7, low=0, high=200)
@@ -244,10 +219,6 @@ class Config(Options):
     @property
     def input_px(self) -> int:
         """Edge of the encoder's picture."""
-        if self.is_original:
-            return max(_LEAST_PX, _ORIGINAL_PX * self.enc_scaling // 100 // 16 * 16)
-        from . import backbones
-
         return backbones.input_size(
             self.enc_architecture, self.enc_scaling, pretrained=self.starts_pretrained
         )
@@ -328,9 +299,12 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
     yield from _conflicts_of_nodes(config)
     start, num_upscales = config.start_px, len(config.dec_filters)
     if config.fc_px**2 * _start_channels(config) % start**2:
-        yield "output_size", (
-            f"one to which {config.fc_px} x {config.fc_px} x {_start_channels(config)} values "
-            f"double from a square of whole channels, not {start} x {start}"
+        yield (
+            "output_size",
+            (
+                f"one to which {config.fc_px} x {config.fc_px} x {_start_channels(config)} values "
+                f"double from a square of whole channels, not {start} x {start}"
+            ),
         )
     if config.dec_upscales_in_fc > num_upscales:
         yield "dec_upscales_in_fc", f"0 to {num_upscales}, the upscales that there are"
@@ -349,9 +323,12 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
 def _conflicts_of_nodes(config: Config) -> Iterator[tuple[str, str]]:
     values = config.fc_channels * config.fc_dimensions**2
     if config.fc_depth and values % 8:
-        yield "fc_max_filters", (
-            f"of a multiple of 8 values, not {config.fc_channels} x {config.fc_dimensions}^2 "
-            f"(fitted to output_size {config.output_size})"
+        yield (
+            "fc_max_filters",
+            (
+                f"of a multiple of 8 values, not {config.fc_channels} x {config.fc_dimensions}^2 "
+                f"(fitted to output_size {config.output_size})"
+            ),
         )
     if config.fc_depth == 1 and config.fc_nodes[0] != values:
         yield "fc_min_filters", f"fc_max_filters ({config.fc_max_filters}) where fc_depth is 1"

@@ -3,18 +3,17 @@
 Shape letters: B faces, S the edge of their picture, C channels, H rows, W columns, N nodes.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from torch import Tensor, nn
 
 from ..alignment import Runs, runs_of
 from ..autoencoder import Build
 from ..blocks import ConvBlock, Dense, downscales
+from .backbones import Backbone, Normalize, backbone
 from .config import Config
 from .layers import NORMS
 
-if TYPE_CHECKING:
-    from .backbones import Backbone, Normalize
 
 Code = int | tuple[int, Runs]
 """Length of a vector, or (edge in px, channels) of a picture: as `Dense` takes its inputs."""
@@ -51,9 +50,7 @@ def _alternative(widths: list[int], reflect: bool) -> nn.Sequential:
     steps: list[nn.Module] = []
 
     def convolve(inputs: int, outputs: int, kernel: int, valid: bool = False) -> None:
-        steps.append(
-            ConvBlock(inputs, outputs, kernel, 1, slope=0.2, reflect=reflect, valid=valid)
-        )
+        steps.append(ConvBlock(inputs, outputs, kernel, 1, slope=0.2, reflect=reflect, valid=valid))
 
     convolve(3, widths[0], 1)
     inputs = widths[0]
@@ -114,20 +111,20 @@ class Encoder(nn.Module):
         else:
             self.backbone = _known_network(config)
         self.picture = (self.backbone.output_px, runs_of(self.backbone.channels))
-        self.bottleneck = Bottleneck(*self.picture, config) if config.bottleneck_in_encoder else None
+        self.bottleneck = (
+            Bottleneck(*self.picture, config) if config.bottleneck_in_encoder else None
+        )
 
     def forward(self, faces_bcss: Tensor) -> Tensor:
         x = self.backbone(faces_bcss)
         return x if self.bottleneck is None else self.bottleneck(x)
 
 
-def _known_network(config: Config) -> "Backbone":
-    from . import backbones
-
-    manner: "Normalize" = "pretrained" if config.starts_pretrained else "reference"
+def _known_network(config: Config) -> Backbone:
+    manner: Normalize = "pretrained" if config.starts_pretrained else "reference"
     if config.enc_normalize != "auto":
-        manner = cast("Normalize", config.enc_normalize)
-    return backbones.backbone(
+        manner = cast(Normalize, config.enc_normalize)
+    return backbone(
         config.enc_architecture,
         config.input_px,
         mobilenet_width=config.mobilenet_width,

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from ...kernels.upscale import activate
 from ..alignment import Runs
-from ..blocks import Dense, Noise, SameConv
+from ..blocks import Dense, SameConv
 from ..initializers import glorot_uniform, he_normal
 from ..norms import AdaptiveInstanceNorm
+from .layers import Noise
 
 _STYLE = 512
 _LAYERS = 2

@@ -5,6 +5,7 @@ Shape letters: B faces, C channels, H rows, W columns.
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -17,7 +18,6 @@ from ..blocks import (
     ConvBlocks,
     FastUpscale,
     HybridUpscale,
-    Noise,
     Residual,
     SameConv,
     Upscale,
@@ -33,6 +33,24 @@ NORMS: dict[str, Callable[[Runs], nn.Module]] = {
     "rms": RmsNorm,
 }
 """Normalisations that need to know nothing but the channels."""
+
+
+class Noise(nn.Module):
+    """Gaussian noise of deviation 1, in training only; then LeakyReLU ``slope``, in one pass."""
+
+    is_noise = True
+
+    def __init__(self, channels: Runs, *, slope: float = 1.0):
+        super().__init__()
+        self.slope = slope
+        self.normal_channels = channels  # zeros among them would become noise
+
+    def forward(self, x_bchw: Tensor, bias_c: Tensor | None = None) -> Tensor:
+        """``bias_c``: of the convolution before it, if that is still to be added."""
+        noise_bchw = torch.randn_like(x_bchw) if self.training else None
+        if noise_bchw is None and bias_c is None and self.slope == 1:
+            return x_bchw
+        return activate(x_bchw, bias_c, slope=self.slope, residual_bchw=noise_bchw)
 
 
 class Reshape(nn.Module):
