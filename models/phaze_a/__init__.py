@@ -1,29 +1,32 @@
 """phaze-a: a model that its user builds of parts.
 
-Shape letters: B faces of one side, N = 2B faces of both, S = the encoder's picture, h = edge of
-the code, c its channels, O = output_size. Each network but the encoder and what is shared may be one a side (`_a`,
-`_b`) or one for both (`_both`).
+Shape letters: B faces of one side, N = 2B faces of both, S edge of the encoder's picture, c
+channels and h edge of the code, O = output_size.
 
     face [N, 3, S, S] -> encoder -> fc, beside it fc_shared -> code [B, c, h, h]
                                  -> fc_gblock -> style         -> g_block  -> code [B, c, h, h]
                                                                -> decoder  -> [B, 3, O, O]
 
-What both sides share takes them as one batch, also where it follows what they do not share.
+fc, g_block and decoder may each be one for a side (`_a`, `_b`) or one for both (`_both`). What is
+for both takes them as one batch, also where it follows what is not.
 """
 
 import os
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..alignment import Runs
 from ..autoencoder import Autoencoder, Build, Codes, Outputs, Side, beside, halves
 from ..registry import register
+from .backbones import Backbone
 from .config import Config as PhazeAConfig
 from .decoder import Decoder
 from .encoder import Encoder
 from .fully_connected import FullyConnected, Style
 from .g_block import GBlock
+from .pretrained import load_pretrained
 
 
 @register("phaze-a")
@@ -31,6 +34,17 @@ class PhazeA(Autoencoder):
     """The `phaze-a` family."""
 
     Config = PhazeAConfig
+
+    encoder: Encoder
+    fc_a: FullyConnected
+    fc_b: FullyConnected
+    fc_both: FullyConnected
+    fc_shared: FullyConnected
+    fc_gblock: Style
+    g_block_a: GBlock
+    g_block_b: GBlock
+    g_block_both: GBlock
+    decoder_both: Decoder
 
     tiny = PhazeAConfig(
         output_size=64,
@@ -54,6 +68,8 @@ class PhazeA(Autoencoder):
 
     def __init__(self, config: PhazeAConfig, build: Build):
         super().__init__(config, build)
+        if build.reflect_padding:
+            config.check_reflection()
         self.input_px, self.output_px = self.sizes(config)
         self.has_one_decoder = not config.split_decoders
         self.encoder = Encoder(config, build)
@@ -92,10 +108,8 @@ class PhazeA(Autoencoder):
         """Fill every weight; those of a known network from its file, if the options ask for it."""
         super().initialize(seed)
         if self.config.starts_pretrained:
-            from .pretrained import load_pretrained
-
             path = self.config.enc_weights or os.environ.get("MIEN_BACKBONES")
-            load_pretrained(self.encoder.backbone, path)
+            load_pretrained(cast(Backbone, self.encoder.backbone), path)
 
     def encode(self, faces_nchw: Tensor) -> Codes:
         """Where a side has a network of its own, ``(the encoder's output, the shared code)``, else

@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..options import Options, option
 from . import backbones
 from .curves import capped, curve, halvings
+
+Conflicts = Callable[["Config"], Iterator[tuple[str, str]]]
+"""(option, rule that it breaks) of all that does not go together."""
 
 NETWORKS = (
     "encoder",
@@ -41,7 +44,8 @@ class Config(Options):
     """Edge of the decoded face in px."""
 
     shared_fc: str = option("none", choices=("none", "full", "half"))
-    """Beside its own, a side gets a code that both share. full: of a network for it; half: of A's."""
+    """Whether a side gets a code that both share, beside its own. full: of one more network; half:
+    of A's."""
 
     enable_gblock: bool = option(True)
     """Put a block between code and decoder in which noise and a shared style shape the code."""
@@ -198,11 +202,18 @@ class Config(Options):
 
     def __post_init__(self) -> None:
         Options.__post_init__(self)
-        conflict = next(_conflicts(self), None)
+        self._refuse(_conflicts)
+
+    def check_reflection(self) -> None:
+        """Raise ValueError where there are too few pixels for padding by reflection."""
+        self._refuse(_conflicts_of_reflection)
+
+    def _refuse(self, conflicts: Conflicts) -> None:
+        conflict = next(conflicts(self), None)
         if conflict is None:
             return
         name, rule = conflict
-        near = _nearest(self, name)
+        near = _nearest(self, name, conflicts)
         hint = "" if near is None else f"; the nearest is {near}"
         raise ValueError(f"{self.family}.{name} must be {rule}, got {getattr(self, name)}{hint}")
 
@@ -287,7 +298,7 @@ def _halves(channels: int) -> int:
 
 
 def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
-    """(option, rule that it breaks) of all that does not go together."""
+    """What does not go together in any model."""
     fit = f"{config.fit_px}^2"
     for name, is_used in (
         ("fc_max_filters", True),
@@ -346,14 +357,37 @@ def _start_channels(config: Config) -> int:
     return 2 * channels if both else channels
 
 
-def _nearest(config: Config, name: str) -> int | str | None:
-    """The value of one option, nearest to its own, that goes with all others."""
+def _conflicts_of_reflection(config: Config) -> Iterator[tuple[str, str]]:
+    """As `_conflicts`: a convolution mirrors no more pixels than lie behind the first."""
+    deepest, size_px = 1, -(-config.input_px // 2)
+    while size_px > 2:  # of which an odd size mirrors 2, as an even one
+        deepest, size_px = deepest + 1, -(-size_px // 2)
+    if config.is_original and not config.fs_original_use_alt:
+        if config.fs_original_depth > deepest:
+            size = f"{config.input_px} px (enc_scaling {config.enc_scaling})"
+            yield "fs_original_depth", f"2 to {deepest} with reflect_padding at {size}"
+    mirrors = ("subpixel", "upscale_fast", "upscale_hybrid")
+    least_px = 3 if config.dec_upscale_method == "upscale_dny" else 2
+    if config.fc_has_filters and config.fc_upsampler in mirrors and config.fc_dimensions < 2:
+        yield "fc_dimensions", "2 or more with reflect_padding"
+    if config.dec_upscale_method != "resize_images" and config.start_px < least_px:
+        yield (
+            "fc_dimensions",
+            (
+                f"such that the decoder begins with {least_px} px or more with reflect_padding, "
+                f"not {config.start_px} px"
+            ),
+        )
+
+
+def _nearest(config: Config, name: str, conflicts: Conflicts) -> int | str | None:
+    """The value of one option, nearest to its own, that is not refused."""
     rule = next(item.metadata for item in dataclasses.fields(config) if item.name == name)
     own = getattr(config, name)
     values = rule["choices"] or range(rule["low"], rule["high"] + 1, rule["step"])
     for value in values if rule["choices"] else sorted(values, key=lambda v: abs(v - own)):
         other = copy.copy(config)
         object.__setattr__(other, name, value)
-        if next(_conflicts(other), None) is None:
+        if name not in (refused for refused, _ in conflicts(other)):
             return value
     return None

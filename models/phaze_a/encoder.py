@@ -14,7 +14,6 @@ from .backbones import Backbone, Normalize, backbone
 from .config import Config
 from .layers import NORMS
 
-
 Code = int | tuple[int, Runs]
 """Length of a vector, or (edge in px, channels) of a picture: as `Dense` takes its inputs."""
 
@@ -35,7 +34,6 @@ class FsOriginal(nn.Module):
             self.output_px -= 0 if reflect else 3
             self.channels: Runs = (widths[-1],)
             return
-        _check_reflection(config, build)
         self.convs = downscales(3, widths[:depth], reflect=reflect)
         self.output_px = -(-self.output_px // 2**depth)
         self.channels = (widths[depth - 1],)
@@ -64,18 +62,6 @@ def _alternative(widths: list[int], reflect: bool) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-def _check_reflection(config: Config, build: Build) -> None:
-    """Refuse pictures of fewer pixels than a 5x5 convolution mirrors, and one more."""
-    most, size_px = 1, -(-config.input_px // 2)
-    while size_px > 2:
-        most, size_px = most + 1, -(-size_px // 2)
-    if build.reflect_padding and config.fs_original_depth > most:
-        raise ValueError(
-            f"{config.family}.fs_original_depth must be 2 to {most} with reflect_padding at "
-            f"{config.input_px} px, got {config.fs_original_depth}; the nearest is {most}"
-        )
-
-
 class Bottleneck(nn.Module):
     """[B, C, H, W] -> ``code``: normalised or not, then dense, pooled or as it is."""
 
@@ -84,21 +70,22 @@ class Bottleneck(nn.Module):
         self.norm: nn.Module | None = None
         if config.bottleneck_norm != "none":
             self.norm = NORMS[config.bottleneck_norm](channels)
+        self.kind, self.dense = config.bottleneck_type, None
         self.code: Code = (1, channels)
-        reduce: nn.Module = nn.Identity()
-        if config.bottleneck_type == "flatten":
+        if self.kind == "flatten":
             self.code = (edge_px, channels)  # the dense layer behind flattens
-        elif config.bottleneck_type == "dense":
+        elif self.kind == "dense":
             self.code = config.bottleneck_size
-            reduce = Dense((edge_px, channels), self.code)
-        elif config.bottleneck_type == "average_pooling":
-            reduce = nn.AdaptiveAvgPool2d(1)
-        else:
-            reduce = nn.AdaptiveMaxPool2d(1)
-        self.reduce = reduce
+            self.dense = Dense((edge_px, channels), self.code)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return self.reduce(x_bchw if self.norm is None else self.norm(x_bchw))
+        x_bchw = x_bchw if self.norm is None else self.norm(x_bchw)
+        if self.dense is not None:
+            return self.dense(x_bchw)
+        if self.kind == "average_pooling":
+            return x_bchw.mean((2, 3), keepdim=True)
+        # Not by a pooling layer: on a GPU its gradient is summed in no fixed order.
+        return x_bchw.amax((2, 3), keepdim=True) if self.kind == "max_pooling" else x_bchw
 
 
 class Encoder(nn.Module):

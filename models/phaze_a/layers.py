@@ -131,9 +131,12 @@ def dny_entry(inputs: Runs, outputs: int, *, reflect: bool) -> ConvBlocks:
     )
 
 
+Upscaler = Upscale | ResizeImages | FastUpscale | HybridUpscale | Dny
+
+
 def upscaler(
     method: str, inputs: Runs, filters: int, *, slope: float = 1.0, reflect: bool
-) -> nn.Module:
+) -> Upscaler:
     """[B, C, H, W] -> [B, filters, 2H, 2W], with LeakyReLU ``slope`` behind all that it does."""
     if method == "subpixel":
         return Upscale(inputs, filters, slope=0.1 * slope, reflect=reflect)
@@ -175,7 +178,7 @@ class Level(nn.Module):
         self.step = upscaler(
             method, inputs, filters, slope=slope if is_last else 1.0, reflect=reflect
         )
-        self.channels: Runs = self.step.channels
+        self.channels = self.step.channels
         self.noise = Noise(self.channels, slope=slope if noise_is_last else 1.0) if noise else None
         self.norm: nn.Module | None = None
         if norm == "batch":
