@@ -58,6 +58,14 @@ _PARTS = (
     {"output_size": 64, "fc_dimensions": 16, "fc_upsamples": 3, "enable_gblock": False},
     {"fs_original_use_alt": True, "enc_scaling": 5},
     {"fs_original_min_filters": 12, "fs_original_max_filters": 20},
+    {
+        "fs_original_min_filters": 12,
+        "fs_original_max_filters": 20,
+        "bottleneck_type": "flatten",
+        "fc_depth": 0,
+        "fc_dimensions": 2,
+        "fc_max_filters": 80,
+    },
 )
 
 
