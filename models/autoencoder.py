@@ -4,6 +4,7 @@ Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W 
 """
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -95,19 +96,14 @@ class Autoencoder(nn.Module, abc.ABC):
         """
         codes = self.encode(faces_nchw)
         # Split, not sliced: the gradients of both halves then meet in one copy.
-        code_a, code_b = _halves(codes)
+        code_a, code_b = halves(codes)
         if self.has_one_decoder:
             mixed = zip(self.mix(code_a, "a"), self.mix(code_b, "b"), strict=True)
             outputs = self.decode(tuple(torch.cat(sides) for sides in mixed), "a")
-            return _halves(outputs)
-        if side_stream is None:
-            return self._as_side(code_a, "a"), self._as_side(code_b, "b")
-        side_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side_stream):
-            outputs_b = self._as_side(code_b, "b")
-        outputs_a = self._as_side(code_a, "a")
-        torch.cuda.current_stream().wait_stream(side_stream)
-        return outputs_a, outputs_b
+            return halves(outputs)
+        return beside(
+            lambda: self._as_side(code_a, "a"), lambda: self._as_side(code_b, "b"), side_stream
+        )
 
     def _as_side(self, codes: Codes, side: Side) -> Outputs:
         return self.decode(self.mix(codes, side), side)
@@ -145,7 +141,21 @@ class Autoencoder(nn.Module, abc.ABC):
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The first and the last half of each batch."""
     first, last = zip(*(t.split(t.shape[0] // 2) for t in tensors), strict=True)
     return first, last
+
+
+def beside(
+    of_a: Callable[[], Outputs], of_b: Callable[[], Outputs], side_stream: torch.cuda.Stream | None
+) -> tuple[Outputs, Outputs]:
+    """What both give; B's on the side stream, if there is one, while A's is computed."""
+    if side_stream is None:
+        return of_a(), of_b()
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
+        outputs_b = of_b()
+    outputs_a = of_a()
+    torch.cuda.current_stream().wait_stream(side_stream)
+    return outputs_a, outputs_b

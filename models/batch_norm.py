@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .alignment import Runs, runs_of
+
 
 class BatchNorm(nn.Module):
     """[B, C, H, W] -> the same shape, dtype and memory format.
@@ -26,10 +28,14 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, channels: int, *, sides: int = 2, eps: float = 1e-3, momentum: float = 0.01):
+    def __init__(
+        self, channels: int | Runs, *, sides: int = 2, eps: float = 1e-3, momentum: float = 0.01
+    ):
         """``sides``: equal parts of a batch, one behind the other, that are kept apart."""
         super().__init__()
-        self.channels, self.sides, self.eps, self.momentum = channels, sides, eps, momentum
+        self.normal_channels = runs_of(channels)  # a run that is padded has no statistics there
+        self.channels = channels = sum(self.normal_channels)
+        self.sides, self.eps, self.momentum = sides, eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))

@@ -255,17 +255,21 @@ class HybridUpscale(nn.Module):
 
 
 class FastUpscale(nn.Module):
-    """[B, C, H, W] -> [B, outputs, 2H, 2W]: the sum of both ways of `HybridUpscale`."""
+    """[B, C, H, W] -> [B, outputs, 2H, 2W]: the sum of both ways of `HybridUpscale`, and of it
+    LeakyReLU ``slope``."""
 
-    def __init__(self, inputs: int | Runs, outputs: int, *, reflect: bool = False):
+    def __init__(
+        self, inputs: int | Runs, outputs: int, *, slope: float = 1.0, reflect: bool = False
+    ):
         super().__init__()
+        self.slope = slope
         self.enlarged = SameConv(inputs, outputs, 3)
         self.shuffled = Upscale(inputs, outputs, reflect=reflect)
         self.channels = self.shuffled.channels
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         enlarged, shuffled = enlarge(self.enlarged(x_bchw)), self.shuffled(x_bchw)
-        return activate(enlarged, self.enlarged.bias, slope=1, residual_bchw=shuffled)
+        return activate(enlarged, self.enlarged.bias, slope=self.slope, residual_bchw=shuffled)
 
 
 class Residual(nn.Module):

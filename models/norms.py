@@ -33,6 +33,17 @@ class InstanceNorm(nn.Module):
         return torch.addcmul(self.bias - mean * scale, x, scale).to(x_bchw.dtype)
 
 
+class AdaptiveInstanceNorm(nn.Module):
+    """Each channel of a face by itself, then gain and bias from elsewhere (Huang and Belongie
+    2017): ``gain * (x - mean) / (deviation + 0.001) + bias``."""
+
+    def forward(self, x_bchw: Tensor, gain_bc11: Tensor, bias_bc11: Tensor) -> Tensor:
+        x = _wide(x_bchw)
+        variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
+        scale = gain_bc11.to(x.dtype) / (variance.clamp_min(_TINY).sqrt() + 1e-3)
+        return torch.addcmul(bias_bc11.to(x.dtype) - mean * scale, x, scale).to(x_bchw.dtype)
+
+
 class GroupNorm(nn.Module):
     """Over 32 groups of consecutive channels of one face (Wu and He 2018); epsilon 1e-6."""
 

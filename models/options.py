@@ -28,6 +28,8 @@ def option(
 class Options:
     """What every family's ``Config`` is made from: it enforces each field's rule.
 
+    A list of words may also be one text with spaces between them.
+
     Raises:
         ValueError: On a value that breaks its rule; the option, the rule and, of numbers and
             misspelt words, the nearest valid value are named.
@@ -40,8 +42,8 @@ class Options:
             value = getattr(self, item.name)
             if item.type is float and type(value) is int:
                 value = float(value)
-            if item.type == tuple[str, ...] and isinstance(value, list):
-                value = tuple(value)
+            if item.type == tuple[str, ...] and isinstance(value, str | list):
+                value = tuple(value.split() if isinstance(value, str) else value)
             object.__setattr__(self, item.name, value)
             problem = _problem(value, item)
             if problem:

@@ -18,6 +18,7 @@ FAMILIES = {  # name -> module; one line a family, alphabetical
     "iae": ".iae",
     "lightweight": ".lightweight",
     "original": ".original",
+    "phaze-a": ".phaze_a",
     "realface": ".realface",
     "unbalanced": ".unbalanced",
     "villain": ".villain",
