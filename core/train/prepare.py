@@ -164,7 +164,8 @@ def _prepare(
         LossRing(loss.num_values, device),
         side_stream=torch.cuda.Stream(device) if side_stream else None,
     )
-    engine = engines.make(engine_name, step, feed, reporter.warning)
+    noise_seed = config.train.seed if model.is_noisy else None
+    engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
     folder.write_config(config)
     saver = stack.enter_context(Saver(folder))
     first_step = state.iterations + 1
