@@ -326,6 +326,9 @@ class TrainConfig(_Checked):
     seed: int = _setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
     """Fixes the initial weights, the order of the faces and every random number."""
 
+    freeze_weights: bool = _setting(False, flag="-f --freeze-weights")
+    """Leave some of the model as it is, normally the encoder, and train the rest faster."""
+
     device: str = _setting("auto", choices=("auto", "cpu", "cuda"), flag="--device")
     """auto: the first GPU, else the CPU."""
 

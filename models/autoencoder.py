@@ -5,7 +5,7 @@ Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W 
 
 import abc
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,9 @@ class Autoencoder(nn.Module, abc.ABC):
     load_layers: tuple[str, ...] = ("encoder",)
     """Sub-networks that ``--load-weights`` takes from another model."""
 
+    frozen: tuple[str, ...] = ()
+    """Sub-networks that `freeze` has set aside."""
+
     _noisy: ClassVar[tuple[type[nn.Module], ...]] = (nn.Dropout, nn.Dropout2d)
 
     @classmethod
@@ -105,6 +108,9 @@ class Autoencoder(nn.Module, abc.ABC):
         if side_stream is None:
             return self._as_side(code_a, "a"), self._as_side(code_b, "b")
         side_stream.wait_stream(torch.cuda.current_stream())
+        for code in codes:
+            if not code.requires_grad:  # of a frozen encoder, which keeps nothing
+                code.record_stream(side_stream)
         with torch.cuda.stream(side_stream):
             outputs_b = self._as_side(code_b, "b")
         outputs_a = self._as_side(code_a, "a")
@@ -117,6 +123,41 @@ class Autoencoder(nn.Module, abc.ABC):
     def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
         """Any faces, decoded as ``side``: its own faces are re-created, the other's swapped."""
         return self._as_side(self.encode(faces_bchw), side)
+
+    def subnetwork(self, path: str) -> nn.Module:
+        """The part at this path of attributes, such as `encoder`.
+
+        Raises:
+            ValueError: There is none; those at the top are named.
+        """
+        found = dict(self.named_modules()).get(path) if path else None
+        if found is None:
+            has = ", ".join(name for name, _ in self.named_children())
+            raise ValueError(f"{self.Config.family} has no sub-network {path!r}; it has: {has}")
+        return found
+
+    def freeze(self) -> None:
+        """Leave the `freeze_layers` as they are from now on, running estimates and all.
+
+        Raises:
+            ValueError: The model lacks one of them, or nothing would be left to train.
+        """
+        for path in self.freeze_layers:
+            self.subnetwork(path).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(
+                f"nothing of {self.Config.family} is left to train when "
+                f"{', '.join(self.freeze_layers)} are frozen; freeze less of it"
+            )
+        self.frozen = self.freeze_layers
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen part computes as in evaluation always: no dropout, the running estimates."""
+        super().train(mode)
+        for path in self.frozen:
+            self.subnetwork(path).eval()
+        return self
 
     @property
     def is_noisy(self) -> bool:

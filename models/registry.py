@@ -84,7 +84,7 @@ def build(name: str, *, seed: int = 0, **settings: Any) -> Autoencoder:
 def meta_model(name: str, **settings: Any) -> Autoencoder:
     """The model that `build` makes, without memory for its weights."""
     with torch.device("meta"):
-        return _made(name, settings)
+        return _made(name, settings).to("meta")  # layers made by skip_init are on the CPU
 
 
 def _made(name: str, settings: dict[str, Any]) -> Autoencoder:

@@ -104,12 +104,14 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
         store_bytes: Of the decoded faces of both sides, where they are kept on the GPU.
     """
     model = _model_of(config, precision)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     small, large = (_measure(model, config, precision.compute, size) for size in _PROBES)
     fixed = {
-        name: num_parameters * size
+        name: trained * size
         for name, size in _bytes_of_a_parameter(config, precision.compute).items()
     }
+    fixed |= {"frozen weights": frozen * precision.compute.itemsize}
     fixed |= {"decoded faces": store_bytes, "workspaces": _LIBRARY_BYTES, "CUDA": _CONTEXT_BYTES}
     per_face = {}
     for name in small:
@@ -173,6 +175,8 @@ def _model_of(config: Config, precision: Precision) -> Autoencoder:
     model = models.meta_model(config.model.trainer, **model_settings(config))
     if config.precision.align_channels != "off":
         model.align(MULTIPLE)
+    if config.train.freeze_weights:
+        model.freeze()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(precision.compute)
 

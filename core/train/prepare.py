@@ -126,6 +126,8 @@ def _prepare(
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
     if is_aligned:
         model.align(MULTIPLE)
+    if config.train.freeze_weights:
+        model.freeze()
     model.to(device)
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
@@ -175,6 +177,7 @@ def _prepare(
     engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
+        | _frozen_fact(config, model, update)
     )
     return Run(
         config=config,
@@ -332,3 +335,17 @@ def _facts(
         path = getattr(config.data, f"input_{side}")
         facts[f"faces_{side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
     return facts
+
+
+def _frozen_fact(config: Config, model: Autoencoder, update: Update) -> dict[str, str]:
+    """What is left as it is, where that was asked for."""
+    if not config.train.freeze_weights:
+        return {}
+    if not model.frozen:
+        return {"frozen": f"nothing: {config.model.trainer} names no layers to freeze"}
+    parameters = update.frozen.num_parameters / 1e6
+    names = ", ".join(model.frozen)
+    return {
+        "frozen": f"{parameters:.1f} M parameters of {names}, "
+        "until --set train.freeze_weights=false"
+    }
