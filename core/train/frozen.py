@@ -4,6 +4,8 @@ The network computes with them in its own precision; a checkpoint holds their ex
 and whatever state an optimizer left of them, so that a later session can go on with both.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ class Frozen:
         compute: What the network computes in.
     """
 
-    def __init__(self, parameters: dict[str, Tensor], compute: torch.dtype):
+    def __init__(self, parameters: Mapping[str, Tensor], compute: torch.dtype):
         self.parameters = parameters
         self.weights = {
             name: crop(parameter.detach(), axes_of(parameter)).to("cpu", copy=True)
