@@ -136,6 +136,10 @@ class ModelConfig(_Checked):
     conv_aware_init: bool = _setting(False, locked=True)
     """Draw the weights of convolutions convolution-aware; a large model takes minutes to begin."""
 
+    load_weights: str = _setting("", flag="-l --load-weights")
+    """Begin a new model with weights, normally the encoder's, of this model folder, generation or
+    model.safetensors of the same family."""
+
     options: dict = field(default_factory=dict, metadata={"locked": True})
     """The family's own options, such as `lowmem = true` of original."""
 

@@ -33,6 +33,7 @@ from .optim import Update
 from .precision import Precision
 from .ring import LossRing
 from .step import TrainStep
+from .transfer import load_weights
 
 
 @dataclass
@@ -96,7 +97,14 @@ def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter)
             f"{saved.path} holds no config.toml, so its settings are unknown; put it back, or "
             "choose another --model-dir"
         )
-    config, changes, refusals = resolve_resume(saved.config, given)
+    begun_with = {"model": {"load_weights": ""}}
+    if given.get("model", {}).get("load_weights"):
+        reporter.warning(
+            "model.load_weights does nothing here: it is for a new model, and this one resumes"
+        )
+    config, changes, refusals = resolve_resume(
+        merge(saved.config, begun_with), merge(given, begun_with)
+    )
     if refusals:
         raise ValueError(refusals[0])
     for change in changes:
@@ -119,15 +127,11 @@ def _prepare(
     family = models.family(config.model.trainer)
     input_px, output_px = family.sizes(options)
     num_threads = thread_count(config.data.num_threads)
-    faces = _open_faces(config, max(input_px, *output_px), device, reporter)
-    config = _with_batch_size(config, faces, precision, device)
-    model = models.build(config.model.trainer, seed=config.train.seed, **model_settings(config))
     on_gpu = device.type == "cuda"
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
-    if is_aligned:
-        model.align(MULTIPLE)
-    if config.train.freeze_weights:
-        model.freeze()
+    model, loaded = _make_model(config, is_new=saved is None, is_aligned=is_aligned)
+    faces = _open_faces(config, max(input_px, *output_px), device, reporter)
+    config = _with_batch_size(config, faces, precision, device)
     model.to(device)
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
@@ -177,6 +181,7 @@ def _prepare(
     engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
+        | loaded
         | _frozen_fact(config, model, update)
     )
     return Run(
@@ -212,8 +217,26 @@ def _resolved(config: Config) -> Config:
         if not given:
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER")
         paths[f"input_{side}"] = os.path.abspath(os.path.expanduser(given))
-    resolved = {"data": paths, "model": {"options": dataclasses.asdict(options)}}
+    resolved: dict[str, Any] = {"data": paths, "model": {"options": dataclasses.asdict(options)}}
+    if config.model.load_weights:
+        source = os.path.abspath(os.path.expanduser(config.model.load_weights))
+        resolved["model"]["load_weights"] = source
     return from_dict(merge(to_dict(config), resolved))
+
+
+def _make_model(
+    config: Config, *, is_new: bool, is_aligned: bool
+) -> tuple[Autoencoder, dict[str, str]]:
+    """The model on the CPU, and what is to be told of weights that it began with."""
+    model = models.build(config.model.trainer, seed=config.train.seed, **model_settings(config))
+    loaded = {}
+    if is_new and config.model.load_weights:
+        loaded["loaded"] = load_weights(model, Path(config.model.load_weights))
+    if is_aligned:
+        model.align(MULTIPLE)
+    if config.train.freeze_weights:
+        model.freeze()
+    return model, loaded
 
 
 def _open_faces(
