@@ -141,7 +141,7 @@ class ModelConfig(_Checked):
     model.safetensors of the same family."""
 
     options: dict = field(default_factory=dict, metadata={"locked": True})
-    """The family's own options, such as `lowmem = true` of original."""
+    """The family's own options, such as `lowmem = true` of original; each is locked or free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
