@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import models
 from ..core import config as settings
+from ..core import presets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quiet: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument(
         "-C", "--configfile", type=Path, metavar="RUN.TOML", help="settings", **quiet
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="settings under a name: see `mien preset list`", **quiet
     )
     parser.add_argument(
         "--set",
@@ -62,14 +67,18 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
             options["help"] += f" (default: {spec.default})"
         if spec.choices:
             options["help"] += f" One of: {', '.join(spec.choices)}."
+        if spec.name == "trainer":
+            options["help"] += f" There are: {', '.join(models.available())}."
     parser.add_argument(*spec.flags, **options)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Only what the user gave, nested by section: file, then ``--set``, then flags."""
+    """Only what the user gave, nested by section: preset, file, then ``--set``, then flags."""
     layers = []
+    if "preset" in args:
+        layers.append(presets.load(args.preset).settings)
     if "configfile" in args:
-        layers.append(settings.read_toml(args.configfile))
+        layers.append(presets.read(args.configfile).settings)
     layers += [settings.parse_assignment(text) for text in getattr(args, "set", [])]
     flags: dict[str, Any] = {}
     for spec in settings.all_settings():
@@ -103,7 +112,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _dry_run(given: dict[str, Any], as_json: bool) -> int:
     """Parameters, memory, two steps, and what the card's roofline allows."""
-    from .. import models
     from ..benchmarks import ceilings, harness, roofline
     from ..core.run.log import Reporter
     from ..core.train.dry_run import rehearse

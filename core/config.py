@@ -125,7 +125,7 @@ class ModelConfig(_Checked):
     """Which network is trained."""
 
     trainer: str = _setting("original", locked=True, flag="-t --trainer")
-    """Model family; `mien train --help` lists them."""
+    """Model family."""
 
     reflect_padding: bool = _setting(False, locked=True)
     """Pad convolutions by reflection instead of zeros; can lessen artefacts at the borders."""
