@@ -35,6 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print every setting as TOML and leave", **quiet
     )
     parser.add_argument(
+        "-u",
+        "--summary",
+        action="store_true",
+        help="print the model layer by layer and leave; needs no faces",
+        **quiet,
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="run two steps, say what the run needs and how fast it could be, and leave",
@@ -97,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(tomli_w.dumps(settings.to_dict(config)))
         return 0
+    if "summary" in args:
+        return _summary(given, as_json="json" in args)
     if "dry_run" in args:
         return _dry_run(given, as_json="json" in args)
     from ..core.run.checkpoint import SaveError
@@ -110,17 +119,28 @@ def run(args: argparse.Namespace) -> int:
         return HALTED
 
 
+def _summary(given: dict[str, Any], as_json: bool) -> int:
+    """The model layer by layer: of the model folder where there is one, else as given."""
+    from ..core.run.log import Reporter
+    from ..core.train.prepare import settings_of
+    from .summary import print_summary
+
+    print_summary(settings_of(given, Reporter(sys.stderr)), as_json=as_json)
+    return 0
+
+
 def _dry_run(given: dict[str, Any], as_json: bool) -> int:
     """Parameters, memory, two steps, and what the card's roofline allows."""
     from ..benchmarks import ceilings, harness, roofline
     from ..core.run.log import Reporter
     from ..core.train.dry_run import rehearse
     from ..core.train.memory import describe
+    from ..core.train.work import meta_model
 
     found = rehearse(given, Reporter(sys.stderr if as_json else sys.stdout))
     model, batch_size = found.config.model, found.config.train.batch_size
     card = harness.known_ceilings() or ceilings.measure_ceilings(found.device)
-    meta = models.meta_model(model.trainer, **settings.model_settings(found.config))
+    meta = meta_model(found.config)
     bound = roofline.ceiling(roofline.work_of(meta, batch_size), ceilings.card_of(card))
     facts = {
         "trainer": model.trainer,

@@ -22,8 +22,9 @@ from ... import models
 from ...kernels.augment import empty, workspace_bytes
 from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
-from ..config import Config, from_dict, merge, model_settings, to_dict
+from ..config import Config, from_dict, merge, to_dict
 from .precision import Precision
+from .work import meta_model
 
 MIB = 2**20
 
@@ -172,11 +173,9 @@ def _changes(
 
 def _model_of(config: Config, precision: Precision) -> Autoencoder:
     """The configured model as it is trained on a GPU: aligned, in the format of the precision."""
-    model = models.meta_model(config.model.trainer, **model_settings(config))
+    model = meta_model(config)
     if config.precision.align_channels != "off":
         model.align(MULTIPLE)
-    if config.train.freeze_weights:
-        model.freeze()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.to(precision.compute)
 

@@ -112,6 +112,22 @@ def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter)
     return config
 
 
+def settings_of(given: dict[str, Any], reporter: Reporter) -> Config:
+    """The settings that training would have: of the model where there is one, which is only read.
+
+    Raises:
+        ValueError: As training would raise it.
+    """
+    config = from_dict(given)
+    path = Path(config.save.model_dir).expanduser()
+    if not config.save.model_dir or not (path / "generations").is_dir():
+        return config
+    trainer = given.get("model", {}).get("trainer")
+    with ModelFolder(path, trainer=trainer, read_only=True) as folder:
+        saved = folder.load()
+    return config if saved is None else resumed_config(saved, given, reporter)
+
+
 def _prepare(
     config: Config,
     saved: Generation | None,
