@@ -96,9 +96,11 @@ class Autoencoder(nn.Module, abc.ABC):
         Args:
             faces_nchw: A's faces, then as many of B, 0..1.
             side_stream: Decode B there while A is decoded; the backward pass then does likewise.
-                The codes must live until then: an encoder's last operation keeps its result.
+                The codes must live until then: an encoder's last operation keeps its result, and
+                those of a frozen one are lent.
         """
         codes = self.encode(faces_nchw)
+        lend(codes, side_stream)
         # Split, not sliced: the gradients of both halves then meet in one copy.
         code_a, code_b = _halves(codes)
         if self.has_one_decoder:
@@ -108,9 +110,6 @@ class Autoencoder(nn.Module, abc.ABC):
         if side_stream is None:
             return self._as_side(code_a, "a"), self._as_side(code_b, "b")
         side_stream.wait_stream(torch.cuda.current_stream())
-        for code in codes:
-            if not code.requires_grad:  # of a frozen encoder, which keeps nothing
-                code.record_stream(side_stream)
         with torch.cuda.stream(side_stream):
             outputs_b = self._as_side(code_b, "b")
         outputs_a = self._as_side(code_a, "a")
@@ -185,6 +184,17 @@ class Autoencoder(nn.Module, abc.ABC):
             conv_aware_init=self.build.conv_aware_init,
         )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def lend(codes: Codes, side_stream: torch.cuda.Stream | None) -> None:
+    """Keep the memory of codes without a history from others until the side stream is past them.
+
+    A backward pass drops them when B's part is queued, not done. Codes with a history live longer.
+    """
+    if side_stream is not None:
+        for code in codes:
+            if not code.requires_grad:
+                code.record_stream(side_stream)
 
 
 def _halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
