@@ -55,7 +55,7 @@ def test_every_family_has_the_layers_that_it_freezes_and_loads(name):
     model.freeze()
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if _is_of(n, *model.freeze_layers)}
-    assert frozen
+    assert bool(frozen) == bool(model.freeze_layers)
     for path in model.load_layers:
         assert len(list(model.subnetwork(path).parameters())) > 0
 
