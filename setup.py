@@ -54,7 +54,11 @@ class PlatformWheel(bdist_wheel):
 setup(
     package_dir={"mien": "."},
     packages=["mien"] + [f"mien.{name}" for name in find_packages(include=ROOMS)],
-    package_data={"mien.kernels": ["csrc/include/*.h"], "mien.core.faces": ["*.npz"]},
+    package_data={
+        "mien.kernels": ["csrc/include/*.h"],
+        "mien.core.faces": ["*.npz"],
+        "mien.core.presets": ["*.toml"],
+    },
     include_package_data=False,
     ext_modules=[Extension("mien.kernels.libmien", sources=[])],
     cmdclass={"build_py": RootPackage, "build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},

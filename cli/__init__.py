@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "Train a model, or resume one.",
     "demo": "Draw two face sets and train a small model on them.",
     "faces": "Check, inspect or draw folders of faces.",
+    "preset": "List, show and save settings under a name.",
     "bench": "Measure the parts and the whole.",
     "doctor": "Say what this machine has and which path each part will take.",
 }

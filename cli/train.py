@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import models
 from ..core import config as settings
+from ..core import presets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-C", "--configfile", type=Path, metavar="RUN.TOML", help="settings", **quiet
     )
     parser.add_argument(
+        "--preset", metavar="NAME", help="settings under a name: see `mien preset list`", **quiet
+    )
+    parser.add_argument(
         "--set",
         action="append",
         metavar="SECTION.KEY=VALUE",
@@ -28,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print every setting as TOML and leave", **quiet
+    )
+    parser.add_argument(
+        "-u",
+        "--summary",
+        action="store_true",
+        help="print the model layer by layer and leave; needs no faces",
+        **quiet,
     )
     parser.add_argument(
         "--dry-run",
@@ -62,14 +74,18 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
             options["help"] += f" (default: {spec.default})"
         if spec.choices:
             options["help"] += f" One of: {', '.join(spec.choices)}."
+        if spec.name == "trainer":
+            options["help"] += f" There are: {', '.join(models.available())}."
     parser.add_argument(*spec.flags, **options)
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Only what the user gave, nested by section: file, then ``--set``, then flags."""
+    """Only what the user gave, nested by section: preset, file, then ``--set``, then flags."""
     layers = []
+    if "preset" in args:
+        layers.append(presets.load(args.preset).settings)
     if "configfile" in args:
-        layers.append(settings.read_toml(args.configfile))
+        layers.append(presets.read(args.configfile).settings)
     layers += [settings.parse_assignment(text) for text in getattr(args, "set", [])]
     flags: dict[str, Any] = {}
     for spec in settings.all_settings():
@@ -88,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
 
         sys.stdout.write(tomli_w.dumps(settings.to_dict(config)))
         return 0
+    if "summary" in args:
+        return _summary(given, as_json="json" in args)
     if "dry_run" in args:
         return _dry_run(given, as_json="json" in args)
     from ..core.run.checkpoint import SaveError
@@ -101,18 +119,28 @@ def run(args: argparse.Namespace) -> int:
         return HALTED
 
 
+def _summary(given: dict[str, Any], as_json: bool) -> int:
+    """The model layer by layer: of the model folder where there is one, else as given."""
+    from ..core.run.log import Reporter
+    from ..core.train.prepare import settings_of
+    from .summary import print_summary
+
+    print_summary(settings_of(given, Reporter(sys.stderr)), as_json=as_json)
+    return 0
+
+
 def _dry_run(given: dict[str, Any], as_json: bool) -> int:
     """Parameters, memory, two steps, and what the card's roofline allows."""
-    from .. import models
     from ..benchmarks import ceilings, harness, roofline
     from ..core.run.log import Reporter
     from ..core.train.dry_run import rehearse
     from ..core.train.memory import describe
+    from ..core.train.work import meta_model
 
     found = rehearse(given, Reporter(sys.stderr if as_json else sys.stdout))
     model, batch_size = found.config.model, found.config.train.batch_size
     card = harness.known_ceilings() or ceilings.measure_ceilings(found.device)
-    meta = models.meta_model(model.trainer, **settings.model_settings(found.config))
+    meta = meta_model(found.config)
     bound = roofline.ceiling(roofline.work_of(meta, batch_size), ceilings.card_of(card))
     facts = {
         "trainer": model.trainer,

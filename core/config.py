@@ -125,7 +125,7 @@ class ModelConfig(_Checked):
     """Which network is trained."""
 
     trainer: str = _setting("original", locked=True, flag="-t --trainer")
-    """Model family; `mien train --help` lists them."""
+    """Model family."""
 
     reflect_padding: bool = _setting(False, locked=True)
     """Pad convolutions by reflection instead of zeros; can lessen artefacts at the borders."""
@@ -136,8 +136,12 @@ class ModelConfig(_Checked):
     conv_aware_init: bool = _setting(False, locked=True)
     """Draw the weights of convolutions convolution-aware; a large model takes minutes to begin."""
 
+    load_weights: str = _setting("", flag="-l --load-weights")
+    """Begin a new model with weights, normally the encoder's, of this model folder, generation or
+    model.safetensors of the same family."""
+
     options: dict = field(default_factory=dict, metadata={"locked": True})
-    """The family's own options, such as `lowmem = true` of original."""
+    """The family's own options, such as `lowmem = true` of original; each is locked or free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,6 +329,9 @@ class TrainConfig(_Checked):
 
     seed: int = _setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
     """Fixes the initial weights, the order of the faces and every random number."""
+
+    freeze_weights: bool = _setting(False, flag="-f --freeze-weights")
+    """Leave some of the model as it is, normally the encoder, and train the rest faster."""
 
     device: str = _setting("auto", choices=("auto", "cpu", "cuda"), flag="--device")
     """auto: the first GPU, else the CPU."""

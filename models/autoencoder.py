@@ -6,7 +6,7 @@ Shape letters: B faces of one side, N = 2B faces of both, C channels, H rows, W 
 import abc
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,9 @@ class Autoencoder(nn.Module, abc.ABC):
     load_layers: tuple[str, ...] = ("encoder",)
     """Sub-networks that ``--load-weights`` takes from another model."""
 
+    frozen: tuple[str, ...] = ()
+    """Sub-networks that `freeze` has set aside."""
+
     @classmethod
     def sizes(cls, _options: Any) -> tuple[int, tuple[int, ...]]:
         """``(input_px, output_px)`` of a model with these options, without making it."""
@@ -92,9 +95,11 @@ class Autoencoder(nn.Module, abc.ABC):
         Args:
             faces_nchw: A's faces, then as many of B, 0..1.
             side_stream: Decode B there while A is decoded; the backward pass then does likewise.
-                The codes must live until then: an encoder's last operation keeps its result.
+                The codes must live until then: an encoder's last operation keeps its result, and
+                those of a frozen one are lent.
         """
         codes = self.encode(faces_nchw)
+        lend(codes, side_stream)
         # Split, not sliced: the gradients of both halves then meet in one copy.
         code_a, code_b = halves(codes)
         if self.has_one_decoder:
@@ -111,6 +116,41 @@ class Autoencoder(nn.Module, abc.ABC):
     def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
         """Any faces, decoded as ``side``: its own faces are re-created, the other's swapped."""
         return self._as_side(self.encode(faces_bchw), side)
+
+    def subnetwork(self, path: str) -> nn.Module:
+        """The part at this path of attributes, such as `encoder`.
+
+        Raises:
+            ValueError: There is none; those at the top are named.
+        """
+        found = dict(self.named_modules()).get(path) if path else None
+        if found is None:
+            has = ", ".join(name for name, _ in self.named_children())
+            raise ValueError(f"{self.Config.family} has no sub-network {path!r}; it has: {has}")
+        return found
+
+    def freeze(self) -> None:
+        """Leave the `freeze_layers` as they are from now on, running estimates and all.
+
+        Raises:
+            ValueError: The model lacks one of them, or nothing would be left to train.
+        """
+        for path in self.freeze_layers:
+            self.subnetwork(path).requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError(
+                f"nothing of {self.Config.family} is left to train when "
+                f"{', '.join(self.freeze_layers)} are frozen; freeze less of it"
+            )
+        self.frozen = self.freeze_layers
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """A frozen part computes as in evaluation always: no dropout, the running estimates."""
+        super().train(mode)
+        for path in self.frozen:
+            self.subnetwork(path).eval()
+        return self
 
     @property
     def is_noisy(self) -> bool:
@@ -131,14 +171,28 @@ class Autoencoder(nn.Module, abc.ABC):
                 cast(Any, module).align(multiple)
 
     def initialize(self, seed: int) -> None:
-        """Fill every weight as a pure function of ``seed`` and lay them out channels_last."""
+        """Fill every weight as a pure function of ``seed``."""
         initialize(
             self,
             torch.Generator().manual_seed(seed),
             icnr_init=self.build.icnr_init,
             conv_aware_init=self.build.conv_aware_init,
         )
+
+    def lay_out(self) -> None:
+        """Put the weights in channels_last order."""
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def lend(codes: Codes, side_stream: torch.cuda.Stream | None) -> None:
+    """Keep the memory of codes without a history from others until the side stream is past them.
+
+    A backward pass drops them when B's part is queued, not done. Codes with a history live longer.
+    """
+    if side_stream is not None:
+        for code in codes:
+            if not code.requires_grad:
+                code.record_stream(side_stream)
 
 
 def halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

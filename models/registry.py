@@ -1,14 +1,13 @@
-"""Names to model families, without importing any of them until it is asked for."""
+"""Names to model families, without importing any of them, or torch, until it is asked for."""
 
 import dataclasses
 import difflib
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .autoencoder import Autoencoder, Build
+if TYPE_CHECKING:
+    from .autoencoder import Autoencoder
 
 FAMILIES = {  # name -> module; one line a family, alphabetical
     "dfaker": ".dfaker",
@@ -24,13 +23,13 @@ FAMILIES = {  # name -> module; one line a family, alphabetical
     "villain": ".villain",
 }
 
-_classes: dict[str, type[Autoencoder]] = {}
+_classes: dict[str, type["Autoencoder"]] = {}
 
 
-def register(name: str) -> Callable[[type[Autoencoder]], type[Autoencoder]]:
+def register(name: str) -> Callable[[type["Autoencoder"]], type["Autoencoder"]]:
     """Class decorator: make the class buildable as ``name``."""
 
-    def add(cls: type[Autoencoder]) -> type[Autoencoder]:
+    def add(cls: type["Autoencoder"]) -> type["Autoencoder"]:
         if name in _classes:
             raise ValueError(f"model {name!r} is already registered")
         _classes[name] = cls
@@ -45,7 +44,7 @@ def available() -> list[str]:
     return sorted(FAMILIES)
 
 
-def family(name: str) -> type[Autoencoder]:
+def family(name: str) -> type["Autoencoder"]:
     """Class of a family; ValueError naming the known ones where there is no such one."""
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1)
@@ -72,23 +71,32 @@ def options_of(name: str, options: dict[str, Any]) -> Any:
     return kind(**options)
 
 
-def build(name: str, *, seed: int = 0, **settings: Any) -> Autoencoder:
-    """A freshly initialised model on the CPU, in channels_last; a pure function of the arguments.
+def build(name: str, *, seed: int | None = 0, **settings: Any) -> "Autoencoder":
+    """A model on the CPU, in channels_last; its weights are a pure function of the arguments.
 
-    ``settings`` are fields of `Build` and of the family's ``Config``.
+    Args:
+        name: Of the family.
+        seed: None leaves the weights unfilled, for a checkpoint to bring them.
+        settings: Fields of `Build` and of the family's ``Config``.
     """
     model = _made(name, settings)
-    model.initialize(seed)
+    if seed is not None:
+        model.initialize(seed)
+    model.lay_out()
     return model
 
 
-def meta_model(name: str, **settings: Any) -> Autoencoder:
+def meta_model(name: str, **settings: Any) -> "Autoencoder":
     """The model that `build` makes, without memory for its weights."""
+    import torch
+
     with torch.device("meta"):
         return _made(name, settings).to("meta")  # layers made by skip_init are on the CPU
 
 
-def _made(name: str, settings: dict[str, Any]) -> Autoencoder:
+def _made(name: str, settings: dict[str, Any]) -> "Autoencoder":
+    from .autoencoder import Build
+
     shapes = [item.name for item in dataclasses.fields(Build)]
     shape = Build(**{key: settings[key] for key in shapes if key in settings})
     options = {key: value for key, value in settings.items() if key not in shapes}

@@ -5,6 +5,7 @@ import re
 import pytest
 import tomli_w
 
+from mien import models
 from mien.cli import main
 from mien.core import config as settings
 
@@ -113,3 +114,11 @@ def test_broken_toml_is_one_line(capsys, tmp_path):
 @pytest.mark.parametrize("value", ["auto", 0])
 def test_a_word_stands_for_a_number(value):
     assert settings.from_dict({"train": {"batch_size": value}}).train.batch_size == 0
+
+
+def test_the_help_of_train_names_every_trainer(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for name in models.available():
+        assert f" {name}," in said or f" {name}." in said

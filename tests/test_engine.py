@@ -1,7 +1,10 @@
 """Engines: eager, compiled and graphed steps are the same training."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mien import models
 from mien.core.config import from_dict
@@ -13,6 +16,7 @@ from mien.core.train.losses import Loss
 from mien.core.train.optim import Update
 from mien.core.train.ring import LossRing
 from mien.core.train.step import TrainStep
+from mien.models.batch_norm import BatchNorm
 
 CPU = torch.device("cpu")
 
@@ -101,6 +105,68 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly_and_says_why(monkeypatch):
         "the compile engine cannot run here (no working C++ compiler); training goes on eagerly"
     ]
     _assert_same_bits(result, _trained("eager"))
+
+
+def _noise(faces_seen, noise_seed=3):
+    """Random numbers that a step of these faces draws."""
+    drawn = []
+
+    def step(_):
+        drawn.append(torch.rand(4))
+
+    feed = SimpleNamespace(next=lambda _: None)
+    engine = engines.make("eager", step, feed, pytest.fail, noise_seed=noise_seed)
+    engine(dict.fromkeys("ab", faces_seen))
+    return drawn[0]
+
+
+def test_the_noise_of_a_step_follows_from_its_seed_and_faces_alone():
+    first = _noise(8)
+    assert torch.equal(first, _noise(8))
+    assert not torch.equal(first, _noise(16))
+    assert not torch.equal(first, _noise(8, noise_seed=4))
+
+
+def test_a_model_without_noise_leaves_the_generator_alone():
+    assert not torch.equal(_noise(8, noise_seed=None), _noise(8, noise_seed=None))
+
+
+def _noisy(name, device):
+    """Outputs of three steps of dropout alone, as an engine of this name runs them."""
+    x = torch.ones(1000, device=device)
+    out = torch.zeros(3, 1000, device=device)
+    place = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def step(_):
+        out.index_copy_(0, place, F.dropout(x)[None])
+
+    feed = SimpleNamespace(
+        next=lambda _: None, batch=lambda: None, seek=lambda _: None, is_capturable=True
+    )
+    engine = engines.make(name, step, feed, pytest.fail, noise_seed=3)
+    for number in range(engines.WARM_UP + 3):
+        place.fill_(max(number - engines.WARM_UP, 0))
+        engine(dict.fromkeys("ab", number))
+    return out.cpu()
+
+
+@pytest.mark.gpu
+def test_a_replayed_graph_draws_the_noise_of_an_eager_step():
+    eager, graphed = _noisy("eager", "cuda"), _noisy("graph", "cuda")
+    assert torch.equal(eager, graphed)
+    assert not torch.equal(graphed[0], graphed[1])
+
+
+def test_a_trial_compilation_leaves_running_estimates_alone(monkeypatch):
+    """The network runs once more than the step does; a resumed run must not show it."""
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    network = BatchNorm(3)
+    step = SimpleNamespace(update=SimpleNamespace(model=network), network=network, forward=network)
+    feed = SimpleNamespace(next=lambda _: SimpleNamespace(input_nchw=torch.rand(4, 3, 2, 2)))
+    engine = engines.make("compile", step, feed, pytest.fail)
+    engine._try({})
+    assert torch.equal(network.running_mean, torch.zeros(3))
+    assert torch.equal(network.running_var, torch.ones(3))
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """Training as a user sees it: it learns, saves, resumes bit for bit, and stops as it should."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mien import models
 from mien.cli import main
 from mien.core.data.feed import Feed
 from mien.core.faces.png import read_header, write_face
@@ -66,6 +68,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sides, tmp_path, mode):
     state = json.loads((resumed / "state.json").read_text())
     assert state["iterations"] == 6
     assert [session["iterations"] for session in state["sessions"]] == [2, 4]
+
+
+@pytest.mark.slow
+def test_a_noisy_model_resumes_with_the_same_noise(sides, tmp_path):
+    options = dataclasses.asdict(models.family("unbalanced").tiny)
+    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-t", "unbalanced", "-b", "2"]
+    for name, value in options.items():
+        words += ["--set", f"model.options.{name}={json.dumps(value)}"]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert main([*words, "-m", str(straight), "-i", "4"]) == 0
+    assert main([*words, "-m", str(resumed), "-i", "2"]) == 0
+    torch.rand(7)  # the generator is elsewhere in its sequence
+    assert main(["train", "-m", str(resumed), "-i", "2"]) == 0
+    _assert_same_bits(straight, resumed)
 
 
 def test_seeds_decide_everything(sides, tmp_path):

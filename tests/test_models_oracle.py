@@ -1,5 +1,6 @@
 """Every family against the oracle: weights, wiring, and what comes out for weights by its rule."""
 
+import functools
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from conftest import ORACLE
 
 from mien import models
-from mien.benchmarks.roofline import work_of
+from mien.core.train.work import work_of
 from mien.models.keras_weights import keras_entries
 
 pytestmark = pytest.mark.oracle
@@ -28,15 +29,15 @@ def _cases(file, list_name):
     ]
 
 
-def _meta_model(case):
+def _made(case, make):
     settings = {**case["global_changed"], **case["changed"]}
-    return models.meta_model(case["model"].replace("_", "-"), **settings)
+    return make(case["model"].replace("_", "-"), **settings)
 
 
 @pytest.mark.parametrize("case", _cases("oracle.json", "configs"))
 def test_weights_equal_the_oracle(case):
     """Counts in total and per sub-network, shapes and order of every weight; sizes in and out."""
-    model, total = _meta_model(case), 0
+    model, total = _made(case, models.meta_model), 0
     for subnet in case["subnets"]:
         entries = [*keras_entries(getattr(model, subnet["name"]))]
         shapes = [tuple(row[3]) for row in subnet["weights"]]
@@ -59,7 +60,7 @@ def test_products_equal_the_oracle(case):
     macs = {subnet["name"]: subnet["macs_per_call"] for subnet in case["subnets"]}
     calls = {(name, *inputs) for name, inputs, _ in case["wiring"] if name in macs}
     expected = sum(macs[name] for name, *_ in calls)
-    found = work_of(_meta_model(case), 1).flops("forward") // 2
+    found = work_of(_made(case, models.meta_model), 1).flops("forward") // 2
     assert found <= sum(case["macs_per_example"].values())
     assert found == pytest.approx(expected, rel=1e-3)
 
@@ -67,8 +68,8 @@ def test_products_equal_the_oracle(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", _cases("forward.json", "cases"))
 def test_outputs_equal_the_oracle(case, oracle):
-    wanted, model = oracle("models/forward.npz"), _meta_model(case).to_empty(device="cpu")
-    model.eval().to(memory_format=torch.channels_last)
+    wanted = oracle("models/forward.npz")
+    model = _made(case, functools.partial(models.build, seed=None)).eval()
     entries = [*keras_entries(model)]
     assert len(entries) == len(case["weights"])
     for entry, (k, _, _, _, shape, base, scale) in zip(entries, case["weights"], strict=True):

@@ -1,11 +1,14 @@
 """The run's state survives JSON and refuses disorder; resuming keeps what is locked."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 
+from mien import models
 from mien.core.config import Config, all_settings, from_dict, to_dict
 from mien.core.run.session import SCHEMA, TrainingState, resolve_resume
+from mien.models.options import Options, option
 
 
 def trained_state() -> TrainingState:
@@ -141,7 +144,7 @@ def test_a_missing_key_is_named(key):
 SAVED = to_dict(
     from_dict(
         {
-            "model": {"trainer": "lightweight", "options": {"lowmem": True}},
+            "model": {"trainer": "lightweight", "options": {"width": 32}},
             "data": {"input_a": "old/a", "coverage": 87.5},
             "train": {"batch_size": 8, "seed": 5},
         }
@@ -177,7 +180,7 @@ def test_free_settings_that_are_given_win_and_are_told():
 
 def test_locked_settings_may_be_repeated_but_not_changed():
     same = {
-        "model": {"trainer": "lightweight", "options": {"lowmem": True}},
+        "model": {"trainer": "lightweight", "options": {"width": 32}},
         "data": {"coverage": 87.5},
         "train": {"seed": 5},
     }
@@ -212,6 +215,60 @@ def test_every_setting_is_refused_or_updated_as_its_lock_says(spec):
     saved = to_dict(Config())
     _, changes, refusals = resolve_resume(saved, {spec.section: {spec.name: other}})
     assert (len(changes), len(refusals)) == ((0, 1) if spec.locked else (1, 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FreeAndLocked(Options):
+    """Options of a family, one of each kind and one of several words."""
+
+    family = "original"
+    nodes: int = option(8, low=1, high=64)
+    dropout: float = option(0.0, low=0.0, high=0.9, free=True)
+    layers: tuple[str, ...] = option(("encoder",), choices=("encoder", "fc"), free=True)
+
+
+@pytest.fixture
+def saved_with_options(monkeypatch):
+    """Settings of a model made before there were `layers`."""
+    monkeypatch.setattr(models.family("original"), "Config", _FreeAndLocked)
+    return to_dict(from_dict({"model": {"options": {"nodes": 16, "dropout": 0.25}}}))
+
+
+def test_free_options_change_and_locked_ones_are_refused_one_by_one(saved_with_options):
+    given = {"model": {"options": {"nodes": 16, "dropout": 0.5, "layers": ["encoder", "fc"]}}}
+    config, changes, refusals = resolve_resume(saved_with_options, given)
+    assert refusals == []
+    assert changes == [
+        "updated model.options.dropout from 0.25 to 0.5",
+        "updated model.options.layers from ['encoder'] to ['encoder', 'fc']",
+    ]
+    assert config.model.options["nodes"] == 16
+    assert config.model.options["dropout"] == 0.5
+    given["model"]["options"]["nodes"] = 8
+    _, changes, refusals = resolve_resume(saved_with_options, given)
+    assert len(changes) == 2
+    assert [line.split(";")[0] for line in refusals] == [
+        "model.options.nodes is fixed at 16 in this model and cannot become 8"
+    ]
+
+
+def test_an_option_that_the_model_is_older_than_has_its_default(saved_with_options):
+    given = {"model": {"options": {"layers": ["encoder"]}}}
+    assert resolve_resume(saved_with_options, given)[1:] == ([], [])
+    assert resolve_resume(saved_with_options, {})[1:] == ([], [])
+
+
+def test_options_are_not_compared_with_those_of_another_family(saved_with_options):
+    given = {"model": {"trainer": "lightweight", "options": {"width": 8}}}
+    _, _, refusals = resolve_resume(saved_with_options, given)
+    assert len(refusals) == 1
+    assert refusals[0].startswith("model.trainer is fixed at original")
+
+
+def test_an_option_out_of_its_range_is_refused(saved_with_options):
+    given = {"model": {"options": {"dropout": 0.95}}}
+    with pytest.raises(ValueError, match="original.dropout must be 0 to 0.9, got 0.95"):
+        resolve_resume(saved_with_options, given)
 
 
 def test_a_lock_is_told_before_a_clash_between_settings():

@@ -656,6 +656,45 @@ def _digest(body: dict[str, Any]) -> str:
 # Reading files: everything may be damaged or made by a stranger
 
 
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """A model's tensors as saved, and its family where that is told.
+
+    ``path`` is a model folder (its newest whole generation is read), a generation's folder or a
+    safetensors file.
+
+    Raises:
+        ValueError: There is none of these, or it is damaged.
+    """
+    try:
+        if path.is_file():
+            return _read_tensor_file(path)
+        if (path / MANIFEST).is_file():
+            manifest = _read_manifest(path)
+            return _read_tensors(path, MODEL, manifest), manifest.trainer
+    except (OSError, _DamagedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read weights from {path}: {reason}") from error
+    if not (path / "generations").is_dir():
+        raise ValueError(
+            f"no weights in {path}: it must be a model folder, a generation of one, or a "
+            "model.safetensors"
+        )
+    with ModelFolder(path, read_only=True) as folder:
+        generation = folder.load()
+    if generation is None:
+        raise ValueError(f"nothing has been saved in model folder {path} yet; load from another")
+    return generation.model, generation.state.get("trainer")
+
+
+def _read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            return tensors, (stream.metadata() or {}).get("trainer")
+    except SafetensorError as error:
+        raise _DamagedError("it is not a valid safetensors file") from error
+
+
 def _open_plain(path: str, flags: int) -> int:
     """A handle that follows no link and waits for no pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -9,9 +9,11 @@ import math
 import re
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ... import models
 from ..config import Config, all_settings, from_dict, merge, to_dict
 
 SCHEMA = 1
@@ -163,7 +165,8 @@ def resolve_resume(
 ) -> tuple[Config, list[str], list[str]]:
     """The settings of a resumed run, a sentence per changed one, and one per refused one.
 
-    Locked settings are the saved model's. Free ones are as given where given, else as saved.
+    Locked settings are the saved model's. Free ones are as given where given, else as saved. The
+    same holds for each option of the model; one that the saved model is older than has its default.
 
     Args:
         saved_config: Nested plain values, as stored with the model.
@@ -173,29 +176,72 @@ def resolve_resume(
         ValueError: On an unknown setting or a value out of range, on either side.
     """
     saved = to_dict(from_dict(saved_config))
-    chosen: dict[str, dict[str, Any]] = {}
+    chosen: dict[str, Any] = {}
     changes, refusals = [], []
+    for setting in _compared(saved, given):
+        old, new = _shown(setting.old), _shown(setting.new)
+        if setting.locked:
+            refusals.append(
+                f"{setting.name} is fixed at {old} in this model and cannot become {new}; "
+                "leave it out, or choose another --model-dir"
+            )
+        else:
+            nested = setting.new
+            for key in reversed(setting.path):
+                nested = {key: nested}
+            chosen = merge(chosen, nested)
+            changes.append(f"updated {setting.name} from {old} to {new}")
+    return from_dict(merge(saved, chosen if refusals else given)), changes, refusals
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """A setting that is given other than it was saved."""
+
+    path: tuple[str, ...]
+    old: Any
+    new: Any
+    locked: bool
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+
+def _compared(
+    saved: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]
+) -> Iterator[_Changed]:
+    """Every given setting that differs from the saved one."""
     for spec in all_settings():
         table = given.get(spec.section)
         if not isinstance(table, dict) or spec.name not in table:
             continue
-        name = f"{spec.section}.{spec.name}"
         old, new = saved[spec.section][spec.name], table[spec.name]
-        if old == (merge(old, new) if isinstance(old, dict) and isinstance(new, dict) else new):
-            continue
-        if spec.locked:
-            refusals.append(
-                f"{name} is fixed at {_shown(old)} in this model and cannot become {_shown(new)}; "
-                "leave it out, or choose another --model-dir"
-            )
-        else:
-            chosen.setdefault(spec.section, {})[spec.name] = new
-            changes.append(f"updated {name} from {_shown(old)} to {_shown(new)}")
-    return from_dict(merge(saved, chosen if refusals else given)), changes, refusals
+        path = (spec.section, spec.name)
+        if path == ("model", "options") and isinstance(new, dict):
+            yield from _compared_options(saved["model"], given["model"])
+        elif old != new:
+            yield _Changed(path, old, new, spec.locked)
+
+
+def _compared_options(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[_Changed]:
+    """Every given option of the saved model's family that differs from the saved one."""
+    trainer = saved["trainer"]
+    if given.get("trainer", trainer) != trainer:
+        return  # refused as such; the options are of another family
+    old = models.options_of(trainer, saved["options"])
+    new = models.options_of(trainer, {**saved["options"], **given["options"]})
+    for item in dataclasses.fields(old):
+        was, becomes = getattr(old, item.name), getattr(new, item.name)
+        if was != becomes:
+            path = ("model", "options", item.name)
+            yield _Changed(path, was, becomes, locked=not item.metadata["free"])
 
 
 def _shown(value: Any) -> str:
     """A value as a user writes it."""
+    if isinstance(value, tuple):
+        return str(list(value))
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) and value else repr(value)

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from ..config import Config, from_dict, merge, to_dict
+from ..config import Config, merge, to_dict
 from ..data.sides import SIDES
-from ..run.checkpoint import ModelFolder
 from ..run.log import Reporter
 from . import memory
 from .engine import WARM_UP
-from .prepare import Run, free_bytes, open_run, resumed_config
+from .prepare import Run, free_bytes, open_run, settings_of
 
 STEPS = 2
 
@@ -53,7 +52,7 @@ def rehearse(given: dict[str, Any], reporter: Reporter) -> Rehearsal:
     Raises:
         ValueError: As training would raise it.
     """
-    config = _settings(given, reporter)
+    config = settings_of(given, reporter)
     with tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch:
         own_faces = Path(config.save.model_dir).expanduser() / "faces"
         decoded = str(own_faces) if config.save.model_dir and own_faces.is_dir() else ""
@@ -63,17 +62,6 @@ def rehearse(given: dict[str, Any], reporter: Reporter) -> Rehearsal:
         }
         with open_run(merge(to_dict(config), trial), reporter) as run:
             return _rehearsed(run)
-
-
-def _settings(given: dict[str, Any], reporter: Reporter) -> Config:
-    """The settings that training would have: of the model where there is one."""
-    config = from_dict(given)
-    path = Path(config.save.model_dir).expanduser()
-    if not config.save.model_dir or not (path / "generations").is_dir():
-        return config
-    with ModelFolder(path, trainer=given.get("model", {}).get("trainer")) as folder:
-        saved = folder.load()
-    return config if saved is None else resumed_config(saved, given, reporter)
 
 
 def _rehearsed(run: Run) -> Rehearsal:

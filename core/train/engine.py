@@ -4,6 +4,7 @@ A graph holds everything from the draw of the faces to the update of the weights
 one call of the driver, with no Python, no transfer and no wait in it.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -47,9 +48,25 @@ def choose(setting: str, device: torch.device) -> tuple[str, str]:
     return "eager", "the default on a CPU"
 
 
-def make(name: str, step: TrainStep, feed: Source, warn: Callable[[str], None]) -> "Engine":
-    """The engine of this name; ``warn`` is told where it falls back, and why."""
-    return {"eager": Engine, "compile": Compiled, "graph": Graphed}[name](step, feed, warn)
+def make(
+    name: str,
+    step: TrainStep,
+    feed: Source,
+    warn: Callable[[str], None],
+    *,
+    noise_seed: int | None = None,
+) -> "Engine":
+    """The engine of this name.
+
+    Args:
+        name: As `choose` gives it.
+        step: Trains on a batch.
+        feed: Where batches come from.
+        warn: Is told where the engine falls back, and why.
+        noise_seed: Of a model that draws random numbers: fixes those of every iteration.
+    """
+    kinds = {"eager": Engine, "compile": Compiled, "graph": Graphed}
+    return kinds[name](step, feed, warn, noise_seed)
 
 
 class Engine:
@@ -57,12 +74,31 @@ class Engine:
 
     name = "eager"
 
-    def __init__(self, step: TrainStep, feed: Source, warn: Callable[[str], None]):
-        self.step, self.feed, self.warn = step, feed, warn
+    def __init__(
+        self,
+        step: TrainStep,
+        feed: Source,
+        warn: Callable[[str], None],
+        noise_seed: int | None = None,
+    ):
+        self.step, self.feed, self.warn, self.noise_seed = step, feed, warn, noise_seed
 
     def __call__(self, faces_seen: dict[str, int]) -> None:
         """Train on the batch after ``faces_seen`` faces of each side."""
-        self.step(self.feed.next(faces_seen))
+        batch = self.feed.next(faces_seen)
+        self._seed_noise(faces_seen)
+        self.step(batch)
+
+    def _seed_noise(self, faces_seen: dict[str, int]) -> None:
+        """Have the iteration's dropout and noise depend on nothing but the seed and its faces.
+
+        A graph, too, takes its seed from the generator when it is replayed.
+        """
+        if self.noise_seed is None:
+            return
+        place = f"{self.noise_seed} {sorted(faces_seen.items())}"
+        digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest))
 
     def _fall_back(self, reason: str) -> None:
         self.warn(f"the {self.name} engine cannot run here ({reason}); training goes on eagerly")
@@ -73,10 +109,7 @@ class Compiled(Engine):
     """Runs the network as torch.compile makes it; losses and update are kernels already."""
 
     name = "compile"
-
-    def __init__(self, step: TrainStep, feed: Source, warn: Callable[[str], None]):
-        super().__init__(step, feed, warn)
-        self.is_tried = False
+    is_tried = False
 
     def __call__(self, faces_seen: dict[str, int]) -> None:
         if not self.is_tried:
@@ -86,13 +119,16 @@ class Compiled(Engine):
     def _try(self, faces_seen: dict[str, int]) -> None:
         """Compile on a batch that comes again, so a failure costs nothing but time."""
         self.is_tried = True
-        plain = self.step.network
+        plain, update = self.step.network, self.step.update
+        buffers = [(buffer, buffer.clone()) for buffer in update.model.buffers()]
         self.step.network = torch.compile(plain, fullgraph=True, dynamic=False)
         try:
             self.step.forward(self.feed.next(faces_seen).input_nchw)
         except RuntimeError as error:
             self.step.network = plain
             self._fall_back(_first_line(error))
+        for buffer, before in buffers:  # batch norms have moved their running estimates
+            buffer.copy_(before)
 
 
 class Graphed(Engine):
@@ -100,8 +136,14 @@ class Graphed(Engine):
 
     name = "graph"
 
-    def __init__(self, step: TrainStep, feed: Source, warn: Callable[[str], None]):
-        super().__init__(step, feed, warn)
+    def __init__(
+        self,
+        step: TrainStep,
+        feed: Source,
+        warn: Callable[[str], None],
+        noise_seed: int | None = None,
+    ):
+        super().__init__(step, feed, warn, noise_seed)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0
         # One for all iterations before the replays: memory is cached by stream.
@@ -113,6 +155,7 @@ class Graphed(Engine):
         if self.name != "graph":
             return super().__call__(faces_seen)
         self.feed.seek(faces_seen)
+        self._seed_noise(faces_seen)
         if self.graph is not None:
             self.graph.replay()
         elif self.warm < WARM_UP:

@@ -22,8 +22,9 @@ from ... import models
 from ...kernels.augment import empty, workspace_bytes
 from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
-from ..config import Config, from_dict, merge, model_settings, to_dict
+from ..config import Config, from_dict, merge, to_dict
 from .precision import Precision
+from .work import meta_model
 
 MIB = 2**20
 
@@ -104,12 +105,14 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
         store_bytes: Of the decoded faces of both sides, where they are kept on the GPU.
     """
     model = _model_of(config, precision)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     small, large = (_measure(model, config, precision.compute, size) for size in _PROBES)
     fixed = {
-        name: num_parameters * size
+        name: trained * size
         for name, size in _bytes_of_a_parameter(config, precision.compute).items()
     }
+    fixed |= {"frozen weights": frozen * precision.compute.itemsize}
     fixed |= {"decoded faces": store_bytes, "workspaces": _LIBRARY_BYTES, "CUDA": _CONTEXT_BYTES}
     per_face = {}
     for name in small:
@@ -170,7 +173,7 @@ def _changes(
 
 def _model_of(config: Config, precision: Precision) -> Autoencoder:
     """The configured model as it is trained on a GPU: aligned, in the format of the precision."""
-    model = models.meta_model(config.model.trainer, **model_settings(config))
+    model = meta_model(config)
     if config.precision.align_channels != "off":
         model.align(MULTIPLE)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -26,6 +26,7 @@ from ...kernels.adam import (
 from ...kernels.tables import Tables
 from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
+from .frozen import Frozen
 from .precision import Precision
 
 _FIRST_SCALE = 65536.0
@@ -53,7 +54,7 @@ class Update:
     """The optimizer of one model and, with fp16, the loss scale.
 
     Takes over the model's weights: where the precision is of 16 bits, the model's parameters become
-    copies in it.
+    copies in it. Parameters that require no gradient are left as they are.
     """
 
     is_whole = True
@@ -65,8 +66,10 @@ class Update:
         config: OptimizerConfig,
         precision: Precision,
     ):
-        named = dict(model.named_parameters())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        others = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.model, self.precision = model, precision
+        self.frozen = Frozen(others, precision.compute)
         self.names, self.parameters = list(named), list(named.values())
         self.masters = [parameter.detach() for parameter in self.parameters]
         self.copies: list[Tensor] = []
@@ -115,7 +118,7 @@ class Update:
     def weights(self) -> dict[str, Tensor]:
         """The model's state in fp32, as a checkpoint holds it."""
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        return state | self._cropped(self.masters)
+        return state | self._cropped(self.masters) | self.frozen.weights
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `weights` gave.
@@ -134,6 +137,8 @@ class Update:
                 raise ValueError(f"{name} has another shape")
             if name in masters:
                 masters[name].copy_(self._padded(name, tensor))
+            elif name in self.frozen.weights:
+                self.frozen.load_weight(name, tensor)
             else:
                 state[name].copy_(tensor)
         for copy, master in zip(self.copies, self.masters, strict=False):
@@ -147,15 +152,18 @@ class Update:
         found = {name: control[index] for name, index in _SAVED.items()}
         for kind, tensors in (("mean", self.means), ("square", self.squares)):
             found |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
-        return found
+        return found | self.frozen.state
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave; the rate and epsilon stay as configured now.
+
+        A parameter of which there is nothing was frozen until now, and begins at zero.
 
         Raises:
             ValueError: A tensor is missing or has another shape.
         """
         own = self.tensors()
+        tensors = self._zeros_of_thawed(tensors) | tensors
         for name, wanted in own.items():
             if name not in tensors or tensors[name].shape != wanted.shape:
                 found = tuple(tensors[name].shape) if name in tensors else "none"
@@ -170,6 +178,17 @@ class Update:
         for name, mean, square in zip(self.names, self.means, self.squares, strict=True):
             mean.copy_(self._padded(name, tensors[f"{name}.mean"]))
             square.copy_(self._padded(name, tensors[f"{name}.square"]))
+        self.frozen.load_state(tensors)
+
+    def _zeros_of_thawed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Means and squares of the parameters of which these tensors hold neither."""
+        kinds = ("mean", "square")
+        return {
+            f"{name}.{kind}": torch.zeros_like(mean)
+            for name, mean in self._cropped(self.means).items()
+            if not any(f"{name}.{kind}" in tensors for kind in kinds)
+            for kind in kinds
+        }
 
     def _part(self, numbers: list[int], control: Tensor) -> Part:
         lists = (self.masters, self.means, self.squares, self.copies)

@@ -52,6 +52,12 @@ def resolve(mode: str, device: torch.device) -> Precision:
     return Precision(name, _COMPUTE[name], why)
 
 
+def expected(mode: str) -> Precision:
+    """The policy for ``mode`` on a GPU that is not here; a recent one has bf16."""
+    name = "bf16" if mode == "auto" else mode
+    return Precision(name, _COMPUTE[name], "expected of a GPU")
+
+
 def _choose(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
         return "fp32", "the default on a CPU; bf16 is faster where the CPU has it"

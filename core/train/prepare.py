@@ -33,6 +33,7 @@ from .optim import Update
 from .precision import Precision
 from .ring import LossRing
 from .step import TrainStep
+from .transfer import load_weights
 
 
 @dataclass
@@ -96,12 +97,35 @@ def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter)
             f"{saved.path} holds no config.toml, so its settings are unknown; put it back, or "
             "choose another --model-dir"
         )
-    config, changes, refusals = resolve_resume(saved.config, given)
+    begun_with = {"model": {"load_weights": ""}}
+    if given.get("model", {}).get("load_weights"):
+        reporter.warning(
+            "model.load_weights does nothing here: it is for a new model, and this one resumes"
+        )
+    config, changes, refusals = resolve_resume(
+        merge(saved.config, begun_with), merge(given, begun_with)
+    )
     if refusals:
         raise ValueError(refusals[0])
     for change in changes:
         reporter.warning(change)
     return config
+
+
+def settings_of(given: dict[str, Any], reporter: Reporter) -> Config:
+    """The settings that training would have: of the model where there is one, which is only read.
+
+    Raises:
+        ValueError: As training would raise it.
+    """
+    config = from_dict(given)
+    path = Path(config.save.model_dir).expanduser()
+    if not config.save.model_dir or not (path / "generations").is_dir():
+        return config
+    trainer = given.get("model", {}).get("trainer")
+    with ModelFolder(path, trainer=trainer, read_only=True) as folder:
+        saved = folder.load()
+    return config if saved is None else resumed_config(saved, given, reporter)
 
 
 def _prepare(
@@ -119,13 +143,11 @@ def _prepare(
     family = models.family(config.model.trainer)
     input_px, output_px = family.sizes(options)
     num_threads = thread_count(config.data.num_threads)
-    faces = _open_faces(config, max(input_px, *output_px), device, reporter)
-    config = _with_batch_size(config, faces, precision, device)
-    model = models.build(config.model.trainer, seed=config.train.seed, **model_settings(config))
     on_gpu = device.type == "cuda"
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
-    if is_aligned:
-        model.align(MULTIPLE)
+    model, loaded = _make_model(config, is_new=saved is None, is_aligned=is_aligned)
+    faces = _open_faces(config, max(input_px, *output_px), device, reporter)
+    config = _with_batch_size(config, faces, precision, device)
     model.to(device)
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
@@ -164,7 +186,8 @@ def _prepare(
         LossRing(loss.num_values, device),
         side_stream=torch.cuda.Stream(device) if side_stream else None,
     )
-    engine = engines.make(engine_name, step, feed, reporter.warning)
+    noise_seed = config.train.seed if model.is_noisy else None
+    engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
     folder.write_config(config)
     saver = stack.enter_context(Saver(folder))
     first_step = state.iterations + 1
@@ -174,6 +197,8 @@ def _prepare(
     engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
+        | loaded
+        | _frozen_fact(config, model, update)
     )
     return Run(
         config=config,
@@ -208,8 +233,27 @@ def _resolved(config: Config) -> Config:
         if not given:
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER")
         paths[f"input_{side}"] = os.path.abspath(os.path.expanduser(given))
-    resolved = {"data": paths, "model": {"options": dataclasses.asdict(options)}}
+    resolved: dict[str, Any] = {"data": paths, "model": {"options": dataclasses.asdict(options)}}
+    if config.model.load_weights:
+        source = os.path.abspath(os.path.expanduser(config.model.load_weights))
+        resolved["model"]["load_weights"] = source
     return from_dict(merge(to_dict(config), resolved))
+
+
+def _make_model(
+    config: Config, *, is_new: bool, is_aligned: bool
+) -> tuple[Autoencoder, dict[str, str]]:
+    """The model on the CPU, and what is to be told of weights that it began with."""
+    seed = config.train.seed if is_new else None  # else all weights come from the checkpoint
+    model = models.build(config.model.trainer, seed=seed, **model_settings(config))
+    loaded = {}
+    if is_new and config.model.load_weights:
+        loaded["loaded"] = load_weights(model, Path(config.model.load_weights))
+    if is_aligned:
+        model.align(MULTIPLE)
+    if config.train.freeze_weights:
+        model.freeze()
+    return model, loaded
 
 
 def _open_faces(
@@ -331,3 +375,17 @@ def _facts(
         path = getattr(config.data, f"input_{side}")
         facts[f"faces_{side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
     return facts
+
+
+def _frozen_fact(config: Config, model: Autoencoder, update: Update) -> dict[str, str]:
+    """What is left as it is, where that was asked for."""
+    if not config.train.freeze_weights:
+        return {}
+    if not model.frozen:
+        return {"frozen": f"nothing: {config.model.trainer} names no layers to freeze"}
+    parameters = update.frozen.num_parameters / 1e6
+    names = ", ".join(model.frozen)
+    return {
+        "frozen": f"{parameters:.1f} M parameters of {names}, "
+        "until --set train.freeze_weights=false"
+    }

@@ -38,7 +38,7 @@ class TrainStep:
         self.network: Callable[..., Any] = model
         """What computes the outputs: the model, or the model compiled."""
 
-        self.parameters = list(model.parameters())
+        self.parameters = update.parameters
         self.loss, self.update, self.ring, self.side_stream = loss, update, ring, side_stream
 
     def __call__(self, batch: Batch) -> None:
@@ -57,9 +57,12 @@ class TrainStep:
     def backward(
         self, outputs: tuple[Outputs, Outputs], gradients: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...]:
-        """The gradient of every parameter, given those of the outputs.
+        """The gradient of every trained parameter, given those of the outputs.
 
         Meanwhile an update with overlap moves the weights whose gradients are there.
         """
+        pairs = zip((*outputs[0], *outputs[1]), gradients, strict=True)
+        # An output has no history where all that leads to it is frozen.
+        roots, slopes = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
         with self.update.beside_backward():
-            return torch.autograd.grad((*outputs[0], *outputs[1]), self.parameters, gradients)
+            return torch.autograd.grad(roots, self.parameters, slopes)

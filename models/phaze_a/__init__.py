@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..alignment import Runs
-from ..autoencoder import Autoencoder, Build, Codes, Outputs, Side, beside, halves
+from ..autoencoder import Autoencoder, Build, Codes, Outputs, Side, beside, halves, lend
 from ..registry import register
 from .backbones import Backbone
 from .config import Config as PhazeAConfig
@@ -163,8 +163,9 @@ class PhazeA(Autoencoder):
         # Between networks of one side there is one of both, which takes them as one batch.
         code_a, code_b = halves(self.encode(faces_nchw))
         mixed = zip(self.mix(code_a, "a"), self.mix(code_b, "b"), strict=True)
-        codes = self.g_block_both(*(torch.cat(sides) for sides in mixed))
-        code_a, code_b = halves((codes,))
+        codes = (self.g_block_both(*(torch.cat(sides) for sides in mixed)),)
+        lend(codes, side_stream)
+        code_a, code_b = halves(codes)
         return beside(
             lambda: self.decode(code_a, "a"), lambda: self.decode(code_b, "b"), side_stream
         )

@@ -1,0 +1,114 @@
+"""mien preset: settings under a name, mien's and one's own."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..core import config as settings
+from ..core import presets
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the three verbs and their options."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    text = "Name every preset and what it is for."
+    listing = verbs.add_parser("list", help=text, description=text)
+    text = "Print the settings of a preset, as `--configfile` would take them."
+    show = verbs.add_parser("show", help=text, description=text)
+    show.add_argument("name", metavar="NAME", help="as `mien preset list` has it")
+    text = "Save settings under a name, for `mien train --preset NAME`."
+    save = verbs.add_parser(
+        "save", help=text, description=f"{text} Folders and files of a run are left out."
+    )
+    save.add_argument("name", metavar="NAME", help="letters, digits, '.', '-' and '_'")
+    save.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="MODEL_DIR|RUN.TOML",
+        help="a model's folder or a file of settings",
+    )
+    save.add_argument("-t", "--trainer", metavar="TRAINER", help="model family")
+    save.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting"
+    )
+    save.add_argument("--description", default="", metavar="TEXT", help="one line about it")
+    save.add_argument("--force", action="store_true", help="replace the one of this name")
+    for verb in (listing, show, save):
+        verb.add_argument("--json", action="store_true", help="print the facts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out one verb."""
+    return {"list": _list, "show": _show, "save": _save}[args.verb](args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    found = presets.available()
+    if args.json:
+        print(json.dumps([_facts(preset) for preset in found], indent=1))
+        return 0
+    name_width, trainer_width = (
+        max(len(word) for word in words)
+        for words in zip(*((preset.name, preset.trainer) for preset in found), strict=True)
+    )
+    for preset in found:
+        mark = "own  " if preset.is_own else "mien "
+        words = f"{preset.name:<{name_width}}  {preset.trainer:<{trainer_width}}"
+        print(f"{mark} {words}  {preset.description}".rstrip())
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    preset = presets.load(args.name)
+    if args.json:
+        print(json.dumps(_facts(preset) | {"settings": preset.settings}, indent=1))
+    else:
+        print(preset.path.read_text(encoding="utf-8"), end="")
+    return 0
+
+
+def _save(args: argparse.Namespace) -> int:
+    layers: list[dict[str, Any]] = []
+    if args.source is not None:
+        layers.append(presets.read(_settings_file(args.source)).settings)
+    layers += [settings.parse_assignment(text) for text in args.set]
+    if args.trainer is not None:
+        layers.append({"model": {"trainer": args.trainer}})
+    given = settings.merge(*layers)
+    _check_options(given)
+    saved = presets.save(args.name, given, description=args.description, force=args.force)
+    if args.json:
+        print(json.dumps(_facts(saved)))
+    else:
+        print(f"saved {saved.path}; use it with `mien train --preset {saved.name}`")
+    return 0
+
+
+def _settings_file(source: Path) -> Path:
+    """The file of settings that a model's folder holds, or the file itself."""
+    if not source.is_dir():
+        return source
+    path = source / "config.toml"
+    if not path.is_file():
+        raise ValueError(f"{source} holds no config.toml; --from takes a model's folder or a file")
+    return path
+
+
+def _check_options(given: dict[str, Any]) -> None:
+    """Refuse options that the family does not have, or not so."""
+    from .. import models
+
+    model = settings.from_dict(given).model
+    models.options_of(model.trainer, model.options)
+
+
+def _facts(preset: presets.Preset) -> dict[str, Any]:
+    return {
+        "name": preset.name,
+        "trainer": preset.trainer,
+        "description": preset.description,
+        "is_own": preset.is_own,
+        "path": str(preset.path),
+    }

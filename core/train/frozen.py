@@ -1,0 +1,64 @@
+"""What is kept of parameters that a session does not train.
+
+The network computes with them in its own precision; a checkpoint holds their exact fp32 numbers,
+and whatever state an optimizer left of them, so that a later session can go on with both.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...models.alignment import axes_of, crop, pad
+
+
+class Frozen:
+    """Parameters that are left as they are. Their exact numbers are kept on the host.
+
+    Args:
+        parameters: fp32, by name; they become ``compute``.
+        compute: What the network computes in.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], compute: torch.dtype):
+        self.parameters = parameters
+        self.weights = {
+            name: crop(parameter.detach(), axes_of(parameter)).to("cpu", copy=True)
+            for name, parameter in parameters.items()
+        }
+        """In fp32, without the channels that alignment added."""
+
+        self.state: dict[str, Tensor] = {}
+        """Of an earlier session's optimizer: `<parameter>.mean`, `<parameter>.square`."""
+
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(compute)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in `weights`."""
+        return sum(tensor.numel() for tensor in self.weights.values())
+
+    def load_weight(self, name: str, tensor: Tensor) -> None:
+        """Take up one parameter's numbers, as `weights` holds them."""
+        self.weights[name].copy_(tensor)
+        parameter = self.parameters[name]
+        parameter.detach().copy_(pad(tensor, axes_of(parameter)))
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Keep what a checkpoint's optimizer holds of these parameters, as it is.
+
+        Raises:
+            ValueError: It has another shape than its parameter.
+        """
+        for name, weight in self.weights.items():
+            for key in (f"{name}.mean", f"{name}.square"):
+                tensor = tensors.get(key)
+                if tensor is None:
+                    continue
+                if tensor.shape != weight.shape:
+                    raise ValueError(
+                        f"optimizer state of {key} has shape {tuple(tensor.shape)}, the model "
+                        f"{tuple(weight.shape)}"
+                    )
+                self.state[key] = tensor.to("cpu", copy=True)

@@ -1,0 +1,181 @@
+"""What one training step has to compute and to move, read from the model's own graph.
+
+One forward and backward pass over tensors without memory (the meta device) shows every matrix
+product (convolutions and dense layers) with its shapes. In bf16, and ideally, each number is moved
+as often as no implementation can do without:
+
+    a product          reads what it needs and writes its result, in 2 bytes a value
+    backward           one product for the input's gradient (not of the first layer), one for the
+                       weight's; and one fused pass that reads and writes the gradient of each
+                       forward result (activation, bias, depth-to-space)
+    update             28 bytes a parameter: fp32 weight, mean and square read and written, the bf16
+                       gradient read, the bf16 weight written. With forward, data gradient and
+                       weight gradient (2 each) that makes 34 bytes a parameter and step.
+
+The activations of one face are therefore moved 3 * (inputs + outputs) + 2 * outputs values, over
+all forward products.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ... import models
+from ...models.autoencoder import Autoencoder
+from ..config import Config, model_settings
+
+VALUE_BYTES = 2
+"""A bf16 number."""
+
+UPDATE_BYTES = 28
+"""Of a parameter: weight, mean, square in fp32 both ways, gradient and weight in bf16 one way."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product of a step: (rows, depth) @ (depth, columns)."""
+
+    phase: str
+    """forward, data (the gradient of the input) or weight (that of the weight)."""
+
+    rows: int
+    columns: int
+    flops: int
+    weight_values: int
+    """Numbers of the layer's weight read or, as a gradient, written."""
+
+    input_values: int
+    """Numbers of what the layer takes in: read, or written as a gradient."""
+
+    output_values: int
+    """Numbers of what the layer gives out: written, or read as a gradient."""
+
+    @property
+    def depth(self) -> int:
+        return max(1, self.flops // (2 * self.rows * self.columns))
+
+    @property
+    def pointwise_bytes(self) -> int:
+        """Of the pass back over a forward result: its gradient read and written."""
+        return 2 * VALUE_BYTES * self.output_values if self.phase == "forward" else 0
+
+    @property
+    def num_bytes(self) -> int:
+        return VALUE_BYTES * (self.weight_values + self.input_values + self.output_values)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one training step has to do, without data, loss and logging."""
+
+    num_faces: int
+    """Of both sides."""
+
+    num_parameters: int
+    """Of those that are trained."""
+
+    products: tuple[Product, ...]
+
+    def flops(self, *phases: str) -> int:
+        """Of the named phases; of all, if none is named."""
+        return sum(p.flops for p in self.products if not phases or p.phase in phases)
+
+    @property
+    def pointwise_bytes(self) -> int:
+        """Read and written by the one pass back over each forward result."""
+        return sum(p.pointwise_bytes for p in self.products)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of activations and their gradients, read or written by anything."""
+        moved = sum(p.input_values + p.output_values for p in self.products)
+        return VALUE_BYTES * moved + self.pointwise_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of weights, their gradients and the optimizer's state, read or written."""
+        return (3 * VALUE_BYTES + UPDATE_BYTES) * self.num_parameters
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every matrix product that runs inside."""
+
+    def __init__(self, model: Autoencoder):
+        super().__init__()
+        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        self.backward = False
+        self.products: list[Product] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default:
+            self._convolution_backward(out, args[0], args[1], args[2], args[7])
+        elif func._overloadpacket in flop_registry:
+            self._product(func, args, kwargs or {}, out)
+        return out
+
+    def _product(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        out = out if isinstance(out, Tensor) else out[0]  # attention gives more than its result
+        # addmm and baddbmm begin with what is added; a product's own operands come last or first.
+        is_sum = func._overloadpacket in (torch.ops.aten.addmm, torch.ops.aten.baddbmm)
+        left, right = args[1:3] if is_sum else args[:2]
+        weights = [t for t in (left, right) if t.untyped_storage()._cdata in self.weights]
+        inputs = [t for t in (left, right) if not any(t is w for w in weights)]
+        columns = out.shape[1] if out.dim() == 4 else out.shape[-1]
+        numel = sum(t.numel() for t in inputs)
+        shape = {"rows": out.numel() // columns, "columns": columns, "flops": flops}
+        if not self.backward:
+            found = Product("forward", **shape, **_values(weights, numel, out.numel()))
+        elif weights:
+            found = Product("data", **shape, **_values(weights, out.numel(), numel))
+        else:  # a gradient of an output and a kept input make the weight's
+            found = Product("weight", **shape, **_values([out], numel, 0))
+        self.products.append(found)
+
+    def _convolution_backward(
+        self, out: tuple, grad: Tensor, x: Tensor, weight: Tensor, transposed: bool
+    ) -> None:
+        taps = weight[0, 0].numel()
+        places = (x if transposed else grad).numel() // (x if transposed else grad).shape[1]
+        flops = 2 * places * taps * weight.shape[0] * weight.shape[1]
+        values = _values([weight], x.numel(), grad.numel())
+        if out[0] is not None:
+            columns = x.shape[1]
+            self.products.append(Product("data", x.numel() // columns, columns, flops, **values))
+        if out[1] is not None:
+            rows = weight.shape[0]
+            self.products.append(Product("weight", rows, weight.numel() // rows, flops, **values))
+
+
+def _values(weights: list[Tensor], input_values: int, output_values: int) -> dict[str, int]:
+    return {
+        "weight_values": sum(weight.numel() for weight in weights),
+        "input_values": input_values,
+        "output_values": output_values,
+    }
+
+
+def meta_model(config: Config) -> Autoencoder:
+    """The configured model without memory; what a run would freeze is frozen."""
+    model = models.meta_model(config.model.trainer, **model_settings(config))
+    if config.train.freeze_weights:
+        model.freeze()
+    return model
+
+
+def work_of(model: Autoencoder, batch_size: int) -> Work:
+    """What a step of ``batch_size`` faces a side does with a model on the meta device."""
+    faces_nchw = torch.empty(2 * batch_size, 3, model.input_px, model.input_px, device="meta")
+    with Recorder(model) as recorder:
+        outputs = [o for side in model(faces_nchw) for o in side if o.requires_grad]
+        recorder.backward = True
+        torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Work(2 * batch_size, num_parameters, tuple(recorder.products))
