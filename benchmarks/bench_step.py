@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import models
 from ..core.config import LossConfig, OptimizerConfig
 from ..core.data.feed import Batch
 from ..core.train import engine as engines
@@ -39,9 +38,11 @@ from . import launches
 from .ceilings import card_of
 from .harness import measure, pace, rounded, spread_ms
 from .roofline import ceiling, work_of
+from .variants import variant
 
 CASES = [("lightweight", 8), ("original", 16)]
 GPU_CASES = [("lightweight", 16), ("original", 16), ("original", 64)]
+GPU_CASES += [("dfaker-256", 16), ("dfl-h128", 16)]
 
 LEVERS = ("upscale", "face_loss", "adam", "align", "streams", "series")
 """What "without" names: three kernels, the aligned channels, the decoders' two streams, and that
@@ -78,10 +79,10 @@ def rows(
                 makers[f"mien-{best}", lever] = partial(ours, best, without=lever)
             for (engine, lever), make in makers.items():
                 without = {"without": lever} if lever else {}
-                yield _row(what | {"engine": engine} | without, make, device, ceilings)
+                yield step_row(what | {"engine": engine} | without, make, device, ceilings)
 
 
-def _row(
+def step_row(
     what: dict[str, Any],
     make: Callable[[], Callable[[], object]],
     device: torch.device,
@@ -126,7 +127,7 @@ def _share(what: dict[str, Any], eg_per_s: float, ceilings: dict[str, Any] | Non
     """Of what the roofline of this card allows; it is drawn for bf16."""
     if ceilings is None or what["precision"] != "bf16":
         return None
-    work = work_of(models.meta_model(what["model"]), what["batch_size"])
+    work = work_of(variant(what["model"]).meta_model(), what["batch_size"])
     return rounded(eg_per_s / ceiling(work, card_of(ceilings)).eg_per_s)
 
 
@@ -135,7 +136,7 @@ def make_batch(
 ) -> Batch:
     """A random batch of the right shapes; ``dtype`` and channels of the input as the model's."""
     generator = torch.Generator().manual_seed(0)
-    size, out = model.input_px, model.output_px[-1]
+    size, outs = model.input_px, model.output_px
 
     def draw(channels: int, size_px: int) -> Tensor:
         shape = (2 * batch_size, channels, size_px, size_px)
@@ -146,7 +147,8 @@ def make_batch(
     faces = draw(3, size).to(dtype)
     missing = first.weight.shape[1] - faces.shape[1]
     faces = F.pad(faces, (0, 0, 0, 0, 0, missing)).contiguous(memory_format=torch.channels_last)
-    return Batch(faces, (draw(3, out),), (draw(1, out).contiguous(),), None)
+    weights = tuple(draw(1, out).contiguous() for out in outs)
+    return Batch(faces, tuple(draw(3, out) for out in outs), weights, None)
 
 
 class OneBatch:
@@ -235,7 +237,7 @@ def train_step(
     """A step of a fresh model as training makes it, and the model."""
     precision = precisions.resolve(mode, device)
     precision.apply()
-    model = models.build(name)
+    model = variant(name).build()
     if aligned:
         model.align(MULTIPLE)
     model.to(device)
@@ -290,7 +292,7 @@ def plain_step(
     name: str, batch_size: int, mode: str, device: torch.device, *, is_compiled: bool = False
 ) -> Callable[[], object]:
     """The same modules, used plainly."""
-    model = models.build(name).to(device).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model = variant(name).build().to(device).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     precision = precisions.resolve(mode, device)
     precision.apply()
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5, eps=1e-7)

@@ -22,6 +22,7 @@ from ..core.run.log import Reporter
 from ..core.train.loop import train
 from .bench_step import CASES, GPU_CASES
 from .harness import rounded
+from .variants import variant
 
 NUM_FACES, PNG_PX = 100, 256
 WINDOWS = 5
@@ -40,7 +41,7 @@ def rows(modes: tuple[str, ...] = ("fp32", "bf16")) -> Iterator[dict[str, Any]]:
         cases = itertools.product(GPU_CASES if on_gpu else CASES, modes, saves.items())
         for number, ((name, batch_size), mode, (words, how)) in enumerate(cases):
             given = {
-                "model": {"trainer": name},
+                "model": {"trainer": variant(name).trainer, "options": variant(name).options},
                 "data": {f"input_{side}": str(folder) for side, folder in folders.items()},
                 "precision": {"mode": mode},
                 "train": {"batch_size": batch_size, "iterations": _iterations(mode, batch_size)},

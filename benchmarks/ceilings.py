@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import models
 from .harness import device_name, measure, pace, rounded, spread_ms
 from .roofline import Card
+from .variants import variant
+
+_MODELS = ("lightweight", "original", "dfaker-256", "dfl-h128")
+"""Whose convolutions are measured: those whose speed has a goal."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GPU_MODES, _CPU_MODES = ("bf16", "fp16", "tf32"), ("bf16", "fp32")
@@ -138,7 +141,7 @@ class _Recorder(TorchDispatchMode):
 
 def convolutions_of(name: str, batch_size: int) -> list[Convolution]:
     """The different convolutions of a step of ``batch_size`` faces a side."""
-    model = models.meta_model(name)
+    model = variant(name).meta_model()
     edge = model.input_px
     with torch.no_grad(), _Recorder() as recorder:
         model(torch.empty(2 * batch_size, 3, edge, edge, device="meta"))
@@ -148,7 +151,7 @@ def convolutions_of(name: str, batch_size: int) -> list[Convolution]:
 def _convolutions(device: torch.device, batch_size: int, mode: str) -> Iterator[dict[str, Any]]:
     """One entry a convolution and phase; those that families share are measured once."""
     users: dict[Convolution, list[str]] = {}
-    for name in models.available():
+    for name in _MODELS:
         for convolution in convolutions_of(name, batch_size):
             users.setdefault(convolution, []).append(name)
     for convolution, names in users.items():

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .. import models
 from .ceilings import card_of
 from .compare import name as name_of
 from .harness import all_results, identity
 from .roofline import ceiling, work_of
+from .variants import variant
 
 BEGIN, END = "<!-- figures: `mien bench report` writes them -->", "<!-- end of figures -->"
 
@@ -308,7 +308,7 @@ def _bars(content: dict[str, Any]) -> list[tuple[str, float, float | None, str]]
             continue
         bound = None
         if card and row["precision"] == "bf16":
-            work = work_of(models.meta_model(row["model"]), row["batch_size"])
+            work = work_of(variant(row["model"]).meta_model(), row["batch_size"])
             bound = ceiling(work, card).eg_per_s
         color = "tab:gray" if row["engine"].startswith("plain") else _COLORS[row["kind"]]
         bars.append((name_of(row), row["eg_per_s"], bound, color))

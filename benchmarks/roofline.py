@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .. import models
 from ..core.train.work import UPDATE_BYTES, Product, Work, work_of
 from .harness import rounded
+from .variants import names, variant
 
 _GEMM_SHARE = 0.72
 """Of the tensor peak, that a well-shaped product of cuDNN or cuBLAS reaches."""
@@ -142,8 +142,8 @@ def rows(measured: Card | None = None) -> Iterator[dict[str, Any]]:
     measured: this machine's card, predicted for besides `CARDS`.
     """
     cards = [*CARDS.values(), *([measured] if measured else [])]
-    for name in models.available():
-        model = models.meta_model(name)
+    for name in names():
+        model = variant(name).meta_model()
         one = work_of(model, 1)
         yield {
             "kind": "work",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 ALL = ("kernels", "data", "step", "train", "roofline")
-KINDS = (*ALL, "ceilings", "learning", "report")
+KINDS = (*ALL, "models", "ceilings", "learning", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("all", *KINDS),
         help="kernels: each against PyTorch; data: batches from the store, first start-up; step: "
         "training steps, Python calls and launches; train: the whole loop; roofline: what a step "
-        "could reach; all: these five; ceilings: what this card can do, measured anew; learning: "
+        "could reach; all: these five; models: every model, what it takes to make it and how fast "
+        "a GPU trains it; ceilings: what this card can do, measured anew; learning: "
         "curves against a reference (needs --reference and faces); report: put the newest results "
         "into README.md and docs",
     )
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-save", action="store_true", help="print only; write nothing to benchmarks/results"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="OP", help="kernels: these operations alone"
+        "--only", nargs="+", default=[], metavar="NAME", help="kernels, models: these alone"
     )
     parser.add_argument(
         "--compare", type=Path, metavar="FILE", help="results of before, of the same device"
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from ..benchmarks import compare, harness
 
     unknown = sorted(set(args.only) - set(kernels.OPERATIONS))
-    if unknown:
+    if unknown and args.kind != "models":
         raise ValueError(f"no kernel {unknown[0]!r}; there are: {', '.join(kernels.OPERATIONS)}")
     if args.markdown and not args.compare:
         raise ValueError("--markdown writes a comparison: add --compare FILE")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "ceilings":
         _print(ceilings, args.json)
     rows: list[dict[str, Any]] = []
-    for kind in ALL if args.kind == "all" else [k for k in ALL if k == args.kind]:
+    for kind in ALL if args.kind == "all" else [args.kind] * (args.kind != "ceilings"):
         state = harness.card_state()
         for row in _measure(kind, args.only, ceilings):
             rows.append(row)
@@ -108,7 +109,14 @@ def _ceilings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of one part."""
-    from ..benchmarks import bench_data, bench_kernels, bench_step, bench_train, roofline
+    from ..benchmarks import (
+        bench_data,
+        bench_kernels,
+        bench_models,
+        bench_step,
+        bench_train,
+        roofline,
+    )
     from ..benchmarks.ceilings import card_of
 
     if kind == "kernels":
@@ -119,6 +127,8 @@ def _measure(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[d
         return bench_step.rows(ceilings)
     if kind == "train":
         return bench_train.rows()
+    if kind == "models":
+        return bench_models.rows(only, ceilings)
     return roofline.rows(card_of(ceilings))
 
 
