@@ -1,6 +1,5 @@
 """Results files: what is written fits the schema, is compared with the past, reaches the README."""
 
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -9,7 +8,6 @@ import jsonschema
 import pytest
 import torch
 
-from mien import models
 from mien.benchmarks import (
     bench_augment,
     bench_data,
@@ -22,6 +20,7 @@ from mien.benchmarks import (
     report,
     roofline,
 )
+from mien.benchmarks.variants import Variant
 from mien.cli import main
 
 SCHEMA = json.loads((harness.RESULTS.parent / "schema.json").read_text())
@@ -144,8 +143,9 @@ def test_kernels_are_put_beside_their_rivals(folder, monkeypatch, capsys):
 
 def test_every_part_writes_rows_that_fit(folder, monkeypatch):
     """Real rows of short runs; only the models are few and the faces small."""
-    narrow = functools.partial(models.build, width=8)
-    monkeypatch.setattr(bench_step.models, "build", narrow)
+    narrow = Variant("lightweight", {"width": 8})
+    for module in (bench_step, roofline, ceilings, report):
+        monkeypatch.setattr(module, "variant", lambda _name: narrow)
     for cases in ("CASES", "GPU_CASES"):
         monkeypatch.setattr(bench_step, cases, [("lightweight", 1)])
     monkeypatch.setattr(bench_data, "SIZES", [(64, 64)])
@@ -157,9 +157,10 @@ def test_every_part_writes_rows_that_fit(folder, monkeypatch):
     loop = {"kind": "train", "model": "lightweight", "batch_size": 1, "precision": "bf16"}
     loop |= {"engine": "eager", "iterations": 7, "eg_per_s": 6.5, "data_wait": 0.25}
     monkeypatch.setattr(bench_train, "rows", lambda: iter([loop | {"peak_mib": None}]))
-    monkeypatch.setattr(roofline.models, "available", lambda: ["lightweight"])
+    monkeypatch.setattr(roofline, "names", lambda: ["lightweight"])
     for kind in ("data", "step", "train", "roofline", "ceilings"):
         assert main(["bench", kind, "--json"]) == 0
+    assert main(["bench", "models", "--only", "lightweight", "--json"]) == 0
     (path,) = harness.RESULTS.glob("*.json")
     content = harness.read_results(path)
     jsonschema.validate(content, SCHEMA)
