@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 
 from .. import __version__
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:  # the user's mistake; anything else is ours and keeps its trace
         print(f"mien {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(
             f"mien {args.command}: interrupted before there was anything to save", file=sys.stderr

@@ -1,6 +1,7 @@
 """mien train: train a model from two folders of faces, or resume one."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print every setting as TOML and leave", **quiet
+    )
+    parser.add_argument(
+        "--options",
+        action="store_true",
+        help="print the options of the trainer, `model.options`, and leave",
+        **quiet,
     )
     parser.add_argument(
         "-u",
@@ -102,8 +109,10 @@ def run(args: argparse.Namespace) -> int:
     if "print_config" in args:
         import tomli_w
 
-        sys.stdout.write(tomli_w.dumps(settings.to_dict(config)))
+        sys.stdout.write(tomli_w.dumps(settings.to_dict(_with_options(config))))
         return 0
+    if "options" in args:
+        return _options(config.model.trainer, as_json="json" in args)
     if "summary" in args:
         return _summary(given, as_json="json" in args)
     if "dry_run" in args:
@@ -126,6 +135,31 @@ def _summary(given: dict[str, Any], as_json: bool) -> int:
     from .summary import print_summary
 
     print_summary(settings_of(given, Reporter(sys.stderr)), as_json=as_json)
+    return 0
+
+
+def _with_options(config: settings.Config) -> settings.Config:
+    """The settings with every option of the trainer written out."""
+    options = dataclasses.asdict(models.options_of(config.model.trainer, config.model.options))
+    return settings.from_dict(
+        settings.merge(settings.to_dict(config), {"model": {"options": options}})
+    )
+
+
+def _options(trainer: str, as_json: bool) -> int:
+    """What `model.options` may hold."""
+    from ..models.options import describe
+
+    found = describe(models.family(trainer).Config)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return 0
+    for each in found:
+        kept = "free" if each["free"] else "locked"
+        default = json.dumps(each["default"])
+        print(f"{each['name']} = {default}  ({kept}: {each['rule']})\n    {each['doc']}")
+    if not found:
+        print(f"{trainer} has no options")
     return 0
 
 

@@ -5,18 +5,17 @@ A *locked* setting is part of a model's identity: it is fixed when the model fol
 file, ``--set section.key=value`` and the command line's flags. Ranges are enforced at construction.
 """
 
-import ast
 import dataclasses
 import difflib
 import functools
-import inspect
 import re
-import textwrap
 import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..models.options import field_docs
 
 MASK_TYPES = (
     "bisenet-fp_face",
@@ -427,7 +426,7 @@ def fields_of(kind: type) -> dict[str, Spec]:
 @functools.cache
 def _fields(section: str) -> dict[str, Spec]:
     kind = SECTIONS[section]
-    docs = _docs(kind)
+    docs = field_docs(kind)
     specs = {}
     for item in dataclasses.fields(kind):
         meta = item.metadata
@@ -446,19 +445,6 @@ def _fields(section: str) -> dict[str, Spec]:
             doc=docs[item.name],
         )
     return specs
-
-
-def _docs(kind: type) -> dict[str, str]:
-    """The docstring that stands under each field of a class."""
-    body = typing.cast(
-        ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    ).body
-    docs = {}
-    for item, below in zip(body, body[1:], strict=False):
-        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
-            text = typing.cast(ast.Constant, below.value).value
-            docs[typing.cast(ast.Name, item.target).id] = " ".join(str(text).split())
-    return docs
 
 
 def all_settings() -> list[Spec]:

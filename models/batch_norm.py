@@ -48,7 +48,8 @@ class BatchNorm(nn.Module):
             ValueError: In training, the sides of the batch are not equally large.
         """
         # A 16-bit input goes with fp32 weights and statistics; 16-bit weights go with neither.
-        weight, bias = self.weight.float(), self.bias.float()
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
         if not self.training:
             mean, variance = self.running_mean, self.running_var
             return F.batch_norm(x_bchw, mean, variance, weight, bias, False, 0.0, self.eps)
@@ -81,7 +82,7 @@ class BatchNorm(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             converted = getattr(self, name)
-            if converted.dtype is not buffer.dtype:
+            if converted.dtype.itemsize < buffer.dtype.itemsize:
                 self._buffers[name] = buffer.to(converted.device)
         return self
 

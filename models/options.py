@@ -3,8 +3,12 @@
 An option is *locked*, part of a model's identity, unless it is *free* to change at every resume.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import textwrap
+import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -86,3 +90,44 @@ def _out_of_range(value: float, rule: Any) -> str | None:
     near = low + min(max(round((value - low) / step), 0), (high - low) // step) * step
     steps = f" in steps of {step}" if step > 1 else ""
     return f"{low} to {high}{steps}, got {value}; the nearest is {near}"
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """The docstring that stands under each field of a class."""
+    body = typing.cast(
+        ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    ).body
+    docs = {}
+    for item, below in zip(body, body[1:], strict=False):
+        if isinstance(item, ast.AnnAssign) and isinstance(below, ast.Expr):
+            text = typing.cast(ast.Constant, below.value).value
+            docs[typing.cast(ast.Name, item.target).id] = " ".join(str(text).split())
+    return docs
+
+
+def describe(kind: type[Options]) -> list[dict[str, Any]]:
+    """Of every option: name, default, rule in words, whether it is free, and what it does."""
+    docs = field_docs(kind)
+    return [
+        {
+            "name": item.name,
+            "default": list(item.default) if isinstance(item.default, tuple) else item.default,
+            "rule": _rule_in_words(item),
+            "free": item.metadata["free"],
+            "doc": docs[item.name],
+        }
+        for item in dataclasses.fields(kind)
+    ]
+
+
+def _rule_in_words(item: dataclasses.Field) -> str:
+    rule = item.metadata
+    if item.type is bool:
+        return "true or false"
+    if rule["choices"] is not None:
+        several = "any of " if item.type == tuple[str, ...] else ""
+        return several + ", ".join(rule["choices"])
+    if rule["low"] is None:
+        return "text"
+    steps = f" in steps of {rule['step']}" if rule["step"] > 1 else ""
+    return f"{rule['low']:g} to {rule['high']:g}{steps}"

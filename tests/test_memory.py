@@ -62,7 +62,7 @@ def test_what_is_kept_for_backward_is_what_a_real_step_keeps(name, align, precis
         faces = faces.contiguous(memory_format=torch.channels_last)
         found = need.at(batch_size).parts["kept for backward"]
         # A CPU's dropout keeps another mask than that of a device.
-        assert found == pytest.approx(bytes_kept(model, faces), rel=4e-3 if model.is_noisy else 0)
+        assert found == pytest.approx(bytes_kept(model, faces), rel=2e-2 if model.is_noisy else 0)
 
 
 def test_parameters_and_batches_are_counted_as_they_are_kept():

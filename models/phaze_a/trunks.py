@@ -64,6 +64,7 @@ def make_trunk(
         if timm_name.startswith("vit"):  # its projection is no classifier, and has no bias
             trunk.head = nn.Linear(trunk.embed_dim, trunk.num_classes, bias=False)
         _keep_sides_apart(trunk, eps, momentum)
+    _mark_noise(trunk)
     return trunk
 
 
@@ -163,6 +164,15 @@ def _keep_sides_apart(trunk: nn.Module, eps: float | None, momentum: float) -> N
             else:
                 own = BatchNorm(channels, eps=chosen, momentum=momentum)
             setattr(parent, name, own)
+
+
+def _mark_noise(trunk: nn.Module) -> None:
+    """Let blocks that are skipped at random in training be known as noise."""
+    from timm.layers import DropPath
+
+    for module in trunk.modules():
+        if isinstance(module, DropPath):
+            module.is_noise = True
 
 
 def stride_first(trunk: nn.Module) -> None:
