@@ -155,8 +155,12 @@ class Autoencoder(nn.Module, abc.ABC):
     @property
     def is_noisy(self) -> bool:
         """Whether a training step draws random numbers (dropout, noise)."""
-        dropouts = (nn.Dropout, nn.Dropout2d)
-        return any(isinstance(m, dropouts) or hasattr(m, "is_noise") for m in self.modules())
+        return any(
+            module.p > 0
+            if isinstance(module, nn.Dropout | nn.Dropout2d)
+            else hasattr(module, "is_noise")
+            for module in self.modules()
+        )
 
     def align(self, multiple: int) -> None:
         """Pad channels to a multiple where the tensor cores want it; see `alignment`.

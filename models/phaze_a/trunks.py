@@ -172,7 +172,7 @@ def _mark_noise(trunk: nn.Module) -> None:
 
     for module in trunk.modules():
         if isinstance(module, DropPath):
-            module.is_noise = True
+            module.is_noise = True  # type: ignore[assignment]
 
 
 def stride_first(trunk: nn.Module) -> None:
