@@ -925,3 +925,12 @@ def test_config_is_the_one_written_last(tmp_path):
         folder.load()
         save(folder, 3)  # without a new one, the loaded one goes on
         assert folder.load().config == to_dict(config)
+
+
+def test_a_folder_made_for_nothing_does_not_stay(tmp_path):
+    with ModelFolder(tmp_path / "model"):
+        assert (tmp_path / "model").is_dir()
+    assert not (tmp_path / "model").exists()
+    (tmp_path / "model").mkdir()
+    ModelFolder(tmp_path / "model").close()
+    assert (tmp_path / "model").is_dir(), "what the user made is the user's"

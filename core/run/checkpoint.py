@@ -50,6 +50,7 @@ MODEL, OPTIMIZER, STATE, CONFIG = (
     "config.toml",
 )
 MANIFEST = "manifest.json"
+_LOCK = ".lock"
 POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
 
 _NAME = re.compile(r"\d{1,12}(-\d{1,6})?")
@@ -133,6 +134,7 @@ class ModelFolder:
         self._last_complete: int | None = None
         self._sequence = 0
         _refuse_foreign(self.path, read_only=read_only)
+        self._is_made_here = not read_only and not self.path.exists()
         if not read_only:
             self._lock = _acquire(self.path)
         try:
@@ -152,9 +154,16 @@ class ModelFolder:
     def close(self) -> None:
         """Release the lock; the folder may then be used by another run."""
         if self._lock is not None:
+            self._remove_if_unused()
             fcntl.flock(self._lock, fcntl.LOCK_UN)  # for children that hold a copy of the handle
             os.close(self._lock)
             self._lock = None
+
+    def _remove_if_unused(self) -> None:
+        """A folder that was made for nothing, since the run was refused, does not stay."""
+        if self._is_made_here and [entry.name for entry in self.path.iterdir()] == [_LOCK]:
+            (self.path / _LOCK).unlink()
+            self.path.rmdir()
 
     @property
     def is_new(self) -> bool:
@@ -540,7 +549,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
-    if names and not names & {".lock", "generations"}:
+    if names and not names & {_LOCK, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )
@@ -551,7 +560,7 @@ def _acquire(path: Path) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        handle = os.open(path / ".lock", flags, 0o644)
+        handle = os.open(path / _LOCK, flags, 0o644)
     except OSError as error:
         raise ValueError(
             f"cannot write to model folder {path}: {error.strerror}; make it writable, or choose "
