@@ -133,7 +133,7 @@ class ModelConfig(_Checked):
     """Draw the weights before a depth-to-space so that no checkerboard shows at the start."""
 
     conv_aware_init: bool = _setting(False, locked=True)
-    """Draw the weights of convolutions convolution-aware; a large model takes minutes to begin."""
+    """Draw the weights of convolutions convolution-aware, in some seconds."""
 
     load_weights: str = _setting("", flag="-l --load-weights")
     """Begin a new model with weights, normally the encoder's, of this model folder, generation or

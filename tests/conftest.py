@@ -41,6 +41,27 @@ def oracle_files(pattern: str) -> list[Path]:
     return sorted(ORACLE.glob(pattern)) if ORACLE else []
 
 
+def oracle_weight(row: list[Any]) -> np.ndarray:
+    """A tensor by the oracle's rule: ``[number, sub-network, layer, kind, shape, base, scale]``."""
+    number, _, _, _, shape, base, scale = row
+    x = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761)
+    x += np.uint32((number + 1) * 2246822519 & 0xFFFFFFFF)
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0x85EBCA6B)
+    x ^= x >> np.uint32(13)
+    x *= np.uint32(0xC2B2AE35)
+    x ^= x >> np.uint32(16)
+    return (base + scale * (x / 2147483648.0 - 1.0)).astype(np.float32).reshape(shape)
+
+
+def oracle_face(size_px: int, phase: float) -> torch.Tensor:
+    """(3, S, S): the picture that the oracle's networks were given; phase 0 is A's, 1 is B's."""
+    h, w, c = np.meshgrid(*(np.arange(n) for n in (size_px, size_px, 3)), indexing="ij")
+    f = 64 / size_px
+    wave = np.sin(0.21 * f * h + 0.37 * f * w + 1.7 * c + 0.003 * f * f * h * w + phase)
+    return torch.from_numpy((0.5 + 0.45 * wave).astype(np.float32)).permute(2, 0, 1)
+
+
 def tiny_options(name: str) -> dict[str, Any]:
     """Options of the smallest model of a family."""
     options = dataclasses.asdict(models.family(name).tiny)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import oracle_face, oracle_weight
 from safetensors.torch import save_file
 
 from mien.models.phaze_a import backbones
@@ -304,35 +305,16 @@ def test_ordered_shapes_equal_the_oracle(oracle_dir, case_id, name, size_px, arr
     assert sum(int(np.prod(shape)) for shape in shapes) == encoder["params"] - rest
 
 
-def _rule(k, count):
-    """The oracle's pseudo-random numbers in [-1, 1): number k of a case's tensors."""
-    x = np.arange(count, dtype=np.uint32) * np.uint32(2654435761)
-    x += np.uint32((k + 1) * 2246822519 & 0xFFFFFFFF)
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
-    return x / 2147483648.0 - 1.0
-
-
-def _oracle_input(size_px, phase):
-    h, w, c = np.meshgrid(*(np.arange(n) for n in (size_px, size_px, 3)), indexing="ij")
-    f = 64 / size_px
-    wave = np.sin(0.21 * f * h + 0.37 * f * w + 1.7 * c + 0.003 * f * f * h * w + phase)
-    return torch.from_numpy((0.5 + 0.45 * wave).astype(np.float32)).permute(2, 0, 1)
-
-
 @pytest.mark.oracle
 def test_a_clip_tower_equals_the_oracle(oracle_dir):
     case = _case(oracle_dir, "forward.json", "cases", "phaze_a-clip-tiny")
     network = backbone("clipv_farl-b-16-64", 64).eval()
     rows = [row for row in case["weights"] if row[1] == "encoder"]
-    for entry, (k, _, _, _, shape, base, scale) in zip(network.keras_entries(), rows, strict=True):
-        values = base + scale * _rule(k, int(np.prod(shape)))
-        assert entry.shape == tuple(shape)
-        entry.load(values.astype(np.float32).reshape(shape))
-    faces = torch.stack([_oracle_input(64, phase) for phase in (0.0, 1.0)])
+    for entry, row in zip(network.keras_entries(), rows, strict=True):
+        weight = oracle_weight(row)
+        assert entry.shape == weight.shape
+        entry.load(weight)
+    faces = torch.stack([oracle_face(64, phase) for phase in (0.0, 1.0)])
     with torch.no_grad():
         codes = network(faces)[..., 0, 0].numpy()
     calls = [row for row in case["intermediates"] if row["subnet"] == "encoder"]

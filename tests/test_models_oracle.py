@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ORACLE
+from conftest import ORACLE, oracle_face, oracle_weight
 
 from mien import models
 from mien.core.train.work import work_of
@@ -72,12 +72,12 @@ def test_outputs_equal_the_oracle(case, oracle):
     model = _made(case, functools.partial(models.build, seed=None)).eval()
     entries = [*keras_entries(model)]
     assert len(entries) == len(case["weights"])
-    for entry, (k, _, _, _, shape, base, scale) in zip(entries, case["weights"], strict=True):
-        assert entry.shape == tuple(shape)
-        values = base + scale * _rule(k, int(np.prod(shape)))
-        entry.load(values.astype(np.float32).reshape(shape))
+    for entry, row in zip(entries, case["weights"], strict=True):
+        weight = oracle_weight(row)
+        assert entry.shape == weight.shape
+        entry.load(weight)
     size_px = case["input_shape"][0]
-    faces = torch.stack([_oracle_input(size_px, phase) for phase in (0.0, 1.0)])
+    faces = torch.stack([oracle_face(size_px, phase) for phase in (0.0, 1.0)])
     faces = faces.contiguous(memory_format=torch.channels_last)
     _compare(model, faces, case, wanted, atol=1e-4)
     model.align(8)
@@ -98,22 +98,3 @@ def _compare(model, faces, case, wanted, atol):
         np.testing.assert_allclose(
             ours.numpy(), wanted[row["key"]], rtol=0, atol=atol, err_msg=row["key"]
         )
-
-
-def _rule(k, count):
-    """The oracle's pseudo-random numbers in [-1, 1): number k of a case's tensors."""
-    x = np.arange(count, dtype=np.uint32) * np.uint32(2654435761)
-    x += np.uint32((k + 1) * 2246822519 & 0xFFFFFFFF)
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
-    return x / 2147483648.0 - 1.0
-
-
-def _oracle_input(size_px, phase):
-    h, w, c = np.meshgrid(*(np.arange(n) for n in (size_px, size_px, 3)), indexing="ij")
-    f = 64 / size_px
-    wave = np.sin(0.21 * f * h + 0.37 * f * w + 1.7 * c + 0.003 * f * f * h * w + phase)
-    return torch.from_numpy((0.5 + 0.45 * wave).astype(np.float32)).permute(2, 0, 1)
