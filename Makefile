@@ -51,7 +51,7 @@ GPU_PYTHON ?= $(BIN)/python
 gpu:
 	status=0; for file in $$(grep -lE 'mark.gpu|triton_device' tests/test_*.py); do \
 	    $(GPU_PYTHON) -m pytest -q $$file || status=1; done; exit $$status
-	for part in ceilings kernels step train data roofline; do \
+	for part in ceilings kernels step train data roofline models; do \
 	    $(GPU_PYTHON) -m mien.cli bench $$part || exit 1; done
 
 clean:

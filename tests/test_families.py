@@ -92,3 +92,19 @@ def test_a_family_trains_resumes_and_shows(sides, tmp_path, name, options, mode,
     ]
     assert picture.shape[1] >= 6 * output_px
     assert picture.std() > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"), CASES, ids=[" ".join([name, *options]) for name, options in CASES]
+)
+def test_a_family_trains_as_one_graph(sides, tmp_path, name, options, freeze, capsys):
+    """Warm-up, capture and replays; a fallback would be told as a warning."""
+    config = _config(tmp_path / "one.toml", name, options, "bf16", sides, tmp_path / "model")
+    words = ["-f"] if freeze and name != "phaze-a" else []
+    more = ["--device", "cuda", "--engine", "graph", "-i", "8", "--json", *words]
+    assert main(["train", "-C", config, *more]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert not [event for event in events if event["event"] == "warning"]
+    assert all(tensor.isfinite().all() for tensor in _saved(tmp_path / "model", 8).values())
