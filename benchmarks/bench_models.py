@@ -17,6 +17,7 @@ from ..core.config import from_dict
 from ..core.train import memory
 from ..core.train.precision import Precision
 from ..models.alignment import MULTIPLE
+from ..models.batch_norm import norms_of, remember
 from . import launches
 from .bench_step import mien_step, step_row
 from .harness import rounded
@@ -87,10 +88,11 @@ def network_launches(model: Variant) -> dict[str, int]:
     faces = torch.empty(2, MULTIPLE, edge, edge, device="meta", dtype=torch.bfloat16)
     faces = faces.contiguous(memory_format=torch.channels_last)
     network.to(torch.bfloat16)
-    made: dict[str, Any] = {}
+    norms, made = norms_of(network), dict[str, Any]()
 
     def forward() -> None:
         made["outputs"] = [output for side in network(faces) for output in side]
+        remember(norms)
 
     def backward() -> None:
         pulls = [torch.empty_like(output) for output in made["outputs"]]

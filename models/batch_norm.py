@@ -4,10 +4,15 @@
 channel over faces, rows and columns (Ioffe and Szegedy 2015). The faces of A and B go through a
 shared network as one batch; each side must meet its own statistics, as though it were there alone.
 
-Shape letters: B faces of all sides, C channels, H rows, W columns.
+A network may hold a hundred norms, so none moves its running estimates by itself: a forward pass in
+training notes the statistics of its batch, and `remember` then moves all estimates at once.
+
+Shape letters: S sides, B faces of all sides, 2 (mean, variance), C channels of one norm or of many,
+H rows, W columns.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import torch
@@ -20,13 +25,15 @@ from .alignment import Runs, runs_of
 class BatchNorm(nn.Module):
     """[B, C, H, W] -> the same shape, dtype and memory format.
 
-    In training each side is normalised by its own statistics, and the running estimates take a step
-    towards each side's in turn; else the running estimates normalise. Statistics are fp32 whatever
-    the input is, and a batch that is not finite leaves the estimates as they are.
+    In training each side is normalised by its own statistics, which `remember` has yet to take up;
+    else the running estimates normalise. Statistics are fp32 whatever the input is.
     """
 
     running_mean: Tensor
     running_var: Tensor
+
+    seen: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Mean and 1 / sqrt(variance + eps), [C] each, of every side of the last batch in training."""
 
     def __init__(
         self, channels: int | Runs, *, sides: int = 2, eps: float = 1e-3, momentum: float = 0.01
@@ -56,25 +63,15 @@ class BatchNorm(nn.Module):
         faces = x_bchw.shape[0]
         if faces % self.sides:
             raise ValueError(f"the batch must be a multiple of {self.sides} (sides), got {faces}")
-        normalised = []
+        normalised, seen = [], []
         for part in x_bchw.split(faces // self.sides):
             part, mean, inverse = torch.native_batch_norm(
                 part, weight, bias, None, None, True, 0.0, self.eps
             )
-            self._remember(mean, inverse)
             normalised.append(part)
+            seen.append((mean, inverse))
+        self.seen = tuple(seen)  # in place of what was there: a guard on it would compile anew
         return normalised[0] if self.sides == 1 else torch.cat(normalised)
-
-    @torch.no_grad()
-    def _remember(self, mean_c: Tensor, inverse_c: Tensor) -> None:
-        """Move the running estimates towards one side's statistics; nothing waits for the device.
-
-        ``inverse_c`` is 1 / sqrt(variance + eps).
-        """
-        variance_c = (inverse_c**-2 - self.eps).clamp(min=0)
-        finite = (mean_c.isfinite() & variance_c.isfinite()).all()
-        for running, seen in ((self.running_mean, mean_c), (self.running_var, variance_c)):
-            running.copy_(torch.where(finite, running.lerp(seen, self.momentum), running))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A conversion of the network to 16 bits passes by the running estimates."""
@@ -88,3 +85,45 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}, sides={self.sides}, eps={self.eps}, momentum={self.momentum}"
+
+
+def norms_of(network: nn.Module) -> list[BatchNorm]:
+    """Every batch norm of a network, for `remember`."""
+    return [module for module in network.modules() if isinstance(module, BatchNorm)]
+
+
+@torch.no_grad()
+def remember(norms: Sequence[BatchNorm]) -> None:
+    """Move the running estimates of all norms by what they have seen since the last time.
+
+    The estimates take a step towards the statistics of each side in turn; a channel whose mean or
+    variance is not finite stays as it is. Norms with equal settings share their launches, whatever
+    their number, and nothing waits for the device.
+    """
+    alike: dict[tuple[float, float, int], list[BatchNorm]] = defaultdict(list)
+    for norm in norms:
+        if norm.seen:
+            alike[norm.eps, norm.momentum, len(norm.seen)].append(norm)
+    for (eps, momentum, _), group in alike.items():
+        _move(group, eps, momentum)
+
+
+def _move(norms: Sequence[BatchNorm], eps: float, momentum: float) -> None:
+    """Do so for norms with equal settings and sides, and let go of what they have seen."""
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    estimates_2c = torch.cat(running).view(2, -1)
+    seen: list[Tensor] = []
+    for side in zip(*(norm.seen for norm in norms), strict=True):
+        means, inverses = zip(*side, strict=True)
+        seen += [*means, *inverses]
+    # Compiled for a CPU, a batch norm gives them in its input's format.
+    seen_s2c = torch.cat(seen).to(estimates_2c.dtype).view(-1, *estimates_2c.shape)
+    seen_s2c[:, 1].pow_(-2).sub_(eps).clamp_(min=0)  # the variance
+    is_finite_s1c = seen_s2c.isfinite().all(1, keepdim=True)
+    for seen_2c, is_finite_1c in zip(seen_s2c, is_finite_s1c, strict=True):
+        moved_2c = estimates_2c.lerp(seen_2c, momentum)
+        estimates_2c = torch.where(is_finite_1c, moved_2c, estimates_2c)
+    sizes = [estimate.numel() for estimate in running]
+    torch._foreach_copy_(running, estimates_2c.view(-1).split(sizes))
+    for norm in norms:
+        norm.seen = ()

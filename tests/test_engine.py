@@ -16,7 +16,7 @@ from mien.core.train.losses import Loss
 from mien.core.train.optim import Update
 from mien.core.train.ring import LossRing
 from mien.core.train.step import TrainStep
-from mien.models.batch_norm import BatchNorm
+from mien.models.batch_norm import BatchNorm, remember
 
 CPU = torch.device("cpu")
 
@@ -160,13 +160,19 @@ def test_a_replayed_graph_draws_the_noise_of_an_eager_step():
 def test_a_trial_compilation_leaves_running_estimates_alone(monkeypatch):
     """The network runs once more than the step does; a resumed run must not show it."""
     monkeypatch.setattr(torch, "compile", lambda network, **_: network)
-    network = BatchNorm(3)
-    step = SimpleNamespace(update=SimpleNamespace(model=network), network=network, forward=network)
-    feed = SimpleNamespace(next=lambda _: SimpleNamespace(input_nchw=torch.rand(4, 3, 2, 2)))
+    network, faces = BatchNorm(3), torch.rand(4, 3, 2, 2)
+    step = TrainStep(network, None, SimpleNamespace(parameters=()), None)
+    feed = SimpleNamespace(next=lambda _: SimpleNamespace(input_nchw=faces))
     engine = engines.make("compile", step, feed, pytest.fail)
     engine._try({})
     assert torch.equal(network.running_mean, torch.zeros(3))
     assert torch.equal(network.running_var, torch.ones(3))
+    step.forward(faces)
+    once = BatchNorm(3)
+    once(faces)
+    remember([once])
+    assert torch.equal(network.running_mean, once.running_mean)
+    assert torch.equal(network.running_var, once.running_var)
 
 
 @pytest.mark.gpu

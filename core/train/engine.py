@@ -119,16 +119,13 @@ class Compiled(Engine):
     def _try(self, faces_seen: dict[str, int]) -> None:
         """Compile on a batch that comes again, so a failure costs nothing but time."""
         self.is_tried = True
-        plain, update = self.step.network, self.step.update
-        buffers = [(buffer, buffer.clone()) for buffer in update.model.buffers()]
+        plain = self.step.network
         self.step.network = torch.compile(plain, fullgraph=True, dynamic=False)
         try:
-            self.step.forward(self.feed.next(faces_seen).input_nchw)
+            self.step.outputs(self.feed.next(faces_seen).input_nchw)
         except RuntimeError as error:
             self.step.network = plain
             self._fall_back(_first_line(error))
-        for buffer, before in buffers:  # batch norms have moved their running estimates
-            buffer.copy_(before)
 
 
 class Graphed(Engine):

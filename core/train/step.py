@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder, Outputs
+from ...models.batch_norm import norms_of, remember
 from ..data.feed import Batch
 from .losses import Loss
 from .optim import Update
@@ -38,6 +39,7 @@ class TrainStep:
         self.network: Callable[..., Any] = model
         """What computes the outputs: the model, or the model compiled."""
 
+        self.norms = norms_of(model)
         self.parameters = update.parameters
         self.loss, self.update, self.ring, self.side_stream = loss, update, ring, side_stream
 
@@ -49,7 +51,14 @@ class TrainStep:
         self.ring.push(losses.row_v)
 
     def forward(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
-        """What the decoders of A and B make of their halves of the batch."""
+        """What the decoders of A and B make of their halves of the batch; norms remember it."""
+        outputs = self.outputs(input_nchw)
+        # What B's norms have seen on the side stream lives on until their backward pass.
+        remember(self.norms)
+        return outputs
+
+    def outputs(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
+        """Those outputs alone: no running estimate moves."""
         if self.side_stream is None:
             return self.network(input_nchw)
         return self.network(input_nchw, self.side_stream)
