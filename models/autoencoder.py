@@ -183,6 +183,13 @@ class Autoencoder(nn.Module, abc.ABC):
             conv_aware_init=self.build.conv_aware_init,
         )
 
+    def load_pretrained(self) -> None:
+        """Take up weights that somebody else trained, where the options ask for it.
+
+        Raises:
+            ValueError: They are not where the options say.
+        """
+
     def lay_out(self) -> None:
         """Put the weights in channels_last order."""
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -83,7 +83,7 @@ class SameConv(nn.Module):
             padding=kernel // 2 if self.built_in else 0,
             bias=bias,
         )
-        self.conv.draw, self.conv.shuffled_groups = draw, shuffled
+        self.conv.draw = draw
 
     @property
     def bias(self) -> Tensor | None:
@@ -204,6 +204,7 @@ class Upscale(nn.Module):
         self.conv = SameConv(
             inputs, outputs, kernel, reflect=reflect, shuffled=factor**2, draw=draw
         )
+        self.conv.conv.icnr_groups = factor**2
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return upscale(self.conv(x_bchw), self.conv.bias, slope=self.slope, factor=self.factor)

@@ -88,9 +88,16 @@ def convolution_aware(weight: Tensor, generator: torch.Generator) -> None:
     """Filters of one output are orthogonal in Fourier space; variance 2 / fan_in.
 
     For each output channel, the C_in spectra are rows of orthogonal matrices (eigenvectors of
-    random symmetric ones); their inverse transforms, a little noise added, are the filters.
+    random symmetric ones); their inverse transforms, a little noise added, are the filters. A 1x1
+    kernel has one frequency only, and is drawn from a normal distribution. Of a depthwise kernel
+    all channels count into the fan, as in `depthwise_he_uniform`.
     """
     outputs, inputs, rows, columns = weight.shape
+    fan_in = weight.numel() if inputs == 1 else _fans(weight)[0]
+    if rows == columns == 1:
+        with torch.no_grad():
+            weight.normal_(0, math.sqrt(2 / fan_in), generator=generator)
+        return
     spectrum = rows * (columns // 2 + 1)
     # The eigenvectors are in batches, for there may be thousands of outputs.
     batch = max(1, 2**22 // spectrum**2)
@@ -105,7 +112,7 @@ def convolution_aware(weight: Tensor, generator: torch.Generator) -> None:
         spectra = basis.reshape(count, matrices * spectrum, rows, columns // 2 + 1)[:, :inputs]
         drawn[begin : begin + count] = torch.fft.irfft2(spectra, s=(rows, columns))
     drawn += _NOISE * torch.randn(drawn.shape, generator=generator)
-    scale = math.sqrt(2 / _fans(weight)[0]) / drawn.std(correction=0)
+    scale = math.sqrt(2 / fan_in) / drawn.std(correction=0)
     with torch.no_grad():
         weight.copy_(drawn * scale)
 
@@ -130,7 +137,7 @@ def initialize(
         draw: Draw = getattr(module, "draw", he_uniform if is_conv else glorot_uniform)
         if is_conv and conv_aware_init and draw is not glorot_uniform:
             draw = convolution_aware
-        groups = getattr(module, "shuffled_groups", 1)
+        groups = getattr(module, "icnr_groups", 1)
         draw = icnr(draw, groups) if icnr_init and groups > 1 else draw
         draw(module.weight, generator)
         if module.bias is not None:

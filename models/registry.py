@@ -71,17 +71,22 @@ def options_of(name: str, options: dict[str, Any]) -> Any:
     return kind(**options)
 
 
-def build(name: str, *, seed: int | None = 0, **settings: Any) -> "Autoencoder":
+def build(
+    name: str, *, seed: int | None = 0, pretrained: bool = True, **settings: Any
+) -> "Autoencoder":
     """A model on the CPU, in channels_last; its weights are a pure function of the arguments.
 
     Args:
         name: Of the family.
         seed: None leaves the weights unfilled, for a checkpoint to bring them.
+        pretrained: Take up pretrained weights where the options ask for it.
         settings: Fields of `Build` and of the family's ``Config``.
     """
     model = _made(name, settings)
     if seed is not None:
         model.initialize(seed)
+        if pretrained:
+            model.load_pretrained()
     model.lay_out()
     return model
 

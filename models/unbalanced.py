@@ -35,6 +35,7 @@ class Unbalanced(Autoencoder):
     class Config(Options):
         """Options of the family."""
 
+        # Any multiple of 16 makes a whole model, though 64 is the usual step.
         input_size: int = option(128, low=64, high=512, step=16)
         """Edge of the face in px, in and out."""
 

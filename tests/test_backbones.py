@@ -498,3 +498,16 @@ def test_pretrained_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"bn1.bias must have shape \(16,\), got \(3,\)"):
         load_pretrained(network, tmp_path / "other.safetensors")
     assert torch.equal(network.trunk.conv_stem.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.pth", b"no weights"), ("a.safetensors", b"no weights"), ("a.bin", b"")],
+)
+def test_a_file_that_holds_no_weights_is_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"cannot read weights from .*a\.\w+: "):
+        load_pretrained(_on_meta("resnet50", 64), tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds no weights by name"):
+        load_pretrained(_on_meta("resnet50", 64), tmp_path / "list.pth")

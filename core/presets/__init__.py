@@ -54,8 +54,15 @@ def own_folder() -> Path:
 
 
 def available() -> list[Preset]:
-    """Every preset, by name."""
-    return [read(path) for _, path in sorted(_paths().items())]
+    """Every preset, by name; one that cannot be read says why in its description."""
+    return [_readable(path) for _, path in sorted(_paths().items())]
+
+
+def _readable(path: Path) -> Preset:
+    try:
+        return read(path)
+    except ValueError as error:
+        return Preset(path.stem, path, f"cannot be used: {error}", {})
 
 
 def load(name: str) -> Preset:

@@ -37,6 +37,7 @@ _SAVED = {  # what a resume needs of the control numbers, by name
     "scale": SCALE,
     "good_steps": GOOD_STEPS,
 }
+_COUNTS = ("step", "beta_1_power", "beta_2_power")
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,18 @@ class Update:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave; the rate and epsilon stay as configured now.
 
-        A parameter of which there is nothing was frozen until now, and begins at zero.
+        A parameter of which there is nothing was frozen until now, and begins at zero. Then the
+        count of steps begins anew for all, for Adam's correction of young means needs it: with the
+        old count the first steps of such a parameter would be several times the rate. The others
+        take shorter steps for some hundred iterations.
 
         Raises:
             ValueError: A tensor is missing or has another shape.
         """
         own = self.tensors()
-        tensors = self._zeros_of_thawed(tensors) | tensors
+        thawed = self._zeros_of_thawed(tensors)
+        fresh = {name: own[name] for name in _COUNTS} if thawed else {}
+        tensors = thawed | tensors | fresh
         for name, wanted in own.items():
             if name not in tensors or tensors[name].shape != wanted.shape:
                 found = tuple(tensors[name].shape) if name in tensors else "none"

@@ -245,10 +245,16 @@ def _make_model(
 ) -> tuple[Autoencoder, dict[str, str]]:
     """The model on the CPU, and what is to be told of weights that it began with."""
     seed = config.train.seed if is_new else None  # else all weights come from the checkpoint
-    model = models.build(config.model.trainer, seed=seed, **model_settings(config))
+    options = models.options_of(config.model.trainer, config.model.options)
+    source = config.model.load_weights
+    # An encoder that comes from another model needs no file of pretrained weights.
+    pretrained = not (source and "encoder" in getattr(options, "load_layers", ()))
+    model = models.build(
+        config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
+    )
     loaded = {}
-    if is_new and config.model.load_weights:
-        loaded["loaded"] = load_weights(model, Path(config.model.load_weights))
+    if is_new and source:
+        loaded["loaded"] = load_weights(model, Path(source))
     if is_aligned:
         model.align(MULTIPLE)
     if config.train.freeze_weights:
@@ -344,6 +350,10 @@ def _set_libraries(precision: Precision, *, deterministic: bool) -> None:
     precision.apply()
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _facts(

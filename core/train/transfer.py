@@ -30,6 +30,12 @@ def load_weights(model: Autoencoder, path: Path) -> str:
         model.subnetwork(part)
         taken |= {name: t for name, t in tensors.items() if name.startswith(f"{part}.")}
         _check(model, part, taken, path)
+    if not taken:
+        raise ValueError(
+            "model.options.load_layers names no sub-network of this model, so nothing of "
+            f"{path} would be taken; name one of "
+            f"{', '.join(name for name, _ in model.named_children())}"
+        )
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in taken.items():

@@ -104,9 +104,7 @@ class PhazeA(Autoencoder):
         )
         return tuple(path for path in paths if hasattr(self, path.split(".")[0]))
 
-    def initialize(self, seed: int) -> None:
-        """Fill every weight; those of a known network from its file, if the options ask for it."""
-        super().initialize(seed)
+    def load_pretrained(self) -> None:
         if self.config.starts_pretrained:
             path = self.config.enc_weights or os.environ.get("MIEN_BACKBONES")
             load_pretrained(cast(Backbone, self.encoder.backbone), path)

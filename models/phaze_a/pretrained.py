@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .backbones import Backbone, spec
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+_TORCH_BEGINS = (b"PK", b"\x80\x02")  # of its zip files, and of its files before 1.6
 
 
 def load_pretrained(backbone: Backbone, path: str | Path | None) -> Path:
@@ -78,9 +82,21 @@ def _find(backbone: Backbone, path: str | Path | None) -> Path:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    """Tensors by name; ValueError where the file holds anything else."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with open(file, "rb") as content:
+            if content.read(2) not in _TORCH_BEGINS:
+                raise ValueError("it is no file of torch's")
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot read weights from {file}: {reason}; name another file") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{file} holds no weights by name; name a file of timm's")
+    return found
 
 
 def _named_as_here(backbone: Backbone, tensors: dict[str, Any]) -> dict[str, Tensor]:
@@ -89,7 +105,6 @@ def _named_as_here(backbone: Backbone, tensors: dict[str, Any]) -> dict[str, Ten
 
         # Undoes OpenAI's names and resizes the position table, bicubic.
         return checkpoint_filter_fn(tensors, backbone.trunk)
-    tensors = tensors.get("state_dict", tensors)
     # ConvNeXt: the norm of the classifier works on every pixel here.
     return {name.replace("head.norm.", "norm_pre.", 1): tensor for name, tensor in tensors.items()}
 
