@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from .backbones import Backbone, spec
 
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-
-
 _TORCH_BEGINS = (b"PK", b"\x80\x02")  # of its zip files, and of its files before 1.6
 
 
