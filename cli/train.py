@@ -99,7 +99,14 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
         if f"{spec.section}.{spec.name}" in args:
             value = getattr(args, f"{spec.section}.{spec.name}")
             flags.setdefault(spec.section, {})[spec.name] = value
-    return settings.merge(*layers, flags)
+    given = settings.merge(*layers, flags)
+    if "preset" in args:
+        trainer, wanted = presets.load(args.preset).trainer, given.get("model", {}).get("trainer")
+        if trainer and wanted != trainer:
+            raise ValueError(
+                f"preset {args.preset} is for {trainer}, not for {wanted}; leave one of them out"
+            )
+    return given
 
 
 def run(args: argparse.Namespace) -> int:

@@ -134,6 +134,11 @@ def test_list_and_show(own, capsys):
     assert shown["is_own"] is True
 
 
+def test_a_preset_of_another_trainer_is_refused(own, capsys):
+    assert main(["train", "--preset", "stojo", "-t", "original", "--print-config"]) == 2
+    assert "preset stojo is for phaze-a, not for original" in capsys.readouterr().err
+
+
 def test_a_file_of_settings_may_be_a_preset(own, capsys):
     assert main(["preset", "save", "mine", "--set", "train.batch_size=5"]) == 0
     capsys.readouterr()
