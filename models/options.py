@@ -51,7 +51,7 @@ class Options:
             object.__setattr__(self, item.name, value)
             problem = _problem(value, item)
             if problem:
-                raise ValueError(f"{self.family}.{item.name} must be {problem}")
+                raise ValueError(f"model.options.{item.name} of {self.family} must be {problem}")
 
 
 def _problem(value: Any, item: dataclasses.Field) -> str | None:

@@ -87,16 +87,22 @@ def test_refusals_name_the_known():
         ValueError, match="no option 'lowmen' .did you mean lowmem.*: lowmem, width"
     ):
         models.build("original", lowmen=True)
-    with pytest.raises(ValueError, match="width must be 8 to 512 in steps of 8, got 21; .* 24"):
+    with pytest.raises(
+        ValueError, match="width of original must be 8 to 512 in steps of 8, got 21; .* 24"
+    ):
         models.build("original", width=21)
-    with pytest.raises(ValueError, match="lowmem must be of type bool, got 1"):
+    with pytest.raises(ValueError, match="lowmem of original must be of type bool, got 1"):
         models.build("original", lowmem=1)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     [
-        ("dfaker", {"output_size": 192}, "dfaker.output_size must be 128 to 256 in steps of 128"),
+        (
+            "dfaker",
+            {"output_size": 192},
+            "model.options.output_size of dfaker must be 128 to 256 in steps of 128",
+        ),
         ("dfl-sae", {"input_size": 72}, "in steps of 16, got 72; the nearest is 64"),
         ("dfl-sae", {"architecture": "lea"}, "one of df, liae, got 'lea'"),
         ("dfl-sae", {"encoder_dims": 90}, "21 to 85, got 90; the nearest is 85"),
@@ -105,7 +111,11 @@ def test_refusals_name_the_known():
         ("realface", {"input_size": 65}, "in steps of 16, got 65; the nearest is 64"),
         ("dlight", {"features": "bset"}, "did you mean best?"),
         ("dlight", {"output_size": 512}, "got 512; the nearest is 384"),
-        ("villain", {"lowmem": "yes"}, "villain.lowmem must be of type bool, got 'yes'"),
+        (
+            "villain",
+            {"lowmem": "yes"},
+            "model.options.lowmem of villain must be of type bool, got 'yes'",
+        ),
     ],
 )
 def test_options_are_checked(name, options, text):

@@ -352,7 +352,10 @@ def test_pretrained_weights_are_asked_for(monkeypatch, tmp_path):
     ],
 )
 def test_refusals(options, text):
-    with pytest.raises(ValueError, match=re.escape(f"phaze-a.{text}")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"model.options.{text}".replace(" must be", " of phaze-a must be", 1)),
+    ):
         models.meta_model("phaze-a", **options)
 
 
@@ -374,6 +377,9 @@ def test_refusals(options, text):
     ],
 )
 def test_refusals_of_reflection(options, text):
-    with pytest.raises(ValueError, match=re.escape(f"phaze-a.{text}")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"model.options.{text}".replace(" must be", " of phaze-a must be", 1)),
+    ):
         models.meta_model("phaze-a", reflect_padding=True, **options)
     models.meta_model("phaze-a", **options)

@@ -267,7 +267,9 @@ def test_options_are_not_compared_with_those_of_another_family(saved_with_option
 
 def test_an_option_out_of_its_range_is_refused(saved_with_options):
     given = {"model": {"options": {"dropout": 0.95}}}
-    with pytest.raises(ValueError, match="original.dropout must be 0 to 0.9, got 0.95"):
+    with pytest.raises(
+        ValueError, match="model.options.dropout of original must be 0 to 0.9, got 0.95"
+    ):
         resolve_resume(saved_with_options, given)
 
 

@@ -215,7 +215,9 @@ class Config(Options):
         name, rule = conflict
         near = _nearest(self, name, conflicts)
         hint = "" if near is None else f"; the nearest is {near}"
-        raise ValueError(f"{self.family}.{name} must be {rule}, got {getattr(self, name)}{hint}")
+        raise ValueError(
+            f"model.options.{name} of {self.family} must be {rule}, got {getattr(self, name)}{hint}"
+        )
 
     @property
     def is_original(self) -> bool:

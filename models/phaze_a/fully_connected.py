@@ -94,8 +94,9 @@ def _reshape(code: Code, config: Config) -> Reshape:
     wanted = config.fc_channels * config.fc_dimensions**2
     if values != wanted:
         raise ValueError(
-            f"{config.family}.fc_depth must be 1 or more where the bottleneck gives {values} "
-            f"values and fc_max_filters and fc_dimensions ask for {wanted}, got 0; the nearest is 1"
+            f"model.options.fc_depth of {config.family} must be 1 or more where the bottleneck "
+            f"gives {values} values and fc_max_filters and fc_dimensions ask for {wanted}, got 0; "
+            "the nearest is 1"
         )
     return Reshape(channels, config.fc_dimensions, config.fc_channels)
 
