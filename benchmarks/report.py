@@ -42,6 +42,7 @@ def _card(content: dict[str, Any], brief: bool) -> Iterable[str]:
     yield from _kernels([row for row in rows if row["kind"] == "kernel"])
     yield from _data([row for row in rows if row["kind"] == "data"])
     yield from _ablation([row for row in rows if row["kind"] in ("step", "train")])
+    yield from _models([row for row in rows if row["kind"] == "model"])
     yield from _rooflines([row for row in rows if row["kind"] == "roofline"])
 
 
@@ -189,6 +190,24 @@ def _ablation(rows: list[dict[str, Any]]) -> Iterable[str]:
             )
     head = ["of", "model", "batch", "precision", "engine", "without", "EG/s", "EG/s with", "change"]
     yield from _table("Each lever off, one at a time", head, body)
+
+
+def _models(rows: list[dict[str, Any]]) -> Iterable[str]:
+    figures = {
+        "M parameters": "parameters_m",
+        "s to make it": "build_s",
+        "MiB to make it": "build_mib",
+        "GPU MiB at batch 16": "gpu_mib_16",
+        "at batch 64": "gpu_mib_64",
+        "launches forward": "launches_forward",
+        "backward": "launches_backward",
+    }
+    yield from _table(
+        "Every model: what it takes to make it, GPU memory by estimate in bf16, launches of the "
+        "network in a step",
+        ["model", *figures],
+        [[row["model"], *(_known(row, key) for key in figures.values())] for row in rows],
+    )
 
 
 def _rooflines(rows: list[dict[str, Any]]) -> Iterable[str]:
