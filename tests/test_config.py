@@ -1,5 +1,6 @@
 """Settings: ranges, unknown names, order of weight, round trip."""
 
+import json
 import re
 
 import pytest
@@ -85,7 +86,24 @@ def test_a_flag_warps_to_landmarks(capsys):
 
 def test_options_of_a_family_by_set(capsys):
     values = _printed(capsys, "--set", "model.options.lowmem=true")
-    assert values["model"]["options"] == {"lowmem": True}
+    assert values["model"]["options"] == {"lowmem": True, "width": 128}, "with all defaults"
+
+
+def test_options_of_a_trainer_are_told(capsys):
+    assert main(["train", "-t", "dfl-sae", "--options", "--json"]) == 0
+    found = {each["name"]: each for each in json.loads(capsys.readouterr().out)}
+    assert found["architecture"]["rule"] == "df, liae"
+    assert found["input_size"] == {
+        "name": "input_size",
+        "default": 128,
+        "rule": "64 to 256 in steps of 16",
+        "free": False,
+        "doc": "Edge of the face in px, in and out.",
+    }
+    assert main(["train", "-t", "phaze-a", "--options"]) == 0
+    said = capsys.readouterr().out
+    assert "fc_dropout = 0.0  (free: 0 to 0.99)" in said
+    assert 'freeze_layers = ["keras_encoder"]  (free: any of ' in said
 
 
 @pytest.mark.parametrize(
