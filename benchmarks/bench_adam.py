@@ -64,7 +64,8 @@ class _State:
 def parameters_of(model: str, width: int) -> list[Tensor]:
     """The parameters of a model on the meta device: their shapes and strides."""
     made = models.meta_model(model, width=width)
-    return list(made.to(memory_format=torch.channels_last).parameters())  # type: ignore[call-overload]
+    made.lay_out()
+    return list(made.parameters())
 
 
 def mien_step(state: _State) -> Callable[[], None]:

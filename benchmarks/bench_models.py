@@ -83,7 +83,7 @@ def network_launches(model: Variant) -> dict[str, int]:
     """Kernels of a step's forward and backward pass, with aligned channels as on a GPU."""
     network = model.meta_model()
     network.align(MULTIPLE)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.lay_out()
     edge, parameters = network.input_px, list(network.parameters())
     faces = torch.empty(2, MULTIPLE, edge, edge, device="meta", dtype=torch.bfloat16)
     faces = faces.contiguous(memory_format=torch.channels_last)

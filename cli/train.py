@@ -88,9 +88,8 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Only what the user gave, nested by section: preset, file, then ``--set``, then flags."""
-    layers = []
-    if "preset" in args:
-        layers.append(presets.load(args.preset).settings)
+    preset = presets.load(args.preset) if "preset" in args else None
+    layers = [preset.settings] if preset else []
     if "configfile" in args:
         layers.append(presets.read(args.configfile).settings)
     layers += [settings.parse_assignment(text) for text in getattr(args, "set", [])]
@@ -100,12 +99,12 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
             value = getattr(args, f"{spec.section}.{spec.name}")
             flags.setdefault(spec.section, {})[spec.name] = value
     given = settings.merge(*layers, flags)
-    if "preset" in args:
-        trainer, wanted = presets.load(args.preset).trainer, given.get("model", {}).get("trainer")
-        if trainer and wanted != trainer:
-            raise ValueError(
-                f"preset {args.preset} is for {trainer}, not for {wanted}; leave one of them out"
-            )
+    trainer = given.get("model", {}).get("trainer")
+    if preset and preset.trainer and trainer != preset.trainer:
+        raise ValueError(
+            f"preset {preset.name} is for {preset.trainer}, not for {trainer}; leave one of them "
+            "out"
+        )
     return given
 
 

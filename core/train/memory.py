@@ -176,7 +176,7 @@ def _model_of(config: Config, precision: Precision) -> Autoencoder:
     model = meta_model(config)
     if config.precision.align_channels != "off":
         model.align(MULTIPLE)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.lay_out()
     return model.to(precision.compute)
 
 

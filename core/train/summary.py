@@ -7,15 +7,14 @@ or multiplies by itself; what it multiplies is seen by `work.Recorder`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...models.autoencoder import Autoencoder, Side
+from ..data.sides import SIDES
 from .work import Recorder
-
-SIDES: tuple[Side, ...] = get_args(Side)
 
 
 @dataclass(frozen=True)
