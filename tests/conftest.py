@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from mien import models
+from mien.core.faces.synthetic import draw_folder
 from mien.kernels import dispatch
 
 TESTS = Path(__file__).parent
@@ -95,6 +96,15 @@ def faces_dir() -> Path:
     if FACES is None:
         pytest.skip("no real faces: set MIEN_FACES")
     return FACES
+
+
+@pytest.fixture(scope="session")
+def sides(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of 26 drawn faces of A and of B, drawn once for all tests: not to be changed."""
+    root = tmp_path_factory.mktemp("drawn")
+    for side in "ab":
+        draw_folder(root / side, identity=side, count=26, size_px=96)
+    return root / "a", root / "b"
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from mien import models
 from mien.cli import main
-from mien.core.faces.synthetic import draw_folder
 
 # What a family's smallest model leaves out
 MORE = {
@@ -20,14 +19,6 @@ MORE = {
 }
 CASES = [(name, {}) for name in models.available()]
 CASES += [(name, options) for name, forms in MORE.items() for options in forms]
-
-
-@pytest.fixture(scope="module")
-def sides(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    for side in "ab":
-        draw_folder(root / side, identity=side, count=26, size_px=128)
-    return root / "a", root / "b"
 
 
 def _config(path, name, options, mode, sides, model_dir):

@@ -11,7 +11,6 @@ from mien import models
 from mien.benchmarks.bench_step import make_batch
 from mien.cli import main
 from mien.core.config import LossConfig, OptimizerConfig, from_dict
-from mien.core.faces.synthetic import draw_folder
 from mien.core.train import memory, overlap
 from mien.core.train import precision as precisions
 from mien.core.train.losses import Loss
@@ -204,12 +203,9 @@ def test_memory_knows_what_is_frozen():
     assert plain["frozen weights"] == 0
 
 
-@pytest.fixture(scope="module")
-def sides(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    for side in "ab":
-        draw_folder(root / side, identity=side, count=26, size_px=96)
-    return ["-A", str(root / "a"), "-B", str(root / "b"), "--device", "cpu"]
+@pytest.fixture(scope="session")
+def inputs(sides):
+    return ["-A", str(sides[0]), "-B", str(sides[1]), "--device", "cpu"]
 
 
 def _saved(model_dir, name):
@@ -218,10 +214,10 @@ def _saved(model_dir, name):
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
-def test_freezing_is_switched_at_every_resume(sides, tmp_path, mode, capsys):
+def test_freezing_is_switched_at_every_resume(inputs, tmp_path, mode, capsys):
     model_dir = tmp_path / "model"
     new = ["-t", "original", "--set", "model.options.width=8", "-b", "2", "--precision", mode]
-    train = ["train", *sides, "-m", str(model_dir), "-i", "2"]
+    train = ["train", *inputs, "-m", str(model_dir), "-i", "2"]
     found = []
     for words in ([*new, "-f"], ["--set", "train.freeze_weights=false"], ["-f"], []):
         assert main([*train, *words]) == 0

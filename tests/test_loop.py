@@ -18,17 +18,8 @@ from mien import models
 from mien.cli import main
 from mien.core.data.feed import Feed
 from mien.core.faces.png import read_header, write_face
-from mien.core.faces.synthetic import draw_folder
 from mien.core.run.checkpoint import ModelFolder, SaveError
 from mien.core.train.loop import Loop
-
-
-@pytest.fixture(scope="session")
-def sides(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    for side in "ab":
-        draw_folder(root / side, identity=side, count=26, size_px=96)
-    return root / "a", root / "b"
 
 
 def _words(sides, model_dir, *more):

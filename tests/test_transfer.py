@@ -8,28 +8,24 @@ from safetensors.torch import load_file, save_file
 
 from mien import models
 from mien.cli import main
-from mien.core.faces.synthetic import draw_folder
 from mien.core.train.transfer import load_weights
 
 
-@pytest.fixture(scope="module")
-def sides(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    for side in "ab":
-        draw_folder(root / side, identity=side, count=26, size_px=96)
-    return ["-A", str(root / "a"), "-B", str(root / "b")]
+@pytest.fixture(scope="session")
+def inputs(sides):
+    return ["-A", str(sides[0]), "-B", str(sides[1])]
 
 
-def _train(sides, model_dir, *more, trainer="original"):
+def _train(inputs, model_dir, *more, trainer="original"):
     words = ["-t", trainer, "--set", "model.options.width=8", "-b", "2", "-i", "1"]
-    return main(["train", *sides, "-m", str(model_dir), *words, "--device", "cpu", *more])
+    return main(["train", *inputs, "-m", str(model_dir), *words, "--device", "cpu", *more])
 
 
 @pytest.fixture(scope="module")
-def source(sides, tmp_path_factory):
+def source(inputs, tmp_path_factory):
     """A trained model's folder."""
     path = tmp_path_factory.mktemp("source") / "model"
-    assert _train(sides, path, "--seed", "5") == 0
+    assert _train(inputs, path, "--seed", "5") == 0
     return path
 
 
@@ -133,10 +129,10 @@ def test_what_holds_no_weights_is_refused(source, tmp_path):
 
 
 def test_training_begins_with_the_weights_and_a_resume_leaves_them_alone(
-    sides, source, tmp_path, capsys
+    inputs, source, tmp_path, capsys
 ):
     new = tmp_path / "new"
-    assert _train(sides, new, "-l", str(source), "-f") == 0
+    assert _train(inputs, new, "-l", str(source), "-f") == 0
     said = capsys.readouterr().out
     assert f"M parameters of encoder from {source}" in said
     theirs = load_file(_generation(source) / "model.safetensors")
@@ -149,9 +145,9 @@ def test_training_begins_with_the_weights_and_a_resume_leaves_them_alone(
     )
     state = load_file(_generation(new) / "optimizer.safetensors")
     assert float(state["step"]) == 1
-    assert _train(sides, new, "-l", str(tmp_path / "gone")) == 0
+    assert _train(inputs, new, "-l", str(tmp_path / "gone")) == 0
     said = capsys.readouterr().out
     assert "model.load_weights does nothing here: it is for a new model" in said
     assert "loaded" not in said
-    assert _train(sides, tmp_path / "other", "-l", str(source), trainer="lightweight") == 2
+    assert _train(inputs, tmp_path / "other", "-l", str(source), trainer="lightweight") == 2
     assert "holds a model of original" in capsys.readouterr().err
