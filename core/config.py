@@ -234,7 +234,20 @@ class AugmentConfig(_Checked):
     """Largest number of steps by which the CLAHE grid is refined."""
 
 
-LOSSES = ("logcosh", "mae", "mse", "smooth_loss", "ssim")
+LOSSES = (
+    "ffl",
+    "gmsd",
+    "l_inf_norm",
+    "laploss",
+    "logcosh",
+    "mae",
+    "ms_ssim",
+    "mse",
+    "pixel_gradient_diff",
+    "smooth_loss",
+    "ssim",
+)
+_LATER_LOSSES = (*LOSSES, "flip", "lpips_alex", "lpips_squeeze", "lpips_vgg16", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -244,23 +257,26 @@ class LossConfig(_Checked):
     loss_function: str = _setting("ssim", choices=LOSSES)
     """First loss, at weight 100 %."""
 
-    loss_function_2: str = _setting("mse", choices=(*LOSSES, "none"))
+    loss_function_2: str = _setting("mse", choices=_LATER_LOSSES)
     """Second loss."""
 
     loss_weight_2: int = _setting(100, low=0, high=400)
     """Percent of the second loss."""
 
-    loss_function_3: str = _setting("none", choices=(*LOSSES, "none"))
+    loss_function_3: str = _setting("none", choices=_LATER_LOSSES)
     """Third loss."""
 
     loss_weight_3: int = _setting(0, low=0, high=400)
     """Percent of the third loss."""
 
-    loss_function_4: str = _setting("none", choices=(*LOSSES, "none"))
+    loss_function_4: str = _setting("none", choices=_LATER_LOSSES)
     """Fourth loss."""
 
     loss_weight_4: int = _setting(0, low=0, high=400)
     """Percent of the fourth loss."""
+
+    lpips_weights: str = _setting("")
+    """Folder with the weights of the lpips losses, which cannot be shipped: see the README."""
 
     mask_loss_function: str = _setting("mse", choices=("mae", "mse"))
     """Loss of the predicted mask, with `learn_mask`."""
@@ -278,24 +294,77 @@ class LossConfig(_Checked):
     """Let the model predict the mask as well."""
 
 
+OPTIMIZERS = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop")
+CLIPPINGS = ("autoclip", "global_norm", "norm", "value", "none")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig(_Checked):
     """How the weights are moved."""
 
-    optimizer: str = _setting("adam", choices=("adam",), locked=True)
+    optimizer: str = _setting("adam", choices=OPTIMIZERS, locked=True)
     """The rule."""
 
     learning_rate: float = _setting(5e-5, low=1e-6, high=1e-2)
     """Step size."""
 
+    warmup_steps: int = _setting(0, low=0, high=1_000_000, flag="-a --warmup")
+    """Updates over which the rate rises from near 0, since this was set or its stage began."""
+
+    schedule: str = _setting("constant", choices=("constant", "cosine", "step"))
+    """What becomes of the rate: it stays, falls along half a cosine, or falls in steps."""
+
+    schedule_iterations: int = _setting(100_000, low=1, high=1_000_000_000)
+    """Iterations until the cosine ends, or between two steps, since the schedule was set or its
+    stage began."""
+
+    schedule_factor: float = _setting(0.1, low=0.0, high=1.0)
+    """What the rate is multiplied with at the end of the cosine, or at each step."""
+
     epsilon_exponent: int = _setting(-7, low=-20, high=0)
-    """The optimizer's epsilon is 10 to this power."""
+    """The optimizer's epsilon is 10 to this power; lion has none."""
 
     ada_beta_1: float = _setting(0.9, low=0.0, high=0.999999, locked=True)
     """Memory of the gradient's mean."""
 
     ada_beta_2: float = _setting(0.999, low=0.0, high=0.9999999, locked=True)
-    """Memory of the gradient's square."""
+    """Memory of the gradient's square; of the mean, with lion."""
+
+    ada_amsgrad: bool = _setting(False, locked=True)
+    """Never let the memory of the square shrink; of adam and adamw."""
+
+    weight_decay: float = _setting(0.0, low=0.0, high=1.0)
+    """How strongly weights are drawn to 0; biases and the weights of norms are left alone."""
+
+    gradient_clipping: str = _setting("none", choices=CLIPPINGS)
+    """Bound the gradients: each number (value), each tensor's norm (norm), the norm of all
+    (global_norm), or that by a percentile of the past norms (autoclip)."""
+
+    clipping_value: float = _setting(1.0, low=0.0, high=10.0)
+    """The bound; with autoclip a tenth of the percentile, so 1.0 is the 10th."""
+
+    autoclip_history: int = _setting(10_000, low=0, high=100_000)
+    """Past norms that autoclip looks at; 0: the last 100,000."""
+
+    gradient_accumulation: int = _setting(1, low=1, high=100)
+    """Iterations whose mean gradient makes one update."""
+
+    use_lr_finder: bool = _setting(False, flag="-r --use-lr-finder")
+    """Find the learning rate before a new model is trained; a resumed one keeps what was found."""
+
+    lr_finder_iterations: int = _setting(1000, low=100, high=10_000, locked=True)
+    """Iterations of the search, on a copy of the model."""
+
+    lr_finder_mode: str = _setting(
+        "set", choices=("set", "graph_and_set", "graph_and_exit"), locked=True
+    )
+    """Use the found rate, draw its graph too, or draw the graph and leave."""
+
+    lr_finder_strength: str = _setting(
+        "default", choices=("default", "aggressive", "extreme"), locked=True
+    )
+    """How near the found rate is to the one at which the loss was lowest: a tenth, a fifth, or
+    two fifths of it."""
 
     overlap: str = _setting("auto", choices=("auto", "on", "off"))
     """Move the weights of finished layers while the backward pass still runs, to the same bits;
@@ -328,6 +397,17 @@ class TrainConfig(_Checked):
 
     seed: int = _setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
     """Fixes the initial weights, the order of the faces and every random number."""
+
+    nan_protection: str = _setting("halt", choices=("halt", "rollback", "off"))
+    """What follows a loss or gradient that is not a number, or a collapse: stop with advice (halt),
+    or go back to the last good save with a lower rate and try again (rollback). A step that is not
+    finite never reaches the weights; off: it is only left out."""
+
+    rollback_limit: int = _setting(3, low=1, high=100)
+    """Rollbacks after which training gives up, if no save was reached in between."""
+
+    rollback_factor: float = _setting(0.5, low=0.01, high=1.0)
+    """What the learning rate is multiplied with at each rollback."""
 
     freeze_weights: bool = _setting(False, flag="-f --freeze-weights")
     """Leave some of the model as it is, normally the encoder, and train the rest faster."""
@@ -362,11 +442,38 @@ class SaveConfig(_Checked):
     save_minutes: float = _setting(0.0, low=0.0, high=1440.0, flag="--save-minutes")
     """Minutes between two saves, in place of iterations; 0 is off."""
 
+    save_optimizer: str = _setting("always", choices=("never", "always", "exit"))
+    """When the optimizer's state is saved: exit, with the last save only. Without it a resumed
+    model begins with an empty optimizer, and what follows a crash is not bit for bit the same."""
+
     keep_generations: int = _setting(2, low=1, high=100)
     """How many complete saves are kept."""
 
     logs: bool = _setting(True, flag="-n --no-logs")
     """Write TensorBoard events."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(_Checked):
+    """How good the model is, measured at every save on faces that it is never trained on."""
+
+    held_out: int = _setting(0, low=0, high=1000, locked=True)
+    """One in so many faces of each side, chosen by file name, is kept for measuring; 0: none."""
+
+    held_out_a: str = _setting("")
+    """Folder of faces of A to measure on, in place of a share of those that are trained on."""
+
+    held_out_b: str = _setting("")
+    """The same of B."""
+
+    max_faces: int = _setting(64, low=1, high=10_000)
+    """Faces of each side that are measured, evenly spread over those held out."""
+
+    landmark_model: str = _setting("")
+    """ONNX file of a network that finds 68 landmarks in a face, to compare a swap's pose."""
+
+    embedding_model: str = _setting("")
+    """ONNX file of a face recogniser, to compare a swap's identity with A's and with B's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -395,6 +502,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:

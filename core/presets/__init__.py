@@ -21,6 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OF_A_RUN = {  # what says where one run's files are, or what it began with
     "model": {"load_weights"},
     "data": {"input_a", "input_b", "store_dir"},
+    "evaluate": {"held_out_a", "held_out_b"},
     "save": {"model_dir"},
 }
 
