@@ -58,6 +58,7 @@ setup(
         "mien.kernels": ["csrc/include/*.h"],
         "mien.core.faces": ["*.npz"],
         "mien.core.presets": ["*.toml"],
+        "mien.core.recipes": ["*.toml"],
     },
     include_package_data=False,
     ext_modules=[Extension("mien.kernels.libmien", sources=[])],

@@ -19,7 +19,7 @@ import torch
 
 from ..core.faces.synthetic import draw_folder
 from ..core.run.log import Reporter
-from ..core.train.loop import train
+from ..core.train.unattended import train
 from .bench_step import CASES, GPU_CASES
 from .harness import rounded
 from .variants import variant

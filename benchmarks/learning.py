@@ -66,7 +66,7 @@ def run_once(reference: Reference, precision: str, seed: int, keep: Path | None 
     result = RESULTS / f"{reference.name}-{precision}-seed{seed}.json"
     if result.exists():
         return result
-    from ..core.train.loop import train
+    from ..core.train.unattended import train
 
     folder = keep or Path(tempfile.mkdtemp(prefix="mien-learning-"))
     given = merge(

@@ -12,6 +12,7 @@ COMMANDS = {
     "demo": "Draw two face sets and train a small model on them.",
     "faces": "Check, inspect or draw folders of faces.",
     "preset": "List, show and save settings under a name.",
+    "recipe": "List and show recipes: training in stages.",
     "bench": "Measure the parts and the whole.",
     "doctor": "Say what this machine has and which path each part will take.",
 }

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
     from ..core.faces.synthetic import draw_folder
     from ..core.run.log import Reporter
-    from ..core.train.loop import train
+    from ..core.train.unattended import train
 
     for side in ("a", "b"):
         draw_folder(args.folder / f"faces_{side}", identity=side, count=FACES, size_px=SIZE_PX)

@@ -5,11 +5,14 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import models
 from ..core import config as settings
-from ..core import presets
+from ..core import presets, recipes
+
+if TYPE_CHECKING:
+    from ..core.train.stages import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,10 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_flag(parser, spec)
     quiet: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument(
-        "-C", "--configfile", type=Path, metavar="RUN.TOML", help="settings", **quiet
+        "-C", "--configfile", type=Path, metavar="RUN.TOML", help="settings, and stages", **quiet
     )
     parser.add_argument(
         "--preset", metavar="NAME", help="settings under a name: see `mien preset list`", **quiet
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="train in stages: see `mien recipe list`; none: leave the recipe of a model",
+        **quiet,
     )
     parser.add_argument(
         "--set",
@@ -86,12 +95,23 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
     parser.add_argument(*spec.flags, **options)
 
 
-def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Only what the user gave, nested by section: preset, file, then ``--set``, then flags."""
+def given_settings(args: argparse.Namespace) -> tuple[dict[str, Any], recipes.Recipe | None]:
+    """Only what the user gave, nested by section, and the recipe.
+
+    Weight, lowest first: preset, recipe, file, ``--set``, flags. What a stage sets comes on top.
+    """
     preset = presets.load(args.preset) if "preset" in args else None
-    layers = [preset.settings] if preset else []
+    recipe = recipes.load(args.recipe) if "recipe" in args else None
+    layers = [given.settings for given in (preset, recipe) if given]
     if "configfile" in args:
-        layers.append(presets.read(args.configfile).settings)
+        file = _read_file(args.configfile)
+        layers.append(file.settings)
+        if isinstance(file, recipes.Recipe):
+            if recipe is not None:
+                raise ValueError(
+                    f"{args.configfile} lists stages, and --recipe gives others; leave one out"
+                )
+            recipe = file
     layers += [settings.parse_assignment(text) for text in getattr(args, "set", [])]
     flags: dict[str, Any] = {}
     for spec in settings.all_settings():
@@ -105,12 +125,17 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
             f"preset {preset.name} is for {preset.trainer}, not for {trainer}; leave one of them "
             "out"
         )
-    return given
+    return given, recipe
+
+
+def _read_file(path: Path) -> presets.Preset | recipes.Recipe:
+    """What is in a file of settings: a recipe where it lists stages."""
+    return recipes.read(path) if "stage" in settings.read_toml(path) else presets.read(path)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code says how it ended."""
-    given = given_settings(args)
+    given, recipe = given_settings(args)
     config = settings.from_dict(given)
     if "print_config" in args:
         import tomli_w
@@ -120,27 +145,29 @@ def run(args: argparse.Namespace) -> int:
     if "options" in args:
         return _options(config.model.trainer, as_json="json" in args)
     if "summary" in args:
-        return _summary(given, as_json="json" in args)
+        return _summary(given, recipe, as_json="json" in args)
     if "dry_run" in args:
-        return _dry_run(given, as_json="json" in args)
+        return _dry_run(given, recipe, as_json="json" in args)
     from ..core.run.checkpoint import SaveError
     from ..core.run.log import Reporter
-    from ..core.train.loop import HALTED, train
+    from ..core.train.loop import HALTED
+    from ..core.train.unattended import train
 
     try:
-        return train(given, Reporter(as_json="json" in args))
+        return train(given, Reporter(as_json="json" in args), recipe)
     except SaveError as error:  # before the first step; later the loop tells of it
         print(f"mien train: {error}", file=sys.stderr)
         return HALTED
 
 
-def _summary(given: dict[str, Any], as_json: bool) -> int:
+def _summary(given: dict[str, Any], recipe: recipes.Recipe | None, as_json: bool) -> int:
     """The model layer by layer: of the model folder where there is one, else as given."""
     from ..core.run.log import Reporter
     from ..core.train.prepare import settings_of
     from .summary import print_summary
 
-    print_summary(settings_of(given, Reporter(sys.stderr)), as_json=as_json)
+    config, _ = settings_of(given, Reporter(sys.stderr), recipe)
+    print_summary(config, as_json=as_json)
     return 0
 
 
@@ -169,7 +196,7 @@ def _options(trainer: str, as_json: bool) -> int:
     return 0
 
 
-def _dry_run(given: dict[str, Any], as_json: bool) -> int:
+def _dry_run(given: dict[str, Any], recipe: recipes.Recipe | None, as_json: bool) -> int:
     """Parameters, memory, two steps, and what the card's roofline allows."""
     from ..benchmarks import ceilings, harness, roofline
     from ..core.run.log import Reporter
@@ -177,7 +204,7 @@ def _dry_run(given: dict[str, Any], as_json: bool) -> int:
     from ..core.train.memory import describe
     from ..core.train.work import meta_model
 
-    found = rehearse(given, Reporter(sys.stderr if as_json else sys.stdout))
+    found = rehearse(given, Reporter(sys.stderr if as_json else sys.stdout), recipe)
     model, batch_size = found.config.model, found.config.train.batch_size
     card = harness.known_ceilings() or ceilings.measure_ceilings(found.device)
     meta = meta_model(found.config)
@@ -195,6 +222,7 @@ def _dry_run(given: dict[str, Any], as_json: bool) -> int:
         "roofline_eg_per_s": round(bound.eg_per_s, 1),
         "roofline_of": card["device"],
         "bound_by": bound.binds,
+        "stages": _stages(found.plan),
     }
     if as_json:
         print(json.dumps(facts))
@@ -207,5 +235,16 @@ def _dry_run(given: dict[str, Any], as_json: bool) -> int:
         f"roofline     {bound.eg_per_s:,.0f} EG/s on {card['device']} in bf16, bound by "
         f"{bound.binds}; no run can be faster, good ones reach half of it"
     )
+    for line in _stages(found.plan):
+        print(f"stage        {line}")
     print("dry run: nothing was kept")
     return 0
+
+
+def _stages(plan: "Plan | None") -> list[str]:
+    """A line for each stage of the run, the present one marked."""
+    if plan is None:
+        return []
+    lines = recipes.describe(plan.recipe)
+    lines[plan.place.stage] += f" (now, since iteration {plan.place.begun})"
+    return lines

@@ -4,6 +4,7 @@
     state.json           the pointer: which generation is in use, and the run's main figures
     generations/<n>/     model.safetensors  optimizer.safetensors  state.json  config.toml
                          manifest.json (size and SHA-256 of the others, and the order of writing)
+    backup/              the same of the save with the lowest mean loss
     .lock                held (flock) by the process that trains
 
 <n> is the total iteration; a second, different save at the same iteration is <n>-2, <n>-3, ...
@@ -11,7 +12,8 @@ A generation never changes once it has its name. It is written as `.<n>.tmp`: ea
 manifest, is flushed to the disk, then the folder, then the folder gets its name, and the pointer is
 replaced last. So a crash at any moment leaves the earlier generations as they were. Which one is
 newest is decided by the manifests' `sequence`, not by <n>: a run that went back to an earlier
-generation counts through the same iterations again.
+generation counts through the same iterations again. Copies of a generation (the backup, snapshots
+beside the folder) are hard links where the disk has them: its files never change.
 """
 
 import copy
@@ -51,6 +53,7 @@ MODEL, OPTIMIZER, STATE, CONFIG = (
 )
 MANIFEST = "manifest.json"
 _LOCK = ".lock"
+_BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
 POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
 
 _NAME = re.compile(r"\d{1,12}(-\d{1,6})?")
@@ -237,17 +240,93 @@ class ModelFolder:
                     _write_tensors(temporary / file_name, content, metadata)
                 for file_name, text in texts.items():
                     _write_file(temporary / file_name, text)
-                self._write_manifest(temporary, state, file_names)
-                _sync_folder(temporary)
-                os.rename(temporary, self._generations / name)
-                _sync_folder(self._generations)
+                self._publish(temporary, name, state, file_names)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self._point_to(name, state)
         self._current = (name, file_names, state_bytes)
         self._last_complete = state["iterations"]
         self._retire()
         return self._generations / name
+
+    def back_up(self, generation: Path) -> None:
+        """Put a copy of a generation in the place of the backup.
+
+        Raises:
+            SaveError: Where the disk refuses; the backup before is then still there.
+        """
+        self._require_lock()
+        backup, old, new = (self.path / name for name in (_BACKUP, _OLD_BACKUP, _NEW_BACKUP))
+        with self._reporting():
+            self._settle_backup()
+            _copy_files(generation, new)
+            if backup.exists():
+                os.rename(backup, old)
+            os.rename(new, backup)
+            _sync_folder(self.path)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def snapshot(self) -> Path:
+        """A model folder beside this one, `<model dir>_snapshot_<n>_iters`, with a copy of the
+        generation that was loaded or saved last. One that is there already is left as it is.
+
+        Raises:
+            SaveError: Where the disk refuses.
+        """
+        self._require_lock()
+        assert self._current is not None
+        name = self._current[0]
+        folder = self.path.resolve()
+        target = folder.with_name(f"{folder.name}_snapshot_{self._last_complete}_iters")
+        if target.exists():
+            if not _is_same(target / STATE, self.path / STATE):
+                self._warn(f"{target} is there already and was left as it is; no snapshot was made")
+            return target
+        with self._reporting():
+            new = target.with_name(f".{target.name}.tmp")
+            shutil.rmtree(new, ignore_errors=True)
+            try:
+                (new / "generations").mkdir(parents=True)
+                _copy_files(self._generations / name, new / "generations" / name)
+                state = _parse_json(STATE, self._current[2])
+                _write_file(new / STATE, _pointer_to(name, state))
+                if self._config is not None:
+                    _write_file(new / CONFIG, self._config)
+                _sync_folder(new / "generations")
+                _sync_folder(new)
+                os.rename(new, target)
+                _sync_folder(target.parent)
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+        return target
+
+    def go_back(self, latest: int) -> int | None:
+        """Have the newest whole save up to a total iteration be the one in use; its iteration.
+
+        Saves after it stay, until later ones retire them. None: there is none so early.
+
+        Raises:
+            SaveError: Where the disk refuses.
+        """
+        self._require_lock()
+        candidates = [(self._generations / found.name, found) for found in self._manifests([])]
+        newest = candidates[0][1].sequence if candidates else 0
+        backup = self.path / _BACKUP
+        try:
+            candidates.append((backup, _read_manifest(backup)))
+        except _DamagedError:
+            pass  # there is none, or none that helps
+        candidates.sort(key=lambda candidate: candidate[1].sequence, reverse=True)
+        for folder, manifest in candidates:
+            if manifest.iterations > latest:
+                continue
+            try:
+                state = _read_generation(folder, manifest).state
+            except _DamagedError:
+                continue
+            if manifest.sequence < newest:
+                self._save_again(folder, manifest, state)
+            return manifest.iterations
+        return None
 
     # What is in the folder
 
@@ -322,6 +401,40 @@ class ModelFolder:
             name = f"{iterations}-{number}"
         return name
 
+    def _publish(
+        self, temporary: Path, name: str, state: dict[str, Any], file_names: frozenset[str]
+    ) -> None:
+        """Make a generation of the files in a temporary folder, and the one in use."""
+        self._write_manifest(temporary, state, file_names)
+        _sync_folder(temporary)
+        os.rename(temporary, self._generations / name)
+        _sync_folder(self._generations)
+        _replace_file(self.path / STATE, _pointer_to(name, state))
+
+    def _save_again(self, folder: Path, manifest: _Manifest, state: dict[str, Any]) -> None:
+        """Write an earlier generation as the newest one."""
+        with self._reporting():
+            name = self._free_name(manifest.iterations)
+            temporary = self._generations / f".{name}.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                _copy_files(folder, temporary)
+                (temporary / MANIFEST).unlink()
+                self._publish(temporary, name, state, frozenset(manifest.files))
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        self._current = None
+        self._last_complete = manifest.iterations
+        self._retire()
+
+    def _settle_backup(self) -> None:
+        """Finish or undo what a crash left of a change of backups."""
+        backup, old, new = (self.path / name for name in (_BACKUP, _OLD_BACKUP, _NEW_BACKUP))
+        if old.is_dir() and not backup.exists():
+            os.rename(old, backup)
+        for leftover in (old, new):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def _write_manifest(
         self, folder: Path, state: dict[str, Any], file_names: frozenset[str]
     ) -> None:
@@ -341,10 +454,6 @@ class ModelFolder:
         content = body | {"digest": _digest(body)}
         _write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
-    def _point_to(self, name: str, state: dict[str, Any]) -> None:
-        pointer = {key: state[key] for key in POINTER_KEYS if key in state} | {"generation": name}
-        _replace_file(self.path / STATE, json.dumps(pointer, indent=1).encode())
-
     def _retire(self) -> None:
         """Delete what is older than the newest whole generations that are kept."""
         try:
@@ -360,6 +469,7 @@ class ModelFolder:
         """Remove what a crashed run left half written or half deleted."""
         if self._lock is None or not self._generations.is_dir():
             return
+        self._settle_backup()
         for entry in list(os.scandir(self._generations)):
             if _LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
@@ -428,12 +538,18 @@ class Saver:
         self.close()
 
     def save(
-        self, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict[str, Any]
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor] | None,
+        state: dict[str, Any],
+        *,
+        is_best: bool = False,
     ) -> float:
         """Seconds that the caller had to wait for the save before this one.
 
-        When this returns the tensors may change: what is written is what they held at the call (on
-        a GPU: what the work queued on the current stream until then makes of them).
+        The best one so far becomes the backup too. When this returns the tensors may change: what
+        is written is what they held at the call (on a GPU: what the work queued on the current
+        stream until then makes of them).
 
         Raises:
             SaveError: Where the save *before* failed; this one has then not begun.
@@ -451,7 +567,7 @@ class Saver:
             else {name: self._buffers[f"{OPTIMIZER}/{name}"] for name in optimizer}
         )
         self._pending = self._pool.submit(
-            self._write, in_flight, model_copy, optimizer_copy, copy.deepcopy(state)
+            self._write, in_flight, model_copy, optimizer_copy, copy.deepcopy(state), is_best
         )
         return waited
 
@@ -480,12 +596,15 @@ class Saver:
         model: dict[str, Tensor],
         optimizer: dict[str, Tensor] | None,
         state: dict[str, Any],
+        is_best: bool,
     ) -> Saved:
         started = time.monotonic()
         for event, sources in in_flight:
             event.synchronize()
             sources.clear()  # the GPU memory of the staged copies goes back only now
         path = self._folder.save(model, optimizer, state)
+        if is_best:
+            self._folder.back_up(path)
         size_bytes = sum(entry.stat().st_size for entry in os.scandir(path))
         return Saved(path, state["iterations"], time.monotonic() - started, size_bytes)
 
@@ -590,6 +709,30 @@ def _acquire(path: Path) -> int:
 # Writing files
 
 
+def _pointer_to(name: str, state: dict[str, Any]) -> bytes:
+    """What the top state.json says when this generation is in use."""
+    pointer = {key: state[key] for key in POINTER_KEYS if key in state} | {"generation": name}
+    return json.dumps(pointer, indent=1).encode()
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.is_file() and one.read_bytes() == other.read_bytes()
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    """Make a folder of the same plain files, durably: hard links where the disk has them."""
+    target.mkdir()
+    for entry in os.scandir(source):
+        if not entry.is_file(follow_symlinks=False):
+            continue
+        try:
+            os.link(entry.path, target / entry.name, follow_symlinks=False)
+        except OSError:
+            shutil.copyfile(entry.path, target / entry.name, follow_symlinks=False)
+            _sync_file(target / entry.name)
+    _sync_folder(target)
+
+
 def _write_file(path: Path, content: bytes) -> None:
     """Write a new file and flush it to the disk."""
     with open(path, "xb") as stream:
@@ -622,16 +765,16 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets only the owner read it
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync_file(path)
 
 
 def _sync_folder(path: Path) -> None:
     """Flush a folder, so that the names in it survive a power cut."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync_file(path, os.O_DIRECTORY)
+
+
+def _sync_file(path: Path, flags: int = 0) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(handle)
     finally:

@@ -10,10 +10,12 @@ import torch
 
 from ..config import Config, merge, to_dict
 from ..data.sides import SIDES
+from ..recipes import Recipe
 from ..run.log import Reporter
 from . import memory
 from .engine import WARM_UP
 from .prepare import Run, free_bytes, open_run, settings_of
+from .stages import Plan
 
 STEPS = 2
 
@@ -24,6 +26,9 @@ class Rehearsal:
 
     config: Config
     """All settings, the batch size among them."""
+
+    plan: Plan | None
+    """The stages, where there are any."""
 
     precision: str
     device: torch.device
@@ -44,7 +49,7 @@ class Rehearsal:
     """Measured GPU memory; None on a CPU."""
 
 
-def rehearse(given: dict[str, Any], reporter: Reporter) -> Rehearsal:
+def rehearse(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = None) -> Rehearsal:
     """Run two steps of what the settings describe. A model folder is only read.
 
     Faces that an earlier start decoded are used; those decoded now are not kept.
@@ -52,7 +57,7 @@ def rehearse(given: dict[str, Any], reporter: Reporter) -> Rehearsal:
     Raises:
         ValueError: As training would raise it.
     """
-    config = settings_of(given, reporter)
+    config, plan = settings_of(given, reporter, recipe)
     with tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch:
         own_faces = Path(config.save.model_dir).expanduser() / "faces"
         decoded = str(own_faces) if config.save.model_dir and own_faces.is_dir() else ""
@@ -61,10 +66,10 @@ def rehearse(given: dict[str, Any], reporter: Reporter) -> Rehearsal:
             "data": {"store_dir": config.data.store_dir or decoded or f"{scratch}/faces"},
         }
         with open_run(merge(to_dict(config), trial), reporter) as run:
-            return _rehearsed(run)
+            return _rehearsed(run, plan)
 
 
-def _rehearsed(run: Run) -> Rehearsal:
+def _rehearsed(run: Run, plan: Plan | None) -> Rehearsal:
     batch_size, free, losses = run.config.train.batch_size, free_bytes(run.device), []
     steps = WARM_UP + STEPS if run.engine.name == "graph" else STEPS  # the last ones are replays
     for number in range(steps):
@@ -76,6 +81,7 @@ def _rehearsed(run: Run) -> Rehearsal:
     on_gpu = run.device.type == "cuda"
     return Rehearsal(
         config=run.config,
+        plan=plan,
         precision=run.precision.name,
         device=run.device,
         num_parameters=run.step.update.num_parameters,

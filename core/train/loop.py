@@ -1,10 +1,9 @@
-"""The training loop: step, log, preview, save."""
+"""The training loop: step, log, preview, save; until an end of one kind or another."""
 
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,9 @@ from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
 from ..run.preview import preview_image, save_png
 from ..run.stop import StopRequest
-from .prepare import Run, open_run
+from . import stages
+from .health import Collapse, NotFinite, Trouble
+from .prepare import Run
 from .ring import CAPACITY, to_host
 
 DONE, HALTED, STOPPED = 0, 3, 4
@@ -22,16 +23,25 @@ DONE, HALTED, STOPPED = 0, 3, 4
 _SECONDS_BETWEEN_LINES = 1.0
 _STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
 _SAVE_ITERATIONS, _SAVE_SECONDS = 250, 60.0
+_ADVICE = (
+    "Lower optimizer.learning_rate, or set optimizer.epsilon_exponent to -5 or -4 with bf16 or "
+    "fp16, and start again"
+)
 
 
-class Halted(Exception):
-    """Training stopped itself; the message says why and what to do."""
+@dataclass(frozen=True)
+class End:
+    """How a loop ended."""
 
+    code: int
+    """The exit code, if nothing follows."""
 
-def train(given: dict[str, Any], reporter: Reporter) -> int:
-    """Train or resume a model as the user's settings say; the exit code of `mien train`."""
-    with open_run(given, reporter) as run, StopRequest() as stop:
-        return Loop(run, reporter, stop).run()
+    reason: str
+    goes_on: bool = False
+    """Another loop follows: of the next stage, or after a setback."""
+
+    back_at: int | None = None
+    """The model has gone back to the save of this iteration, to try again."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +66,8 @@ class Loop:
     so that neither waits for the other.
     """
 
-    def __init__(self, run: Run, reporter: Reporter, stop: StopRequest):
-        self.r, self.reporter, self.stop = run, reporter, stop
+    def __init__(self, run: Run, reporter: Reporter, stop: StopRequest, until: int):
+        self.r, self.reporter, self.stop, self.until = run, reporter, stop, until
         self.unlogged = 0
         """Iterations whose losses have not been asked for."""
 
@@ -66,38 +76,37 @@ class Loop:
         self.ahead: deque[torch.cuda.Event] = deque()
         """The ends of the steps that the device has not been seen to reach."""
 
-        self.is_halted = False
-        self.skipped = 0
+        self.policy = run.config.train.nan_protection
+        self.not_finite, self.collapse = NotFinite(run.precision.scales_loss), Collapse()
+        self.is_in_trouble = False
         self.mean_loss: float | None = None
         now = time.monotonic()
-        self.asked_at, self.saved_at, self.waited_s = now, now, 0.0
+        self.began_at, self.asked_at, self.saved_at, self.waited_s = now, now, now, 0.0
 
-    def run(self) -> int:
-        """Train to the last iteration, a signal or a failure; the exit code."""
-        code, reason = DONE, "all iterations are done"
+    def run(self) -> End:
+        """Train to iteration ``until``, the end of the stage, a signal or a failure."""
         try:
             try:
-                self._train()
-                if self.stop.signal_name and self._remaining():
-                    code, reason = STOPPED, f"{self.stop.signal_name} received; the state is saved"
-                self._save()
-            except Halted as halt:
-                code, reason = HALTED, str(halt)
-                self.is_halted = True
-                self._save()
+                end = self._train()
+                self._save(is_last=True)
+            except Trouble as trouble:
+                self.is_in_trouble = True
+                end = self._face(trouble)
             self.r.saver.wait()
             self._report_saves()
         except SaveError as error:
-            code, reason = HALTED, str(error)
-        self.reporter.stop(iteration=self.r.state.iterations, reason=reason, exit_code=code)
-        return code
+            end = End(HALTED, str(error))
+        return end
 
     def _remaining(self) -> int:
-        return self.r.config.train.iterations - self.r.state.session.iterations
+        return max(self.until - self.r.state.iterations, 0)
 
-    def _train(self) -> None:
+    def _train(self) -> End:
         state = self.r.state
         while self._remaining() and not self.stop.signal_name:
+            end = self._end_of_stage()
+            if end:
+                return end
             self.r.engine(state.faces_seen)
             state.advance()
             self.unlogged += 1
@@ -107,6 +116,44 @@ class Loop:
             if self._save_is_due():
                 self._save()
             self._report_saves()
+        if self._remaining():
+            return End(STOPPED, f"{self.stop.signal_name} received; the state is saved")
+        return End(DONE, "all iterations are done")
+
+    def _end_of_stage(self) -> End | None:
+        """How the loop ends, where the present stage of the recipe is over."""
+        plan, iterations = self.r.plan, self.r.state.iterations
+        if plan is None:
+            return None
+        if plan.closes_window(iterations):
+            self._log(wait=True)
+        why = plan.end(iterations, time.monotonic() - self.began_at)
+        if why is None:
+            return None
+        if plan.is_last:
+            return End(DONE, f"recipe {plan.recipe.name} is done: {why}")
+        return End(DONE, f"stage {plan.stage.name} is over: {why}", goes_on=True)
+
+    def _face(self, trouble: Trouble) -> End:
+        """What follows when training must not go on: a way back, or the end."""
+        folder, state = self.r.folder, self.r.state
+        if trouble.good_until is None and self.policy == "halt":
+            self._save(is_last=True)  # the weights are those before the step that failed
+            return End(HALTED, f"{trouble}; {self._untouched()}. {_ADVICE}")
+        self.r.saver.wait()
+        back_at = folder.go_back(
+            state.iterations if trouble.good_until is None else trouble.good_until
+        )
+        if back_at is None:
+            return End(HALTED, f"{trouble}; no save from before is left. {_ADVICE}")
+        if self.policy == "rollback":
+            return End(HALTED, str(trouble), goes_on=True, back_at=back_at)
+        return End(HALTED, f"{trouble}; the model is back at iteration {back_at}. {_ADVICE}")
+
+    def _untouched(self) -> str:
+        if self.r.step.update.is_whole:
+            return "no weight was touched by it"
+        return "with optimizer.overlap some other weights may have moved"
 
     def _wait_for_device(self) -> None:
         """Stay only some steps ahead, so that a signal is obeyed soon and times are true."""
@@ -166,9 +213,18 @@ class Loop:
             self.reporter.warning(f"{error}; no more events are written in this session")
             self.r.log = NullLog()
         self._status(named, asked)
-        self._check_finite(named, asked)
-        if not self.is_halted:
+        if not self.is_in_trouble:
+            self._check(named, asked)
             self.r.state.add_losses(float(named["batch_total"].sum()), asked.count)
+            if self.r.plan:
+                self.r.plan.take_losses(named)
+
+    def _check(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
+        """Raise Trouble where training must not go on."""
+        if self.policy == "off":
+            return
+        self.not_finite.check(named, asked.first, int(asked.skipped()[0]))
+        self.collapse.take_losses(named["batch_total"], asked.first)
 
     def _status(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
         faces = len(SIDES) * self.r.config.train.batch_size * asked.count
@@ -185,47 +241,45 @@ class Loop:
             seconds_left=(self._remaining() + behind) * asked.seconds / asked.count,
         )
 
-    def _check_finite(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
-        """Halt where steps were not finite; with fp16 single ones only lower the loss scale."""
-        skipped = int(asked.skipped()[0])
-        is_new, self.skipped = skipped > self.skipped, skipped
-        if self.is_halted:
-            return  # the cause is known; what was still on its way is only told
-        bad = {name: ~np.isfinite(values) for name, values in named.items()}
-        bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
-        if not len(bad_rows) and (self.r.precision.scales_loss or not is_new):
-            return
-        where, cause = "the gradient", ""
-        if len(bad_rows):
-            where = f"iteration {asked.first + int(bad_rows[0])}"
-            cause = f" ({', '.join(name for name in bad if bad[name][bad_rows[0]])})"
-        touched = "no weight was touched by it"
-        if not self.r.step.update.is_whole:
-            touched = "with optimizer.overlap some other weights may have moved"
-        raise Halted(
-            f"not a number at {where}{cause}; {touched}. Lower "
-            "optimizer.learning_rate, or set optimizer.epsilon_exponent to -5 or -4 with bf16 or "
-            "fp16, and start again"
-        )
-
-    def _save(self) -> None:
+    def _save(self, is_last: bool = False) -> None:
         """Queue a save of the present state and write the preview beside it."""
         self._log(wait=True)
         state = self.r.state
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
-        self.mean_loss, _ = state.close_interval()
-        update = self.r.step.update
-        waited = self.r.saver.save(update.weights(), update.tensors(), state.to_dict())
+        predictions = self._predictions()
+        if not self.is_in_trouble and self.policy != "off":
+            self._check_pictures(predictions)
+        self.mean_loss, is_best = state.close_interval()
+        if self.r.plan:
+            seconds = time.monotonic() - self.began_at
+            state.parts[stages.PART] = self.r.plan.to_dict(seconds)
+        update, kept = self.r.step.update, self.r.config.save.save_optimizer
+        waited = self.r.saver.save(
+            update.weights(),
+            update.tensors() if kept == "always" or (is_last and kept == "exit") else None,
+            state.to_dict(),
+            is_best=is_best,
+        )
         if waited > 1:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
             )
         self.r.log.flush()
         path = self.r.folder.path / "preview.png"
-        save_png(path, self._preview())
+        save_png(path, self._preview(predictions))
         self.reporter.preview(iteration=state.iterations, path=path)
         self.saved_at = time.monotonic()
+
+    def _check_pictures(self, predictions: np.ndarray) -> None:
+        """Raise Trouble where what the preview shows has collapsed."""
+        state = self.r.state
+        self.collapse.take_pictures(
+            predictions[:, 0],
+            self.r.preview_faces.targets,
+            state.iterations,
+            state.session.iterations,
+        )
 
     def _report_saves(self) -> None:
         """Tell of the saves that have ended, and of what the model folder has to say."""
@@ -240,8 +294,8 @@ class Loop:
             )
 
     @torch.no_grad()
-    def _preview(self) -> np.ndarray:
-        """The preview picture of the present weights."""
+    def _predictions(self) -> np.ndarray:
+        """(2 sides, 2 decoders, its own first, n, S, S, C) uint8: the preview's faces as of now."""
         run, faces = self.r, self.r.preview_faces
         run.model.eval()
         predictions = []
@@ -253,10 +307,14 @@ class Loop:
             has_mask = run.model.build.learn_mask
             predictions.append([_to_pixels(outputs, has_mask) for outputs in decoded])
         run.model.train()
-        settings, config = run.config.preview, run.config
+        return np.array(predictions)
+
+    def _preview(self, predictions: np.ndarray) -> np.ndarray:
+        """The preview picture."""
+        settings, config = self.r.config.preview, self.r.config
         return preview_image(
-            np.array(predictions),
-            faces.targets,
+            predictions,
+            self.r.preview_faces.targets,
             coverage=config.data.coverage / 100,
             mask_opacity=settings.mask_opacity,
             mask_color=settings.mask_color,

@@ -21,19 +21,24 @@ from ..data.landmarks import landmarks_of_sides
 from ..data.preview_faces import PreviewFaces, load_preview_faces
 from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore, available_host_bytes
+from ..recipes import Recipe
 from ..run.checkpoint import Generation, ModelFolder, Saver
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from . import engine as engines
-from . import memory, overlap
+from . import memory, overlap, stages
 from . import precision as precisions
 from .engine import Engine
 from .losses import Loss
 from .optim import Update
 from .precision import Precision
 from .ring import LossRing
+from .stages import Plan
 from .step import TrainStep
 from .transfer import load_weights
+
+_ROLLBACK = "rollback"
+"""Under which name the state keeps what rollbacks have changed."""
 
 
 @dataclass
@@ -47,6 +52,12 @@ class Run:
     engine: Engine
     precision: Precision
     feed: Feed
+    plan: Plan | None
+    """The recipe and where the run stands in it."""
+
+    rate_factor: float
+    """What rollbacks have multiplied the learning rate with."""
+
     folder: ModelFolder
     saver: Saver
     log: Log
@@ -55,12 +66,20 @@ class Run:
 
 
 @contextmanager
-def open_run(given: dict[str, Any], reporter: Reporter) -> Iterator[Run]:
+def open_run(
+    given: dict[str, Any],
+    reporter: Reporter,
+    recipe: Recipe | None = None,
+    *,
+    rate_factor: float | None = None,
+) -> Iterator[Run]:
     """Prepare a run, and clean up after it.
 
     Args:
         given: What the user set, by section and key.
         reporter: Is told what was chosen, and warned.
+        recipe: Stages to train in; None: those that the model was saved with, if any.
+        rate_factor: What the learning rate is multiplied with after rollbacks; None: as saved.
 
     Raises:
         ValueError: A setting, a folder or the model folder is not usable; one line says why.
@@ -77,17 +96,24 @@ def open_run(given: dict[str, Any], reporter: Reporter) -> Iterator[Run]:
             )
         )
         saved = folder.load()
-        if saved is not None:
-            config = resumed_config(saved, given, reporter)
+        plan = stages.find_place(saved.state if saved else None, recipe)
+        config = _config_of(saved, stages.settings_of_stage(given, plan), reporter)
+        stages.check_figures(plan, config)
+        if saved and plan and plan.is_entered and plan.stage.snapshot:
+            folder.snapshot()
         while folder.warnings:
             reporter.warning(folder.warnings.pop(0))
         config = _resolved(config)
         device = choose_device(config.train.device)
         try:
-            yield _prepare(config, saved, folder, reporter, stack, device)
+            yield _prepare(config, saved, plan, rate_factor, folder, reporter, stack, device)
         except torch.OutOfMemoryError as error:
             precision = precisions.resolve(config.precision.mode, device)
             raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
+
+
+def _config_of(saved: Generation | None, given: dict[str, Any], reporter: Reporter) -> Config:
+    return from_dict(given) if saved is None else resumed_config(saved, given, reporter)
 
 
 def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter) -> Config:
@@ -112,25 +138,32 @@ def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter)
     return config
 
 
-def settings_of(given: dict[str, Any], reporter: Reporter) -> Config:
-    """The settings that training would have: of the model where there is one, which is only read.
+def settings_of(
+    given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = None
+) -> tuple[Config, Plan | None]:
+    """The settings and the stage that training would have: of the model where there is one, which
+    is only read.
 
     Raises:
         ValueError: As training would raise it.
     """
-    config = from_dict(given)
-    path = Path(config.save.model_dir).expanduser()
-    if not config.save.model_dir or not (path / "generations").is_dir():
-        return config
-    trainer = given.get("model", {}).get("trainer")
-    with ModelFolder(path, trainer=trainer, read_only=True) as folder:
-        saved = folder.load()
-    return config if saved is None else resumed_config(saved, given, reporter)
+    saved, model_dir = None, from_dict(given).save.model_dir
+    path = Path(model_dir).expanduser()
+    if model_dir and (path / "generations").is_dir():
+        trainer = given.get("model", {}).get("trainer")
+        with ModelFolder(path, trainer=trainer, read_only=True) as folder:
+            saved = folder.load()
+    plan = stages.find_place(saved.state if saved else None, recipe)
+    config = _config_of(saved, stages.settings_of_stage(given, plan), reporter)
+    stages.check_figures(plan, config)
+    return config, plan
 
 
 def _prepare(
     config: Config,
     saved: Generation | None,
+    plan: Plan | None,
+    rate_factor: float | None,
     folder: ModelFolder,
     reporter: Reporter,
     stack: ExitStack,
@@ -152,6 +185,10 @@ def _prepare(
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
+    if plan is None:
+        state.parts.pop(stages.PART, None)  # the recipe was left
+    if rate_factor is not None:
+        state.parts[_ROLLBACK] = {"rate_factor": rate_factor}
     session = state.begin_session(config)
     stores = {side: opened.store for side, opened in faces.items()}
     feed = Feed(
@@ -198,6 +235,7 @@ def _prepare(
     reporter.start(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
         | loaded
+        | ({"stage": str(plan)} if plan else {})
         | _frozen_fact(config, model, update)
     )
     return Run(
@@ -208,12 +246,22 @@ def _prepare(
         engine=engine,
         precision=precision,
         feed=feed,
+        plan=plan,
+        rate_factor=_saved_rate_factor(state),
         folder=folder,
         saver=saver,
         log=log,
         preview_faces=preview_faces,
         device=device,
     )
+
+
+def _saved_rate_factor(state: TrainingState) -> float:
+    """What rollbacks have multiplied the learning rate with, so far."""
+    factor = state.parts.get(_ROLLBACK, {}).get("rate_factor", 1.0)
+    if not isinstance(factor, float) or not 0 < factor <= 1:
+        raise ValueError(f"the saved state is not valid: parts.{_ROLLBACK} is {factor!r}")
+    return factor
 
 
 def choose_device(setting: str) -> torch.device:

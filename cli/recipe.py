@@ -1,0 +1,45 @@
+"""mien recipe: what it is to train in stages, and those recipes that come with mien."""
+
+import argparse
+import json
+
+from ..core import recipes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verbs and their options."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    text = "Name every recipe and what it is for."
+    listing = verbs.add_parser("list", help=text, description=text)
+    text = "Print the stages of a recipe: what each sets, and when it ends."
+    show = verbs.add_parser("show", help=text, description=text)
+    show.add_argument("name", metavar="NAME|FILE", help="as `mien recipe list` has it, or a file")
+    for verb in (listing, show):
+        verb.add_argument("--json", action="store_true", help="print the facts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out one verb."""
+    return _list(args) if args.verb == "list" else _show(args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    found = recipes.available()
+    if args.json:
+        print(json.dumps([recipe.to_dict() for recipe in found], indent=1))
+        return 0
+    for recipe in found:
+        print(f"{recipe.name}  {recipe.description}".rstrip())
+    print("\nA recipe of one's own is a TOML file: `mien train --recipe FILE`.")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    recipe = recipes.load(args.name)
+    if args.json:
+        print(json.dumps(recipe.to_dict(), indent=1))
+        return 0
+    print(f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name)
+    for line in recipes.describe(recipe):
+        print(f"  {line}")
+    return 0

@@ -1,0 +1,138 @@
+"""Whether training may go on: losses and gradients that are numbers, and no collapse.
+
+A model has collapsed where its loss jumped and stayed, or where its faces became one colour. It
+seldom recovers; a lower learning rate from before the jump does.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+WINDOW = 100
+"""Iterations whose mean loss counts as one value."""
+
+JUMP = 2.0
+"""A mean of so many times the lowest one is no noise."""
+
+STAYED = 3
+"""Means in a row, that high, that count as a collapse."""
+
+_FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations, of 255
+_SURELY_LEARNT = 1000  # iterations after which a network shows more than one colour
+_OVERFLOWS = 50
+"""fp16 steps in a row that were left out: no loss scale helps any more."""
+
+
+@dataclass(frozen=True)
+class Trouble(Exception):
+    """Training must not go on like this."""
+
+    cause: str
+    """What happened, in a few words."""
+
+    good_until: int | None = None
+    """Last total iteration whose saves are good; None: all are."""
+
+    def __str__(self) -> str:
+        return self.cause
+
+
+class NotFinite:
+    """Looks for losses and gradients that are not numbers.
+
+    Args:
+        scales_loss: With fp16 single steps whose gradient overflows only lower the loss scale.
+    """
+
+    def __init__(self, scales_loss: bool):
+        self.scales_loss = scales_loss
+        self.skipped = 0
+        self.overflows = 0
+        """Steps in a row, at least, that were left out."""
+
+    def check(self, named: dict[str, np.ndarray], first: int, skipped: int) -> None:
+        """Raise Trouble where one of some iterations was not finite.
+
+        Args:
+            named: Losses by name, (N,).
+            first: Total iteration of the first of them.
+            skipped: Steps of the session whose gradient was not finite, after the last of them.
+        """
+        count = len(named["batch_total"])
+        new, self.skipped = skipped - self.skipped, skipped
+        self.overflows = self.overflows + count if new == count else 0
+        bad = {name: ~np.isfinite(values) for name, values in named.items()}
+        bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
+        if len(bad_rows):
+            row = bad_rows[0]
+            names = ", ".join(name for name in bad if bad[name][row])
+            raise Trouble(f"not a number at iteration {first + int(row)} ({names})")
+        if new > 0 and not self.scales_loss:
+            raise Trouble("not a number at the gradient")
+        if self.overflows >= _OVERFLOWS:
+            raise Trouble(
+                f"the gradients of the last {self.overflows} iterations were too large for fp16"
+            )
+
+
+class Collapse:
+    """Looks for a loss that jumped and stayed, and for faces of one colour."""
+
+    def __init__(self) -> None:
+        self.lowest: float | None = None
+        self.high = 0
+        """Means in a row that were high."""
+
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.varied_at: list[int | None] = [None, None]
+        """Of each side, the last total iteration at which its pictures were varied."""
+
+    def take_losses(self, totals: np.ndarray, first: int) -> None:
+        """Take in the summed losses (N,) of iterations from ``first`` on; raise Trouble."""
+        for i, total in enumerate(totals.tolist()):
+            self.loss_sum += total
+            self.loss_count += 1
+            if self.loss_count == WINDOW:
+                self._take(self.loss_sum / WINDOW, first + i)
+                self.loss_sum, self.loss_count = 0.0, 0
+
+    def take_pictures(
+        self, predictions: np.ndarray, targets: np.ndarray, iterations: int, session_iterations: int
+    ) -> None:
+        """Look at what the preview shows; raise Trouble.
+
+        Args:
+            predictions: (2 sides, n, S, S, C) uint8, each side's faces re-created.
+            targets: (2 sides, n, F, F, C) uint8.
+            iterations: In total.
+            session_iterations: Of this session.
+        """
+        for side, (made, wanted) in enumerate(zip(predictions, targets, strict=True)):
+            varied_at = self.varied_at[side]
+            if _spread(made[..., :3]) >= _FLAT_LEVELS:
+                self.varied_at[side] = iterations
+            elif _spread(wanted[..., :3]) > _VARIED_LEVELS and (
+                varied_at is not None or session_iterations >= _SURELY_LEARNT
+            ):
+                begun = iterations - session_iterations
+                raise Trouble(
+                    f"every face of {'AB'[side]} has become one colour",
+                    good_until=begun if varied_at is None else varied_at,
+                )
+
+    def _take(self, mean: float, iteration: int) -> None:
+        if self.lowest is None or mean < self.lowest:
+            self.lowest = mean
+        self.high = self.high + 1 if mean > JUMP * self.lowest else 0
+        if self.high == STAYED:
+            begun = iteration - STAYED * WINDOW
+            raise Trouble(
+                f"the loss jumped from {self.lowest:.4f} to {mean:.4f} after iteration {begun} and "
+                "stayed",
+                good_until=begun,
+            )
+
+
+def _spread(pictures: np.ndarray) -> float:
+    """The largest standard deviation over the pixels of any picture and channel, in levels."""
+    return float(pictures.astype(np.float32).std(axis=(1, 2)).max())

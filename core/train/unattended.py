@@ -1,0 +1,75 @@
+"""A run from its start to its end: stage after stage of its recipe, and back after a setback.
+
+A stage and a setback end a session: the run is closed, and opened again from its last save as if
+the user had started it again, so that nothing of what follows depends on what was in memory.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from ..config import merge
+from ..recipes import Recipe
+from ..run.log import Reporter
+from ..run.stop import StopRequest
+from .loop import HALTED, STOPPED, End, Loop
+from .prepare import Run, open_run
+
+
+def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = None) -> int:
+    """Train or resume a model as the user's settings say; the exit code of `mien train`.
+
+    Args:
+        given: What the user set, by section and key.
+        reporter: Is told how it goes.
+        recipe: Stages to train in; None: those that the model was saved with, if any.
+    """
+    until: int | None = None
+    setbacks = _Setbacks()
+    with StopRequest() as stop:
+        while True:
+            with open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor) as run:
+                if until is None:
+                    until = run.state.iterations + run.config.train.iterations
+                end = setbacks.meet(Loop(run, reporter, stop, until).run(), run)
+            if not end.goes_on or stop.signal_name:
+                break
+            reporter.warning(end.reason)
+            given = merge(given, {"model": {"load_weights": ""}})  # those were for the beginning
+    if end.goes_on:
+        end = End(STOPPED, f"{stop.signal_name} received; the state is saved")
+    reporter.stop(iteration=run.state.iterations, reason=end.reason, exit_code=end.code)
+    return end.code
+
+
+class _Setbacks:
+    """The times that this start of the program had to go back."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rate_factor: float | None = None
+        """What the learning rate is to be multiplied with; None: as the model was saved."""
+
+        self.lowest: float | None = None
+        """The lowest mean loss at the last of them."""
+
+    def meet(self, end: End, run: Run) -> End:
+        """The end of a loop: the same, or where the model has gone back, whether it tries again."""
+        if end.back_at is None:
+            return end
+        settings, lowest = run.config.train, run.state.lowest_mean_loss
+        if self.lowest is not None and lowest is not None and lowest < self.lowest:
+            self.count = 0  # training got further than ever in between
+        self.count, self.lowest = self.count + 1, lowest
+        self.rate_factor = run.rate_factor * settings.rollback_factor
+        if self.count > settings.rollback_limit:
+            return End(
+                HALTED,
+                f"{end.reason}; {settings.rollback_limit} rollbacks did not help, and the model is "
+                f"back at iteration {end.back_at}. Look at the faces and at the settings of the "
+                "loss, or lower optimizer.learning_rate much more, and start again",
+            )
+        return replace(
+            end,
+            reason=f"{end.reason}; rollback {self.count} of {settings.rollback_limit}: back to "
+            f"iteration {end.back_at}, with {self.rate_factor:g} times the learning rate",
+        )

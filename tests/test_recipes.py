@@ -1,0 +1,183 @@
+"""Recipes: what a file may say, and when a stage is over."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tomli_w
+
+from mien.cli import main
+from mien.core import recipes
+from mien.core.recipes import NONE, Recipe
+from mien.core.train.stages import PART, Place, Plan, find_place
+
+LEARN = {"name": "learn", "iterations": 10, "set": {"augment": {"flip": False}}}
+FINISH = {"name": "finish", "rate_factor": 0.5, "set": {"augment": {"warp": False}}}
+
+
+def _recipe(*stages, name="mine"):
+    return Recipe.from_dict({"name": name, "stage": [*stages]})
+
+
+def _named(*totals):
+    values = np.array(totals, dtype=np.float64)
+    return {"batch_total": values, "loss_a": values / 4, "loss_b": values * 3 / 4}
+
+
+@pytest.mark.parametrize("recipe", recipes.available(), ids=lambda recipe: recipe.name)
+def test_the_packaged_recipes_are_whole(recipe):
+    assert recipe.description.endswith(".")
+    assert all(stage.ends for stage in recipe.stages), "one has no end"
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+def test_the_standard_recipe_ends_without_warp_and_flip():
+    recipe = recipes.load("standard")
+    last = len(recipe.stages) - 1
+    assert recipe.settings_of(last)["augment"] == {"warp": False, "flip": False}
+    assert recipe.settings_of(0) == {}
+    assert recipe.rate_factor_of(0) == 1.0
+    assert 0 < recipe.rate_factor_of(last) < recipe.rate_factor_of(1) < 1
+
+
+def test_settings_hold_until_a_later_stage_sets_them_again():
+    again = {"name": "again", "set": {"augment": {"flip": True}}}
+    recipe = _recipe(LEARN, FINISH | {"iterations": 5}, again)
+    assert recipe.settings_of(1) == {"augment": {"flip": False, "warp": False}}
+    assert recipe.settings_of(2) == {"augment": {"flip": True, "warp": False}}
+    assert [recipe.rate_factor_of(n) for n in range(3)] == [1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([], "stage must be a list of tables, [[stage]], got []"),
+        ("learn", "stage must be a list of tables"),
+        ([3], "stage 1 must be a table, got 3"),
+        ([{"nmae": "x"}], "unknown key nmae of stage 1; did you mean name?"),
+        ([{"name": "a"}, {"name": "b"}], "stage 1, a, has no end, so the next is never reached"),
+        ([LEARN, LEARN], "stage 2 has the name 'learn' of an earlier one"),
+        ([{"iterations": 0}], "stage 1.iterations must be a whole number from 1, or more, got 0"),
+        ([{"iterations": True}], "stage 1.iterations must be a whole number"),
+        ([{"minutes": -1}], "stage 1.minutes must be a number from 0, or more, got -1"),
+        ([{"minutes": float("nan")}], "stage 1.minutes must be a number"),
+        ([{"rate_factor": "half"}], "stage 1.rate_factor must be a number from 0 to 100"),
+        ([{"snapshot": "yes"}], "stage 1.snapshot must be true or false, got 'yes'"),
+        ([{"plateau": {"metric": "los"}}], "stage 1.plateau.metric must be one of loss, loss_a"),
+        ([{"plateau": {"windw": 3}}], "unknown key windw of stage 1.plateau; did you mean window?"),
+        ([{"plateau": {"window": 0}}], "stage 1.plateau.window must be a whole number from 1"),
+        ([{"set": {"augment": {"wrap": False}}}], "did you mean augment.warp?"),
+        ([{"set": {"data": {"coverage": 80}}}], "data.coverage is fixed when a model is made"),
+        ([{"set": {"train": {"iterations": 5}}}], "train.iterations is for the whole run"),
+        ([{"set": {"loss": {"loss_weight_2": 900}}}], "loss.loss_weight_2 must be a whole number"),
+    ],
+)
+def test_refusals_name_the_stage_and_the_rule(stages, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Recipe.from_dict({"stage": stages})
+
+
+def test_a_file_may_hold_settings_too(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(tomli_w.dumps({"loss": {"loss_weight_2": 50}, "stage": [LEARN, FINISH]}))
+    recipe = recipes.load(str(path))
+    assert (recipe.name, recipe.settings) == ("mine", {"loss": {"loss_weight_2": 50}})
+    path.write_text("[augment]\nflip = false\n")
+    with pytest.raises(ValueError, match="lists no stages"):
+        recipes.load(str(path))
+    with pytest.raises(ValueError, match=r"no recipe 'standrad' \(did you mean standard\?\)"):
+        recipes.load("standrad")
+    assert recipes.load("none") is NONE
+
+
+def test_the_command_line_lists_and_shows(capsys):
+    assert main(["recipe", "list"]) == 0
+    assert "standard" in capsys.readouterr().out
+    assert main(["recipe", "show", "standard"]) == 0
+    assert "augment.warp = false" in capsys.readouterr().out
+    assert main(["recipe", "show", "standard", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["stage"][0]["name"] == "learn"
+    assert main(["recipe", "show", "other"]) == 2
+
+
+def test_a_stage_is_over_at_the_first_of_its_ends():
+    stage = {"iterations": 10, "until_iteration": 25, "minutes": 2}
+    plan = Plan(_recipe(stage), Place(begun=20, seconds=60))
+    assert plan.end(20) is None
+    assert plan.end(24, seconds=59) is None
+    assert plan.end(25) == "iteration 25 is reached"
+    assert plan.end(24, seconds=60) == "2 minutes have passed"
+    plan.place.begun = 10
+    assert plan.end(20) == "10 iterations are done"
+
+
+def test_a_plateau_of_the_loss_does_not_depend_on_how_losses_arrive():
+    plateau = {"metric": "loss_b", "window": 4, "patience": 2, "improvement": 10}
+    totals = [8.0] * 4 + [4.0] * 4 + [3.7] * 4 + [3.9] * 4
+    ended = []
+    for sizes in ([1] * 16, [16], [3, 5, 7, 1]):
+        plan = Plan(_recipe({"plateau": plateau}))
+        at = 0
+        for size in sizes:
+            plan.take_losses(_named(*totals[at : at + size]))
+            at += size
+        assert plan.place.best == pytest.approx(3.0)
+        assert plan.place.stale == 2, "neither 3.7 nor 3.9 is 10 % better than 4"
+        ended.append(plan.end(16))
+    assert ended == [ended[0]] * 3
+    assert "loss_b has not improved by 10 % in 2 means of 4 iterations" in ended[0]
+
+
+def test_a_plateau_of_a_measured_figure_counts_each_once():
+    plan = Plan(_recipe({"plateau": {"metric": "ssim_a", "patience": 2, "improvement": 1}}))
+    for iteration, value in ((10, 0.5), (20, 0.6), (20, 0.1), (30, 0.601), (40, 0.59)):
+        assert plan.end(iteration) is None
+        plan.take_figures(iteration, {"ssim_a": value})
+    assert plan.end(41) is not None
+    assert not plan.closes_window(0), "no loss is waited for"
+
+
+def test_the_place_is_saved_and_found_again():
+    saved = {"iterations": 4, "parts": {}}
+    recipe = _recipe(LEARN, FINISH)
+    plan = find_place(None, recipe)
+    assert (plan.place.stage, plan.is_entered) == (0, True)
+    saved["parts"][PART] = json.loads(json.dumps(plan.to_dict(seconds=30)))
+
+    again = find_place(saved, None)
+    assert again.recipe == recipe
+    assert again.place.seconds == 30
+    assert not again.is_entered
+
+    later = find_place(saved | {"iterations": 10}, None)
+    assert (later.stage.name, later.place.begun, later.is_entered) == ("finish", 10, True)
+    assert later.rate_factor == 0.5
+    assert find_place(saved, NONE) is None
+    assert find_place({"iterations": 4, "parts": {}}, None) is None
+
+
+def test_an_edited_recipe_goes_on_in_its_stage_and_another_begins():
+    plan = Plan(_recipe(LEARN, FINISH), Place(stage=1, begun=10))
+    saved = {"iterations": 12, "parts": {PART: plan.to_dict()}}
+    edited = _recipe(LEARN, {"name": "more", "iterations": 5}, FINISH | {"rate_factor": 0.1})
+    found = find_place(saved, edited)
+    assert (found.stage.name, found.place.begun, found.rate_factor) == ("finish", 10, 0.1)
+    other = find_place(saved, _recipe(LEARN, name="other"))
+    assert (other.stage.name, other.place.begun) == ("learn", 12)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda part: part.pop("place"),
+        lambda part: part["place"].update(stage=7),
+        lambda part: part["place"].update(begun="x"),
+        lambda part: part["recipe"].update(stage=[]),
+    ],
+)
+def test_a_spoilt_place_is_refused_with_a_way_out(spoil):
+    part = Plan(_recipe(LEARN, FINISH)).to_dict()
+    spoil(part)
+    with pytest.raises(ValueError, match="go on without: --recipe none"):
+        find_place({"iterations": 4, "parts": {PART: part}}, None)

@@ -1,0 +1,347 @@
+"""Runs that look after themselves: stages of a recipe, setbacks, and what is kept on the way."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mien.cli import main
+from mien.core.data.feed import Feed
+from mien.core.run.checkpoint import ModelFolder
+from mien.core.run.session import TrainingState
+from mien.core.train import loop as loops
+from mien.core.train.health import JUMP, STAYED, WINDOW, Collapse, NotFinite, Trouble
+
+RECIPE = """
+description = "Three short stages."
+
+[[stage]]
+name = "learn"
+iterations = 4
+
+[[stage]]
+name = "other loss"
+rate_factor = 0.5
+set.augment.warp = false
+set.loss.loss_function_2 = "mae"
+plateau = { window = 2, patience = 2, improvement = 100 }
+
+[[stage]]
+name = "finish"
+set.augment.flip = false
+iterations = 3
+"""
+
+
+def _words(sides, model_dir, *more):
+    return [
+        "train",
+        *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
+        *("-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
+        *("--set", "train.log_interval=2", "--device", "cpu", *more),
+    ]
+
+
+def _train(sides, model_dir, *more):
+    return main(_words(sides, model_dir, *more))
+
+
+def _state(model_dir):
+    pointer = json.loads((model_dir / "state.json").read_text())
+    newest = model_dir / "generations" / pointer["generation"]
+    return json.loads((newest / "state.json").read_text()), newest
+
+
+def _assert_same_bits(one, two):
+    for name in ("model", "optimizer"):
+        ours, theirs = (load_file(_state(each)[1] / f"{name}.safetensors") for each in (one, two))
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{name} {key}"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "short.toml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def test_a_recipe_runs_unattended_with_its_settings_and_snapshots(sides, tmp_path, recipe, capsys):
+    model_dir = tmp_path / "model"
+    assert _train(sides, model_dir, "--recipe", recipe, "--json") == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    stages = [event["stage"] for event in events if event["event"] == "start"]
+    assert [stage.split(",")[0] for stage in stages] == [
+        "1 of 3 of short: learn",
+        "2 of 3 of short: other loss",
+        "3 of 3 of short: finish",
+    ]
+    # The first mean is the best so far; two more without 100 % of improvement end the stage.
+    assert events[-1]["iteration"] == 4 + 6 + 3
+    assert events[-1]["reason"] == "recipe short is done: 3 iterations are done"
+    assert [event["event"] for event in events].count("stop") == 1
+
+    state, _ = _state(model_dir)
+    sessions = state["sessions"]
+    assert [session["iterations"] for session in sessions] == [4, 6, 3]
+    settings = [session["settings"] for session in sessions]
+    assert [each["augment"]["warp"] for each in settings] == [True, False, False]
+    assert [each["augment"]["flip"] for each in settings] == [True, True, False]
+    assert [each["loss"]["loss_function_2"] for each in settings] == ["mse", "mae", "mae"]
+    for iteration in (4, 10):
+        snapshot = tmp_path / f"model_snapshot_{iteration}_iters"
+        with ModelFolder(snapshot, read_only=True) as folder:
+            kept = folder.load()
+        assert kept.state["iterations"] == iteration
+        assert kept.optimizer is not None
+
+
+def test_interrupted_inside_every_stage_it_equals_the_uninterrupted_run(sides, tmp_path, recipe):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert _train(sides, straight, "--recipe", recipe) == 0
+    for iterations in (2, 3, 2, 4):  # in the first, the second, the same again, the third
+        assert _train(sides, resumed, "--recipe", recipe, "-i", str(iterations)) == 0
+    assert main(["train", "-m", str(resumed)]) == 0, "the recipe is in the model"
+    _assert_same_bits(straight, resumed)
+    state, _ = _state(resumed)
+    assert state["iterations"] == 13
+    assert len(state["sessions"]) > 4
+
+
+def test_a_done_recipe_says_so_and_can_be_left(sides, tmp_path, capsys):
+    path = tmp_path / "once.toml"
+    path.write_text('[[stage]]\nname = "all"\niterations = 2\nset.augment.warp = false\n')
+    model_dir = tmp_path / "model"
+    assert _train(sides, model_dir, "-C", str(path)) == 0
+    capsys.readouterr()
+    assert main(["train", "-m", str(model_dir)]) == 0
+    assert "recipe once is done: 2 iterations are done" in capsys.readouterr().out
+    assert _state(model_dir)[0]["iterations"] == 2
+    assert main(["train", "-m", str(model_dir), "--recipe", "none", "-i", "3"]) == 0
+    assert _state(model_dir)[0]["iterations"] == 5
+    assert main(["train", "-m", str(model_dir), "-i", "1"]) == 0, "left for good"
+    assert _state(model_dir)[0]["iterations"] == 6
+
+
+def test_a_recipe_and_a_file_with_stages_are_one_too_many(sides, tmp_path, recipe, capsys):
+    assert _train(sides, tmp_path / "model", "-C", recipe, "--recipe", "standard") == 2
+    assert "leave one out" in capsys.readouterr().err
+
+
+def test_a_recipe_that_watches_what_is_not_measured_is_refused(sides, tmp_path, capsys):
+    path = tmp_path / "watch.toml"
+    path.write_text('[[stage]]\nplateau = { metric = "ssim_b" }\n')
+    assert _train(sides, tmp_path / "model", "--recipe", str(path)) == 2
+    err = capsys.readouterr().err
+    assert "watches ssim_b, but nothing is measured" in err
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_dry_run_shows_the_stages(sides, tmp_path, recipe, capsys):
+    assert _train(sides, tmp_path / "model", "--recipe", recipe, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "stage        1 learn: ends after 4 iterations (now, since iteration 0)" in said
+    assert "3 finish: augment.flip = false; ends after 3 iterations" in said
+
+
+def test_an_existing_snapshot_is_never_overwritten(sides, tmp_path, recipe, capsys):
+    other = tmp_path / "model_snapshot_4_iters"
+    other.mkdir()
+    (other / "diary.txt").write_text("mine")
+    assert _train(sides, tmp_path / "model", "--recipe", recipe, "-i", "5") == 0
+    assert "is there already and was left as it is" in capsys.readouterr().out
+    assert [path.name for path in other.iterdir()] == ["diary.txt"]
+
+
+# Setbacks
+
+
+def _poisoned(monkeypatch, iteration, times):
+    """Put a NaN into the batch of an iteration, the first so many times that it is made."""
+    original = Feed.next
+    made = []
+
+    def following(self, faces_seen):
+        batch = original(self, faces_seen)
+        if faces_seen["a"] == 4 * (iteration - 1) and len(made) < times:
+            made.append(iteration)
+            batch.input_nchw[0, 0, 0, 0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Feed, "next", following)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
+def test_a_rollback_goes_back_lowers_the_rate_and_goes_on(
+    sides, tmp_path, monkeypatch, mode, capsys
+):
+    model_dir, plain = tmp_path / "model", tmp_path / "plain"
+    _poisoned(monkeypatch, iteration=6, times=1)
+    words = ("-i", "8", "-s", "4", "--precision", mode, "--set", "train.nan_protection=rollback")
+    assert _train(sides, model_dir, *words) == 0
+    said = capsys.readouterr().out
+    assert "not a number at iteration 6 (loss_a" in said
+    assert "rollback 1 of 3: back to iteration 4, with 0.5 times the learning rate" in said
+    assert "Stopped at iteration 8: all iterations are done" in said
+    assert _state(model_dir)[0]["parts"]["rollback"] == {"rate_factor": 0.5}
+
+    # What a user would do by hand: stop at the save, resume with half the rate.
+    assert _train(sides, plain, "-i", "4", "--precision", mode) == 0
+    rate = ("--set", "optimizer.learning_rate=2.5e-5")
+    assert _train(sides, plain, "-i", "4", "--precision", mode, *rate) == 0
+    _assert_same_bits(model_dir, plain)
+
+
+def test_the_lowered_rate_holds_until_a_rate_is_given(sides, tmp_path, monkeypatch, capsys):
+    model_dir = tmp_path / "model"
+    _poisoned(monkeypatch, iteration=3, times=1)
+    words = ("-i", "4", "-s", "2", "--set", "train.nan_protection=rollback")
+    assert _train(sides, model_dir, *words) == 0
+    assert _train(sides, model_dir, "-i", "1") == 0
+    assert _state(model_dir)[0]["parts"]["rollback"] == {"rate_factor": 0.5}
+    assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-5") == 0
+    assert "rollback" not in _state(model_dir)[0]["parts"]
+
+
+def test_rollbacks_give_up_after_the_stated_number(sides, tmp_path, monkeypatch, capsys):
+    model_dir = tmp_path / "model"
+    _poisoned(monkeypatch, iteration=4, times=99)
+    words = ("-i", "9", "-s", "2", "--set", "train.nan_protection=rollback")
+    limit = ("--set", "train.rollback_limit=2")
+    assert _train(sides, model_dir, *words, *limit) == 3
+    said = capsys.readouterr().out
+    assert said.count("rollback 1 of 2") == said.count("rollback 2 of 2") == 1
+    assert "with 0.25 times the learning rate" in said
+    # Each session saves its first iteration, here the third.
+    assert "2 rollbacks did not help, and the model is back at iteration 3" in said
+    state, newest = _state(model_dir)
+    assert state["iterations"] == 3
+    assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+def test_off_leaves_the_step_out_and_goes_on(sides, tmp_path, monkeypatch, capsys):
+    _poisoned(monkeypatch, iteration=3, times=1)
+    words = ("-i", "5", "--set", "train.nan_protection=off")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    _, newest = _state(tmp_path / "model")
+    assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+def _collapsed_after(monkeypatch, iteration, windows_px=4):
+    """Losses that jump after an iteration and stay, seen in short windows."""
+    monkeypatch.setattr("mien.core.train.health.WINDOW", windows_px)
+    original = loops.Loop._check
+
+    def check(self, named, asked):
+        numbers = asked.first + np.arange(asked.count)
+        jumped = np.where(numbers > iteration, 10 * JUMP, 1.0)
+        original(self, named | {"batch_total": named["batch_total"] * jumped}, asked)
+
+    monkeypatch.setattr(loops.Loop, "_check", check)
+
+
+def test_a_collapse_halts_with_the_model_back_before_it(sides, tmp_path, monkeypatch, capsys):
+    model_dir = tmp_path / "model"
+    _collapsed_after(monkeypatch, iteration=8)
+    assert _train(sides, model_dir, "-i", "40", "-s", "3", "--set", "save.keep_generations=9") == 3
+    said = capsys.readouterr().out
+    found = re.search(r"the loss jumped from [\d.]+ to [\d.]+ after iteration 8 and stayed", said)
+    assert found, said
+    assert "the model is back at iteration 6" in said
+    assert _state(model_dir)[0]["iterations"] == 6
+    monkeypatch.undo()
+    assert main(["train", "-m", str(model_dir), "-i", "1"]) == 0
+    assert _state(model_dir)[0]["iterations"] == 7
+
+
+def test_a_collapse_rolls_back_to_the_backup_where_newer_saves_are_bad(
+    sides, tmp_path, monkeypatch, capsys
+):
+    model_dir = tmp_path / "model"
+    _collapsed_after(monkeypatch, iteration=8)
+    original = TrainingState.close_interval
+
+    def lowest_at_six(self):
+        return original(self)[0], self.iterations == 6
+
+    monkeypatch.setattr(TrainingState, "close_interval", lowest_at_six)
+    words = ("--set", "save.keep_generations=1", "--set", "train.nan_protection=rollback")
+    assert _train(sides, model_dir, "-i", "24", "-s", "3", *words) == 0
+    said = capsys.readouterr().out
+    assert "after iteration 8 and stayed; rollback 1 of 3: back to iteration 6" in said
+    assert "no save from before is left" not in said
+
+
+# What is looked for
+
+
+def _losses(*totals):
+    values = np.array(totals, dtype=np.float64)
+    return {"batch_total": values, "loss_a": values, "loss_b": np.ones_like(values)}
+
+
+def test_a_loss_that_is_no_number_names_iteration_and_loss():
+    with pytest.raises(Trouble, match=r"at iteration 12 \(batch_total, loss_a\)"):
+        NotFinite(scales_loss=True).check(_losses(1, 1, np.inf), first=10, skipped=0)
+
+
+def test_single_overflows_of_fp16_are_none_but_many_in_a_row_are():
+    check = NotFinite(scales_loss=True)
+    for i in range(200):
+        check.check(_losses(1, 1), first=1 + 2 * i, skipped=i)  # every second step
+    check = NotFinite(scales_loss=True)
+    with pytest.raises(Trouble, match=r"last 50 iterations were too large for fp16"):
+        for i in range(30):
+            check.check(_losses(1, 1), first=1 + 2 * i, skipped=2 * i + 2)
+    with pytest.raises(Trouble, match="not a number at the gradient"):
+        NotFinite(scales_loss=False).check(_losses(1, 1), first=1, skipped=1)
+
+
+def test_a_loss_that_jumps_and_stays_is_a_collapse_and_a_spike_is_none():
+    watch = Collapse()
+    falling = np.linspace(1.0, 0.2, 20 * WINDOW)
+    watch.take_losses(falling, first=1)
+    spike = np.full((STAYED - 1) * WINDOW, 0.9)
+    watch.take_losses(spike, first=len(falling) + 1)
+    watch.take_losses(np.full(WINDOW, 0.2), first=len(falling) + len(spike) + 1)
+    at = len(falling) + len(spike) + WINDOW
+    with pytest.raises(Trouble) as caught:
+        watch.take_losses(np.full(10 * WINDOW, 0.9), first=at + 1)
+    assert caught.value.good_until == at
+
+
+def test_faces_of_one_colour_are_a_collapse_once_there_was_more():
+    rng = np.random.default_rng(0)
+    faces = rng.integers(0, 255, (2, 3, 8, 8, 3), dtype=np.uint8)
+    flat = np.full_like(faces, 120)
+    one_flat = faces.copy()
+    one_flat[1] = 120
+    watch = Collapse()
+    watch.take_pictures(flat, faces, iterations=1, session_iterations=1)  # not learnt yet
+    watch.take_pictures(faces, faces, iterations=500, session_iterations=500)
+    with pytest.raises(Trouble, match="every face of B has become one colour") as caught:
+        watch.take_pictures(one_flat, faces, iterations=900, session_iterations=900)
+    assert caught.value.good_until == 500
+    Collapse().take_pictures(flat, flat, iterations=9000, session_iterations=9000)
+    with pytest.raises(Trouble, match="every face of A"):
+        Collapse().take_pictures(flat, faces, iterations=5000, session_iterations=1000)
+
+
+# When the optimizer's state is kept
+
+
+@pytest.mark.parametrize(
+    ("when", "kept"), [("always", (1, 1)), ("exit", (0, 1)), ("never", (0, 0))]
+)
+def test_the_optimizer_is_saved_when_asked(sides, tmp_path, when, kept):
+    model_dir = tmp_path / "model"
+    words = ("-s", "2", "--set", f"save.save_optimizer={when}", "--set", "save.keep_generations=9")
+    assert _train(sides, model_dir, "-i", "3", *words) == 0
+    generations = model_dir / "generations"
+    assert (generations / "2/optimizer.safetensors").exists() == bool(kept[0])
+    assert (generations / "3/optimizer.safetensors").exists() == bool(kept[1])
+    assert _train(sides, model_dir, "-i", "1") == 0
