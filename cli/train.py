@@ -10,6 +10,7 @@ from typing import Any
 from .. import models
 from ..core import config as settings
 from ..core import presets
+from .settings_file import read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_flag(parser, spec)
     quiet: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument(
-        "-C", "--configfile", type=Path, metavar="RUN.TOML", help="settings", **quiet
+        "-C",
+        "--configfile",
+        type=Path,
+        metavar="RUN.TOML|TRAIN.INI",
+        help="settings: mien's own, or a faceswap train.ini; what of it has no effect is told",
+        **quiet,
     )
     parser.add_argument(
         "--preset", metavar="NAME", help="settings under a name: see `mien preset list`", **quiet
@@ -90,15 +96,17 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Only what the user gave, nested by section: preset, file, then ``--set``, then flags."""
     preset = presets.load(args.preset) if "preset" in args else None
     layers = [preset.settings] if preset else []
-    if "configfile" in args:
-        layers.append(presets.read(args.configfile).settings)
-    layers += [settings.parse_assignment(text) for text in getattr(args, "set", [])]
+    above_file = [settings.parse_assignment(text) for text in getattr(args, "set", [])]
     flags: dict[str, Any] = {}
     for spec in settings.all_settings():
         if f"{spec.section}.{spec.name}" in args:
             value = getattr(args, f"{spec.section}.{spec.name}")
             flags.setdefault(spec.section, {})[spec.name] = value
-    given = settings.merge(*layers, flags)
+    above_file.append(flags)
+    if "configfile" in args:
+        others = settings.merge(*layers, *above_file)
+        layers.append(read_settings(args.configfile, others, as_json="json" in args))
+    given = settings.merge(*layers, *above_file)
     trainer = given.get("model", {}).get("trainer")
     if preset and preset.trainer and trainer != preset.trainer:
         raise ValueError(
