@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test lint format bench gpu clean
+.PHONY: setup demo test lint format docs bench gpu clean
 
 setup: $(STAMP) kernels/libmien.so
 
@@ -41,6 +41,9 @@ format: setup
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/clang-format -i $(shell find kernels/csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+docs: setup
+	$(BIN)/python -m mien.cli.settings_page > docs/settings.md
 
 bench: setup
 	$(BIN)/mien bench all

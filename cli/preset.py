@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core import config as settings
 from ..core import presets
+from .settings_file import read_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         type=Path,
-        metavar="MODEL_DIR|RUN.TOML",
-        help="a model's folder or a file of settings",
+        metavar="MODEL_DIR|RUN.TOML|TRAIN.INI",
+        help="a model's folder, a file of settings, or a faceswap train.ini",
     )
     save.add_argument("-t", "--trainer", metavar="TRAINER", help="model family")
     save.add_argument(
@@ -70,12 +71,12 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _save(args: argparse.Namespace) -> int:
-    layers: list[dict[str, Any]] = []
-    if args.source is not None:
-        layers.append(presets.read(_settings_file(args.source)).settings)
-    layers += [settings.parse_assignment(text) for text in args.set]
+    layers = [settings.parse_assignment(text) for text in args.set]
     if args.trainer is not None:
         layers.append({"model": {"trainer": args.trainer}})
+    if args.source is not None:
+        path, others = _settings_file(args.source), settings.merge(*layers)
+        layers.insert(0, read_settings(path, others, as_json=args.json))
     given = settings.merge(*layers)
     _check_options(given)
     saved = presets.save(args.name, given, description=args.description, force=args.force)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import models
 from ..core import config as settings
 from ..core import presets, recipes
+from .settings_file import read_settings, stages_in
 
 if TYPE_CHECKING:
     from ..core.train.stages import Plan
@@ -23,7 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             _add_flag(parser, spec)
     quiet: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument(
-        "-C", "--configfile", type=Path, metavar="RUN.TOML", help="settings, and stages", **quiet
+        "-C",
+        "--configfile",
+        type=Path,
+        metavar="RUN.TOML|TRAIN.INI",
+        help="settings and stages, or a faceswap train.ini; what of it has no effect is told",
+        **quiet,
     )
     parser.add_argument(
         "--preset", metavar="NAME", help="settings under a name: see `mien preset list`", **quiet
@@ -101,24 +107,19 @@ def given_settings(args: argparse.Namespace) -> tuple[dict[str, Any], recipes.Re
     Weight, lowest first: preset, recipe, file, ``--set``, flags. What a stage sets comes on top.
     """
     preset = presets.load(args.preset) if "preset" in args else None
-    recipe = recipes.load(args.recipe) if "recipe" in args else None
-    layers = [given.settings for given in (preset, recipe) if given]
-    if "configfile" in args:
-        file = _read_file(args.configfile)
-        layers.append(file.settings)
-        if isinstance(file, recipes.Recipe):
-            if recipe is not None:
-                raise ValueError(
-                    f"{args.configfile} lists stages, and --recipe gives others; leave one out"
-                )
-            recipe = file
-    layers += [settings.parse_assignment(text) for text in getattr(args, "set", [])]
+    recipe = _recipe(args)
+    layers = [chosen.settings for chosen in (preset, recipe) if chosen]
+    above_file = [settings.parse_assignment(text) for text in getattr(args, "set", [])]
     flags: dict[str, Any] = {}
     for spec in settings.all_settings():
         if f"{spec.section}.{spec.name}" in args:
             value = getattr(args, f"{spec.section}.{spec.name}")
             flags.setdefault(spec.section, {})[spec.name] = value
-    given = settings.merge(*layers, flags)
+    above_file.append(flags)
+    if "configfile" in args:
+        others = settings.merge(*layers, *above_file)
+        layers.append(read_settings(args.configfile, others, as_json="json" in args))
+    given = settings.merge(*layers, *above_file)
     trainer = given.get("model", {}).get("trainer")
     if preset and preset.trainer and trainer != preset.trainer:
         raise ValueError(
@@ -128,9 +129,16 @@ def given_settings(args: argparse.Namespace) -> tuple[dict[str, Any], recipes.Re
     return given, recipe
 
 
-def _read_file(path: Path) -> presets.Preset | recipes.Recipe:
-    """What is in a file of settings: a recipe where it lists stages."""
-    return recipes.read(path) if "stage" in settings.read_toml(path) else presets.read(path)
+def _recipe(args: argparse.Namespace) -> recipes.Recipe | None:
+    """What is to be trained in stages, as a recipe or in the file of settings."""
+    in_file = stages_in(args.configfile) if "configfile" in args else None
+    if "recipe" not in args:
+        return in_file
+    if in_file is not None:
+        raise ValueError(
+            f"{args.configfile} lists stages, and --recipe gives others; leave one of them out"
+        )
+    return recipes.load(args.recipe)
 
 
 def run(args: argparse.Namespace) -> int:

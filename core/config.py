@@ -489,6 +489,11 @@ class PreviewConfig(_Checked):
     mask_color: str = _setting("#ff0000")
     """Colour of the tint and of the coverage corners, as #rrggbb."""
 
+    def __post_init__(self) -> None:
+        _Checked.__post_init__(self)
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.mask_color):
+            raise ValueError(f"preview.mask_color must be #rrggbb, got {self.mask_color!r}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
@@ -512,8 +517,6 @@ class Config:
                 "data.mask_type is none, but loss.penalized_mask_loss or loss.learn_mask needs a "
                 "mask; choose a mask, or set both to false"
             )
-        if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.preview.mask_color):
-            raise ValueError(f"preview.mask_color must be #rrggbb, got {self.preview.mask_color!r}")
 
 
 SECTIONS: dict[str, type] = {

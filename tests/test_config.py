@@ -2,13 +2,16 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import tomli_w
 
 from mien import models
-from mien.cli import main
+from mien.cli import main, settings_page
 from mien.core import config as settings
+
+PAGE = Path(__file__).parents[1] / "docs/settings.md"
 
 
 def test_defaults_stand_and_survive_toml(tmp_path):
@@ -140,3 +143,12 @@ def test_the_help_of_train_names_every_trainer(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for name in models.available():
         assert f" {name}," in said or f" {name}." in said
+
+
+def test_the_page_of_settings_is_up_to_date():
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == settings_page.render(), "run `make docs`"
+    for spec in settings.all_settings():
+        assert f"\n| {spec.name} |" in page
+    assert "| batch_size | 16 | auto or 0 to 4096 | free | `-b` `--batch-size` | Faces of" in page
+    assert '| centering | "face" | face, head, legacy | locked |  | What the crop' in page

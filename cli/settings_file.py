@@ -1,0 +1,55 @@
+"""A file of settings that a user names: mien's TOML, or a faceswap train.ini."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..core import presets, recipes
+from ..core.config import from_dict, read_toml
+from ..core.faceswap_ini import read_ini
+from ..core.run.log import Reporter
+
+
+def read_settings(path: Path, given: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    """The settings in a file, by section and key.
+
+    Args:
+        path: A train.ini where its name ends so, else TOML.
+        given: What else the user set: a train.ini is read for the trainer there, or in the model's
+            folder there.
+        as_json: Warn as JSON events of what a train.ini holds in vain, else in lines; on stderr.
+
+    Raises:
+        ValueError: The file cannot be read, or holds anything else.
+    """
+    if not _is_ini(path):
+        return (stages_in(path) or presets.read(path)).settings
+    settings, report = read_ini(path, _trainer(given))
+    reporter = Reporter(sys.stderr, as_json=as_json)
+    for line in report:
+        reporter.warning(f"{path.name}: {line}")
+    return settings
+
+
+def stages_in(path: Path) -> recipes.Recipe | None:
+    """The recipe that a file of settings is, where it lists stages; ValueError as above."""
+    return recipes.read(path) if not _is_ini(path) and "stage" in read_toml(path) else None
+
+
+def _is_ini(path: Path) -> bool:
+    return path.suffix.lower() == ".ini"
+
+
+def _trainer(given: dict[str, Any]) -> str:
+    """As given, else of the model that is there, else the default."""
+    places = (("model", "trainer"), ("save", "model_dir"))
+    said = {
+        section: {name: given[section][name]}
+        for section, name in places
+        if name in given.get(section, {})
+    }
+    config = from_dict(said)
+    path = Path(config.save.model_dir).expanduser() / "config.toml"
+    if "model" not in said and "save" in said and path.is_file():
+        return presets.read(path).trainer or config.model.trainer
+    return config.model.trainer

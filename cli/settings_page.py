@@ -1,0 +1,50 @@
+"""`docs/settings.md`: every setting in tables. Run: ``make docs``."""
+
+import json
+
+from .. import models
+from ..core.config import SECTIONS, Spec, fields_of
+
+_HEAD = """# Settings
+
+Written by `make docs` from `core/config.py`.
+
+A setting is given as `--set section.name=value`, in a file (`--configfile`) whose tables are the
+sections, or by its flag. *Locked*: fixed when the model is made. *Free*: may change at every
+resume. What `model.options` may hold: `mien train -t NAME --options`.
+"""
+
+
+def render() -> str:
+    """The page, as Markdown."""
+    lines = [_HEAD]
+    for section, kind in SECTIONS.items():
+        lines += [f"## {section}", "", str(kind.__doc__), ""]
+        lines += [
+            "| name | default | values | resume | flag | meaning |",
+            "| - | - | - | - | - | - |",
+        ]
+        lines += [_row(spec) for spec in fields_of(kind).values()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _row(spec: Spec) -> str:
+    default = json.dumps(spec.default) if spec.default not in ("", {}) else ""
+    flags = " ".join(f"`{flag}`" for flag in spec.flags)
+    kept = "locked" if spec.locked else "free"
+    return f"| {spec.name} | {default} | {_values(spec)} | {kept} | {flags} | {spec.doc} |"
+
+
+def _values(spec: Spec) -> str:
+    if spec.name == "trainer":
+        return ", ".join(models.available())
+    if spec.choices is not None:
+        return ", ".join(spec.choices)
+    if spec.low is not None:
+        return " or ".join([*spec.words, f"{spec.low} to {spec.high}"])
+    return {bool: "true, false", str: "text", dict: "a table"}[spec.type]
+
+
+if __name__ == "__main__":
+    print(render(), end="")
