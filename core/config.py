@@ -514,29 +514,6 @@ class Config:
             )
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.preview.mask_color):
             raise ValueError(f"preview.mask_color must be #rrggbb, got {self.preview.mask_color!r}")
-        _check_evaluate(self.evaluate)
-
-
-def _check_evaluate(evaluate: EvaluateConfig) -> None:
-    """Refuse, by ValueError, settings that leave open which faces are measured."""
-    folders = bool(evaluate.held_out_a), bool(evaluate.held_out_b)
-    if any(folders) and not all(folders):
-        given, missing = ("a", "b") if folders[0] else ("b", "a")
-        raise ValueError(
-            f"evaluate.held_out_{given} is given, but evaluate.held_out_{missing} is not; give "
-            "both, or neither"
-        )
-    if any(folders) and evaluate.held_out:
-        raise ValueError(
-            f"evaluate.held_out is {evaluate.held_out} and evaluate.held_out_a and held_out_b are "
-            "folders; choose one of the two ways to hold faces out"
-        )
-    for name in ("landmark_model", "embedding_model"):
-        if getattr(evaluate, name) and not any(folders) and not evaluate.held_out:
-            raise ValueError(
-                f"evaluate.{name} needs faces to measure on; set evaluate.held_out, or "
-                "evaluate.held_out_a and held_out_b"
-            )
 
 
 SECTIONS: dict[str, type] = {

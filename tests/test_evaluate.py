@@ -302,10 +302,13 @@ def test_judges_see_faces_of_a_decoded_by_b():
     np.testing.assert_allclose(seen[0], swaps, atol=0.51)
 
 
-@pytest.mark.parametrize("family", ["lightweight", "dlight", "unbalanced", "phaze-a"])
-def test_measuring_changes_nothing_of_a_model(family):
-    """Weights, the norms' running estimates and the random numbers of dropout stay as they are."""
-    model = models.build(family, seed=2, **tiny_options(family))
+@pytest.mark.parametrize(
+    ("family", "more"), [("lightweight", {}), ("unbalanced", {}), ("dlight", {"details": "good"})]
+)
+def test_measuring_changes_nothing_of_a_model(family, more):
+    """Weights and random numbers stay, as do the running estimates, which dlight has in `good`."""
+    model = models.build(family, seed=2, **tiny_options(family) | more)
+    assert any("running_mean" in name for name in model.state_dict()) == bool(more)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     generator = torch.get_rng_state()
     evaluation = _evaluation(model, count=2)
@@ -509,6 +512,14 @@ def test_a_face_is_aligned_to_where_recognisers_expect_it(scale):
         assert np.average(np.arange(15), weights=patch.sum(1)) + round(py) - 7 == pytest.approx(
             py, abs=1
         )
+
+
+def test_a_large_face_is_averaged_when_aligned_and_not_sampled():
+    edge = 4 * 112
+    checks = np.uint8(255 * (np.indices((edge, edge)).sum(0) % 2))
+    landmarks = _five(np.zeros((68, 2), np.float32), 4 * PLACES)
+    found = aligned(np.repeat(checks[..., None], 3, axis=2), landmarks, 112)
+    assert found[2:-2, 2:-2].astype(float) == pytest.approx(127.5, abs=2)
 
 
 def test_identity_is_the_cosine_distance_to_the_mean_of_real_faces():

@@ -82,27 +82,31 @@ def hold_out(
     return dataclasses.replace(folder, faces=trained), FaceFolder(folder.path, measured)
 
 
-def check_folders(data: DataConfig, evaluate: EvaluateConfig) -> None:
-    """Refuse, by ValueError, folders of held-out faces that share faces with another folder.
+def check_held_out(data: DataConfig, evaluate: EvaluateConfig) -> None:
+    """Refuse, by ValueError, what does not say which faces are held out, or says it wrongly.
 
-    Files are compared, not pictures: a copy of a trained face is not found.
+    Folders must share no faces with one another or with those that are trained on. Files are
+    compared, not pictures: a copy of a trained face is not found.
     """
-    folders = {f"data.input_{side}": getattr(data, f"input_{side}") for side in "ab"}
-    for side in "ab":
-        setting, own = f"evaluate.held_out_{side}", getattr(evaluate, f"held_out_{side}")
-        if not own:
-            continue
-        for other, path in folders.items():
-            try:
-                shared = overlap(own, path)
-            except ValueError as error:
-                raise ValueError(f"{setting}: {error}") from None
-            if shared:
-                raise ValueError(
-                    f"{setting} must share no faces with {other}, but {shared}; give it a folder "
-                    "of its own"
-                )
-        folders[setting] = own
+    given = [side for side in "ab" if getattr(evaluate, f"held_out_{side}")]
+    if len(given) == 1:
+        missing = "b" if given == ["a"] else "a"
+        raise ValueError(
+            f"evaluate.held_out_{given[0]} is given, but evaluate.held_out_{missing} is not; give "
+            "both, or neither"
+        )
+    if given and evaluate.held_out:
+        raise ValueError(
+            f"evaluate.held_out is {evaluate.held_out} and evaluate.held_out_a and held_out_b are "
+            "folders; choose one of the two ways to hold faces out"
+        )
+    for name in ("landmark_model", "embedding_model"):
+        if getattr(evaluate, name) and not given and not evaluate.held_out:
+            raise ValueError(
+                f"evaluate.{name} needs faces to measure on; set evaluate.held_out, or "
+                "evaluate.held_out_a and held_out_b"
+            )
+    _check_folders(data, evaluate)
 
 
 def load_held_out(
@@ -151,6 +155,25 @@ def load_held_out(
     return HeldOutFaces(
         np.stack(inputs), np.stack(targets), np.stack(masks), np.stack(landmarks), rejected
     )
+
+
+def _check_folders(data: DataConfig, evaluate: EvaluateConfig) -> None:
+    folders = {f"data.input_{side}": getattr(data, f"input_{side}") for side in "ab"}
+    for side in "ab":
+        setting, own = f"evaluate.held_out_{side}", getattr(evaluate, f"held_out_{side}")
+        if not own:
+            continue
+        for other, path in folders.items():
+            try:
+                shared = overlap(own, path)
+            except ValueError as error:
+                raise ValueError(f"{setting}: {error}") from None
+            if shared:
+                raise ValueError(
+                    f"{setting} must share no faces with {other}, but {shared}; give it a folder "
+                    "of its own"
+                )
+        folders[setting] = own
 
 
 def _mask(face: Face, crop: geometry.Crop, data: DataConfig, size_px: int) -> np.ndarray:

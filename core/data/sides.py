@@ -13,7 +13,7 @@ from ...models.autoencoder import Side
 from ..config import DataConfig, EvaluateConfig
 from ..faces.folder import Face, FaceFolder, Rejected, list_pictures, overlap, read_folder
 from ..faces.geometry import Crop
-from .held_out import check_folders, hold_out
+from .held_out import check_held_out, hold_out
 from .landmarks import store_landmarks
 from .store import FaceStore, open_store
 
@@ -83,7 +83,7 @@ def open_sides(
     shared = overlap(*paths.values())
     if shared:
         raise ValueError(f"{shared}: give each side a folder of its own")
-    check_folders(data, evaluate)
+    check_held_out(data, evaluate)
     crop = Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
     opened = {}
     with ThreadPoolExecutor(1) as reader:
