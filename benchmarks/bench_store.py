@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import torch
 
-from ..core.config import DataConfig
+from ..core.config import DataConfig, EvaluateConfig
 from ..core.data.decode import BATCH_SIZE, choose_backend, thread_count
 from ..core.data.sides import SIDES, open_sides
 from ..core.faces.folder import read_folder
@@ -127,7 +127,9 @@ def _starter(folder: Path, size_px: int, store_dir: Path, threads: int) -> Calla
     data = DataConfig(input_a=a, input_b=b, num_threads=threads)
 
     def start() -> Any:
-        return open_sides(data, size_px, store_dir=store_dir, device=torch.device("cpu"))
+        return open_sides(
+            data, EvaluateConfig(), size_px, store_dir=store_dir, device=torch.device("cpu")
+        )
 
     return start
 

@@ -1,6 +1,6 @@
 """Plain statements of every operation in `mien.kernels`, to test the fast ones against.
 
-Written to be read, not to be fast; nothing but tests uses them.
+Written to be read, not to be fast; beside tests, only the measuring of a model uses one (`ssim`).
 """
 
 import itertools

@@ -217,7 +217,7 @@ def test_few_or_no_faces_are_reported(tmp_path):
 def test_same_folder_on_both_sides_is_said(faces):
     found = report(faces)
     compared = compare(found, found)
-    assert "both sides use the folder" in compared.shared
+    assert "both use the folder" in compared.shared
     assert said(compared.advice, "give each person a folder")
 
 

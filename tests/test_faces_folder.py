@@ -116,9 +116,9 @@ def test_overlap_names_what_is_shared(tmp_path):
     b = write_faces(tmp_path / "b", ["f1.png", "f2.png"])
     inner = write_faces(a / "inner", ["f1.png"])
     assert overlap(a, b) is None
-    assert "both sides use" in overlap(a, a)
+    assert "both use the folder" in overlap(a, a)
     (tmp_path / "link").symlink_to(a)
-    assert "both sides use" in overlap(tmp_path / "link", a)
+    assert "both use the folder" in overlap(tmp_path / "link", a)
     assert f"{inner} lies inside {a}" == overlap(a, inner) == overlap(inner, a)
     (b / "f3.png").symlink_to(a / "f1.png")
     assert overlap(a, b).endswith("share 1 files")

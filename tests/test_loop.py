@@ -264,7 +264,7 @@ def _refusals(sides, tmp_path):
         "no such folder": (["-A", str(tmp_path / "none")], "does not exist"),
         "empty": (["-A", str(empty)], "holds no PNG"),
         "few": (["-B", str(few)], "25"),
-        "both sides": (["-B", str(sides[0])], "both sides use the folder"),
+        "both sides": (["-B", str(sides[0])], "both use the folder"),
         "batch": (["-b", "27"], "use --batch-size 26 or less"),
         "trainer": (["-t", "orignal"], "did you mean original"),
         "option": (["--set", "model.options.widht=8"], "has no option"),

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ...models.autoencoder import Side
-from ..config import DataConfig
+from ..config import DataConfig, EvaluateConfig
 from ..faces.folder import Face, FaceFolder, Rejected, list_pictures, overlap, read_folder
 from ..faces.geometry import Crop
+from .held_out import check_held_out, hold_out
 from .landmarks import store_landmarks
 from .store import FaceStore, open_store
 
@@ -26,8 +27,12 @@ class SideFaces:
     """The faces of one side."""
 
     folder: FaceFolder
+    """Less those that are held out."""
+
     store: FaceStore
     crop: Crop
+    held_out: FaceFolder
+    """Faces to measure on, never trained on."""
 
     @property
     def trained_on(self) -> list[Face]:
@@ -42,8 +47,8 @@ class SideFaces:
 
     @property
     def left_out(self) -> list[Rejected]:
-        """Every file that is not trained on, and why."""
-        return self.folder.rejected + self.store.rejected
+        """Every file that cannot be used, and why."""
+        return self.folder.rejected + self.held_out.rejected + self.store.rejected
 
 
 def _no_progress(_title: str) -> AbstractContextManager[Tell]:
@@ -52,6 +57,7 @@ def _no_progress(_title: str) -> AbstractContextManager[Tell]:
 
 def open_sides(
     data: DataConfig,
+    evaluate: EvaluateConfig,
     size_px: int,
     *,
     store_dir: Path | None,
@@ -62,13 +68,14 @@ def open_sides(
 
     Args:
         data: The folders, and how faces are cut out of them.
+        evaluate: Which faces are held out.
         size_px: Processing size: the largest of the model's inputs and outputs.
         store_dir: Folder that keeps the decoded faces; None keeps none.
         device: Where training runs.
         progress: Called with a title; gives what is to be told ``(done, total)``.
 
     Raises:
-        ValueError: A folder is missing, holds too few faces, or both sides share faces.
+        ValueError: A folder is missing, holds too few faces, or shares faces with another.
     """
     paths = {side: getattr(data, f"input_{side}") for side in SIDES}
     for side, path in paths.items():  # what can be seen at a glance is told first
@@ -76,6 +83,7 @@ def open_sides(
     shared = overlap(*paths.values())
     if shared:
         raise ValueError(f"{shared}: give each side a folder of its own")
+    check_held_out(data, evaluate)
     crop = Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
     opened = {}
     with ThreadPoolExecutor(1) as reader:
@@ -84,10 +92,12 @@ def open_sides(
             for side, path in paths.items()
         }
         for side in SIDES:
-            folder = coming[side].result()
+            folder, held_out = hold_out(
+                coming[side].result(), evaluate, side=side, strict=data.strict
+            )
             with progress(f"Decoding faces of {side.upper()}") as tell:
                 store = open_store(
                     folder, crop, data, store_dir=store_dir, device=device, progress=tell
                 )
-            opened[side] = SideFaces(folder, store, crop)
+            opened[side] = SideFaces(folder, store, crop, held_out)
     return {str(side): faces for side, faces in opened.items()}

@@ -98,7 +98,7 @@ def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) 
     """
     path_a, path_b = (Path(path).expanduser().resolve() for path in (folder_a, folder_b))
     if path_a == path_b:
-        return f"both sides use the folder {path_a}"
+        return f"both use the folder {path_a}"
     for inner, outer in ((path_a, path_b), (path_b, path_a)):
         if outer in inner.parents:
             return f"{inner} lies inside {outer}"

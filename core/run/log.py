@@ -8,8 +8,13 @@ Scalars of every iteration, the sides written `a` and `b`:
     batch_weighted_a/<function>       one function with its weight
     batch_unweighted_a/<function>     and without
 
-JSON events are one object a line: {"event": "start" | "step" | "save" | "preview" | "warning" |
-"stop", "time": seconds since 1970, ...}. torch is imported only where a TensorBoardLog is made.
+and of saves, where faces are held out:
+
+    evaluate/<name>                   a figure of `core.train.evaluate`
+
+JSON events are one object a line: {"event": "start" | "step" | "evaluate" | "save" | "preview" |
+"warning" | "stop", "time": seconds since 1970, ...}. torch is imported only where a TensorBoardLog
+is made.
 """
 
 import json
@@ -195,6 +200,12 @@ class Reporter:
             text += f" - average total loss since last save: {mean_loss:.5f}"
         fields = {"iteration": iteration, "path": path, "seconds": seconds, "mean_loss": mean_loss}
         self._tell("save", text, fields)
+
+    def evaluate(self, *, iteration: int, figures: dict[str, float]) -> None:
+        """Tell how the model does on faces that it is not trained on."""
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        text = f"Measured on held-out faces at iteration {iteration}: {shown}"
+        self._tell("evaluate", text, {"iteration": iteration} | figures)
 
     def preview(self, *, iteration: int, path: Path) -> None:
         """Tell that a new preview picture is there."""

@@ -1,5 +1,6 @@
-"""The training loop: step, log, preview, save; until an end of one kind or another."""
+"""The training loop: step, log, measure, save, preview; until an end of one kind or another."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from ..run.log import LogError, NullLog, Reporter
 from ..run.preview import preview_image, save_png
 from ..run.stop import StopRequest
 from . import stages
+from .evaluate import evaluate
 from .health import Collapse, NotFinite, Trouble
 from .prepare import Run
 from .ring import CAPACITY, to_host
@@ -205,13 +207,9 @@ class Loop:
     def _tell(self, asked: "_Asked") -> None:
         """Status line, events and finite check of some iterations."""
         named = self.r.step.loss.named(asked.rows())
-        try:
-            for i in range(asked.count):
-                scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
-                self.r.log.scalars(scalars, asked.first + i)
-        except LogError as error:
-            self.reporter.warning(f"{error}; no more events are written in this session")
-            self.r.log = NullLog()
+        for i in range(asked.count):
+            scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
+            self._record(scalars, asked.first + i)
         self._status(named, asked)
         if not self.is_in_trouble:
             self._check(named, asked)
@@ -225,6 +223,14 @@ class Loop:
             return
         self.not_finite.check(named, asked.first, int(asked.skipped()[0]))
         self.collapse.take_losses(named["batch_total"], asked.first)
+
+    def _record(self, scalars: dict[str, float], iteration: int) -> None:
+        """Write an event; what cannot be written is told once."""
+        try:
+            self.r.log.scalars(scalars, iteration)
+        except LogError as error:
+            self.reporter.warning(f"{error}; no more events are written in this session")
+            self.r.log = NullLog()
 
     def _status(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
         faces = len(SIDES) * self.r.config.train.batch_size * asked.count
@@ -242,7 +248,7 @@ class Loop:
         )
 
     def _save(self, is_last: bool = False) -> None:
-        """Queue a save of the present state and write the preview beside it."""
+        """Measure the model, queue a save of the present state, write the preview beside it."""
         self._log(wait=True)
         state = self.r.state
         if state.session.iterations == 0:
@@ -251,6 +257,7 @@ class Loop:
         if not self.is_in_trouble and self.policy != "off":
             self._check_pictures(predictions)
         self.mean_loss, is_best = state.close_interval()
+        self._evaluate()
         if self.r.plan:
             seconds = time.monotonic() - self.began_at
             state.parts[stages.PART] = self.r.plan.to_dict(seconds)
@@ -280,6 +287,23 @@ class Loop:
             state.iterations,
             state.session.iterations,
         )
+
+    def _evaluate(self) -> None:
+        """Measure the present weights, once, on held-out faces; the figures go into the state.
+
+        Not after a signal: who sends one may not wait long, and the save matters more.
+        """
+        run, iteration = self.r, self.r.state.iterations
+        latest = run.state.parts.get("evaluate", {})
+        if run.evaluation is None or self.stop.signal_name or latest.get("iteration") == iteration:
+            return
+        figures = evaluate(run.model, run.precision, run.evaluation)
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        run.state.parts["evaluate"] = {"iteration": iteration} | finite
+        if run.plan:
+            run.plan.take_figures(iteration, finite)
+        self._record({f"evaluate/{name}": value for name, value in figures.items()}, iteration)
+        self.reporter.evaluate(iteration=iteration, figures=figures)
 
     def _report_saves(self) -> None:
         """Tell of the saves that have ended, and of what the model folder has to say."""

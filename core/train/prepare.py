@@ -29,6 +29,7 @@ from . import engine as engines
 from . import memory, overlap, stages
 from . import precision as precisions
 from .engine import Engine
+from .evaluate import Evaluation, open_evaluation
 from .losses import Loss
 from .optim import Update
 from .precision import Precision
@@ -62,6 +63,7 @@ class Run:
     saver: Saver
     log: Log
     preview_faces: PreviewFaces
+    evaluation: Evaluation | None
     device: torch.device
 
 
@@ -211,6 +213,14 @@ def _prepare(
         output_px=output_px[-1],
         num_threads=num_threads,
     )
+    evaluation = open_evaluation(
+        config,
+        faces,
+        input_px=input_px,
+        output_px=output_px,
+        num_threads=num_threads,
+        warn=reporter.warning,
+    )
     streams, is_small = config.train.decoder_streams, config.train.batch_size <= 16
     two_streams = streams == "two" or (streams == "auto" and is_small)
     # torch.compile knows no streams.
@@ -236,6 +246,7 @@ def _prepare(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
         | loaded
         | ({"stage": str(plan)} if plan else {})
+        | _held_out_fact(faces, evaluation)
         | _frozen_fact(config, model, update)
     )
     return Run(
@@ -252,6 +263,7 @@ def _prepare(
         saver=saver,
         log=log,
         preview_faces=preview_faces,
+        evaluation=evaluation,
         device=device,
     )
 
@@ -273,15 +285,20 @@ def choose_device(setting: str) -> torch.device:
 
 
 def _resolved(config: Config) -> Config:
-    """All options of the family written out; the face folders absolute, to resume from anywhere."""
+    """All options of the family written out; paths absolute, to resume from anywhere."""
     options = models.options_of(config.model.trainer, config.model.options)
-    paths = {}
+    paths, measured = {}, {}
     for side in SIDES:
         given = getattr(config.data, f"input_{side}")
         if not given:
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER")
         paths[f"input_{side}"] = os.path.abspath(os.path.expanduser(given))
+    for name in ("held_out_a", "held_out_b", "landmark_model", "embedding_model"):
+        given = getattr(config.evaluate, name)
+        if given:
+            measured[name] = os.path.abspath(os.path.expanduser(given))
     resolved: dict[str, Any] = {"data": paths, "model": {"options": dataclasses.asdict(options)}}
+    resolved["evaluate"] = measured
     if config.model.load_weights:
         source = os.path.abspath(os.path.expanduser(config.model.load_weights))
         resolved["model"]["load_weights"] = source
@@ -318,7 +335,12 @@ def _open_faces(
     model_dir = Path(config.save.model_dir).expanduser()
     store_dir = Path(data.store_dir).expanduser() if data.store_dir else model_dir / "faces"
     faces = open_sides(
-        data, size_px, store_dir=store_dir, device=device, progress=reporter.progress
+        data,
+        config.evaluate,
+        size_px,
+        store_dir=store_dir,
+        device=device,
+        progress=reporter.progress,
     )
     for opened in faces.values():
         for warning in opened.store.warnings:
@@ -433,6 +455,17 @@ def _facts(
         path = getattr(config.data, f"input_{side}")
         facts[f"faces_{side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
     return facts
+
+
+def _held_out_fact(faces: dict[str, SideFaces], evaluation: Evaluation | None) -> dict[str, str]:
+    """How many faces are never trained on, where there are any."""
+    if evaluation is None:
+        return {}
+    told = ", ".join(
+        f"{len(opened.held_out.faces)} of {side.upper()}" for side, opened in faces.items()
+    )
+    measured = " and ".join(str(len(each.inputs_nssc)) for each in evaluation.faces.values())
+    return {"held_out": f"{told}, never trained on; {measured} of them measured at every save"}
 
 
 def _frozen_fact(config: Config, model: Autoencoder, update: Update) -> dict[str, str]:
