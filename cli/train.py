@@ -148,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
     if "print_config" in args:
         import tomli_w
 
-        sys.stdout.write(tomli_w.dumps(settings.to_dict(_with_options(config))))
+        stages = {"stage": recipe.to_dict()["stage"]} if recipe and recipe.stages else {}
+        sys.stdout.write(tomli_w.dumps(settings.to_dict(_with_options(config)) | stages))
         return 0
     if "options" in args:
         return _options(config.model.trainer, as_json="json" in args)

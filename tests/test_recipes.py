@@ -101,6 +101,13 @@ def test_the_command_line_lists_and_shows(capsys):
     assert main(["recipe", "show", "other"]) == 2
 
 
+def test_print_config_with_a_recipe_is_a_file_to_train_with(tmp_path, capsys):
+    assert main(["train", "--recipe", "standard", "--print-config"]) == 0
+    path = tmp_path / "standard.toml"
+    path.write_text(capsys.readouterr().out)
+    assert recipes.read(path).stages == recipes.load("standard").stages
+
+
 def test_a_stage_is_over_at_the_first_of_its_ends():
     stage = {"iterations": 10, "until_iteration": 25, "minutes": 2}
     plan = Plan(_recipe(stage), Place(begun=20, seconds=60))
