@@ -142,6 +142,7 @@ def _prepare(
     options = models.options_of(config.model.trainer, config.model.options)
     family = models.family(config.model.trainer)
     input_px, output_px = family.sizes(options)
+    loss = Loss(config.loss, output_px, device)
     num_threads = thread_count(config.data.num_threads)
     on_gpu = device.type == "cuda"
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
@@ -178,7 +179,6 @@ def _prepare(
     two_streams = streams == "two" or (streams == "auto" and is_small)
     # torch.compile knows no streams.
     side_stream = two_streams and on_gpu and engine_name != "compile"
-    loss = Loss(config.loss, len(output_px))
     step = TrainStep(
         model,
         loss,
