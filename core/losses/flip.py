@@ -171,4 +171,4 @@ def _length(x_bchw: Tensor) -> Tensor:
     """Of the vector of channels, (B, 1, H, W); where it is 0, so is the slope."""
     square = x_bchw.square().sum(dim=1, keepdim=True)
     is_zero = square == 0
-    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, square).sqrt())
+    return square.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
