@@ -2,6 +2,7 @@
 
 import ast
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mien.benchmarks.bench_step import make_batch
 from mien.core import losses
 from mien.core.config import LOSSES, LossConfig, OptimizerConfig, from_dict
 from mien.core.data.feed import Batch
-from mien.core.losses import lpips, planes
+from mien.core.losses import lpips, planes, pyramids
 from mien.core.train import precision as precisions
 from mien.core.train.losses import Loss
 from mien.core.train.optim import Update
@@ -249,6 +250,16 @@ def test_extreme_pictures_have_finite_gradients(name, dtype, weights_dir):
             assert values.abs().max() < 1e-4, case
 
 
+def test_the_power_of_a_similarity_has_a_finite_slope():
+    x = torch.tensor([-1.0, 0.0, 1e-40, 1e-12, 1e-6, 2e-6, 0.5, 1.0], requires_grad=True)
+    power = pyramids._power(x, 0.0448)
+    (slope,) = torch.autograd.grad(power.sum(), x)
+    assert slope.isfinite().all()
+    assert slope.max() < 1e6
+    assert power[:2].eq(0).all()
+    torch.testing.assert_close(power[4:], x[4:] ** 0.0448)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_smallest_and_odd_sizes(name, weights_dir):
     smallest = losses.MIN_PX.get(name, 3)
@@ -358,7 +369,9 @@ def test_a_loss_alone_outside_the_mask_is_nothing(name):
     result = loss(outputs, batch, None)
     assert loss.num_values == len(result.row_v) == 4
     assert result.row_v.eq(0).all()
-    assert all(gradient.eq(0).all() for gradient in result.gradients)
+    for gradient in result.gradients:
+        assert gradient.eq(0).all()
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_same_bits_twice(weights_dir):
@@ -472,7 +485,11 @@ def test_a_run_is_refused_before_it_begins(tmp_path, sides):
     given = {
         "save": {"model_dir": str(tmp_path / "model")},
         "data": {"input_a": str(sides[0]), "input_b": str(sides[1])},
-        "loss": {"loss_function_3": "lpips_vgg16", "loss_weight_3": 20},
+        "loss": {
+            "loss_function_3": "lpips_vgg16",
+            "loss_weight_3": 20,
+            "lpips_weights": "no/such/folder",
+        },
     }
 
     class Silent:
@@ -480,11 +497,11 @@ def test_a_run_is_refused_before_it_begins(tmp_path, sides):
             return lambda *_args, **_more: None
 
     with (
-        pytest.raises(ValueError, match=r"lpips_vgg16 needs .* vgg16.pth"),
+        pytest.raises(ValueError, match=rf"lpips_vgg16 needs .* vgg16.pth .* {Path.cwd()}/no/such"),
         open_run(given, Silent()),
     ):
         pass
-    assert not list((tmp_path / "model").glob("faces*"))
+    assert not (tmp_path / "model" / "faces").exists()
 
 
 def test_products_are_exact_within_and_as_before_after():

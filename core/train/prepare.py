@@ -225,7 +225,7 @@ def choose_device(setting: str) -> torch.device:
 
 
 def _resolved(config: Config) -> Config:
-    """All options of the family written out; the face folders absolute, to resume from anywhere."""
+    """All options of the family written out; all folders absolute, to resume from anywhere."""
     options = models.options_of(config.model.trainer, config.model.options)
     paths = {}
     for side in SIDES:
@@ -237,6 +237,9 @@ def _resolved(config: Config) -> Config:
     if config.model.load_weights:
         source = os.path.abspath(os.path.expanduser(config.model.load_weights))
         resolved["model"]["load_weights"] = source
+    if config.loss.lpips_weights:
+        folder = os.path.abspath(os.path.expanduser(config.loss.lpips_weights))
+        resolved["loss"] = {"lpips_weights": folder}
     return from_dict(merge(to_dict(config), resolved))
 
 
