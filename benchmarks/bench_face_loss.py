@@ -1,5 +1,8 @@
 """The picture losses of both sides, value and gradient: SSIM and MSE, as by default.
 
+Then, for one size, the losses that autograd differentiates, one by one, as training runs them and
+as torch.compile makes them.
+
 The pictures change from call to call, over more than 64 MiB on a GPU, so that its cache does not
 help.
 """
@@ -13,12 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.losses import MADE_FOR_A_SIZE
+from ..core.train.precision import exact_products
 from ..kernels import face_loss, reference
 
 SIZES = ((8, 64), (16, 64), (16, 128), (16, 256))
 """Faces of a side and their edge in px."""
 
 LOSSES = (("ssim", 1.0), ("mse", 1.0))
+
+OTHERS_SIZE = (16, 128)
+"""The same, for the losses that autograd differentiates."""
 
 _ROTATED_BYTES = 64 * 2**20
 _FLOPS = 2 * (4 + 3) * 22  # of an element: 11 taps each way, of 4 maps and of 3 derivatives
@@ -53,6 +61,40 @@ def cases() -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
             variants["torch-compile"] = partial(_by_autograd, total_of=compiled)
         for variant, function in variants.items():
             yield {**what, "variant": variant}, _rotating(function, sets)
+    yield from _others(device)
+
+
+def _others(device: str) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
+    batch, edge = OTHERS_SIZE
+    elements = 2 * batch * 3 * edge * edge
+    wholes = [  # both sides are one call
+        [torch.cat((a, b)).contiguous(), target.contiguous(), weight]
+        for a, b, target, weight in _pictures(batch, edge, torch.float32, device)
+    ]
+    for name, make in MADE_FOR_A_SIZE.items():
+        what = {
+            "kernel": "face_loss",
+            "losses": name,
+            "batch": batch,
+            "edge_px": edge,
+            "dtype": "float32",
+            "bytes": elements * 3 * 4 + elements // 3 * 4,
+        }
+        loss = make(edge).to(device, torch.float32)
+        variants: dict[str, Callable[..., Any]] = {"mien": loss}
+        if device == "cuda":
+            torch.compiler.reset()
+            variants["torch-compile"] = torch.compile(loss, dynamic=False)
+        for variant, function in variants.items():
+            yield {**what, "variant": variant}, partial(_next_of, itertools.cycle(wholes), function)
+
+
+def _next_of(order: Iterator[list[Tensor]], loss: Callable[..., Tensor]) -> Tensor:
+    """Value and gradient for the next set of pictures."""
+    pred, target, weight = next(order)
+    pred = pred.detach().requires_grad_()
+    with exact_products():
+        return torch.autograd.grad(loss(pred, target, weight).sum(), pred)[0]
 
 
 def _rotating(function: Callable[..., object], sets: list[list[Tensor]]) -> Callable[[], object]:

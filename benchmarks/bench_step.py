@@ -243,7 +243,8 @@ def train_step(
     model.to(device)
     kind_of_update = {"adam": _PlainUpdate, "series": OverlappedUpdate}.get(without, Update)
     update = kind_of_update(model, OptimizerConfig(), precision)
-    loss = (_PlainLoss if without == "face_loss" else Loss)(LossConfig(), len(model.output_px))
+    kind_of_loss = _PlainLoss if without == "face_loss" else Loss
+    loss = kind_of_loss(LossConfig(), model.output_px, device)
     ring = LossRing(loss.num_values, device)
     stream = torch.cuda.Stream() if two_streams else None
     return TrainStep(model, loss, update, ring, stream), model

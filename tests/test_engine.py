@@ -37,7 +37,8 @@ def _trained(name, mode="fp32", device=CPU, iterations=6, batch_size=2, streams=
     if device.type == "cuda":
         model.align(8)
     model.to(device)
-    update, loss = Update(model, config.optimizer, precision), Loss(config.loss, 1)
+    update = Update(model, config.optimizer, precision)
+    loss = Loss(config.loss, model.output_px, device)
     side_stream = torch.cuda.Stream() if streams else None
     ring = LossRing(loss.num_values, device)
     step = TrainStep(model, loss, update, ring, side_stream)

@@ -109,7 +109,8 @@ def _ours(seed, mode, device):
     if device.type == "cuda":
         model.align(8)
     model.to(device)
-    update, loss = Update(model, config.optimizer, precision), Loss(config.loss, 1)
+    update = Update(model, config.optimizer, precision)
+    loss = Loss(config.loss, model.output_px, device)
     ring = LossRing(loss.num_values, device)
     feed = _feed(config, precision.compute, device)
     name = engines.choose("auto", device)[0]

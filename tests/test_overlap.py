@@ -46,7 +46,7 @@ def _step(setting, mode="fp32", family="original", device=CPU, streams=False):
     model.to(device)
     config = OptimizerConfig(overlap=setting, learning_rate=1e-3)
     update = overlap.choose(setting, precision)(model, config, precision)
-    loss = Loss(LossConfig(), len(model.output_px))
+    loss = Loss(LossConfig(), model.output_px, device)
     side_stream = torch.cuda.Stream() if streams else None
     step = TrainStep(model, loss, update, LossRing(loss.num_values, device), side_stream)
     return step, OneBatch(make_batch(model, 2, device, precision.compute))

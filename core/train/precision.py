@@ -1,5 +1,7 @@
 """In which number format the network computes. Weights, statistics and losses stay fp32."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,18 @@ class Precision:
         """Let CUDA round the inputs of fp32 products to 10 bits, or forbid it, in this process."""
         allowed = self.name == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Within it the inputs of fp32 products are not rounded, whatever the precision."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    allowed = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = allowed
 
 
 _COMPUTE = {

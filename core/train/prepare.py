@@ -177,6 +177,7 @@ def _prepare(
     options = models.options_of(config.model.trainer, config.model.options)
     family = models.family(config.model.trainer)
     input_px, output_px = family.sizes(options)
+    loss = Loss(config.loss, output_px, device)
     num_threads = thread_count(config.data.num_threads)
     on_gpu = device.type == "cuda"
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
@@ -225,7 +226,6 @@ def _prepare(
     two_streams = streams == "two" or (streams == "auto" and is_small)
     # torch.compile knows no streams.
     side_stream = two_streams and on_gpu and engine_name != "compile"
-    loss = Loss(config.loss, len(output_px))
     step = TrainStep(
         model,
         loss,
@@ -302,6 +302,9 @@ def _resolved(config: Config) -> Config:
     if config.model.load_weights:
         source = os.path.abspath(os.path.expanduser(config.model.load_weights))
         resolved["model"]["load_weights"] = source
+    if config.loss.lpips_weights:
+        folder = os.path.abspath(os.path.expanduser(config.loss.lpips_weights))
+        resolved["loss"] = {"lpips_weights": folder}
     return from_dict(merge(to_dict(config), resolved))
 
 

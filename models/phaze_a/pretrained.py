@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..weight_files import SUFFIXES, read_tensors
 from .backbones import Backbone, spec
-
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_TORCH_BEGINS = (b"PK", b"\x80\x02")  # of its zip files, and of its files before 1.6
 
 
 def load_pretrained(backbone: Backbone, path: str | Path | None) -> Path:
@@ -34,7 +30,7 @@ def load_pretrained(backbone: Backbone, path: str | Path | None) -> Path:
         ValueError: There is no such file, or more than one, or it is of another network.
     """
     file = _find(backbone, path)
-    tensors = _named_as_here(backbone, _read(file))
+    tensors = _named_as_here(backbone, read_tensors(file))
     own = backbone.trunk.state_dict()
     for name, tensor in own.items():
         if name not in tensors:
@@ -59,7 +55,7 @@ def _find(backbone: Backbone, path: str | Path | None) -> Path:
         return place
     found = []
     if place and place.is_dir():
-        found = [f for s in _SUFFIXES if (f := place / f"{wanted}{s}").is_file()]
+        found = [f for s in SUFFIXES if (f := place / f"{wanted}{s}").is_file()]
         if not found:
             repositories = f"models--timm--{wanted}"
             found = [
@@ -77,24 +73,6 @@ def _find(backbone: Backbone, path: str | Path | None) -> Path:
             "MIEN_BACKBONES, or set enc_load_weights = false"
         )
     return found[0]
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """Tensors by name; ValueError where the file holds anything else."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with open(file, "rb") as content:
-            if content.read(2) not in _TORCH_BEGINS:
-                raise ValueError("it is no file of torch's")
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot read weights from {file}: {reason}; name another file") from error
-    found = found.get("state_dict", found) if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{file} holds no weights by name; name a file of timm's")
-    return found
 
 
 def _named_as_here(backbone: Backbone, tensors: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,12 @@
+"""The largest difference."""
+
+from torch import Tensor
+
+from .picture import PictureLoss
+
+
+class LargestDifference(PictureLoss):
+    """l_inf_norm: of each channel the largest weight * |pred - target|, mean over channels."""
+
+    def forward(self, pred_bchw: Tensor, target_bchw: Tensor, weight_b1hw: Tensor) -> Tensor:
+        return (weight_b1hw * (pred_bchw - target_bchw).abs()).amax(dim=(2, 3)).mean(dim=1)

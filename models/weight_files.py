@@ -1,0 +1,30 @@
+"""Files of weights that the user has, as safetensors or as PyTorch saves them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+_TORCH_BEGINS = (b"PK", b"\x80\x02")  # of its zip files, and of its files before 1.6
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """Tensors by name; ValueError where the file holds anything else."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with open(file, "rb") as content:
+            if content.read(2) not in _TORCH_BEGINS:
+                raise ValueError("it is no file of torch's")
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"cannot read weights from {file}: {reason}; name another file") from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{file} holds no weights by name; name another file")
+    return found
