@@ -14,6 +14,7 @@ from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
 from ..run.preview import preview_image, save_png
 from ..run.stop import StopRequest
+from .lr_finder import find_rate, is_due
 from .prepare import Run, open_run
 from .ring import CAPACITY, to_host
 
@@ -31,7 +32,22 @@ class Halted(Exception):
 def train(given: dict[str, Any], reporter: Reporter) -> int:
     """Train or resume a model as the user's settings say; the exit code of `mien train`."""
     with open_run(given, reporter) as run, StopRequest() as stop:
-        return Loop(run, reporter, stop).run()
+        ended = _find_rate(run, reporter, stop) if is_due(run) else None
+        if ended is None:
+            return Loop(run, reporter, stop).run()
+        code, reason = ended
+        reporter.stop(iteration=0, reason=reason, exit_code=code)
+        return code
+
+
+def _find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> tuple[int, str] | None:
+    """Find a new model's rate; the exit code and the reason, where no training is to follow."""
+    find_rate(run, reporter, stop)
+    if stop.signal_name:
+        return STOPPED, f"{stop.signal_name} received before training began"
+    if run.config.optimizer.lr_finder_mode == "graph_and_exit":
+        return DONE, "the graph is drawn; no model was made"
+    return None
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class Loop:
         self.skipped = 0
         self.mean_loss: float | None = None
         now = time.monotonic()
-        self.asked_at, self.saved_at, self.waited_s = now, now, 0.0
+        self.asked_at, self.saved_at, self.waited_s = now, now, run.feed.waited_s
 
     def run(self) -> int:
         """Train to the last iteration, a signal or a failure; the exit code."""
@@ -98,6 +114,7 @@ class Loop:
     def _train(self) -> None:
         state = self.r.state
         while self._remaining() and not self.stop.signal_name:
+            self.r.set_rate()
             self.r.engine(state.faces_seen)
             state.advance()
             self.unlogged += 1
@@ -157,10 +174,12 @@ class Loop:
 
     def _tell(self, asked: "_Asked") -> None:
         """Status line, events and finite check of some iterations."""
-        named = self.r.step.loss.named(asked.rows())
+        named, schedule = self.r.step.loss.named(asked.rows()), self.r.schedule
         try:
             for i in range(asked.count):
                 scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
+                if not schedule.is_constant:
+                    scalars["learning_rate"] = schedule.rate(asked.first + i - 1)
                 self.r.log.scalars(scalars, asked.first + i)
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
@@ -182,6 +201,7 @@ class Loop:
             eg_per_s=faces / asked.seconds,
             data_wait=min(asked.waited_s / asked.seconds, 1.0),
             memory_mib=memory,
+            learning_rate=self.r.schedule.rate(last - 1),
             seconds_left=(self._remaining() + behind) * asked.seconds / asked.count,
         )
 

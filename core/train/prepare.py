@@ -32,6 +32,7 @@ from .losses import Loss
 from .optim import Update
 from .precision import Precision
 from .ring import LossRing
+from .schedule import Schedule, begin_schedule, settle_rate
 from .step import TrainStep
 from .transfer import load_weights
 
@@ -46,12 +47,17 @@ class Run:
     step: TrainStep
     engine: Engine
     precision: Precision
+    schedule: Schedule
     feed: Feed
     folder: ModelFolder
     saver: Saver
     log: Log
     preview_faces: PreviewFaces
     device: torch.device
+
+    def set_rate(self) -> None:
+        """Have the next iteration's update take its rate."""
+        self.step.update.set_rate(self.schedule.rate(self.state.iterations))
 
 
 @contextmanager
@@ -102,8 +108,10 @@ def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter)
         reporter.warning(
             "model.load_weights does nothing here: it is for a new model, and this one resumes"
         )
+    given = merge(given, begun_with)
+    optimizer = settle_rate(saved, from_dict(saved.config), given.get("optimizer", {}), reporter)
     config, changes, refusals = resolve_resume(
-        merge(saved.config, begun_with), merge(given, begun_with)
+        merge(saved.config, begun_with), merge(given, {"optimizer": optimizer})
     )
     if refusals:
         raise ValueError(refusals[0])
@@ -152,6 +160,7 @@ def _prepare(
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
+    schedule = begin_schedule(state, config)
     session = state.begin_session(config)
     stores = {side: opened.store for side, opened in faces.items()}
     feed = Feed(
@@ -197,6 +206,7 @@ def _prepare(
     engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
+        | {"learning_rate": str(schedule)}
         | loaded
         | _frozen_fact(config, model, update)
     )
@@ -207,6 +217,7 @@ def _prepare(
         step=step,
         engine=engine,
         precision=precision,
+        schedule=schedule,
         feed=feed,
         folder=folder,
         saver=saver,
