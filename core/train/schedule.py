@@ -6,8 +6,8 @@
     step:      fall(i) = f ^ floor(i / n)
 
 i counts the iterations since the schedule began, u the updates that they made; n is
-`schedule_iterations`, f `schedule_factor`. The cosine is that of Loshchilov and Hutter, 2017, without
-restarts. The first update of a warm-up moves the weights already.
+`schedule_iterations`, f `schedule_factor`. The cosine is one fall of those of Loshchilov and
+Hutter, 2017. The first update of a warm-up moves the weights already.
 """
 
 import math
