@@ -21,6 +21,7 @@ STEP = {
     "eg_per_s": 123.44,
     "data_wait": 0.003,
     "memory_mib": 812.4,
+    "learning_rate": 5e-5,
     "seconds_left": 753.0,
 }
 
@@ -57,6 +58,21 @@ def test_json_stays_json_when_a_loss_is_not_finite():
     reporter.step(**STEP | {"loss_a": float("nan"), "loss_b": np.float32(0.5), "eg_per_s": np.inf})
     event = json.loads(stream.getvalue(), parse_constant=lambda word: pytest.fail(word))
     assert (event["loss_a"], event["loss_b"], event["eg_per_s"]) == (None, 0.5, None)
+
+
+def test_found_rates_are_told_by_strength():
+    rates, texts = {"default": 4.85e-4, "extreme": 1.94e-3}, []
+    for as_json, picture in ((False, None), (False, Path("out/graph.png")), (True, None)):
+        stream = io.StringIO()
+        reporter = Reporter(stream, as_json=as_json, clock=lambda: 1234.5)
+        reporter.found_rates(rates, chosen="default", picture=picture)
+        texts.append(stream.getvalue())
+    plain, with_picture, event = texts
+    line = "Learning rate found: 0.000485 (default), 0.00194 (extreme); default is chosen"
+    assert plain == f"{line}\n"
+    assert with_picture == f"{line}. Graph: out/graph.png\n"
+    told = {"event": "found_rates", "rates": rates, "chosen": "default", "picture": None}
+    assert json.loads(event) == told | {"time": 1234.5}
 
 
 def test_plain_lines():

@@ -321,15 +321,17 @@ def test_faces_of_one_colour_are_a_collapse_once_there_was_more():
     flat = np.full_like(faces, 120)
     one_flat = faces.copy()
     one_flat[1] = 120
+    noise = 120 + faces // 64  # what an untrained network shows
     watch = Collapse()
-    watch.take_pictures(flat, faces, iterations=1, session_iterations=1)  # not learnt yet
+    watch.take_pictures(noise, faces, iterations=1, session_iterations=1)
+    watch.take_pictures(flat, faces, iterations=9, session_iterations=9)  # not learnt yet
     watch.take_pictures(faces, faces, iterations=500, session_iterations=500)
     with pytest.raises(Trouble, match="every face of B has become one colour") as caught:
         watch.take_pictures(one_flat, faces, iterations=900, session_iterations=900)
     assert caught.value.good_until == 500
     Collapse().take_pictures(flat, flat, iterations=9000, session_iterations=9000)
     with pytest.raises(Trouble, match="every face of A"):
-        Collapse().take_pictures(flat, faces, iterations=5000, session_iterations=1000)
+        Collapse().take_pictures(flat, faces, iterations=9000, session_iterations=5000)
 
 
 # When the optimizer's state is kept

@@ -7,14 +7,15 @@ Scalars of every iteration, the sides written `a` and `b`:
     batch_mask_a                      loss of the predicted mask
     batch_weighted_a/<function>       one function with its weight
     batch_unweighted_a/<function>     and without
+    learning_rate                     where it is not constant
 
 and of saves, where faces are held out:
 
     evaluate/<name>                   a figure of `core.train.evaluate`
 
-JSON events are one object a line: {"event": "start" | "step" | "evaluate" | "save" | "preview" |
-"warning" | "stop", "time": seconds since 1970, ...}. torch is imported only where a TensorBoardLog
-is made.
+JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
+"save" | "preview" | "warning" | "stop", "time": seconds since 1970, ...}. torch is imported only
+where a TensorBoardLog is made.
 """
 
 import json
@@ -151,6 +152,7 @@ class Reporter:
         eg_per_s: float,
         data_wait: float,
         memory_mib: float | None = None,
+        learning_rate: float | None = None,
         seconds_left: float | None = None,
     ) -> None:
         """Tell where the run stands.
@@ -162,6 +164,7 @@ class Reporter:
             eg_per_s: Faces trained per second, both sides.
             data_wait: Share of the time that the step waited for data, 0 to 1.
             memory_mib: Peak memory of the device.
+            learning_rate: Of that iteration.
             seconds_left: Until the session's last iteration.
         """
         clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
@@ -180,6 +183,7 @@ class Reporter:
             "eg_per_s": eg_per_s,
             "data_wait": data_wait,
             "memory_mib": memory_mib,
+            "learning_rate": learning_rate,
             "seconds_left": seconds_left,
         }
         self._tell("step", text, fields)
@@ -234,6 +238,14 @@ class Reporter:
         yield tell
         if not self._as_json:
             self._tell("progress", f"{title}: {most} in {self._clock() - started:.1f} s", {})
+
+    def found_rates(self, rates: dict[str, float], *, chosen: str, picture: Path | None) -> None:
+        """Tell which learning rates were found, by strength, and which of them is used."""
+        words = [f"{rate:.3g} ({strength})" for strength, rate in rates.items()]
+        text = f"Learning rate found: {', '.join(words)}; {chosen} is chosen"
+        if picture is not None:
+            text += f". Graph: {picture}"
+        self._tell("found_rates", text, {"rates": rates, "chosen": chosen, "picture": picture})
 
     def warning(self, message: str) -> None:
         """Tell of something the user should look at while the run goes on."""

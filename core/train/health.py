@@ -18,7 +18,8 @@ STAYED = 3
 """Means in a row, that high, that count as a collapse."""
 
 _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations, of 255
-_SURELY_LEARNT = 1000  # iterations after which a network shows more than one colour
+_LEARNT_SHARE = 0.25  # of the faces' own deviation: more than noise, and than one colour early on
+_SURELY_LEARNT = 5000  # iterations after which a network shows more than one colour
 _OVERFLOWS = 50
 """fp16 steps in a row that were left out: no loss scale helps any more."""
 
@@ -85,7 +86,7 @@ class Collapse:
 
         self.loss_sum, self.loss_count = 0.0, 0
         self.varied_at: list[int | None] = [None, None]
-        """Of each side, the last total iteration at which its pictures were varied."""
+        """Of each side, the last total iteration at which its pictures were as varied as faces."""
 
     def take_losses(self, totals: np.ndarray, first: int) -> None:
         """Take in the summed losses (N,) of iterations from ``first`` on; raise Trouble."""
@@ -108,11 +109,14 @@ class Collapse:
             session_iterations: Of this session.
         """
         for side, (made, wanted) in enumerate(zip(predictions, targets, strict=True)):
-            varied_at = self.varied_at[side]
-            if _spread(made[..., :3]) >= _FLAT_LEVELS:
+            varied_at, there = self.varied_at[side], _spread(wanted[..., :3])
+            spread = _spread(made[..., :3])
+            if spread >= _LEARNT_SHARE * there:
                 self.varied_at[side] = iterations
-            elif _spread(wanted[..., :3]) > _VARIED_LEVELS and (
-                varied_at is not None or session_iterations >= _SURELY_LEARNT
+            elif (
+                spread < _FLAT_LEVELS
+                and there > _VARIED_LEVELS
+                and (varied_at is not None or session_iterations >= _SURELY_LEARNT)
             ):
                 begun = iterations - session_iterations
                 raise Trouble(

@@ -83,7 +83,8 @@ class Loop:
         self.is_in_trouble = False
         self.mean_loss: float | None = None
         now = time.monotonic()
-        self.began_at, self.asked_at, self.saved_at, self.waited_s = now, now, now, 0.0
+        self.began_at, self.asked_at, self.saved_at = now, now, now
+        self.waited_s = run.feed.waited_s
 
     def run(self) -> End:
         """Train to iteration ``until``, the end of the stage, a signal or a failure."""
@@ -109,6 +110,7 @@ class Loop:
             end = self._end_of_stage()
             if end:
                 return end
+            self.r.set_rate()
             self.r.engine(state.faces_seen)
             state.advance()
             self.unlogged += 1
@@ -206,9 +208,11 @@ class Loop:
 
     def _tell(self, asked: "_Asked") -> None:
         """Status line, events and finite check of some iterations."""
-        named = self.r.step.loss.named(asked.rows())
+        named, schedule = self.r.step.loss.named(asked.rows()), self.r.schedule
         for i in range(asked.count):
             scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
+            if not schedule.is_constant:
+                scalars["learning_rate"] = schedule.rate(asked.first + i - 1)
             self._record(scalars, asked.first + i)
         self._status(named, asked)
         if not self.is_in_trouble:
@@ -244,6 +248,7 @@ class Loop:
             eg_per_s=faces / asked.seconds,
             data_wait=min(asked.waited_s / asked.seconds, 1.0),
             memory_mib=memory,
+            learning_rate=self.r.schedule.rate(last - 1),
             seconds_left=(self._remaining() + behind) * asked.seconds / asked.count,
         )
 

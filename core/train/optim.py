@@ -17,6 +17,7 @@ from ...kernels.adam import (
     BETA_1_POWER,
     BETA_2_POWER,
     GOOD_STEPS,
+    LEARNING_RATE,
     SCALE,
     SKIPPED,
     STEP,
@@ -86,6 +87,7 @@ class Update:
             scale=_FIRST_SCALE if precision.scales_loss else 1.0,
         )
         self.parts = [self._part(list(range(len(self.parameters))), control)]
+        self.rate = config.learning_rate
         self.settings: dict[str, Any] = {
             "beta_1": config.ada_beta_1,
             "beta_2": config.ada_beta_2,
@@ -105,6 +107,13 @@ class Update:
     def scale(self) -> Tensor | None:
         """What the loss's gradient is multiplied with, on the device; None: nothing."""
         return self.parts[0].control[SCALE].float() if self.precision.scales_loss else None
+
+    def set_rate(self, rate: float) -> None:
+        """Have the next update take this rate; nothing is read from the device."""
+        if rate != self.rate:
+            self.rate = rate
+            for part in self.parts:
+                part.control[LEARNING_RATE].fill_(rate)
 
     @property
     def skipped(self) -> Tensor:

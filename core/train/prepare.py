@@ -34,12 +34,10 @@ from .losses import Loss
 from .optim import Update
 from .precision import Precision
 from .ring import LossRing
+from .schedule import ROLLBACK, SCHEDULE, Schedule, begin_schedule, settle_rate
 from .stages import Plan
 from .step import TrainStep
 from .transfer import load_weights
-
-_ROLLBACK = "rollback"
-"""Under which name the state keeps what rollbacks have changed."""
 
 
 @dataclass
@@ -52,12 +50,10 @@ class Run:
     step: TrainStep
     engine: Engine
     precision: Precision
+    schedule: Schedule
     feed: Feed
     plan: Plan | None
     """The recipe and where the run stands in it."""
-
-    rate_factor: float
-    """What rollbacks have multiplied the learning rate with."""
 
     folder: ModelFolder
     saver: Saver
@@ -65,6 +61,10 @@ class Run:
     preview_faces: PreviewFaces
     evaluation: Evaluation | None
     device: torch.device
+
+    def set_rate(self) -> None:
+        """Have the next iteration's update take its rate."""
+        self.step.update.set_rate(self.schedule.rate(self.state.iterations))
 
 
 @contextmanager
@@ -130,8 +130,10 @@ def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter)
         reporter.warning(
             "model.load_weights does nothing here: it is for a new model, and this one resumes"
         )
+    given = merge(given, begun_with)
+    optimizer = settle_rate(saved, from_dict(saved.config), given.get("optimizer", {}), reporter)
     config, changes, refusals = resolve_resume(
-        merge(saved.config, begun_with), merge(given, begun_with)
+        merge(saved.config, begun_with), merge(given, {"optimizer": optimizer})
     )
     if refusals:
         raise ValueError(refusals[0])
@@ -188,10 +190,8 @@ def _prepare(
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
-    if plan is None:
-        state.parts.pop(stages.PART, None)  # the recipe was left
-    if rate_factor is not None:
-        state.parts[_ROLLBACK] = {"rate_factor": rate_factor}
+    _settle_parts(state, saved, plan, rate_factor, config)
+    schedule = begin_schedule(state, config, plan.rate_factor if plan else 1.0)
     session = state.begin_session(config)
     stores = {side: opened.store for side, opened in faces.items()}
     feed = Feed(
@@ -244,6 +244,7 @@ def _prepare(
     engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
         _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
+        | {"learning_rate": str(schedule)}
         | loaded
         | ({"stage": str(plan)} if plan else {})
         | _held_out_fact(faces, evaluation)
@@ -256,9 +257,9 @@ def _prepare(
         step=step,
         engine=engine,
         precision=precision,
+        schedule=schedule,
         feed=feed,
         plan=plan,
-        rate_factor=_saved_rate_factor(state),
         folder=folder,
         saver=saver,
         log=log,
@@ -268,12 +269,24 @@ def _prepare(
     )
 
 
-def _saved_rate_factor(state: TrainingState) -> float:
-    """What rollbacks have multiplied the learning rate with, so far."""
-    factor = state.parts.get(_ROLLBACK, {}).get("rate_factor", 1.0)
-    if not isinstance(factor, float) or not 0 < factor <= 1:
-        raise ValueError(f"the saved state is not valid: parts.{_ROLLBACK} is {factor!r}")
-    return factor
+def _settle_parts(
+    state: TrainingState,
+    saved: Generation | None,
+    plan: Plan | None,
+    rate_factor: float | None,
+    config: Config,
+) -> None:
+    """Have the state's parts be those of this session: of its stage, and after a rollback."""
+    if plan is None:
+        state.parts.pop(stages.PART, None)  # the recipe was left
+    elif plan.is_entered:
+        state.parts.pop(SCHEDULE, None)  # a stage's schedule begins with it
+    if rate_factor is not None:
+        state.parts[ROLLBACK] = {"rate_factor": rate_factor}
+    elif saved and saved.config:
+        before = from_dict(saved.config).optimizer.learning_rate
+        if before != config.optimizer.learning_rate:
+            state.parts.pop(ROLLBACK, None)  # the user has chosen another rate
 
 
 def choose_device(setting: str) -> torch.device:

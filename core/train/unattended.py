@@ -11,8 +11,10 @@ from ..config import merge
 from ..recipes import Recipe
 from ..run.log import Reporter
 from ..run.stop import StopRequest
-from .loop import HALTED, STOPPED, End, Loop
+from .loop import DONE, HALTED, STOPPED, End, Loop
+from .lr_finder import find_rate, is_due
 from .prepare import Run, open_run
+from .schedule import rate_factor
 
 
 def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = None) -> int:
@@ -30,7 +32,9 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
             with open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor) as run:
                 if until is None:
                     until = run.state.iterations + run.config.train.iterations
-                end = setbacks.meet(Loop(run, reporter, stop, until).run(), run)
+                end = _find_rate(run, reporter, stop) if is_due(run) else None
+                if end is None:
+                    end = setbacks.meet(Loop(run, reporter, stop, until).run(), run)
             if not end.goes_on or stop.signal_name:
                 break
             reporter.warning(end.reason)
@@ -39,6 +43,16 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
         end = End(STOPPED, f"{stop.signal_name} received; the state is saved")
     reporter.stop(iteration=run.state.iterations, reason=end.reason, exit_code=end.code)
     return end.code
+
+
+def _find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> End | None:
+    """Find a new model's learning rate; how it ends, where no training is to follow."""
+    find_rate(run, reporter, stop)
+    if stop.signal_name:
+        return End(STOPPED, f"{stop.signal_name} received before training began")
+    if run.config.optimizer.lr_finder_mode == "graph_and_exit":
+        return End(DONE, "the graph is drawn; no model was made")
+    return None
 
 
 class _Setbacks:
@@ -60,7 +74,7 @@ class _Setbacks:
         if self.lowest is not None and lowest is not None and lowest < self.lowest:
             self.count = 0  # training got further than ever in between
         self.count, self.lowest = self.count + 1, lowest
-        self.rate_factor = run.rate_factor * settings.rollback_factor
+        self.rate_factor = rate_factor(run.state) * settings.rollback_factor
         if self.count > settings.rollback_limit:
             return End(
                 HALTED,

@@ -1,0 +1,157 @@
+"""The learning rate of every update: it warms up, then stays, falls along a cosine or in steps.
+
+    rate(i) = base * factor * min(1, (u + 1) / warmup_steps) * fall(i)
+    constant:  fall(i) = 1
+    cosine:    fall(i) = f + (1 - f) * (1 + cos(pi * min(1, i / n))) / 2
+    step:      fall(i) = f ^ floor(i / n)
+
+i counts the iterations since the schedule began, u the updates that they made; n is
+`schedule_iterations`, f `schedule_factor`. The cosine is one fall of those of Loshchilov and
+Hutter, 2017. The first update of a warm-up moves the weights already.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import Config, OptimizerConfig
+from ..run.checkpoint import Generation
+from ..run.log import Reporter
+from ..run.session import TrainingState
+
+SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
+"""Names of the parts of a training state: where the schedule began, the rate that was found, and
+what rollbacks have multiplied the rate with."""
+
+_SETTINGS = ("warmup_steps", "schedule", "schedule_iterations", "schedule_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The rate of every iteration."""
+
+    config: OptimizerConfig
+    base_rate: float
+    """What the warm-up rises to."""
+
+    source: str
+    """Where the base rate comes from, in words."""
+
+    begun: int = 0
+    """Total iterations before its first one."""
+
+    factor: float = 1.0
+    """Scales every rate."""
+
+    def rate(self, iterations: int) -> float:
+        """The rate of the iteration that follows so many of the model."""
+        since = iterations - self.begun
+        return self.base_rate * self.factor * self._warmth(since) * self._fall(since)
+
+    def _warmth(self, since: int) -> float:
+        updates = since // self.config.gradient_accumulation
+        return min(1.0, (updates + 1) / max(1, self.config.warmup_steps))
+
+    def _fall(self, since: int) -> float:
+        config = self.config
+        length, factor = config.schedule_iterations, config.schedule_factor
+        if config.schedule == "cosine":
+            share = min(since, length) / length
+            return factor + (1 - factor) * (1 + math.cos(math.pi * share)) / 2
+        return factor ** (since // length) if config.schedule == "step" else 1.0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every iteration has the same rate."""
+        return self.config.schedule == "constant" and self.config.warmup_steps <= 1
+
+    def __str__(self) -> str:
+        """The rate, where it comes from and what becomes of it, for people."""
+        config = self.config
+        words = [f"{self.base_rate * self.factor:.4g} ({self.source})"]
+        if config.warmup_steps > 1:
+            words.append(f"warm-up over {config.warmup_steps} updates")
+        kinds = {
+            "constant": "constant",
+            "cosine": f"falls along a cosine to {config.schedule_factor:g} of it in "
+            f"{config.schedule_iterations} iterations",
+            "step": f"falls to {config.schedule_factor:g} of itself every "
+            f"{config.schedule_iterations} iterations",
+        }
+        words.append(kinds[config.schedule])
+        since = "" if self.is_constant else f"; begun at iteration {self.begun}"
+        return ", ".join(words) + since
+
+
+def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1.0) -> Schedule:
+    """The schedule of a run; it goes on where it was, unless one of its settings has changed.
+
+    Args:
+        state: Of the run; is told where the schedule begins.
+        config: Settings of the run.
+        stage_factor: What the stage multiplies the rate with.
+    """
+    optimizer = config.optimizer
+    settings = {name: getattr(optimizer, name) for name in _SETTINGS}
+    stored = state.parts.get(SCHEDULE)
+    if stored is None or stored["settings"] != settings:
+        stored = {"begun": state.iterations, "settings": settings}
+        state.parts[SCHEDULE] = stored
+    rate, source = optimizer.learning_rate, "as set"
+    if optimizer.use_lr_finder and LR_FINDER in state.parts:
+        rate, source = state.parts[LR_FINDER]["rate"], "found"
+    elif optimizer.use_lr_finder:
+        source = "until the finder has run"
+    return Schedule(
+        config=optimizer,
+        base_rate=rate,
+        source=source,
+        begun=stored["begun"],
+        factor=stage_factor * rate_factor(state),
+    )
+
+
+def rate_factor(state: TrainingState) -> float:
+    """What rollbacks have multiplied the learning rate with, so far.
+
+    Raises:
+        ValueError: The state holds no such number.
+    """
+    factor = state.parts.get(ROLLBACK, {}).get("rate_factor", 1.0)
+    if type(factor) is not float or not 0 < factor <= 1:
+        raise ValueError(f"the saved state is not valid: parts.{ROLLBACK} holds {factor!r}")
+    return factor
+
+
+def settle_rate(
+    saved: Generation, saved_config: Config, given: dict[str, Any], reporter: Reporter
+) -> dict[str, Any]:
+    """The settings that are given at a resume, by name, with the finder off where it has no say.
+
+    A found rate stays in use until `optimizer.learning_rate` is given. Given together with the
+    finder, as a settings file does, it must differ from the saved one.
+
+    Args:
+        saved: What is resumed.
+        saved_config: Its settings.
+        given: What the user set of the optimizer.
+        reporter: Is told why the finder has no say.
+    """
+    if not given.get("use_lr_finder", saved_config.optimizer.use_lr_finder):
+        return given
+    found = TrainingState.from_dict(saved.state).parts.get(LR_FINDER)
+    rate = given.get("learning_rate", saved_config.optimizer.learning_rate)
+    if found is None:
+        reporter.warning(
+            "optimizer.use_lr_finder does nothing here: it is for a new model, and this one was "
+            f"trained without; the learning rate is {rate:g}, as set"
+        )
+        return given | {"use_lr_finder": False}
+    is_changed = rate != saved_config.optimizer.learning_rate
+    if is_changed or ("learning_rate" in given and "use_lr_finder" not in given):
+        reporter.warning(
+            f"the learning rate is {rate:g}, as set, in place of {found['rate']:g}, as found; "
+            "--use-lr-finder goes back to that"
+        )
+        return given | {"use_lr_finder": False}
+    return given
