@@ -25,7 +25,7 @@ def _step(model, mode="fp32", setting="off"):
     """A step of the model, and a batch for it."""
     precision = precisions.resolve(mode, CPU)
     config = OptimizerConfig(overlap=setting, learning_rate=1e-3)
-    update = overlap.choose(setting, precision)(model, config, precision)
+    update = overlap.choose(config, precision)(model, config, precision)
     loss = Loss(LossConfig(), len(model.output_px))
     step = TrainStep(model, loss, update, LossRing(loss.num_values, CPU))
     return step, make_batch(model, 2, CPU, precision.compute)
