@@ -305,12 +305,12 @@ def _plain_update(
         return
     gradients = [each.float() for each in lists[1]]
     if factors_t is not None:
-        gradients = torch._foreach_mul(gradients, (factors_t * now[FACTOR]).tolist())
+        gradients = [*torch._foreach_mul(gradients, (factors_t * now[FACTOR]).tolist())]
     elif now[FACTOR] != 1:
         # Not as the fused kernel's grad_scale, which would write the scaled gradients back.
-        gradients = torch._foreach_mul(gradients, now[FACTOR])
+        gradients = [*torch._foreach_mul(gradients, now[FACTOR])]
     if bound:
-        gradients = torch._foreach_clamp_min(gradients, -bound)
+        gradients = [*torch._foreach_clamp_min(gradients, -bound)]
         torch._foreach_clamp_max_(gradients, bound)
     lists[1] = gradients
     for is_decayed in (False, True):
@@ -346,7 +346,7 @@ def _plain_rule(
     if weight_decay and rule.is_decoupled:
         torch._foreach_mul_(parameters, 1 - now[LEARNING_RATE] * weight_decay)
     elif weight_decay:
-        gradients = torch._foreach_add(gradients, parameters, alpha=weight_decay)
+        gradients = [*torch._foreach_add(gradients, parameters, alpha=weight_decay)]
     if rule.name == "lion":
         changes = torch._foreach_lerp(means, gradients, 1 - rule.beta_1)
         torch._foreach_sign_(changes)
@@ -363,7 +363,7 @@ def _plain_rule(
             torch._foreach_maximum_(largests, sizes)
             changes = torch._foreach_div(means, largests)
         elif rule.name == "adabelief":
-            _remember_squares(squares, torch._foreach_sub(gradients, means), rule.beta_2)
+            _remember_squares(squares, [*torch._foreach_sub(gradients, means)], rule.beta_2)
             torch._foreach_add_(squares, rule.epsilon)
             changes = torch._foreach_div(means, _divisors(squares, now))
         else:
@@ -374,14 +374,14 @@ def _plain_rule(
     torch._foreach_add_(parameters, changes, alpha=-now[STEP_SIZE])
 
 
-def _remember_squares(squares: list[Tensor], gradients: Sequence[Tensor], beta_2: float) -> None:
+def _remember_squares(squares: list[Tensor], gradients: list[Tensor], beta_2: float) -> None:
     torch._foreach_mul_(squares, beta_2)
     torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta_2)
 
 
-def _divisors(squares: list[Tensor], now: list[float]) -> Sequence[Tensor]:
+def _divisors(squares: list[Tensor], now: list[float]) -> list[Tensor]:
     """What means are divided by; the rule's sizes are in the control."""
-    roots = torch._foreach_sqrt(squares)
+    roots = [*torch._foreach_sqrt(squares)]
     torch._foreach_mul_(roots, now[ROOT_SIZE])
     torch._foreach_add_(roots, now[OFFSET])
     return roots

@@ -277,7 +277,8 @@ def optimize(
     gradients = [each.to(parameters[0].dtype) / scale for each in gradients]
     if not all(torch.isfinite(each).all() for each in gradients):
         return list(parameters), {kind: list(each) for kind, each in moments.items()}
-    moved, new = [], {kind: [] for kind in moments}
+    moved: list[Tensor] = []
+    new: dict[str, list[Tensor]] = {kind: [] for kind in moments}
     for i, gradient in enumerate(clipped(gradients, clipping, norms)):
         decay = rule.weight_decay if decays is None or decays[i] else 0.0
         kept = {kind: tensors[i] for kind, tensors in moments.items()}
