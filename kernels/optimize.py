@@ -313,6 +313,9 @@ def _plain_update(
         gradients = [*torch._foreach_clamp_min(gradients, -bound)]
         torch._foreach_clamp_max_(gradients, bound)
     lists[1] = gradients
+    if not rule.weight_decay:
+        _plain_rule(lists, now, rule, 0.0)
+        return
     for is_decayed in (False, True):
         chosen = [decay == is_decayed for decay in decays]
         if any(chosen):
