@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import oracle_files
+from safetensors.torch import load_file
 from torch import nn
 
+from mien.cli import main
 from mien.core.config import OPTIMIZERS, OptimizerConfig
 from mien.core.train import precision as precisions
 from mien.core.train.optim import Update
@@ -302,6 +304,32 @@ def test_other_new_settings_take_effect_too(changed):
         move(1)
         ends.append(later.weights()["2.weight"])
     assert float((ends[0] - ends[1]).abs().max()) > 1e-5
+
+
+def test_a_run_that_stops_within_an_accumulation_resumes_bit_for_bit(sides, tmp_path):
+    def train(model_dir, iterations):
+        words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)]
+        words += ["-t", "lightweight", "--set", "model.options.width=8", "-b", "2"]
+        words += ["--device", "cpu", "-i", str(iterations)]
+        chosen = {"optimizer": "nadam", "gradient_accumulation": 3, "gradient_clipping": "autoclip"}
+        for name, value in chosen.items():
+            words += ["--set", f"optimizer.{name}={value}"]
+        assert main(words) == 0
+
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(straight, 7)
+    for iterations in (2, 5):
+        train(resumed, iterations)
+    for name in ("model", "optimizer"):
+        one, two = (
+            load_file(folder / f"generations/7/{name}.safetensors")
+            for folder in (straight, resumed)
+        )
+        assert one.keys() == two.keys()
+        for key, tensor in one.items():
+            assert torch.equal(tensor, two[key]), key
+    assert (int(one["step"]), int(one["accumulated"])) == (2, 1)
+    assert int(torch.isfinite(one["history"]).sum()) == 2
 
 
 def test_weights_of_another_model_are_refused():
