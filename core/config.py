@@ -341,13 +341,15 @@ class OptimizerConfig(_Checked):
     (global_norm), or that by a percentile of the past norms (autoclip)."""
 
     clipping_value: float = _setting(1.0, low=0.0, high=10.0)
-    """The bound; with autoclip a tenth of the percentile, so 1.0 is the 10th."""
+    """The bound, above 0; with autoclip a tenth of the percentile, so 1.0 is the 10th and 0 the
+    smallest norm."""
 
     autoclip_history: int = _setting(10_000, low=0, high=100_000)
     """Past norms that autoclip looks at; 0: the last 100,000."""
 
     gradient_accumulation: int = _setting(1, low=1, high=100)
-    """Iterations whose mean gradient makes one update."""
+    """Iterations whose mean gradient makes one update; if one of them is not finite, none of them
+    does."""
 
     use_lr_finder: bool = _setting(False, flag="-r --use-lr-finder")
     """Find the learning rate before a new model is trained; a resumed one keeps what was found."""
@@ -516,6 +518,13 @@ class Config:
             raise ValueError(
                 "data.mask_type is none, but loss.penalized_mask_loss or loss.learn_mask needs a "
                 "mask; choose a mask, or set both to false"
+            )
+        clipping = self.optimizer.gradient_clipping
+        if clipping in ("value", "norm", "global_norm") and self.optimizer.clipping_value == 0:
+            raise ValueError(
+                "optimizer.clipping_value must be above 0 with optimizer.gradient_clipping "
+                f"{clipping}, got 0.0, with which nothing would move; set a bound, or clipping to "
+                "none"
             )
 
 

@@ -5,20 +5,20 @@ What belongs to an operation besides its function is imported from its module:
 """
 
 from . import reference
-from .adam import adam
 from .augment import augment
 from .face_loss import face_loss
+from .optimize import optimize
 from .upscale import activate, to_image, upscale
 
-OPERATIONS = ("adam", "augment", "face_loss", "upscale")
+OPERATIONS = ("augment", "face_loss", "optimize", "upscale")
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
 __all__ = [
     "OPERATIONS",
     "activate",
-    "adam",
     "augment",
     "face_loss",
+    "optimize",
     "reference",
     "to_image",
     "upscale",

@@ -5,13 +5,15 @@ Written to be read, not to be fast; beside tests, only the measuring of a model 
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .rules import Clipping, Rule
 
 WARP_LANDMARKS = 2
 _IDENTITY = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
@@ -241,44 +243,109 @@ def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
     return torch.sigmoid(z_bchw.float() if z_bchw.dtype.itemsize == 2 else z_bchw)
 
 
-def adam(
+def optimize(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
+    moments: Mapping[str, Sequence[Tensor]],
     *,
+    rule: Rule,
     learning_rate: float,
     step: int,
-    beta_1: float,
-    beta_2: float,
-    epsilon: float,
-    weight_decay: float = 0.0,
-    max_norm: float = 0.0,
+    clipping: Clipping = Clipping(),  # noqa: B008  (frozen)
+    norms: Sequence[float] = (),
     scale: float = 1.0,
     decays: Sequence[bool] | None = None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """`mien.kernels.adam` for one step that is number ``step`` of the finite ones, from 1.
+) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+    """`mien.kernels.optimize` for one step that is number ``step`` of the finite ones, from 1.
+
+    Args:
+        parameters: Before the step.
+        gradients: Of the scaled loss, or the mean of several.
+        moments: Those of the rule.
+        rule: How the weights are moved.
+        learning_rate: Of this step.
+        step: Its number.
+        clipping: How gradients are bound.
+        norms: Past ones, of autoclip.
+        scale: What the loss was multiplied with.
+        decays: Which parameters the weight decay moves; default: all.
 
     Returns:
-        Parameters, means and squares after the step, in their own dtype; what came in, if a
-        gradient is not finite.
+        Parameters and moments after the step, in their own dtype; what came in, if a gradient is
+        not finite.
     """
     gradients = [each.to(parameters[0].dtype) / scale for each in gradients]
-    norm = torch.stack([each.square().sum() for each in gradients]).sum().sqrt()
-    if not torch.isfinite(norm):
-        return list(parameters), list(means), list(squares)
-    factor = min(1.0, max_norm / (float(norm) + 1e-6)) if max_norm else 1.0
-    moved, new_means, new_squares = [], [], []
-    for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        decay = weight_decay if decays is None or decays[i] else 0.0
-        mean = beta_1 * means[i] + (1 - beta_1) * factor * gradient
-        square = beta_2 * squares[i] + (1 - beta_2) * (factor * gradient).square()
-        root = (square / (1 - beta_2**step)).sqrt()
-        change = mean / (1 - beta_1**step) / (root + epsilon)
-        moved.append((1 - learning_rate * decay) * parameter - learning_rate * change)
-        new_means.append(mean)
-        new_squares.append(square)
-    return moved, new_means, new_squares
+    if not all(torch.isfinite(each).all() for each in gradients):
+        return list(parameters), {kind: list(each) for kind, each in moments.items()}
+    moved: list[Tensor] = []
+    new: dict[str, list[Tensor]] = {kind: [] for kind in moments}
+    for i, gradient in enumerate(clipped(gradients, clipping, norms)):
+        decay = rule.weight_decay if decays is None or decays[i] else 0.0
+        kept = {kind: tensors[i] for kind, tensors in moments.items()}
+        parameter = parameters[i]
+        if rule.is_decoupled:
+            parameter = (1 - learning_rate * decay) * parameter
+        else:
+            gradient = gradient + decay * parameter
+        change, kept = _change(gradient, kept, rule, step)
+        moved.append(parameter - learning_rate * change)
+        for kind, tensor in kept.items():
+            new[kind].append(tensor)
+    return moved, new
+
+
+def clipped(
+    gradients: Sequence[Tensor], clipping: Clipping, norms: Sequence[float] = ()
+) -> list[Tensor]:
+    """The gradients within the bound; ``norms`` are past ones, of autoclip."""
+    bound, kind = clipping.bound, clipping.kind
+    if kind == "value":
+        return [each.clamp(-bound, bound) for each in gradients]
+    if kind == "norm":
+        return [each * min(1.0, bound / max(float(each.norm()), 1e-300)) for each in gradients]
+    norm = math.sqrt(sum(float(each.square().sum()) for each in gradients))
+    if kind == "autoclip":
+        bound = float(np.percentile([*norms, norm], bound))
+    factor = min(1.0, bound / (norm + 1e-6)) if clipping.is_of_all else 1.0
+    return [each * factor for each in gradients]
+
+
+def _change(
+    gradient: Tensor, kept: dict[str, Tensor], rule: Rule, step: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the learning rate is multiplied with, and the moments after the step."""
+    beta_1, beta_2, epsilon = rule.beta_1, rule.beta_2, rule.epsilon
+    short, long = 1 - beta_1**step, 1 - beta_2**step
+    if rule.name == "lion":
+        sign = (beta_1 * kept["mean"] + (1 - beta_1) * gradient).sign()
+        return sign, {"mean": beta_2 * kept["mean"] + (1 - beta_2) * gradient}
+    if rule.name == "rms-prop":
+        square = beta_2 * kept["square"] + (1 - beta_2) * gradient.square()
+        return gradient / (square.sqrt() + epsilon), {"square": square}
+    mean = beta_1 * kept["mean"] + (1 - beta_1) * gradient
+    if rule.name == "adamax":
+        largest = torch.maximum(beta_2 * kept["largest"], gradient.abs() + epsilon)
+        return mean / short / largest, {"mean": mean, "largest": largest}
+    if rule.name == "adabelief":
+        square = beta_2 * kept["square"] + (1 - beta_2) * (gradient - mean).square() + epsilon
+        longest = 2 / (1 - beta_2) - 1
+        length = longest - 2 * step * beta_2**step / long
+        if length < 5:
+            return mean / short, {"mean": mean, "square": square}
+        rectified = (length - 4) * (length - 2) * longest
+        rectified /= (longest - 4) * (longest - 2) * length
+        change = math.sqrt(long * rectified) / short * mean / (square.sqrt() + epsilon)
+        return change, {"mean": mean, "square": square}
+    square = beta_2 * kept["square"] + (1 - beta_2) * gradient.square()
+    new = {"mean": mean, "square": square}
+    if rule.has_largest_square:
+        new["largest"] = torch.maximum(kept["largest"], square)
+    root = (new.get("largest", square) / long).sqrt() + epsilon
+    if rule.name != "nadam":
+        return mean / short / root, new
+    momenta = [beta_1 * (1 - 0.5 * 0.96 ** (t * 0.004)) for t in range(1, step + 2)]
+    ahead = momenta[-1] / (1 - math.prod(momenta)) * mean
+    return (ahead + (1 - momenta[-2]) / (1 - math.prod(momenta[:-1])) * gradient) / root, new
 
 
 def face_loss(

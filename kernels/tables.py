@@ -4,14 +4,32 @@ A kernel over many tensors reads their addresses from tables on the device. Weig
 never move, so theirs are written once. Gradients move from step to step, except inside a CUDA
 graph, so theirs are sent whenever they differ.
 
-Letters: T tensors, N chunks of them, S slots.
+Letters: T tensors, N chunks of them, S slots, C columns.
 """
 
-import operator
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from .rules import MOMENTS
+
+(
+    PARAMETER,
+    MEAN,
+    SQUARE,
+    LARGEST,
+    COPY,
+    ACCUMULATOR,
+    DECAYS,
+    FIRST_CHUNK,
+    NUM_CHUNKS,
+) = range(9)
+"""Columns of the table of tensors: six addresses, 0 where there is none; 1 if the weight decay
+moves the parameter, else 0; where its chunks begin and how many they are."""
+
+COLUMNS = 9
 
 CHUNK = 16384
 """Elements of a program: some 5,000 programs for 82 M weights, and a short tail."""
@@ -30,9 +48,9 @@ class Tables:
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        means: Sequence[Tensor],
-        squares: Sequence[Tensor],
+        moments: Mapping[str, Sequence[Tensor]],
         copies: Sequence[Tensor] = (),
+        accumulators: Sequence[Tensor] = (),
         *,
         decays: Sequence[bool] | None = None,
     ):
@@ -40,9 +58,12 @@ class Tables:
 
         Args:
             parameters: fp32, contiguous or channels_last, all on one device.
-            means: fp32, each of the shape and the strides of its parameter.
-            squares: The same.
-            copies: The same, but all bf16 or all fp16; none where the network computes in fp32.
+            moments: Those of `MOMENTS` that the rule keeps; fp32, each tensor of the shape and the
+                strides of its parameter, zeros at the start.
+            copies: The weights that the network computes with: the same, but all bf16 or all fp16;
+                none where it computes in fp32.
+            accumulators: Where gradients of several backward passes are summed, laid out as the
+                parameters, fp32; none where each one makes a step.
             decays: Which parameters the weight decay moves; default: all.
 
         Raises:
@@ -50,23 +71,22 @@ class Tables:
         """
         if not parameters:
             raise ValueError("parameters must be at least one, got none")
-        self.parameters, self.means = list(parameters), list(means)
-        self.squares, self.copies = list(squares), list(copies)
+        self.parameters, self.copies = list(parameters), list(copies)
+        self.moments = {kind: list(moments[kind]) for kind in MOMENTS if kind in moments}
+        self.accumulators = list(accumulators)
         self.decays = [True] * len(self.parameters) if decays is None else list(decays)
-        self._check_state("parameters", _FULL)
-        self._check_state("means", _FULL)
-        self._check_state("squares", _FULL)
+        self._check_state("parameters", self.parameters, _FULL)
+        for kind, tensors in self.moments.items():
+            self._check_state(kind, tensors, _FULL)
         if self.copies:
-            self._check_state("copies", _HALF)
+            self._check_state("copies", self.copies, _HALF)
+        if self.accumulators:
+            self._check_state("accumulators", self.accumulators, _FULL)
         self._check_length("decays", self.decays)
 
         device, num_tensors = self.parameters[0].device, len(self.parameters)
         self._layouts = _layouts(self.parameters)
         self._made_at = self._addresses()
-        rows = [*self._made_at, [int(decay) for decay in self.decays]]
-        self.addresses_t5 = torch.tensor(rows, dtype=torch.int64).t().contiguous().to(device)
-        """int64: addresses of the parameter, its moments and its copy; whether it decays."""
-
         chunks = [
             (index, start, min(CHUNK, parameter.numel() - start))
             for index, parameter in enumerate(self.parameters)
@@ -75,14 +95,19 @@ class Tables:
         self.chunks_n3 = torch.tensor(chunks, dtype=torch.int64).view(-1, 3).to(device)
         """int64: tensor, first element, elements."""
 
-        self._gradient_rows = _GradientRows(num_tensors, device)
+        nums = [-(-parameter.numel() // CHUNK) for parameter in self.parameters]
+        firsts = [0, *itertools.accumulate(nums)][:-1]
+        columns = [*self._made_at, [int(decay) for decay in self.decays], firsts, nums]
+        self.tensors_tc = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
+        """int64: of each tensor, what the names of columns above say."""
 
-    def check_holds(self, **lists: Sequence[Tensor]) -> None:
-        """Raise ValueError unless these lists of tensors are what the tables were made for."""
-        for name, tensors in lists.items():
-            own = getattr(self, name)
-            if len(own) != len(tensors) or any(map(operator.is_not, own, tensors)):
-                raise ValueError(f"tables were made for other {name}: make new Tables")
+        self.partials_n = torch.zeros(len(chunks), dtype=torch.float64, device=device)
+        """Of the last gradients, the sum of squares of each chunk."""
+
+        self.factors_t = torch.ones(num_tensors, device=device)
+        """What the gradient of each tensor is multiplied with where each is clipped by itself."""
+
+        self._gradient_rows = _GradientRows(num_tensors, device)
 
     def check_unmoved(self) -> None:
         """Raise ValueError if a tensor has got another address since."""
@@ -109,20 +134,16 @@ class Tables:
             fitted.append(gradient)
         return fitted
 
-    def gradient_row(self, gradients: Sequence[Tensor], *, again: bool) -> Tensor:
-        """Where the gradients lie: int64 (T,) on the device.
-
-        Args:
-            gradients: From `fitted`.
-            again: They have been asked for in this step before.
-        """
-        return self._gradient_rows.find(tuple(map(Tensor.data_ptr, gradients)), again=again)
+    def gradient_row(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Where gradients from `fitted` lie: int64 (T,) on the device; ask once a step."""
+        return self._gradient_rows.find(tuple(map(Tensor.data_ptr, gradients)))
 
     def _addresses(self) -> list[list[int]]:
-        """Of the parameters, their moments and their copies."""
-        lists = (self.parameters, self.means, self.squares, self.copies)
-        found = [list(map(Tensor.data_ptr, tensors)) for tensors in lists]
-        return found if self.copies else [*found[:3], [0] * len(self.parameters)]
+        """Those of the columns from PARAMETER to ACCUMULATOR."""
+        moments = [self.moments.get(kind, []) for kind in MOMENTS]
+        lists = (self.parameters, *moments, self.copies, self.accumulators)
+        none = [0] * len(self.parameters)
+        return [list(map(Tensor.data_ptr, tensors)) if tensors else none for tensors in lists]
 
     def _check_length(self, name: str, values: Sequence[object]) -> None:
         if len(values) != len(self.parameters):
@@ -131,8 +152,9 @@ class Tables:
                 f"got {len(values)}"
             )
 
-    def _check_state(self, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
-        tensors = getattr(self, name)
+    def _check_state(
+        self, name: str, tensors: Sequence[Tensor], dtypes: tuple[torch.dtype, ...]
+    ) -> None:
         self._check_length(name, tensors)
         for index, (tensor, parameter) in enumerate(zip(tensors, self.parameters, strict=True)):
             one = f"{name}[{index}]"
@@ -178,12 +200,11 @@ class _GradientRows:
         self.copied = [torch.cuda.Event() for _ in range(_EAGER_SLOTS)] if self.on_gpu else []
         self.next_slot = 0
         self.num_captured = 0
-        self.last_captured: tuple[int, ...] = ()
 
-    def find(self, addresses: tuple[int, ...], *, again: bool) -> Tensor:
+    def find(self, addresses: tuple[int, ...]) -> Tensor:
         """A row with these addresses, sent unless it is there."""
         if is_capturing(self.device):
-            return self._captured(addresses, again)
+            return self._captured(addresses)
         stream = torch.cuda.current_stream(self.device) if self.on_gpu else None
         key = (stream, addresses)
         slot = self.slots.get(key)
@@ -197,16 +218,15 @@ class _GradientRows:
                 self.copied[slot].record(stream)
         return self.rows_st[slot]
 
-    def _captured(self, addresses: tuple[int, ...], again: bool) -> Tensor:
-        if not (again and addresses == self.last_captured):
-            if self.num_captured == _CAPTURE_SLOTS:
-                raise RuntimeError(
-                    f"these Tables have been captured {_CAPTURE_SLOTS} times: make new ones"
-                )
-            self._send(_EAGER_SLOTS + self.num_captured, addresses)
-            self.num_captured += 1
-            self.last_captured = addresses
-        return self.rows_st[_EAGER_SLOTS + self.num_captured - 1]
+    def _captured(self, addresses: tuple[int, ...]) -> Tensor:
+        if self.num_captured == _CAPTURE_SLOTS:
+            raise RuntimeError(
+                f"these Tables have been captured {_CAPTURE_SLOTS} times: make new ones"
+            )
+        slot = _EAGER_SLOTS + self.num_captured
+        self._send(slot, addresses)
+        self.num_captured += 1
+        return self.rows_st[slot]
 
     def _release(self, slot: int, stream: torch.cuda.Stream | None) -> None:
         """Wait until nothing reads the slot any more; that is long ago, as a rule."""

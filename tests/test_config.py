@@ -52,6 +52,11 @@ def test_every_setting_is_documented_and_enforced(spec):
         ({"data": {"coverage": float("nan")}}, "data.coverage must be a number from 62.5 to 100"),
         ({"data": {"mask_type": "extend"}}, "did you mean 'extended'?"),
         ({"data": {"mask_type": "none"}}, "choose a mask, or set both to false"),
+        (
+            {"optimizer": {"gradient_clipping": "norm", "clipping_value": 0}},
+            "optimizer.clipping_value must be above 0 with optimizer.gradient_clipping norm, got "
+            "0.0, with which nothing would move; set a bound, or clipping to none",
+        ),
         ({"preview": {"mask_color": "red"}}, "preview.mask_color must be #rrggbb, got 'red'"),
     ],
 )

@@ -21,11 +21,11 @@ from mien.models.batch_norm import BatchNorm, norms_of, remember
 CPU = torch.device("cpu")
 
 
-def _step(model, mode="fp32", setting="off"):
+def _step(model, mode="fp32", setting="off", **settings):
     """A step of the model, and a batch for it."""
     precision = precisions.resolve(mode, CPU)
-    config = OptimizerConfig(overlap=setting, learning_rate=1e-3)
-    update = overlap.choose(setting, precision)(model, config, precision)
+    config = OptimizerConfig(overlap=setting, learning_rate=1e-3, **settings)
+    update = overlap.choose(config, precision)(model, config, precision)
     loss = Loss(LossConfig(), model.output_px, CPU)
     step = TrainStep(model, loss, update, LossRing(loss.num_values, CPU))
     return step, make_batch(model, 2, CPU, precision.compute)
@@ -151,11 +151,15 @@ def test_weights_of_a_checkpoint_are_taken_up_exactly(mode):
     assert torch.equal(seen[:, :3], other[name].to(seen.dtype))
 
 
-def test_state_of_a_frozen_parameter_is_carried_along_unchanged():
-    step, batch = _step(_original())
+@pytest.mark.parametrize(
+    "settings",
+    [{"optimizer": "adam", "ada_amsgrad": True}, {"optimizer": "lion"}, {"optimizer": "rms-prop"}],
+)
+def test_state_of_a_frozen_parameter_is_carried_along_unchanged(settings):
+    step, batch = _step(_original(), **settings)
     step(batch)
     saved = _copied(step.update.tensors())
-    frozen, _ = _step(_original("encoder"))
+    frozen, _ = _step(_original("encoder"), **settings)
     frozen.update.load(saved)
     frozen(batch)
     after = frozen.update.tensors()
@@ -163,7 +167,7 @@ def test_state_of_a_frozen_parameter_is_carried_along_unchanged():
     for name, tensor in saved.items():
         carried = _is_of(name, "encoder") or name in ("scale", "good_steps")
         assert torch.equal(after[name], tensor) == carried, name
-    thawed, _ = _step(_original())
+    thawed, _ = _step(_original(), **settings)
     thawed.update.load(after)
     for name, tensor in thawed.update.tensors().items():
         assert torch.equal(tensor, after[name]), name

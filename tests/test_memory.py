@@ -75,9 +75,28 @@ def test_parameters_and_batches_are_counted_as_they_are_kept():
     assert parts["decoded faces"] == 5 * MIB
     # Of each face: 8 channels of input in bf16, 3 of target and 1 of weight in fp32.
     assert parts["batch"] == 32 * 64 * 64 * (8 * 2 + 3 * 4 + 4)
+    assert parts["accumulated gradients"] == 0
     in_fp32 = memory.footprint(settings(), FP32).at(16).parts
     assert in_fp32["lowered weights"] == 0
     assert in_fp32["gradients"] == in_fp32["weights"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "amsgrad", "moments"),
+    [
+        ("lion", False, 1),
+        ("rms-prop", False, 1),
+        ("adamax", True, 2),
+        ("adabelief", True, 2),
+        ("adamw", True, 3),
+    ],
+)
+def test_the_state_of_each_optimizer_is_counted(optimizer, amsgrad, moments):
+    chosen = {"optimizer": optimizer, "ada_amsgrad": amsgrad, "gradient_accumulation": 2}
+    config = from_dict({"model": {"trainer": "original"}, "optimizer": chosen})
+    parts = memory.footprint(config, BF16).at(16).parts
+    assert parts["optimizer state"] == moments * parts["weights"]
+    assert parts["accumulated gradients"] == parts["weights"]
 
 
 def test_the_total_is_that_of_its_parts_and_grows_by_the_face():

@@ -19,7 +19,7 @@ from mien.core.train import precision as precisions
 from mien.core.train.losses import Loss
 from mien.core.train.ring import LossRing
 from mien.core.train.step import TrainStep
-from mien.kernels.adam import STEP
+from mien.kernels.control import STEP
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 def _update(model, setting, mode="fp32", **settings):
     precision = precisions.resolve(mode, CPU)
     config = OptimizerConfig(overlap=setting, **settings)
-    return overlap.choose(setting, precision)(model, config, precision)
+    return overlap.choose(config, precision)(model, config, precision)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def _small_parts(monkeypatch):
     monkeypatch.setattr(overlap, "PART", 10_000)
 
 
-def _step(setting, mode="fp32", family="original", device=CPU, streams=False):
+def _step(setting, mode="fp32", family="original", device=CPU, streams=False, **settings):
     """A step of a tiny model, and where its batches come from."""
     precision = precisions.resolve(mode, device)
     precision.apply()
@@ -44,8 +44,8 @@ def _step(setting, mode="fp32", family="original", device=CPU, streams=False):
     if device.type == "cuda":
         model.align(8)
     model.to(device)
-    config = OptimizerConfig(overlap=setting, learning_rate=1e-3)
-    update = overlap.choose(setting, precision)(model, config, precision)
+    config = OptimizerConfig(overlap=setting, learning_rate=1e-3, **settings)
+    update = overlap.choose(config, precision)(model, config, precision)
     loss = Loss(LossConfig(), model.output_px, device)
     side_stream = torch.cuda.Stream() if streams else None
     step = TrainStep(model, loss, update, LossRing(loss.num_values, device), side_stream)
@@ -280,16 +280,56 @@ def test_a_stream_is_forked_before_each_part_and_joined_after_the_last(monkeypat
 
 
 def test_the_setting():
-    fp32, bf16 = precisions.resolve("fp32", CPU), precisions.resolve("bf16", CPU)
+    def chosen(setting, mode):
+        return overlap.choose(OptimizerConfig(overlap=setting), precisions.resolve(mode, CPU))
+
     assert OptimizerConfig().overlap == "auto"
-    assert overlap.choose("auto", bf16) is overlap.choose("off", fp32) is overlap.Update
-    assert overlap.choose("on", bf16) is overlap.OverlappedUpdate
-    message = (
-        "optimizer.overlap is on, but precision fp16 scales the loss, which needs every gradient "
-        "before the first update; use --precision bf16, or set optimizer.overlap to off"
-    )
+    assert chosen("auto", "bf16") is chosen("off", "fp32") is overlap.Update
+    assert chosen("on", "bf16") is overlap.OverlappedUpdate
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "cause"),
+    [
+        (
+            "fp16",
+            {},
+            "precision fp16 scales the loss, which needs every gradient before the first update; "
+            "use --precision bf16, or",
+        ),
+        (
+            "fp32",
+            {"gradient_clipping": "autoclip"},
+            "optimizer.gradient_clipping autoclip bounds the norm of all gradients, which needs "
+            "every gradient before the first update; use value or norm, or",
+        ),
+        (
+            "bf16",
+            {"gradient_accumulation": 3},
+            "optimizer.gradient_accumulation is 3, so most backward passes have no update beside "
+            "them;",
+        ),
+    ],
+)
+def test_refusals(mode, settings, cause):
+    config = OptimizerConfig(overlap="on", **settings)
+    message = f"^optimizer.overlap is on, but {cause} set optimizer.overlap to off$"
     with pytest.raises(ValueError, match=message):
-        overlap.choose("on", precisions.resolve("fp16", CPU))
+        overlap.choose(config, precisions.resolve(mode, CPU))
+
+
+@pytest.mark.usefixtures("_small_parts")
+@pytest.mark.parametrize("clipping", ["value", "norm"])
+def test_clipping_of_each_tensor_overlaps(clipping):
+    done = []
+    for setting in ("off", "on"):
+        settings = {"gradient_clipping": clipping, "clipping_value": 1e-3}
+        step, batches = _step(setting, optimizer="lion", **settings)
+        for _ in range(3):
+            step(batches.only)
+        done.append(step.update)
+    assert len(done[1].parts) >= 5
+    _assert_same_state(*done)
 
 
 @pytest.fixture(scope="module")

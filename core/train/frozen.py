@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ...kernels.rules import MOMENTS
 from ...models.alignment import axes_of, crop, pad
 
 
@@ -29,7 +30,7 @@ class Frozen:
         """In fp32, without the channels that alignment added."""
 
         self.state: dict[str, Tensor] = {}
-        """Of an earlier session's optimizer: `<parameter>.mean`, `<parameter>.square`."""
+        """Of an earlier session's optimizer, whichever it was: `<parameter>.mean`, `.square`.."""
 
         for parameter in parameters.values():
             parameter.data = parameter.data.to(compute)
@@ -52,7 +53,7 @@ class Frozen:
             ValueError: It has another shape than its parameter.
         """
         for name, weight in self.weights.items():
-            for key in (f"{name}.mean", f"{name}.square"):
+            for key in (f"{name}.{kind}" for kind in MOMENTS):
                 tensor = tensors.get(key)
                 if tensor is None:
                     continue

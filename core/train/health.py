@@ -21,7 +21,7 @@ _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations, of 255
 _LEARNT_SHARE = 0.25  # of the faces' own deviation: more than noise, and than one colour early on
 _SURELY_LEARNT = 5000  # iterations after which a network shows more than one colour
 _OVERFLOWS = 50
-"""fp16 steps in a row that were left out: no loss scale helps any more."""
+"""Iterations in a row that moved nothing with fp16: no loss scale helps any more."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,14 @@ class NotFinite:
 
     Args:
         scales_loss: With fp16 single steps whose gradient overflows only lower the loss scale.
+        accumulation: Iterations of a step.
     """
 
-    def __init__(self, scales_loss: bool):
-        self.scales_loss = scales_loss
+    def __init__(self, scales_loss: bool, accumulation: int = 1):
+        self.scales_loss, self.accumulation = scales_loss, accumulation
         self.skipped = 0
         self.overflows = 0
-        """Steps in a row, at least, that were left out."""
+        """Iterations in a row, at least, whose steps were left out."""
 
     def check(self, named: dict[str, np.ndarray], first: int, skipped: int) -> None:
         """Raise Trouble where one of some iterations was not finite.
@@ -61,7 +62,8 @@ class NotFinite:
         """
         count = len(named["batch_total"])
         new, self.skipped = skipped - self.skipped, skipped
-        self.overflows = self.overflows + count if new == count else 0
+        were_all = new > 0 and new * self.accumulation >= count
+        self.overflows = self.overflows + count if were_all else 0
         bad = {name: ~np.isfinite(values) for name, values in named.items()}
         bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
         if len(bad_rows):

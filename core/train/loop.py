@@ -79,7 +79,9 @@ class Loop:
         """The ends of the steps that the device has not been seen to reach."""
 
         self.policy = run.config.train.nan_protection
-        self.not_finite, self.collapse = NotFinite(run.precision.scales_loss), Collapse()
+        accumulation = run.config.optimizer.gradient_accumulation
+        self.not_finite = NotFinite(run.precision.scales_loss, accumulation)
+        self.collapse = Collapse()
         self.is_in_trouble = False
         self.mean_loss: float | None = None
         now = time.monotonic()

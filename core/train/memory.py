@@ -23,6 +23,7 @@ from ...kernels.augment import empty, workspace_bytes
 from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
 from ..config import Config, from_dict, merge, to_dict
+from .optim import rule_of
 from .precision import Precision
 from .work import meta_model
 
@@ -30,9 +31,6 @@ MIB = 2**20
 
 USABLE_SHARE = 0.9
 """Of the free memory; the allocator's blocks and other programs take the rest."""
-
-_MOMENTS = {"adam": 2}
-"""fp32 numbers that an optimizer keeps of each parameter."""
 
 _CONTEXT_BYTES = 500 * MIB  # driver, kernels of PyTorch and of the libraries
 _LIBRARY_BYTES = 256 * MIB  # workspaces of cuBLAS (32 MiB a stream) and of cuDNN's convolutions
@@ -186,7 +184,8 @@ def _bytes_of_a_parameter(config: Config, compute: torch.dtype) -> dict[str, int
         "weights": 4,
         "lowered weights": 0 if compute is torch.float32 else compute.itemsize,
         "gradients": compute.itemsize,
-        "optimizer state": 4 * _MOMENTS[config.optimizer.optimizer],
+        "optimizer state": 4 * len(rule_of(config.optimizer).moments),
+        "accumulated gradients": 4 if config.optimizer.gradient_accumulation > 1 else 0,
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
-from .optim import Update
+from .optim import Update, clipping_of
 from .precision import Precision
 
 PART = 4_000_000
@@ -23,21 +23,32 @@ PART = 4_000_000
 little is left to do when the backward pass has ended."""
 
 
-def choose(setting: str, precision: Precision) -> type[Update]:
+def choose(config: OptimizerConfig, precision: Precision) -> type[Update]:
     """The kind of update that `optimizer.overlap` leads to.
 
     Raises:
-        ValueError: The precision does not allow it.
+        ValueError: The precision or another setting of the optimizer does not allow it.
     """
-    if setting != "on":
+    if config.overlap != "on":
         return Update
+    clipping = config.gradient_clipping
     if precision.scales_loss:
+        cause, remedy = f"precision {precision.name} scales the loss", "use --precision bf16"
+    elif clipping_of(config).is_of_all:
+        cause = f"optimizer.gradient_clipping {clipping} bounds the norm of all gradients"
+        remedy = "use value or norm"
+    elif config.gradient_accumulation > 1:
         raise ValueError(
-            f"optimizer.overlap is on, but precision {precision.name} scales the loss, which "
-            "needs every gradient before the first update; use --precision bf16, or set "
-            "optimizer.overlap to off"
+            "optimizer.overlap is on, but optimizer.gradient_accumulation is "
+            f"{config.gradient_accumulation}, so most backward passes have no update beside them; "
+            "set optimizer.overlap to off"
         )
-    return OverlappedUpdate
+    else:
+        return OverlappedUpdate
+    raise ValueError(
+        f"optimizer.overlap is on, but {cause}, which needs every gradient before the first "
+        f"update; {remedy}, or set optimizer.overlap to off"
+    )
 
 
 class OverlappedUpdate(Update):

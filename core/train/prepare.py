@@ -174,7 +174,7 @@ def _prepare(
     device: torch.device,
 ) -> Run:
     precision = precisions.resolve(config.precision.mode, device)
-    kind_of_update = overlap.choose(config.optimizer.overlap, precision)
+    kind_of_update = overlap.choose(config.optimizer, precision)
     engine_name, engine_why = engines.choose(config.train.engine, device)
     options = models.options_of(config.model.trainer, config.model.options)
     family = models.family(config.model.trainer)

@@ -1,0 +1,108 @@
+"""What can be chosen of an optimizer: the rule that moves the weights, and how gradients are bound.
+
+Both are plain numbers; `mien.kernels.optimize` and its statement in `reference.py` read them.
+"""
+
+import math
+from dataclasses import dataclass
+
+MOMENTS = ("mean", "square", "largest")
+"""What rules remember of each weight's gradients, in fp32; `Rule.moments` says which."""
+
+RULES = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop")
+
+CLIPPINGS = ("none", "value", "norm", "global_norm", "autoclip")
+
+_KEPT = {"adamax": ("mean", "largest"), "lion": ("mean",), "rms-prop": ("square",)}
+_DECOUPLED = ("adabelief", "adamw", "lion")
+_WITH_AMSGRAD = ("adam", "adamw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How a gradient moves a weight.
+
+    Raises:
+        ValueError: On an unknown name or a number out of its range.
+    """
+
+    name: str
+    """One of `RULES`."""
+
+    beta_1: float = 0.9
+    """Memory of the mean, 0 to below 1."""
+
+    beta_2: float = 0.999
+    """Memory of the square (of the largest with adamax, of the mean with lion), 0 to below 1."""
+
+    epsilon: float = 1e-8
+    """Keeps the division by a small root in bounds; lion has none."""
+
+    weight_decay: float = 0.0
+    """Pull towards 0, of the parameters that `Tables.decays` says."""
+
+    amsgrad: bool = False
+    """Divide by the largest square so far; of adam and adamw, others ignore it."""
+
+    def __post_init__(self) -> None:
+        if self.name not in RULES:
+            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.name!r}")
+        for name, beta in (("beta_1", self.beta_1), ("beta_2", self.beta_2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{name} must be 0 to below 1, got {beta}")
+        for name, value in (("epsilon", self.epsilon), ("weight_decay", self.weight_decay)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number from 0 on, got {value}")
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Those of `MOMENTS` that the rule keeps."""
+        kept = _KEPT.get(self.name, ("mean", "square"))
+        return (*kept, "largest") if self.has_largest_square else kept
+
+    @property
+    def has_largest_square(self) -> bool:
+        """Whether it is Adam or AdamW with amsgrad."""
+        return self.amsgrad and self.name in _WITH_AMSGRAD
+
+    @property
+    def is_decoupled(self) -> bool:
+        """Whether the decay shrinks the weight itself; else it is added to the gradient (L2)."""
+        return self.name in _DECOUPLED
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """How large a gradient may be, once the loss scale is undone.
+
+    none         as it is
+    value        each number, to -bound .. bound
+    norm         each tensor by itself, to a norm of at most the bound
+    global_norm  all tensors by one factor, to a norm of at most the bound
+    autoclip     the same, where the bound is a percentile of the past norms and this one
+                 (Seetharaman et al., 2020), as numpy's: linear between two of them
+
+    Raises:
+        ValueError: On an unknown kind or a bound out of its range.
+    """
+
+    kind: str = "none"
+
+    bound: float = 0.0
+    """Above 0; with autoclip the percentile, 0 to 100; without clipping it is not read."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in CLIPPINGS:
+            raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {self.kind!r}")
+        if self.kind == "autoclip" and not 0 <= self.bound <= 100:
+            raise ValueError(f"the percentile of autoclip must be 0 to 100, got {self.bound}")
+        if self.kind in CLIPPINGS[1:4] and not 0 < self.bound < math.inf:
+            raise ValueError(
+                f"the bound of clipping by {self.kind} must be a finite number above 0, got "
+                f"{self.bound}"
+            )
+
+    @property
+    def is_of_all(self) -> bool:
+        """Whether it needs the norm of all tensors together."""
+        return self.kind in ("global_norm", "autoclip")
