@@ -275,6 +275,15 @@ def test_autoclip_looks_at_the_newest_norms(where):
         assert all(math.isinf(each) for each in kept[:-4])
 
 
+def test_norms_of_unfinished_sums_are_not_recorded(where):
+    options = {"accumulation": 2, "clipping": Clipping("autoclip", 50), "history": 2}
+    model = Model([(1,)], where, **options)
+    control = new_control(where, learning_rate=0.0)
+    for gradient in (3.0, 5.0, 1.0, math.nan, 7.0):
+        model.step([torch.full((1,), gradient, device=where)], control)
+    assert in_order(model.history_c, control).tolist() == [math.inf, 4]
+
+
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_short_histories(where, capacity):
     model = Model([(1,)], where, clipping=Clipping("autoclip", 0), history=capacity)
