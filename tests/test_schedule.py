@@ -14,7 +14,7 @@ from mien.core.run.session import TrainingState
 from mien.core.train import overlap
 from mien.core.train import precision as precisions
 from mien.core.train.schedule import Schedule, begin_schedule
-from mien.kernels.adam import LEARNING_RATE
+from mien.kernels.control import LEARNING_RATE
 
 CPU = torch.device("cpu")
 
