@@ -113,7 +113,7 @@ def test_a_set_rate_reaches_every_part_and_is_written_once(setting, monkeypatch)
     precision = precisions.resolve("fp32", CPU)
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     config = OptimizerConfig(learning_rate=1e-3, overlap=setting)
-    update = overlap.choose(setting, precision)(model, config, precision)
+    update = overlap.choose(config, precision)(model, config, precision)
     if setting == "on":
         update._split([[0, 1], [2, 3]])
     update.set_rate(3e-4)
