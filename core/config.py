@@ -309,14 +309,13 @@ class OptimizerConfig(_Checked):
     """Step size."""
 
     warmup_steps: int = _setting(0, low=0, high=1_000_000, flag="-a --warmup")
-    """Updates over which the rate rises from near 0, since this was set or its stage began."""
+    """Updates over which the rate rises from near 0, from when this was set, also by a stage."""
 
     schedule: str = _setting("constant", choices=("constant", "cosine", "step"))
     """What becomes of the rate: it stays, falls along half a cosine, or falls in steps."""
 
     schedule_iterations: int = _setting(100_000, low=1, high=1_000_000_000)
-    """Iterations until the cosine ends, or between two steps, since the schedule was set or its
-    stage began."""
+    """Iterations until the cosine ends, or between two steps, from when the schedule was set."""
 
     schedule_factor: float = _setting(0.1, low=0.0, high=1.0)
     """What the rate is multiplied with at the end of the cosine, or at each step."""

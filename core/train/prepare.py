@@ -34,7 +34,7 @@ from .losses import Loss
 from .optim import Update
 from .precision import Precision
 from .ring import LossRing
-from .schedule import ROLLBACK, SCHEDULE, Schedule, begin_schedule, settle_rate
+from .schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS, Schedule, begin_schedule, settle_rate
 from .stages import Plan
 from .step import TrainStep
 from .transfer import load_weights
@@ -279,8 +279,8 @@ def _settle_parts(
     """Have the state's parts be those of this session: of its stage, and after a rollback."""
     if plan is None:
         state.parts.pop(stages.PART, None)  # the recipe was left
-    elif plan.is_entered:
-        state.parts.pop(SCHEDULE, None)  # a stage's schedule begins with it
+    elif plan.is_entered and SCHEDULE_SETTINGS & plan.stage.set.get("optimizer", {}).keys():
+        state.parts.pop(SCHEDULE, None)  # the same one again, from its beginning
     if rate_factor is not None:
         state.parts[ROLLBACK] = {"rate_factor": rate_factor}
     elif saved and saved.config:

@@ -23,7 +23,8 @@ SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
 """Names of the parts of a training state: where the schedule began, the rate that was found, and
 what rollbacks have multiplied the rate with."""
 
-_SETTINGS = ("warmup_steps", "schedule", "schedule_iterations", "schedule_factor")
+SCHEDULE_SETTINGS = {"warmup_steps", "schedule", "schedule_iterations", "schedule_factor"}
+"""Where one of these is changed, or set by a stage, the schedule begins anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
         stage_factor: What the stage multiplies the rate with.
     """
     optimizer = config.optimizer
-    settings = {name: getattr(optimizer, name) for name in _SETTINGS}
+    settings = {name: getattr(optimizer, name) for name in sorted(SCHEDULE_SETTINGS)}
     stored = state.parts.get(SCHEDULE)
     if stored is None or stored["settings"] != settings:
         stored = {"begun": state.iterations, "settings": settings}
