@@ -43,6 +43,7 @@ from torch import Tensor
 
 from ... import __version__
 from ..config import Config, to_dict
+from .holder import LOCK
 
 MANIFEST_SCHEMA = 1
 MODEL, OPTIMIZER, STATE, CONFIG = (
@@ -52,7 +53,6 @@ MODEL, OPTIMIZER, STATE, CONFIG = (
     "config.toml",
 )
 MANIFEST = "manifest.json"
-_LOCK = ".lock"
 _BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
 POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
 
@@ -164,8 +164,8 @@ class ModelFolder:
 
     def _remove_if_unused(self) -> None:
         """A folder that was made for nothing, since the run was refused, does not stay."""
-        if self._is_made_here and [entry.name for entry in self.path.iterdir()] == [_LOCK]:
-            (self.path / _LOCK).unlink()
+        if self._is_made_here and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
             self.path.rmdir()
 
     @property
@@ -668,7 +668,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
-    if names and not names & {_LOCK, "generations"}:
+    if names and not names & {LOCK, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )
@@ -679,7 +679,7 @@ def _acquire(path: Path) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        handle = os.open(path / _LOCK, flags, 0o644)
+        handle = os.open(path / LOCK, flags, 0o644)
     except OSError as error:
         raise ValueError(
             f"cannot write to model folder {path}: {error.strerror}; make it writable, or choose "
