@@ -210,6 +210,28 @@ class ModelFolder:
             )
         return None
 
+    def newest_state(self) -> dict[str, Any] | None:
+        """The state of the newest save, without a look at its tensors; None: nothing was saved.
+
+        Raises:
+            ValueError: Where there are saves but none has a whole state, or a newer version made
+                them.
+        """
+        with self._reading():
+            # Once more: a run that goes on may delete what was listed before it is read.
+            for manifest in (*self._manifests([]), *self._manifests([])):
+                folder = self._generations / manifest.name
+                try:
+                    return _parse_json(STATE, _read_verified(folder, STATE, manifest))
+                except _DamagedError:
+                    continue
+            if self.is_new:
+                return None
+        raise ValueError(
+            f"model folder {self.path} holds no save whose state can be read; put back a copy of "
+            "its generations folder"
+        )
+
     def save(
         self, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict[str, Any]
     ) -> Path:

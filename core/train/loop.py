@@ -58,6 +58,13 @@ class _Asked:
     waited_s: float
     """Of these, waiting for data."""
 
+    ended_at: float
+    """Seconds since 1970."""
+
+    def wall_time(self, i: int) -> float:
+        """When iteration ``first + i`` ended, taking all as equally long; seconds since 1970."""
+        return self.ended_at - self.seconds * (1 - (i + 1) / self.count)
+
 
 class Loop:
     """Drives one run to its end.
@@ -196,6 +203,7 @@ class Loop:
                     count=self.unlogged,
                     seconds=max(now - self.asked_at, 1e-9),
                     waited_s=waited_s - self.waited_s,
+                    ended_at=time.time(),
                 )
             )
             self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
@@ -208,7 +216,7 @@ class Loop:
         try:
             for i in range(asked.count):
                 scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
-                self.r.log.scalars(scalars, asked.first + i)
+                self.r.log.scalars(scalars, asked.first + i, asked.wall_time(i))
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
             self.r.log = NullLog()
