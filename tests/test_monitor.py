@@ -91,9 +91,7 @@ def _tell(folder: Path, session: int = 1, *, ends: bool = False) -> None:
         reporter.start({"trainer": "original"})
         reporter.warning("the disk is nearly full")
         for iteration in range(1, 31):
-            reporter.step(
-                iteration=iteration, loss_a=0.1, loss_b=0.2, eg_per_s=50.0, data_wait=0.0
-            )
+            reporter.step(iteration=iteration, loss_a=0.1, loss_b=0.2, eg_per_s=50.0, data_wait=0.0)
         if ends:
             reporter.stop(iteration=30, reason="all iterations are done", exit_code=0)
 
@@ -113,7 +111,9 @@ def logged(tmp_path_factory) -> Path:
     return folder
 
 
-def _client(folder: Path, *, host: str = "127.0.0.1", allows: bool = False, **options) -> TestClient:
+def _client(
+    folder: Path, *, host: str = "127.0.0.1", allows: bool = False, **options
+) -> TestClient:
     is_open = host != "127.0.0.1"
     token = TOKEN if is_open or allows else None
     app = make_app(folder, Access(host=host, token=token, is_open=is_open, allows=allows))
@@ -259,7 +259,13 @@ def test_a_run_that_ended_without_a_word_is_lost(tmp_path, monkeypatch):
 
 
 def test_lines_that_are_no_events_are_counted(tmp_path):
-    lines = [b"\0\0\0", b"[1]", b'{"event": 1, "time": 2}', b'{"event": "x", "time": 1e999}', b"\xff"]
+    lines = [
+        b"\0\0\0",
+        b"[1]",
+        b'{"event": 1, "time": 2}',
+        b'{"event": "x", "time": 1e999}',
+        b"\xff",
+    ]
     _events(tmp_path).write_bytes(b"\n".join(lines) + b'\n{"event": "save", "time": 5}\n')
     status = _client(tmp_path).get("/api/status").json()
     assert status["unreadable"] == len(lines)
@@ -419,7 +425,9 @@ def test_requests_reach_the_run(tmp_path, trainer):
         answer = client.post(f"/request/{name}", headers={"x-mien-token": TOKEN})
         assert (answer.status_code, answer.json()) == (200, {"asked": name, "pid": process.pid})
         assert process.stdout.readline() == f"{signal_name}\n"
-    answer = client.post("/request/stop", data={"token": TOKEN}, headers={"origin": str(client.base_url)})
+    answer = client.post(
+        "/request/stop", data={"token": TOKEN}, headers={"origin": str(client.base_url)}
+    )
     assert answer.status_code == 200
     assert process.wait(10) == 4
     answer = client.post("/request/stop", data={"token": TOKEN})
@@ -431,15 +439,21 @@ def test_requests_reach_the_run(tmp_path, trainer):
 def test_requests_are_refused_without_the_token(tmp_path, trainer):
     process = trainer(tmp_path)
     client = _client(tmp_path, allows=True)
-    headers: dict[str, str]
-    for headers in ({}, {"x-mien-token": ""}, {"x-mien-token": TOKEN[:-1]}, {"cookie": f"t={TOKEN}"}):
+    for headers in (
+        {},
+        {"x-mien-token": ""},
+        {"x-mien-token": TOKEN[:-1]},
+        {"cookie": f"t={TOKEN}"},
+    ):
         answer = client.post("/request/stop", headers=headers)
         assert (answer.status_code, answer.json()["error"]) == (
             403,
             "the token is missing or wrong",
         )
     assert client.post("/request/stop", content=b"x" * 5000 + TOKEN.encode()).status_code == 403
-    cookie = {"cookie": f"{COOKIE}={Access(host='', token=TOKEN, is_open=True, allows=True).cookie}"}
+    cookie = {
+        "cookie": f"{COOKIE}={Access(host='', token=TOKEN, is_open=True, allows=True).cookie}"
+    }
     assert client.post("/request/stop", headers=cookie).status_code == 403
     assert client.get(f"/request/stop?token={TOKEN}").status_code == 405
     assert client.post(f"/request/stop?token={TOKEN}").status_code == 403
@@ -462,7 +476,10 @@ def test_requests_of_another_site_are_refused(tmp_path, trainer, headers):
     process = trainer(tmp_path)
     client = _client(tmp_path, allows=True)
     answer = client.post("/request/stop", headers=headers | {"x-mien-token": TOKEN})
-    assert (answer.status_code, answer.json()["error"]) == (403, "requests come from the page itself")
+    assert (answer.status_code, answer.json()["error"]) == (
+        403,
+        "requests come from the page itself",
+    )
     assert process.poll() is None
 
 
@@ -505,7 +522,9 @@ def test_a_run_on_another_host_is_left_alone(tmp_path):
         lock.write(f"{os.getpid()} elsewhere\n")
         lock.flush()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(RequestError, match=r"the run is on host elsewhere, this is .*; ask there"):
+        with pytest.raises(
+            RequestError, match=r"the run is on host elsewhere, this is .*; ask there"
+        ):
             ask(tmp_path, "stop")
 
 
@@ -679,7 +698,9 @@ class Browser:
 
     def errors(self):
         return [
-            entry["message"] for entry in self.chrome.get_log("browser") if entry["level"] == "SEVERE"
+            entry["message"]
+            for entry in self.chrome.get_log("browser")
+            if entry["level"] == "SEVERE"
         ]
 
 
@@ -708,7 +729,9 @@ def test_the_page_shows_the_run(running, server, browser, tmp_path):
     browser.chrome.get(address)
     browser.wait(lambda: browser.text("#state") == "running")
     assert browser.text("#name") == "model"
-    figures = browser.wait(lambda: "0.25000" in browser.text("#figures") and browser.text("#figures"))
+    figures = browser.wait(
+        lambda: "0.25000" in browser.text("#figures") and browser.text("#figures")
+    )
     assert "123.4" in figures
     browser.wait(lambda: _iterations(browser) == [3, 4000])  # means of 3 iterations
     rows = browser.wait(lambda: browser.chrome.find_elements("css selector", "#sessions tr"))
@@ -729,6 +752,7 @@ def test_the_page_shows_the_run(running, server, browser, tmp_path):
 @pytest.mark.slow
 def test_the_graphs_are_smoothed_and_zoomed(running, server, browser):
     from selenium.webdriver import ActionChains, Keys
+    from selenium.webdriver.support.select import Select
 
     folder, _ = running
     address, _ = server(folder, "--port", "0")
@@ -765,9 +789,10 @@ def test_the_graphs_are_smoothed_and_zoomed(running, server, browser):
     ActionChains(browser.chrome).double_click(browser.find("#loss .nsewdrag")).perform()
     browser.wait(lambda: _iterations(browser) == [3, 4000])
 
-    browser.find("#range").send_keys("last tenth")
+    choice = Select(browser.find("#range"))
+    choice.select_by_visible_text("last tenth")
     browser.wait(lambda: _iterations(browser) == [3600, 4000])
-    browser.find("#range").send_keys("all")
+    choice.select_by_visible_text("all")
     browser.wait(lambda: _iterations(browser) == [3, 4000])
     assert browser.errors() == []
 

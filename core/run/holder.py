@@ -1,8 +1,8 @@
 """The process that trains a model, seen from outside: whether there is one, and asking it for work.
 
-It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it. It is asked by a
-signal. One that a process does not listen for would end it without a save, and a number that has
-been given to another process would hit that: so the lock, the host and the caught signals are
+It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it. It is asked by
+a signal. One that a process does not listen for would end it without a save, and a number that has
+been given to another process would hit that one: so the lock, the host and the caught signals are
 looked at first, with the process held by a handle that no other can take over.
 """
 
