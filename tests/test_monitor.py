@@ -361,6 +361,8 @@ def test_a_history_is_read_again_where_it_has_grown(tmp_path, monkeypatch):
     assert client.get("/api/graphs").json()["loss"]["iterations"] == []
     _session(tmp_path, 1, 1, 5)
     assert client.get("/api/graphs").json()["loss"]["iterations"] == [1, 2, 3, 4, 5]
+    monkeypatch.delattr(watch, "read_history")  # what has not changed is not read
+    assert client.get("/api/graphs").json()["loss"]["iterations"] == [1, 2, 3, 4, 5]
 
 
 def test_a_damaged_model_is_told_of_and_the_page_goes_on(tmp_path):
@@ -684,6 +686,7 @@ class Browser:
     def resize(self, width, height, **media):
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.chrome.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": width < 600})
         features = [{"name": f"prefers-{name}", "value": value} for name, value in media.items()]
         self.chrome.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
@@ -739,6 +742,13 @@ def test_the_page_shows_the_run(running, server, browser, tmp_path):
     assert not browser.find("#requests").is_displayed()
     assert browser.run("document.getElementById('preview').naturalWidth") == 240
     browser.picture(tmp_path / "wide.png")
+
+    message = "<img src=x onerror=document.title='taken'> & more"
+    with _events(folder, 3).open("a") as stream:
+        Reporter(stream, as_json=True).warning(message)
+    browser.wait(lambda: message in browser.text("#log"))
+    assert browser.text("#log .warning").endswith(f"Warning: {message}")
+    assert browser.chrome.title.endswith("running – model")
 
     save_png(folder / "preview.png", np.full((120, 250, 3), 100, np.uint8))
     browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 250)
@@ -866,6 +876,8 @@ def test_the_page_fits_a_phone(running, server, browser, tmp_path, scheme):
     browser.wait(lambda: browser.run("document.getElementById('loss').data?.length") == 4)
     browser.wait(lambda: browser.find("[data-request=save]").is_enabled())
     assert browser.run("document.documentElement.scrollWidth") == 390
+    # A finger on the graph scrolls the page.
+    assert browser.run("document.getElementById('loss').layout.dragmode") is False
     assert all(
         button.size["height"] >= 40
         for button in browser.chrome.find_elements("css selector", "button, select")

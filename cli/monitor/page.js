@@ -19,6 +19,7 @@ const view = {
   preview: null,
   token: "",
   lastPoll: 0,
+  asked: 0, // how often graphs were asked for
 };
 
 // Asking
@@ -72,8 +73,10 @@ async function keepAsking() {
 async function askForGraphs() {
   const [first, last] = wantedRange();
   const range = first === null ? "" : `?first=${first}&last=${last}`;
+  view.asked += 1;
+  const number = view.asked;
   const graphs = await ask(`api/graphs${range}`, "graphs");
-  if (!graphs) return;
+  if (!graphs || number !== view.asked) return; // another range was asked for meanwhile
   view.graphs = graphs;
   drawLoss();
   drawSpeed();

@@ -5,10 +5,12 @@ import os
 import stat
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ... import __version__
+from ...core.run.checkpoint import STATE
 from ...core.run.history import History, read_history
 from ...core.run.holder import holder
 from ...core.run.statistics import total_figures
@@ -37,6 +39,7 @@ class Watch:
         self._history: History | None = None
         self._problem: str | None = None
         self._read_again_at = 0.0
+        self._seen: dict[Path, tuple[int, int]] | None = None
 
     def status(self) -> dict[str, Any]:
         """Where the run stands, and its last events."""
@@ -132,7 +135,7 @@ class Watch:
             return self._history, self._problem
         try:
             began_at = time.monotonic()
-            if began_at >= self._read_again_at:
+            if began_at >= self._read_again_at and self._has_changed():
                 self._read_anew()
                 took = time.monotonic() - began_at
                 wait = max(_SECONDS_BETWEEN_READS, took / _SHARE_OF_TIME)
@@ -141,9 +144,19 @@ class Watch:
         finally:
             self._history_lock.release()
 
+    def _has_changed(self) -> bool:
+        """True where a file that the history is read from is not as it was the last time."""
+        found = {}
+        for path in (self._path / STATE, *self._path.glob("logs/session_*/train/events.*")):
+            with suppress(OSError):  # not there yet, or taken away at this moment
+                facts = path.stat()
+                found[path] = (facts.st_size, facts.st_mtime_ns)
+        before, self._seen = self._seen, found
+        return found != before
+
     def _read_anew(self) -> None:
         try:
             self._history = read_history(self._path, lambda tag: tag.startswith(_SHOWN))
             self._problem = None
         except ValueError as error:  # the page tells of it, and keeps what it had
-            self._problem = str(error)
+            self._problem, self._seen = str(error), None
