@@ -12,7 +12,7 @@ import torch
 
 from mien.cli import main
 from mien.core.run.checkpoint import ModelFolder
-from mien.core.run.graph import Tag
+from mien.core.run.graph import Tag, _thinned
 from mien.core.run.history import read_history
 from mien.core.run.log import TensorBoardLog
 from mien.core.run.session import Session, TrainingState
@@ -113,7 +113,7 @@ def test_the_time_of_each_iteration_is_logged(sides, tmp_path):
     (session,) = read_history(tmp_path / "model").sessions
     seconds = np.diff(session.times_n)
     assert (seconds > 1e-4).all()
-    np.testing.assert_allclose(seconds, seconds.mean(), rtol=1e-3)
+    np.testing.assert_allclose(seconds[1:], seconds[1:].mean(), rtol=1e-3)
 
 
 def test_graphs(trained, tmp_path, capsys):
@@ -149,6 +149,30 @@ def test_a_graph_shows_what_is_chosen(tmp_path, capsys):
         path = tmp_path / f"{key}.png"
         assert _analyze(capsys, model, "--graph", path, "--smoothing", "0", *words)[0] == 0
         assert (_is_drawn(path, blue), _is_drawn(path, orange)) == colors
+
+
+def test_a_long_line_is_thinned_to_what_can_be_seen():
+    values = np.random.default_rng(0).random(100_003)
+    values[[12_345, 54_321]] = 9, -9
+    places, thinned = _thinned(np.arange(len(values)), values)
+    assert len(thinned) < 12_000
+    assert (np.diff(places) > 0).all()
+    np.testing.assert_array_equal(thinned, values[places])
+    assert {0, 12_345, 54_321, 100_002} <= set(places)
+    short = np.arange(5000.0)
+    assert _thinned(short, short)[1] is short
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0.0, 1e-3, float("nan"), float("inf")])
+def test_a_graph_of_what_never_changes(tmp_path, capsys, value):
+    model = tmp_path / "model"
+    _save(model, 12)
+    log = TensorBoardLog(model, 1, 1)
+    for iteration in range(1, 13):
+        log.scalars({"batch_total": 1.0, "batch_face_a": value}, iteration)
+    log.close()
+    assert _analyze(capsys, model, "--graph", tmp_path / "graph.png", "--flatten-outliers")[0] == 0
 
 
 def test_only_some_sessions(trained, capsys):
@@ -250,10 +274,11 @@ def test_a_loss_that_is_not_always_logged(tmp_path):
     log = TensorBoardLog(model, 2, 4)
     log.scalars({"batch_total": 1.0}, 4)
     log.scalars({"batch_mask_a": 3.0, "batch_total": 1.0}, 5)
+    log.scalars({"batch_total": 1.0, "other": 2.0}, 6)
     log.close()
     history = read_history(model, lambda tag: tag in ("batch_face_a", "batch_mask_a"))
     assert set(history.sessions[0].losses) == {"batch_face_a"}
-    np.testing.assert_array_equal(history.sessions[1].losses["batch_mask_a"], [np.nan, 3])
+    np.testing.assert_array_equal(history.sessions[1].losses["batch_mask_a"], [np.nan, 3, np.nan])
 
 
 def test_logs_that_lack_iterations_are_told_of(tmp_path, capsys):
@@ -306,6 +331,23 @@ def test_refusals(trained, tmp_path, monkeypatch, capsys, words, text):
     assert text in err
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_that_a_run_deletes_meanwhile_is_read_anew(tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    _save(model, 5)
+    listed = ModelFolder._manifests
+
+    def slow(folder, unreadable):
+        found = listed(folder, unreadable)
+        if (model / "generations/5").is_dir() and found and not folder._lock:
+            (model / "generations/5").rename(model / "generations/.5.trash")
+            shutil.copytree(model / "generations/.5.trash", model / "generations/5-2")
+        return found
+
+    with ModelFolder(model, read_only=True) as folder:
+        monkeypatch.setattr(ModelFolder, "_manifests", slow)
+        assert folder.newest_state()["iterations"] == 5
 
 
 def test_folders_that_hold_no_model(tmp_path, capsys):

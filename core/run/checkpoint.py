@@ -218,8 +218,8 @@ class ModelFolder:
                 them.
         """
         with self._reading():
-            # Once more: a run that goes on may delete what was listed before it is read.
-            for manifest in (*self._manifests([]), *self._manifests([])):
+            # Twice, since a run that goes on may delete what was listed before it is read.
+            for manifest in (found for _ in range(2) for found in self._manifests([])):
                 folder = self._generations / manifest.name
                 try:
                     return _parse_json(STATE, _read_verified(folder, STATE, manifest))

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ Span = tuple[int, int | None]
 
 _DPI, _WIDTH_INCHES, _PANEL_INCHES = 100, 12.0, 3.6
 _MOST_MARKED_SESSIONS = 30
+_MOST_RUNS = 4000  # several in each column of pixels
 _SHOWN_PERCENT = 0.5, 99.5  # of the faint points
 
 
@@ -118,14 +119,17 @@ def draw_losses(
         panels.setdefault(tag.panel, {})[tag.line] = np.concatenate(losses)[inside]
     figure, grid = _panels(len(panels), title, drawing)
     for axis, (panel, lines) in zip(grid, panels.items(), strict=True):
-        shown = [
-            _draw_line(axis, line, iterations, values, drawing)
-            for line, values in sorted(lines.items())
-        ]
-        _fit_height(axis, np.concatenate(shown))
+        shown = np.concatenate(
+            [
+                _draw_line(axis, line, iterations, values, drawing)
+                for line, values in sorted(lines.items())
+            ]
+        )
+        _fit_height(axis, shown)
         _mark_sessions(axis, history, iterations)
         axis.set_ylabel(panel)
-        axis.legend(loc="upper right")
+        if len(shown):
+            axis.legend(loc="upper right")
     grid[-1].set_xlabel("iteration")
     grid[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     return _png(figure)
@@ -153,7 +157,15 @@ def draw_rate(history: History, drawing: Drawing, span: Span, *, title: str) -> 
     if not hours:
         raise ValueError("EG/s need a session of at least two logged iterations")
     figure, (axis,) = _panels(1, title, drawing)
-    unit, factor = ("hours", 1) if trained_s >= 2 * 3600 else ("minutes", 60)
+    unit, factor = next(
+        (unit, factor)
+        for unit, factor, least_s in (
+            ("hours", 1, 7200),
+            ("minutes", 60, 120),
+            ("seconds", 3600, 0),
+        )
+        if trained_s >= least_s
+    )
     places, rate = factor * np.concatenate(hours), np.concatenate(rates)
     shown = _draw_line(axis, "both sides", places, rate, drawing)
     _fit_height(axis, np.append(shown, 0.0))
@@ -229,23 +241,43 @@ def _draw_line(
     color, dark = COLORS[label], _dark(COLORS[label])
     if drawing.smoothing:
         main = statistics.smoothed(values, drawing.smoothing)
-        axis.plot(places, values, color=color, alpha=0.25, linewidth=0.6)
-        axis.plot(places, main, color=color, linewidth=1.6, label=label)
+        _plot(axis, places, values, color, alpha=0.25, linewidth=0.6)
+        _plot(axis, places, main, color, linewidth=1.6, label=label)
         shown = np.append(main, np.percentile(values, _SHOWN_PERCENT))
     else:
-        axis.plot(places, values, color=color, linewidth=0.8, label=label)
+        _plot(axis, places, values, color, linewidth=0.8, label=label)
         shown = values
     if drawing.rolling:
-        axis.plot(places, statistics.rolling_average(values, drawing.rolling), color=dark)
+        _plot(axis, places, statistics.rolling_average(values, drawing.rolling), dark)
     if drawing.trend:
-        axis.plot(places, statistics.trend(values), color=dark, linewidth=1.4, linestyle="--")
+        _plot(axis, places, statistics.trend(values), dark, linewidth=1.4, linestyle="--")
     return shown
+
+
+def _plot(
+    axis: "Axes", places_n: np.ndarray, values_n: np.ndarray, color: object, **style: Any
+) -> None:
+    axis.plot(*_thinned(places_n, values_n), color=color, **style)
+
+
+def _thinned(places_n: np.ndarray, values_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A line of fewer points that looks the same: the lowest and highest of each short run."""
+    length = -(-len(values_n) // _MOST_RUNS)
+    if length <= 2:
+        return places_n, values_n
+    num_runs = len(values_n) // length
+    runs = values_n[: num_runs * length].reshape(num_runs, length)
+    begins = length * np.arange(num_runs)
+    rest = np.arange(num_runs * length, len(values_n))
+    ends = [0, len(values_n) - 1]
+    kept = np.unique(np.concatenate([begins + runs.argmin(1), begins + runs.argmax(1), rest, ends]))
+    return places_n[kept], values_n[kept]
 
 
 def _fit_height(axis: "Axes", shown_n: np.ndarray) -> None:
     """Have the panel show these values."""
-    if len(shown_n) and np.ptp(shown_n) > 0:
-        margin = 0.06 * np.ptp(shown_n)
+    if len(shown_n):
+        margin = max(0.06 * np.ptp(shown_n), 0.001 * np.abs(shown_n).max()) or 1.0
         axis.set_ylim(shown_n.min() - margin, shown_n.max() + margin)
 
 

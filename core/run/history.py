@@ -185,7 +185,7 @@ def _events(path: Path) -> Iterator["Event"]:
     """The events of a file, up to the first that is not whole.
 
     The checksums are not computed: in Python that takes minutes for a million iterations. What a
-    crash leaves shows without them: the end is missing, or is zeros.
+    crash leaves shows without them: the end is missing, or is zeros, which are empty events.
     """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
@@ -195,7 +195,7 @@ def _events(path: Path) -> Iterator["Event"]:
         while left >= _HEADER.size:
             (size,) = _HEADER.unpack(stream.read(_HEADER.size))
             left -= _HEADER.size + size + _FOOTER_BYTES
-            if size == 0 or left < 0:
+            if left < 0:
                 return
             try:
                 event = Event.FromString(stream.read(size))

@@ -194,7 +194,7 @@ class Loop:
     def _log(self, wait: bool = False) -> None:
         """Ask for the losses since the last time; tell those that are there, or wait for all."""
         if self.unlogged:
-            now, waited_s = time.monotonic(), self.r.feed.waited_s
+            now, ended_at, waited_s = time.monotonic(), time.time(), self.r.feed.waited_s
             self.asked.append(
                 _Asked(
                     rows=self.r.step.ring.fetch(self.unlogged),
@@ -203,7 +203,7 @@ class Loop:
                     count=self.unlogged,
                     seconds=max(now - self.asked_at, 1e-9),
                     waited_s=waited_s - self.waited_s,
-                    ended_at=time.time(),
+                    ended_at=ended_at,
                 )
             )
             self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
