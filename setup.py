@@ -55,6 +55,7 @@ setup(
     package_dir={"mien": "."},
     packages=["mien"] + [f"mien.{name}" for name in find_packages(include=ROOMS)],
     package_data={
+        "mien.cli.monitor": ["page.*"],
         "mien.kernels": ["csrc/include/*.h"],
         "mien.core.faces": ["*.npz"],
         "mien.core.presets": ["*.toml"],

@@ -13,6 +13,8 @@ COMMANDS = {
     "faces": "Check, inspect or draw folders of faces.",
     "preset": "List, show and save settings under a name.",
     "recipe": "List and show recipes: training in stages.",
+    "analyze": "Show how a model was trained: its sessions, graphs of its losses.",
+    "monitor": "Show a run on a page in the browser: status, preview, graphs, log.",
     "bench": "Measure the parts and the whole.",
     "doctor": "Say what this machine has and which path each part will take.",
 }

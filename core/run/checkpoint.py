@@ -43,6 +43,7 @@ from torch import Tensor
 
 from ... import __version__
 from ..config import Config, to_dict
+from .holder import LOCK
 
 MANIFEST_SCHEMA = 1
 MODEL, OPTIMIZER, STATE, CONFIG = (
@@ -52,7 +53,6 @@ MODEL, OPTIMIZER, STATE, CONFIG = (
     "config.toml",
 )
 MANIFEST = "manifest.json"
-_LOCK = ".lock"
 _BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
 POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
 
@@ -164,8 +164,8 @@ class ModelFolder:
 
     def _remove_if_unused(self) -> None:
         """A folder that was made for nothing, since the run was refused, does not stay."""
-        if self._is_made_here and [entry.name for entry in self.path.iterdir()] == [_LOCK]:
-            (self.path / _LOCK).unlink()
+        if self._is_made_here and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
             self.path.rmdir()
 
     @property
@@ -209,6 +209,28 @@ class ModelFolder:
                 "generations folder, or choose another --model-dir"
             )
         return None
+
+    def newest_state(self) -> dict[str, Any] | None:
+        """The state of the newest save, without a look at its tensors; None: nothing was saved.
+
+        Raises:
+            ValueError: Where there are saves but none has a whole state, or a newer version made
+                them.
+        """
+        with self._reading():
+            # Twice, since a run that goes on may delete what was listed before it is read.
+            for manifest in (found for _ in range(2) for found in self._manifests([])):
+                folder = self._generations / manifest.name
+                try:
+                    return _parse_json(STATE, _read_verified(folder, STATE, manifest))
+                except _DamagedError:
+                    continue
+            if self.is_new:
+                return None
+        raise ValueError(
+            f"model folder {self.path} holds no save whose state can be read; put back a copy of "
+            "its generations folder"
+        )
 
     def save(
         self, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict[str, Any]
@@ -668,7 +690,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
-    if names and not names & {_LOCK, "generations"}:
+    if names and not names & {LOCK, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )
@@ -679,7 +701,7 @@ def _acquire(path: Path) -> int:
     try:
         path.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        handle = os.open(path / _LOCK, flags, 0o644)
+        handle = os.open(path / LOCK, flags, 0o644)
     except OSError as error:
         raise ValueError(
             f"cannot write to model folder {path}: {error.strerror}; make it writable, or choose "

@@ -37,8 +37,14 @@ class LogError(RuntimeError):
 class Log(Protocol):
     """Where scalars go."""
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Record the values of one iteration; ``step`` is the total iteration."""
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
+        """Record the values of one iteration.
+
+        Args:
+            values: By name, as above.
+            step: Total iteration.
+            wall_time: When it ended, seconds since 1970; now, where it is not given.
+        """
 
     def flush(self) -> None:
         """Hand everything to the disk."""
@@ -50,7 +56,7 @@ class Log(Protocol):
 class NullLog:
     """Keeps nothing (`--no-logs`)."""
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Drop the values."""
 
     def flush(self) -> None:
@@ -83,9 +89,9 @@ class TensorBoardLog:
             lambda: SummaryWriter(str(self.folder), purge_step=first_step, flush_secs=30)
         )
 
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Record the values of one iteration; ``step`` is the total iteration."""
-        self._guarded(lambda: self._add(values, step))
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
+        """Record the values of one iteration, as `Log.scalars`."""
+        self._guarded(lambda: self._add(values, step, wall_time))
 
     def flush(self) -> None:
         """Hand everything to the disk."""
@@ -95,10 +101,10 @@ class TensorBoardLog:
         """Flush, and release the file."""
         self._guarded(self._writer.close)
 
-    def _add(self, values: dict[str, float], step: int) -> None:
+    def _add(self, values: dict[str, float], step: int, wall_time: float | None) -> None:
         # One event an iteration: `add_scalar` makes one of each value, at ten times the cost.
         entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        self._writer.file_writer.add_summary(self._summary(value=entries), step)
+        self._writer.file_writer.add_summary(self._summary(value=entries), step, wall_time)
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:

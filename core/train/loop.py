@@ -60,6 +60,13 @@ class _Asked:
     waited_s: float
     """Of these, waiting for data."""
 
+    ended_at: float
+    """Seconds since 1970."""
+
+    def wall_time(self, i: int) -> float:
+        """When iteration ``first + i`` ended, taking all as equally long; seconds since 1970."""
+        return self.ended_at - self.seconds * (1 - (i + 1) / self.count)
+
 
 class Loop:
     """Drives one run to its end.
@@ -193,7 +200,7 @@ class Loop:
     def _log(self, wait: bool = False) -> None:
         """Ask for the losses since the last time; tell those that are there, or wait for all."""
         if self.unlogged:
-            now, waited_s = time.monotonic(), self.r.feed.waited_s
+            now, ended_at, waited_s = time.monotonic(), time.time(), self.r.feed.waited_s
             self.asked.append(
                 _Asked(
                     rows=self.r.step.ring.fetch(self.unlogged),
@@ -202,6 +209,7 @@ class Loop:
                     count=self.unlogged,
                     seconds=max(now - self.asked_at, 1e-9),
                     waited_s=waited_s - self.waited_s,
+                    ended_at=ended_at,
                 )
             )
             self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
@@ -215,7 +223,7 @@ class Loop:
             scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
             if not schedule.is_constant:
                 scalars["learning_rate"] = schedule.rate(asked.first + i - 1)
-            self._record(scalars, asked.first + i)
+            self._record(scalars, asked.first + i, asked.wall_time(i))
         self._status(named, asked)
         if not self.is_in_trouble:
             self._check(named, asked)
@@ -230,10 +238,12 @@ class Loop:
         self.not_finite.check(named, asked.first, int(asked.skipped()[0]))
         self.collapse.take_losses(named["batch_total"], asked.first)
 
-    def _record(self, scalars: dict[str, float], iteration: int) -> None:
+    def _record(
+        self, scalars: dict[str, float], iteration: int, wall_time: float | None = None
+    ) -> None:
         """Write an event; what cannot be written is told once."""
         try:
-            self.r.log.scalars(scalars, iteration)
+            self.r.log.scalars(scalars, iteration, wall_time)
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
             self.r.log = NullLog()

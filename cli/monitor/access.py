@@ -1,0 +1,78 @@
+"""Who may see the page and who may ask the run for work.
+
+A page of another site, opened in the same browser, must get nothing out of this one and nothing
+into it: so the Host header must name this machine (else any name could be made to lead here), a
+request must come from the page itself (Origin), and its token is in a header or a form, never in a
+cookie. The cookie, which only opens the page, holds a hash of the token: other servers on this
+machine, whatever their port, are shown it too.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import socket
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+
+COOKIE = "mien-monitor"
+HEADER = "x-mien-token"
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules of one server.
+
+    Args:
+        host: What it listens on.
+        token: The secret; None where nothing needs one.
+        is_open: The page can be reached from other machines, so it needs the token.
+        allows: Requests are taken, with the token.
+    """
+
+    host: str
+    token: str | None
+    is_open: bool
+    allows: bool
+
+    def knows_host(self, request: Request) -> bool:
+        """True where the Host header names this machine: no rebound DNS name leads here."""
+        try:
+            name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        except ValueError:
+            return False
+        if name in ("localhost", self.host.lower()):
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            own = socket.gethostname().lower()
+            return self.is_open and name in (own, f"{own}.local", socket.getfqdn().lower())
+        return self.is_open or address.is_loopback  # an address is no name that could be rebound
+
+    def is_same_origin(self, request: Request) -> bool:
+        """True where the request comes from the page itself, or from a program."""
+        if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
+            return False
+        origin = request.headers.get("origin")
+        return origin is None or origin == f"{request.url.scheme}://{request.headers.get('host')}"
+
+    def is_token(self, given: str | None) -> bool:
+        """True for the token, in a time that tells nothing of it."""
+        if self.token is None or given is None:
+            return False
+        return hmac.compare_digest(given.encode(), self.token.encode())
+
+    def may_read(self, request: Request) -> bool:
+        """True where the page and its figures may be shown."""
+        if not self.is_open:
+            return True
+        cookie = request.cookies.get(COOKIE, "")
+        is_known = hmac.compare_digest(cookie.encode(), self.cookie.encode())
+        return is_known or self.is_token(request.headers.get(HEADER))
+
+    @property
+    def cookie(self) -> str:
+        """What opens the page; nothing else can be done with it."""
+        return hashlib.sha256(f"mien monitor, read: {self.token}".encode()).hexdigest()

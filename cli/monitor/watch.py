@@ -1,0 +1,162 @@
+"""What the page shows of a model folder, read without a lock and without writing anything."""
+
+import dataclasses
+import os
+import stat
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ... import __version__
+from ...core.run.checkpoint import STATE
+from ...core.run.history import History, read_history
+from ...core.run.holder import holder
+from ...core.run.statistics import total_figures
+from .graphs import loss_points, speed_points
+from .journal import Journal
+
+POINTS = 1500
+_FRESH_SECONDS = 15.0
+_SECONDS_BETWEEN_READS, _SHARE_OF_TIME = 4.0, 0.05
+_MAX_PREVIEW_BYTES = 256 << 20
+_SHOWN = ("batch_face_", "batch_mask_")
+
+
+class Watch:
+    """Looks at a model folder whenever it is asked; may be used by several threads.
+
+    Args:
+        model_dir: The model folder; it may be empty, or be made later.
+        may_ask: Whether the page may ask the run for work.
+    """
+
+    def __init__(self, model_dir: Path, *, may_ask: bool) -> None:
+        self._path, self._may_ask = model_dir, may_ask
+        self._journal, self._journal_lock = Journal(model_dir), threading.Lock()
+        self._history_lock = threading.Lock()
+        self._history: History | None = None
+        self._problem: str | None = None
+        self._read_again_at = 0.0
+        self._seen: dict[Path, tuple[int, int]] | None = None
+
+    def status(self) -> dict[str, Any]:
+        """Where the run stands, and its last events."""
+        with self._journal_lock:
+            self._journal.update()
+            latest, events = dict(self._journal.latest), self._journal.events
+            session, unreadable = self._journal.session, self._journal.unreadable
+        found = holder(self._path)
+        newest = events[-1] if events else None
+        is_fresh = newest is not None and time.time() - newest["time"] < _FRESH_SECONDS
+        if found is not None and found.is_running:
+            state = "running"
+        elif "stop" in latest:
+            state = "stopped"
+        elif is_fresh:  # on another host, whose lock cannot be seen
+            state = "running"
+        elif newest is not None:
+            state = "lost"
+        else:
+            state = "idle" if self._path.is_dir() and any(self._path.iterdir()) else "new"
+        return {
+            "name": self._path.resolve().name,
+            "state": state,
+            "host": None if found is None or found.is_here else found.host,
+            "pid": found.pid if found is not None and found.is_running else None,
+            "session": session,
+            "latest": {kind: event for kind, event in latest.items() if kind != "warning"},
+            "events": events,
+            "unreadable": unreadable,
+            "preview": self._preview_tag(),
+            "may_ask": self._may_ask,
+            "version": __version__,
+        }
+
+    def graphs(self, first: int | None, last: int | None) -> dict[str, Any]:
+        """Losses and speed from one iteration to another, as points to draw."""
+        history, problem = self._read()
+        if history is None:
+            return {"problem": problem, "loss": None, "speed": None, "sessions": []}
+        starts = [
+            {"number": one.number, "first": int(one.iterations_n[0])}
+            for one in history.sessions
+            if len(one.iterations_n)
+        ]
+        ends = [int(one.iterations_n[-1]) for one in history.sessions if len(one.iterations_n)]
+        return {
+            "problem": problem,
+            "loss": loss_points(history, first, last, POINTS),
+            "speed": speed_points(history, first, last, POINTS),
+            "sessions": starts,
+            "last": max(ends, default=0),
+        }
+
+    def analysis(self) -> dict[str, Any]:
+        """The figures of each session, and of all together."""
+        history, problem = self._read()
+        sessions = [one.figures() for one in history.sessions] if history else []
+        return {
+            "problem": problem,
+            "warnings": history.warnings if history else [],
+            "trainer": history.trainer if history else None,
+            "sessions": [dataclasses.asdict(one) for one in sessions],
+            "total": dataclasses.asdict(total_figures(sessions)) if sessions else None,
+        }
+
+    def preview(self) -> bytes | None:
+        """The newest preview of the run as PNG; None where there is none."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            handle = os.open(self._path / "preview.png", flags)
+        except OSError:
+            return None
+        with os.fdopen(handle, "rb") as stream:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_PREVIEW_BYTES:
+                return None
+            return stream.read()
+
+    def _preview_tag(self) -> str | None:
+        try:
+            found = (self._path / "preview.png").lstat()
+        except OSError:
+            return None
+        return f"{found.st_mtime_ns:x}-{found.st_size:x}" if stat.S_ISREG(found.st_mode) else None
+
+    def _read(self) -> tuple[History | None, str | None]:
+        """The history as of some seconds ago, and why it could not be read anew.
+
+        One thread reads; others take what was read before, if there is any. A long history takes
+        long to read: it is read less often, so that little of the time goes into it.
+        """
+        if not self._history_lock.acquire(blocking=self._history is None):
+            return self._history, self._problem
+        try:
+            began_at = time.monotonic()
+            if began_at >= self._read_again_at and self._has_changed():
+                self._read_anew()
+                took = time.monotonic() - began_at
+                wait = max(_SECONDS_BETWEEN_READS, took / _SHARE_OF_TIME)
+                self._read_again_at = time.monotonic() + wait
+            return self._history, self._problem
+        finally:
+            self._history_lock.release()
+
+    def _has_changed(self) -> bool:
+        """True where a file that the history is read from is not as it was the last time."""
+        found = {}
+        for path in (self._path / STATE, *self._path.glob("logs/session_*/train/events.*")):
+            with suppress(OSError):  # not there yet, or taken away at this moment
+                facts = path.stat()
+                found[path] = (facts.st_size, facts.st_mtime_ns)
+        before, self._seen = self._seen, found
+        return found != before
+
+    def _read_anew(self) -> None:
+        try:
+            self._history = read_history(self._path, lambda tag: tag.startswith(_SHOWN))
+            self._problem = None
+        except ValueError as error:  # the page tells of it, and keeps what it had
+            self._problem, self._seen = str(error), None

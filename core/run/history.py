@@ -1,0 +1,263 @@
+"""How a model was trained: its sessions from the newest save, its losses from the events.
+
+Nothing is locked or written, so a model may be read while it trains. Sessions that no save tells of
+yet are taken from the events alone.
+
+What a crash or a way back undid is left out: every run begins its file of events with the iteration
+at which it began, and from there on it takes the place of all that was written before.
+"""
+
+import os
+import struct
+import tomllib
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from . import statistics
+from .checkpoint import CONFIG, ModelFolder
+from .session import Session, TrainingState
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+_TIME_TAG = "batch_total"
+"""An event that has it ends an iteration."""
+
+_HEADER = struct.Struct("<Q4x")  # of a record: size of its event; CRC
+_FOOTER_BYTES = 4  # CRC of the event
+
+
+@dataclass(kw_only=True)
+class SessionHistory:
+    """One session. Letter: n, its logged iterations."""
+
+    number: int
+    saved: Session | None
+    """As the newest save tells of it."""
+
+    batch_size: int | None
+    iterations_n: np.ndarray
+    """Total iterations, rising."""
+
+    times_n: np.ndarray
+    """When each ended, seconds since 1970."""
+
+    losses: dict[str, np.ndarray]
+    """(n,) of each tag that was asked for; NaN where it was not logged."""
+
+    def figures(self) -> statistics.Figures:
+        """By the events; by the save where there are none."""
+        if len(self.times_n) or self.saved is None:
+            return statistics.session_figures(self.number, self.times_n, self.batch_size)
+        return statistics.Figures(
+            session=self.number,
+            start=self.saved.started,
+            end=None,
+            elapsed_s=None,
+            batch_sizes=(self.saved.batch_size,),
+            iterations=self.saved.iterations,
+            eg_per_s=None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """All that is known of a model's training."""
+
+    trainer: str | None
+    """None before the first save."""
+
+    sessions: list[SessionHistory]
+    """In the order of training."""
+
+    tags: list[str]
+    """All that were logged, sorted."""
+
+    warnings: list[str]
+    """Sentences for the user."""
+
+
+def read_history(model_dir: Path, wants: Callable[[str], bool] = lambda tag: False) -> History:
+    """The history of the model in a folder, with the losses of the tags that are wanted.
+
+    Raises:
+        ValueError: The folder holds no model, or cannot be read.
+    """
+    with ModelFolder(model_dir, read_only=True) as folder:
+        values = folder.newest_state()
+    state = None if values is None else TrainingState.from_dict(values)
+    saved = {} if state is None else {one.number: one for one in state.sessions}
+    try:
+        files = _read_files(model_dir / "logs", wants)
+        unsaved_batch_size = _batch_size(model_dir / CONFIG)
+    except OSError as error:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}; mend that") from error
+    _leave_out_undone(files, list(saved.values()))
+    sessions = []
+    for number in sorted(saved.keys() | {file.session for file in files if file.iterations}):
+        batch_size = saved[number].batch_size if number in saved else unsaved_batch_size
+        own = [file for file in files if file.session == number]
+        sessions.append(_joined(number, saved.get(number), batch_size, own))
+    return History(
+        trainer=None if state is None else state.trainer,
+        sessions=sessions,
+        tags=sorted({tag for file in files for tag in file.tags}),
+        warnings=_missing(sessions),
+    )
+
+
+@dataclass(kw_only=True)
+class _EventFile:
+    """What one run logged, in arrays: a million iterations take 8 MB a column."""
+
+    session: int
+    began_at: float = 0.0
+    first_iteration: int | None = None
+    iterations: array = field(default_factory=lambda: array("q"))
+    times: array = field(default_factory=lambda: array("d"))
+    losses: dict[str, array] = field(default_factory=dict)
+    tags: set[str] = field(default_factory=set)
+    """All, also those that are not kept."""
+
+    num_values: int = -1
+    """Of the last event; a change of it has the tags looked for again."""
+
+    places: dict[str, int] = field(default_factory=dict)
+    """Where in an event each kept tag is."""
+
+    def add(self, event: "Event", wants: Callable[[str], bool]) -> None:
+        """Take in what one event tells."""
+        if event.HasField("session_log"):
+            self.began_at, self.first_iteration = event.wall_time, event.step
+        values = event.summary.value
+        # All events of a run are alike, so that most tags need not be read.
+        if len(values) != self.num_values or any(
+            values[place].tag != tag for tag, place in self.places.items()
+        ):
+            self._find_places(values, wants)
+        if _TIME_TAG not in self.places:
+            return
+        self.iterations.append(event.step)
+        self.times.append(event.wall_time)
+        for tag, column in self.losses.items():
+            place = self.places.get(tag)
+            column.append(np.nan if place is None else values[place].simple_value)
+
+    def _find_places(self, values: "Sequence[Summary.Value]", wants: Callable[[str], bool]) -> None:
+        self.num_values = len(values)
+        places = {value.tag: place for place, value in enumerate(values)}
+        self.tags |= places.keys()
+        self.places = {
+            tag: place for tag, place in places.items() if tag == _TIME_TAG or wants(tag)
+        }
+        for tag in self.places:
+            if wants(tag):
+                self.losses.setdefault(tag, array("d", [np.nan]) * len(self.times))
+
+    def cut(self, last: int) -> None:
+        """Forget the iterations after one."""
+        count = bisect_right(self.iterations, last)
+        for column in (self.iterations, self.times, *self.losses.values()):
+            del column[count:]
+
+
+def _read_files(logs: Path, wants: Callable[[str], bool]) -> list[_EventFile]:
+    """All files of events, in the order in which they were begun."""
+    files = []
+    for path in logs.glob("session_*/train/events.out.tfevents.*"):
+        number = path.parts[-3].removeprefix("session_")
+        if number.isdecimal() and path.is_file():
+            file = _EventFile(session=int(number))
+            for event in _events(path):
+                file.add(event, wants)
+            files.append(file)
+    return sorted(files, key=lambda file: file.began_at)
+
+
+def _events(path: Path) -> Iterator["Event"]:
+    """The events of a file, up to the first that is not whole.
+
+    The checksums are not computed: in Python that takes minutes for a million iterations. What a
+    crash leaves shows without them: the end is missing, or is zeros, which are empty events.
+    """
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    with open(path, "rb", buffering=1 << 20) as stream:
+        left = os.fstat(stream.fileno()).st_size  # what comes while it is read is left out
+        while left >= _HEADER.size:
+            (size,) = _HEADER.unpack(stream.read(_HEADER.size))
+            left -= _HEADER.size + size + _FOOTER_BYTES
+            if left < 0:
+                return
+            try:
+                event = Event.FromString(stream.read(size))
+            except DecodeError:
+                return
+            stream.read(_FOOTER_BYTES)
+            yield event
+
+
+def _leave_out_undone(files: list[_EventFile], saved: list[Session]) -> None:
+    """Cut off what was logged of iterations that a later run began anew."""
+    for number, file in enumerate(files):
+        if file.first_iteration is not None:
+            for earlier in files[:number]:
+                earlier.cut(file.first_iteration - 1)
+    last = 0
+    for session in saved[:-1]:  # the last one may go on
+        last += session.iterations
+        for file in files:
+            if file.session == session.number:
+                file.cut(last)
+
+
+def _joined(
+    number: int, saved: Session | None, batch_size: int | None, files: list[_EventFile]
+) -> SessionHistory:
+    """One session, of all its files."""
+    losses = {
+        tag: np.concatenate(
+            [np.array(file.losses.get(tag, [np.nan] * len(file.times))) for file in files]
+        )
+        for tag in sorted({tag for file in files for tag in file.losses})
+    }
+    return SessionHistory(
+        number=number,
+        saved=saved,
+        batch_size=batch_size,
+        iterations_n=np.concatenate([[], *(np.array(file.iterations) for file in files)]).astype(
+            int
+        ),
+        times_n=np.concatenate([[], *(np.array(file.times) for file in files)]),
+        losses=losses,
+    )
+
+
+def _batch_size(path: Path) -> int | None:
+    """What the model was last started with; None where that is not told."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid TOML ({error}); mend or remove it") from None
+    found = values.get("train", {}).get("batch_size")
+    return found if type(found) is int and found > 0 else None
+
+
+def _missing(sessions: list[SessionHistory]) -> list[str]:
+    """A sentence for each session of which less was logged than saved."""
+    return [
+        f"the logs hold {len(one.times_n)} of the {one.saved.iterations} iterations of session "
+        f"{one.number}; its figures are those of the logs"
+        for one in sessions
+        if one.saved and 0 < len(one.times_n) < one.saved.iterations
+    ]
