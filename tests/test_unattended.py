@@ -2,6 +2,8 @@
 
 import json
 import re
+import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ from mien.core.data.feed import Feed
 from mien.core.run.checkpoint import ModelFolder
 from mien.core.run.session import TrainingState
 from mien.core.train import loop as loops
+from mien.core.train import unattended
 from mien.core.train.health import JUMP, STAYED, WINDOW, Collapse, NotFinite, Trouble
+from mien.core.train.lr_finder import Search
+from mien.core.train.schedule import Schedule
 
 RECIPE = """
 description = "Three short stages."
@@ -157,6 +162,58 @@ def test_an_existing_snapshot_is_never_overwritten(sides, tmp_path, recipe, caps
     assert [path.name for path in other.iterdir()] == ["diary.txt"]
 
 
+def test_a_stage_begins_with_nothing_of_the_one_before_in_memory(
+    sides, tmp_path, recipe, monkeypatch
+):
+    original, before, left = unattended.open_run, [], []
+
+    @contextmanager
+    def opened(*args, **more):
+        left.extend(reference() for reference in before)
+        with original(*args, **more) as run:
+            before.append(weakref.ref(run.model))
+            yield run
+
+    monkeypatch.setattr(unattended, "open_run", opened)
+    assert _train(sides, tmp_path / "model", "--recipe", recipe) == 0
+    assert left == [None, None, None], "the second stage looks at one, the third at two"
+
+
+@pytest.fixture
+def _found(monkeypatch):
+    """The finder makes one update and finds 1e-3."""
+    monkeypatch.setattr(Search, "add", lambda self, loss: False)
+    monkeypatch.setattr(Search, "found", lambda self: {"default": 1e-3})
+
+
+def _base_rates(monkeypatch):
+    """The base rate of every iteration from now on."""
+    rates = []
+    original = Schedule.rate
+
+    def rate(self, iterations):
+        rates.append((iterations, self.base_rate * self.factor))
+        return original(self, iterations)
+
+    monkeypatch.setattr(Schedule, "rate", rate)
+    return rates
+
+
+@pytest.mark.usefixtures("_found")
+def test_a_rate_that_a_stage_sets_replaces_a_found_one_for_good(sides, tmp_path, monkeypatch):
+    path = tmp_path / "rates.toml"
+    path.write_text(
+        "[[stage]]\niterations = 2\n"
+        "[[stage]]\niterations = 3\nset.optimizer.learning_rate = 1e-5\n"
+        "[[stage]]\niterations = 3\nset.augment.warp = false\n"
+    )
+    rates = _base_rates(monkeypatch)
+    words = ("-r", "--recipe", str(path))
+    assert _train(sides, tmp_path / "model", *words, "-i", "3") == 0
+    assert _train(sides, tmp_path / "model", *words, "-i", "5") == 0, "inside a stage"
+    assert dict(rates) == dict(enumerate([1e-3] * 2 + [1e-5] * 6))
+
+
 # Setbacks
 
 
@@ -205,6 +262,20 @@ def test_the_lowered_rate_holds_until_a_rate_is_given(sides, tmp_path, monkeypat
     assert _state(model_dir)[0]["parts"]["rollback"] == {"rate_factor": 0.5}
     assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-5") == 0
     assert "rollback" not in _state(model_dir)[0]["parts"]
+
+
+@pytest.mark.usefixtures("_found")
+def test_a_given_rate_stays_in_the_place_of_a_found_one_after_a_rollback(
+    sides, tmp_path, monkeypatch
+):
+    model_dir = tmp_path / "model"
+    words = ("-r", "-s", "2", "--set", "train.nan_protection=rollback")
+    assert _train(sides, model_dir, "-i", "2", *words) == 0
+    _poisoned(monkeypatch, iteration=4, times=1)
+    rates = _base_rates(monkeypatch)
+    rate = ("--set", "optimizer.learning_rate=1e-5")
+    assert _train(sides, model_dir, "-i", "3", *words, *rate) == 0
+    assert dict(rates) == {2: 1e-5, 3: 0.5e-5, 4: 0.5e-5}
 
 
 def test_rollbacks_give_up_after_the_stated_number(sides, tmp_path, monkeypatch, capsys):
