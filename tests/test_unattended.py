@@ -179,6 +179,14 @@ def test_a_stage_begins_with_nothing_of_the_one_before_in_memory(
     assert left == [None, None, None], "the second stage looks at one, the third at two"
 
 
+def test_a_stage_that_ends_where_a_save_is_due_is_saved_once(sides, tmp_path, recipe):
+    model_dir = tmp_path / "model"
+    words = ("-s", "2", "--set", "save.keep_generations=99", "--recipe", recipe)
+    assert _train(sides, model_dir, *words) == 0
+    names = [path.name for path in (model_dir / "generations").iterdir()]
+    assert sorted(names, key=int) == ["1", "2", "4", "5", "6", "8", "10", "11", "12", "13"]
+
+
 @pytest.fixture
 def _found(monkeypatch):
     """The finder makes one update and finds 1e-3."""
@@ -300,6 +308,17 @@ def test_off_leaves_the_step_out_and_goes_on(sides, tmp_path, monkeypatch, capsy
     assert _train(sides, tmp_path / "model", *words) == 0
     _, newest = _state(tmp_path / "model")
     assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+def test_off_a_plateau_takes_no_loss_that_is_no_number(sides, tmp_path, monkeypatch):
+    path = tmp_path / "plateau.toml"
+    path.write_text("[[stage]]\nplateau = { window = 2, patience = 2 }\niterations = 5\n")
+    _poisoned(monkeypatch, iteration=3, times=1)
+    words = ("--recipe", str(path), "-s", "3", "--set", "train.nan_protection=off")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    place = _state(tmp_path / "model")[0]["parts"]["recipe"]["place"]
+    assert place["best"] is not None, "the mean of the first two"
+    assert place["loss_count"] == 0, "4 of 5 were numbers: two windows"
 
 
 def _collapsed_after(monkeypatch, iteration, windows_px=4):

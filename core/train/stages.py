@@ -84,6 +84,7 @@ class Plan:
         if plateau is None or not plateau.is_loss:
             return
         values = named["batch_total" if plateau.metric == "loss" else plateau.metric]
+        values = values[np.isfinite(values)]  # others would make a sum that no file can hold
         while len(values):
             room = plateau.window - self.place.loss_count
             self.place.loss_sum += math.fsum(values[:room])
