@@ -187,6 +187,44 @@ def test_a_stage_that_ends_where_a_save_is_due_is_saved_once(sides, tmp_path, re
     assert sorted(names, key=int) == ["1", "2", "4", "5", "6", "8", "10", "11", "12", "13"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("set.train.batch_size = 40", "stage late: train.batch_size is 40, but side A has 26"),
+        ('set.loss.loss_function_2 = "lpips_alex"', "stage late: lpips_alex needs"),
+        ('set.train.engine = "graph"', "stage late: --engine graph needs an Nvidia GPU"),
+        (
+            'set.optimizer = { overlap = "on", gradient_accumulation = 2 }',
+            "stage late: optimizer.overlap is on, but optimizer.gradient_accumulation is 2",
+        ),
+        (
+            'set.optimizer = { gradient_clipping = "norm", clipping_value = 0.0 }',
+            "optimizer.clipping_value must be above 0",
+        ),
+    ],
+)
+def test_what_a_later_stage_cannot_begin_with_is_refused_at_the_start(
+    sides, tmp_path, capsys, settings, message
+):
+    path = tmp_path / "late.toml"
+    path.write_text(f'[[stage]]\niterations = 1\n[[stage]]\nname = "late"\n{settings}\n')
+    assert _train(sides, tmp_path / "model", "--recipe", str(path), "-i", "2") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model" / "generations").exists()
+
+
+def test_the_lowest_mean_begins_anew_with_other_losses(sides, tmp_path):
+    model_dir = tmp_path / "model"
+    assert _train(sides, model_dir, "-i", "2") == 0
+    before = _state(model_dir)[0]["lowest_mean_loss"]
+    heavier = ("--set", "loss.loss_weight_2=400")
+    assert _train(sides, model_dir, "-i", "2", *heavier) == 0
+    after = _state(model_dir)[0]["lowest_mean_loss"]
+    assert after > before
+    assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-6") == 0
+    assert _state(model_dir)[0]["lowest_mean_loss"] <= after
+
+
 @pytest.fixture
 def _found(monkeypatch):
     """The finder makes one update and finds 1e-3."""
@@ -270,6 +308,20 @@ def test_the_lowered_rate_holds_until_a_rate_is_given(sides, tmp_path, monkeypat
     assert _state(model_dir)[0]["parts"]["rollback"] == {"rate_factor": 0.5}
     assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-5") == 0
     assert "rollback" not in _state(model_dir)[0]["parts"]
+
+
+def test_a_stage_with_a_rate_of_its_own_leaves_the_lowered_one(sides, tmp_path, monkeypatch):
+    path = tmp_path / "rates.toml"
+    path.write_text(
+        "[[stage]]\niterations = 4\n"
+        "[[stage]]\niterations = 2\n"
+        "[[stage]]\niterations = 2\nset.optimizer.learning_rate = 1e-5\n"
+    )
+    _poisoned(monkeypatch, iteration=3, times=1)
+    rates = _base_rates(monkeypatch)
+    words = ("--recipe", str(path), "-s", "2", "--set", "train.nan_protection=rollback")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    assert dict(rates) == dict(enumerate([5e-5] * 2 + [2.5e-5] * 4 + [1e-5] * 2))
 
 
 @pytest.mark.usefixtures("_found")

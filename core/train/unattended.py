@@ -78,7 +78,7 @@ class _Setbacks:
     def __init__(self) -> None:
         self.count = 0
         self.rate_factor: float | None = None
-        """What the learning rate is to be multiplied with; None: as the model was saved."""
+        """What the learning rate is to be multiplied with in the next session; None: as saved."""
 
         self.lowest: float | None = None
         """The lowest mean loss at the last of them."""
@@ -86,6 +86,7 @@ class _Setbacks:
     def meet(self, end: End, run: Run) -> End:
         """The end of a loop: the same, or where the model has gone back, whether it tries again."""
         if end.back_at is None:
+            self.rate_factor = None
             return end
         settings, lowest = run.config.train, run.state.lowest_mean_loss
         if self.lowest is not None and lowest is not None and lowest < self.lowest:
