@@ -405,10 +405,11 @@ class TrainConfig(_Checked):
     finite never reaches the weights; off: it is only left out."""
 
     rollback_limit: int = _setting(3, low=1, high=100)
-    """Rollbacks after which training gives up, if no save was reached in between."""
+    """Rollbacks after which training gives up, if the mean loss was no lower in between than it was
+    before."""
 
     rollback_factor: float = _setting(0.5, low=0.01, high=1.0)
-    """What the learning rate is multiplied with at each rollback."""
+    """What the learning rate is multiplied with at each rollback, until another rate is set."""
 
     freeze_weights: bool = _setting(False, flag="-f --freeze-weights")
     """Leave some of the model as it is, normally the encoder, and train the rest faster."""

@@ -2,6 +2,8 @@
 
 import json
 import re
+import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +15,10 @@ from mien.core.data.feed import Feed
 from mien.core.run.checkpoint import ModelFolder
 from mien.core.run.session import TrainingState
 from mien.core.train import loop as loops
+from mien.core.train import unattended
 from mien.core.train.health import JUMP, STAYED, WINDOW, Collapse, NotFinite, Trouble
+from mien.core.train.lr_finder import Search
+from mien.core.train.schedule import Schedule
 
 RECIPE = """
 description = "Three short stages."
@@ -157,6 +162,104 @@ def test_an_existing_snapshot_is_never_overwritten(sides, tmp_path, recipe, caps
     assert [path.name for path in other.iterdir()] == ["diary.txt"]
 
 
+def test_a_stage_begins_with_nothing_of_the_one_before_in_memory(
+    sides, tmp_path, recipe, monkeypatch
+):
+    original, before, left = unattended.open_run, [], []
+
+    @contextmanager
+    def opened(*args, **more):
+        left.extend(reference() for reference in before)
+        with original(*args, **more) as run:
+            before.append(weakref.ref(run.model))
+            yield run
+
+    monkeypatch.setattr(unattended, "open_run", opened)
+    assert _train(sides, tmp_path / "model", "--recipe", recipe) == 0
+    assert left == [None, None, None], "the second stage looks at one, the third at two"
+
+
+def test_a_stage_that_ends_where_a_save_is_due_is_saved_once(sides, tmp_path, recipe):
+    model_dir = tmp_path / "model"
+    words = ("-s", "2", "--set", "save.keep_generations=99", "--recipe", recipe)
+    assert _train(sides, model_dir, *words) == 0
+    names = [path.name for path in (model_dir / "generations").iterdir()]
+    assert sorted(names, key=int) == ["1", "2", "4", "5", "6", "8", "10", "11", "12", "13"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("set.train.batch_size = 40", "stage late: train.batch_size is 40, but side A has 26"),
+        ('set.loss.loss_function_2 = "lpips_alex"', "stage late: lpips_alex needs"),
+        ('set.train.engine = "graph"', "stage late: --engine graph needs an Nvidia GPU"),
+        (
+            'set.optimizer = { overlap = "on", gradient_accumulation = 2 }',
+            "stage late: optimizer.overlap is on, but optimizer.gradient_accumulation is 2",
+        ),
+        (
+            'set.optimizer = { gradient_clipping = "norm", clipping_value = 0.0 }',
+            "optimizer.clipping_value must be above 0",
+        ),
+    ],
+)
+def test_what_a_later_stage_cannot_begin_with_is_refused_at_the_start(
+    sides, tmp_path, capsys, settings, message
+):
+    path = tmp_path / "late.toml"
+    path.write_text(f'[[stage]]\niterations = 1\n[[stage]]\nname = "late"\n{settings}\n')
+    assert _train(sides, tmp_path / "model", "--recipe", str(path), "-i", "2") == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "model" / "generations").exists()
+
+
+def test_the_lowest_mean_begins_anew_with_other_losses(sides, tmp_path):
+    model_dir = tmp_path / "model"
+    assert _train(sides, model_dir, "-i", "2") == 0
+    before = _state(model_dir)[0]["lowest_mean_loss"]
+    heavier = ("--set", "loss.loss_weight_2=400")
+    assert _train(sides, model_dir, "-i", "2", *heavier) == 0
+    after = _state(model_dir)[0]["lowest_mean_loss"]
+    assert after > before
+    assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-6") == 0
+    assert _state(model_dir)[0]["lowest_mean_loss"] <= after
+
+
+@pytest.fixture
+def _found(monkeypatch):
+    """The finder makes one update and finds 1e-3."""
+    monkeypatch.setattr(Search, "add", lambda self, loss: False)
+    monkeypatch.setattr(Search, "found", lambda self: {"default": 1e-3})
+
+
+def _base_rates(monkeypatch):
+    """The base rate of every iteration from now on."""
+    rates = []
+    original = Schedule.rate
+
+    def rate(self, iterations):
+        rates.append((iterations, self.base_rate * self.factor))
+        return original(self, iterations)
+
+    monkeypatch.setattr(Schedule, "rate", rate)
+    return rates
+
+
+@pytest.mark.usefixtures("_found")
+def test_a_rate_that_a_stage_sets_replaces_a_found_one_for_good(sides, tmp_path, monkeypatch):
+    path = tmp_path / "rates.toml"
+    path.write_text(
+        "[[stage]]\niterations = 2\n"
+        "[[stage]]\niterations = 3\nset.optimizer.learning_rate = 1e-5\n"
+        "[[stage]]\niterations = 3\nset.augment.warp = false\n"
+    )
+    rates = _base_rates(monkeypatch)
+    words = ("-r", "--recipe", str(path))
+    assert _train(sides, tmp_path / "model", *words, "-i", "3") == 0
+    assert _train(sides, tmp_path / "model", *words, "-i", "5") == 0, "inside a stage"
+    assert dict(rates) == dict(enumerate([1e-3] * 2 + [1e-5] * 6))
+
+
 # Setbacks
 
 
@@ -207,6 +310,34 @@ def test_the_lowered_rate_holds_until_a_rate_is_given(sides, tmp_path, monkeypat
     assert "rollback" not in _state(model_dir)[0]["parts"]
 
 
+def test_a_stage_with_a_rate_of_its_own_leaves_the_lowered_one(sides, tmp_path, monkeypatch):
+    path = tmp_path / "rates.toml"
+    path.write_text(
+        "[[stage]]\niterations = 4\n"
+        "[[stage]]\niterations = 2\n"
+        "[[stage]]\niterations = 2\nset.optimizer.learning_rate = 1e-5\n"
+    )
+    _poisoned(monkeypatch, iteration=3, times=1)
+    rates = _base_rates(monkeypatch)
+    words = ("--recipe", str(path), "-s", "2", "--set", "train.nan_protection=rollback")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    assert dict(rates) == dict(enumerate([5e-5] * 2 + [2.5e-5] * 4 + [1e-5] * 2))
+
+
+@pytest.mark.usefixtures("_found")
+def test_a_given_rate_stays_in_the_place_of_a_found_one_after_a_rollback(
+    sides, tmp_path, monkeypatch
+):
+    model_dir = tmp_path / "model"
+    words = ("-r", "-s", "2", "--set", "train.nan_protection=rollback")
+    assert _train(sides, model_dir, "-i", "2", *words) == 0
+    _poisoned(monkeypatch, iteration=4, times=1)
+    rates = _base_rates(monkeypatch)
+    rate = ("--set", "optimizer.learning_rate=1e-5")
+    assert _train(sides, model_dir, "-i", "3", *words, *rate) == 0
+    assert dict(rates) == {2: 1e-5, 3: 0.5e-5, 4: 0.5e-5}
+
+
 def test_rollbacks_give_up_after_the_stated_number(sides, tmp_path, monkeypatch, capsys):
     model_dir = tmp_path / "model"
     _poisoned(monkeypatch, iteration=4, times=99)
@@ -229,6 +360,17 @@ def test_off_leaves_the_step_out_and_goes_on(sides, tmp_path, monkeypatch, capsy
     assert _train(sides, tmp_path / "model", *words) == 0
     _, newest = _state(tmp_path / "model")
     assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+def test_off_a_plateau_takes_no_loss_that_is_no_number(sides, tmp_path, monkeypatch):
+    path = tmp_path / "plateau.toml"
+    path.write_text("[[stage]]\nplateau = { window = 2, patience = 2 }\niterations = 5\n")
+    _poisoned(monkeypatch, iteration=3, times=1)
+    words = ("--recipe", str(path), "-s", "3", "--set", "train.nan_protection=off")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    place = _state(tmp_path / "model")[0]["parts"]["recipe"]["place"]
+    assert place["best"] is not None, "the mean of the first two"
+    assert place["loss_count"] == 0, "4 of 5 were numbers: two windows"
 
 
 def _collapsed_after(monkeypatch, iteration, windows_px=4):

@@ -93,6 +93,9 @@ class Loop:
         self.mean_loss: float | None = None
         now = time.monotonic()
         self.began_at, self.asked_at, self.saved_at = now, now, now
+        self.seconds = 0.0
+        """To the end of the last iteration, so that two saves of one iteration are the same."""
+
         self.waited_s = run.feed.waited_s
 
     def run(self) -> End:
@@ -122,6 +125,7 @@ class Loop:
             self.r.set_rate()
             self.r.engine(state.faces_seen)
             state.advance()
+            self.seconds = time.monotonic() - self.began_at
             self.unlogged += 1
             self._wait_for_device()
             if self._log_is_due():
@@ -140,7 +144,7 @@ class Loop:
             return None
         if plan.closes_window(iterations):
             self._log(wait=True)
-        why = plan.end(iterations, time.monotonic() - self.began_at)
+        why = plan.end(iterations, self.seconds)
         if why is None:
             return None
         if plan.is_last:
@@ -276,8 +280,7 @@ class Loop:
         self.mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:
-            seconds = time.monotonic() - self.began_at
-            state.parts[stages.PART] = self.r.plan.to_dict(seconds)
+            state.parts[stages.PART] = self.r.plan.to_dict(self.seconds)
         update, kept = self.r.step.update, self.r.config.save.save_optimizer
         waited = self.r.saver.save(
             update.weights(),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,11 +186,13 @@ def _prepare(
     model, loaded = _make_model(config, is_new=saved is None, is_aligned=is_aligned)
     faces = _open_faces(config, max(input_px, *output_px), device, reporter)
     config = _with_batch_size(config, faces, precision, device)
+    if plan:
+        _check_later_stages(plan, config, faces, output_px, device)
     model.to(device)
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
-    _settle_parts(state, saved, plan, rate_factor, config)
+    _settle_state(state, saved, plan, rate_factor, config)
     schedule = begin_schedule(state, config, plan.rate_factor if plan else 1.0)
     session = state.begin_session(config)
     stores = {side: opened.store for side, opened in faces.items()}
@@ -269,24 +271,25 @@ def _prepare(
     )
 
 
-def _settle_parts(
+def _settle_state(
     state: TrainingState,
     saved: Generation | None,
     plan: Plan | None,
     rate_factor: float | None,
     config: Config,
 ) -> None:
-    """Have the state's parts be those of this session: of its stage, and after a rollback."""
+    """Have the state be that of this session: of its stage and losses, and after a rollback."""
     if plan is None:
         state.parts.pop(stages.PART, None)  # the recipe was left
     elif plan.is_entered and SCHEDULE_SETTINGS & plan.stage.set.get("optimizer", {}).keys():
         state.parts.pop(SCHEDULE, None)  # the same one again, from its beginning
+    before = from_dict(saved.config) if saved and saved.config else config
+    if before.loss != config.loss:
+        state.lowest_mean_loss = None  # of other losses: no later one compares with it
     if rate_factor is not None:
         state.parts[ROLLBACK] = {"rate_factor": rate_factor}
-    elif saved and saved.config:
-        before = from_dict(saved.config).optimizer.learning_rate
-        if before != config.optimizer.learning_rate:
-            state.parts.pop(ROLLBACK, None)  # the user has chosen another rate
+    elif before.optimizer.learning_rate != config.optimizer.learning_rate:
+        state.parts.pop(ROLLBACK, None)  # the user has chosen another rate
 
 
 def choose_device(setting: str) -> torch.device:
@@ -370,6 +373,17 @@ def _with_batch_size(
     config: Config, faces: dict[str, SideFaces], precision: Precision, device: torch.device
 ) -> Config:
     """The settings with a batch size that each side can fill: as set, or the most that fits."""
+    _check_batch_size(config, faces)
+    if config.train.batch_size:
+        return config
+    free = free_bytes(device)
+    largest = memory.footprint(config, precision).largest_batch(free)
+    if not largest:
+        raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))
+    return with_batch_size(config, min(largest, *(f.store.num_faces for f in faces.values())))
+
+
+def _check_batch_size(config: Config, faces: dict[str, SideFaces]) -> None:
     batch_size = config.train.batch_size
     for side, opened in faces.items():
         if batch_size > opened.store.num_faces:
@@ -378,13 +392,26 @@ def _with_batch_size(
                 f"{opened.store.num_faces} faces; use --batch-size {opened.store.num_faces} or "
                 "less, or add faces"
             )
-    if batch_size:
-        return config
-    free = free_bytes(device)
-    largest = memory.footprint(config, precision).largest_batch(free)
-    if not largest:
-        raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))
-    return with_batch_size(config, min(largest, *(f.store.num_faces for f in faces.values())))
+
+
+def _check_later_stages(
+    plan: Plan,
+    config: Config,
+    faces: dict[str, SideFaces],
+    output_px: Sequence[int],
+    device: torch.device,
+) -> None:
+    """Refuse today what would end the run when its stage begins, days later."""
+    for number in range(plan.place.stage + 1, len(plan.recipe.stages)):
+        try:
+            later = from_dict(merge(to_dict(config), plan.recipe.settings_of(number)))
+            _check_batch_size(later, faces)
+            engines.choose(later.train.engine, device)
+            overlap.choose(later.optimizer, precisions.resolve(later.precision.mode, device))
+            if later.loss != config.loss:
+                Loss(later.loss, output_px, "cpu")
+        except ValueError as error:
+            raise ValueError(f"stage {plan.recipe.stages[number].name}: {error}") from error
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:

@@ -69,7 +69,8 @@ class Schedule:
     def __str__(self) -> str:
         """The rate, where it comes from and what becomes of it, for people."""
         config = self.config
-        words = [f"{self.base_rate * self.factor:.4g} ({self.source})"]
+        share = "" if self.factor == 1 else f"{self.factor:g} times {self.base_rate:.4g}, "
+        words = [f"{self.base_rate * self.factor:.4g} ({share}{self.source})"]
         if config.warmup_steps > 1:
             words.append(f"warm-up over {config.warmup_steps} updates")
         kinds = {

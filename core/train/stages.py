@@ -66,8 +66,11 @@ class Plan:
         return self.recipe.rate_factor_of(self.place.stage)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """What holds now, of all that stages have set."""
-        return self.recipe.settings_of(self.place.stage)
+        """What holds now, of all that stages have set; a rate of theirs replaces a found one."""
+        settings = self.recipe.settings_of(self.place.stage)
+        if "learning_rate" not in settings.get("optimizer", {}):
+            return settings
+        return merge(settings, {"optimizer": {"use_lr_finder": False}})
 
     def closes_window(self, iterations: int) -> bool:
         """Whether the plateau needs every loss up to this total iteration now."""
@@ -81,6 +84,7 @@ class Plan:
         if plateau is None or not plateau.is_loss:
             return
         values = named["batch_total" if plateau.metric == "loss" else plateau.metric]
+        values = values[np.isfinite(values)]  # others would make a sum that no file can hold
         while len(values):
             room = plateau.window - self.place.loss_count
             self.place.loss_sum += math.fsum(values[:room])

@@ -4,8 +4,11 @@ A stage and a setback end a session: the run is closed, and opened again from it
 the user had started it again, so that nothing of what follows depends on what was in memory.
 """
 
+import gc
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from ..config import merge
 from ..recipes import Recipe
@@ -35,14 +38,28 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
                 end = _find_rate(run, reporter, stop) if is_due(run) else None
                 if end is None:
                     end = setbacks.meet(Loop(run, reporter, stop, until).run(), run)
+            iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
+            del run
+            _free_memory()
             if not end.goes_on or stop.signal_name:
                 break
             reporter.warning(end.reason)
-            given = merge(given, {"model": {"load_weights": ""}})  # those were for the beginning
+            given = merge(given, _settled(with_found))
     if end.goes_on:
         end = End(STOPPED, f"{stop.signal_name} received; the state is saved")
-    reporter.stop(iteration=run.state.iterations, reason=end.reason, exit_code=end.code)
+    reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.code)
     return end.code
+
+
+def _settled(with_found: bool) -> dict[str, Any]:
+    """What the first session has settled, where the user is not to be understood anew."""
+    return {"model": {"load_weights": ""}, "optimizer": {"use_lr_finder": with_found}}
+
+
+def _free_memory() -> None:
+    """Give back what a closed run held of a GPU: there may be no room for another beside it."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> End | None:
@@ -61,7 +78,7 @@ class _Setbacks:
     def __init__(self) -> None:
         self.count = 0
         self.rate_factor: float | None = None
-        """What the learning rate is to be multiplied with; None: as the model was saved."""
+        """What the learning rate is to be multiplied with in the next session; None: as saved."""
 
         self.lowest: float | None = None
         """The lowest mean loss at the last of them."""
@@ -69,6 +86,7 @@ class _Setbacks:
     def meet(self, end: End, run: Run) -> End:
         """The end of a loop: the same, or where the model has gone back, whether it tries again."""
         if end.back_at is None:
+            self.rate_factor = None
             return end
         settings, lowest = run.config.train, run.state.lowest_mean_loss
         if self.lowest is not None and lowest is not None and lowest < self.lowest:
