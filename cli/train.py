@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
     from ..core.train.unattended import train
 
     try:
-        return train(given, Reporter(as_json="json" in args), recipe)
+        return train(given, Reporter(as_json="json" in args, level=config.log.level), recipe)
     except SaveError as error:  # before the first step; later the loop tells of it
         print(f"mien train: {error}", file=sys.stderr)
         return HALTED

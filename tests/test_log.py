@@ -22,6 +22,8 @@ STEP = {
     "data_wait": 0.003,
     "memory_mib": 812.4,
     "learning_rate": 5e-5,
+    "session_iterations": 7,
+    "elapsed_s": 61.0,
     "seconds_left": 753.0,
 }
 
@@ -83,7 +85,7 @@ def test_plain_lines():
     assert lines[:3] == ["model     original", "face set  faces/a", "threads   2"]
     pattern = (
         r"\[\d\d:\d\d:\d\d\] \[#00012\] Loss A: 0\.34316, Loss B: 0\.33458 \| EG/s 123\.4 "
-        r"\| wait 0\.3 % \| 812 MiB \| left 0:12:33"
+        r"\| wait 0\.3 % \| 812 MiB \| 7 in 0:01:01 \| left 0:12:33"
     )
     assert re.fullmatch(pattern, lines[3])
     assert lines[4:] == [
@@ -96,7 +98,8 @@ def test_plain_lines():
 
 def test_unknown_memory_and_end_are_left_out():
     stream = io.StringIO()
-    Reporter(stream).step(**STEP | {"memory_mib": None, "seconds_left": None})
+    unknown = ("memory_mib", "session_iterations", "elapsed_s", "seconds_left")
+    Reporter(stream).step(**STEP | dict.fromkeys(unknown))
     assert stream.getvalue().endswith("| EG/s 123.4 | wait 0.3 %\n")
 
 
