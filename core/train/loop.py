@@ -278,9 +278,14 @@ class Loop:
         state = self.r.state
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
-        self.look = self.r.pictures.look(state.iterations)
+        look = self.look = self.r.pictures.look(state.iterations)
         if not self.is_in_trouble and self.policy != "off":
-            self._check_pictures(self.look)
+            self.collapse.take_pictures(
+                look.predictions[:, 0],
+                look.faces.targets,
+                state.iterations,
+                state.session.iterations,
+            )
         self.mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:
@@ -299,7 +304,7 @@ class Loop:
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
             )
         self.r.log.flush()
-        self._write_preview(self.look)
+        self._write_preview(look)
         added = self.r.pictures.add_to_timelapse(state.iterations)
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)
@@ -324,15 +329,6 @@ class Loop:
         path = self.r.folder.snapshot()
         if not self.r.folder.warnings:  # else it says why there is none
             self.reporter.snapshot(iteration=self.r.state.iterations, path=path)
-
-    def _check_pictures(self, look: Look) -> None:
-        """Raise Trouble where what the preview shows has collapsed."""
-        self.collapse.take_pictures(
-            look.predictions[:, 0],
-            look.faces.targets,
-            look.iteration,
-            self.r.state.session.iterations,
-        )
 
     def _evaluate(self) -> None:
         """Measure the present weights, once, on held-out faces; the figures go into the state.

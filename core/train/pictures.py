@@ -72,6 +72,9 @@ class Pictures:
             self._preview_paths.append(Path(self._settings.write_image))
         self._timelapse_folder = Path(self._settings.timelapse_output or folder / "timelapse")
         self._timelapse_faces = self._open_timelapse()
+        self._timelapse_at: int | None = None
+        """The iteration of the last picture of it."""
+
         self._is_told: set[Path] = set()
 
     def look(self, iteration: int) -> Look:
@@ -90,12 +93,14 @@ class Pictures:
         return self._preview_paths[0]
 
     def add_to_timelapse(self, iteration: int) -> Path | None:
-        """The new picture of the time-lapse; None where there is no time-lapse, or it failed.
+        """The new picture of the time-lapse; None where there is no time-lapse, or it failed, or
+        the iteration has its picture.
 
         A key that toggles the mask does not count here: a film should not flicker.
         """
-        if self._timelapse_faces is None:
+        if self._timelapse_faces is None or self._timelapse_at == iteration:
             return None
+        self._timelapse_at = iteration
         faces = self._timelapse_faces
         look = Look(iteration, faces, self._predictions(faces))
         image = self._image(look, shows_mask=self._settings.show_mask)
