@@ -21,6 +21,7 @@ from mien.core.data.feed import Feed
 from mien.core.data.preview_faces import drawn, spread
 from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop
+from mien.core.faces.png import read_header, write_face
 from mien.core.run.checkpoint import ModelFolder
 from mien.core.run.requests import Requests
 from mien.core.run.window import PreviewWindow
@@ -441,6 +442,22 @@ def test_a_time_lapse_of_one_side_is_refused(sides, tmp_path, given, lacks, caps
     assert f"add --timelapse-input-{lacks} FOLDER, or leave --timelapse-input-{given} out" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "model").exists()
+
+
+def test_a_time_lapse_of_faces_without_the_trained_mask_is_refused(sides, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in sorted(sides[0].iterdir())[:2]:
+        _, header = read_header(path)
+        header.masks.clear()
+        write_face(bare / path.name, cv2.imread(str(path)), header)
+    timelapse = ("-x", str(bare), "-y", str(sides[1]))
+    stored = ("--set", "data.mask_type=vgg-clear")
+    assert _train(sides, tmp_path / "model", "-i", "1", *timelapse, *stored) == 2
+    said = capsys.readouterr().err
+    assert f"none of 2 faces of {bare} can be shown: they are damaged, or lack the mask" in said
+    no_mask = ("--set", "loss.penalized_mask_loss=false")
+    assert _train(sides, tmp_path / "other", "-i", "1", *timelapse, *stored, *no_mask) == 0
 
 
 def test_a_time_lapse_can_be_left_out_again(sides, tmp_path):

@@ -57,9 +57,13 @@ class PreviewLoader:
             self.data.centering, 1.0, offset, full_size_px(self.output_px, coverage)
         )
         sides = [self._usable(side, seen, shown) for side in faces.values()]
+        for usable, given in zip(sides, faces.values(), strict=True):
+            if not usable:
+                raise ValueError(
+                    f"none of {len(given)} faces of {given[0].path.parent} can be shown: they are "
+                    f"damaged, or lack the mask {self.data.mask_type}; extract them again"
+                )
         least = min(len(side) for side in sides)
-        if not least:
-            raise ValueError("no face for a picture can be used: files are damaged or lack masks")
         return PreviewFaces(
             np.array([[small for small, _ in side[:least]] for side in sides]),
             np.array([[full for _, full in side[:least]] for side in sides]),
