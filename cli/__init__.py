@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "Train a model, or resume one.",
     "demo": "Draw two face sets and train a small model on them.",
     "faces": "Check, inspect or draw folders of faces.",
+    "timelapse": "Make a film of a time-lapse's pictures.",
     "preset": "List, show and save settings under a name.",
     "recipe": "List and show recipes: training in stages.",
     "analyze": "Show how a model was trained: its sessions, graphs of its losses.",

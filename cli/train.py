@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from ..core.train.stages import Plan
 
 
+_WHILE_IT_RUNS = (
+    "While it runs, on a terminal and in the window: Enter saves and quits, s saves, r renews the "
+    "preview, m shows it with or without its mask. From elsewhere: SIGTERM saves and quits, "
+    "SIGUSR1 saves, SIGUSR2 renews the preview."
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting that has one, and the ways to give all the others."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
+    parser.epilog = _WHILE_IT_RUNS
     for spec in settings.all_settings():
         if spec.flags:
             _add_flag(parser, spec)
@@ -163,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
     from ..core.train.unattended import train
 
     try:
-        return train(given, Reporter(as_json="json" in args), recipe)
+        return train(given, Reporter(as_json="json" in args, level=config.log.level), recipe)
     except SaveError as error:  # before the first step; later the loop tells of it
         print(f"mien train: {error}", file=sys.stderr)
         return HALTED

@@ -451,8 +451,27 @@ class SaveConfig(_Checked):
     keep_generations: int = _setting(2, low=1, high=100)
     """How many complete saves are kept."""
 
+    snapshot_interval: int = _setting(
+        25_000, low=0, high=1_000_000_000, flag="-I --snapshot-interval"
+    )
+    """Total iterations between two copies of the model, optimizer and all, that are kept beside its
+    folder as `<model dir>_snapshot_<n>_iters`; 0 is off."""
+
     logs: bool = _setting(True, flag="-n --no-logs")
-    """Write TensorBoard events."""
+    """Write TensorBoard events, and all that is reported as `events.jsonl`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig(_Checked):
+    """What of the reports is printed."""
+
+    level: str = _setting(
+        "info", choices=("debug", "info", "warning", "error"), flag="-L --loglevel --log-level"
+    )
+    """How much must be amiss for a report to be printed; debug: every report is."""
+
+    file: str = _setting("", flag="-F --logfile --log-file")
+    """File to which the same lines are added, each with its date."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -480,10 +499,16 @@ class EvaluateConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreviewConfig(_Checked):
-    """The picture written at every save."""
+    """The picture written at every save, and those of the time-lapse."""
 
     preview_images: int = _setting(14, low=2, high=16)
     """Faces of each side in the picture."""
+
+    faces: str = _setting("fixed", choices=("fixed", "fresh"))
+    """Show the same faces every time, evenly spread over the folder, or others every time."""
+
+    show_mask: bool = _setting(True)
+    """Tint what the mask leaves out, if the model trains with a mask."""
 
     mask_opacity: int = _setting(30, low=0, high=100)
     """Percent of tint over what the mask leaves out."""
@@ -491,10 +516,30 @@ class PreviewConfig(_Checked):
     mask_color: str = _setting("#ff0000")
     """Colour of the tint and of the coverage corners, as #rrggbb."""
 
+    write_image: str = _setting("", flag="-w --write-image")
+    """PNG file to which every preview is written too."""
+
+    window: bool = _setting(False, flag="-p --preview")
+    """Show the preview in a window; needs a screen, and opencv-python."""
+
+    preview_scale: int = _setting(100, low=10, high=400, flag="--preview-scale")
+    """Percent of its size at which the window shows the preview."""
+
+    timelapse_input_a: str = _setting("", flag="-x --timelapse-input-a")
+    """Folder whose first faces are drawn at every save as a picture of the time-lapse, as A."""
+
+    timelapse_input_b: str = _setting("", flag="-y --timelapse-input-b")
+    """The same of B."""
+
+    timelapse_output: str = _setting("", flag="-z --timelapse-output")
+    """Folder of the time-lapse's pictures; default: `timelapse` in the model's."""
+
     def __post_init__(self) -> None:
         _Checked.__post_init__(self)
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.mask_color):
             raise ValueError(f"preview.mask_color must be #rrggbb, got {self.mask_color!r}")
+        if self.write_image and not self.write_image.lower().endswith(".png"):
+            raise ValueError(f"preview.write_image must end in .png, got {self.write_image!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -509,6 +554,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 

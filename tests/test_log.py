@@ -22,6 +22,8 @@ STEP = {
     "data_wait": 0.003,
     "memory_mib": 812.4,
     "learning_rate": 5e-5,
+    "session_iterations": 7,
+    "elapsed_s": 61.0,
     "seconds_left": 753.0,
 }
 
@@ -83,7 +85,7 @@ def test_plain_lines():
     assert lines[:3] == ["model     original", "face set  faces/a", "threads   2"]
     pattern = (
         r"\[\d\d:\d\d:\d\d\] \[#00012\] Loss A: 0\.34316, Loss B: 0\.33458 \| EG/s 123\.4 "
-        r"\| wait 0\.3 % \| 812 MiB \| left 0:12:33"
+        r"\| wait 0\.3 % \| 812 MiB \| 7 in 0:01:01 \| left 0:12:33"
     )
     assert re.fullmatch(pattern, lines[3])
     assert lines[4:] == [
@@ -96,7 +98,8 @@ def test_plain_lines():
 
 def test_unknown_memory_and_end_are_left_out():
     stream = io.StringIO()
-    Reporter(stream).step(**STEP | {"memory_mib": None, "seconds_left": None})
+    unknown = ("memory_mib", "session_iterations", "elapsed_s", "seconds_left")
+    Reporter(stream).step(**STEP | dict.fromkeys(unknown))
     assert stream.getvalue().endswith("| EG/s 123.4 | wait 0.3 %\n")
 
 
@@ -195,3 +198,64 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(LogError, match="No space left on device; free space"):
         log.scalars({"batch_total": 1.0}, 1)
     log.close()
+
+
+def test_reports_are_kept_whatever_is_shown(tmp_path):
+    stream = io.StringIO()
+    reporter = Reporter(stream, clock=lambda: 1234.5)
+    reporter.warning("told before it was known where to keep it")
+    events, log_file = tmp_path / "logs/events.jsonl", tmp_path / "run.log"
+    reporter.keep_in(events=events, log_file=log_file, level="warning")
+    tell_everything(reporter)
+    kept = [json.loads(line) for line in events.read_text().splitlines()]
+    kinds = [event["event"] for event in kept]
+    assert kinds == ["warning", "start", "step", "save", "preview", "warning", "stop"]
+    assert kept[2] == {"event": "step", "time": 1234.5} | STEP
+    assert list(reporter.latest) == events.read_text().splitlines()
+    told = stream.getvalue().splitlines()
+    assert told[1:] == ["Warning: side A has 40 faces"], "a stop that was wished for is no error"
+    assert [line[20:] for line in log_file.read_text().splitlines()] == [
+        f"WARNING {line}" for line in told
+    ]
+
+
+def test_each_session_has_events_of_its_own(tmp_path):
+    reporter = Reporter(io.StringIO())
+    for number in (1, 2):
+        path = tmp_path / f"{number}.jsonl"
+        reporter.keep_in(events=path, log_file=None, level="info")
+        reporter.warning(f"of session {number}")
+    for number in (1, 2):
+        (line,) = (tmp_path / f"{number}.jsonl").read_text().splitlines()
+        assert json.loads(line)["message"] == f"of session {number}"
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_run():
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    reporter.keep_in(events=Path("/dev/full"), log_file=None, level="info")
+    tell_everything(reporter)
+    told = stream.getvalue()
+    line = (
+        "Warning: cannot write to /dev/full: No space left on device; nothing more goes there; "
+        "free space, or start again with --no-logs\n"
+    )
+    assert told.count("cannot write") == 1
+    assert line in told
+    assert told.endswith("Stopped at iteration 13: signal\n")
+
+
+def test_events_that_cannot_be_kept_at_all_are_told(tmp_path):
+    (tmp_path / "logs").write_text("a file in the way")
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    reporter.keep_in(events=tmp_path / "logs/events.jsonl", log_file=None, level="info")
+    assert re.fullmatch(r"Warning: cannot write to .*--no-logs\n", stream.getvalue())
+    with pytest.raises(ValueError, match=r"^log.file .* cannot be written: .*--log-file$"):
+        reporter.keep_in(events=None, log_file=tmp_path / "logs/run.log", level="info")
+
+
+def test_a_level_holds_for_json_too():
+    stream = io.StringIO()
+    tell_everything(Reporter(stream, as_json=True, level="warning"))
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["warning"]

@@ -45,11 +45,13 @@ def read_folder(
     strict: bool = False,
     minimum: int = MINIMUM_FACES,
     side: str | None = None,
+    most: int | None = None,
 ) -> FaceFolder:
     """The faces of a folder; sub-folders and files that are not named .png are passed over.
 
     strict: refuse the folder at the first file that is no usable face. minimum: faces that a side
-    needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts.
+    needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts. most: faces
+    after which the rest of the folder is not read.
     Raises ValueError, one line, where the folder is missing, holds no faces or too few.
     """
     folder = Path(path).expanduser()
@@ -60,6 +62,8 @@ def read_folder(
         result = _read(file)
         if isinstance(result, Face):
             faces.append(result)
+            if len(faces) == most:
+                break
             continue
         if strict:
             raise ValueError(f"{result.path}: {result.reason}")

@@ -14,8 +14,10 @@ and of saves, where faces are held out:
     evaluate/<name>                   a figure of `core.train.evaluate`
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
-"save" | "preview" | "warning" | "stop", "time": seconds since 1970, ...}. torch is imported only
-where a TensorBoardLog is made.
+"save" | "snapshot" | "preview" | "timelapse" | "warning" | "crash" | "stop", "time": seconds since
+1970, ...}. All of them are kept in <model dir>/logs/session_<n>/events.jsonl, where a session that
+was lost in a crash and the one that has its number are told apart by their "start". torch is
+imported only where a TensorBoardLog is made.
 """
 
 import json
@@ -24,10 +26,16 @@ import numbers
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
+
+from .report_files import Report, ReportFile
+
+_LATEST = 100
+_AS_WANTED = (0, 4)  # exit codes of what is done, and of what the user has stopped
 
 
 class LogError(RuntimeError):
@@ -125,7 +133,8 @@ class Reporter:
     """Tells the user, or the program that started the run, how it goes.
 
     Three ways: JSON lines; on a terminal, one status line that stays below the others; elsewhere a
-    plain line for each report. Not for use by several threads.
+    plain line for each report. Whatever is shown, `keep_in` has it kept in files as well. Not for
+    use by several threads.
     """
 
     def __init__(
@@ -135,13 +144,60 @@ class Reporter:
         as_json: bool = False,
         terminal: bool | None = None,
         clock: Callable[[], float] = time.time,
+        level: str = "info",
     ) -> None:
         self._stream = sys.stdout if stream is None else stream
         self._as_json = as_json
         self._clock = clock
+        self._level = level
         self._is_gone = False
         is_terminal = self._stream.isatty() if terminal is None else terminal
         self._live = _StatusLine(self._stream) if is_terminal and not as_json else None
+        self.latest: deque[str] = deque(maxlen=_LATEST)
+        """The latest events as JSON lines, oldest first."""
+
+        self._early: list[Report] | None = []
+        """What was told before it was known where to keep it."""
+
+        self._files: list[ReportFile] = []
+
+    def keep_in(self, *, events: Path | None, log_file: Path | None, level: str) -> None:
+        """Keep reports in files, those told so far in the first ones of all; print from a level on.
+
+        Args:
+            events: For every report as a JSON line; None: for none.
+            log_file: For what is printed; None: for none.
+            level: Lowest level of what is printed.
+
+        Raises:
+            ValueError: The log file cannot be written.
+        """
+        self._level, self._files, former = level, [], self._files
+        for file in former:
+            file.close()
+        if log_file is not None:
+            remedy = "free space, or choose another --log-file"
+            try:
+                kept = ReportFile(log_file, level=level, as_json=False, remedy=remedy)
+            except OSError as error:
+                reason = error.strerror or error
+                raise ValueError(
+                    f"log.file {log_file} cannot be written: {reason}; choose another --log-file"
+                ) from error
+            self._files.append(kept)
+        problem = None
+        if events is not None:
+            remedy = "free space, or start again with --no-logs"
+            try:
+                kept = ReportFile(events, level="debug", as_json=True, remedy=remedy)
+                self._files.append(kept)
+            except OSError as error:
+                problem = f"cannot write to {events}: {error.strerror or error}; {remedy}"
+        early, self._early = self._early, None
+        for report in early or ():
+            self._keep(report)
+        if problem:
+            self.warning(problem)
 
     def start(self, facts: dict[str, Any]) -> None:
         """Tell what is about to run: model, folders, chosen paths; one line each."""
@@ -159,6 +215,8 @@ class Reporter:
         data_wait: float,
         memory_mib: float | None = None,
         learning_rate: float | None = None,
+        session_iterations: int | None = None,
+        elapsed_s: float | None = None,
         seconds_left: float | None = None,
     ) -> None:
         """Tell where the run stands.
@@ -171,6 +229,8 @@ class Reporter:
             data_wait: Share of the time that the step waited for data, 0 to 1.
             memory_mib: Peak memory of the device.
             learning_rate: Of that iteration.
+            session_iterations: Of these, those of this session.
+            elapsed_s: Since the session's first iteration.
             seconds_left: Until the session's last iteration.
         """
         clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
@@ -180,6 +240,8 @@ class Reporter:
         )
         if memory_mib is not None:
             text += f" | {memory_mib:.0f} MiB"
+        if session_iterations is not None and elapsed_s is not None:
+            text += f" | {session_iterations} in {duration(elapsed_s)}"
         if seconds_left is not None:
             text += f" | left {duration(seconds_left)}"
         fields = {
@@ -190,6 +252,8 @@ class Reporter:
             "data_wait": data_wait,
             "memory_mib": memory_mib,
             "learning_rate": learning_rate,
+            "session_iterations": session_iterations,
+            "elapsed_s": elapsed_s,
             "seconds_left": seconds_left,
         }
         self._tell("step", text, fields)
@@ -221,6 +285,16 @@ class Reporter:
         """Tell that a new preview picture is there."""
         self._tell("preview", f"Preview: {path}", {"iteration": iteration, "path": path})
 
+    def timelapse(self, *, iteration: int, path: Path) -> None:
+        """Tell that the time-lapse has one more picture."""
+        fields = {"iteration": iteration, "path": path}
+        self._tell("timelapse", f"Time-lapse: {path}", fields, level="debug")
+
+    def snapshot(self, *, iteration: int, path: Path) -> None:
+        """Tell that a copy of the model was put beside its folder."""
+        text = f"Snapshot of iteration {iteration}: {path}"
+        self._tell("snapshot", text, {"iteration": iteration, "path": path})
+
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
         """A function to be told ``(done, total)`` of a longer job before the run starts.
@@ -242,8 +316,9 @@ class Reporter:
             most = max(most, done)
 
         yield tell
-        if not self._as_json:
-            self._tell("progress", f"{title}: {most} in {self._clock() - started:.1f} s", {})
+        text = f"{title}: {most} in {self._clock() - started:.1f} s"
+        if not self._as_json and self._level in ("debug", "info"):
+            self._print("progress", text)
 
     def found_rates(self, rates: dict[str, float], *, chosen: str, picture: Path | None) -> None:
         """Tell which learning rates were found, by strength, and which of them is used."""
@@ -255,28 +330,56 @@ class Reporter:
 
     def warning(self, message: str) -> None:
         """Tell of something the user should look at while the run goes on."""
-        self._tell("warning", f"Warning: {message}", {"message": message})
+        self._tell("warning", f"Warning: {message}", {"message": message}, level="warning")
+
+    def crash(self, *, error: str, path: Path) -> None:
+        """Tell of a failure of mien itself: on stderr, where its traceback follows."""
+        self.close()
+        text = f"mien itself has failed; {path} says what is known of it"
+        report = self._report("crash", text, {"error": error, "path": path}, "error")
+        self._keep(report)
+        if self._as_json:
+            self._print("crash", report.line)
+        print(text, file=sys.stderr)
 
     def stop(self, *, iteration: int, reason: str, exit_code: int) -> None:
         """Tell why the run ended; the last event of all."""
         fields = {"iteration": iteration, "reason": reason, "exit_code": exit_code}
-        self._tell("stop", f"Stopped at iteration {iteration}: {reason}", fields)
+        level = "info" if exit_code in _AS_WANTED else "error"
+        self._tell("stop", f"Stopped at iteration {iteration}: {reason}", fields, level)
         self.close()
+        for file in self._files:
+            file.close()
 
     def close(self) -> None:
         """Leave the terminal as it was; the last status line stays."""
         if self._live is not None:
             self._live.close()
 
-    def _tell(self, event: str, text: str, fields: dict[str, Any]) -> None:
+    def _tell(self, event: str, text: str, fields: dict[str, Any], level: str = "info") -> None:
+        report = self._report(event, text, fields, level)
+        if report.is_worth(self._level):
+            self._print(event, report.line if self._as_json else text)
+        self._keep(report)
+
+    def _report(self, event: str, text: str, fields: dict[str, Any], level: str) -> Report:
+        now = self._clock()
+        line = json.dumps({"event": event, "time": now} | _plain(fields), allow_nan=False)
+        self.latest.append(line)
+        return Report(event, now, level, text, line)
+
+    def _keep(self, report: Report) -> None:
+        if self._early is not None:
+            self._early.append(report)
+        problems = [file.add(report) for file in self._files]
+        for problem in filter(None, problems):
+            self.warning(problem)
+
+    def _print(self, event: str, text: str) -> None:
         if self._is_gone:
             return
         try:
-            if self._as_json:
-                line = {"event": event, "time": self._clock()} | _plain(fields)
-                self._stream.write(json.dumps(line, allow_nan=False) + "\n")
-                self._stream.flush()
-            elif self._live is None:
+            if self._live is None:
                 self._stream.write(text + "\n")
                 self._stream.flush()
             elif event == "step":

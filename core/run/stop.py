@@ -1,6 +1,7 @@
 """Being told to stop: the present step is finished and saved; told twice, the process ends."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -11,6 +12,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        """Also the name of a key, where one was pressed to stop."""
+
+        self.when_noted: list[Callable[[], None]] = []
+        """Called at the first signal: what must not be left undone if a second one follows."""
+
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -26,3 +32,5 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
+        for action in self.when_noted:
+            action()

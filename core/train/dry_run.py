@@ -63,6 +63,8 @@ def rehearse(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = 
         decoded = str(own_faces) if config.save.model_dir and own_faces.is_dir() else ""
         trial = {
             "save": {"model_dir": f"{scratch}/model", "logs": False},
+            "log": {"file": ""},
+            "preview": {"window": False},
             "data": {"store_dir": config.data.store_dir or decoded or f"{scratch}/faces"},
         }
         with open_run(merge(to_dict(config), trial), reporter) as run:

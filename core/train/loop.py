@@ -12,11 +12,11 @@ import torch
 from ..data.sides import SIDES
 from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
-from ..run.preview import preview_image, save_png
-from ..run.stop import StopRequest
+from ..run.requests import Requests, Wish
 from . import stages
 from .evaluate import evaluate
 from .health import Collapse, NotFinite, Trouble
+from .pictures import Look
 from .prepare import Run
 from .ring import CAPACITY, to_host
 
@@ -75,8 +75,12 @@ class Loop:
     so that neither waits for the other.
     """
 
-    def __init__(self, run: Run, reporter: Reporter, stop: StopRequest, until: int):
-        self.r, self.reporter, self.stop, self.until = run, reporter, stop, until
+    def __init__(self, run: Run, reporter: Reporter, requests: Requests, until: int):
+        self.r, self.reporter, self.requests, self.until = run, reporter, requests, until
+        self.stop = requests.stop
+        self.look: Look | None = None
+        """What the last preview shows."""
+
         self.unlogged = 0
         """Iterations whose losses have not been asked for."""
 
@@ -130,8 +134,13 @@ class Loop:
             self._wait_for_device()
             if self._log_is_due():
                 self._log()
-            if self._save_is_due():
-                self._save()
+            wishes, is_snapshot = self._wishes(), self._snapshot_is_due()
+            if is_snapshot or "save" in wishes or self._save_is_due():
+                self._save(with_optimizer=is_snapshot)
+            elif wishes:
+                self._show(wishes)
+            if is_snapshot:
+                self._snapshot()
             self._report_saves()
         if self._remaining():
             return End(STOPPED, f"{self.stop.signal_name} received; the state is saved")
@@ -201,6 +210,15 @@ class Loop:
             return done % settings.save_interval == 0
         return done % _SAVE_ITERATIONS == 0 and since >= _SAVE_SECONDS
 
+    def _snapshot_is_due(self) -> bool:
+        interval = self.r.config.save.snapshot_interval
+        return interval > 0 and self.r.state.iterations % interval == 0
+
+    def _wishes(self) -> set[Wish]:
+        """What the user has asked for since the last step."""
+        self.requests.press(self.r.pictures.keys())
+        return self.requests.take()
+
     def _log(self, wait: bool = False) -> None:
         """Ask for the losses since the last time; tell those that are there, or wait for all."""
         if self.unlogged:
@@ -265,26 +283,34 @@ class Loop:
             data_wait=min(asked.waited_s / asked.seconds, 1.0),
             memory_mib=memory,
             learning_rate=self.r.schedule.rate(last - 1),
+            session_iterations=self.r.state.session.iterations - behind,
+            elapsed_s=time.monotonic() - self.began_at,
             seconds_left=(self._remaining() + behind) * asked.seconds / asked.count,
         )
 
-    def _save(self, is_last: bool = False) -> None:
-        """Measure the model, queue a save of the present state, write the preview beside it."""
+    def _save(self, *, is_last: bool = False, with_optimizer: bool = False) -> None:
+        """Measure the model, queue a save of the present state, write the pictures beside it."""
         self._log(wait=True)
         state = self.r.state
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
-        predictions = self._predictions()
+        look = self.look = self.r.pictures.look(state.iterations)
         if not self.is_in_trouble and self.policy != "off":
-            self._check_pictures(predictions)
+            self.collapse.take_pictures(
+                look.predictions[:, 0],
+                look.faces.targets,
+                state.iterations,
+                state.session.iterations,
+            )
         self.mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:
             state.parts[stages.PART] = self.r.plan.to_dict(self.seconds)
         update, kept = self.r.step.update, self.r.config.save.save_optimizer
+        with_optimizer |= kept == "always" or (is_last and kept == "exit")
         waited = self.r.saver.save(
             update.weights(),
-            update.tensors() if kept == "always" or (is_last and kept == "exit") else None,
+            update.tensors() if with_optimizer else None,
             state.to_dict(),
             is_best=is_best,
         )
@@ -293,20 +319,31 @@ class Loop:
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
             )
         self.r.log.flush()
-        path = self.r.folder.path / "preview.png"
-        save_png(path, self._preview(predictions))
-        self.reporter.preview(iteration=state.iterations, path=path)
+        self._write_preview(look)
+        added = self.r.pictures.add_to_timelapse(state.iterations)
+        if added is not None:
+            self.reporter.timelapse(iteration=state.iterations, path=added)
         self.saved_at = time.monotonic()
 
-    def _check_pictures(self, predictions: np.ndarray) -> None:
-        """Raise Trouble where what the preview shows has collapsed."""
-        state = self.r.state
-        self.collapse.take_pictures(
-            predictions[:, 0],
-            self.r.preview_faces.targets,
-            state.iterations,
-            state.session.iterations,
-        )
+    def _show(self, wishes: set[Wish]) -> None:
+        """Renew the preview, or draw the last one as it is now wanted."""
+        self._log(wait=True)  # the device has then made all steps
+        if self.look is None or "preview" in wishes:
+            self.look = self.r.pictures.look(self.r.state.iterations)
+        self._write_preview(self.look)
+
+    def _write_preview(self, look: Look) -> None:
+        mask_is_toggled = self.requests.mask_is_toggled
+        path = self.r.pictures.write_preview(look, mask_is_toggled=mask_is_toggled)
+        self.reporter.preview(iteration=look.iteration, path=path)
+
+    def _snapshot(self) -> None:
+        """Put a copy of the save that was just queued beside the model folder."""
+        self.r.saver.wait()
+        self._report_saves()
+        path = self.r.folder.snapshot()
+        if not self.r.folder.warnings:  # else it says why there is none
+            self.reporter.snapshot(iteration=self.r.state.iterations, path=path)
 
     def _evaluate(self) -> None:
         """Measure the present weights, once, on held-out faces; the figures go into the state.
@@ -336,38 +373,3 @@ class Loop:
                 seconds=saved.seconds,
                 mean_loss=self.mean_loss,
             )
-
-    @torch.no_grad()
-    def _predictions(self) -> np.ndarray:
-        """(2 sides, 2 decoders, its own first, n, S, S, C) uint8: the preview's faces as of now."""
-        run, faces = self.r, self.r.preview_faces
-        run.model.eval()
-        predictions = []
-        for side, inputs in zip(SIDES, faces.inputs, strict=True):
-            pixels = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(run.device)
-            other = SIDES[1 - SIDES.index(side)]
-            codes = run.model.encode(pixels.to(run.precision.compute) / 255)
-            decoded = [run.model.decode(run.model.mix(codes, to), to) for to in (side, other)]
-            has_mask = run.model.build.learn_mask
-            predictions.append([_to_pixels(outputs, has_mask) for outputs in decoded])
-        run.model.train()
-        return np.array(predictions)
-
-    def _preview(self, predictions: np.ndarray) -> np.ndarray:
-        """The preview picture."""
-        settings, config = self.r.config.preview, self.r.config
-        return preview_image(
-            predictions,
-            self.r.preview_faces.targets,
-            coverage=config.data.coverage / 100,
-            mask_opacity=settings.mask_opacity,
-            mask_color=settings.mask_color,
-            has_mask=config.loss.penalized_mask_loss or config.loss.learn_mask,
-        )
-
-
-def _to_pixels(outputs: tuple[torch.Tensor, ...], learn_mask: bool) -> np.ndarray:
-    """(n, S, S, 3 or 4) uint8 of the largest face and, where learned, its mask."""
-    picture = torch.cat(outputs[-2:], dim=1) if learn_mask else outputs[-1]
-    pixels = (picture.float() * 255).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -18,13 +18,15 @@ from ..config import Config, from_dict, merge, model_settings, to_dict
 from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
-from ..data.preview_faces import PreviewFaces, load_preview_faces
+from ..data.preview_faces import PreviewLoader
 from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore, available_host_bytes
 from ..recipes import Recipe
 from ..run.checkpoint import Generation, ModelFolder, Saver
+from ..run.crash import reporting_crashes
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
+from ..run.window import PreviewWindow
 from . import engine as engines
 from . import memory, overlap, stages
 from . import precision as precisions
@@ -32,6 +34,7 @@ from .engine import Engine
 from .evaluate import Evaluation, open_evaluation
 from .losses import Loss
 from .optim import Update
+from .pictures import Pictures
 from .precision import Precision
 from .ring import LossRing
 from .schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS, Schedule, begin_schedule, settle_rate
@@ -58,7 +61,7 @@ class Run:
     folder: ModelFolder
     saver: Saver
     log: Log
-    preview_faces: PreviewFaces
+    pictures: Pictures
     evaluation: Evaluation | None
     device: torch.device
 
@@ -108,7 +111,8 @@ def open_run(
         config = _resolved(config)
         device = choose_device(config.train.device)
         try:
-            yield _prepare(config, saved, plan, rate_factor, folder, reporter, stack, device)
+            with reporting_crashes(folder.path, config, reporter):
+                yield _prepare(config, saved, plan, rate_factor, folder, reporter, stack, device)
         except torch.OutOfMemoryError as error:
             precision = precisions.resolve(config.precision.mode, device)
             raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
@@ -173,6 +177,7 @@ def _prepare(
     stack: ExitStack,
     device: torch.device,
 ) -> Run:
+    window = _open_window(config, stack)
     precision = precisions.resolve(config.precision.mode, device)
     kind_of_update = overlap.choose(config.optimizer, precision)
     engine_name, engine_why = engines.choose(config.train.engine, device)
@@ -208,13 +213,21 @@ def _prepare(
         landmarks=_landmarks(config, faces, device, reporter),
     )
     stack.callback(feed.close)
-    preview_faces = load_preview_faces(
-        {side: opened.trained_on for side, opened in faces.items()},
-        config.data,
-        count=config.preview.preview_images,
-        input_px=input_px,
-        output_px=output_px[-1],
-        num_threads=num_threads,
+    pictures = Pictures(
+        config,
+        model,
+        precision,
+        loader=PreviewLoader(
+            config.data,
+            has_mask=config.loss.penalized_mask_loss or config.loss.learn_mask,
+            input_px=input_px,
+            output_px=output_px[-1],
+            num_threads=num_threads,
+        ),
+        faces={side: opened.trained_on for side, opened in faces.items()},
+        folder=folder.path,
+        window=window,
+        warn=reporter.warning,
     )
     evaluation = open_evaluation(
         config,
@@ -242,6 +255,12 @@ def _prepare(
     first_step = state.iterations + 1
     log = open_log(folder.path, session.number, enabled=config.save.logs, first_step=first_step)
     stack.callback(log.close)
+    events = folder.path / "logs" / f"session_{session.number}" / "events.jsonl"
+    reporter.keep_in(
+        events=events if config.save.logs else None,
+        log_file=Path(config.log.file) if config.log.file else None,
+        level=config.log.level,
+    )
     chosen = engine.name == engine_name
     engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
@@ -265,7 +284,7 @@ def _prepare(
         folder=folder,
         saver=saver,
         log=log,
-        preview_faces=preview_faces,
+        pictures=pictures,
         evaluation=evaluation,
         device=device,
     )
@@ -300,28 +319,49 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
+_PATHS = {
+    "model": ("load_weights",),
+    "data": ("input_a", "input_b"),
+    "loss": ("lpips_weights",),
+    "log": ("file",),
+    "evaluate": ("held_out_a", "held_out_b", "landmark_model", "embedding_model"),
+    "preview": ("write_image", "timelapse_input_a", "timelapse_input_b", "timelapse_output"),
+}
+"""Settings that are paths, by section, less those of the model folder itself."""
+
+
 def _resolved(config: Config) -> Config:
     """All options of the family written out; paths absolute, to resume from anywhere."""
-    options = models.options_of(config.model.trainer, config.model.options)
-    paths, measured = {}, {}
     for side in SIDES:
-        given = getattr(config.data, f"input_{side}")
-        if not given:
+        if not getattr(config.data, f"input_{side}"):
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER")
-        paths[f"input_{side}"] = os.path.abspath(os.path.expanduser(given))
-    for name in ("held_out_a", "held_out_b", "landmark_model", "embedding_model"):
-        given = getattr(config.evaluate, name)
-        if given:
-            measured[name] = os.path.abspath(os.path.expanduser(given))
-    resolved: dict[str, Any] = {"data": paths, "model": {"options": dataclasses.asdict(options)}}
-    resolved["evaluate"] = measured
-    if config.model.load_weights:
-        source = os.path.abspath(os.path.expanduser(config.model.load_weights))
-        resolved["model"]["load_weights"] = source
-    if config.loss.lpips_weights:
-        folder = os.path.abspath(os.path.expanduser(config.loss.lpips_weights))
-        resolved["loss"] = {"lpips_weights": folder}
+    preview = config.preview
+    if bool(preview.timelapse_input_a) != bool(preview.timelapse_input_b):
+        given, lacks = ("a", "b") if preview.timelapse_input_a else ("b", "a")
+        raise ValueError(
+            f"a time-lapse shows both sides, and preview.timelapse_input_{lacks} is not set; add "
+            f"--timelapse-input-{lacks} FOLDER, or leave --timelapse-input-{given} out"
+        )
+    resolved: dict[str, Any] = {}
+    for section, names in _PATHS.items():
+        given_paths = {name: getattr(getattr(config, section), name) for name in names}
+        resolved[section] = {
+            name: os.path.abspath(os.path.expanduser(path))
+            for name, path in given_paths.items()
+            if path
+        }
+    options = models.options_of(config.model.trainer, config.model.options)
+    resolved["model"]["options"] = dataclasses.asdict(options)
     return from_dict(merge(to_dict(config), resolved))
+
+
+def _open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
+    """Where the preview is shown, if it is asked for."""
+    if not config.preview.window:
+        return None
+    window = PreviewWindow(config.preview.preview_scale)
+    stack.callback(window.close)
+    return window
 
 
 def _make_model(

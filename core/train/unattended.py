@@ -13,6 +13,7 @@ import torch
 from ..config import merge
 from ..recipes import Recipe
 from ..run.log import Reporter
+from ..run.requests import Requests
 from ..run.stop import StopRequest
 from .loop import DONE, HALTED, STOPPED, End, Loop
 from .lr_finder import find_rate, is_due
@@ -30,14 +31,15 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
     """
     until: int | None = None
     setbacks = _Setbacks()
-    with StopRequest() as stop:
+    with Requests() as requests:
+        stop = requests.stop
         while True:
             with open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor) as run:
                 if until is None:
                     until = run.state.iterations + run.config.train.iterations
                 end = _find_rate(run, reporter, stop) if is_due(run) else None
                 if end is None:
-                    end = setbacks.meet(Loop(run, reporter, stop, until).run(), run)
+                    end = setbacks.meet(Loop(run, reporter, requests, until).run(), run)
             iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
             del run
             _free_memory()

@@ -1,0 +1,57 @@
+"""mien timelapse: a film of the pictures that a training with a time-lapse has left."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "folder", type=Path, metavar="MODEL|FOLDER", help="a model's folder, or one of the pictures"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILM.MP4", help="the film to write"
+    )
+    parser.add_argument(
+        "--fps", type=float, default=25.0, help="pictures in a second (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--last-seconds",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how much longer the last picture stays (default: %(default)g)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace a film that is there")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the film."""
+    if not 0 < args.fps <= 240:
+        raise ValueError(f"--fps must be above 0 and at most 240, got {args.fps:g}")
+    if not 0 <= args.last_seconds <= 3600:
+        raise ValueError(f"--last-seconds must be from 0 to 3600, got {args.last_seconds:g}")
+    folder, output = args.folder.expanduser(), args.output.expanduser()
+    if output.suffix.lower() != ".mp4":
+        raise ValueError(f"--output must end in .mp4, got {output}")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.exists() and not args.force:
+        raise ValueError(f"{output} is there already; choose another name, or add --force")
+    from ..core.run.film import find_pictures, make_film
+
+    film = make_film(find_pictures(folder), output, fps=args.fps, last_seconds=args.last_seconds)
+    for path in film.unreadable:
+        print(f"mien timelapse: {path} cannot be read and was left out", file=sys.stderr)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(film), default=str))
+    else:
+        print(
+            f"{film.path}: {film.num_pictures} pictures of {film.width_px} x {film.height_px} px, "
+            f"{film.seconds:.1f} s"
+        )
+    return 0

@@ -1,0 +1,135 @@
+"""A film of the pictures that a time-lapse has left."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..config import read_toml
+
+_MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
+_NAME = re.compile(r"(\d{1,12})(?:-(\d{1,6}))?\.jpg")
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film that was made."""
+
+    path: Path
+    num_pictures: int
+    seconds: float
+    width_px: int
+    height_px: int
+    unreadable: list[Path]
+    """Pictures that were left out."""
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures of a time-lapse, in order of time.
+
+    Args:
+        folder: A folder of them, or that of a model that was trained with a time-lapse.
+
+    Raises:
+        ValueError: There are none, or there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give a model's, or one of time-lapse pictures")
+    for place in _places(folder):
+        named = [(_NAME.fullmatch(path.name), path) for path in place.iterdir()]
+        dated = [(int(name[1]), int(name[2] or 1), path) for name, path in named if name]
+        if dated:
+            return [path for _, _, path in sorted(dated)]
+    raise ValueError(
+        f"{folder} holds no time-lapse: train with --timelapse-input-a and --timelapse-input-b, or "
+        "give the folder of its pictures (<seconds>.jpg)"
+    )
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """The folders where a time-lapse may be."""
+    settings = folder / "config.toml"
+    set_to = ""
+    if settings.is_file():
+        set_to = read_toml(settings).get("preview", {}).get("timelapse_output", "")
+    for place in (Path(set_to) if set_to else folder, folder / "timelapse", folder):
+        if place.is_dir():
+            yield place
+
+
+def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: float = 0.0) -> Film:
+    """Write an MPEG-4 film of the pictures; it has its name only once it is whole.
+
+    All have the size of the first one; others are scaled to fit, on black.
+
+    Args:
+        pictures: JPEG files, in order.
+        output: The film, a name in .mp4; an older one is replaced.
+        fps: Pictures in a second.
+        last_seconds: How much longer the last picture stays.
+
+    Raises:
+        ValueError: No picture can be read, or the film cannot be written.
+    """
+    unreadable: list[Path] = []
+    images = _readable(pictures, unreadable)
+    first = next(images, None)
+    if first is None:
+        raise ValueError(f"none of {len(pictures)} pictures can be read, {pictures[0]} the first")
+    frame = _even(first)
+    height_px, width_px = frame.shape[:2]
+    part = output.with_name(f".{output.stem}.{os.getpid()}.part.mp4")
+    num_frames = 1
+    try:
+        writer = cv2.VideoWriter(str(part), _MPEG4, fps, (width_px, height_px))
+        writer.write(frame)
+        for image in images:
+            frame = _fitted(image, width_px, height_px)
+            writer.write(frame)
+            num_frames += 1
+        for _ in range(round(last_seconds * fps)):
+            writer.write(frame)
+            num_frames += 1
+        writer.release()
+        if not part.is_file() or not part.stat().st_size:
+            raise ValueError(f"{output} cannot be written; check its folder and the free space")
+        part.replace(output)
+    finally:
+        part.unlink(missing_ok=True)
+    num_pictures = len(pictures) - len(unreadable)
+    return Film(output, num_pictures, num_frames / fps, width_px, height_px, unreadable)
+
+
+def _readable(pictures: list[Path], unreadable: list[Path]) -> Iterator[np.ndarray]:
+    """Each picture, (H, W, 3) BGR uint8; those that cannot be read go into the list."""
+    for path in pictures:
+        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        if image is None:
+            unreadable.append(path)
+        else:
+            yield image
+
+
+def _even(image: np.ndarray) -> np.ndarray:
+    """Less a row or column where their number is odd, which MPEG-4 cannot hold."""
+    height_px, width_px = image.shape[:2]
+    return image[: height_px - height_px % 2, : width_px - width_px % 2]
+
+
+def _fitted(image: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
+    """A picture in the size of the film: cut as the first one, or scaled to fit on black."""
+    cut = _even(image)
+    if cut.shape[:2] == (height_px, width_px):
+        return cut
+    scale = min(width_px / image.shape[1], height_px / image.shape[0])
+    fit_px = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    small = cv2.resize(image, fit_px, interpolation=how)
+    frame = np.zeros((height_px, width_px, 3), np.uint8)
+    top, left = (height_px - fit_px[1]) // 2, (width_px - fit_px[0]) // 2
+    frame[top : top + fit_px[1], left : left + fit_px[0]] = small
+    return frame

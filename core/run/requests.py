@@ -1,0 +1,73 @@
+"""What the user asks of a run while it goes on: by signals, and by keys on terminal or window.
+
+SIGINT, SIGTERM, SIGHUP, Enter    finish the step, save and stop (`stop`)
+SIGUSR1, s                        save now; with it comes a preview
+SIGUSR2, r                        a preview now
+m                                 the preview with its mask's tint, or without
+"""
+
+import signal
+import sys
+from types import FrameType
+from typing import Literal
+
+from .keyboard import Keyboard
+from .stop import StopRequest
+
+Wish = Literal["save", "preview", "redraw"]
+"""To save, to look at the present model, to draw what was seen last once more."""
+
+_SIGNALS: dict[int, Wish] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
+_KEYS: dict[str, Wish] = {"s": "save", "r": "preview", "m": "redraw"}
+
+
+class Requests:
+    """While entered, signals and keys are noted, until the run asks for them."""
+
+    def __init__(self) -> None:
+        self.stop = StopRequest()
+        self.mask_is_toggled = False
+        """The tint is to be shown where it is set not to be, and the other way round."""
+
+        self._wishes: set[Wish] = set()
+        self._keyboard: Keyboard | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Requests":
+        self.stop.__enter__()
+        for number in _SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+            self._keyboard = Keyboard(sys.stdin.fileno())
+            self._keyboard.__enter__()
+            self.stop.when_noted.append(self._keyboard.restore)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._keyboard is not None:
+            self._keyboard.__exit__()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self.stop.__exit__()
+
+    def take(self) -> set[Wish]:
+        """What was asked for since this was last called."""
+        if self._keyboard is not None:
+            self.press(self._keyboard.keys())
+        if not self._wishes:
+            return set()
+        # A signal between these two names adds to the set that is handed out.
+        wishes, self._wishes = self._wishes, set()
+        return wishes
+
+    def press(self, keys: str) -> None:
+        """Take in keys; those that mean nothing do nothing."""
+        for key in keys.lower():
+            if key in "\r\n":
+                self.stop.signal_name = self.stop.signal_name or "Enter"
+            elif key in _KEYS:
+                self._wishes.add(_KEYS[key])
+                self.mask_is_toggled ^= key == "m"
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._wishes.add(_SIGNALS[number])

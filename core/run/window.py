@@ -1,0 +1,75 @@
+"""A window that shows the preview, and gives the keys that are pressed in it."""
+
+import os
+import time
+from types import ModuleType
+
+import cv2
+import numpy as np
+
+TITLE = "mien: Enter stop, s save, r renew, m mask"
+_SECONDS_BETWEEN_LOOKS = 0.05
+
+
+class PreviewWindow:
+    """A window of OpenCV's, for the thread that made it.
+
+    Args:
+        scale: Percent of its size at which a picture is shown.
+        highgui: What has OpenCV's functions for windows.
+
+    Raises:
+        ValueError: There is no screen, or this OpenCV has no windows.
+    """
+
+    def __init__(self, scale: int, highgui: ModuleType = cv2) -> None:
+        self._scale, self._highgui = scale / 100, highgui
+        self._looked_at = 0.0
+        self._is_shown = False
+        if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+            raise ValueError(
+                "preview.window needs a screen, and DISPLAY and WAYLAND_DISPLAY are not set; leave "
+                "--preview out (a resumed model: --set preview.window=false) and look at "
+                "preview.png in the model folder. On a screen it needs opencv-python in the place "
+                "of opencv-python-headless"
+            )
+        try:
+            highgui.namedWindow(TITLE, highgui.WINDOW_AUTOSIZE)
+        except cv2.error as error:
+            raise ValueError(
+                "preview.window needs an OpenCV with windows, and this one has none; pip uninstall "
+                "opencv-python-headless and pip install opencv-python, or leave --preview out (a "
+                "resumed model: --set preview.window=false)"
+            ) from error
+
+    def show(self, image: np.ndarray) -> None:
+        """Show a picture, (H, W, 3) BGR uint8; nothing once the user has closed the window."""
+        if not self._is_open():
+            return
+        smaller = self._scale < 1
+        how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        scaled = cv2.resize(image, None, fx=self._scale, fy=self._scale, interpolation=how)
+        self._highgui.imshow(TITLE, scaled)
+        self._highgui.pollKey()  # draws it
+        self._is_shown = True
+
+    def keys(self) -> str:
+        """The key pressed since the last look, if any; looks twenty times a second at most."""
+        now = time.monotonic()
+        if now - self._looked_at < _SECONDS_BETWEEN_LOOKS or not self._is_open():
+            return ""
+        self._looked_at = now
+        code = self._highgui.pollKey()
+        return chr(code & 0xFF) if code >= 0 else ""
+
+    def close(self) -> None:
+        """Take the window away."""
+        if self._is_open():
+            self._highgui.destroyWindow(TITLE)
+
+    def _is_open(self) -> bool:
+        """Whether it is there; one that was never drawn may not count as visible yet."""
+        if not self._is_shown:
+            return True
+        visible = self._highgui.getWindowProperty(TITLE, self._highgui.WND_PROP_VISIBLE)
+        return bool(visible >= 1)

@@ -1,0 +1,113 @@
+"""`mien timelapse`: the order of the pictures, the film that comes out, its refusals."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from mien.cli import main
+from mien.core.run.film import find_pictures
+
+GREYS = {"9.jpg": 40, "10.jpg": 80, "10-2.jpg": 120, "10-10.jpg": 160}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures of one grey each, in a model's folder; their order is neither that of text."""
+    pictures = tmp_path / "model/timelapse"
+    pictures.mkdir(parents=True)
+    for name, grey in GREYS.items():
+        cv2.imwrite(str(pictures / name), np.full((35, 51, 3), grey, np.uint8))
+    (pictures / "notes.txt").write_text("no picture")
+    return pictures
+
+
+def _greys(film):
+    """The mean of each frame, and the frames' size."""
+    video, greys, shape = cv2.VideoCapture(str(film)), [], None
+    while True:
+        there, frame = video.read()
+        if not there:
+            return greys, shape, video.get(cv2.CAP_PROP_FPS)
+        greys.append(frame.mean())
+        shape = frame.shape
+
+
+def test_a_film_shows_the_pictures_in_order_of_time(folder, tmp_path, capsys):
+    film = tmp_path / "film.mp4"
+    words = ["timelapse", str(folder.parent), "-o", str(film), "--fps", "10", "--json"]
+    assert main([*words, "--last-seconds", "0.3"]) == 0
+    greys, shape, fps = _greys(film)
+    np.testing.assert_allclose(greys, [40, 80, 120, 160, 160, 160, 160], atol=3)
+    assert shape == (34, 50, 3), "even, or MPEG-4 cannot hold it"
+    assert fps == 10
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["num_pictures"], facts["seconds"]) == (4, 0.7)
+    assert (facts["width_px"], facts["height_px"]) == (50, 34)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4", "model"]
+
+
+def test_pictures_of_other_sizes_are_fitted_to_the_first(folder, tmp_path):
+    cv2.imwrite(str(folder / "11.jpg"), np.full((200, 100, 3), 200, np.uint8))
+    film = tmp_path / "film.mp4"
+    assert main(["timelapse", str(folder), "-o", str(film)]) == 0
+    greys, shape, _ = _greys(film)
+    assert shape == (34, 50, 3)
+    assert greys[-1] == pytest.approx(200 * 17 / 50, abs=6), "17 px wide, black beside it"
+
+
+def test_pictures_are_found_where_the_model_was_told_to_put_them(folder, tmp_path):
+    (tmp_path / "model/config.toml").write_text(
+        f'[preview]\ntimelapse_output = "{tmp_path / "elsewhere"}"\n'
+    )
+    assert find_pictures(folder.parent)[0] == folder / "9.jpg", "there is nothing elsewhere"
+    (tmp_path / "elsewhere").mkdir()
+    cv2.imwrite(str(tmp_path / "elsewhere/5.jpg"), np.zeros((8, 8, 3), np.uint8))
+    assert find_pictures(folder.parent) == [tmp_path / "elsewhere/5.jpg"]
+
+
+def test_a_damaged_picture_is_left_out_and_named(folder, tmp_path, capsys):
+    (folder / "9.jpg").write_bytes(b"no jpeg")
+    assert main(["timelapse", str(folder), "-o", str(tmp_path / "film.mp4")]) == 0
+    said = capsys.readouterr()
+    assert f"{folder / '9.jpg'} cannot be read and was left out" in said.err
+    assert "3 pictures of 50 x 34 px" in said.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{model}", "-o", "{there}"], "is there already; choose another name, or add --force"),
+        (["{model}", "-o", "film.avi"], "--output must end in .mp4, got film.avi"),
+        (["{model}", "-o", "none/film.mp4"], "there is no folder none; make it first"),
+        (["{model}", "-o", "film.mp4", "--fps", "0"], "--fps must be above 0 and at most 240"),
+        (["{model}", "-o", "film.mp4", "--last-seconds", "-1"], "--last-seconds must be from 0"),
+        (["{empty}", "-o", "film.mp4"], "holds no time-lapse: train with --timelapse-input-a"),
+        (["{empty}/none", "-o", "film.mp4"], "is no folder: give a model's"),
+        (["{damaged}", "-o", "film.mp4"], "none of 1 pictures can be read"),
+    ],
+)
+def test_refusals_are_one_line_and_write_nothing(
+    folder, tmp_path, words, message, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "damaged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "damaged/1.jpg").write_text("no jpeg")
+    (tmp_path / "there.mp4").write_text("a film")
+    places = {name: str(tmp_path / name) for name in ("model", "empty", "damaged")}
+    places["there"] = str(tmp_path / "there.mp4")
+    assert main(["timelapse", *(word.format(**places) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert (tmp_path / "there.mp4").read_text() == "a film"
+    assert not list(tmp_path.glob("*film*"))
+
+
+def test_force_replaces_a_film(folder, tmp_path):
+    film = tmp_path / "film.mp4"
+    film.write_text("an older film")
+    assert main(["timelapse", str(folder), "-o", str(film), "--force"]) == 0
+    assert len(_greys(film)[0]) == 4
