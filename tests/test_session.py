@@ -208,7 +208,7 @@ def test_every_setting_is_refused_or_updated_as_its_lock_says(spec):
     elif spec.type is dict:
         other = {"lowmem": True}
     elif spec.type is str:
-        other = "#00ff00" if spec.name == "mask_color" else "other"
+        other = {"mask_color": "#00ff00", "write_image": "other.png"}.get(spec.name, "other")
     else:
         other = spec.high if spec.default != spec.high else spec.low
     other = int(other) if spec.type is int else other
