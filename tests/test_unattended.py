@@ -360,7 +360,8 @@ def test_a_disk_that_refuses_to_go_back_hides_no_cause(sides, tmp_path, monkeypa
 
     monkeypatch.setattr(ModelFolder, "go_back", refuse)
     _poisoned(monkeypatch, iteration=3, times=1)
-    assert _train(sides, tmp_path / "model", "-i", "4", "--set", "train.nan_protection=rollback") == 3
+    words = ("-i", "4", "--set", "train.nan_protection=rollback")
+    assert _train(sides, tmp_path / "model", *words) == 3
     said = capsys.readouterr().out
     assert re.search(r"not a number at iteration 3 .*; cannot save to there: No space", said), said
 
