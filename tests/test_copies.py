@@ -142,6 +142,19 @@ def test_a_snapshot_is_a_model_folder_of_its_own(tmp_path, monkeypatch):
         _save(folder, 5)
 
 
+def test_a_snapshot_that_the_disk_refuses_names_the_place(tmp_path, monkeypatch):
+    with _folder(tmp_path / "models/m") as folder:
+        _save(folder, 2)
+
+        def refuse(*_):
+            raise OSError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(checkpoint, "_copy_files", refuse)
+        with pytest.raises(SaveError, match="cannot save to .*/models: Permission denied; make"):
+            folder.snapshot()
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
+
+
 def test_training_goes_on_from_a_snapshot_without_touching_the_first(tmp_path):
     with _folder(tmp_path / "m") as folder:
         _save(folder, 2)

@@ -188,3 +188,4 @@ def test_a_spoilt_place_is_refused_with_a_way_out(spoil):
     spoil(part)
     with pytest.raises(ValueError, match="go on without: --recipe none"):
         find_place({"iterations": 4, "parts": {PART: part}}, None)
+    assert find_place({"iterations": 4, "parts": {PART: part}}, NONE) is None

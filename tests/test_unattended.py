@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mien.cli import main
 from mien.core.data.feed import Feed
-from mien.core.run.checkpoint import ModelFolder
+from mien.core.run.checkpoint import ModelFolder, SaveError
 from mien.core.run.session import TrainingState
 from mien.core.train import loop as loops
 from mien.core.train import unattended
@@ -352,6 +352,18 @@ def test_rollbacks_give_up_after_the_stated_number(sides, tmp_path, monkeypatch,
     state, newest = _state(model_dir)
     assert state["iterations"] == 3
     assert all(t.isfinite().all() for t in load_file(newest / "model.safetensors").values())
+
+
+def test_a_disk_that_refuses_to_go_back_hides_no_cause(sides, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise SaveError("cannot save to there: No space left on device")
+
+    monkeypatch.setattr(ModelFolder, "go_back", refuse)
+    _poisoned(monkeypatch, iteration=3, times=1)
+    words = ("-i", "4", "--set", "train.nan_protection=rollback")
+    assert _train(sides, tmp_path / "model", *words) == 3
+    said = capsys.readouterr().out
+    assert re.search(r"not a number at iteration 3 .*; cannot save to there: No space", said), said
 
 
 def test_off_leaves_the_step_out_and_goes_on(sides, tmp_path, monkeypatch, capsys):

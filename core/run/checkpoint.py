@@ -303,7 +303,7 @@ class ModelFolder:
             if not _is_same(target / STATE, self.path / STATE):
                 self._warn(f"{target} is there already and was left as it is; no snapshot was made")
             return target
-        with self._reporting():
+        with self._reporting(target.parent):
             new = target.with_name(f".{target.name}.tmp")
             shutil.rmtree(new, ignore_errors=True)
             try:
@@ -514,8 +514,9 @@ class ModelFolder:
             raise ValueError(f"cannot read {name}: {error.strerror}; mend that first") from error
 
     @contextmanager
-    def _reporting(self) -> Iterator[None]:
-        """Turn the disk's refusal into one line that says what to do."""
+    def _reporting(self, place: Path | None = None) -> Iterator[None]:
+        """Turn the disk's refusal of a place, by default this folder, into one line that says what
+        to do."""
         try:
             yield
         except OSError as error:
@@ -534,7 +535,7 @@ class ModelFolder:
             )
             reason = error.strerror or str(error)
             raise SaveError(
-                f"cannot save to {self.path}: {reason}; {advice} and start again: {left}"
+                f"cannot save to {place or self.path}: {reason}; {advice} and start again: {left}"
             ) from error
 
 

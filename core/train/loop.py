@@ -93,7 +93,9 @@ class Loop:
         accumulation = run.config.optimizer.gradient_accumulation
         self.not_finite = NotFinite(run.precision.scales_loss, accumulation)
         self.collapse = Collapse()
-        self.is_in_trouble = False
+        self.trouble: Trouble | None = None
+        """Why this training must not go on; then nothing more is looked for."""
+
         self.mean_loss: float | None = None
         now = time.monotonic()
         self.began_at, self.asked_at, self.saved_at = now, now, now
@@ -109,12 +111,12 @@ class Loop:
                 end = self._train()
                 self._save(is_last=True)
             except Trouble as trouble:
-                self.is_in_trouble = True
+                self.trouble = trouble
                 end = self._face(trouble)
             self.r.saver.wait()
             self._report_saves()
         except SaveError as error:
-            end = End(HALTED, str(error))
+            end = End(HALTED, f"{self.trouble}; {error}" if self.trouble else str(error))
         return end
 
     def _remaining(self) -> int:
@@ -247,7 +249,7 @@ class Loop:
                 scalars["learning_rate"] = schedule.rate(asked.first + i - 1)
             self._record(scalars, asked.first + i, asked.wall_time(i))
         self._status(named, asked)
-        if not self.is_in_trouble:
+        if not self.trouble:
             self._check(named, asked)
             self.r.state.add_losses(float(named["batch_total"].sum()), asked.count)
             if self.r.plan:
@@ -295,7 +297,7 @@ class Loop:
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
         look = self.look = self.r.pictures.look(state.iterations)
-        if not self.is_in_trouble and self.policy != "off":
+        if not self.trouble and self.policy != "off":
             self.collapse.take_pictures(
                 look.predictions[:, 0],
                 look.faces.targets,

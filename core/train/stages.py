@@ -152,10 +152,10 @@ def find_place(saved: dict[str, Any] | None, recipe: Recipe | None) -> Plan | No
     Raises:
         ValueError: The saved place is not valid.
     """
+    if recipe == NONE:
+        return None
     iterations = saved["iterations"] if saved else 0
     plan = _saved_plan(saved["parts"].get(PART)) if saved else None
-    if recipe is not None and recipe.name == NONE.name:
-        return None
     if recipe is not None:
         names = [stage.name for stage in recipe.stages]
         if plan is None or plan.recipe.name != recipe.name or plan.stage.name not in names:
