@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_the_old_backup(tmp_path, monkeypatch):
         def refuse(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_copy_files", refuse)
+        monkeypatch.setattr(checkpoint, "copy_files", refuse)
         with pytest.raises(SaveError, match="free space and start again"):
             folder.back_up(newest)
     assert json.loads((tmp_path / "m/backup/state.json").read_text())["iterations"] == 2

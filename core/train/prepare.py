@@ -22,7 +22,8 @@ from ..data.preview_faces import PreviewFaces, load_preview_faces
 from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore, available_host_bytes
 from ..recipes import Recipe
-from ..run.checkpoint import Generation, ModelFolder, Saver
+from ..run.checkpoint import ModelFolder, Saver
+from ..run.generation import Generation
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from . import engine as engines
