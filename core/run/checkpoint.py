@@ -5,6 +5,7 @@
     generations/<n>/     model.safetensors  optimizer.safetensors  state.json  config.toml
                          manifest.json (size and SHA-256 of the others, and the order of writing)
     backup/              the same of the save with the lowest mean loss
+    archived_<time>/     what `restore` replaced: generations, state.json, config.toml, logs
     .lock                held (flock) by the process that trains
 
 <n> is the total iteration; a second, different save at the same iteration is <n>-2, <n>-3, ...
@@ -14,6 +15,9 @@ replaced last. So a crash at any moment leaves the earlier generations as they w
 newest is decided by the manifests' `sequence`, not by <n>: a run that went back to an earlier
 generation counts through the same iterations again. Copies of a generation (the backup, snapshots
 beside the folder) are hard links where the disk has them: its files never change.
+
+A folder may come from a stranger. It is data: nothing in it is run, every size is checked before it
+is read, and a link in it is refused, since a run would write to where it leads.
 """
 
 import copy
@@ -58,7 +62,7 @@ from .generation import (
 )
 from .lock import LOCK, acquire
 
-_BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
+BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
 POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
 
 _NAME = re.compile(r"\d{1,12}(-\d{1,6})?")
@@ -148,7 +152,7 @@ class ModelFolder:
     @property
     def is_new(self) -> bool:
         """True where nothing has been saved in the folder yet."""
-        return not self._names() and not (self.path / STATE).exists()
+        return not self.names() and not (self.path / STATE).exists()
 
     def write_config(self, config: Config) -> None:
         """Put the resolved settings into the folder, and into every generation from now on."""
@@ -170,7 +174,7 @@ class ModelFolder:
 
     def _load(self) -> Generation | None:
         passed_over: list[str] = []
-        for manifest in self._manifests(passed_over):
+        for manifest in self.manifests(passed_over):
             try:
                 generation = read_generation(self._generations / manifest.name, manifest)
             except DamagedError as damage:
@@ -232,7 +236,7 @@ class ModelFolder:
             SaveError: Where the disk refuses; the backup before is then still there.
         """
         self._require_lock()
-        backup, old, new = (self.path / name for name in (_BACKUP, _OLD_BACKUP, _NEW_BACKUP))
+        backup, old, new = (self.path / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
         with self._reporting():
             self._settle_backup()
             copy_files(generation, new)
@@ -285,9 +289,9 @@ class ModelFolder:
             SaveError: Where the disk refuses.
         """
         self._require_lock()
-        candidates = [(self._generations / found.name, found) for found in self._manifests([])]
+        candidates = [(self._generations / found.name, found) for found in self.manifests([])]
         newest = candidates[0][1].sequence if candidates else 0
-        backup = self.path / _BACKUP
+        backup = self.path / BACKUP
         try:
             candidates.append((backup, read_manifest(backup)))
         except DamagedError:
@@ -301,13 +305,38 @@ class ModelFolder:
             except DamagedError:
                 continue
             if manifest.sequence < newest:
-                self._save_again(folder, manifest, state)
+                with self._reporting():
+                    self.save_again(folder, manifest, state)
+                self._retire()
             return manifest.iterations
         return None
 
+    def save_again(self, source: Path, manifest: Manifest, state: dict[str, Any]) -> str:
+        """Write a generation that is kept somewhere as the newest one of this folder; its name.
+
+        Until it has its name the one before is in use, from then on this one.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        self._require_lock()
+        self._generations.mkdir(exist_ok=True)
+        name = self._free_name(manifest.iterations)
+        temporary = self._generations / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            copy_files(source, temporary)
+            (temporary / MANIFEST).unlink()
+            self._publish(temporary, name, state, frozenset(manifest.files))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._current = None
+        self._last_complete = manifest.iterations
+        return name
+
     # What is in the folder
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         """Every generation, whole or not."""
         if not self._generations.is_dir():
             return []
@@ -317,10 +346,41 @@ class ModelFolder:
             if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
         )
 
-    def _manifests(self, unreadable: list[str]) -> list[Manifest]:
+    def point_to(self, name: str, state: dict[str, Any]) -> None:
+        """Write down, for people and programs, which generation is in use; OSError as above."""
+        replace_file(self.path / STATE, _pointer_to(name, state))
+
+    def find(self, name: str | None = None) -> tuple[Path, Manifest]:
+        """The folder and manifest of a generation, or of the `backup`; None: of the newest.
+
+        Raises:
+            ValueError: There is none of this name, or its manifest is damaged.
+        """
+        unreadable: list[str] = []
+        if name is None:
+            found = self.manifests(unreadable)
+            if not found:
+                why = unreadable[0] if unreadable else "nothing has been saved in it yet"
+                raise ValueError(f"model folder {self.path} holds no save: {why}")
+            return self._generations / found[0].name, found[0]
+        has_backup = (self.path / BACKUP).is_dir()
+        if name not in self.names() and not (name == BACKUP and has_backup):
+            names = self.names() + [BACKUP] * has_backup
+            raise ValueError(
+                f"model folder {self.path} has no generation {name!r}; it has: "
+                f"{', '.join(names) or 'none'}"
+            )
+        folder = self.path / BACKUP if name == BACKUP else self._generations / name
+        try:
+            with self._reading():
+                return folder, read_manifest(folder)
+        except DamagedError as damage:
+            raise ValueError(f"{folder} is damaged ({damage}); choose another") from damage
+
+    def manifests(self, unreadable: list[str]) -> list[Manifest]:
         """Every readable manifest, newest first; a sentence for each of the others."""
         manifests = []
-        for name in self._names():
+        for name in self.names():
             try:
                 manifests.append(read_manifest(self._generations / name))
             except DamagedError as damage:
@@ -360,7 +420,7 @@ class ModelFolder:
             self._config = read_regular(generation.path / CONFIG, MAX_JSON_BYTES)
 
     def _refuse_other_trainer(self, trainer: str | None) -> None:
-        manifests = self._manifests([])
+        manifests = self.manifests([])
         if trainer is not None and manifests and manifests[0].trainer != trainer:
             held = manifests[0].trainer
             raise ValueError(
@@ -387,27 +447,11 @@ class ModelFolder:
         sync_folder(temporary)
         os.rename(temporary, self._generations / name)
         sync_folder(self._generations)
-        replace_file(self.path / STATE, _pointer_to(name, state))
-
-    def _save_again(self, folder: Path, manifest: Manifest, state: dict[str, Any]) -> None:
-        """Write an earlier generation as the newest one."""
-        with self._reporting():
-            name = self._free_name(manifest.iterations)
-            temporary = self._generations / f".{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                copy_files(folder, temporary)
-                (temporary / MANIFEST).unlink()
-                self._publish(temporary, name, state, frozenset(manifest.files))
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        self._current = None
-        self._last_complete = manifest.iterations
-        self._retire()
+        self.point_to(name, state)
 
     def _settle_backup(self) -> None:
         """Finish or undo what a crash left of a change of backups."""
-        backup, old, new = (self.path / name for name in (_BACKUP, _OLD_BACKUP, _NEW_BACKUP))
+        backup, old, new = (self.path / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
         if old.is_dir() and not backup.exists():
             os.rename(old, backup)
         for leftover in (old, new):
@@ -416,7 +460,7 @@ class ModelFolder:
     def _retire(self) -> None:
         """Delete what is older than the newest whole generations that are kept."""
         try:
-            whole = [item.name for item in self._manifests([]) if item.name not in self._damaged]
+            whole = [item.name for item in self.manifests([]) if item.name not in self._damaged]
             for name in whole[self._keep :]:
                 trash = self._generations / f".{name}.trash"
                 os.rename(self._generations / name, trash)  # a half-deleted one must not look whole
@@ -615,7 +659,7 @@ class Saver:
 
 
 def _refuse_foreign(path: Path, *, read_only: bool) -> None:
-    """Refuse a path that is no folder, or one that holds other things than a model."""
+    """Refuse a path that is no folder, and one that holds other things than a model, or links."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"model folder {path} is a file; choose another --model-dir")
     if read_only and not path.is_dir():
@@ -624,6 +668,12 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
+    links = sorted(name for name in names if (path / name).is_symlink())
+    if links:
+        raise ValueError(
+            f"{path / links[0]} is a link, which a model folder may not hold: put what it leads to "
+            "in its place"
+        )
     if names and not names & {LOCK, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"

@@ -2,9 +2,13 @@
 what a stranger may have made."""
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 _DAMAGE = {errno.ENOENT, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
@@ -18,14 +22,18 @@ def copy_files(source: Path, target: Path) -> None:
     """Make a folder of the same plain files, durably: hard links where the disk has them."""
     target.mkdir()
     for entry in os.scandir(source):
-        if not entry.is_file(follow_symlinks=False):
-            continue
-        try:
-            os.link(entry.path, target / entry.name, follow_symlinks=False)
-        except OSError:
-            shutil.copyfile(entry.path, target / entry.name, follow_symlinks=False)
-            sync_file(target / entry.name)
+        if entry.is_file(follow_symlinks=False):
+            copy_file(Path(entry.path), target / entry.name)
     sync_folder(target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """The same plain file under another name: a hard link where the disk has them."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copyfile(source, target, follow_symlinks=False)
+        sync_file(target)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -66,8 +74,9 @@ def _open_plain(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a plain file; a link, a device or an oversized file is damage."""
+@contextmanager
+def open_regular(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
+    """A plain file, open; a link, a device or an oversized file is damage."""
     try:
         with open(path, "rb", opener=_open_plain) as stream:
             found = os.fstat(stream.fileno())
@@ -75,8 +84,21 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
                 raise DamagedError(f"{path.name} is not a plain file")
             if found.st_size > max_bytes:
                 raise DamagedError(f"{path.name} has {found.st_size} bytes, at most {max_bytes}")
-            return stream.read()
+            yield stream
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise
         raise DamagedError(f"{path.name}: {error.strerror}") from error
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The content of a plain file."""
+    with open_regular(path, max_bytes) as stream:
+        return stream.read()
+
+
+def hash_regular(path: Path, max_bytes: int) -> tuple[int, str]:
+    """Size and SHA-256 of a plain file, however large."""
+    with open_regular(path, max_bytes) as stream:
+        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        return stream.tell(), sha256

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ... import __version__
-from .files import DamagedError, read_regular, sync_file, write_file
+from .files import DamagedError, hash_regular, read_regular, sync_file, write_file
 
 MANIFEST_SCHEMA = 1
 MODEL, OPTIMIZER, STATE, CONFIG = (
@@ -47,6 +47,8 @@ class Manifest:
     sequence: int
     iterations: int
     trainer: str
+    run_id: str
+    mien_version: str
     files: dict[str, tuple[int, str]]
 
 
@@ -165,7 +167,7 @@ def read_manifest(folder: Path) -> Manifest:
         and {MODEL, STATE} <= files.keys() <= known
         and all(_is_file_entry(entry) for entry in files.values())
         and all(type(number) is int and number >= 0 for number in rest)
-        and isinstance(body.get("trainer"), str)
+        and all(_is_word(body.get(key)) for key in ("trainer", "run_id", "mien_version"))
     )
     if not good:
         raise DamagedError(f"{MANIFEST} is not one of mien's")
@@ -174,8 +176,15 @@ def read_manifest(folder: Path) -> Manifest:
         sequence=body["sequence"],
         iterations=body["iterations"],
         trainer=body["trainer"],
+        run_id=body["run_id"],
+        mien_version=body["mien_version"],
         files={name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()},
     )
+
+
+def _is_word(value: Any) -> bool:
+    """Whether it is a short text that can stand in a line."""
+    return isinstance(value, str) and len(value) <= 64 and value.isprintable()
 
 
 def _is_file_entry(entry: Any) -> bool:
@@ -206,12 +215,17 @@ def read_tensors(folder: Path, name: str, manifest: Manifest) -> dict[str, Tenso
         raise DamagedError(f"{name} is not a valid safetensors file") from error
 
 
+def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The state and, where it was saved, the settings of a generation."""
+    state = parse_json(STATE, _read_verified(folder, STATE, manifest))
+    if CONFIG not in manifest.files:
+        return state, None
+    return state, _parse_toml(_read_verified(folder, CONFIG, manifest))
+
+
 def read_generation(folder: Path, manifest: Manifest) -> Generation:
     """All of a generation, the small files first."""
-    state = parse_json(STATE, _read_verified(folder, STATE, manifest))
-    config = None
-    if CONFIG in manifest.files:
-        config = _parse_toml(_read_verified(folder, CONFIG, manifest))
+    state, config = read_state(folder, manifest)
     optimizer = None
     if OPTIMIZER in manifest.files:
         optimizer = read_tensors(folder, OPTIMIZER, manifest)
@@ -223,3 +237,18 @@ def read_generation(folder: Path, manifest: Manifest) -> Generation:
         state=state,
         config=config,
     )
+
+
+def check_generation(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest, holding none of the tensors in memory.
+
+    Raises:
+        DamagedError: At the first file that is not what was written.
+    """
+    read_state(folder, manifest)
+    for name, (size, sha256) in manifest.files.items():
+        found_size, found_sha256 = hash_regular(folder / name, size)
+        if found_size != size:
+            raise DamagedError(f"{name} has {found_size} bytes of {size}")
+        if found_sha256 != sha256:
+            raise DamagedError(f"{name} does not match its SHA-256")

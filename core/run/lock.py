@@ -3,9 +3,12 @@
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 LOCK = ".lock"
+
+_TRIES, _PAUSE_SECONDS = 5, 0.02
 
 
 def acquire(path: Path) -> int:
@@ -20,15 +23,14 @@ def acquire(path: Path) -> int:
             "another --model-dir"
         ) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle)
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
     except BlockingIOError as error:
-        pid, _, host = os.pread(handle, 300, 0).decode(errors="replace").strip().partition(" ")
+        holder = _told_by(handle)
         os.close(handle)
-        elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
         raise ValueError(
-            f"model folder {path} is in use by process {pid or 'unknown'}{elsewhere}; stop that "
+            f"model folder {path} is in use by {holder}; stop that "
             "run, or choose another --model-dir"
         ) from error
     except OSError as error:
@@ -38,3 +40,37 @@ def acquire(path: Path) -> int:
             "disk with free space"
         ) from error
     return handle
+
+
+def holder_of(path: Path) -> str | None:
+    """Who holds the lock of a folder now, in words; None where nobody does."""
+    try:
+        handle = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _told_by(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Take the lock; whoever only asks for its holder has it for a moment and is waited for."""
+    for _ in range(_TRIES - 1):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_PAUSE_SECONDS)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _told_by(handle: int) -> str:
+    """The process, and the host where it is another, that a lock file names."""
+    pid, _, host = os.pread(handle, 300, 0).decode(errors="replace").strip().partition(" ")
+    elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
+    words = f"process {pid or 'unknown'}{elsewhere}"
+    return words if words.isprintable() else "an unknown process"
