@@ -17,6 +17,15 @@ from typing import Any
 
 from ..models.options import field_docs
 
+MAX_TOML_BYTES = 1 << 20
+MAX_TOML_DEPTH = 32
+"""Tables and lists inside one another."""
+
+MAX_TOML_DOTS = 64
+"""In one line: the parser takes time by the square of a dotted key's parts."""
+
+_SHOWN_CHARACTERS = 200
+
 MASK_TYPES = (
     "bisenet-fp_face",
     "bisenet-fp_head",
@@ -68,7 +77,7 @@ class _Checked:
                 object.__setattr__(self, name, value)
             problem = _problem(value, spec)
             if problem:
-                raise ValueError(f"{section}.{name} must be {problem}, got {value!r}")
+                raise ValueError(f"{section}.{name} must be {problem}, got {_shown(value)}")
             if spec.type is float and isinstance(value, int):
                 object.__setattr__(self, name, float(value))
 
@@ -574,15 +583,22 @@ def from_dict(values: dict[str, Any]) -> Config:
     for name, kind in SECTIONS.items():
         given = values.get(name, {})
         if not isinstance(given, dict):
-            raise ValueError(f"{name} must be a table of settings, got {given!r}")
+            raise ValueError(f"{name} must be a table of settings, got {_shown(given)}")
         _refuse_unknown(given, fields_of(kind), f"{name}.")
         sections[name] = kind(**given)
     return Config(**sections)
 
 
+def _shown(value: Any) -> str:
+    """A value as a message has it: in one line that is not too long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
 def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
     for key in values:
         if key not in known:
+            key = key if key.isprintable() and len(key) <= _SHOWN_CHARACTERS else _shown(key)
             near = difflib.get_close_matches(key, list(known), n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
             raise ValueError(f"unknown setting {prefix}{key}{hint}")
@@ -608,11 +624,41 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The plain values of a TOML file; ValueError where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_TOML_BYTES + 1)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    try:
+        return parse_toml(content)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """The plain values of TOML that may be a stranger's; ValueError where it is none, or one that
+    is too large, too deep or too slow to read."""
+    if len(content) > MAX_TOML_BYTES:
+        raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+    if any(line.count(b".") > MAX_TOML_DOTS for line in content.splitlines()):
+        raise ValueError(f"a line has more than {MAX_TOML_DOTS} dots")
+    try:
+        values = tomllib.loads(content.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if is_deeper(values, MAX_TOML_DEPTH):
+        raise ValueError(f"it is nested deeper than {MAX_TOML_DEPTH}")
+    return values
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether plain values lie further inside one another than ``depth``."""
+    level = [value]
+    for _ in range(depth + 1):
+        inside = (list(v.values()) if isinstance(v, dict) else v for v in level)
+        level = [v for values in inside if isinstance(values, list) for v in values]
+        if not level:
+            return False
+    return True
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
@@ -622,8 +668,8 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"--set takes section.key=value, got {text!r}")
     try:
-        nested = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        nested = parse_toml(f"value = {raw}".encode())["value"]
+    except ValueError:
         nested = raw.strip()
     for key in reversed(keys):
         nested = {key: nested}

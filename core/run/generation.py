@@ -4,16 +4,17 @@ import hashlib
 import json
 import os
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ... import __version__
+from ..config import is_deeper, parse_toml
 from .files import DamagedError, hash_regular, read_regular, sync_file, write_file
 
 MANIFEST_SCHEMA = 1
@@ -24,8 +25,20 @@ MODEL, OPTIMIZER, STATE, CONFIG = (
     "config.toml",
 )
 MANIFEST = "manifest.json"
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20
+MAX_JSON_DEPTH = 32
+MAX_COUNT = 10**12 - 1
 
+MAX_TENSOR_NAME = 256
+
+# The library checks header, offsets and sizes before it makes anything; of a number format that
+# torch does not have, or an edge beyond its integers, it says the other two.
+_NO_TENSORS = (SafetensorError, KeyError, TypeError)
+_NUMBER_FORMATS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -115,12 +128,19 @@ def digest_of(body: dict[str, Any]) -> str:
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a safetensors file, and the family that it names.
+
+    Raises:
+        DamagedError: It is none.
+    """
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            return tensors, (stream.metadata() or {}).get("trainer")
-    except SafetensorError as error:
+            trainer = (stream.metadata() or {}).get("trainer")
+    except _NO_TENSORS as error:
         raise DamagedError("it is not a valid safetensors file") from error
+    _refuse_odd(tensors)
+    return tensors, trainer if _is_word(trainer) else None
 
 
 def parse_json(name: str, content: bytes) -> dict[str, Any]:
@@ -130,13 +150,15 @@ def parse_json(name: str, content: bytes) -> dict[str, Any]:
         raise DamagedError(f"{name} is not valid JSON") from error
     if not isinstance(values, dict):
         raise DamagedError(f"{name} is not a JSON object")
+    if is_deeper(values, MAX_JSON_DEPTH):
+        raise DamagedError(f"{name} is not one of mien's: it is nested too deeply")
     return values
 
 
 def _parse_toml(content: bytes) -> dict[str, Any]:
     try:
-        return tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:
+        return parse_toml(content)
+    except ValueError as error:
         raise DamagedError(f"{CONFIG} is not valid TOML") from error
 
 
@@ -145,6 +167,7 @@ def _refuse_constant(word: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; DamagedError where there is none."""
     return parse_json(path.name, read_regular(path, MAX_JSON_BYTES))
 
 
@@ -166,7 +189,7 @@ def read_manifest(folder: Path) -> Manifest:
         and isinstance(files, dict)
         and {MODEL, STATE} <= files.keys() <= known
         and all(_is_file_entry(entry) for entry in files.values())
-        and all(type(number) is int and number >= 0 for number in rest)
+        and all(type(number) is int and 0 <= number <= MAX_COUNT for number in rest)
         and all(_is_word(body.get(key)) for key in ("trainer", "run_id", "mien_version"))
     )
     if not good:
@@ -182,9 +205,9 @@ def read_manifest(folder: Path) -> Manifest:
     )
 
 
-def _is_word(value: Any) -> bool:
+def _is_word(value: Any, max_characters: int = 64) -> bool:
     """Whether it is a short text that can stand in a line."""
-    return isinstance(value, str) and len(value) <= 64 and value.isprintable()
+    return isinstance(value, str) and len(value) <= max_characters and value.isprintable()
 
 
 def _is_file_entry(entry: Any) -> bool:
@@ -209,10 +232,21 @@ def _read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
 
 
 def read_tensors(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
+    content = _read_verified(folder, name, manifest)
     try:
-        return safetensors.torch.load(_read_verified(folder, name, manifest))
-    except SafetensorError as error:
+        tensors = safetensors.torch.load(content)
+    except _NO_TENSORS as error:
         raise DamagedError(f"{name} is not a valid safetensors file") from error
+    _refuse_odd(tensors)
+    return tensors
+
+
+def _refuse_odd(tensors: dict[str, Tensor]) -> None:
+    """Names stand in messages and in files; packed numbers are nothing that a model has."""
+    if not all(tensor.dtype in _NUMBER_FORMATS for tensor in tensors.values()):
+        raise DamagedError("it holds a tensor in a number format that no model has")
+    if not all(_is_word(name, MAX_TENSOR_NAME) for name in tensors):
+        raise DamagedError("it names a tensor by more than a line of text")
 
 
 def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:
