@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models.options import field_docs
+from ..models.options import LARGEST_WHOLE, field_docs, shown
 
 MAX_TOML_BYTES = 1 << 20
 MAX_TOML_DEPTH = 32
 """Tables and lists inside one another."""
 
-MAX_TOML_DOTS = 64
+MAX_TOML_DOTS = 32
 """In one line: the parser takes time by the square of a dotted key's parts."""
-
-_SHOWN_CHARACTERS = 200
 
 MASK_TYPES = (
     "bisenet-fp_face",
@@ -77,7 +75,7 @@ class _Checked:
                 object.__setattr__(self, name, value)
             problem = _problem(value, spec)
             if problem:
-                raise ValueError(f"{section}.{name} must be {problem}, got {_shown(value)}")
+                raise ValueError(f"{section}.{name} must be {problem}, got {shown(value)}")
             if spec.type is float and isinstance(value, int):
                 object.__setattr__(self, name, float(value))
 
@@ -105,7 +103,7 @@ def _problem(value: Any, spec: Spec) -> str | None:
         return None if isinstance(value, dict) else "a table"
     if spec.type is bool or isinstance(value, bool):
         return None if spec.type is bool and isinstance(value, bool) else _kind(spec)
-    if spec.type is float and isinstance(value, int):
+    if spec.type is float and isinstance(value, int) and abs(value) < LARGEST_WHOLE:
         value = float(value)
     if not isinstance(value, spec.type):
         return _kind(spec)
@@ -583,25 +581,19 @@ def from_dict(values: dict[str, Any]) -> Config:
     for name, kind in SECTIONS.items():
         given = values.get(name, {})
         if not isinstance(given, dict):
-            raise ValueError(f"{name} must be a table of settings, got {_shown(given)}")
+            raise ValueError(f"{name} must be a table of settings, got {shown(given)}")
         _refuse_unknown(given, fields_of(kind), f"{name}.")
         sections[name] = kind(**given)
     return Config(**sections)
 
 
-def _shown(value: Any) -> str:
-    """A value as a message has it: in one line that is not too long."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
-
-
 def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
     for key in values:
         if key not in known:
-            key = key if key.isprintable() and len(key) <= _SHOWN_CHARACTERS else _shown(key)
+            name = key if re.fullmatch(r"[\w-]{1,100}", key) else shown(key)
             near = difflib.get_close_matches(key, list(known), n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"unknown setting {prefix}{key}{hint}")
+            raise ValueError(f"unknown setting {prefix}{name}{hint}")
 
 
 def model_settings(config: Config) -> dict[str, Any]:

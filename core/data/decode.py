@@ -109,9 +109,9 @@ def decode_one(face: Face, crop: geometry.Crop) -> Result:
         encoded = np.fromfile(face.path, np.uint8, max_file_bytes(face.edge_px))
     except OSError as error:
         return FaceFileError(f"cannot be read: {error.strerror or error}")
-    is_same = edge_of(encoded) == face.edge_px  # else it was replaced, by whatever size
+    fits = 0 < (edge_of(encoded) or 0) <= face.edge_px  # else it was replaced, by whatever size
     try:
-        image_bgr = cv2.imdecode(encoded, _READ_FLAGS) if is_same else None
+        image_bgr = cv2.imdecode(encoded, _READ_FLAGS) if fits else None
     except cv2.error:
         image_bgr = None
     if image_bgr is None:

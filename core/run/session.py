@@ -7,7 +7,6 @@ plain JSON and is read back strictly: a wrong type, a missing or an unknown key 
 import dataclasses
 import math
 import re
-import textwrap
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import models
+from ...models.options import shown
 from ..config import Config, all_settings, from_dict, merge, to_dict
 
 SCHEMA = 1
@@ -259,7 +259,7 @@ def _session(values: Any, prefix: str) -> Session:
     _require_keys(values, {item.name for item in dataclasses.fields(Session)}, prefix)
     started = _optional_number(values, "started", prefix)
     holds = started is not None and 0 <= started <= _MAX_SECONDS
-    _require(holds, f"{prefix}started", "seconds since 1970", started)
+    _require(holds, f"{prefix}started", "a number", started)
     logs = values["logs"]
     _require(isinstance(logs, bool), f"{prefix}logs", "true or false", logs)
     return Session(
@@ -274,7 +274,7 @@ def _session(values: Any, prefix: str) -> Session:
 
 def _require(holds: object, name: str, rule: str, value: Any) -> None:
     if not holds:
-        got = textwrap.shorten(repr(value), 200)
+        got = shown(value)
         raise ValueError(f"the saved state is not valid: {name} must be {rule}, got {got}")
 
 
