@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "Train a model, or resume one.",
     "demo": "Draw two face sets and train a small model on them.",
     "faces": "Check, inspect or draw folders of faces.",
+    "model": "Look after a model folder: inform, verify, restore, scan, write for inference.",
     "timelapse": "Make a film of a time-lapse's pictures.",
     "preset": "List, show and save settings under a name.",
     "recipe": "List and show recipes: training in stages.",

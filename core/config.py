@@ -15,7 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models.options import field_docs
+from ..models.options import LARGEST_WHOLE, field_docs, shown
+
+MAX_TOML_BYTES = 1 << 20
+MAX_TOML_DEPTH = 32
+"""Tables and lists inside one another."""
+
+MAX_TOML_DOTS = 32
+"""In one line: the parser takes time by the square of a dotted key's parts."""
 
 MASK_TYPES = (
     "bisenet-fp_face",
@@ -68,7 +75,7 @@ class _Checked:
                 object.__setattr__(self, name, value)
             problem = _problem(value, spec)
             if problem:
-                raise ValueError(f"{section}.{name} must be {problem}, got {value!r}")
+                raise ValueError(f"{section}.{name} must be {problem}, got {shown(value)}")
             if spec.type is float and isinstance(value, int):
                 object.__setattr__(self, name, float(value))
 
@@ -96,7 +103,7 @@ def _problem(value: Any, spec: Spec) -> str | None:
         return None if isinstance(value, dict) else "a table"
     if spec.type is bool or isinstance(value, bool):
         return None if spec.type is bool and isinstance(value, bool) else _kind(spec)
-    if spec.type is float and isinstance(value, int):
+    if spec.type is float and isinstance(value, int) and abs(value) < LARGEST_WHOLE:
         value = float(value)
     if not isinstance(value, spec.type):
         return _kind(spec)
@@ -629,7 +636,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     for name, kind in SECTIONS.items():
         given = values.get(name, {})
         if not isinstance(given, dict):
-            raise ValueError(f"{name} must be a table of settings, got {given!r}")
+            raise ValueError(f"{name} must be a table of settings, got {shown(given)}")
         _refuse_unknown(given, fields_of(kind), f"{name}.")
         sections[name] = kind(**given)
     return Config(**sections)
@@ -638,9 +645,10 @@ def from_dict(values: dict[str, Any]) -> Config:
 def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
     for key in values:
         if key not in known:
+            name = key if re.fullmatch(r"[\w-]{1,100}", key) else shown(key)
             near = difflib.get_close_matches(key, list(known), n=1)
             hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"unknown setting {prefix}{key}{hint}")
+            raise ValueError(f"unknown setting {prefix}{name}{hint}")
 
 
 def model_settings(config: Config) -> dict[str, Any]:
@@ -663,11 +671,41 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The plain values of a TOML file; ValueError where it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_TOML_BYTES + 1)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    try:
+        return parse_toml(content)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """The plain values of TOML that may be a stranger's; ValueError where it is none, or one that
+    is too large, too deep or too slow to read."""
+    if len(content) > MAX_TOML_BYTES:
+        raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+    if any(line.count(b".") > MAX_TOML_DOTS for line in content.splitlines()):
+        raise ValueError(f"a line has more than {MAX_TOML_DOTS} dots")
+    try:
+        values = tomllib.loads(content.decode())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if is_deeper(values, MAX_TOML_DEPTH):
+        raise ValueError(f"it is nested deeper than {MAX_TOML_DEPTH}")
+    return values
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether plain values lie further inside one another than ``depth``."""
+    level = [value]
+    for _ in range(depth + 1):
+        inside = (list(v.values()) if isinstance(v, dict) else v for v in level)
+        level = [v for values in inside if isinstance(values, list) for v in values]
+        if not level:
+            return False
+    return True
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
@@ -677,8 +715,8 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"--set takes section.key=value, got {text!r}")
     try:
-        nested = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        nested = parse_toml(f"value = {raw}".encode())["value"]
+    except ValueError:
         nested = raw.strip()
     for key in reversed(keys):
         nested = {key: nested}

@@ -152,6 +152,7 @@ def _parsed(path: Path) -> configparser.ConfigParser:
         text = content.decode("utf-8-sig")
         if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text):
             raise ValueError(f"{path} is not text: it holds control characters")
+        text = re.sub(r"(?<=\S)[^\S\n]{2,}", " ", text)  # the parser takes time by their square
         file.read_file(io.StringIO(text, newline=None), source=path.name)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error

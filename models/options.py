@@ -12,6 +12,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+LARGEST_WHOLE = 2**1000
+"""A whole number beyond is no float."""
+
+_SHOWN_CHARACTERS = 200
+
 
 def option(
     default: Any,
@@ -44,7 +49,7 @@ class Options:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            if item.type is float and type(value) is int:
+            if item.type is float and type(value) is int and abs(value) < LARGEST_WHOLE:
                 value = float(value)
             if item.type == tuple[str, ...] and isinstance(value, str | list):
                 value = tuple(value.split() if isinstance(value, str) else value)
@@ -59,10 +64,10 @@ def _problem(value: Any, item: dataclasses.Field) -> str | None:
     rule = item.metadata
     if item.type == tuple[str, ...]:
         if not isinstance(value, tuple) or not all(isinstance(word, str) for word in value):
-            return f"a list of words, got {value!r}"
+            return f"a list of words, got {shown(value)}"
         return next(filter(None, (_misspelt(word, rule["choices"]) for word in value)), None)
     if type(value) is not item.type:
-        return f"of type {getattr(item.type, '__name__', item.type)}, got {value!r}"
+        return f"of type {getattr(item.type, '__name__', item.type)}, got {shown(value)}"
     if rule["choices"] is not None:
         return _misspelt(value, rule["choices"])
     return _out_of_range(value, rule) if rule["low"] is not None else None
@@ -73,7 +78,7 @@ def _misspelt(word: str, choices: tuple[str, ...]) -> str | None:
         return None
     near = difflib.get_close_matches(word, choices, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"one of {', '.join(choices)}, got {word!r}{hint}"
+    return f"one of {', '.join(choices)}, got {shown(word)}{hint}"
 
 
 def _out_of_range(value: float, rule: Any) -> str | None:
@@ -131,3 +136,9 @@ def _rule_in_words(item: dataclasses.Field) -> str:
         return "text"
     steps = f" in steps of {rule['step']}" if rule["step"] > 1 else ""
     return f"{rule['low']:g} to {rule['high']:g}{steps}"
+
+
+def shown(value: Any) -> str:
+    """A value as a message has it: in one line that is not too long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

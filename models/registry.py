@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from .options import shown
+
 if TYPE_CHECKING:
     from .autoencoder import Autoencoder
 
@@ -49,7 +51,7 @@ def family(name: str) -> type["Autoencoder"]:
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"no trainer {name!r}{hint}; there are: {', '.join(available())}")
+        raise ValueError(f"no trainer {shown(name)}{hint}; there are: {', '.join(available())}")
     importlib.import_module(FAMILIES[name], __package__)
     return _classes[name]
 
@@ -67,7 +69,7 @@ def options_of(name: str, options: dict[str, Any]) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             has = ", ".join(known) if known else "no options"
-            raise ValueError(f"{name} has no option {key!r}{hint}; it has: {has}")
+            raise ValueError(f"{name} has no option {shown(key)}{hint}; it has: {has}")
     return kind(**options)
 
 

@@ -336,7 +336,7 @@ def test_refusals(trained, tmp_path, monkeypatch, capsys, words, text):
 def test_a_save_that_a_run_deletes_meanwhile_is_read_anew(tmp_path, monkeypatch):
     model = tmp_path / "model"
     _save(model, 5)
-    listed = ModelFolder._manifests
+    listed = ModelFolder.manifests
 
     def slow(folder, unreadable):
         found = listed(folder, unreadable)
@@ -346,7 +346,7 @@ def test_a_save_that_a_run_deletes_meanwhile_is_read_anew(tmp_path, monkeypatch)
         return found
 
     with ModelFolder(model, read_only=True) as folder:
-        monkeypatch.setattr(ModelFolder, "_manifests", slow)
+        monkeypatch.setattr(ModelFolder, "manifests", slow)
         assert folder.newest_state()["iterations"] == 5
 
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mien import __version__
 from mien.core.config import Config, from_dict, to_dict
-from mien.core.run import checkpoint
+from mien.core.run import files as file_access
+from mien.core.run import generation as manifests
 from mien.core.run.checkpoint import ModelFolder, SaveError, Saver
 from mien.core.run.session import TrainingState
 
@@ -51,7 +53,7 @@ def new_folder(path: Path, **more) -> ModelFolder:
     return folder
 
 
-def check_loaded(generation: checkpoint.Generation, iterations: int) -> None:
+def check_loaded(generation: manifests.Generation, iterations: int) -> None:
     model, optimizer = tensors(iterations)
     assert generation.state == plain_state(iterations)
     for held, expected in ((generation.model, model), (generation.optimizer, optimizer)):
@@ -131,7 +133,7 @@ def test_metadata_says_what_the_file_is(tmp_path):
         with safe_open(path / name, "pt") as stream:
             assert stream.metadata() == {
                 "format": "pt",
-                "mien_version": checkpoint.__version__,
+                "mien_version": __version__,
                 "run_id": RUN_ID,
                 "kind": "synthetic face model",
                 "trainer": "original",
@@ -383,7 +385,7 @@ def forge(generation: Path, **change) -> None:
     """Change a manifest the way a stranger could: its digest fits."""
     body = json.loads((generation / "manifest.json").read_text()) | change
     del body["digest"]
-    body["digest"] = checkpoint._digest(body)
+    body["digest"] = manifests.digest_of(body)
     (generation / "manifest.json").write_text(json.dumps(body))
 
 
@@ -406,7 +408,7 @@ def test_a_manifest_that_vouches_for_a_bad_file(tmp_path, name, content):
         newest = save(folder, 2)
     (newest / name).write_bytes(content)
     files = json.loads((newest / "manifest.json").read_text())["files"]
-    files[name] = {"size": len(content), "sha256": checkpoint._sha256(newest / name)}
+    files[name] = {"size": len(content), "sha256": manifests.sha256_of(newest / name)}
     forge(newest, files=files)
     with ModelFolder(path) as folder:
         check_loaded(folder.load(), 1)
@@ -451,14 +453,14 @@ def test_a_file_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
     with new_folder(path) as folder:
         save(folder, 1)
         newest = save(folder, 2)
-        read = checkpoint._open_plain
+        read = file_access._open_plain
 
         def refuse(name: str, flags: int) -> int:
             if str(name) == str(newest / "model.safetensors"):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
             return read(name, flags)
 
-        monkeypatch.setattr(checkpoint, "_open_plain", refuse)
+        monkeypatch.setattr(file_access, "_open_plain", refuse)
         with pytest.raises(ValueError, match=r"^cannot read .*2/model.*: Permission denied"):
             folder.load()
 

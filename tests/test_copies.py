@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_the_old_backup(tmp_path, monkeypatch):
         def refuse(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_copy_files", refuse)
+        monkeypatch.setattr(checkpoint, "copy_files", refuse)
         with pytest.raises(SaveError, match="free space and start again"):
             folder.back_up(newest)
     assert json.loads((tmp_path / "m/backup/state.json").read_text())["iterations"] == 2
@@ -149,7 +149,7 @@ def test_a_snapshot_that_the_disk_refuses_names_the_place(tmp_path, monkeypatch)
         def refuse(*_):
             raise OSError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(checkpoint, "_copy_files", refuse)
+        monkeypatch.setattr(checkpoint, "copy_files", refuse)
         with pytest.raises(SaveError, match="cannot save to .*/models: Permission denied; make"):
             folder.snapshot()
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]

@@ -32,7 +32,7 @@ import numpy as np
 from ..faces import geometry
 from ..faces.folder import Face
 from ..faces.geometry import CropBox
-from ..faces.png import FaceFileError
+from ..faces.png import FaceFileError, edge_of, max_file_bytes
 
 BACKENDS = ("dali", "opencv")
 BATCH_SIZE = 16
@@ -106,11 +106,12 @@ def decode_crops(
 def decode_one(face: Face, crop: geometry.Crop) -> Result:
     """One face's crop, (s, s, 3) uint8 BGR, by OpenCV; or why there is none."""
     try:
-        encoded = np.fromfile(face.path, np.uint8)
+        encoded = np.fromfile(face.path, np.uint8, max_file_bytes(face.edge_px))
     except OSError as error:
         return FaceFileError(f"cannot be read: {error.strerror or error}")
+    fits = 0 < (edge_of(encoded) or 0) <= face.edge_px  # else it was replaced, by whatever size
     try:
-        image_bgr = cv2.imdecode(encoded, _READ_FLAGS) if encoded.size else None
+        image_bgr = cv2.imdecode(encoded, _READ_FLAGS) if fits else None
     except cv2.error:
         image_bgr = None
     if image_bgr is None:

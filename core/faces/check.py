@@ -30,7 +30,7 @@ from .geometry import (
     resize,
 )
 from .masks import AREAS, LANDMARK_MASKS, area_mask, landmark_mask, stored_mask
-from .png import FaceFileError, FaceHeader, StoredMask, is_complete, read_header
+from .png import FaceFileError, FaceHeader, StoredMask, edge_of, is_complete, read_header
 
 WANTED_FACES = 500
 MANY_FACES = 10_000
@@ -256,7 +256,7 @@ def decode(face: Face) -> np.ndarray:
     except OSError as error:
         raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
     image = None
-    if is_complete(content):
+    if is_complete(content) and edge_of(content) == face.edge_px:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
     if image is None or image.shape != (face.edge_px, face.edge_px, 3):
         raise FaceFileError(

@@ -1,9 +1,16 @@
-"""One side's faces: every face PNG of a folder with its header and alignment, sorted by name."""
+"""One side's faces: every face PNG of a folder with its header and alignment, sorted by name.
+
+A folder may come from a stranger, and hold links: a set of faces is often put together of links to
+files elsewhere. So links to files are followed. They are only read, as pictures, and what is no
+face is refused by its first bytes. Links to folders are not followed.
+"""
 
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
 
 from .geometry import Alignment, align
 from .png import FaceFileError, FaceHeader, read_header
@@ -120,9 +127,12 @@ def _file_numbers(folder: Path) -> Iterator[tuple[int, int]]:
 
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
-    return (
-        entry.name.lower().endswith(".png") and not entry.name.startswith(".") and entry.is_file()
-    )
+    if not entry.name.lower().endswith(".png") or entry.name.startswith("."):
+        return False
+    try:
+        return entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _read(path: Path) -> Face | Rejected:
@@ -130,7 +140,10 @@ def _read(path: Path) -> Face | Rejected:
         edge_px, header = read_header(path)
     except FaceFileError as error:
         return Rejected(path, str(error))
-    return Face(path, edge_px, header, align(header.landmarks_l2))
+    alignment = align(header.landmarks_l2)
+    if not all(np.isfinite(offset).all() for offset in alignment.offsets.values()):
+        return Rejected(path, "has landmarks that fit no head: extract the face again")
+    return Face(path, edge_px, header, alignment)
 
 
 def _name(folder: Path, side: str | None) -> str:

@@ -30,8 +30,11 @@ MAX_EDGE_PX = 16384
 MAX_MASK_PX = 4096
 MAX_HEADER_BYTES = 16 * 1024**2
 MAX_DEPTH = 16
-MAX_ITEMS = 1_000_000
+MAX_ITEMS = 100_000
 MAX_COORDINATE_PX = 1_000_000.0
+MAX_CHUNKS = 1000
+MAX_MASKS = 64
+MAX_SPREAD = 10.0
 
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _OTHER_FORMATS = {
@@ -158,6 +161,21 @@ def insert_header(png: bytes, header: FaceHeader) -> bytes:
         if not (kind == b"iTXt" and png[position + 8 :].startswith(KEYWORD + b"\0")):
             parts.append(png[position:end])
         position = end
+
+
+def max_file_bytes(edge_px: int) -> int:
+    """More than a face of that edge can need: its pixels unpacked and as many again, two headers
+    and some."""
+    return 2 * 3 * edge_px**2 + 3 * MAX_HEADER_BYTES
+
+
+def edge_of(png: bytes | np.ndarray) -> int | None:
+    """Edge in px that the start of a PNG tells, None where it is no square one."""
+    start = bytes(png[:24])
+    if len(start) < 24 or not start.startswith(SIGNATURE):
+        return None
+    width, height = struct.unpack(">II", start[16:])
+    return width if width == height else None
 
 
 def is_complete(png: bytes | memoryview) -> bool:
@@ -332,7 +350,7 @@ def _find_text(file: BinaryIO) -> str:
     """Text of the face header; the file stands after its `IHDR` chunk."""
     size = os.fstat(file.fileno()).st_size
     position = file.tell()
-    while True:
+    for _ in range(MAX_CHUNKS):
         head = file.read(8)
         if len(head) < 8:
             raise FaceFileError(f"ends before its picture data: {_CUT_SHORT}")
@@ -358,6 +376,7 @@ def _find_text(file: BinaryIO) -> str:
                 _check_crc(kind, data, file.read(4))
                 return _text_of(data[len(KEYWORD) + 1 :])
         file.seek(position)
+    raise FaceFileError(f"has more than {MAX_CHUNKS} chunks before its face header: {_AGAIN}")
 
 
 def _text_of(data: bytes) -> str:
@@ -395,6 +414,8 @@ def _header_from(content: Any) -> FaceHeader:
     masks = alignments.get("mask") or {}
     if not isinstance(masks, dict):
         _refuse("has a 'mask' that is no dictionary")
+    if len(masks) > MAX_MASKS:
+        _refuse(f"has more than {MAX_MASKS} masks")
     return FaceHeader(
         landmarks_l2=landmarks_l2,
         masks={name: _mask_from(name, entry) for name, entry in masks.items()},
@@ -409,11 +430,21 @@ def _numbers(value: Any, name: str) -> np.ndarray:
         array = np.array(value)
     except ValueError:  # lists of unequal lengths
         _refuse(f"has {name} of unequal lengths")
+    except OverflowError:
+        _refuse(f"has {name} that are too large")
     if array.dtype.kind not in "if":
         _refuse(f"has {name} that are not all numbers")
     if not np.isfinite(array).all():
         _refuse(f"has {name} that are not all finite")
     return array.astype(np.float64)
+
+
+def _number(value: Any, name: str) -> np.ndarray:
+    """One finite number as float64."""
+    array = _numbers(value, name)
+    if array.ndim:
+        _refuse(f"has {name} that is no number")
+    return array
 
 
 def _landmarks_from(value: Any) -> np.ndarray:
@@ -428,6 +459,9 @@ def _landmarks_from(value: Any) -> np.ndarray:
         _refuse(f"has a landmark at {farthest:.3g} px, outside any picture")
     inner = landmarks[17:] - landmarks[17:].mean(axis=0)
     xx, yy, xy = (inner.T @ inner)[[0, 1, 0], [0, 1, 1]]
+    # Drawing takes time by the distance: a point may not lie arbitrarily far from its face.
+    if np.abs(landmarks - landmarks[17:].mean(axis=0)).max() > MAX_SPREAD * np.sqrt(xx + yy):
+        _refuse("has a landmark far away from the others")
     # Area against extent: 0 for points in one place or on one line, 0.1 to 1 for a face.
     if 4 * (xx * yy - xy * xy) <= 1e-4 * (xx + yy) ** 2 or xx + yy < 1:
         _refuse("has landmarks that all lie in one place or on one line")
@@ -458,8 +492,10 @@ def _box_from(alignments: dict[str, Any], landmarks_l2: np.ndarray) -> tuple[int
         low, high = landmarks_l2.min(axis=0), landmarks_l2.max(axis=0)
         values = [*low.tolist(), *(high - low).tolist()]
     left, top, width, height = (
-        value if type(value) is int else round(float(_numbers(value, "a box"))) for value in values
+        value if type(value) is int else round(float(_number(value, "a box"))) for value in values
     )
+    if max(map(abs, (left, top, width, height))) > MAX_COORDINATE_PX:
+        _refuse("has a box outside any picture")
     return left, top, width, height
 
 

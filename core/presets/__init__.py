@@ -13,6 +13,7 @@ from typing import Any
 
 import tomli_w
 
+from ...models.options import shown
 from ..config import all_settings, from_dict, read_toml, to_dict
 
 PACKAGED = Path(__file__).parent
@@ -81,7 +82,7 @@ def read(path: Path) -> Preset:
     values = read_toml(path)
     description = values.pop("description", "")
     if not isinstance(description, str):
-        raise ValueError(f"description in {path} must be text, got {description!r}")
+        raise ValueError(f"description in {path} must be text, got {shown(description)}")
     try:
         from_dict(values)
     except ValueError as error:

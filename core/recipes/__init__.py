@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...models.options import shown
 from ..config import all_settings, from_dict, merge, read_toml
 
 PACKAGED = Path(__file__).parent
@@ -38,6 +39,7 @@ FALLING = ("loss", "loss_a", "loss_b", "pose_swap", "identity_b")
 RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
 """The higher the better."""
 
+_LARGEST = 1e12
 _LOSSES = ("loss", "loss_a", "loss_b")
 _NOT_IN_A_STAGE = {  # what belongs to the run as a whole
     *("data.input_a", "data.input_b", "data.store_dir", "save.model_dir", "model.load_weights"),
@@ -152,7 +154,7 @@ class Recipe:
         name, description = values.pop("name", ""), values.pop("description", "")
         for key, text in (("name", name), ("description", description)):
             if not isinstance(text, str):
-                raise ValueError(f"{key} must be text, got {text!r}")
+                raise ValueError(f"{key} must be text, got {shown(text)}")
         stages = tuple(_stages(values.pop("stage", [])))
         from_dict(values)
         return cls(name, description, values, stages)
@@ -215,7 +217,7 @@ def describe(recipe: Recipe) -> list[str]:
 
 def _stages(values: Any) -> Iterator[Stage]:
     if not isinstance(values, list) or not values:
-        raise ValueError(f"stage must be a list of tables, [[stage]], got {values!r}")
+        raise ValueError(f"stage must be a list of tables, [[stage]], got {shown(values)}")
     names: set[str] = set()
     for number, table in enumerate(values, 1):
         stage = _stage(table, f"stage {number}")
@@ -233,14 +235,14 @@ def _stages(values: Any) -> Iterator[Stage]:
 def _stage(table: Any, place: str) -> Stage:
     values = _known(table, Stage, place)
     name = values.get("name", place)
-    if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"{place}.name must be text, got {name!r}")
+    if not isinstance(name, str) or not name.strip() or len(name) > 100 or not name.isprintable():
+        raise ValueError(f"{place}.name must be text, got {shown(name)}")
     for key in ("iterations", "until_iteration"):
         _check_number(values, key, place, whole=True, low=1)
     _check_number(values, "minutes", place, low=0)
     _check_number(values, "rate_factor", place, low=0, high=100)
     if not isinstance(values.get("snapshot", True), bool):
-        raise ValueError(f"{place}.snapshot must be true or false, got {values['snapshot']!r}")
+        raise ValueError(f"{place}.snapshot must be true or false, got {shown(values['snapshot'])}")
     if "plateau" in values:
         values["plateau"] = _plateau(values["plateau"], f"{place}.plateau")
     _check_settings(values.get("set", {}), place)
@@ -252,7 +254,7 @@ def _plateau(table: Any, place: str) -> Plateau:
     metric = values.get("metric", "loss")
     if metric not in FALLING + RISING:
         raise ValueError(
-            f"{place}.metric must be one of {', '.join(FALLING + RISING)}, got {metric!r}"
+            f"{place}.metric must be one of {', '.join(FALLING + RISING)}, got {shown(metric)}"
         )
     for key in ("window", "patience"):
         _check_number(values, key, place, whole=True, low=1)
@@ -263,13 +265,14 @@ def _plateau(table: Any, place: str) -> Plateau:
 def _known(table: Any, kind: type, place: str) -> dict[str, Any]:
     """A copy of the table, if all its keys are fields of ``kind``."""
     if not isinstance(table, dict):
-        raise ValueError(f"{place} must be a table, got {table!r}")
+        raise ValueError(f"{place} must be a table, got {shown(table)}")
     names = [item.name for item in dataclasses.fields(kind)]
     for key in table:
         if key not in names:
             near = difflib.get_close_matches(key, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; it may be {', '.join(names)}"
-            raise ValueError(f"unknown key {key} of {place}{hint}")
+            name = key if key.isprintable() and len(key) <= 100 else shown(key)
+            raise ValueError(f"unknown key {name} of {place}{hint}")
     return dict(table)
 
 
@@ -286,17 +289,17 @@ def _check_number(
         return
     value = values[key]
     kinds = (int,) if whole else (int, float)
-    holds = type(value) in kinds and math.isfinite(value) and low <= value <= high
+    holds = type(value) in kinds and low <= value <= min(high, _LARGEST)
     if not holds:
         kind = "a whole number" if whole else "a number"
         upper = f" to {high:g}" if high < math.inf else ", or more"
-        raise ValueError(f"{place}.{key} must be {kind} from {low:g}{upper}, got {value!r}")
+        raise ValueError(f"{place}.{key} must be {kind} from {low:g}{upper}, got {shown(value)}")
 
 
 def _check_settings(values: Any, place: str) -> None:
     """Refuse what is no setting, what a model fixes, and what belongs to the run as a whole."""
     if not isinstance(values, dict):
-        raise ValueError(f"{place}.set must be a table of settings, got {values!r}")
+        raise ValueError(f"{place}.set must be a table of settings, got {shown(values)}")
     try:
         from_dict(values)
     except ValueError as error:

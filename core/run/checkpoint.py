@@ -5,6 +5,7 @@
     generations/<n>/     model.safetensors  optimizer.safetensors  state.json  config.toml
                          manifest.json (size and SHA-256 of the others, and the order of writing)
     backup/              the same of the save with the lowest mean loss
+    archived_<time>/     what `restore` replaced: generations, state.json, config.toml, logs
     .lock                held (flock) by the process that trains
 
 <n> is the total iteration; a second, different save at the same iteration is <n>-2, <n>-3, ...
@@ -14,20 +15,19 @@ replaced last. So a crash at any moment leaves the earlier generations as they w
 newest is decided by the manifests' `sequence`, not by <n>: a run that went back to an earlier
 generation counts through the same iterations again. Copies of a generation (the backup, snapshots
 beside the folder) are hard links where the disk has them: its files never change.
+
+A folder may come from a stranger. It is data: nothing in it is run, every size is checked before it
+is read, and a link in it is refused, since a run would write to where it leads.
 """
 
 import copy
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import shutil
-import socket
-import stat
 import time
-import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,32 +35,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import tomli_w
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from ... import __version__
 from ..config import Config, to_dict
-from .holder import LOCK
-
-MANIFEST_SCHEMA = 1
-MODEL, OPTIMIZER, STATE, CONFIG = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-    "config.toml",
+from .files import DamagedError, copy_files, read_regular, replace_file, sync_folder, write_file
+from .generation import (
+    CONFIG,
+    MANIFEST,
+    MAX_JSON_BYTES,
+    MODEL,
+    OPTIMIZER,
+    STATE,
+    Generation,
+    Manifest,
+    metadata_of,
+    parse_json,
+    read_generation,
+    read_json,
+    read_manifest,
+    read_state,
+    read_tensor_file,
+    read_tensors,
+    write_manifest,
+    write_tensors,
 )
-MANIFEST = "manifest.json"
-_BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
+from .lock import LOCK, acquire
+
+BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
 POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
 
 _NAME = re.compile(r"\d{1,12}(-\d{1,6})?")
 _LEFTOVER = re.compile(r"\.\d{1,12}(-\d{1,6})?\.(tmp|trash)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_DAMAGE = {errno.ENOENT, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
-_MAX_JSON_BYTES = 64 << 20
 _SPARE_GPU_BYTES = 1 << 30
 _CONFIG_HEADING = (
     "# The settings that this model was last trained with. Change them by flags, --set or\n"
@@ -72,22 +79,6 @@ class SaveError(RuntimeError):
     """A save did not reach the disk; the message says why, and what the last complete one is."""
 
 
-class _DamagedError(Exception):
-    """Why a file or generation cannot be used."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One complete save, read back and verified."""
-
-    name: str
-    path: Path
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor] | None
-    state: dict[str, Any]
-    config: dict[str, Any] | None
-
-
 @dataclass(frozen=True)
 class Saved:
     """One finished save, for the record."""
@@ -96,15 +87,6 @@ class Saved:
     iterations: int
     seconds: float
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    name: str
-    sequence: int
-    iterations: int
-    trainer: str
-    files: dict[str, tuple[int, str]]
 
 
 class ModelFolder:
@@ -139,7 +121,7 @@ class ModelFolder:
         _refuse_foreign(self.path, read_only=read_only)
         self._is_made_here = not read_only and not self.path.exists()
         if not read_only:
-            self._lock = _acquire(self.path)
+            self._lock = acquire(self.path)
         try:
             with self._reading():
                 self._sweep()
@@ -171,14 +153,14 @@ class ModelFolder:
     @property
     def is_new(self) -> bool:
         """True where nothing has been saved in the folder yet."""
-        return not self._names() and not (self.path / STATE).exists()
+        return not self.names() and not (self.path / STATE).exists()
 
     def write_config(self, config: Config) -> None:
         """Put the resolved settings into the folder, and into every generation from now on."""
         self._require_lock()
         self._config = (_CONFIG_HEADING + tomli_w.dumps(to_dict(config))).encode()
         with self._reporting():
-            _replace_file(self.path / CONFIG, self._config)
+            replace_file(self.path / CONFIG, self._config)
 
     def load(self) -> Generation | None:
         """The newest generation that is whole, read into memory; None where nothing was saved.
@@ -193,10 +175,10 @@ class ModelFolder:
 
     def _load(self) -> Generation | None:
         passed_over: list[str] = []
-        for manifest in self._manifests(passed_over):
+        for manifest in self.manifests(passed_over):
             try:
-                generation = _read_generation(self._generations / manifest.name, manifest)
-            except _DamagedError as damage:
+                generation = read_generation(self._generations / manifest.name, manifest)
+            except DamagedError as damage:
                 self._damaged.add(manifest.name)
                 passed_over.append(f"generation {manifest.name} is damaged ({damage})")
                 continue
@@ -219,11 +201,10 @@ class ModelFolder:
         """
         with self._reading():
             # Twice, since a run that goes on may delete what was listed before it is read.
-            for manifest in (found for _ in range(2) for found in self._manifests([])):
-                folder = self._generations / manifest.name
+            for manifest in (found for _ in range(2) for found in self.manifests([])):
                 try:
-                    return _parse_json(STATE, _read_verified(folder, STATE, manifest))
-                except _DamagedError:
+                    return read_state(self._generations / manifest.name, manifest)[0]
+                except DamagedError:
                     continue
             if self.is_new:
                 return None
@@ -245,7 +226,7 @@ class ModelFolder:
         """
         self._require_lock()
         state_bytes = json.dumps(state, indent=1, allow_nan=False).encode()
-        metadata = _metadata(state)
+        metadata = metadata_of(state)
         tensors = {MODEL: model} | ({} if optimizer is None else {OPTIMIZER: optimizer})
         texts = {STATE: state_bytes} | ({} if self._config is None else {CONFIG: self._config})
         file_names = frozenset(tensors | texts)
@@ -259,9 +240,9 @@ class ModelFolder:
             temporary.mkdir()
             try:
                 for file_name, content in tensors.items():
-                    _write_tensors(temporary / file_name, content, metadata)
+                    write_tensors(temporary / file_name, content, metadata)
                 for file_name, text in texts.items():
-                    _write_file(temporary / file_name, text)
+                    write_file(temporary / file_name, text)
                 self._publish(temporary, name, state, file_names)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -277,14 +258,14 @@ class ModelFolder:
             SaveError: Where the disk refuses; the backup before is then still there.
         """
         self._require_lock()
-        backup, old, new = (self.path / name for name in (_BACKUP, _OLD_BACKUP, _NEW_BACKUP))
+        backup, old, new = (self.path / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
         with self._reporting():
             self._settle_backup()
-            _copy_files(generation, new)
+            copy_files(generation, new)
             if backup.exists():
                 os.rename(backup, old)
             os.rename(new, backup)
-            _sync_folder(self.path)
+            sync_folder(self.path)
             shutil.rmtree(old, ignore_errors=True)
 
     def snapshot(self) -> Path:
@@ -308,15 +289,15 @@ class ModelFolder:
             shutil.rmtree(new, ignore_errors=True)
             try:
                 (new / "generations").mkdir(parents=True)
-                _copy_files(self._generations / name, new / "generations" / name)
-                state = _parse_json(STATE, self._current[2])
-                _write_file(new / STATE, _pointer_to(name, state))
+                copy_files(self._generations / name, new / "generations" / name)
+                state = parse_json(STATE, self._current[2])
+                write_file(new / STATE, _pointer_to(name, state))
                 if self._config is not None:
-                    _write_file(new / CONFIG, self._config)
-                _sync_folder(new / "generations")
-                _sync_folder(new)
+                    write_file(new / CONFIG, self._config)
+                sync_folder(new / "generations")
+                sync_folder(new)
                 os.rename(new, target)
-                _sync_folder(target.parent)
+                sync_folder(target.parent)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
         return target
@@ -330,29 +311,54 @@ class ModelFolder:
             SaveError: Where the disk refuses.
         """
         self._require_lock()
-        candidates = [(self._generations / found.name, found) for found in self._manifests([])]
+        candidates = [(self._generations / found.name, found) for found in self.manifests([])]
         newest = candidates[0][1].sequence if candidates else 0
-        backup = self.path / _BACKUP
+        backup = self.path / BACKUP
         try:
-            candidates.append((backup, _read_manifest(backup)))
-        except _DamagedError:
+            candidates.append((backup, read_manifest(backup)))
+        except DamagedError:
             pass  # there is none, or none that helps
         candidates.sort(key=lambda candidate: candidate[1].sequence, reverse=True)
         for folder, manifest in candidates:
             if manifest.iterations > latest:
                 continue
             try:
-                state = _read_generation(folder, manifest).state
-            except _DamagedError:
+                state = read_generation(folder, manifest).state
+            except DamagedError:
                 continue
             if manifest.sequence < newest:
-                self._save_again(folder, manifest, state)
+                with self._reporting():
+                    self.save_again(folder, manifest, state)
+                self._retire()
             return manifest.iterations
         return None
 
+    def save_again(self, source: Path, manifest: Manifest, state: dict[str, Any]) -> str:
+        """Write a generation that is kept somewhere as the newest one of this folder; its name.
+
+        Until it has its name the one before is in use, from then on this one.
+
+        Raises:
+            OSError: The disk refuses.
+        """
+        self._require_lock()
+        self._generations.mkdir(exist_ok=True)
+        name = self._free_name(manifest.iterations)
+        temporary = self._generations / f".{name}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            copy_files(source, temporary)
+            (temporary / MANIFEST).unlink()
+            self._publish(temporary, name, state, frozenset(manifest.files))
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._current = None
+        self._last_complete = manifest.iterations
+        return name
+
     # What is in the folder
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
         """Every generation, whole or not."""
         if not self._generations.is_dir():
             return []
@@ -362,13 +368,44 @@ class ModelFolder:
             if _NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
         )
 
-    def _manifests(self, unreadable: list[str]) -> list[_Manifest]:
+    def point_to(self, name: str, state: dict[str, Any]) -> None:
+        """Write down, for people and programs, which generation is in use; OSError as above."""
+        replace_file(self.path / STATE, _pointer_to(name, state))
+
+    def find(self, name: str | None = None) -> tuple[Path, Manifest]:
+        """The folder and manifest of a generation, or of the `backup`; None: of the newest.
+
+        Raises:
+            ValueError: There is none of this name, or its manifest is damaged.
+        """
+        unreadable: list[str] = []
+        if name is None:
+            found = self.manifests(unreadable)
+            if not found:
+                why = unreadable[0] if unreadable else "nothing has been saved in it yet"
+                raise ValueError(f"model folder {self.path} holds no save: {why}")
+            return self._generations / found[0].name, found[0]
+        has_backup = (self.path / BACKUP).is_dir()
+        if name not in self.names() and not (name == BACKUP and has_backup):
+            names = self.names() + [BACKUP] * has_backup
+            raise ValueError(
+                f"model folder {self.path} has no generation {name!r}; it has: "
+                f"{', '.join(names) or 'none'}"
+            )
+        folder = self.path / BACKUP if name == BACKUP else self._generations / name
+        try:
+            with self._reading():
+                return folder, read_manifest(folder)
+        except DamagedError as damage:
+            raise ValueError(f"{folder} is damaged ({damage}); choose another") from damage
+
+    def manifests(self, unreadable: list[str]) -> list[Manifest]:
         """Every readable manifest, newest first; a sentence for each of the others."""
         manifests = []
-        for name in self._names():
+        for name in self.names():
             try:
-                manifests.append(_read_manifest(self._generations / name))
-            except _DamagedError as damage:
+                manifests.append(read_manifest(self._generations / name))
+            except DamagedError as damage:
                 self._damaged.add(name)
                 unreadable.append(f"generation {name} is damaged ({damage})")
         manifests.sort(key=lambda manifest: manifest.sequence, reverse=True)
@@ -382,13 +419,13 @@ class ModelFolder:
         if not path.exists():
             return None
         try:
-            name = _read_json(path).get("generation")
-        except _DamagedError as damage:
+            name = read_json(path).get("generation")
+        except DamagedError as damage:
             self._warn(f"{path} is damaged ({damage}); the next save replaces it")
             return None
         return name if isinstance(name, str) and _NAME.fullmatch(name) else None
 
-    def _adopt(self, generation: Generation, manifest: _Manifest, passed_over: list[str]) -> None:
+    def _adopt(self, generation: Generation, manifest: Manifest, passed_over: list[str]) -> None:
         """Take up a loaded generation as the one in use, and tell what was passed over for it."""
         pointer = self._pointer()
         if pointer is not None and not (self._generations / pointer).is_dir():
@@ -398,14 +435,14 @@ class ModelFolder:
                 f"{sentence}; generation {generation.name} of iteration {manifest.iterations} is "
                 "used, and nothing was deleted"
             )
-        state = _read_regular(generation.path / STATE, _MAX_JSON_BYTES)
+        state = read_regular(generation.path / STATE, MAX_JSON_BYTES)
         self._current = (generation.name, frozenset(manifest.files), state)
         self._last_complete = manifest.iterations
         if self._config is None and CONFIG in manifest.files:
-            self._config = _read_regular(generation.path / CONFIG, _MAX_JSON_BYTES)
+            self._config = read_regular(generation.path / CONFIG, MAX_JSON_BYTES)
 
     def _refuse_other_trainer(self, trainer: str | None) -> None:
-        manifests = self._manifests([])
+        manifests = self.manifests([])
         if trainer is not None and manifests and manifests[0].trainer != trainer:
             held = manifests[0].trainer
             raise ValueError(
@@ -427,59 +464,25 @@ class ModelFolder:
         self, temporary: Path, name: str, state: dict[str, Any], file_names: frozenset[str]
     ) -> None:
         """Make a generation of the files in a temporary folder, and the one in use."""
-        self._write_manifest(temporary, state, file_names)
-        _sync_folder(temporary)
+        self._sequence += 1
+        write_manifest(temporary, state, file_names, self._sequence)
+        sync_folder(temporary)
         os.rename(temporary, self._generations / name)
-        _sync_folder(self._generations)
-        _replace_file(self.path / STATE, _pointer_to(name, state))
-
-    def _save_again(self, folder: Path, manifest: _Manifest, state: dict[str, Any]) -> None:
-        """Write an earlier generation as the newest one."""
-        with self._reporting():
-            name = self._free_name(manifest.iterations)
-            temporary = self._generations / f".{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                _copy_files(folder, temporary)
-                (temporary / MANIFEST).unlink()
-                self._publish(temporary, name, state, frozenset(manifest.files))
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        self._current = None
-        self._last_complete = manifest.iterations
-        self._retire()
+        sync_folder(self._generations)
+        self.point_to(name, state)
 
     def _settle_backup(self) -> None:
         """Finish or undo what a crash left of a change of backups."""
-        backup, old, new = (self.path / name for name in (_BACKUP, _OLD_BACKUP, _NEW_BACKUP))
+        backup, old, new = (self.path / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
         if old.is_dir() and not backup.exists():
             os.rename(old, backup)
         for leftover in (old, new):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _write_manifest(
-        self, folder: Path, state: dict[str, Any], file_names: frozenset[str]
-    ) -> None:
-        self._sequence += 1
-        body = {
-            "schema": MANIFEST_SCHEMA,
-            "mien_version": __version__,
-            "sequence": self._sequence,
-            "iterations": state["iterations"],
-            "run_id": state["run_id"],
-            "trainer": state["trainer"],
-            "files": {
-                name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
-                for name in sorted(file_names)
-            },
-        }
-        content = body | {"digest": _digest(body)}
-        _write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
-
     def _retire(self) -> None:
         """Delete what is older than the newest whole generations that are kept."""
         try:
-            whole = [item.name for item in self._manifests([]) if item.name not in self._damaged]
+            whole = [item.name for item in self.manifests([]) if item.name not in self._damaged]
             for name in whole[self._keep :]:
                 trash = self._generations / f".{name}.trash"
                 os.rename(self._generations / name, trash)  # a half-deleted one must not look whole
@@ -678,11 +681,8 @@ class Saver:
         return event, list(tensors.values())
 
 
-# The lock
-
-
 def _refuse_foreign(path: Path, *, read_only: bool) -> None:
-    """Refuse a path that is no folder, or one that holds other things than a model."""
+    """Refuse a path that is no folder, and one that holds other things than a model, or links."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"model folder {path} is a file; choose another --model-dir")
     if read_only and not path.is_dir():
@@ -691,45 +691,16 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
+    links = sorted(name for name in names if (path / name).is_symlink())
+    if links:
+        raise ValueError(
+            f"{path / links[0]} is a link, which a model folder may not hold: put what it leads to "
+            "in its place"
+        )
     if names and not names & {LOCK, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )
-
-
-def _acquire(path: Path) -> int:
-    """A handle of the folder's lock file, locked and holding this process's number and host."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        handle = os.open(path / LOCK, flags, 0o644)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write to model folder {path}: {error.strerror}; make it writable, or choose "
-            "another --model-dir"
-        ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
-    except BlockingIOError as error:
-        pid, _, host = os.pread(handle, 300, 0).decode(errors="replace").strip().partition(" ")
-        os.close(handle)
-        elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
-        raise ValueError(
-            f"model folder {path} is in use by process {pid or 'unknown'}{elsewhere}; stop that "
-            "run, or choose another --model-dir"
-        ) from error
-    except OSError as error:
-        os.close(handle)
-        raise ValueError(
-            f"cannot lock model folder {path}: {error.strerror}; choose a --model-dir on a local "
-            "disk with free space"
-        ) from error
-    return handle
-
-
-# Writing files
 
 
 def _pointer_to(name: str, state: dict[str, Any]) -> bytes:
@@ -740,95 +711,6 @@ def _pointer_to(name: str, state: dict[str, Any]) -> bytes:
 
 def _is_same(one: Path, other: Path) -> bool:
     return other.is_file() and one.is_file() and one.read_bytes() == other.read_bytes()
-
-
-def _copy_files(source: Path, target: Path) -> None:
-    """Make a folder of the same plain files, durably: hard links where the disk has them."""
-    target.mkdir()
-    for entry in os.scandir(source):
-        if not entry.is_file(follow_symlinks=False):
-            continue
-        try:
-            os.link(entry.path, target / entry.name, follow_symlinks=False)
-        except OSError:
-            shutil.copyfile(entry.path, target / entry.name, follow_symlinks=False)
-            _sync_file(target / entry.name)
-    _sync_folder(target)
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    """Write a new file and flush it to the disk."""
-    with open(path, "xb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Put a file in the place of another in one step, durably."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        _write_file(temporary, content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file and flush it to the disk; OSError where the disk refuses."""
-    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    try:
-        safetensors.torch.save_file(plain, path, metadata=metadata)
-    except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
-            raise
-        number = int(found[1])
-        raise OSError(number, os.strerror(number), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets only the owner read it
-    _sync_file(path)
-
-
-def _sync_folder(path: Path) -> None:
-    """Flush a folder, so that the names in it survive a power cut."""
-    _sync_file(path, os.O_DIRECTORY)
-
-
-def _sync_file(path: Path, flags: int = 0) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _metadata(state: dict[str, Any]) -> dict[str, str]:
-    """What every tensor file says about itself."""
-    for key in ("run_id", "trainer", "iterations"):
-        if key not in state:
-            raise ValueError(f"the state to save has no {key}")
-    return {
-        "format": "pt",
-        "mien_version": __version__,
-        "run_id": state["run_id"],
-        "kind": "synthetic face model",
-        "trainer": state["trainer"],
-        "iterations": str(state["iterations"]),
-    }
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-# Reading files: everything may be damaged or made by a stranger
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -842,11 +724,11 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """
     try:
         if path.is_file():
-            return _read_tensor_file(path)
+            return read_tensor_file(path)
         if (path / MANIFEST).is_file():
-            manifest = _read_manifest(path)
-            return _read_tensors(path, MODEL, manifest), manifest.trainer
-    except (OSError, _DamagedError) as error:
+            manifest = read_manifest(path)
+            return read_tensors(path, MODEL, manifest), manifest.trainer
+    except (OSError, DamagedError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot read weights from {path}: {reason}") from error
     if not (path / "generations").is_dir():
@@ -859,137 +741,3 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
     if generation is None:
         raise ValueError(f"nothing has been saved in model folder {path} yet; load from another")
     return generation.model, generation.state.get("trainer")
-
-
-def _read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            return tensors, (stream.metadata() or {}).get("trainer")
-    except SafetensorError as error:
-        raise _DamagedError("it is not a valid safetensors file") from error
-
-
-def _open_plain(path: str, flags: int) -> int:
-    """A handle that follows no link and waits for no pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
-def _read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a plain file; a link, a device or an oversized file is damage."""
-    try:
-        with open(path, "rb", opener=_open_plain) as stream:
-            found = os.fstat(stream.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise _DamagedError(f"{path.name} is not a plain file")
-            if found.st_size > max_bytes:
-                raise _DamagedError(f"{path.name} has {found.st_size} bytes, at most {max_bytes}")
-            return stream.read()
-    except OSError as error:
-        if error.errno not in _DAMAGE:
-            raise
-        raise _DamagedError(f"{path.name}: {error.strerror}") from error
-
-
-def _parse_json(name: str, content: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise _DamagedError(f"{name} is not valid JSON") from error
-    if not isinstance(values, dict):
-        raise _DamagedError(f"{name} is not a JSON object")
-    return values
-
-
-def _parse_toml(content: bytes) -> dict[str, Any]:
-    try:
-        return tomllib.loads(content.decode())
-    except (ValueError, RecursionError) as error:
-        raise _DamagedError(f"{CONFIG} is not valid TOML") from error
-
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return _parse_json(path.name, _read_regular(path, _MAX_JSON_BYTES))
-
-
-def _read_manifest(folder: Path) -> _Manifest:
-    """The manifest of a generation, checked against its own digest."""
-    body = _read_json(folder / MANIFEST)
-    if body.pop("digest", None) != _digest(body):
-        raise _DamagedError(f"{MANIFEST} does not match its own SHA-256")
-    schema = body.get("schema")
-    if isinstance(schema, int) and schema > MANIFEST_SCHEMA:
-        raise ValueError(
-            f"{folder} was saved by a newer version of mien ({body.get('mien_version')}, this is "
-            f"{__version__}); update mien"
-        )
-    files, rest = body.get("files"), (body.get("sequence"), body.get("iterations"))
-    known = {MODEL, OPTIMIZER, STATE, CONFIG}
-    good = (
-        schema == MANIFEST_SCHEMA
-        and isinstance(files, dict)
-        and {MODEL, STATE} <= files.keys() <= known
-        and all(_is_file_entry(entry) for entry in files.values())
-        and all(type(number) is int and number >= 0 for number in rest)
-        and isinstance(body.get("trainer"), str)
-    )
-    if not good:
-        raise _DamagedError(f"{MANIFEST} is not one of mien's")
-    return _Manifest(
-        name=folder.name,
-        sequence=body["sequence"],
-        iterations=body["iterations"],
-        trainer=body["trainer"],
-        files={name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()},
-    )
-
-
-def _is_file_entry(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and type(entry.get("size")) is int
-        and entry["size"] >= 0
-        and isinstance(entry.get("sha256"), str)
-        and _SHA256.fullmatch(entry["sha256"]) is not None
-    )
-
-
-def _read_verified(folder: Path, name: str, manifest: _Manifest) -> bytes:
-    """The bytes of one file, equal in size and SHA-256 to what was written."""
-    size, sha256 = manifest.files[name]
-    content = _read_regular(folder / name, size)
-    if len(content) != size:
-        raise _DamagedError(f"{name} has {len(content)} bytes of {size}")
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise _DamagedError(f"{name} does not match its SHA-256")
-    return content
-
-
-def _read_tensors(folder: Path, name: str, manifest: _Manifest) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(_read_verified(folder, name, manifest))
-    except SafetensorError as error:
-        raise _DamagedError(f"{name} is not a valid safetensors file") from error
-
-
-def _read_generation(folder: Path, manifest: _Manifest) -> Generation:
-    """All of a generation, the small files first."""
-    state = _parse_json(STATE, _read_verified(folder, STATE, manifest))
-    config = None
-    if CONFIG in manifest.files:
-        config = _parse_toml(_read_verified(folder, CONFIG, manifest))
-    optimizer = None
-    if OPTIMIZER in manifest.files:
-        optimizer = _read_tensors(folder, OPTIMIZER, manifest)
-    return Generation(
-        name=manifest.name,
-        path=folder,
-        model=_read_tensors(folder, MODEL, manifest),
-        optimizer=optimizer,
-        state=state,
-        config=config,
-    )

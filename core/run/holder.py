@@ -14,7 +14,8 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-LOCK = ".lock"
+from .lock import LOCK
+
 REQUESTS = {"save": signal.SIGUSR1, "preview": signal.SIGUSR2, "stop": signal.SIGTERM}
 
 

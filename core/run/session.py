@@ -14,9 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import models
+from ...models.options import shown
 from ..config import Config, all_settings, from_dict, merge, to_dict
 
 SCHEMA = 1
+
+_MAX_COUNT = 10**12 - 1
+_MAX_SECONDS = 1e11
+_LARGEST = 1e300
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -149,6 +154,8 @@ class TrainingState:
             parts=_table(values, "parts"),
             sessions=[_session(item, f"sessions[{i}].") for i, item in enumerate(sessions)],
         )
+        is_a_name = len(state.trainer) <= 64 and state.trainer.isprintable()
+        _require(is_a_name, "trainer", "a name", state.trainer)
         _require(_RUN_ID.fullmatch(state.run_id), "run_id", "32 hex digits", state.run_id)
         _require_keys(state.faces_seen, {"a", "b"}, "faces_seen.")
         for side in state.faces_seen:
@@ -251,7 +258,8 @@ def _session(values: Any, prefix: str) -> Session:
     _require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
     _require_keys(values, {item.name for item in dataclasses.fields(Session)}, prefix)
     started = _optional_number(values, "started", prefix)
-    _require(started is not None, f"{prefix}started", "a number", started)
+    holds = started is not None and 0 <= started <= _MAX_SECONDS
+    _require(holds, f"{prefix}started", "a number", started)
     logs = values["logs"]
     _require(isinstance(logs, bool), f"{prefix}logs", "true or false", logs)
     return Session(
@@ -266,20 +274,23 @@ def _session(values: Any, prefix: str) -> Session:
 
 def _require(holds: object, name: str, rule: str, value: Any) -> None:
     if not holds:
-        raise ValueError(f"the saved state is not valid: {name} must be {rule}, got {value!r}")
+        got = shown(value)
+        raise ValueError(f"the saved state is not valid: {name} must be {rule}, got {got}")
 
 
 def _require_keys(values: dict[str, Any], expected: set[str], prefix: str) -> None:
     missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
     if missing or unknown:
         verb, key = ("lacks", missing[0]) if missing else ("has the unknown key", unknown[0])
+        key = key if key.isprintable() else ascii(key)
         raise ValueError(f"the saved state is not valid: it {verb} {prefix}{key}")
 
 
 def _count(values: dict[str, Any], key: str, prefix: str = "", *, low: int = 0) -> int:
     value = values[key]
     rule = f"a whole number, at least {low}"
-    _require(type(value) is int and value >= low, f"{prefix}{key}", rule, value)
+    holds = type(value) is int and low <= value <= _MAX_COUNT
+    _require(holds, f"{prefix}{key}", rule, value)
     return value
 
 
@@ -287,7 +298,7 @@ def _optional_number(values: dict[str, Any], key: str, prefix: str = "") -> floa
     value = values[key]
     if value is None:
         return None
-    holds = type(value) in (int, float) and math.isfinite(value)
+    holds = type(value) in (int, float) and abs(value) < _LARGEST
     _require(holds, f"{prefix}{key}", "a finite number", value)
     return float(value)
 

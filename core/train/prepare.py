@@ -22,8 +22,9 @@ from ..data.preview_faces import PreviewLoader
 from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore, available_host_bytes
 from ..recipes import Recipe
-from ..run.checkpoint import Generation, ModelFolder, Saver
+from ..run.checkpoint import ModelFolder, Saver
 from ..run.crash import reporting_crashes
+from ..run.generation import Generation
 from ..run.log import Log, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from ..run.window import PreviewWindow
