@@ -24,6 +24,7 @@ STEP = {
     "learning_rate": 5e-5,
     "session_iterations": 7,
     "elapsed_s": 61.0,
+    "saving": None,
     "seconds_left": 753.0,
 }
 

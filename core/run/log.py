@@ -14,10 +14,10 @@ and of saves, where faces are held out:
     evaluate/<name>                   a figure of `core.train.evaluate`
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
-"save" | "snapshot" | "preview" | "timelapse" | "warning" | "crash" | "stop", "time": seconds since
-1970, ...}. All of them are kept in <model dir>/logs/session_<n>/events.jsonl, where a session that
-was lost in a crash and the one that has its number are told apart by their "start". torch is
-imported only where a TensorBoardLog is made.
+"save" | "snapshot" | "preview" | "timelapse" | "stage" | "warning" | "crash" | "stop", "time":
+seconds since 1970, ...}. All of them are kept in <model dir>/logs/session_<n>/events.jsonl, where a
+session that was lost in a crash and the one that has its number are told apart by their "start".
+torch is imported only where a TensorBoardLog is made.
 """
 
 import json
@@ -217,6 +217,7 @@ class Reporter:
         learning_rate: float | None = None,
         session_iterations: int | None = None,
         elapsed_s: float | None = None,
+        saving: float | None = None,
         seconds_left: float | None = None,
     ) -> None:
         """Tell where the run stands.
@@ -231,7 +232,8 @@ class Reporter:
             learning_rate: Of that iteration.
             session_iterations: Of these, those of this session.
             elapsed_s: Since the session's first iteration.
-            seconds_left: Until the session's last iteration.
+            saving: Share of that time for which saves held training up, 0 to 1.
+            seconds_left: Until the last iteration of the session or of its stage.
         """
         clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
         text = (
@@ -254,6 +256,7 @@ class Reporter:
             "learning_rate": learning_rate,
             "session_iterations": session_iterations,
             "elapsed_s": elapsed_s,
+            "saving": saving,
             "seconds_left": seconds_left,
         }
         self._tell("step", text, fields)
@@ -289,6 +292,10 @@ class Reporter:
         """Tell that the time-lapse has one more picture."""
         fields = {"iteration": iteration, "path": path}
         self._tell("timelapse", f"Time-lapse: {path}", fields, level="debug")
+
+    def stage(self, reason: str) -> None:
+        """Tell that a stage of the recipe is over, and why; the next one begins."""
+        self._tell("stage", f"{reason[0].upper()}{reason[1:]}", {"reason": reason})
 
     def snapshot(self, *, iteration: int, path: Path) -> None:
         """Tell that a copy of the model was put beside its folder."""

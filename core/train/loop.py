@@ -103,6 +103,8 @@ class Loop:
         """To the end of the last iteration, so that two saves of one iteration are the same."""
 
         self.waited_s = run.feed.waited_s
+        self.saving_s = 0.0
+        """Of the session, for which saves and their pictures held training up."""
 
     def run(self) -> End:
         """Train to iteration ``until``, the end of the stage, a signal or a failure."""
@@ -276,7 +278,10 @@ class Loop:
         faces = len(SIDES) * self.r.config.train.batch_size * asked.count
         memory = torch.cuda.max_memory_allocated(self.r.device) / 2**20 if self.on_gpu else None
         last = asked.first + asked.count - 1
-        behind = self.r.state.iterations - last
+        behind, elapsed_s = self.r.state.iterations - last, time.monotonic() - self.began_at
+        left = self._remaining()
+        if self.r.plan:
+            left = self.r.plan.iterations_left(self.r.state.iterations, at_most=left)
         self.reporter.step(
             iteration=last,
             loss_a=float(named["loss_a"].mean()),
@@ -286,14 +291,15 @@ class Loop:
             memory_mib=memory,
             learning_rate=self.r.schedule.rate(last - 1),
             session_iterations=self.r.state.session.iterations - behind,
-            elapsed_s=time.monotonic() - self.began_at,
-            seconds_left=(self._remaining() + behind) * asked.seconds / asked.count,
+            elapsed_s=elapsed_s,
+            saving=self.saving_s / elapsed_s,
+            seconds_left=(left + behind) * asked.seconds / asked.count,
         )
 
     def _save(self, *, is_last: bool = False, with_optimizer: bool = False) -> None:
         """Measure the model, queue a save of the present state, write the pictures beside it."""
         self._log(wait=True)
-        state = self.r.state
+        state, began_at = self.r.state, time.monotonic()
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
         look = self.look = self.r.pictures.look(state.iterations)
@@ -326,6 +332,7 @@ class Loop:
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)
         self.saved_at = time.monotonic()
+        self.saving_s += self.saved_at - began_at
 
     def _show(self, wishes: set[Wish]) -> None:
         """Renew the preview, or draw the last one as it is now wanted."""

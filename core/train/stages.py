@@ -116,6 +116,16 @@ class Plan:
             return str(stage.plateau)
         return None
 
+    def iterations_left(self, iterations: int, *, at_most: int) -> int:
+        """Iterations to the end of the stage as far as one is known, else ``at_most``."""
+        stage, place = self.stage, self.place
+        ends = [at_most + iterations]
+        if stage.iterations is not None:
+            ends.append(place.begun + stage.iterations)
+        if stage.until_iteration is not None:
+            ends.append(stage.until_iteration)
+        return max(min(ends) - iterations, 0)
+
     def advance(self, iterations: int) -> None:
         """Enter the stage that this total iteration belongs to; the last one is never left."""
         while self.end(iterations) and not self.is_last:

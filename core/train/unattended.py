@@ -45,7 +45,8 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
             _free_memory()
             if not end.goes_on or stop.signal_name:
                 break
-            reporter.warning(end.reason)
+            tell = reporter.stage if end.back_at is None else reporter.warning
+            tell(end.reason)
             given = merge(given, _settled(with_found))
     if end.goes_on:
         end = End(STOPPED, f"{stop.signal_name} received; the state is saved")
