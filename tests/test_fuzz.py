@@ -241,6 +241,7 @@ literals = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape", "ignore:invalid octal")
 @cases(150)
 @given(values=literals, noise=st.text(max_size=5), seed=seeds)
 def test_literals(values, noise, seed):
@@ -508,7 +509,7 @@ def _put_back(contents):
             file.write_bytes(content)
 
 
-@cases(20)
+@cases(10)
 @given(seed=seeds)
 def test_damaged_model_folders(model, seed):
     path, contents = model
@@ -520,7 +521,7 @@ def test_damaged_model_folders(model, seed):
     _put_back(contents)
 
 
-@cases(20)
+@cases(10)
 @given(seed=seeds, name=st.sampled_from(["state.json", "config.toml", "manifest.json"]))
 def test_made_up_model_folders(model, seed, name):
     import tomli_w
