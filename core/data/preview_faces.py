@@ -43,12 +43,21 @@ def load_preview_faces(
     """Faces for the preview; as many of each side as both can give, at most ``count``.
 
     ``faces`` are those that are trained on, by side.
+
+    Raises:
+        ValueError: None of a side's can be read.
     """
     coverage, offset = data.coverage / 100, data.vertical_offset / 100
     process_px = max(input_px, output_px)
     seen = geometry.Crop(data.centering, coverage, offset, process_px)
     shown = geometry.Crop(data.centering, 1.0, offset, full_size_px(output_px, coverage))
     sides = [_decode_spread(side, count, seen, shown, num_threads) for side in faces.values()]
+    for chosen, side in zip(faces.values(), sides, strict=True):
+        if not side:
+            raise ValueError(
+                f"none of the faces of {chosen[0].path.parent} that the preview shows can be read "
+                "any more; put them back and start again"
+            )
     least = min(len(side) for side in sides)
     inputs, targets = [], []
     for side in sides:

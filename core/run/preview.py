@@ -74,7 +74,7 @@ def save_png(path: str | Path, image: np.ndarray) -> None:
     encoded, data = cv2.imencode(".png", image)
     if not encoded:
         raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")  # one name: what a kill leaves, the next one takes
     try:
         with part.open("wb") as file:
             file.write(data.tobytes())

@@ -231,9 +231,13 @@ class Loop:
         self.collapse.take_losses(named["batch_total"], asked.first)
 
     def _record(self, scalars: dict[str, float], iteration: int) -> None:
-        """Write an event; what cannot be written is told once."""
+        """Write an event."""
+        self._write_log(lambda: self.r.log.scalars(scalars, iteration))
+
+    def _write_log(self, write: Callable[[], None]) -> None:
+        """Do something with the log; what cannot be written is told once."""
         try:
-            self.r.log.scalars(scalars, iteration)
+            write()
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
             self.r.log = NullLog()
@@ -279,10 +283,8 @@ class Loop:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
             )
-        self.r.log.flush()
-        path = self.r.folder.path / "preview.png"
-        save_png(path, self._preview(predictions))
-        self.reporter.preview(iteration=state.iterations, path=path)
+        self._write_log(self.r.log.flush)
+        self._write_preview(predictions)
         self.saved_at = time.monotonic()
 
     def _check_pictures(self, predictions: np.ndarray) -> None:
@@ -339,6 +341,18 @@ class Loop:
             predictions.append([_to_pixels(outputs, has_mask) for outputs in decoded])
         run.model.train()
         return np.array(predictions)
+
+    def _write_preview(self, predictions: np.ndarray) -> None:
+        """Write the preview picture; training goes on without one where the disk refuses."""
+        path = self.r.folder.path / "preview.png"
+        try:
+            save_png(path, self._preview(predictions))
+        except OSError as error:
+            self.reporter.warning(
+                f"cannot write {path}: {error.strerror or error}; free space or make it writable"
+            )
+            return
+        self.reporter.preview(iteration=self.r.state.iterations, path=path)
 
     def _preview(self, predictions: np.ndarray) -> np.ndarray:
         """The preview picture."""

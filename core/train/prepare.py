@@ -23,7 +23,7 @@ from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore, available_host_bytes
 from ..recipes import Recipe
 from ..run.checkpoint import Generation, ModelFolder, Saver
-from ..run.log import Log, Reporter, open_log
+from ..run.log import Log, LogError, NullLog, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from . import engine as engines
 from . import memory, overlap, stages
@@ -238,8 +238,8 @@ def _prepare(
     folder.write_config(config)
     saver = stack.enter_context(Saver(folder))
     first_step = state.iterations + 1
-    log = open_log(folder.path, session.number, enabled=config.save.logs, first_step=first_step)
-    stack.callback(log.close)
+    log = _open_log(config, folder.path, session.number, first_step, reporter)
+    stack.callback(_close_log, log, reporter)
     chosen = engine.name == engine_name
     engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
     reporter.start(
@@ -267,6 +267,24 @@ def _prepare(
         evaluation=evaluation,
         device=device,
     )
+
+
+def _open_log(
+    config: Config, model_dir: Path, session: int, first_step: int, reporter: Reporter
+) -> Log:
+    """Where this session's scalars go; nowhere, and told, where the disk refuses."""
+    try:
+        return open_log(model_dir, session, enabled=config.save.logs, first_step=first_step)
+    except LogError as error:
+        reporter.warning(f"{error}; no events are written in this session")
+        return NullLog()
+
+
+def _close_log(log: Log, reporter: Reporter) -> None:
+    try:
+        log.close()
+    except LogError as error:
+        reporter.warning(f"{error}; the last events are lost")
 
 
 def _settle_parts(

@@ -1,0 +1,121 @@
+"""The fault campaign: training is disturbed in every way that is known, and must lose nothing.
+
+    python tests/faults/campaign.py [--kills 200] [--only NAME ...] [--json FILE] [--seed N]
+
+prints a table: fault, cases, passed, what was seen. The exit code is 0 only where every case was
+passed. What this machine does not allow (mounting a disk needs root) is told as skipped.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import clocks
+import damage
+import disks
+import faces
+import kills
+import locks
+import trial
+from course import Cases, Failed, Workshop
+
+SKIPPED = "skipped: "
+
+FAULTS: dict[str, Callable[[Workshop, int, int], Cases]] = {
+    "kill": kills.kills,
+    "kill-in-stage-change": kills.kills_in_a_stage_change,
+    "disk-full": disks.full,
+    "disk-read-only": disks.read_only,
+    "fsync-fails": disks.failing_fsync,
+    "call-fails": disks.failing_calls,
+    "no-handles": disks.no_handles,
+    "damage": damage.damaged_files,
+    "faces-between-runs": faces.between_runs,
+    "faces-while-running": faces.while_running,
+    "clock": clocks.jumps,
+    "loader": locks.loader,
+    "two-runs": locks.two_runs,
+    "lock": locks.stale_locks,
+}
+ALL = 10**9
+SHORT = {"kill": 9, "kill-in-stage-change": 3}
+"""How many kills a short campaign has; of the others it takes one case in some."""
+
+
+@dataclass
+class Row:
+    """The cases of one fault."""
+
+    fault: str
+    cases: int = 0
+    passed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    seen: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def run_fault(name: str, shop: Workshop, count: int, seed: int) -> Row:
+    """All cases of one fault."""
+    row, began = Row(name), time.monotonic()
+    for label, case in FAULTS[name](shop, count, seed):
+        try:
+            seen = case()
+        except Failed as failure:
+            row.cases += 1
+            row.failures.append(f"{label}: {failure}")
+            print(f"FAILED  {name}: {label}: {failure}", flush=True)
+            continue
+        if seen.startswith(SKIPPED):
+            row.skipped += 1
+        else:
+            row.cases, row.passed = row.cases + 1, row.passed + 1
+        row.seen[seen] += 1
+    row.seconds = time.monotonic() - began
+    return row
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as a table in Markdown."""
+    lines = ["| fault | cases | passed | what was seen |", "|---|---:|---:|---|"]
+    for row in rows:
+        seen = ", ".join(f"{what} ({count})" for what, count in row.seen.most_common())
+        lines.append(f"| {row.fault} | {row.cases} | {row.passed} | {seen} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Disturb training in every known way.")
+    parser.add_argument("--kills", type=int, default=200, help="how often to kill")
+    parser.add_argument("--only", nargs="+", choices=FAULTS, metavar="NAME", default=list(FAULTS))
+    parser.add_argument("--short", action="store_true", help="a few cases of each fault")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    counts = dict.fromkeys(FAULTS, 4 if args.short else ALL)
+    counts["kill"] = args.kills - args.kills // 3
+    counts["kill-in-stage-change"] = args.kills // 3
+    trial.warm_up()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="mien-faults-") as root:
+        shop = Workshop(Path(root))
+        for name in args.only:
+            row = run_fault(name, shop, counts[name], args.seed)
+            print(f"{name}: {row.passed} of {row.cases} in {row.seconds:.0f} s", flush=True)
+            rows.append(row)
+    print(table(rows))
+    if args.json:
+        figures = {"seed": args.seed, "load": os.getloadavg(), "faults": [asdict(r) for r in rows]}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 0 if all(row.passed == row.cases for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
