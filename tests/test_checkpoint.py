@@ -764,6 +764,18 @@ def test_old_generations_that_cannot_be_deleted_are_told(tmp_path, monkeypatch):
         check_loaded(folder.load(), 2)
 
 
+def test_a_folder_that_cannot_be_listed_is_released_all_the_same(tmp_path):
+    folder = ModelFolder(tmp_path / "m")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def refuse(_path: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        patch.setattr(os, "listdir", refuse)
+        folder.close()
+    ModelFolder(tmp_path / "m").close()
+
+
 # Killed at any moment
 
 

@@ -30,7 +30,7 @@ import time
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,12 @@ class ModelFolder:
 
     def _remove_if_unused(self) -> None:
         """A folder that was made for nothing, since the run was refused, does not stay."""
-        if self._is_made_here and [entry.name for entry in self.path.iterdir()] == [_LOCK]:
-            (self.path / _LOCK).unlink()
-            self.path.rmdir()
+        if not self._is_made_here:
+            return
+        with suppress(OSError):  # the lock must be released, and it is the run's end that is told
+            if os.listdir(self.path) == [_LOCK]:
+                (self.path / _LOCK).unlink()
+                self.path.rmdir()
 
     @property
     def is_new(self) -> bool:

@@ -4,6 +4,7 @@ A course is a tiny model's training, most of whose time is saving. Its *straight
 save, so that whatever a disturbed one has saved can be compared with it, bit for bit.
 """
 
+import contextlib
 import copy
 import itertools
 import shutil
@@ -41,6 +42,9 @@ iterations = 3
 
 Cases = Iterator[tuple[str, Callable[[], str]]]
 """What is done, and the doing of it, which gives what was seen."""
+
+SKIPPED = "skipped: "
+"""How the words of what was seen begin where the machine does not allow a case."""
 
 
 class Failed(Exception):
@@ -120,7 +124,9 @@ class Workshop:
 
     def words(self, course: Course, model_dir: Path, until: int, *more: str) -> list[str]:
         """The command line that trains from wherever the folder is to an iteration."""
-        done = newest(model_dir)
+        done = None
+        with contextlib.suppress(ValueError):  # nothing whole is left
+            done = newest(model_dir)
         words = [
             *("train", "-A", str(self.root / "a"), "-B", str(self.root / "b")),
             *("-m", str(model_dir), "-t", "lightweight", "--set", "model.options.width=8"),

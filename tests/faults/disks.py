@@ -17,13 +17,13 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from course import COURSES, Cases, Course, Workshop, newest, require
+from course import COURSES, SKIPPED, Cases, Course, Workshop, newest, require
 from trial import Outcome, Sabotage, before, both, fail_at_call, when
 
 FP32, STAGES = COURSES["fp32"], COURSES["stages"]
 DISK = "size=64m"
-FROM_LIBRARIES = ("libpng ", "[ WARN:")
-"""How lines begin that libpng and OpenCV print of damaged pictures."""
+FROM_LIBRARIES = ("libpng ", "[ WARN:", "Error in cpuinfo")
+"""How lines begin that libpng, OpenCV and PyTorch print by themselves."""
 
 _MOMENTS = {
     "at the first save": ("mien.core.run.checkpoint:ModelFolder", "save", 1),
@@ -66,7 +66,7 @@ def full(shop: Workshop, count: int, seed: int) -> Cases:
 def _fill(shop: Workshop, course: Course, place: tuple[str, str, int], room: int) -> str:
     with mounted(shop, DISK) as disk:
         if disk is None:
-            return "skipped: no disk can be mounted here"
+            return f"{SKIPPED}no disk can be mounted here"
         model_dir = disk / "model"
         filler = disk / "filler"
         fill = before(place[0], place[1], lambda: _occupy(filler, room), place[2])
@@ -113,7 +113,7 @@ def read_only(shop: Workshop, count: int, _seed: int) -> Cases:
 def _lock_up(shop: Workshop, place: tuple[str, str, int] | None) -> str:
     with mounted(shop, DISK) as disk:
         if disk is None:
-            return "skipped: no disk can be mounted here"
+            return f"{SKIPPED}no disk can be mounted here"
         model_dir = disk / "model"
         outcome = shop.train(FP32, model_dir, until=2)
         require(outcome.code == 0, outcome.told)

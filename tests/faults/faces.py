@@ -122,7 +122,7 @@ def while_running(shop: Workshop, count: int, seed: int) -> Cases:
     }
     cases = [(moment, change) for moment in moments for change in CHANGES]
     if count < len(cases):
-        cases = [(moment, choice.choice(CHANGES)) for moment in moments]
+        cases = choice.sample(cases, 3 * count)
     for moment, change in cases:
         yield (
             f"{_name(change)} {moment}",

@@ -20,7 +20,7 @@ from typing import Any
 
 Sabotage = Callable[[], None]
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 60.0
 
 
 def warm_up() -> None:
@@ -34,11 +34,13 @@ def warm_up() -> None:
     import torch._dynamo  # all custom operators ask for it at their first call
     from torch.utils import tensorboard  # noqa: F401
 
+    from mien import models
     from mien.cli import train  # noqa: F401
     from mien.core.config import all_settings
     from mien.core.train import unattended  # noqa: F401
 
     all_settings()  # reads its own sources
+    models.family("lightweight")
 
 
 @dataclass(frozen=True)
