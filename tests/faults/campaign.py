@@ -63,21 +63,33 @@ class Row:
 def run_fault(name: str, shop: Workshop, count: int, seed: int) -> Row:
     """All cases of one fault."""
     row, began = Row(name), time.monotonic()
-    for label, case in FAULTS[name](shop, count, seed):
-        try:
-            seen = case()
-        except (Failed, OSError, ValueError, subprocess.SubprocessError) as failure:
-            row.cases += 1
-            row.failures.append(f"{label}: {failure}")
-            print(f"FAILED  {name}: {label}: {failure}", flush=True)
-            continue
-        if seen.startswith(SKIPPED):
-            row.skipped += 1
-        else:
-            row.cases, row.passed = row.cases + 1, row.passed + 1
-        row.seen[seen] += 1
+    label = "nothing"
+    try:
+        for label, case in FAULTS[name](shop, count, seed):
+            _run_case(row, label, case)
+    except Failed as failure:  # of what the cases need
+        _note_failure(row, f"after {label}", failure)
     row.seconds = time.monotonic() - began
     return row
+
+
+def _run_case(row: Row, label: str, case: Callable[[], str]) -> None:
+    try:
+        seen = case()
+    except (Failed, OSError, ValueError, subprocess.SubprocessError) as failure:
+        _note_failure(row, label, failure)
+        return
+    row.seen[seen] += 1
+    if seen.startswith(SKIPPED):
+        row.skipped += 1
+    else:
+        row.cases, row.passed = row.cases + 1, row.passed + 1
+
+
+def _note_failure(row: Row, label: str, failure: Exception) -> None:
+    row.cases += 1
+    row.failures.append(f"{label}: {failure}")
+    print(f"FAILED  {row.fault}: {label}: {failure}", flush=True)
 
 
 def table(rows: list[Row]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trial import Outcome, Sabotage, Trial
+from trial import Outcome, Sabotage, Trial, count_calls
 
 from mien.core.faces.synthetic import draw_folder
 from mien.core.run.checkpoint import ModelFolder
@@ -69,6 +69,18 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Straight:
+    """A training that nothing disturbs."""
+
+    saves: dict[int, Saved]
+    """Every one, by iteration."""
+
+    seconds: float
+    num_calls: int
+    """How often it changes the disk."""
+
+
+@dataclass(frozen=True)
 class Course:
     """One kind of training."""
 
@@ -100,7 +112,7 @@ class Workshop:
     """Where the trials take place: faces, straight runs, a folder for each case."""
 
     root: Path
-    _straight: dict[str, dict[int, Saved]] = field(default_factory=dict)
+    _straight: dict[str, Straight] = field(default_factory=dict)
     _numbers: Any = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
@@ -164,29 +176,35 @@ class Workshop:
         """A training of the course, ended."""
         return self.start(course, model_dir, *more, until=until, sabotage=sabotage).end()
 
-    def straight(self, course: Course) -> dict[int, Saved]:
-        """Every save of a training that nothing disturbs, by iteration."""
+    def straight(self, course: Course) -> Straight:
+        """The course without a disturbance; all its saves are kept."""
         if course.name not in self._straight:
             path = self.new_folder()
-            outcome = self.train(course, path, "--set", "save.keep_generations=100")
+            report = path.parent / "calls"
+            outcome = self.train(
+                course, path, "--set", "save.keep_generations=100", sabotage=count_calls(report)
+            )
             require(outcome.code == 0, f"the straight run of {course.name}: {outcome.told}")
-            self._straight[course.name] = {saved.iterations: saved for saved in all_saves(path)}
+            self._straight[course.name] = Straight(
+                saves={saved.iterations: saved for saved in all_saves(path)},
+                seconds=outcome.seconds,
+                num_calls=report.stat().st_size,
+            )
         return self._straight[course.name]
 
     def finish(self, course: Course, model_dir: Path, *more: str) -> Outcome:
         """Resume to the end of the course; the model must then be the straight run's."""
         outcome = self.train(course, model_dir, *more)
         require(outcome.code == 0, f"the resume ended with {outcome.code}: {outcome.told[-400:]}")
-        straight = self.straight(course)
         last = newest(model_dir)
-        require(last is not None and last.iterations == max(straight), "the resume fell short")
+        require(last is not None and last.iterations == course.until, "the resume fell short")
         self.compare(course, model_dir)
         require(not (left := leftovers(model_dir)), f"left over: {left}")
         return outcome
 
     def compare(self, course: Course, model_dir: Path) -> None:
         """All saves in the folder, its backup and snapshots are the straight run's, bit for bit."""
-        straight = self.straight(course)
+        straight = self.straight(course).saves
         for saved in all_saves(model_dir):
             require(saved.iterations in straight, f"iteration {saved.iterations} is unknown")
             _compare(saved, straight[saved.iterations])
