@@ -847,7 +847,6 @@ def test_the_saver_writes_what_the_tensors_held_at_the_call(tmp_path, monkeypatc
         check_loaded(folder.load(), 1)
     assert saved.path == tmp_path / "m" / "generations" / "1"
     assert saved.iterations == 1
-    assert saved.size_bytes == sum(file.stat().st_size for file in saved.path.iterdir())
 
 
 def test_two_saves_never_overlap_and_the_wait_is_told(tmp_path, monkeypatch):

@@ -95,7 +95,6 @@ class Saved:
     path: Path
     iterations: int
     seconds: float
-    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -608,8 +607,7 @@ class Saver:
         path = self._folder.save(model, optimizer, state)
         if is_best:
             self._folder.back_up(path)
-        size_bytes = sum(entry.stat().st_size for entry in os.scandir(path))
-        return Saved(path, state["iterations"], time.monotonic() - started, size_bytes)
+        return Saved(path, state["iterations"], time.monotonic() - started)
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> list[tuple[torch.cuda.Event, list[Tensor]]]:
         """Copy into the buffers; for each GPU, what tells when its copies have arrived."""
