@@ -1,9 +1,7 @@
 """What a run tells, as lines, as JSON and as TensorBoard events."""
 
-import errno
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -189,15 +187,30 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
         TensorBoardLog(tmp_path, 1)
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capfd):
+    create = TensorBoardLog._create
+
+    def on_a_full_disk(log):
+        create(log).close()
+        return open("/dev/full", "wb")
+
+    monkeypatch.setattr(TensorBoardLog, "_create", on_a_full_disk)
     log = TensorBoardLog(tmp_path, 1)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(log._writer.file_writer, "add_summary", full)
+    log.scalars({"batch_total": 1.0}, 1)  # into a buffer
+    for _ in range(2):
+        with pytest.raises(LogError, match="No space left on device; free space"):
+            log.flush()
     with pytest.raises(LogError, match="No space left on device; free space"):
-        log.scalars({"batch_total": 1.0}, 1)
+        log.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_events_reach_the_disk_without_being_flushed(tmp_path, monkeypatch):
+    monkeypatch.setattr("mien.core.run.log._SECONDS_BETWEEN_FLUSHES", 0.0)
+    log = TensorBoardLog(tmp_path, 1)
+    log.scalars({"batch_total": 1.0}, 1)
+    (path,) = log.folder.iterdir()
+    assert path.stat().st_size > 60
     log.close()
 
 

@@ -1,8 +1,10 @@
 """Training as a user sees it: it learns, saves, resumes bit for bit, and stops as it should."""
 
 import dataclasses
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from mien.cli import main
 from mien.core.data.feed import Feed
 from mien.core.faces.png import read_header, write_face
 from mien.core.run.checkpoint import ModelFolder, SaveError
+from mien.core.run.log import LogError, TensorBoardLog
+from mien.core.train import prepare
 from mien.core.train.loop import Loop
 
 
@@ -224,6 +228,53 @@ def test_a_full_disk_halts_with_the_last_save_named(sides, tmp_path, monkeypatch
     assert _train(sides, tmp_path / "model", "-i", "8", "-s", "2") == 3
     assert "No space left on device" in capsys.readouterr().out
     assert json.loads((tmp_path / "model/state.json").read_text())["iterations"] == 1
+
+
+def test_what_is_not_the_model_may_fail_to_be_written(sides, tmp_path, monkeypatch, capsys):
+    """Events and preview on a full disk: told, and the training is the same."""
+    straight, model_dir = tmp_path / "straight", tmp_path / "model"
+    assert _train(sides, straight, "-i", "3") == 0
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def broken_log(self, *_: object) -> None:
+        raise LogError("cannot write logs")
+
+    monkeypatch.setattr("mien.core.train.loop.save_png", full)
+    monkeypatch.setattr(TensorBoardLog, "flush", broken_log)
+    monkeypatch.setattr(TensorBoardLog, "close", broken_log)
+    capsys.readouterr()
+    assert _train(sides, model_dir, "-i", "3") == 0
+    said = capsys.readouterr().out
+    assert f"cannot write {model_dir}/preview.png: No space left on device; free space" in said
+    assert said.count("cannot write logs; no more events are written in this session") == 1
+    assert "cannot write logs; the last events are lost" in said
+    _assert_same_bits(straight, model_dir)
+
+
+def test_training_begins_without_a_place_for_events(sides, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/.lock").touch()
+    (tmp_path / "model/logs").write_text("a file in the way")
+    assert _train(sides, tmp_path / "model", "-i", "1") == 0
+    assert "start again with --no-logs; no events are written" in capsys.readouterr().out
+
+
+def test_faces_that_vanish_before_the_preview_are_told_in_a_line(sides, tmp_path, capsys):
+    faces = Path(shutil.copytree(sides[0], tmp_path / "faces"))
+    load = prepare.load_preview_faces
+    with pytest.MonkeyPatch.context() as patch:
+
+        def vanish(*args, **kwargs):
+            shutil.rmtree(faces)
+            return load(*args, **kwargs)
+
+        patch.setattr(prepare, "load_preview_faces", vanish)
+        assert _train((faces, sides[1]), tmp_path / "model", "-i", "1") == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"mien train: none of the faces of {faces} that the preview shows")
+    assert told.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -329,6 +329,15 @@ def test_a_raw_file_that_cannot_be_read_is_made_anew(folder, store_dir, monkeypa
     assert len(second.warnings) == 1
 
 
+def test_a_pipe_in_the_place_of_a_raw_file_is_waited_for_by_nobody(folder, store_dir):
+    first = opened(folder, store_dir)
+    first.path.unlink()
+    os.mkfifo(first.path)
+    second = opened(folder, store_dir)
+    assert not second.reused
+    assert torch.equal(second.faces_fssc, first.faces_fssc)
+
+
 def test_without_a_folder_it_works_in_memory(folder):
     made = opened(folder, None)
     assert (made.path, made.placement, made.warnings) == (None, "host", [])

@@ -514,10 +514,15 @@ def _header(facts: _Facts, header_bytes: int) -> bytes:
     return json.dumps(first).encode() + b"\n" + text + b"\n"
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """A handle that waits for no pipe: one in the place of a raw file is none."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 def _read_raw(path: Path, key: str | None = None) -> tuple[_Facts, int] | None:
     """Facts and header bytes of a raw file; None where it is not whole, or of another key."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_at_once) as file:
             first = json.loads(file.readline(BLOCK_BYTES))
             header_bytes = first["header_bytes"]
             if first["schema"] != SCHEMA or not 0 < header_bytes <= MAX_HEADER_BYTES:

@@ -30,7 +30,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,6 @@ class Saved:
     path: Path
     iterations: int
     seconds: float
-    size_bytes: int
 
 
 class ModelFolder:
@@ -146,9 +145,12 @@ class ModelFolder:
 
     def _remove_if_unused(self) -> None:
         """A folder that was made for nothing, since the run was refused, does not stay."""
-        if self._is_made_here and [entry.name for entry in self.path.iterdir()] == [LOCK]:
-            (self.path / LOCK).unlink()
-            self.path.rmdir()
+        if not self._is_made_here:
+            return
+        with suppress(OSError):  # the lock must be released, and it is the run's end that is told
+            if os.listdir(self.path) == [LOCK]:
+                (self.path / LOCK).unlink()
+                self.path.rmdir()
 
     @property
     def is_new(self) -> bool:
@@ -631,8 +633,7 @@ class Saver:
         path = self._folder.save(model, optimizer, state)
         if is_best:
             self._folder.back_up(path)
-        size_bytes = sum(entry.stat().st_size for entry in os.scandir(path))
-        return Saved(path, state["iterations"], time.monotonic() - started, size_bytes)
+        return Saved(path, state["iterations"], time.monotonic() - started)
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> list[tuple[torch.cuda.Event, list[Tensor]]]:
         """Copy into the buffers; for each GPU, what tells when its copies have arrived."""

@@ -17,23 +17,25 @@ JSON events are one object a line: {"event": "start" | "found_rates" | "step" | 
 "save" | "snapshot" | "preview" | "timelapse" | "stage" | "warning" | "crash" | "stop", "time":
 seconds since 1970, ...}. All of them are kept in <model dir>/logs/session_<n>/events.jsonl, where a
 session that was lost in a crash and the one that has its number are told apart by their "start".
-torch is imported only where a TensorBoardLog is made.
+TensorBoard is imported only where a TensorBoardLog is made.
 """
 
 import json
 import math
 import numbers
 import os
+import socket
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO
 
 from .report_files import Report, ReportFile
 
+_SECONDS_BETWEEN_FLUSHES = 30.0
 _LATEST = 100
 _AS_WANTED = (0, 4)  # exit codes of what is done, and of what the user has stopped
 
@@ -88,31 +90,46 @@ class TensorBoardLog:
     """
 
     def __init__(self, model_dir: Path, session: int, first_step: int = 1) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._summary = Summary
+        self._event, self._summary = Event, Summary
         self.folder = model_dir / "logs" / f"session_{session}" / "train"
-        self._writer = self._guarded(
-            lambda: SummaryWriter(str(self.folder), purge_step=first_step, flush_secs=30)
-        )
+        # Not by its SummaryWriter, whose thread prints a traceback where the disk is full.
+        self._file: BinaryIO = self._guarded(self._create)
+        self._records = RecordWriter(self._file)
+        self._flushed_at = time.monotonic()
+        began = SessionLog(status=SessionLog.START)
+        self._guarded(lambda: self._add(file_version="brain.Event:2"))
+        self._guarded(lambda: self._add(step=first_step, session_log=began))
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`."""
-        self._guarded(lambda: self._add(values, step, wall_time))
+        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        summary = self._summary(value=entries)
+        self._guarded(lambda: self._add(wall_time, step=step, summary=summary))
+        if time.monotonic() - self._flushed_at >= _SECONDS_BETWEEN_FLUSHES:
+            self.flush()
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        self._guarded(self._writer.flush)
+        self._flushed_at = time.monotonic()
+        self._guarded(self._file.flush)
 
     def close(self) -> None:
         """Flush, and release the file."""
-        self._guarded(self._writer.close)
+        self._guarded(self._file.close)
 
-    def _add(self, values: dict[str, float], step: int, wall_time: float | None) -> None:
-        # One event an iteration: `add_scalar` makes one of each value, at ten times the cost.
-        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        self._writer.file_writer.add_summary(self._summary(value=entries), step, wall_time)
+    def _create(self) -> BinaryIO:
+        """A new file with a name that TensorBoard knows and reads after earlier ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        parts = (f"{int(time.time()):010d}", socket.gethostname(), os.getpid(), time.monotonic_ns())
+        return (self.folder / ".".join(map(str, ("events.out.tfevents", *parts)))).open("xb")
+
+    def _add(self, wall_time: float | None = None, **fields: Any) -> None:
+        now = time.time() if wall_time is None else wall_time
+        self._records.write(self._event(wall_time=now, **fields).SerializeToString())
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:

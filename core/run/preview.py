@@ -82,7 +82,7 @@ def _save(path: Path, image: np.ndarray, kind: str) -> None:
     encoded, data = cv2.imencode(kind, image)
     if not encoded:
         raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")  # one name: what a kill leaves, the next one takes
     try:
         with part.open("wb") as file:
             file.write(data.tobytes())

@@ -267,9 +267,13 @@ class Loop:
     def _record(
         self, scalars: dict[str, float], iteration: int, wall_time: float | None = None
     ) -> None:
-        """Write an event; what cannot be written is told once."""
+        """Write an event."""
+        self._write_log(lambda: self.r.log.scalars(scalars, iteration, wall_time))
+
+    def _write_log(self, write: Callable[[], None]) -> None:
+        """Do something with the log; what cannot be written is told once."""
         try:
-            self.r.log.scalars(scalars, iteration, wall_time)
+            write()
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
             self.r.log = NullLog()
@@ -326,7 +330,7 @@ class Loop:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
             )
-        self.r.log.flush()
+        self._write_log(self.r.log.flush)
         self._write_preview(look)
         added = self.r.pictures.add_to_timelapse(state.iterations)
         if added is not None:

@@ -25,7 +25,7 @@ from ..recipes import Recipe
 from ..run.checkpoint import ModelFolder, Saver
 from ..run.crash import reporting_crashes
 from ..run.generation import Generation
-from ..run.log import Log, Reporter, open_log
+from ..run.log import Log, LogError, NullLog, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from ..run.window import PreviewWindow
 from . import engine as engines
@@ -254,8 +254,8 @@ def _prepare(
     folder.write_config(config)
     saver = stack.enter_context(Saver(folder))
     first_step = state.iterations + 1
-    log = open_log(folder.path, session.number, enabled=config.save.logs, first_step=first_step)
-    stack.callback(log.close)
+    log = _open_log(config, folder.path, session.number, first_step, reporter)
+    stack.callback(_close_log, log, reporter)
     events = folder.path / "logs" / f"session_{session.number}" / "events.jsonl"
     reporter.keep_in(
         events=events if config.save.logs else None,
@@ -289,6 +289,24 @@ def _prepare(
         evaluation=evaluation,
         device=device,
     )
+
+
+def _open_log(
+    config: Config, model_dir: Path, session: int, first_step: int, reporter: Reporter
+) -> Log:
+    """Where this session's scalars go; nowhere, and told, where the disk refuses."""
+    try:
+        return open_log(model_dir, session, enabled=config.save.logs, first_step=first_step)
+    except LogError as error:
+        reporter.warning(f"{error}; no events are written in this session")
+        return NullLog()
+
+
+def _close_log(log: Log, reporter: Reporter) -> None:
+    try:
+        log.close()
+    except LogError as error:
+        reporter.warning(f"{error}; the last events are lost")
 
 
 def _settle_state(
