@@ -53,7 +53,7 @@ def _at_once(shop: Workshop) -> str:
     return "the second is refused, the first goes on"
 
 
-def stale_locks(shop: Workshop, _count: int, _seed: int) -> Cases:
+def stale_locks(shop: Workshop, count: int, _seed: int) -> Cases:
     """Lock files that nobody holds."""
     gone = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"],
@@ -61,12 +61,13 @@ def stale_locks(shop: Workshop, _count: int, _seed: int) -> Cases:
         capture_output=True,
         text=True,
     ).stdout.strip()
-    for name, text in (
+    locks = (
         ("of a process that is gone", f"{gone} {os.uname().nodename}\n"),
         ("of a living process that does not hold it", f"{os.getppid()} {os.uname().nodename}\n"),
         ("of another machine", "17 elsewhere\n"),
         ("that is no text", "\xff\0\xfe" * 200),
-    ):
+    )
+    for name, text in locks[:count]:
         yield name, functools.partial(_stale, shop, text)
 
 
