@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from mien import models
 from mien.cli import main
 from mien.core.data.feed import Feed
+from mien.core.data.preview_faces import PreviewLoader
 from mien.core.faces.png import read_header, write_face
 from mien.core.run.checkpoint import ModelFolder, SaveError
 from mien.core.run.log import LogError, TensorBoardLog
-from mien.core.train import prepare
 from mien.core.train.loop import Loop
 
 
@@ -241,13 +241,13 @@ def test_what_is_not_the_model_may_fail_to_be_written(sides, tmp_path, monkeypat
     def broken_log(self, *_: object) -> None:
         raise LogError("cannot write logs")
 
-    monkeypatch.setattr("mien.core.train.loop.save_png", full)
+    monkeypatch.setattr("mien.core.train.pictures.save_png", full)
     monkeypatch.setattr(TensorBoardLog, "flush", broken_log)
     monkeypatch.setattr(TensorBoardLog, "close", broken_log)
     capsys.readouterr()
     assert _train(sides, model_dir, "-i", "3") == 0
     said = capsys.readouterr().out
-    assert f"cannot write {model_dir}/preview.png: No space left on device; free space" in said
+    assert f"cannot write {model_dir}/preview.png: No space left on device; training goes on" in said
     assert said.count("cannot write logs; no more events are written in this session") == 1
     assert "cannot write logs; the last events are lost" in said
     _assert_same_bits(straight, model_dir)
@@ -263,17 +263,17 @@ def test_training_begins_without_a_place_for_events(sides, tmp_path, capsys):
 
 def test_faces_that_vanish_before_the_preview_are_told_in_a_line(sides, tmp_path, capsys):
     faces = Path(shutil.copytree(sides[0], tmp_path / "faces"))
-    load = prepare.load_preview_faces
+    load = PreviewLoader.load
     with pytest.MonkeyPatch.context() as patch:
 
-        def vanish(*args, **kwargs):
+        def vanish(self, shown):
             shutil.rmtree(faces)
-            return load(*args, **kwargs)
+            return load(self, shown)
 
-        patch.setattr(prepare, "load_preview_faces", vanish)
+        patch.setattr(PreviewLoader, "load", vanish)
         assert _train((faces, sides[1]), tmp_path / "model", "-i", "1") == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"mien train: none of the faces of {faces} that the preview shows")
+    assert told.startswith(f"mien train: none of 14 faces of {faces} can be shown")
     assert told.count("\n") == 1
 
 
