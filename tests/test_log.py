@@ -23,6 +23,7 @@ STEP = {
     "session_iterations": 7,
     "elapsed_s": 61.0,
     "saving": None,
+    "drawing": None,
     "seconds_left": 753.0,
 }
 

@@ -235,6 +235,7 @@ class Reporter:
         session_iterations: int | None = None,
         elapsed_s: float | None = None,
         saving: float | None = None,
+        drawing: float | None = None,
         seconds_left: float | None = None,
     ) -> None:
         """Tell where the run stands.
@@ -250,6 +251,7 @@ class Reporter:
             session_iterations: Of these, those of this session.
             elapsed_s: Since the session's first iteration.
             saving: Share of that time for which saves held training up, 0 to 1.
+            drawing: The same of the pictures and figures that are made with them.
             seconds_left: Until the last iteration of the session or of its stage.
         """
         clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
@@ -274,6 +276,7 @@ class Reporter:
             "session_iterations": session_iterations,
             "elapsed_s": elapsed_s,
             "saving": saving,
+            "drawing": drawing,
             "seconds_left": seconds_left,
         }
         self._tell("step", text, fields)

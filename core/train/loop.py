@@ -103,8 +103,8 @@ class Loop:
         """To the end of the last iteration, so that two saves of one iteration are the same."""
 
         self.waited_s = run.feed.waited_s
-        self.saving_s = 0.0
-        """Of the session, for which saves and their pictures held training up."""
+        self.saving_s, self.drawing_s = 0.0, 0.0
+        """Of the session, for which saves held training up, and what is drawn and measured then."""
 
     def run(self) -> End:
         """Train to iteration ``until``, the end of the stage, a signal or a failure."""
@@ -297,6 +297,7 @@ class Loop:
             session_iterations=self.r.state.session.iterations - behind,
             elapsed_s=elapsed_s,
             saving=self.saving_s / elapsed_s,
+            drawing=self.drawing_s / elapsed_s,
             seconds_left=(left + behind) * asked.seconds / asked.count,
         )
 
@@ -318,6 +319,7 @@ class Loop:
         self._evaluate()
         if self.r.plan:
             state.parts[stages.PART] = self.r.plan.to_dict(self.seconds)
+        drawn_at = time.monotonic()
         update, kept = self.r.step.update, self.r.config.save.save_optimizer
         with_optimizer |= kept == "always" or (is_last and kept == "exit")
         waited = self.r.saver.save(
@@ -331,12 +333,14 @@ class Loop:
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
             )
         self._write_log(self.r.log.flush)
+        queued_at = time.monotonic()
         self._write_preview(look)
         added = self.r.pictures.add_to_timelapse(state.iterations)
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)
         self.saved_at = time.monotonic()
-        self.saving_s += self.saved_at - began_at
+        self.saving_s += queued_at - drawn_at
+        self.drawing_s += self.saved_at - began_at - (queued_at - drawn_at)
 
     def _show(self, wishes: set[Wish]) -> None:
         """Renew the preview, or draw the last one as it is now wanted."""
