@@ -155,6 +155,17 @@ def test_a_snapshot_that_the_disk_refuses_names_the_place(tmp_path, monkeypatch)
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
 
 
+def test_a_snapshot_of_a_save_that_was_gone_back_to_is_the_same(tmp_path):
+    with _folder(tmp_path / "m") as folder:
+        _save(folder, 2)
+        folder.snapshot()
+        _save(folder, 4)
+        folder.go_back(2)
+        folder.load()
+        folder.snapshot()
+        assert folder.warnings == []
+
+
 def test_training_goes_on_from_a_snapshot_without_touching_the_first(tmp_path):
     with _folder(tmp_path / "m") as folder:
         _save(folder, 2)
