@@ -502,3 +502,15 @@ def test_the_optimizer_is_saved_when_asked(sides, tmp_path, when, kept):
     assert (generations / "2/optimizer.safetensors").exists() == bool(kept[0])
     assert (generations / "3/optimizer.safetensors").exists() == bool(kept[1])
     assert _train(sides, model_dir, "-i", "1") == 0
+
+
+def test_the_first_iteration_of_a_session_is_no_mean_to_beat(sides, tmp_path, capsys):
+    model_dir = tmp_path / "model"
+    assert _train(sides, model_dir, "-i", "5", "-s", "4", "--json") == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = {e["iteration"]: e["loss_a"] + e["loss_b"] for e in events if e["event"] == "step"}
+    saves = {e["iteration"]: e["mean_loss"] for e in events if e["event"] == "save"}
+    assert saves[1] is None
+    lines = [steps[1], 2 * steps[3], steps[4]]  # the status lines are means of 1, 2 and 1
+    assert saves[4] == pytest.approx(sum(lines) / 4)
+    assert _state(model_dir)[0]["lowest_mean_loss"] == pytest.approx(min(saves[4], saves[5]))

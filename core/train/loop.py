@@ -214,6 +214,10 @@ class Loop:
             return done % settings.save_interval == 0
         return done % _SAVE_ITERATIONS == 0 and since >= _SAVE_SECONDS
 
+    def _is_only_first(self) -> bool:
+        """Whether a save is due at the first iteration alone: its loss is no mean to compare."""
+        return self.r.state.session.iterations == 1 and self.r.config.save.save_interval != 1
+
     def _snapshot_is_due(self) -> bool:
         interval = self.r.config.save.snapshot_interval
         return interval > 0 and self.r.state.iterations % interval == 0
@@ -315,7 +319,9 @@ class Loop:
                 state.iterations,
                 state.session.iterations,
             )
-        self.mean_loss, is_best = state.close_interval()
+        self.mean_loss, is_best = None, False
+        if is_last or not self._is_only_first():
+            self.mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:
             state.parts[stages.PART] = self.r.plan.to_dict(self.seconds)
