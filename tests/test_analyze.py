@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 
@@ -230,6 +231,22 @@ def test_a_torn_end_of_the_logs(tmp_path, tail):
     (path,) = (model / "logs/session_1/train").iterdir()
     path.write_bytes(path.read_bytes() + tail)
     assert len(read_history(model).sessions[0].times_n) == 4
+
+
+@pytest.mark.parametrize("content", ["train = 3", "a = " + "[" * 5000, "a" + ".a" * 5000 + " = 1"])
+def test_settings_that_are_none_of_ours_end_in_one_line_at_most(tmp_path, content):
+    model = tmp_path / "model"
+    _log(model, 1, range(1, 3))
+    (model / "generations").mkdir()
+    (model / "config.toml").write_text(content)
+    try:
+        assert read_history(model).sessions[0].batch_size is None
+    except ValueError as error:
+        assert "config.toml is not valid TOML" in str(error)
+    (model / "config.toml").unlink()
+    os.mkfifo(model / "config.toml")
+    with pytest.raises(ValueError, match="is not a plain file"):
+        read_history(model)
 
 
 def test_what_a_crash_undid_is_left_out(tmp_path):
