@@ -22,7 +22,7 @@ from mien.core.data.preview_faces import drawn, spread
 from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.png import read_header, write_face
-from mien.core.run.checkpoint import ModelFolder
+from mien.core.run.checkpoint import ModelFolder, Saver
 from mien.core.run.requests import Requests
 from mien.core.run.window import PreviewWindow
 
@@ -307,6 +307,24 @@ def test_keys_on_a_terminal(sides, tmp_path):
     assert event["reason"] == "Enter received; the state is saved"
     assert started.wait(60) == 4
     os.close(master)
+
+
+def test_each_save_is_told_with_its_own_mean_loss(sides, tmp_path, monkeypatch, capsys):
+    # Each save is told of only when the next one has been queued, as on a slow disk.
+    monkeypatch.setattr(Saver, "finished", _only_what_was_waited_for)
+    assert _train(sides, tmp_path / "model", "-i", "3", "-s", "1", "--json") == 0
+    events = _events(capsys.readouterr().out)
+    totals = [event["loss_a"] + event["loss_b"] for event in events if event["event"] == "step"]
+    saves = [event["mean_loss"] for event in events if event["event"] == "save"]
+    assert saves[0] == pytest.approx(totals[0])
+    assert saves[3] is None, "the last one, of the same iteration as the one before"
+    assert None not in saves[:3]
+    assert len(set(saves)) == 4
+
+
+def _only_what_was_waited_for(self):
+    done, self._finished = self._finished, []
+    return done
 
 
 # Snapshots

@@ -96,7 +96,9 @@ class Loop:
         self.trouble: Trouble | None = None
         """Why this training must not go on; then nothing more is looked for."""
 
-        self.mean_loss: float | None = None
+        self.mean_losses: deque[float | None] = deque()
+        """Of the saves that have not been told of, oldest first."""
+
         now = time.monotonic()
         self.began_at, self.asked_at, self.saved_at = now, now, now
         self.seconds = 0.0
@@ -314,7 +316,7 @@ class Loop:
                 state.iterations,
                 state.session.iterations,
             )
-        self.mean_loss, is_best = state.close_interval()
+        mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:
             state.parts[stages.PART] = self.r.plan.to_dict(self.seconds)
@@ -326,6 +328,7 @@ class Loop:
             state.to_dict(),
             is_best=is_best,
         )
+        self.mean_losses.append(mean_loss)
         if waited > 1:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
@@ -384,5 +387,5 @@ class Loop:
                 iteration=saved.iterations,
                 path=saved.path,
                 seconds=saved.seconds,
-                mean_loss=self.mean_loss,
+                mean_loss=self.mean_losses.popleft(),
             )

@@ -105,10 +105,12 @@ def open_run(
         plan = stages.find_place(saved.state if saved else None, recipe)
         config = _config_of(saved, stages.settings_of_stage(given, plan), reporter)
         stages.check_figures(plan, config)
+        _tell_warnings(folder, reporter)
         if saved and plan and plan.is_entered and plan.stage.snapshot:
-            folder.snapshot()
-        while folder.warnings:
-            reporter.warning(folder.warnings.pop(0))
+            path = folder.snapshot()
+            if not folder.warnings:  # else it says why there is none
+                reporter.snapshot(iteration=saved.state["iterations"], path=path)
+        _tell_warnings(folder, reporter)
         config = _resolved(config)
         device = choose_device(config.train.device)
         try:
@@ -117,6 +119,12 @@ def open_run(
         except torch.OutOfMemoryError as error:
             precision = precisions.resolve(config.precision.mode, device)
             raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
+
+
+def _tell_warnings(folder: ModelFolder, reporter: Reporter) -> None:
+    """Tell what the model folder has to say."""
+    while folder.warnings:
+        reporter.warning(folder.warnings.pop(0))
 
 
 def _config_of(saved: Generation | None, given: dict[str, Any], reporter: Reporter) -> Config:
