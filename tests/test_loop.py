@@ -247,7 +247,9 @@ def test_what_is_not_the_model_may_fail_to_be_written(sides, tmp_path, monkeypat
     capsys.readouterr()
     assert _train(sides, model_dir, "-i", "3") == 0
     said = capsys.readouterr().out
-    assert f"cannot write {model_dir}/preview.png: No space left on device; training goes on" in said
+    assert (
+        f"cannot write {model_dir}/preview.png: No space left on device; training goes on" in said
+    )
     assert said.count("cannot write logs; no more events are written in this session") == 1
     assert "cannot write logs; the last events are lost" in said
     _assert_same_bits(straight, model_dir)

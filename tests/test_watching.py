@@ -347,6 +347,16 @@ def test_a_snapshot_is_of_the_iteration_in_its_name_with_optimizer(sides, tmp_pa
     assert _train(sides, tmp_path / "model_snapshot_4_iters", "-i", "1", "-I", "0") == 0
 
 
+def test_a_stage_that_ends_at_a_snapshot_is_copied_once(sides, tmp_path, capsys):
+    recipe = tmp_path / "two.toml"
+    recipe.write_text('[[stage]]\nname = "learn"\niterations = 2\n[[stage]]\niterations = 1\n')
+    words = ("--recipe", str(recipe), "-I", "2", "--set", "save.save_optimizer=never", "--json")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    events = _events(capsys.readouterr().out)
+    assert [event["message"] for event in events if event["event"] == "warning"] == []
+    assert set(_at(events, "snapshot")) == {2}
+
+
 # Pictures
 
 
@@ -512,3 +522,10 @@ def test_keys_of_the_window_are_obeyed(sides, tmp_path, monkeypatch, capsys):
     assert shown[0] == 50
     assert shown[-1] == "closed"
     assert len(shown) == 5
+
+
+def test_a_path_that_is_given_relative_has_not_changed(sides, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(sides[0].parent)
+    for _ in range(2):
+        assert _train([side.name for side in sides], tmp_path / "model", "-i", "1") == 0
+    assert "updated" not in capsys.readouterr().out

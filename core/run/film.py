@@ -55,7 +55,8 @@ def _places(folder: Path) -> Iterator[Path]:
     settings = folder / "config.toml"
     preview = read_toml(settings).get("preview") if settings.is_file() else None
     set_to = preview.get("timelapse_output") if isinstance(preview, dict) else None
-    for place in (Path(set_to) if isinstance(set_to, str) and set_to else folder, folder / "timelapse", folder):
+    named = Path(set_to) if isinstance(set_to, str) and set_to else folder
+    for place in (named, folder / "timelapse", folder):
         if place.is_dir():
             yield place
 

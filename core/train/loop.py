@@ -113,7 +113,7 @@ class Loop:
         try:
             try:
                 end = self._train()
-                self._save(is_last=True)
+                self._save(is_last=True, with_optimizer=self._snapshot_is_due())
             except Trouble as trouble:
                 self.trouble = trouble
                 end = self._face(trouble)
