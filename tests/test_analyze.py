@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 
@@ -230,6 +231,23 @@ def test_a_torn_end_of_the_logs(tmp_path, tail):
     (path,) = (model / "logs/session_1/train").iterdir()
     path.write_bytes(path.read_bytes() + tail)
     assert len(read_history(model).sessions[0].times_n) == 4
+
+
+def test_settings_that_are_none_of_ours_end_in_one_line_at_most(tmp_path):
+    model = tmp_path / "model"
+    _log(model, 1, range(1, 3))
+    (model / "generations").mkdir()
+    config = model / "config.toml"
+    config.write_text("train = 3")
+    assert read_history(model).sessions[0].batch_size is None
+    for content in ("a = " + "[" * 5000, "a" + ".a" * 5000 + " = 1"):
+        config.write_text(content)
+        with pytest.raises(ValueError, match=r"config\.toml is not valid TOML"):
+            read_history(model)
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(ValueError, match="is not a plain file"):
+        read_history(model)
 
 
 def test_what_a_crash_undid_is_left_out(tmp_path):

@@ -245,6 +245,17 @@ def test_each_session_has_events_of_its_own(tmp_path):
         assert json.loads(line)["message"] == f"of session {number}"
 
 
+def test_a_line_that_a_full_disk_cut_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "save", "ti')
+    reporter = Reporter(io.StringIO())
+    reporter.keep_in(events=path, log_file=None, level="info")
+    reporter.start({"model": "original"})
+    torn, start = path.read_text().splitlines()
+    assert torn == '{"event": "save", "ti'
+    assert json.loads(start)["event"] == "start"
+
+
 def test_a_full_disk_ends_the_keeping_and_not_the_run():
     stream = io.StringIO()
     reporter = Reporter(stream)

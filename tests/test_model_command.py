@@ -543,6 +543,23 @@ def test_inference_refusals(tmp_path, capsys):
 # Links
 
 
+def test_a_link_where_a_run_would_write_is_refused(model, tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("mine")
+    for name in ("logs/session_9/events.jsonl", "logs/session_9", "timelapse/1.jpg"):
+        link = model / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(mine)
+        with pytest.raises(ValueError, match=f"m/{name} is a link, which a model folder may not"):
+            ModelFolder(model)
+        ModelFolder(model, read_only=True)
+        link.unlink()
+        if link.parent != model / "logs":
+            link.parent.rmdir()
+    ModelFolder(model).close()
+    assert mine.read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", ["generations", "backup", "logs", "state.json", "faces"])
 def test_a_link_in_a_model_folder_is_refused(model, tmp_path, name):
     elsewhere = tmp_path / "elsewhere"

@@ -72,9 +72,7 @@ def _session(folder: Path, number: int, first: int, count: int, seconds: float =
     losses = 1 / np.arange(first, first + count)
     for place, loss in enumerate(losses):
         tags = {"batch_total": 2 * loss, "batch_face_a": loss, "batch_face_b": loss / 2}
-        values = [log._summary.Value(tag=name, simple_value=value) for name, value in tags.items()]
-        when = 1e9 + 1e6 * number + seconds * place
-        log._writer.file_writer.add_summary(log._summary(value=values), first + place, when)
+        log.scalars(tags, first + place, 1e9 + 1e6 * number + seconds * place)
     log.close()
     return losses
 

@@ -67,6 +67,12 @@ def test_pictures_are_found_where_the_model_was_told_to_put_them(folder, tmp_pat
     assert find_pictures(folder.parent) == [tmp_path / "elsewhere/5.jpg"]
 
 
+@pytest.mark.parametrize("content", ["preview = 1", "[preview]\ntimelapse_output = 2"])
+def test_settings_that_are_none_of_ours_name_no_place(folder, tmp_path, content):
+    (tmp_path / "model/config.toml").write_text(content)
+    assert find_pictures(folder.parent)[0] == folder / "9.jpg"
+
+
 def test_a_damaged_picture_is_left_out_and_named(folder, tmp_path, capsys):
     (folder / "9.jpg").write_bytes(b"no jpeg")
     assert main(["timelapse", str(folder), "-o", str(tmp_path / "film.mp4")]) == 0

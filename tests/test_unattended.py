@@ -90,6 +90,9 @@ def test_a_recipe_runs_unattended_with_its_settings_and_snapshots(sides, tmp_pat
     assert events[-1]["reason"] == "recipe short is done: 3 iterations are done"
     assert [event["event"] for event in events].count("stop") == 1
 
+    told = [event["iteration"] for event in events if event["event"] == "snapshot"]
+    assert told == [4, 10]
+
     state, _ = _state(model_dir)
     sessions = state["sessions"]
     assert [session["iterations"] for session in sessions] == [4, 6, 3]

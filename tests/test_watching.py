@@ -22,7 +22,7 @@ from mien.core.data.preview_faces import drawn, spread
 from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.png import read_header, write_face
-from mien.core.run.checkpoint import ModelFolder
+from mien.core.run.checkpoint import ModelFolder, Saver
 from mien.core.run.requests import Requests
 from mien.core.run.window import PreviewWindow
 
@@ -309,6 +309,24 @@ def test_keys_on_a_terminal(sides, tmp_path):
     os.close(master)
 
 
+def test_each_save_is_told_with_its_own_mean_loss(sides, tmp_path, monkeypatch, capsys):
+    # Each save is told of only when the next one has been queued, as on a slow disk.
+    monkeypatch.setattr(Saver, "finished", _only_what_was_waited_for)
+    assert _train(sides, tmp_path / "model", "-i", "3", "-s", "1", "--json") == 0
+    events = _events(capsys.readouterr().out)
+    totals = [event["loss_a"] + event["loss_b"] for event in events if event["event"] == "step"]
+    saves = [event["mean_loss"] for event in events if event["event"] == "save"]
+    assert saves[0] == pytest.approx(totals[0])
+    assert saves[3] is None, "the last one, of the same iteration as the one before"
+    assert None not in saves[:3]
+    assert len(set(saves)) == 4
+
+
+def _only_what_was_waited_for(self):
+    done, self._finished = self._finished, []
+    return done
+
+
 # Snapshots
 
 
@@ -327,6 +345,16 @@ def test_a_snapshot_is_of_the_iteration_in_its_name_with_optimizer(sides, tmp_pa
     assert _at(events, "snapshot") == [2, 4, 6]
     assert set(_at(events, "save")) == {1, 2, 3, 4, 5, 6}
     assert _train(sides, tmp_path / "model_snapshot_4_iters", "-i", "1", "-I", "0") == 0
+
+
+def test_a_stage_that_ends_at_a_snapshot_is_copied_once(sides, tmp_path, capsys):
+    recipe = tmp_path / "two.toml"
+    recipe.write_text('[[stage]]\nname = "learn"\niterations = 2\n[[stage]]\niterations = 1\n')
+    words = ("--recipe", str(recipe), "-I", "2", "--set", "save.save_optimizer=never", "--json")
+    assert _train(sides, tmp_path / "model", *words) == 0
+    events = _events(capsys.readouterr().out)
+    assert [event["message"] for event in events if event["event"] == "warning"] == []
+    assert set(_at(events, "snapshot")) == {2}
 
 
 # Pictures
@@ -494,3 +522,10 @@ def test_keys_of_the_window_are_obeyed(sides, tmp_path, monkeypatch, capsys):
     assert shown[0] == 50
     assert shown[-1] == "closed"
     assert len(shown) == 5
+
+
+def test_a_path_that_is_given_relative_has_not_changed(sides, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(sides[0].parent)
+    for _ in range(2):
+        assert _train([side.name for side in sides], tmp_path / "model", "-i", "1") == 0
+    assert "updated" not in capsys.readouterr().out

@@ -9,12 +9,14 @@ import os
 import re
 import stat
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 EVENTS = "events.jsonl"
 _SESSION = re.compile(r"session_([1-9]\d{0,8})", re.ASCII)
 _MAX_BYTES = 2 << 20  # of what was written before the first look: hours of status lines
+_MAX_SECONDS = 1e11
 _MOST_STEPS, _MOST_OTHERS = 8, 200
 
 
@@ -75,16 +77,23 @@ class Journal:
             self._take(line)
 
     def _newest(self) -> tuple[int | None, Path | None]:
+        """The session that was told of last: a run that went back begins with a lower number."""
         try:
             names = os.listdir(self._logs)
         except OSError:
             return None, None
-        numbers = sorted(int(match[1]) for name in names if (match := _SESSION.fullmatch(name)))
-        for number in reversed(numbers):
-            path = self._logs / f"session_{number}" / EVENTS
-            if path.is_file():
-                return number, path
-        return None, None
+        found: list[tuple[int, int, Path]] = []
+        for name in names:
+            if match := _SESSION.fullmatch(name):
+                path = self._logs / name / EVENTS
+                with suppress(OSError):  # it has none, or is taken away at this moment
+                    facts = path.lstat()
+                    if stat.S_ISREG(facts.st_mode):
+                        found.append((facts.st_mtime_ns, int(match[1]), path))
+        if not found:
+            return None, None
+        _, number, path = max(found)
+        return number, path
 
     def _take(self, line: bytes) -> None:
         try:
@@ -97,6 +106,7 @@ class Journal:
             not isinstance(event, dict)
             or not isinstance(event.get("event"), str)
             or type(event.get("time")) not in (int, float)
+            or not 0 <= event["time"] <= _MAX_SECONDS
         ):
             self.unreadable += 1
             return

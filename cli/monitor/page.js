@@ -127,6 +127,7 @@ function element(name, text, className) {
 const STATES = {
   running: "running",
   stopped: "stopped",
+  failed: "failed",
   lost: "ended without a word",
   idle: "not running",
   new: "nothing here yet",
@@ -152,13 +153,14 @@ function showStatus(status) {
 }
 
 function summary(status) {
-  const { start, step, stop } = status.latest;
+  const { start, step, stop, crash } = status.latest;
   const parts = [];
   if (status.session) parts.push(`session ${status.session}`);
   if (start) parts.push(`since ${moment(start.time)}`);
   if (status.host) parts.push(`on ${status.host}`);
   if (status.pid) parts.push(`process ${status.pid}`);
   if (status.state === "stopped") parts.push(`ended ${moment(stop.time)}: ${stop.reason}`);
+  if (status.state === "failed") parts.push(`a failure of mien itself: ${crash.error}, see ${crash.path}`);
   const last = status.events.at(-1);
   if (status.state === "lost") parts.push(`last heard of ${moment(last.time)}`);
   const age = step ? (Date.now() + view.clockOffset) / 1000 - step.time : 0;

@@ -54,6 +54,8 @@ class Watch:
             state = "running"
         elif "stop" in latest:
             state = "stopped"
+        elif "crash" in latest:
+            state = "failed"
         elif is_fresh:  # on another host, whose lock cannot be seen
             state = "running"
         elif newest is not None:

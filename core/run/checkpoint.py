@@ -692,16 +692,28 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
-    links = sorted(name for name in names if (path / name).is_symlink())
+    links = sorted(path / name for name in names if (path / name).is_symlink())
+    if not read_only:
+        links += _links_in(path / "logs") + _links_in(path / "timelapse")
     if links:
         raise ValueError(
-            f"{path / links[0]} is a link, which a model folder may not hold: put what it leads to "
+            f"{links[0]} is a link, which a model folder may not hold: put what it leads to "
             "in its place"
         )
     if names and not names & {LOCK, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )
+
+
+def _links_in(folder: Path) -> list[Path]:
+    """Every link below a folder of the model's that a run writes into under known names."""
+    return sorted(
+        Path(place, name)
+        for place, folders, files in os.walk(folder)
+        for name in (*folders, *files)
+        if os.path.islink(os.path.join(place, name))
+    )
 
 
 def _pointer_to(name: str, state: dict[str, Any]) -> bytes:

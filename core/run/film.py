@@ -53,10 +53,10 @@ def find_pictures(folder: Path) -> list[Path]:
 def _places(folder: Path) -> Iterator[Path]:
     """The folders where a time-lapse may be."""
     settings = folder / "config.toml"
-    set_to = ""
-    if settings.is_file():
-        set_to = read_toml(settings).get("preview", {}).get("timelapse_output", "")
-    for place in (Path(set_to) if set_to else folder, folder / "timelapse", folder):
+    preview = read_toml(settings).get("preview") if settings.is_file() else None
+    set_to = preview.get("timelapse_output") if isinstance(preview, dict) else None
+    named = Path(set_to) if isinstance(set_to, str) and set_to else folder
+    for place in (named, folder / "timelapse", folder):
         if place.is_dir():
             yield place
 

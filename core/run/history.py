@@ -9,7 +9,6 @@ at which it began, and from there on it takes the place of all that was written 
 
 import os
 import struct
-import tomllib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..config import MAX_TOML_BYTES, parse_toml
 from . import statistics
 from .checkpoint import CONFIG, ModelFolder
+from .files import DamagedError, read_regular
 from .session import Session, TrainingState
 
 if TYPE_CHECKING:
@@ -243,13 +244,13 @@ def _joined(
 
 def _batch_size(path: Path) -> int | None:
     """What the model was last started with; None where that is not told."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:
+    try:
+        train = parse_toml(read_regular(path, MAX_TOML_BYTES)).get("train")
+    except (ValueError, DamagedError) as error:
         raise ValueError(f"{path} is not valid TOML ({error}); mend or remove it") from None
-    found = values.get("train", {}).get("batch_size")
+    found = train.get("batch_size") if isinstance(train, dict) else None
     return found if type(found) is int and found > 0 else None
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,10 +42,14 @@ class Holder:
 def holder(model_dir: Path) -> Holder | None:
     """Who has last locked the folder; None where nobody has, or a run is just starting."""
     try:
-        handle = os.open(model_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        handle = os.open(
+            model_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )
     except OSError:
         return None
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return None
         words = os.pread(handle, 300, 0).decode(errors="replace").split()
         if len(words) != 2 or not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
             return None

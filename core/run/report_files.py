@@ -1,5 +1,6 @@
 """The files that keep what a run reports: all of it as JSON lines, or what is printed as text."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class ReportFile:
         self.path, self.level, self._as_json, self._remedy = path, level, as_json, remedy
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: TextIO | None = path.open("a", encoding="utf-8", buffering=1)
+        if as_json and _is_torn(path):
+            self._file.write("\n")
 
     def add(self, report: Report) -> str | None:
         """Keep a report; what to tell the user where the disk refuses, once."""
@@ -67,6 +70,15 @@ class ReportFile:
             opened.close()
         except OSError:
             pass  # the line that the full disk refused: it has been told
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether its last line has no end, as a full disk leaves it: what follows would be lost."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _dated(report: Report) -> str:

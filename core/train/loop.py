@@ -96,7 +96,9 @@ class Loop:
         self.trouble: Trouble | None = None
         """Why this training must not go on; then nothing more is looked for."""
 
-        self.mean_loss: float | None = None
+        self.mean_losses: deque[float | None] = deque()
+        """Of the saves that have not been told of, oldest first."""
+
         now = time.monotonic()
         self.began_at, self.asked_at, self.saved_at = now, now, now
         self.seconds = 0.0
@@ -111,7 +113,7 @@ class Loop:
         try:
             try:
                 end = self._train()
-                self._save(is_last=True)
+                self._save(is_last=True, with_optimizer=self._snapshot_is_due())
             except Trouble as trouble:
                 self.trouble = trouble
                 end = self._face(trouble)
@@ -319,9 +321,9 @@ class Loop:
                 state.iterations,
                 state.session.iterations,
             )
-        self.mean_loss, is_best = None, False
+        mean_loss, is_best = None, False
         if is_last or not self._is_only_first():
-            self.mean_loss, is_best = state.close_interval()
+            mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:
             state.parts[stages.PART] = self.r.plan.to_dict(self.seconds)
@@ -334,6 +336,7 @@ class Loop:
             state.to_dict(),
             is_best=is_best,
         )
+        self.mean_losses.append(mean_loss)
         if waited > 1:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
@@ -394,5 +397,5 @@ class Loop:
                 iteration=saved.iterations,
                 path=saved.path,
                 seconds=saved.seconds,
-                mean_loss=self.mean_loss,
+                mean_loss=self.mean_losses.popleft(),
             )

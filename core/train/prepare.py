@@ -105,10 +105,12 @@ def open_run(
         plan = stages.find_place(saved.state if saved else None, recipe)
         config = _config_of(saved, stages.settings_of_stage(given, plan), reporter)
         stages.check_figures(plan, config)
+        _tell_warnings(folder, reporter)
         if saved and plan and plan.is_entered and plan.stage.snapshot:
-            folder.snapshot()
-        while folder.warnings:
-            reporter.warning(folder.warnings.pop(0))
+            path = folder.snapshot()
+            if not folder.warnings:  # else it says why there is none
+                reporter.snapshot(iteration=saved.state["iterations"], path=path)
+        _tell_warnings(folder, reporter)
         config = _resolved(config)
         device = choose_device(config.train.device)
         try:
@@ -117,6 +119,12 @@ def open_run(
         except torch.OutOfMemoryError as error:
             precision = precisions.resolve(config.precision.mode, device)
             raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
+
+
+def _tell_warnings(folder: ModelFolder, reporter: Reporter) -> None:
+    """Tell what the model folder has to say."""
+    while folder.warnings:
+        reporter.warning(folder.warnings.pop(0))
 
 
 def _config_of(saved: Generation | None, given: dict[str, Any], reporter: Reporter) -> Config:
@@ -130,6 +138,7 @@ def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter)
             f"{saved.path} holds no config.toml, so its settings are unknown; put it back, or "
             "choose another --model-dir"
         )
+    given = _with_absolute_paths(given)  # as they were saved, so that only a change is told
     begun_with = {"model": {"load_weights": ""}}
     if given.get("model", {}).get("load_weights"):
         reporter.warning(
@@ -361,17 +370,22 @@ def _resolved(config: Config) -> Config:
             f"a time-lapse shows both sides, and preview.timelapse_input_{lacks} is not set; add "
             f"--timelapse-input-{lacks} FOLDER, or leave --timelapse-input-{given} out"
         )
-    resolved: dict[str, Any] = {}
-    for section, names in _PATHS.items():
-        given_paths = {name: getattr(getattr(config, section), name) for name in names}
-        resolved[section] = {
-            name: os.path.abspath(os.path.expanduser(path))
-            for name, path in given_paths.items()
-            if path
-        }
     options = models.options_of(config.model.trainer, config.model.options)
-    resolved["model"]["options"] = dataclasses.asdict(options)
-    return from_dict(merge(to_dict(config), resolved))
+    written_out = {"model": {"options": dataclasses.asdict(options)}}
+    return from_dict(merge(_with_absolute_paths(to_dict(config)), written_out))
+
+
+def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The same settings, by section and key, with every path that is given absolute."""
+    paths = {
+        section: {
+            name: os.path.abspath(os.path.expanduser(values[section][name]))
+            for name in names
+            if values.get(section, {}).get(name)
+        }
+        for section, names in _PATHS.items()
+    }
+    return merge(values, {section: found for section, found in paths.items() if found})
 
 
 def _open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
