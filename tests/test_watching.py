@@ -1,5 +1,6 @@
 """Looking at a run while it goes on: what it keeps, shows and does when asked."""
 
+import errno
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.png import read_header, write_face
 from mien.core.run.checkpoint import ModelFolder, Saver
+from mien.core.run.files import copy_files
 from mien.core.run.requests import Requests
 from mien.core.run.window import PreviewWindow
 
@@ -345,6 +347,25 @@ def test_a_snapshot_is_of_the_iteration_in_its_name_with_optimizer(sides, tmp_pa
     assert _at(events, "snapshot") == [2, 4, 6]
     assert set(_at(events, "save")) == {1, 2, 3, 4, 5, 6}
     assert _train(sides, tmp_path / "model_snapshot_4_iters", "-i", "1", "-I", "0") == 0
+
+
+def test_a_snapshot_that_cannot_be_made_does_not_end_the_run(sides, tmp_path, monkeypatch, capsys):
+    def refused(source, target):
+        if "_snapshot_2_iters" in str(target):
+            raise PermissionError(errno.EACCES, "Permission denied", str(target))
+        copy_files(source, target)
+
+    monkeypatch.setattr("mien.core.run.checkpoint.copy_files", refused)
+    assert _train(sides, tmp_path / "model", "-i", "3", "-I", "2", "--json") == 0
+    events = _events(capsys.readouterr().out)
+    (warning,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert warning == (
+        f"cannot write snapshot {tmp_path}/model_snapshot_2_iters: Permission denied; make the "
+        "folder writable, or leave snapshots out (--snapshot-interval 0); training goes on "
+        "without it"
+    )
+    assert (_at(events, "snapshot"), events[-1]["iteration"]) == ([], 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_stage_that_ends_at_a_snapshot_is_copied_once(sides, tmp_path, capsys):

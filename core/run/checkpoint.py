@@ -274,8 +274,7 @@ class ModelFolder:
         """A model folder beside this one, `<model dir>_snapshot_<n>_iters`, with a copy of the
         generation that was loaded or saved last. One that is there already is left as it is.
 
-        Raises:
-            SaveError: Where the disk refuses.
+        Where the disk refuses, there is none, and `warnings` says why: the model itself is saved.
         """
         self._require_lock()
         assert self._current is not None
@@ -286,22 +285,26 @@ class ModelFolder:
             if not _is_same(target / STATE, self.path / STATE):
                 self._warn(f"{target} is there already and was left as it is; no snapshot was made")
             return target
-        with self._reporting(target.parent):
-            new = target.with_name(f".{target.name}.tmp")
+        new = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        try:
+            (new / "generations").mkdir(parents=True)
+            copy_files(self._generations / name, new / "generations" / name)
+            state = parse_json(STATE, self._current[2])
+            write_file(new / STATE, _pointer_to(name, state))
+            if self._config is not None:
+                write_file(new / CONFIG, self._config)
+            sync_folder(new / "generations")
+            sync_folder(new)
+            os.rename(new, target)
+            sync_folder(target.parent)
+        except OSError as error:
+            self._warn(
+                f"cannot write snapshot {target}: {error.strerror or error}; {_advice(error)}, or "
+                "leave snapshots out (--snapshot-interval 0); training goes on without it"
+            )
+        finally:
             shutil.rmtree(new, ignore_errors=True)
-            try:
-                (new / "generations").mkdir(parents=True)
-                copy_files(self._generations / name, new / "generations" / name)
-                state = parse_json(STATE, self._current[2])
-                write_file(new / STATE, _pointer_to(name, state))
-                if self._config is not None:
-                    write_file(new / CONFIG, self._config)
-                sync_folder(new / "generations")
-                sync_folder(new)
-                os.rename(new, target)
-                sync_folder(target.parent)
-            finally:
-                shutil.rmtree(new, ignore_errors=True)
         return target
 
     def go_back(self, latest: int) -> int | None:
@@ -519,19 +522,11 @@ class ModelFolder:
             raise ValueError(f"cannot read {name}: {error.strerror}; mend that first") from error
 
     @contextmanager
-    def _reporting(self, place: Path | None = None) -> Iterator[None]:
-        """Turn the disk's refusal of a place, by default this folder, into one line that says what
-        to do."""
+    def _reporting(self) -> Iterator[None]:
+        """Turn the disk's refusal into one line that says what to do."""
         try:
             yield
         except OSError as error:
-            advice = {
-                errno.ENOSPC: "free space",
-                errno.EDQUOT: "free space",
-                errno.EROFS: "make the disk writable",
-                errno.EACCES: "make the folder writable",
-                errno.EMFILE: "raise `ulimit -n`",
-            }.get(error.errno or 0, "check the disk")
             last = self._last_complete
             left = (
                 "nothing has been saved yet"
@@ -540,7 +535,7 @@ class ModelFolder:
             )
             reason = error.strerror or str(error)
             raise SaveError(
-                f"cannot save to {place or self.path}: {reason}; {advice} and start again: {left}"
+                f"cannot save to {self.path}: {reason}; {_advice(error)} and start again: {left}"
             ) from error
 
 
@@ -704,6 +699,17 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )
+
+
+def _advice(error: OSError) -> str:
+    """What the user can do about the disk's refusal."""
+    return {
+        errno.ENOSPC: "free space",
+        errno.EDQUOT: "free space",
+        errno.EROFS: "make the disk writable",
+        errno.EACCES: "make the folder writable",
+        errno.EMFILE: "raise `ulimit -n`",
+    }.get(error.errno or 0, "check the disk")
 
 
 def _links_in(folder: Path) -> list[Path]:
