@@ -517,3 +517,32 @@ def test_the_first_iteration_of_a_session_is_no_mean_to_beat(sides, tmp_path, ca
     lines = [steps[1], 2 * steps[3], steps[4]]  # the status lines are means of 1, 2 and 1
     assert saves[4] == pytest.approx(sum(lines) / 4)
     assert _state(model_dir)[0]["lowest_mean_loss"] == pytest.approx(min(saves[4], saves[5]))
+
+
+def test_a_later_stage_that_cannot_begin_is_told_as_the_end(
+    sides, tmp_path, recipe, monkeypatch, capsys
+):
+    opened, open_run = [], unattended.open_run
+
+    def second_fails(*args, **kwargs):
+        opened.append(args)
+        if len(opened) == 2:
+            raise ValueError("the faces are gone; put them back")
+        return open_run(*args, **kwargs)
+
+    monkeypatch.setattr(unattended, "open_run", second_fails)
+    assert _train(sides, tmp_path / "model", "--recipe", recipe, "--json") == 2
+    said = capsys.readouterr()
+    stop = json.loads(said.out.splitlines()[-1])
+    assert (stop["event"], stop["iteration"], stop["exit_code"]) == ("stop", 4, 2)
+    assert stop["reason"] in said.err
+
+
+def test_stages_hand_the_optimizer_on_even_where_it_is_never_kept(sides, tmp_path, recipe):
+    always, never = tmp_path / "always", tmp_path / "never"
+    assert _train(sides, always, "--recipe", recipe) == 0
+    assert _train(sides, never, "--recipe", recipe, "--set", "save.save_optimizer=never") == 0
+    ours, theirs = (load_file(_state(each)[1] / "model.safetensors") for each in (always, never))
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    assert not (_state(never)[1] / "optimizer.safetensors").exists()
+    assert (tmp_path / "never_snapshot_4_iters/generations").is_dir()

@@ -20,7 +20,7 @@ from .pictures import Look
 from .prepare import Run
 from .ring import CAPACITY, to_host
 
-DONE, HALTED, STOPPED = 0, 3, 4
+DONE, MISTAKE, HALTED, STOPPED = 0, 2, 3, 4
 
 _SECONDS_BETWEEN_LINES = 1.0
 _STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
@@ -113,7 +113,9 @@ class Loop:
         try:
             try:
                 end = self._train()
-                self._save(is_last=True, with_optimizer=self._snapshot_is_due())
+                # The next stage goes on with the optimizer's state, whether it is to stay or not.
+                with_optimizer = end.goes_on or self._snapshot_is_due()
+                self._save(is_last=True, with_optimizer=with_optimizer)
             except Trouble as trouble:
                 self.trouble = trouble
                 end = self._face(trouble)

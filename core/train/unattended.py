@@ -5,6 +5,8 @@ the user had started it again, so that nothing of what follows depends on what w
 """
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 
 from ..config import merge
 from ..recipes import Recipe
+from ..run.checkpoint import SaveError
 from ..run.log import Reporter
 from ..run.requests import Requests
 from ..run.stop import StopRequest
-from .loop import DONE, HALTED, STOPPED, End, Loop
+from .loop import DONE, HALTED, MISTAKE, STOPPED, End, Loop
 from .lr_finder import find_rate, is_due
 from .prepare import Run, open_run
 from .schedule import rate_factor
@@ -30,11 +33,14 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
         recipe: Stages to train in; None: those that the model was saved with, if any.
     """
     until: int | None = None
-    setbacks = _Setbacks()
+    iteration, setbacks = 0, _Setbacks()
     with Requests() as requests:
         stop = requests.stop
         while True:
-            with open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor) as run:
+            with (
+                _told_of(reporter, iteration, is_later=until is not None),
+                open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor) as run,
+            ):
                 if until is None:
                     until = run.state.iterations + run.config.train.iterations
                 end = _find_rate(run, reporter, stop) if is_due(run) else None
@@ -52,6 +58,18 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
         end = End(STOPPED, f"{stop.signal_name} received; the state is saved")
     reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.code)
     return end.code
+
+
+@contextmanager
+def _told_of(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[None]:
+    """Within, a mistake or a full disk that ends a later session is told as the run's end too."""
+    try:
+        yield
+    except (ValueError, SaveError) as error:
+        if is_later:
+            code = HALTED if isinstance(error, SaveError) else MISTAKE
+            reporter.stop(iteration=iteration, reason=str(error), exit_code=code)
+        raise
 
 
 def _settled(with_found: bool) -> dict[str, Any]:
