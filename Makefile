@@ -28,8 +28,9 @@ kernels/libmien.so: $(NATIVE) $(STAMP)
 demo: setup
 	$(BIN)/mien demo
 
+# Two processes of one thread each: most tests have work for one thread only.
 test: setup lint
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)
