@@ -150,8 +150,9 @@ def test_a_snapshot_that_the_disk_refuses_names_the_place(tmp_path, monkeypatch)
             raise OSError(errno.EACCES, "Permission denied")
 
         monkeypatch.setattr(checkpoint, "copy_files", refuse)
-        with pytest.raises(SaveError, match="cannot save to .*/models: Permission denied; make"):
-            folder.snapshot()
+        folder.snapshot()
+        assert f"{tmp_path}/models" in folder.warnings[0]
+        assert "Permission denied" in folder.warnings[0]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
 
 
