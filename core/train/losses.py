@@ -103,21 +103,17 @@ class Loss:
         scale: Tensor | None,
     ) -> FaceLoss:
         """The means and gradients of one output; those of the other losses behind the fused."""
-        if not functions:
+
+        def fused(pred_a: Tensor, pred_b: Tensor) -> FaceLoss:
             losses = [*self.fused.items()]
             return face_loss(pred_a, pred_b, target_nchw, weight_n1hw, losses=losses, scale=scale)
+
+        if not functions:
+            return fused(pred_a, pred_b)
         # In fp32, so that the sum of both gradients is rounded once.
         parts = [self._differentiated(functions, pred_a, pred_b, target_nchw, weight_n1hw, scale)]
         if self.fused:
-            part = face_loss(
-                pred_a.float(),
-                pred_b.float(),
-                target_nchw,
-                weight_n1hw,
-                losses=[*self.fused.items()],
-                scale=scale,
-            )
-            parts.insert(0, part)
+            parts.insert(0, fused(pred_a.float(), pred_b.float()))
         means, *gradients = zip(*parts, strict=True)
         return FaceLoss(
             torch.cat(means, dim=1),
