@@ -1,6 +1,7 @@
 """Shared by all tests. No tests/__init__.py: see CONTRIBUTING, 'one copy of the package'."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 if not torch.cuda.is_available():
     # Before mien.kernels is imported: without a GPU, tests interpret the Triton kernels.
@@ -69,6 +71,21 @@ def tiny_options(name: str) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in options.items()
     }
+
+
+def saved_tensors(model_dir: Path, name: str = "model") -> dict[str, torch.Tensor]:
+    """Of the save in use: its `model` or its `optimizer`."""
+    generation = json.loads((model_dir / "state.json").read_text())["generation"]
+    return load_file(model_dir / "generations" / generation / f"{name}.safetensors")
+
+
+def assert_same_bits(one: Path, two: Path) -> None:
+    """Two model folders whose weights and optimizer are the same, bit for bit."""
+    for name in ("model", "optimizer"):
+        ours, theirs = saved_tensors(one, name), saved_tensors(two, name)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in ours.items():
+            assert torch.equal(tensor, theirs[key]), f"{name} {key}"
 
 
 @pytest.fixture

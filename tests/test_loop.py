@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import assert_same_bits, saved_tensors
 
 from mien import models
 from mien.cli import main
@@ -39,27 +39,13 @@ def _train(sides, model_dir, *more):
     return main(_words(sides, model_dir, *more))
 
 
-def _tensors(model_dir, name="model"):
-    state = json.loads((model_dir / "state.json").read_text())
-    newest = model_dir / "generations" / str(state["iterations"])
-    return load_file(newest / f"{name}.safetensors")
-
-
-def _assert_same_bits(one, two):
-    for name in ("model", "optimizer"):
-        ours, theirs = _tensors(one, name), _tensors(two, name)
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            assert torch.equal(tensor, theirs[key]), f"{name} {key}"
-
-
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
 def test_a_resumed_run_equals_an_uninterrupted_one(sides, tmp_path, mode):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert _train(sides, straight, "-i", "6", "--precision", mode) == 0
     assert _train(sides, resumed, "-i", "2", "--precision", mode) == 0
     assert _train(sides, resumed, "-i", "4") == 0
-    _assert_same_bits(straight, resumed)
+    assert_same_bits(straight, resumed)
     state = json.loads((resumed / "state.json").read_text())
     assert state["iterations"] == 6
     assert [session["iterations"] for session in state["sessions"]] == [2, 4]
@@ -76,14 +62,14 @@ def test_a_noisy_model_resumes_with_the_same_noise(sides, tmp_path):
     assert main([*words, "-m", str(resumed), "-i", "2"]) == 0
     torch.rand(7)  # the generator is elsewhere in its sequence
     assert main(["train", "-m", str(resumed), "-i", "2"]) == 0
-    _assert_same_bits(straight, resumed)
+    assert_same_bits(straight, resumed)
 
 
 def test_seeds_decide_everything(sides, tmp_path):
     for name, seed in (("one", "7"), ("again", "7"), ("other", "8")):
         assert _train(sides, tmp_path / name, "-i", "3", "--seed", seed) == 0
-    _assert_same_bits(tmp_path / "one", tmp_path / "again")
-    one, other = _tensors(tmp_path / "one"), _tensors(tmp_path / "other")
+    assert_same_bits(tmp_path / "one", tmp_path / "again")
+    one, other = saved_tensors(tmp_path / "one"), saved_tensors(tmp_path / "other")
     assert not any(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -91,7 +77,7 @@ def test_threads_do_not_change_the_batches(sides, tmp_path):
     for threads in ("1", "3"):
         words = ("-i", "2", "--set", f"data.num_threads={threads}")
         assert _train(sides, tmp_path / threads, *words) == 0
-    _assert_same_bits(tmp_path / "1", tmp_path / "3")
+    assert_same_bits(tmp_path / "1", tmp_path / "3")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +144,7 @@ def test_a_nan_halts_and_never_reaches_the_weights(sides, tmp_path, monkeypatch,
     said = capsys.readouterr().out
     assert "not a number at iteration 4 (loss_a" in said
     assert "Lower optimizer.learning_rate" in said
-    tensors = _tensors(tmp_path / "model")
+    tensors = saved_tensors(tmp_path / "model")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     monkeypatch.undo()
     assert _train(sides, tmp_path / "model", "-i", "2") == 0, "the model can go on"
@@ -213,7 +199,7 @@ def test_a_nan_in_the_last_iterations_halts_too(
     assert stop["event"] == "stop"
     assert "not a number at iteration 3" in stop["reason"]
     assert json.loads((tmp_path / "model/state.json").read_text())["iterations"] == 3
-    assert all(tensor.isfinite().all() for tensor in _tensors(tmp_path / "model").values())
+    assert all(tensor.isfinite().all() for tensor in saved_tensors(tmp_path / "model").values())
 
 
 def test_a_full_disk_halts_with_the_last_save_named(sides, tmp_path, monkeypatch, capsys):
@@ -252,7 +238,7 @@ def test_what_is_not_the_model_may_fail_to_be_written(sides, tmp_path, monkeypat
     )
     assert said.count("cannot write logs; no more events are written in this session") == 1
     assert "cannot write logs; the last events are lost" in said
-    _assert_same_bits(straight, model_dir)
+    assert_same_bits(straight, model_dir)
 
 
 def test_training_begins_without_a_place_for_events(sides, tmp_path, capsys):
@@ -351,7 +337,7 @@ def test_mistakes_are_one_line_and_change_nothing(sides, tmp_path, case, capsys)
 def test_locked_settings_and_other_trainers_are_refused(sides, tmp_path, capsys):
     model_dir = tmp_path / "model"
     assert _train(sides, model_dir, "-i", "1") == 0
-    before = _tensors(model_dir)
+    before = saved_tensors(model_dir)
     for words, message in (
         (("-t", "original"), "lightweight"),
         (("--set", "data.coverage=80"), "data.coverage is fixed at 100.0 in this model"),
@@ -360,7 +346,7 @@ def test_locked_settings_and_other_trainers_are_refused(sides, tmp_path, capsys)
         capsys.readouterr()
         assert _train(sides, model_dir, "-i", "1", *words) == 2
         assert message in capsys.readouterr().err
-    assert _tensors(model_dir).keys() == before.keys()
+    assert saved_tensors(model_dir).keys() == before.keys()
 
 
 def test_a_resume_needs_only_the_folder_and_tells_of_changes(sides, tmp_path, capsys, monkeypatch):
@@ -425,7 +411,7 @@ def test_kill_9_loses_nothing_but_the_work_since_the_last_save(sides, tmp_path):
     assert 1 <= done <= 12
     if done < 12:
         assert _train(sides, killed, "-s", "2", "-i", str(12 - done)) == 0
-    _assert_same_bits(straight, killed)
+    assert_same_bits(straight, killed)
 
 
 def test_a_face_without_the_stored_mask_is_left_out_of_training_and_preview(
@@ -452,10 +438,10 @@ def test_training_with_faces_warped_to_landmarks(sides, tmp_path, capsys):
     assert _train(sides, straight, "-i", "3", "-M", *once) == 0
     assert _train(sides, resumed, "-i", "1", "-M", *once) == 0
     assert _train(sides, resumed, "-i", "2", "-M", *once) == 0
-    _assert_same_bits(straight, resumed)
+    assert_same_bits(straight, resumed)
     assert "does nothing" not in capsys.readouterr().out
     assert _train(sides, plain, "-i", "3") == 0
-    one, other = _tensors(straight), _tensors(plain)
+    one, other = saved_tensors(straight), saved_tensors(plain)
     assert not all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -466,7 +452,7 @@ def test_no_warp_wins_over_warping_to_landmarks(sides, tmp_path, capsys):
     line = "augment.warp is off, so augment.warp_to_landmarks does nothing"
     assert (said.out + said.err).count(line) == 1
     assert _train(sides, off, "-i", "1", "-W") == 0
-    _assert_same_bits(both, off)
+    assert_same_bits(both, off)
 
 
 @pytest.mark.gpu
@@ -478,7 +464,7 @@ def test_training_on_a_gpu(sides, tmp_path, mode, placement, capsys):
     assert _train(sides, tmp_path / "model", "-i", "6", *words) == 0
     fell_back = "the graph engine cannot run here" in capsys.readouterr().out
     assert fell_back == (placement == "file"), "a capture failed"
-    tensors = _tensors(tmp_path / "model")
+    tensors = saved_tensors(tmp_path / "model")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 

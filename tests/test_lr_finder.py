@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-import torch
-from conftest import tiny_options
-from safetensors.torch import load_file
+from conftest import assert_same_bits, tiny_options
 
 from mien.cli import main
 from mien.core.data.feed import Feed
@@ -60,20 +58,6 @@ def _events(capsys):
     ]
 
 
-def _tensors(model_dir):
-    state = json.loads((model_dir / "state.json").read_text())
-    newest = model_dir / "generations" / str(state["iterations"])
-    return {n: load_file(newest / f"{n}.safetensors") for n in ("model", "optimizer")}
-
-
-def _assert_same_bits(one, two):
-    ours, theirs = _tensors(one), _tensors(two)
-    for name, tensors in ours.items():
-        assert tensors.keys() == theirs[name].keys()
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, theirs[name][key]), f"{name} {key}"
-
-
 def _assert_leaves_nothing_behind(sides, tmp_path, capsys, *more, **model):
     """A run with the finder has the bits of one that was given the rate which the finder found."""
     searched, given = tmp_path / "searched", tmp_path / "given"
@@ -82,7 +66,7 @@ def _assert_leaves_nothing_behind(sides, tmp_path, capsys, *more, **model):
     rate = f"optimizer.learning_rate={found!r}"
     assert _train(sides, given, "-i", "4", "--set", rate, *more, **model) == 0
     assert _events(capsys)[0]["step"]["learning_rate"] == found
-    _assert_same_bits(searched, given)
+    assert_same_bits(searched, given)
     assert json.loads((searched / "state.json").read_text())["iterations"] == 4
 
 
@@ -163,7 +147,7 @@ def test_losses_that_are_asked_for_in_blocks_are_the_same(sides, tmp_path, monke
         assert _train(sides, tmp_path / name, "-r", "-i", "2") == 0
     assert len(seen["each"]) >= 40
     assert seen["each"] == seen["blocks"]
-    _assert_same_bits(tmp_path / "each", tmp_path / "blocks")
+    assert_same_bits(tmp_path / "each", tmp_path / "blocks")
 
 
 @pytest.fixture

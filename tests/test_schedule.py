@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import assert_same_bits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mien.cli import main
@@ -135,20 +135,6 @@ def _steps(text):
     return {e["iteration"]: e["learning_rate"] for e in events if e["event"] == "step"}
 
 
-def _tensors(model_dir):
-    state = json.loads((model_dir / "state.json").read_text())
-    newest = model_dir / "generations" / str(state["iterations"])
-    return {n: load_file(newest / f"{n}.safetensors") for n in ("model", "optimizer")}
-
-
-def _assert_same_bits(one, two):
-    ours, theirs = _tensors(one), _tensors(two)
-    for name, tensors in ours.items():
-        assert tensors.keys() == theirs[name].keys()
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, theirs[name][key]), f"{name} {key}"
-
-
 def test_a_run_resumed_inside_a_cosine_equals_an_uninterrupted_one(sides, tmp_path, capsys):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     cosine = ("--json", "-a", "3", "--set", "optimizer.schedule=cosine")
@@ -161,7 +147,7 @@ def test_a_run_resumed_inside_a_cosine_equals_an_uninterrupted_one(sides, tmp_pa
     assert _train(sides, resumed, "-i", "4", "--json") == 0
     told |= _steps(capsys.readouterr().out)
     assert told[6] == pytest.approx(expected.rate(5) * 5e-5 / 1e-3)
-    _assert_same_bits(straight, resumed)
+    assert_same_bits(straight, resumed)
 
 
 def test_a_warm_up_given_at_a_resume_begins_there_and_is_logged(sides, tmp_path, capsys):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_bits
 from safetensors.torch import load_file
 
 from mien.cli import main
@@ -60,14 +61,6 @@ def _state(model_dir):
     return json.loads((newest / "state.json").read_text()), newest
 
 
-def _assert_same_bits(one, two):
-    for name in ("model", "optimizer"):
-        ours, theirs = (load_file(_state(each)[1] / f"{name}.safetensors") for each in (one, two))
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            assert torch.equal(tensor, theirs[key]), f"{name} {key}"
-
-
 @pytest.fixture
 def recipe(tmp_path):
     path = tmp_path / "short.toml"
@@ -114,7 +107,7 @@ def test_interrupted_inside_every_stage_it_equals_the_uninterrupted_run(sides, t
     for iterations in (2, 3, 2, 4):  # in the first, the second, the same again, the third
         assert _train(sides, resumed, "--recipe", recipe, "-i", str(iterations)) == 0
     assert main(["train", "-m", str(resumed)]) == 0, "the recipe is in the model"
-    _assert_same_bits(straight, resumed)
+    assert_same_bits(straight, resumed)
     state, _ = _state(resumed)
     assert state["iterations"] == 13
     assert len(state["sessions"]) > 4
@@ -299,7 +292,7 @@ def test_a_rollback_goes_back_lowers_the_rate_and_goes_on(
     assert _train(sides, plain, "-i", "4", "--precision", mode) == 0
     rate = ("--set", "optimizer.learning_rate=2.5e-5")
     assert _train(sides, plain, "-i", "4", "--precision", mode, *rate) == 0
-    _assert_same_bits(model_dir, plain)
+    assert_same_bits(model_dir, plain)
 
 
 def test_the_lowered_rate_holds_until_a_rate_is_given(sides, tmp_path, monkeypatch, capsys):

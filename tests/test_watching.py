@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import saved_tensors
 
 from mien.cli import main
 from mien.core.config import DataConfig
@@ -49,11 +49,6 @@ def _events(text):
 def _at(events, kind):
     """The iterations at which something was told."""
     return [event["iteration"] for event in events if event["event"] == kind]
-
-
-def _tensors(model_dir, name="model"):
-    generation = json.loads((model_dir / "state.json").read_text())["generation"]
-    return load_file(model_dir / "generations" / generation / f"{name}.safetensors")
 
 
 def _during(monkeypatch, iteration, action):
@@ -389,7 +384,7 @@ def test_nothing_that_is_looked_at_changes_a_bit(sides, tmp_path, monkeypatch):
     timelapse = ("-x", str(sides[1]), "-y", str(sides[0]))
     assert _train(sides, watched, "-i", "6", *words, *timelapse) == 0
     for name in ("model", "optimizer"):
-        one, other = _tensors(plain, name), _tensors(watched, name)
+        one, other = saved_tensors(plain, name), saved_tensors(watched, name)
         assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     np.testing.assert_array_equal(
         cv2.imread(f"{tmp_path}/look.png"), cv2.imread(str(watched / "preview.png"))
