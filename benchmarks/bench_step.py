@@ -166,9 +166,13 @@ class OneBatch:
     def seek(self, _faces_seen: dict[str, int]) -> None:
         """There is nowhere to go."""
 
-    def batch(self) -> Batch:
+    def batch(self, turn: int = 0) -> Batch:
         """The batch."""
         return self.only
+
+    def following(self, faces_seen: dict[str, int]) -> dict[str, int]:
+        """The same place."""
+        return faces_seen
 
 
 class _PlainLoss(Loss):

@@ -174,10 +174,18 @@ def _captured(fn: Callable[[], object], calls: int) -> Callable[[], None]:
     """A replay of so many calls."""
     import torch
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            fn()
+    from ..kernels.tables import finish_capture
+
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                fn()
+    except RuntimeError:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own in place
+        torch.cuda.synchronize()
+        raise
+    finish_capture()
     return graph.replay
 
 

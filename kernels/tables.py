@@ -2,13 +2,15 @@
 
 A kernel over many tensors reads their addresses from tables on the device. Weights and moments
 never move, so theirs are written once. Gradients move from step to step, except inside a CUDA
-graph, so theirs are sent whenever they differ.
+graph, so theirs are sent whenever they differ; those of a graph once, after its capture, by
+`finish_capture`, so that no replay holds the transfer.
 
 Letters: T tensors, N chunks of them, S slots, C columns.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -183,9 +185,8 @@ class _GradientRows:
     """Addresses of gradients on the device, each set of them sent once.
 
     Sets are sent from slots of page-locked memory that are there from the start. Eager steps rotate
-    through some of the slots. A captured copy reads its slot again at every replay, so a slot that
-    was filled in a capture is never used again; its row on the device is of no use outside of that
-    graph, for the copy runs at a replay and not at the capture.
+    through some of the slots. A row that a captured step reads belongs to that graph for good: it
+    is filled by `finish_capture`, since a transfer queued in the capture would run at every replay.
     """
 
     def __init__(self, num_tensors: int, device: torch.device):
@@ -224,8 +225,8 @@ class _GradientRows:
                 f"these Tables have been captured {_CAPTURE_SLOTS} times: make new ones"
             )
         slot = _EAGER_SLOTS + self.num_captured
-        self._send(slot, addresses)
         self.num_captured += 1
+        _unsent.append(partial(self._send, slot, addresses))
         return self.rows_st[slot]
 
     def _release(self, slot: int, stream: torch.cuda.Stream | None) -> None:
@@ -244,6 +245,20 @@ class _GradientRows:
     def _send(self, slot: int, addresses: tuple[int, ...]) -> None:
         self.staged_st[slot, : len(addresses)] = torch.tensor(addresses, dtype=torch.int64)
         self.rows_st[slot].copy_(self.staged_st[slot], non_blocking=True)
+
+
+_unsent: list[Callable[[], None]] = []
+"""Transfers of the addresses that captures have met since the last `finish_capture`."""
+
+
+def finish_capture() -> None:
+    """Send the addresses of gradients that a captured step reads, on the current stream.
+
+    To be called after the capture of a CUDA graph that holds `optimize` and before its first
+    replay, on the stream of the replays.
+    """
+    while _unsent:
+        _unsent.pop()()
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -74,7 +74,7 @@ def test_parameters_and_batches_are_counted_as_they_are_kept():
     assert parts["optimizer state"] == 2 * parts["weights"]
     assert parts["decoded faces"] == 5 * MIB
     # Of each face: 8 channels of input in bf16, 3 of target and 1 of weight in fp32.
-    assert parts["batch"] == 32 * 64 * 64 * (8 * 2 + 3 * 4 + 4)
+    assert parts["batches"] == 2 * 32 * 64 * 64 * (8 * 2 + 3 * 4 + 4)
     assert parts["accumulated gradients"] == 0
     in_fp32 = memory.footprint(settings(), FP32).at(16).parts
     assert in_fp32["lowered weights"] == 0

@@ -36,7 +36,7 @@ from mien.kernels.control import (
 )
 from mien.kernels.optimize import LAUNCHES, _update_op
 from mien.kernels.rules import CLIPPINGS, RULES, Clipping, Rule
-from mien.kernels.tables import Tables
+from mien.kernels.tables import Tables, finish_capture
 
 optimize_module = importlib.import_module("mien.kernels.optimize")  # the package has the function
 ADAM, NO_CLIPPING = Rule(name="adamw"), Clipping()
@@ -581,6 +581,8 @@ def test_a_captured_slot_is_never_used_again(where, monkeypatch):
         for _ in range(2):  # two graphs with gradients at the same place
             captured.append(rows.find((1, 2)))
         captured.append(rows.find((3, 4)))
+    assert [each.tolist() for each in captured] == 3 * [[0, 0]], "sent within the capture"
+    finish_capture()
     for step in range(100):
         rows.find((step, 7))
     assert eager.tolist() == [1, 2]
@@ -616,6 +618,7 @@ def test_a_captured_step_equals_an_eager_one(device, rule, settings):
             graphs.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(graphs[-1]):
                 model.step(each, control)
+        finish_capture()
         for step in range(60):
             for gradient, new in zip(given[step % 2], model.gradients(BF16), strict=True):
                 gradient.copy_(new)

@@ -50,10 +50,11 @@ class Batch:
 class Feed:
     """Makes batches from two stores.
 
-    On the CPU the next batch is made while the present one is trained on. On a GPU every batch goes
-    to the same tensors, and how many faces were seen is counted on the device, so that `batch` can
-    be captured in a CUDA graph together with the step; each replay then makes the next batch. Faces
-    in a file are no use to a graph: the host gathers those of each batch (`is_capturable`).
+    On the CPU the next batch is made while the present one is trained on. On a GPU a batch goes to
+    one of two sets of tensors, so that one can be made while the other is trained on, and how many
+    faces were seen is counted on the device, so that `batch` can be captured in a CUDA graph
+    together with the step; each replay then makes the next batch. Faces in a file are no use to a
+    graph: the host gathers those of each batch (`is_capturable`).
     """
 
     def __init__(
@@ -93,7 +94,10 @@ class Feed:
         """Whether `batch` leaves the host out."""
 
         self._gathers = device.type == "cuda" and not self.is_capturable
-        self._room = _Room(self) if device.type == "cuda" else None
+        self._rooms: list[_Room] = []
+        if device.type == "cuda":
+            first = _Room(self)
+            self._rooms = [first, _Room(self, beside=first)]
         self._ahead: tuple[dict[str, int], Future[Batch]] | None = None
         # On a GPU the kernels queue up behind the step; on the CPU a thread works ahead.
         self._worker = ThreadPoolExecutor(1, "mien-feed") if device.type == "cpu" else None
@@ -108,7 +112,7 @@ class Feed:
             batch = self._make(_numbers(faces_seen))
         else:
             batch = self._ahead[1].result()
-        following = self._following(faces_seen)
+        following = self.following(faces_seen)
         self._ahead = following, self._worker.submit(self._make, _numbers(following))
         self.waited_s += time.perf_counter() - started
         return batch
@@ -122,24 +126,25 @@ class Feed:
         if faces_seen != self._expected:
             for seen, number in zip(self.seen, _numbers(faces_seen), strict=True):
                 seen.fill_(number)
-        self._expected = self._following(faces_seen)
+        self._expected = self.following(faces_seen)
 
-    def batch(self) -> Batch:
-        """The batch after `seen` faces, which then moves on."""
+    def batch(self, turn: int = 0) -> Batch:
+        """The batch after `seen` faces, which then moves on; on a GPU in set ``turn``, 0 or 1."""
         self._expected = None  # a graph that is being captured makes no batch now
         if not self._gathers:
-            return self._make(self.seen)
-        batch = self._make(self.seen.tolist())
+            return self._make(self.seen, turn)
+        batch = self._make(self.seen.tolist(), turn)
         self.seen.add_(self.config.train.batch_size)
         return batch
 
-    def _following(self, faces_seen: dict[str, int]) -> dict[str, int]:
+    def following(self, faces_seen: dict[str, int]) -> dict[str, int]:
+        """The faces of each side that have been seen after the batch after ``faces_seen``."""
         size = self.config.train.batch_size
         return {side: faces_seen[side] + size for side in SIDES}
 
-    def _make(self, first: list[int] | Tensor) -> Batch:
+    def _make(self, first: list[int] | Tensor, turn: int = 0) -> Batch:
         """The batch after so many faces of each side."""
-        room, config = self._room or _Room(self), self.config
+        room, config = self._rooms[turn] if self._rooms else _Room(self), self.config
         faces = [self.stores[side].faces_fssc for side in SIDES]
         num_faces = [len(faces_fssc) for faces_fssc in faces]
         params_nx = draw(
@@ -182,13 +187,17 @@ class Feed:
 
 
 class _Room:
-    """The tensors that a batch is made in: its parameters, itself, and on a GPU a workspace."""
+    """The tensors that a batch is made in: its parameters, itself, and on a GPU a workspace.
 
-    def __init__(self, feed: Feed):
+    Args:
+        feed: Whose batches they are for.
+        beside: A set that is never in use at the same moment for anything but its result, and lends
+            parameters and workspace; None: there is none.
+    """
+
+    def __init__(self, feed: Feed, beside: "_Room | None" = None):
         faces, device = len(SIDES) * feed.config.train.batch_size, feed.device
         sizes: dict[str, Any] = {"input_px": feed.input_px, "output_px": feed.output_px}
-        shape = (faces, FACE_PARAMS.itemsize)
-        self.params_nx = torch.empty(shape, dtype=torch.uint8, device=device)
         self.out: Augmented = empty(
             faces,
             **sizes,
@@ -197,6 +206,11 @@ class _Room:
             input_dtype=feed.dtype,
             device=device,
         )
+        if beside is not None:
+            self.params_nx, self.workspace = beside.params_nx, beside.workspace
+            return
+        shape = (faces, FACE_PARAMS.itemsize)
+        self.params_nx = torch.empty(shape, dtype=torch.uint8, device=device)
         self.workspace: Tensor | None = None
         if device.type == "cuda":
             needed = workspace_bytes(

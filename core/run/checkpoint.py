@@ -658,7 +658,9 @@ class Saver:
         training's own stream), so the next step need not wait for PCIe. Where it has none, the
         training's stream waits until the copies have left.
         """
-        side = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        side = self._streams[device]
         training = torch.cuda.current_stream(device)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         has_room = torch.cuda.mem_get_info(device)[0] > num_bytes + _SPARE_GPU_BYTES

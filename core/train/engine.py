@@ -1,15 +1,18 @@
 """Three ways to run the same step: eager, compiled, and replayed as one CUDA graph.
 
-A graph holds everything from the draw of the faces to the update of the weights, so an iteration is
-one call of the driver, with no Python, no transfer and no wait in it.
+A graph holds everything from the loss of one batch to the update of the weights, and the draw and
+augmentation of the next batch beside the backward pass, so an iteration is one call of the driver,
+with no Python, no transfer and no wait in it.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 
+from ...kernels.tables import finish_capture
 from ..data.feed import Batch
 from .step import TrainStep
 
@@ -29,8 +32,11 @@ class Source(Protocol):
     def seek(self, faces_seen: dict[str, int]) -> None:
         """Have the next batch be that one."""
 
-    def batch(self) -> Batch:
-        """The next batch, in tensors that stay in place; may be captured."""
+    def batch(self, turn: int = 0) -> Batch:
+        """The next batch, in set 0 or 1 of tensors that stay in place; may be captured."""
+
+    def following(self, faces_seen: dict[str, int]) -> dict[str, int]:
+        """The faces of each side that have been seen after the batch after ``faces_seen``."""
 
 
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
@@ -129,7 +135,12 @@ class Compiled(Engine):
 
 
 class Graphed(Engine):
-    """Replays an iteration that was captured once; needs a feed whose tensors stay in place."""
+    """Replays captured iterations; needs a feed whose tensors stay in place.
+
+    Beside its backward pass an iteration makes the batch of the next one, which depends on the
+    number of faces seen alone. So there are two sets of tensors for batches, which take turns, and
+    a graph for each: one that trains on the first set and fills the second, and the reverse.
+    """
 
     name = "graph"
 
@@ -141,27 +152,53 @@ class Graphed(Engine):
         noise_seed: int | None = None,
     ):
         super().__init__(step, feed, warn, noise_seed)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        """By the set of tensors that they train on."""
+
+        self.batches: list[Batch | None] = [None, None]
+        self.turn = 0
+        """The set of tensors that the next iteration trains on."""
+
+        self.made_for: dict[str, int] | None = None
+        """The faces seen before the batch that is in that set; None: it holds none."""
+
         self.warm = 0
         # One for all iterations before the replays: memory is cached by stream.
-        self.stream = torch.cuda.Stream()
+        self.stream, self.batch_stream = torch.cuda.Stream(), torch.cuda.Stream()
         if not feed.is_capturable:
             self._fall_back("the host gathers the faces of each batch from a file")
 
     def __call__(self, faces_seen: dict[str, int]) -> None:
         if self.name != "graph":
             return super().__call__(faces_seen)
-        self.feed.seek(faces_seen)
+        following = self.feed.following(faces_seen)
+        if faces_seen != self.made_for:
+            self.feed.seek(faces_seen)
+            self.batches[self.turn] = self.feed.batch(self.turn)
+        self.feed.seek(following)
         self._seed_noise(faces_seen)
-        if self.graph is not None:
-            self.graph.replay()
+        if self.turn in self.graphs:
+            self.graphs[self.turn].replay()
         elif self.warm < WARM_UP:
             self._warm_up()
         else:
             self._capture()
+        self.turn, self.made_for = 1 - self.turn, following
 
     def _iteration(self) -> None:
-        self.step(self.feed.batch())
+        batch = self.batches[self.turn]
+        assert batch is not None
+        self.step(batch, self._making_the_next())
+
+    @contextmanager
+    def _making_the_next(self) -> Iterator[None]:
+        """Within, the next batch is made on a stream of its own; afterwards it is there."""
+        other = 1 - self.turn
+        self.batch_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.batch_stream):
+            self.batches[other] = self.feed.batch(other)
+        yield
+        torch.cuda.current_stream().wait_stream(self.batch_stream)
 
     def _warm_up(self) -> None:
         """A real iteration, on the stream of the capture to come."""
@@ -174,18 +211,29 @@ class Graphed(Engine):
     def _capture(self) -> None:
         """Record an iteration without running it, then run it."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        torch.cuda.reset_peak_memory_stats()  # libraries took more while they chose
+        if not self.graphs:
+            torch.cuda.reset_peak_memory_stats()  # libraries took more while they chose
+        # Nothing of one graph is needed in the other, and they run by turns: one pool for both.
+        pool = next((each.pool() for each in self.graphs.values()), None)
         try:
             # thread_local: the saver's thread may copy to the host meanwhile.
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
                 self._iteration()
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own in place
             torch.cuda.synchronize()
+            # Of memory that has crossed streams nothing is freed any more after a failed capture.
+            self.step.side_stream = None
+            self.graphs.clear()
             self._fall_back(_first_line(error))
-            self._iteration()
+            batch = self.batches[self.turn]
+            assert batch is not None
+            self.step(batch)
         else:
-            self.graph = graph
+            finish_capture()
+            self.graphs[self.turn] = graph
             graph.replay()
 
 

@@ -211,7 +211,7 @@ def _measure(
     outputs = [*outputs_a, *outputs_b]
     size_px = max(model.input_px, *model.output_px)
     return {
-        "batch": sum(tensor.nbytes for tensor in given),
+        "batches": 2 * sum(tensor.nbytes for tensor in given),  # one in use, the next in the making
         "kept for backward": saved.num_bytes,
         "outputs and their gradients": 2 * sum(tensor.nbytes for tensor in outputs),
         "largest layer": largest.num_bytes,

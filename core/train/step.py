@@ -4,6 +4,7 @@ Shape letters: N faces, first those of A, then as many of B; H rows, W columns; 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from ..data.feed import Batch
 from .losses import Loss
 from .optim import Update
 from .ring import LossRing
+
+
+_NOTHING = nullcontext()
 
 
 class TrainStep:
@@ -43,11 +47,15 @@ class TrainStep:
         self.parameters = update.parameters
         self.loss, self.update, self.ring, self.side_stream = loss, update, ring, side_stream
 
-    def __call__(self, batch: Batch) -> None:
-        """Train on one batch."""
+    def __call__(
+        self, batch: Batch, beside_backward: AbstractContextManager[object] = _NOTHING
+    ) -> None:
+        """Train on one batch; the backward pass runs within ``beside_backward``."""
         outputs = self.forward(batch.input_nchw)
         losses = self.loss(outputs, batch, self.update.scale)
-        self.update(self.backward(outputs, losses.gradients))
+        with beside_backward:
+            gradients = self.backward(outputs, losses.gradients)
+        self.update(gradients)
         self.ring.push(losses.row_v)
 
     def forward(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
