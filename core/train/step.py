@@ -17,7 +17,6 @@ from .losses import Loss
 from .optim import Update
 from .ring import LossRing
 
-
 _NOTHING = nullcontext()
 
 
