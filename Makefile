@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test lint format docs bench gpu clean
+.PHONY: setup demo test lint format docs bench gpu gpu-quick clean
 
 setup: $(STAMP) kernels/libmien.so
 
@@ -49,14 +49,21 @@ docs: setup
 bench: setup
 	$(BIN)/mien bench all
 
-# On a machine with a GPU: every test that uses one, each file in a process of its own (a failed capture
-# can spoil those after it), then every benchmark. GPU_PYTHON=python3 where mien is installed already.
+# On a machine with a GPU, for hours: every test that uses one, each file in a process of its own (a
+# failed capture can spoil those after it), then every benchmark. What fails is remembered and stops
+# nothing. GPU_PYTHON=python3 where mien is installed already; RESULTS names the folder of results.
 GPU_PYTHON ?= $(BIN)/python
+RESULTS ?= benchmarks/results
 gpu:
-	status=0; for file in $$(grep -lE 'mark.gpu|triton_device' tests/test_*.py); do \
-	    $(GPU_PYTHON) -m pytest -q $$file || status=1; done; exit $$status
+	failed=; for file in $$(grep -lE 'mark.gpu|triton_device' tests/test_*.py); do \
+	    $(GPU_PYTHON) -m pytest -q $$file || failed="$$failed $$file"; done; \
 	for part in ceilings kernels step train data roofline models; do \
-	    $(GPU_PYTHON) -m mien.cli bench $$part || exit 1; done
+	    MIEN_RESULTS=$(RESULTS) $(GPU_PYTHON) -m mien.cli bench $$part || failed="$$failed bench-$$part"; \
+	done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
+
+# The same in ten minutes, the most telling figures first; WHEELS: a folder of packages that are missing.
+gpu-quick:
+	$(GPU_PYTHON) benchmarks/gpu_quick.py both --results $(RESULTS)/quick $(if $(WHEELS),--wheels $(WHEELS))
 
 clean:
 	rm -rf build dist *.egg-info kernels/libmien.so

@@ -14,7 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("MIEN_RESULTS") or Path(__file__).parent / "results")
+"""Where files of results lie; MIEN_RESULTS names another folder, as on a machine that is lent."""
+
 SCHEMA = 2
 
 IDENTITY = frozenset(
