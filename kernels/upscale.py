@@ -15,7 +15,7 @@ All tensors are channels_last, NHWC in memory. Input channel (i * R + j) * c + k
 row i, column j, channel k of its block, so the L = C / R channels of one i stay together, over all
 columns j: depth-to-space moves whole runs of L, [B, H, W, R, L] -> [B, H, R, W, L]. With R = 1
 that is no move, and `activate` and `upscale` are one kernel. The bias gradient is summed in fp32,
-by program and then over programs in a fixed order.
+by program and then, by the program that ends last, over programs in a fixed order.
 
 Shape letters: B faces, C channels, H rows, W columns, R upscale factor, L = C / R channels of a
 run, P pixels of a batch, N programs side by side.
@@ -34,11 +34,11 @@ from .dispatch import uses_triton
 
 LAUNCHES = {
     "mien::activate": 1,
-    "mien::activate_backward": 2,
+    "mien::activate_backward": 1,
     "mien::to_image": 1,
-    "mien::to_image_backward": 2,
+    "mien::to_image_backward": 1,
 }
-"""Kernels that each operation launches on a GPU; backward one fewer where there is no bias."""
+"""Kernels that each operation launches on a GPU."""
 
 _NHWC = torch.channels_last
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -46,7 +46,6 @@ _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TILE = 2048  # values of a program's tile: with 4 warps, 16 a thread
 _RUN = 64  # channels of a tile at most: 128 bytes of bf16, the length of a cache line
 _PROGRAMS = 1056  # of a backward pass at most: 8 for each of 132 SMs. Fixed: sums depend on it
-_SUMMED = 8  # channels of a program that adds up partial sums: 32 bytes of each of their rows
 _VALUES = 512  # of a program of `to_image`
 
 
@@ -102,11 +101,39 @@ def _forward_kernel(
 
 
 @triton.jit
+def _add_up_last(
+    partial_ptr,    # [N, NUM_CHANNELS] fp32
+    grad_bias_ptr,  # [NUM_CHANNELS]
+    arrived_ptr,    # programs that have stored their partial sums, 0 between two kernels
+    channels, used,
+    num_partials,
+    NUM_CHANNELS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # The program that arrives last adds up what all have stored, always in the same order: a launch
+    # for each bias costs more than the sum. The barrier puts all threads' stores before the
+    # counter's release; what other programs stored is read past the L1 cache.
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_partials - 1:
+        total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+        for begin in range(0, num_partials, BLOCK_N):
+            partials = begin + tl.arange(0, BLOCK_N)
+            at = partials.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
+            mask = (partials < num_partials)[:, None] & used[None, :]
+            total += tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+        grad_bias = tl.sum(total, axis=0)
+        tl.store(grad_bias_ptr + channels, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=used)
+        tl.store(arrived_ptr, 0)
+
+
+@triton.jit
 def _backward_kernel(
     grad_ptr,     # [B, frame_rows, R, frame_columns, L]
     y_ptr,        # like grad, or None: slope 1
     grad_x_ptr,   # [B, rows, columns, R, L]
     partial_ptr,  # [N, R, L] fp32 sums of grad_x, or None
+    grad_bias_ptr, arrived_ptr,  # as `_add_up_last` takes them, by part; None without partial_ptr
     num_pixels,   # of x
     num_tiles,    # of a program: each num_programs-th
     num_programs,
@@ -148,6 +175,11 @@ def _backward_kernel(
     if partial_ptr is not None:
         out = partial_ptr + (first * FACTOR + run) * LENGTH + channels
         tl.store(out, tl.sum(total, axis=0), mask=used)
+        _add_up_last(
+            partial_ptr, grad_bias_ptr, arrived_ptr + program % (num_chunks * FACTOR),
+            run * LENGTH + channels, used, num_programs,
+            NUM_CHANNELS=FACTOR * LENGTH, BLOCK_N=BLOCK_P, BLOCK_C=BLOCK_L,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -175,6 +207,7 @@ def _image_backward_kernel(
     grad_ptr, y_ptr,  # [P, CHANNELS] fp32
     grad_x_ptr,       # [P, NUM_CHANNELS]
     partial_ptr,      # [N, NUM_CHANNELS] fp32 sums of grad_x, or None
+    grad_bias_ptr, arrived_ptr,  # as `_add_up_last` takes them; None without partial_ptr
     num_pixels,
     num_tiles,        # of a program: each num_programs-th
     num_programs,
@@ -200,29 +233,13 @@ def _image_backward_kernel(
         tl.store(out, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
         total += grad
     if partial_ptr is not None:
+        used = channels < NUM_CHANNELS
         out = partial_ptr + first * NUM_CHANNELS + channels
-        tl.store(out, tl.sum(total, axis=0), mask=channels < NUM_CHANNELS)
-
-
-@triton.jit
-def _sum_kernel(
-    partial_ptr,    # [N, C] fp32
-    grad_bias_ptr,  # [C]
-    num_partials,
-    NUM_CHANNELS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    used = channels < NUM_CHANNELS
-    total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-    for begin in range(0, num_partials, BLOCK_N):
-        partials = begin + tl.arange(0, BLOCK_N)
-        at = partials[:, None] * NUM_CHANNELS + channels[None, :]
-        mask = (partials < num_partials)[:, None] & used[None, :]
-        total += tl.load(partial_ptr + at, mask=mask, other=0.0)
-    grad_bias = tl.sum(total, axis=0)
-    tl.store(grad_bias_ptr + channels, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=used)
+        tl.store(out, tl.sum(total, axis=0), mask=used)
+        _add_up_last(
+            partial_ptr, grad_bias_ptr, arrived_ptr, channels, used, num_programs,
+            NUM_CHANNELS=NUM_CHANNELS, BLOCK_N=BLOCK_P, BLOCK_C=BLOCK_C,
+        )  # fmt: skip
 
 
 def _framed_shape(x_bchw: Tensor, factor: int, border: Sequence[int]) -> tuple[int, ...]:
@@ -278,17 +295,35 @@ def _parts(geometry: dict[str, int]) -> int:
 
 
 def _shares(num_blocks: int, parts: int) -> tuple[int, int]:
-    """Programs side by side, and blocks of each, for ``num_blocks`` of pixels in ``parts``."""
+    """Programs side by side, one at least, and blocks of each, for ``num_blocks`` of pixels in
+    ``parts``."""
     each = max(triton.cdiv(num_blocks * parts, _PROGRAMS), 1)
-    return triton.cdiv(num_blocks, each), each
+    return max(triton.cdiv(num_blocks, each), 1), each
 
 
-def _launch_sum(partial_nc: Tensor, grad_bias_c: Tensor) -> None:
-    num_partials, channels = partial_nc.shape
-    block_n = min(max(triton.next_power_of_2(num_partials), 64), 512)
-    _sum_kernel[(triton.cdiv(channels, _SUMMED),)](
-        partial_nc, grad_bias_c, num_partials, channels, BLOCK_N=block_n, BLOCK_C=_SUMMED
-    )
+_arrived: dict[tuple[torch.device, int], Tensor] = {}
+"""Counters by device and stream: kernels of one stream follow one another, and each leaves 0."""
+
+_MAX_PARTS = 4096  # of a backward pass: some 65,000 channels with a factor of 6
+
+
+def _arrived_of(device: torch.device) -> Tensor:
+    """The counters of `_add_up_last` for the current stream, all 0."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    found = _arrived.get((device, stream))
+    if found is None:
+        found = torch.zeros(_MAX_PARTS, dtype=torch.int32, device=device)
+        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            _arrived[device, stream] = found  # zeros of a capture are there at its replays alone
+    return found
+
+
+def _sums(grad_bias_c: Tensor, num_partials: int) -> tuple[Tensor | None, ...]:
+    """Partial sums (N, C), their total and counters, as kernels take them; Nones without a bias."""
+    if not len(grad_bias_c):
+        return None, None, None
+    partial_nc = grad_bias_c.new_empty(num_partials, len(grad_bias_c), dtype=torch.float32)
+    return partial_nc, grad_bias_c, _arrived_of(grad_bias_c.device)
 
 
 def _runs(x_bchw: Tensor, factor: int) -> Tensor:
@@ -408,14 +443,10 @@ def _activate_backward(
     geometry = _geometry(grad_x, factor, border)
     num_pixels, parts = len(grad_x) * geometry["rows"] * geometry["columns"], _parts(geometry)
     side_by_side, each = _shares(triton.cdiv(num_pixels, geometry["BLOCK_P"]), parts)
-    partial_nc = None
-    if bias_dtype is not None:
-        partial_nc = grad.new_empty(side_by_side, grad_x.shape[1], dtype=torch.float32)
+    sums = _sums(grad_bias, side_by_side)
     _backward_kernel[(side_by_side * parts,)](
-        grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, SLOPE=slope, **geometry
+        grad, y, grad_x, *sums, num_pixels, each, side_by_side, SLOPE=slope, **geometry
     )
-    if partial_nc is not None:
-        _launch_sum(partial_nc, grad_bias)
     return grad_x, grad_bias
 
 
@@ -490,15 +521,11 @@ def _to_image_backward(
     block_p = triton.cdiv(_TILE, block_c)
     num_pixels = batch * rows * columns
     side_by_side, each = _shares(triton.cdiv(num_pixels, block_p), 1)
-    partial_nc = None
-    if bias_dtype is not None:
-        partial_nc = grad.new_empty(side_by_side, num_channels, dtype=torch.float32)
+    sums = _sums(grad_bias, side_by_side)
     _image_backward_kernel[(side_by_side,)](
-        grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, num_channels, channels,
+        grad, y, grad_x, *sums, num_pixels, each, side_by_side, num_channels, channels,
         BLOCK_P=block_p, BLOCK_C=block_c,
     )  # fmt: skip
-    if partial_nc is not None:
-        _launch_sum(partial_nc, grad_bias)
     return grad_x, grad_bias
 
 
