@@ -9,6 +9,7 @@ from torch import nn
 
 from mien import models
 from mien.benchmarks.bench_step import OneBatch, make_batch
+from mien.benchmarks.variants import variant
 from mien.cli import main
 from mien.core.config import LossConfig, OptimizerConfig
 from mien.core.data.feed import Feed
@@ -19,6 +20,7 @@ from mien.core.train import precision as precisions
 from mien.core.train.losses import Loss
 from mien.core.train.ring import LossRing
 from mien.core.train.step import TrainStep
+from mien.core.train.work import work_of
 from mien.kernels.control import STEP
 
 CPU = torch.device("cpu")
@@ -289,6 +291,32 @@ def test_the_setting():
 
 
 @pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("fp16", {}),
+        ("fp32", {"gradient_clipping": "autoclip"}),
+        ("bf16", {"gradient_accumulation": 3}),
+    ],
+)
+def test_auto_overlaps_where_it_is_worth_it_and_nothing_forbids_it(mode, settings):
+    config = OptimizerConfig(**settings)
+    plain = OptimizerConfig()
+    assert overlap.choose(plain, precisions.resolve("bf16", CPU), is_worth=True) is (
+        overlap.OverlappedUpdate
+    )
+    assert overlap.choose(config, precisions.resolve(mode, CPU), is_worth=True) is overlap.Update
+
+
+@pytest.mark.parametrize(
+    ("name", "batch_size", "is_worth"),
+    [("original", 16, True), ("original", 256, False), ("dfaker-256", 16, False)],
+)
+def test_an_update_is_hidden_where_the_roofline_says_that_it_pays(name, batch_size, is_worth):
+    """Of original at 16 it is half of the step, of dfaker at 256 px 2 %."""
+    assert overlap.pays(work_of(variant(name).meta_model(), batch_size)) is is_worth
+
+
+@pytest.mark.parametrize(
     ("mode", "settings", "cause"),
     [
         (
@@ -307,7 +335,7 @@ def test_the_setting():
             "bf16",
             {"gradient_accumulation": 3},
             "optimizer.gradient_accumulation is 3, so most backward passes have no update beside "
-            "them;",
+            "them; set it to 1, or",
         ),
     ],
 )

@@ -17,38 +17,73 @@ from torch import Tensor, nn
 from ..config import OptimizerConfig
 from .optim import Update, clipping_of
 from .precision import Precision
+from .work import UPDATE_BYTES, Work
 
 PART = 4_000_000
 """Parameters of a part, at least: each takes three launches. The last part may be smaller, so that
 little is left to do when the backward pass has ended."""
 
 
-def choose(config: OptimizerConfig, precision: Precision) -> type[Update]:
+FLOPS_PER_BYTE = 184
+"""Of a card, the bf16 products that it computes in the time in which it copies a byte: 790 TFLOP/s
+by 4.3 TB/s of an H200 (an H100 has 263, an RTX 4090 174). Figures of other people's measurements;
+not measured by mien."""
+
+LEAST_SHARE = 0.1
+"""Of a step, the share of the update from which an update beside the backward pass is chosen: it can
+hide no more than that, and its launches cost some 10 microseconds. Unmeasured on a GPU."""
+
+
+def pays(work: Work) -> bool:
+    """Whether the update is a share of the step that is worth hiding, by the roofline.
+
+    Products are taken at the peak, so the share is rather too large for slow ones.
+    """
+    update_bytes = UPDATE_BYTES * work.num_parameters
+    return update_bytes >= LEAST_SHARE * (update_bytes + work.flops() / FLOPS_PER_BYTE)
+
+
+def choose(
+    config: OptimizerConfig, precision: Precision, *, is_worth: bool = False
+) -> type[Update]:
     """The kind of update that `optimizer.overlap` leads to.
+
+    Args:
+        config: Settings of the optimizer.
+        precision: As it was resolved.
+        is_worth: Whether auto leads to an overlapped update where nothing forbids it: on a GPU, by
+            `pays`.
 
     Raises:
         ValueError: The precision or another setting of the optimizer does not allow it.
     """
-    if config.overlap != "on":
+    if config.overlap == "off" or (config.overlap == "auto" and not is_worth):
         return Update
-    clipping = config.gradient_clipping
-    if precision.scales_loss:
-        cause, remedy = f"precision {precision.name} scales the loss", "use --precision bf16"
-    elif clipping_of(config).is_of_all:
-        cause = f"optimizer.gradient_clipping {clipping} bounds the norm of all gradients"
-        remedy = "use value or norm"
-    elif config.gradient_accumulation > 1:
-        raise ValueError(
-            "optimizer.overlap is on, but optimizer.gradient_accumulation is "
-            f"{config.gradient_accumulation}, so most backward passes have no update beside them; "
-            "set optimizer.overlap to off"
-        )
-    else:
+    obstacle = _obstacle(config, precision)
+    if obstacle is None:
         return OverlappedUpdate
-    raise ValueError(
-        f"optimizer.overlap is on, but {cause}, which needs every gradient before the first "
-        f"update; {remedy}, or set optimizer.overlap to off"
-    )
+    if config.overlap == "auto":
+        return Update
+    raise ValueError(f"optimizer.overlap is on, but {obstacle}, or set optimizer.overlap to off")
+
+
+def _obstacle(config: OptimizerConfig, precision: Precision) -> str | None:
+    """Why an update cannot run beside the backward pass, and what to change; None: it can."""
+    needs_all = "which needs every gradient before the first update"
+    if precision.scales_loss:
+        return f"precision {precision.name} scales the loss, {needs_all}; use --precision bf16"
+    if clipping_of(config).is_of_all:
+        clipping = config.gradient_clipping
+        return (
+            f"optimizer.gradient_clipping {clipping} bounds the norm of all gradients, "
+            f"{needs_all}; use value or norm"
+        )
+    if config.gradient_accumulation > 1:
+        return (
+            f"optimizer.gradient_accumulation is {config.gradient_accumulation}, so most backward "
+            "passes have no update beside them; set it to 1"
+        )
+    return None
 
 
 class OverlappedUpdate(Update):

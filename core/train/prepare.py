@@ -42,6 +42,7 @@ from .schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS, Schedule, begin_sch
 from .stages import Plan
 from .step import TrainStep
 from .transfer import load_weights
+from .work import meta_model, work_of
 
 
 @dataclass
@@ -189,7 +190,7 @@ def _prepare(
 ) -> Run:
     window = _open_window(config, stack)
     precision = precisions.resolve(config.precision.mode, device)
-    kind_of_update = overlap.choose(config.optimizer, precision)
+    overlap.choose(config.optimizer, precision)  # refuses what cannot be before faces are decoded
     engine_name, engine_why = engines.choose(config.train.engine, device)
     options = models.options_of(config.model.trainer, config.model.options)
     family = models.family(config.model.trainer)
@@ -203,6 +204,8 @@ def _prepare(
     config = _with_batch_size(config, faces, precision, device)
     if plan:
         _check_later_stages(plan, config, faces, output_px, device)
+    is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
+    kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
     model.to(device)
     _set_libraries(precision, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
