@@ -376,8 +376,9 @@ class OptimizerConfig(_Checked):
 
     overlap: str = _setting("auto", choices=("auto", "on", "off"))
     """Move the weights of finished layers while the backward pass still runs, to the same bits;
-    auto: on a GPU, where the update is a tenth of the step or more. Not with fp16. If a gradient is not finite, only its own part of the weights (4 M
-    or more) is sure to stay as it was; without overlap all weights stay."""
+    auto: on a GPU, where the update is a tenth of the step or more. Not with fp16. If a gradient
+    is not finite, only its own part of the weights (4 M or more) is sure to stay as it was; without
+    overlap all weights stay."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
