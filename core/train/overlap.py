@@ -30,8 +30,8 @@ by 4.3 TB/s of an H200 (an H100 has 263, an RTX 4090 174). Figures of other peop
 not measured by mien."""
 
 LEAST_SHARE = 0.1
-"""Of a step, the share of the update from which an update beside the backward pass is chosen: it can
-hide no more than that, and its launches cost some 10 microseconds. Unmeasured on a GPU."""
+"""Of a step, the share of the update from which it is to run beside the backward pass: no more than
+that can be hidden, and its launches cost some 10 microseconds. Unmeasured on a GPU."""
 
 
 def pays(work: Work) -> bool:
