@@ -6,17 +6,19 @@ What belongs to an operation besides its function is imported from its module:
 
 from . import reference
 from .augment import augment
+from .enlarge import enlarge
 from .face_loss import face_loss
 from .optimize import optimize
 from .upscale import activate, to_image, upscale
 
-OPERATIONS = ("augment", "face_loss", "optimize", "upscale")
+OPERATIONS = ("augment", "enlarge", "face_loss", "optimize", "upscale")
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
 __all__ = [
     "OPERATIONS",
     "activate",
     "augment",
+    "enlarge",
     "face_loss",
     "optimize",
     "reference",

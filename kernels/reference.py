@@ -220,12 +220,13 @@ def activate(
     slope: float,
     residual_bchw: Tensor | None = None,
     border: Sequence[int] = (0, 0, 0, 0),
+    reflect: bool = False,
 ) -> Tensor:
     """`mien.kernels.activate` as separate operations, in the dtype of ``x_bchw``."""
     z_bchw = x_bchw if bias_c is None else x_bchw + bias_c.view(-1, 1, 1)
     if residual_bchw is not None:
         z_bchw = z_bchw + residual_bchw
-    return F.pad(F.leaky_relu(z_bchw, slope), tuple(border))
+    return F.pad(F.leaky_relu(z_bchw, slope), tuple(border), "reflect" if reflect else "constant")
 
 
 def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int = 2) -> Tensor:
@@ -235,6 +236,23 @@ def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int 
     blocks = z_bhwc.reshape(batch, rows, columns, factor, factor, -1)
     spread = blocks.permute(0, 1, 3, 2, 4, 5)
     return spread.reshape(batch, rows * factor, columns * factor, -1).permute(0, 3, 1, 2)
+
+
+def enlarge(x_bchw: Tensor, factor: int = 2) -> Tensor:
+    """`mien.kernels.enlarge` by the weights of its results, in the dtype of ``x_bchw``."""
+    for axis in (2, 3):
+        x_bchw = (x_bchw.movedim(axis, -1) @ _enlarging(x_bchw, axis, factor)).movedim(-1, axis)
+    return x_bchw
+
+
+def _enlarging(x_bchw: Tensor, axis: int, factor: int) -> Tensor:
+    """(S, S * factor): the share of each pixel of one axis in each result."""
+    size = x_bchw.shape[axis]
+    centre = ((torch.arange(size * factor, device=x_bchw.device) + 0.5) / factor - 0.5).clamp(min=0)
+    before = centre.long().clamp(max=size - 1)
+    after, share = (before + 1).clamp(max=size - 1), centre - before
+    pixels = torch.arange(size, device=x_bchw.device)[:, None]
+    return ((pixels == before) * (1 - share) + (pixels == after) * share).to(x_bchw.dtype)
 
 
 def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:

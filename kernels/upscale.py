@@ -1,6 +1,6 @@
 """What stands between two convolutions, in one pass over the pixels: bias, activation, moving.
 
-    activate   y = leaky(x + bias + residual), written into a frame of zeros
+    activate   y = leaky(x + bias + residual), written into a frame of zeros or of reflections
     upscale    y = depth_to_space(leaky(x + bias))
     to_image   y = sigmoid(x + bias) of the first channels, in fp32
 
@@ -21,7 +21,7 @@ Shape letters: B faces, C channels, H rows, W columns, R upscale factor, L = C /
 run, P pixels of a batch, N programs side by side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ def _forward_kernel(
     rows, columns, frame_rows, frame_columns, top, left,
     SLOPE: tl.constexpr,
     HAS_BORDER: tl.constexpr,
+    REFLECTS: tl.constexpr,  # the border shows the pixels inside, else zeros
     FACTOR: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -77,7 +78,11 @@ def _forward_kernel(
         line = pixels // frame_columns
         row = line % frame_rows - top
         column = pixels % frame_columns - left
-        inside = inside & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        if REFLECTS:
+            row = rows - 1 - tl.abs(rows - 1 - tl.abs(row))
+            column = columns - 1 - tl.abs(columns - 1 - tl.abs(column))
+        else:
+            inside = inside & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
         source = (line // frame_rows * rows + row) * columns + column
     mask = inside[:, None] & (channels < LENGTH)[None, :]
     x_at = (source.to(tl.int64) * FACTOR + run)[:, None] * LENGTH + channels[None, :]
@@ -128,6 +133,17 @@ def _add_up_last(
 
 
 @triton.jit
+def _place_shown(number, size, before, after, which: tl.constexpr):
+    # Where a frame shows row or column ``number`` of ``size``, and whether it does: at its place
+    # (0), mirrored before the first (1) or after the last (2).
+    if which == 0:
+        return number + before, number >= 0
+    if which == 1:
+        return before - number, (number >= 1) & (number <= before)
+    return before + 2 * (size - 1) - number, (number <= size - 2) & (number >= size - 1 - after)
+
+
+@triton.jit
 def _backward_kernel(
     grad_ptr,     # [B, frame_rows, R, frame_columns, L]
     y_ptr,        # like grad, or None: slope 1
@@ -140,6 +156,7 @@ def _backward_kernel(
     rows, columns, frame_rows, frame_columns, top, left,
     SLOPE: tl.constexpr,
     HAS_BORDER: tl.constexpr,
+    REFLECTS: tl.constexpr,  # the border shows the pixels inside, else zeros
     FACTOR: tl.constexpr,
     LENGTH: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -166,6 +183,20 @@ def _backward_kernel(
             place = (line.to(tl.int64) * FACTOR + run) * columns + pixels % columns
         at = place[:, None] * LENGTH + channels[None, :]
         grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if REFLECTS:
+            face, row, column = (
+                pixels // columns // rows,
+                pixels // columns % rows,
+                pixels % columns,
+            )
+            bottom, right = frame_rows - rows - top, frame_columns - columns - left
+            for shown in tl.static_range(1, 9):
+                y_row, is_row = _place_shown(row, rows, top, bottom, shown // 3)
+                y_column, is_column = _place_shown(column, columns, left, right, shown % 3)
+                line = (face * frame_rows + y_row).to(tl.int64)
+                more = (line * frame_columns + y_column)[:, None] * LENGTH + channels[None, :]
+                again = mask & (is_row & is_column)[:, None]
+                grad += tl.load(grad_ptr + more, mask=again, other=0.0).to(tl.float32)
         if y_ptr is not None:
             y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
             grad = tl.where(y > 0, grad, grad * SLOPE)
@@ -268,7 +299,7 @@ def _new_bias_gradient(grad: Tensor, channels: int, dtype: torch.dtype | None) -
     return grad.new_empty(0 if dtype is None else channels, dtype=dtype)
 
 
-def _geometry(x_bchw: Tensor, factor: int, border: Sequence[int]) -> dict[str, int]:
+def _geometry(x_bchw: Tensor, factor: int, border: Sequence[int], reflect: bool) -> dict[str, int]:
     """Sizes and tile that the forward and the backward kernel share."""
     _, channels, rows, columns = x_bchw.shape
     left, right, top, bottom = border
@@ -282,6 +313,7 @@ def _geometry(x_bchw: Tensor, factor: int, border: Sequence[int]) -> dict[str, i
         "top": top,
         "left": left,
         "HAS_BORDER": any(border),
+        "REFLECTS": reflect and any(border),
         "FACTOR": factor,
         "LENGTH": length,
         "BLOCK_P": _TILE // block_l,
@@ -373,6 +405,30 @@ def _clear_frame(y_bchw: Tensor, border: Sequence[int]) -> None:
     y_bchw[..., columns - right :] = 0
 
 
+def _mirrors(y_bchw: Tensor, border: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of each line of a frame and of the line that it mirrors: rows, then whole columns."""
+    for axis, (before, after) in ((2, border[2:]), (3, border[:2])):
+        last = y_bchw.shape[axis] - after - 1
+        for i in range(1, before + 1):
+            yield y_bchw.select(axis, before - i), y_bchw.select(axis, before + i)
+        for i in range(1, after + 1):
+            yield y_bchw.select(axis, last + i), y_bchw.select(axis, last - i)
+
+
+def _reflect_frame(y_bchw: Tensor, border: Sequence[int]) -> None:
+    for shown, inside in _mirrors(y_bchw, border):
+        shown.copy_(inside)
+
+
+def _gathered_frame(grad_bchw: Tensor, border: Sequence[int]) -> Tensor:
+    """The gradient with that of reflections added to the pixels inside, in fp32 at least."""
+    wide = torch.float32 if grad_bchw.dtype.itemsize == 2 else grad_bchw.dtype
+    summed_bchw = grad_bchw.to(wide, copy=True)
+    for shown, inside in reversed(list(_mirrors(summed_bchw, border))):
+        inside.add_(shown)
+    return summed_bchw.to(grad_bchw.dtype)
+
+
 def _sum_channels(grad_bchw: Tensor, grad_bias_c: Tensor) -> None:
     """Sums over all pixels, added up in fp32 at least."""
     grad_pc = grad_bchw.permute(0, 2, 3, 1).flatten(0, 2)
@@ -394,6 +450,7 @@ def _activate(
     slope: float,
     factor: int,
     border: list[int],
+    reflect: bool,
 ) -> Tensor:
     x = x.contiguous(memory_format=_NHWC)
     if residual is not None:
@@ -401,10 +458,10 @@ def _activate(
     y = _new(x, _framed_shape(x, factor, border))
     if not uses_triton(x):
         runs = None if residual is None else _runs(residual, factor)
-        _clear_frame(y, border)
         _activate_plain(_runs(x, factor), bias, runs, slope, _places(y, factor, border))
+        (_reflect_frame if reflect else _clear_frame)(y, border)
         return y
-    geometry = _geometry(x, factor, border)
+    geometry = _geometry(x, factor, border, reflect)
     num_pixels = len(x) * geometry["frame_rows"] * geometry["frame_columns"]
     grid = (triton.cdiv(num_pixels, geometry["BLOCK_P"]) * _parts(geometry),)
     _forward_kernel[grid](x, bias, residual, y, num_pixels, SLOPE=slope, **geometry)
@@ -412,7 +469,7 @@ def _activate(
 
 
 @_activate.register_fake
-def _(x, bias, residual, slope, factor, border):
+def _(x, bias, residual, slope, factor, border, reflect):
     return _new(x, _framed_shape(x, factor, border))
 
 
@@ -423,12 +480,15 @@ def _activate_backward(
     slope: float,
     factor: int,
     border: list[int],
+    reflect: bool,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     grad = grad.contiguous(memory_format=_NHWC)
     grad_x = _new(grad, _unframed_shape(grad, factor, border))
     grad_bias = _new_bias_gradient(grad, grad_x.shape[1], bias_dtype)
     if not uses_triton(grad):
+        if reflect:
+            grad = _gathered_frame(grad, border)
         placed, runs = _places(grad, factor, border), _runs(grad_x, factor)
         if y is None:
             runs.copy_(placed)
@@ -440,7 +500,7 @@ def _activate_backward(
         if bias_dtype is not None:
             _sum_channels(grad_x, grad_bias)
         return grad_x, grad_bias
-    geometry = _geometry(grad_x, factor, border)
+    geometry = _geometry(grad_x, factor, border, reflect)
     num_pixels, parts = len(grad_x) * geometry["rows"] * geometry["columns"], _parts(geometry)
     side_by_side, each = _shares(triton.cdiv(num_pixels, geometry["BLOCK_P"]), parts)
     sums = _sums(grad_bias, side_by_side)
@@ -451,13 +511,13 @@ def _activate_backward(
 
 
 @_activate_backward.register_fake
-def _(grad, y, slope, factor, border, bias_dtype):
+def _(grad, y, slope, factor, border, reflect, bias_dtype):
     grad_x = _new(grad, _unframed_shape(grad, factor, border))
     return grad_x, _new_bias_gradient(grad, grad_x.shape[1], bias_dtype)
 
 
 def _keep_activate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, bias, residual, ctx.slope, ctx.factor, ctx.border = inputs
+    _, bias, residual, ctx.slope, ctx.factor, ctx.border, ctx.reflect = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.has_residual = residual is not None
     ctx.save_for_backward(None if ctx.slope == 1 else output)
@@ -466,10 +526,11 @@ def _keep_activate(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _differentiate_activate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (y,) = ctx.saved_tensors
     grad_x, grad_bias = _activate_backward(
-        grad, y, ctx.slope, ctx.factor, ctx.border, ctx.bias_dtype
+        grad, y, ctx.slope, ctx.factor, ctx.border, ctx.reflect, ctx.bias_dtype
     )
     grad_residual = grad_x if ctx.has_residual else None
-    return grad_x, None if ctx.bias_dtype is None else grad_bias, grad_residual, None, None, None
+    grad_bias = None if ctx.bias_dtype is None else grad_bias
+    return grad_x, grad_bias, grad_residual, None, None, None, None
 
 
 _activate.register_autograd(_differentiate_activate, setup_context=_keep_activate)
@@ -558,8 +619,9 @@ def activate(
     slope: float,
     residual_bchw: Tensor | None = None,
     border: Sequence[int] = (0, 0, 0, 0),
+    reflect: bool = False,
 ) -> Tensor:
-    """``leaky(x + bias + residual)`` in a frame of zeros.
+    """``leaky(x + bias + residual)`` in a frame of zeros, or of its own reflection.
 
     Differentiable in x, bias and residual. Computed in fp32 and rounded once. A tensor that is not
     channels_last is copied first, a gradient too.
@@ -569,7 +631,9 @@ def activate(
         bias_c: One value a channel, x's dtype or fp32; None adds nothing.
         slope: Factor of negative values, 0 (ReLU) to 1 (no activation).
         residual_bchw: Added before the activation; shape and dtype of x.
-        border: Pixels of zeros left, right, top and bottom, as `F.pad` takes them.
+        border: Pixels left, right, top and bottom that frame the result, as `F.pad` takes them.
+        reflect: The frame shows the pixels inside it, mirrored at the outermost ones, instead of
+            zeros; its gradient is added up in a fixed order.
 
     Returns:
         (B, C, H + top + bottom, W + left + right), dtype of x, channels_last.
@@ -587,7 +651,13 @@ def activate(
         raise ValueError(
             f"border must be four numbers >= 0 (left, right, top, bottom), got {border}"
         )
-    return _activate(x_bchw, bias_c, residual_bchw, slope, 1, list(border))
+    rows, columns = x_bchw.shape[2:]
+    if reflect and (max(border[:2]) >= columns or max(border[2:]) >= rows):
+        raise ValueError(
+            f"border must be smaller than the {rows} rows and {columns} columns that it reflects, "
+            f"got {border}"
+        )
+    return _activate(x_bchw, bias_c, residual_bchw, slope, 1, list(border), reflect)
 
 
 def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int = 2) -> Tensor:
@@ -615,7 +685,7 @@ def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int 
         raise ValueError(
             f"channels must be a multiple of factor^2 = {factor**2}, got {x_bchw.shape[1]}"
         )
-    return _activate(x_bchw, bias_c, None, slope, factor, [0, 0, 0, 0])
+    return _activate(x_bchw, bias_c, None, slope, factor, [0, 0, 0, 0], False)
 
 
 def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:

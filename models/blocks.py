@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..kernels.enlarge import enlarge
 from ..kernels.upscale import activate, to_image, upscale
 from .alignment import Runs, axis, pad_parameter, runs_of
 from .initializers import Draw, depthwise_he_uniform, glorot_uniform, he_uniform, small_uniform
@@ -34,17 +35,9 @@ Border = tuple[int, int, int, int]
 _NO_BORDER: Border = (0, 0, 0, 0)
 
 
-def _frame_with_zeros(x_bchw: Tensor, border: Border) -> Tensor:
-    return activate(x_bchw, None, slope=1, border=border)  # F.pad takes two passes for it
-
-
-def _frame_by_reflection(x_bchw: Tensor, border: Border) -> Tensor:
-    return F.pad(x_bchw, border, mode="reflect")
-
-
-def enlarge(x_bchw: Tensor, factor: int = 2) -> Tensor:
-    """[B, C, H, W] -> [B, C, factor H, factor W], bilinear, between centres of pixels."""
-    return F.interpolate(x_bchw, scale_factor=factor, mode="bilinear", align_corners=False)
+def _framed(x_bchw: Tensor, border: Border, *, reflect: bool = False) -> Tensor:
+    # F.pad takes two passes for zeros, and adds up gradients of reflections in no fixed order.
+    return activate(x_bchw, None, slope=1, border=border, reflect=reflect)
 
 
 class SameConv(nn.Module):
@@ -104,8 +97,7 @@ class SameConv(nn.Module):
         if missing:
             x_bchw = F.pad(x_bchw, (0, 0, 0, 0, 0, missing))
         if any(border):
-            framed_by = _frame_by_reflection if self.reflect else _frame_with_zeros
-            x_bchw = framed_by(x_bchw, border)
+            x_bchw = _framed(x_bchw, border, reflect=self.reflect)
         return F.conv2d(x_bchw, self.conv.weight, None, self.stride, self.conv.padding)
 
     def align(self, multiple: int) -> None:
@@ -141,18 +133,23 @@ class ConvBlock(nn.Module):
         self.norm, self.slope, self.channels = norm, slope, self.conv.channels
 
     def forward(
-        self, x_bchw: Tensor, *, framed: bool = False, border: Border = _NO_BORDER
+        self,
+        x_bchw: Tensor,
+        *,
+        framed: bool = False,
+        border: Border = _NO_BORDER,
+        reflect: bool = False,
     ) -> Tensor:
-        """``framed``: the input has its border already; ``border``: the output gets one."""
-        product = self.conv(x_bchw, framed=framed)
-        if self.norm is None:
-            return activate(product, self.conv.bias, slope=self.slope, border=border)
-        normal = self.norm(activate(product, self.conv.bias, slope=1))
-        return activate(normal, None, slope=self.slope, border=border)
+        """``framed``: the input has its border already; ``border``: the output gets one, of zeros
+        or, with ``reflect``, of its own reflection."""
+        product, bias = self.conv(x_bchw, framed=framed), self.conv.bias
+        if self.norm is not None:
+            product, bias = self.norm(activate(product, bias, slope=1)), None
+        return activate(product, bias, slope=self.slope, border=border, reflect=reflect)
 
 
 class ConvBlocks(nn.Sequential):
-    """`ConvBlock`s in a row; each frames its output with the zeros that the next one needs.
+    """`ConvBlock`s in a row; each frames its output as the next one needs it.
 
     So no pass over memory only pads.
     """
@@ -165,10 +162,11 @@ class ConvBlocks(nn.Sequential):
             if block.conv.is_valid:
                 rows, columns = rows - block.conv.kernel + 1, columns - block.conv.kernel + 1
             rows, columns = -(-rows // stride), -(-columns // stride)
-            frames_next = number < len(blocks) and not blocks[number].conv.reflect
-            border = blocks[number].conv.border(rows, columns) if frames_next else _NO_BORDER
-            x_bchw = block(x_bchw, framed=framed, border=border)
-            framed = frames_next
+            follower = blocks[number].conv if number < len(blocks) else None
+            border = follower.border(rows, columns) if follower else _NO_BORDER
+            reflect = follower is not None and follower.reflect
+            x_bchw = block(x_bchw, framed=framed, border=border, reflect=reflect)
+            framed = follower is not None
         return x_bchw
 
     @property
@@ -320,7 +318,7 @@ class SeparableConv(nn.Module):
     def forward(self, x_bchw: Tensor) -> Tensor:
         left, right = _same_padding(x_bchw.shape[3], 5, 2)
         top, bottom = _same_padding(x_bchw.shape[2], 5, 2)
-        framed = _frame_with_zeros(x_bchw, (left, right, top, bottom))
+        framed = _framed(x_bchw, (left, right, top, bottom))
         return activate(self.pointwise(self.depthwise(framed)), self.pointwise.bias, slope=0)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.enlarge import enlarge
 from ..kernels.upscale import activate
 from .alignment import Runs
 from .autoencoder import Autoencoder, Build, Codes, Outputs, Side
@@ -24,7 +25,6 @@ from .blocks import (
     Residual,
     ToImage,
     Upscale,
-    enlarge,
 )
 from .options import Options, option
 from .registry import register

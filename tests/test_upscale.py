@@ -30,6 +30,14 @@ ACTIVATE = [
     ((2, 3, 6, 5), 1.0, (0, 0, 0, 1)),
     ((1, 72, 8, 6), 1.0, (0, 0, 0, 0)),
 ]
+REFLECTED = [
+    # shape of x, slope, border: within the picture, up to all of it, of one side, of a lone line
+    ((2, 40, 5, 4), 0.2, (1, 2, 1, 2)),
+    ((1, 130, 7, 9), 0.1, (0, 1, 2, 0)),
+    ((3, 3, 3, 4), 0.0, (3, 3, 2, 2)),
+    ((2, 64, 2, 2), 1.0, (1, 1, 1, 1)),
+    ((1, 8, 1, 5), 0.1, (4, 2, 0, 0)),
+]
 UPSCALE = [
     # shape of x, slope, factor
     ((1, 4, 1, 1), 0.1, 2),
@@ -93,6 +101,20 @@ def test_activate_equals_float64(place, shape, slope, border, with_residual, dty
     if with_residual:
         tensors["residual_bchw"] = _random(*shape, place=place, dtype=dtype)
     _compare("activate", tensors, {"slope": slope, "border": border})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("shape", "slope", "border"), REFLECTED)
+def test_reflections_equal_float64(place, shape, slope, border, with_residual, dtype):
+    """A pixel's gradient is the sum over all places that show it."""
+    tensors = {
+        "x_bchw": _random(*shape, place=place, dtype=dtype),
+        "bias_c": _random(shape[1], place=place, dtype=dtype),
+    }
+    if with_residual:
+        tensors["residual_bchw"] = _random(*shape, place=place, dtype=dtype)
+    _compare("activate", tensors, {"slope": slope, "border": border, "reflect": True})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -383,12 +405,16 @@ def test_opcheck(place):
     x, bias = _nhwc(_random(2, 16, 3, 2, place=place)), _random(16, place=place)
     half, image = x.detach().bfloat16(), torch.rand(2, 3, 3, 2, device=place)
     y = activate(x, bias, slope=0.1, border=(1, 2, 1, 2)).detach()
+    shown = activate(x, bias, slope=0.1, border=(1, 1, 1, 2), reflect=True).detach()
+    backward = module._activate_backward
     for operation, args in (
-        (module._activate, (x, bias, _nhwc(x), 0.1, 1, [1, 2, 1, 2])),
-        (module._activate, (x, bias, None, 1.0, 2, [0, 0, 0, 0])),
-        (module._activate, (half, None, None, 0.0, 1, [0, 0, 0, 0])),
-        (module._activate_backward, (y, y, 0.1, 1, [1, 2, 1, 2], torch.float32)),
-        (module._activate_backward, (y.contiguous(), None, 1.0, 1, [0, 0, 0, 0], None)),
+        (module._activate, (x, bias, _nhwc(x), 0.1, 1, [1, 2, 1, 2], False)),
+        (module._activate, (x, bias, _nhwc(x), 0.1, 1, [1, 1, 1, 2], True)),
+        (module._activate, (x, bias, None, 1.0, 2, [0, 0, 0, 0], False)),
+        (module._activate, (half, None, None, 0.0, 1, [0, 0, 0, 0], False)),
+        (backward, (y, y, 0.1, 1, [1, 2, 1, 2], False, torch.float32)),
+        (backward, (shown, shown, 0.1, 1, [1, 1, 1, 2], True, torch.float32)),
+        (backward, (y.contiguous(), None, 1.0, 1, [0, 0, 0, 0], False, None)),
         (module._to_image, (x, bias, 3)),
         (module._to_image, (half, None, 1)),
         (module._to_image_backward, (image, image, 16, torch.bfloat16, torch.bfloat16)),
@@ -418,6 +444,10 @@ def test_compiles_as_one_graph(place):
         (lambda x, b: activate(x.int(), b, slope=1), "got (2, 8, 3, 3) int32"),
         (lambda x, b: upscale(x, b, slope=1.5), "slope must be 0 to 1, got 1.5"),
         (lambda x, b: activate(x, b, slope=-0.1), "slope must be 0 to 1, got -0.1"),
+        (
+            lambda x, b: activate(x, b, slope=1, border=(0, 3, 0, 0), reflect=True),
+            "border must be smaller than the 3 rows and 3 columns that it reflects, got (0, 3, 0",
+        ),
         (
             lambda x, b: upscale(x, b[:4], slope=1),
             "bias must be (8,) of float32 or float32, got (4,) float32",

@@ -6,10 +6,11 @@ Shape letters: B faces, N nodes, C channels, H rows, W columns.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.enlarge import enlarge
 from ...kernels.upscale import activate
 from ..alignment import runs_of
 from ..autoencoder import Build
-from ..blocks import Dense, enlarge
+from ..blocks import Dense
 from .config import Config
 from .decoder import upscales
 from .encoder import Bottleneck, Code, Encoder

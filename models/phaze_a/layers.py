@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ...kernels.enlarge import enlarge
 from ...kernels.upscale import activate
 from ..alignment import Runs, axis, pad_parameter, runs_of
 from ..batch_norm import BatchNorm
@@ -21,7 +22,6 @@ from ..blocks import (
     Residual,
     SameConv,
     Upscale,
-    enlarge,
 )
 from ..initializers import glorot_uniform
 from ..norms import GroupNorm, InstanceNorm, LayerNorm, RmsNorm
