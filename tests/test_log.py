@@ -259,12 +259,12 @@ def test_a_line_that_a_full_disk_cut_takes_no_other_with_it(tmp_path):
 def test_a_full_disk_ends_the_keeping_and_not_the_run():
     stream = io.StringIO()
     reporter = Reporter(stream)
-    reporter.keep_in(events=Path("/dev/full"), log_file=None, level="info")
+    reporter.keep_in(events=None, log_file=Path("/dev/full"), level="info")
     tell_everything(reporter)
     told = stream.getvalue()
     line = (
         "Warning: cannot write to /dev/full: No space left on device; nothing more goes there; "
-        "free space, or start again with --no-logs\n"
+        "free space, or choose another --log-file\n"
     )
     assert told.count("cannot write") == 1
     assert line in told
