@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard events for later, status lines or JSON events for now.
 
-Scalars of every iteration, the sides written `a` and `b`:
+Scalars of the iterations, the sides written `a` and `b`; means over several iterations once there
+are more than 20,000:
 
     batch_total                       loss A + loss B
     batch_face_a[_k]                  weighted sum of the functions (of output k, if several)
@@ -35,10 +36,17 @@ from typing import Any, BinaryIO, Protocol, TextIO, cast
 from ..printable import printable, to_json
 from .output import Output
 from .report_files import Report, ReportFile
-from .spacing import Spacing
+from .spacing import Means, Spacing
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
 _SECONDS_BETWEEN_STEPS = 1.0  # in files
+_FINENESS = 20_000
+"""An event stands for a 20,000th of the iterations so far at most, which is less than a graph can
+show; a hundred million iterations take 200,000 events."""
+
+ITERATION = "batch_total"
+"""The scalar that every event of iterations has."""
+
 _LATEST = 100
 _AS_WANTED = (0, 4)  # exit codes of what is done, and of what the user has stopped
 
@@ -51,7 +59,7 @@ class Log(Protocol):
     """Where scalars go."""
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
-        """Record the values of one iteration.
+        """Record the values of one iteration; those with `ITERATION` may wait for the next ones.
 
         Args:
             values: By name, as above.
@@ -103,26 +111,49 @@ class TensorBoardLog:
         self._file: BinaryIO = self._guarded(self._create)
         self._records = RecordWriter(self._file)
         self._flushed_at = time.monotonic()
+        self._means = Means()
         began = SessionLog(status=SessionLog.START)
         self._guarded(lambda: self._add(file_version="brain.Event:2"))
         self._guarded(lambda: self._add(step=first_step, session_log=began))
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`."""
-        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        summary = self._summary(value=entries)
-        self._guarded(lambda: self._add(wall_time, step=step, summary=summary))
+        now = time.time() if wall_time is None else wall_time
+        if ITERATION not in values:
+            self._write_means()
+            self._write(values, step, now)
+        else:
+            self._means.add(values, step, now)
+            if self._means.count >= step // _FINENESS:
+                self._write_means()
         if time.monotonic() - self._flushed_at >= _SECONDS_BETWEEN_FLUSHES:
-            self.flush()
+            self._flush()
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        self._flushed_at = time.monotonic()
-        self._guarded(self._file.flush)
+        self._write_means()
+        self._flush()
 
     def close(self) -> None:
         """Flush, and release the file."""
-        self._guarded(self._file.close)
+        try:
+            self._write_means()
+        finally:
+            self._guarded(self._file.close)
+
+    def _write_means(self) -> None:
+        means, self._means = self._means, Means()
+        if means.count:
+            self._write(means.values(), means.step, means.wall_time)
+
+    def _write(self, values: dict[str, float], step: int, wall_time: float) -> None:
+        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        summary = self._summary(value=entries)
+        self._guarded(lambda: self._add(wall_time, step=step, summary=summary))
+
+    def _flush(self) -> None:
+        self._flushed_at = time.monotonic()
+        self._guarded(self._file.flush)
 
     def _create(self) -> BinaryIO:
         """A new file with a name that TensorBoard knows and reads after earlier ones."""

@@ -42,3 +42,27 @@ class Spacing:
             name: sum(count * fields[name] for count, fields, _ in held) / total for name in _MEANS
         }
         return latest | means, self._kept_at
+
+
+class Means:
+    """Means over some iterations in a row."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.step, self.wall_time = 0, 0.0
+        """Of the last of them."""
+
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, float], step: int, wall_time: float) -> None:
+        """Take in one more iteration; it may lack values that others have."""
+        self.count += 1
+        self.step, self.wall_time = step, wall_time
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def values(self) -> dict[str, float]:
+        """The mean of each value over the iterations that have it."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
