@@ -2,10 +2,15 @@
 
 import argparse
 import importlib
-import os
 import sys
+from types import ModuleType
+from typing import NoReturn
 
 from .. import __version__
+from ..core.paths import refusals_told
+from ..core.printable import printable
+from ..core.run.output import OutputLost, guarded_streams
+from .lines import complain
 
 COMMANDS = {
     "train": "Train a model, or resume one.",
@@ -30,10 +35,50 @@ EXIT_CODES = """exit codes:
 """
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line each, whatever is complained of."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code (see `EXIT_CODES`)."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
+    command = argv[0] if argv and argv[0] in COMMANDS else None
+    with guarded_streams():
+        try:
+            return _run(argv, command)
+        except OutputLost as lost:
+            if lost.reader_has_left:  # whoever reads the output has seen enough
+                return 0
+            complain(
+                command, f"cannot write the output: {lost}; free space, or have it go elsewhere"
+            )
+            return 2
+
+
+def _run(argv: list[str], command: str | None) -> int:
+    try:
+        args, module = _parse(argv, command)
+        with refusals_told():
+            code = module.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit:  # argparse has printed what was asked for
+        sys.stdout.flush()
+        raise
+    except ValueError as error:  # the user's mistake; anything else is ours and keeps its trace
+        complain(command, error)
+        return 2
+    except KeyboardInterrupt as stopped:
+        complain(command, str(stopped) or "interrupted before there was anything to save")
+        return 4
+
+
+def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, ModuleType]:
+    """The arguments, and the module of the subcommand."""
+    parser = _Parser(
         prog="mien",
         description="Train face-swap autoencoders, fast and without losing a run.",
         epilog=EXIT_CODES,
@@ -41,25 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"mien {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    chosen = argv[0] if argv and argv[0] in COMMANDS else None
     module = None
     for name, summary in COMMANDS.items():
         sub = subparsers.add_parser(name, help=summary, description=summary)
-        if name == chosen:
+        if name == command:
             module = importlib.import_module(f".{name}", __package__)
             module.add_arguments(sub)
     args = parser.parse_args(argv)
     assert module is not None  # argparse has refused everything else
-    try:
-        return module.run(args)
-    except ValueError as error:  # the user's mistake; anything else is ours and keeps its trace
-        print(f"mien {args.command}: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever reads the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print(
-            f"mien {args.command}: interrupted before there was anything to save", file=sys.stderr
-        )
-        return 4
+    return args, module

@@ -4,11 +4,11 @@ import argparse
 import csv
 import dataclasses
 import io
-import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .lines import complain, tell, tell_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     history = histories.read_history(args.model, _is_wanted(args))
     for sentence in history.warnings:
-        print(f"mien analyze: warning: {sentence}", file=sys.stderr)
+        complain("analyze", f"warning: {sentence}")
     history = _only_sessions(history, args)
     sessions = [session.figures() for session in history.sessions]
     total = total_figures(sessions)
@@ -84,10 +84,11 @@ def run(args: argparse.Namespace) -> int:
     if args.graph is not None:
         _write(args.graph, _graph(history, args), "--graph", force=args.force)
     if args.csv == "-":
-        print(_csv(rows), end="")
+        tell(*_csv(rows).splitlines())
         return 0
     if args.csv is not None:
-        _write(Path(args.csv), _csv(rows).encode(), "--csv", force=args.force)
+        table = _csv(rows).encode(errors="backslashreplace")
+        _write(Path(args.csv), table, "--csv", force=args.force)
     if args.json:
         facts: dict[str, Any] = {
             "model": str(args.model),
@@ -95,17 +96,17 @@ def run(args: argparse.Namespace) -> int:
             "sessions": [dataclasses.asdict(figures) for figures in sessions],
             "total": dataclasses.asdict(total),
         }
-        print(json.dumps(facts, indent=1))
+        tell_json(facts)
         return 0
-    print(f"{args.model}: {history.trainer or 'not saved yet'}")
+    tell(f"{args.model}: {history.trainer or 'not saved yet'}")
     _print_table(rows)
     if any(figures.elapsed_s is None for figures in sessions):
-        print(
+        tell(
             "-: not known, since the session was not logged; the total's time and EG/s leave it out"
         )
     for path in (args.csv, args.graph):
         if path is not None:
-            print(f"wrote {path}")
+            tell(f"wrote {path}")
     return 0
 
 
@@ -233,7 +234,7 @@ def _print_table(rows: list[list[str]]) -> None:
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     for row in table:
         cells = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  " + "  ".join(cells))
+        tell("  " + "  ".join(cells))
 
 
 def _write(path: Path, content: bytes, flag: str, *, force: bool) -> None:

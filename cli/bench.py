@@ -1,10 +1,11 @@
 """mien bench: measure the parts and the whole."""
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from .lines import tell, tell_json
 
 ALL = ("kernels", "data", "step", "train", "roofline")
 KINDS = (*ALL, "models", "ceilings", "learning", "report")
@@ -86,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json and rows:
         _print(rows, True)
     if not args.no_save and not args.json:
-        print(f"written to {harness.results_path(here)}")
+        tell(f"written to {harness.results_path(here)}")
     if before:
         changes = compare.changes(before["rows"], rows)
         if not args.json:
-            print("\n".join(compare.lines(changes)))
+            tell(*compare.lines(changes))
         if args.markdown:
             args.markdown.write_text(compare.markdown(changes, before, here))
     return 1 if any("error" in row for row in rows) else 0
@@ -134,7 +135,7 @@ def _measure(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[d
 
 def _print(value: Any, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(value, indent=1))
+        tell_json(value)
         return
     for row in value["convolutions"]:
         _print_row(row)
@@ -142,9 +143,9 @@ def _print(value: Any, as_json: bool) -> None:
 
 
 def _print_row(row: dict[str, Any]) -> None:
-    print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    tell("  ".join(f"{key}={value}" for key, value in row.items()))
     for name in row.get("loses_to", []):
-        print(f"  loses to {name}: {row['kernel']} {row['case']}")
+        tell(f"  loses to {name}: {row['kernel']} {row['case']}")
 
 
 def _learning(args: argparse.Namespace) -> int:
@@ -162,14 +163,14 @@ def _learning(args: argparse.Namespace) -> int:
             results.append(learning.run_once(reference, precision, seed, keep))
     rows = [row for result in results for row in learning.compare(reference, result)]
     if args.json:
-        print(json.dumps(rows, indent=1))
+        tell_json(rows)
     else:
         for row in rows:
             verdict = "ok" if row["passes"] else "OUT"
-            print(
+            tell(
                 f"{verdict:3} {row['run']} {row['side']} {row['first']}-{row['last']} "
                 f"mean {row['mean']:.5f} ratio {row['ratio']:.3f}"
             )
     learning.draw(reference, results, args.picture)
-    print(f"{args.picture}: {sum(r['passes'] for r in rows)} of {len(rows)} windows within 10 %")
+    tell(f"{args.picture}: {sum(r['passes'] for r in rows)} of {len(rows)} windows within 10 %")
     return 0 if all(row["passes"] for row in rows) else 1

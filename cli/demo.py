@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .lines import tell
+
 FACES, SIZE_PX = 200, 128
 
 
@@ -44,5 +46,6 @@ def run(args: argparse.Namespace) -> int:
     code = train(settings(args.folder, args.iterations), Reporter(as_json=args.json))
     if code == 0 and not args.json:
         picture = os.path.abspath(args.folder / "model" / "preview.png")
-        print(f"\nLook at the swap: {picture}\nColumns: A, A by A, A by B (the swap); B likewise.")
+        columns = "Columns: A, A by A, A by B (the swap); B likewise."
+        tell("", f"Look at the swap: {picture}", columns)
     return code

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -10,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
+from .lines import tell, tell_json
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ def run(args: argparse.Namespace) -> int:
     """Print every finding; 0, or 1 where something that mien needs is broken."""
     findings = examine()
     if args.json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        tell_json([asdict(finding) for finding in findings])
     else:
         width = max(len(finding.name) for finding in findings)
         for finding in findings:
             mark = "ok " if finding.ok else "BAD"
-            print(f"{mark} {finding.name:<{width}}  {finding.value}")
+            tell(f"{mark} {finding.name:<{width}}  {finding.value}")
             if finding.remedy:
-                print(f"    {'':<{width}}  -> {finding.remedy}")
+                tell(f"    {'':<{width}}  -> {finding.remedy}")
     return 0 if all(finding.ok for finding in findings) else 1
 
 

@@ -1,12 +1,14 @@
 """mien faces: check, inspect and draw folders of faces."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..core.printable import printable
+from .lines import tell, tell_json
 
 if TYPE_CHECKING:
     from ..core.faces.check import Comparison, Progress, Report, Spread
@@ -62,7 +64,7 @@ def _check(args: argparse.Namespace) -> int:
         facts: dict[str, Any] = {"folders": [one.as_dict() for one in reports]}
         if comparison:
             facts["comparison"] = comparison.as_dict()
-        print(json.dumps(facts, indent=1))
+        tell_json(facts)
     else:
         _print_check(reports, comparison)
     return 0 if all(one.trainable for one in reports) else 2
@@ -89,7 +91,7 @@ def _inspect(args: argparse.Namespace) -> int:
             raise ValueError(f"--output {args.output}: {error.strerror or error}") from None
         facts["picture"] = str(args.output)
     if args.json:
-        print(json.dumps(facts, indent=1))
+        tell_json(facts)
     else:
         _print_rows(str(args.file), _flat(facts))
     return 0
@@ -103,7 +105,7 @@ def _draw(args: argparse.Namespace) -> int:
     draw_folder(
         args.folder, identity=args.identity, count=args.count, size_px=args.size, seed=args.seed
     )
-    print(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
+    tell(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
     return 0
 
 
@@ -114,10 +116,11 @@ def _progress(name: str) -> "Iterator[Progress | None]":
         yield None
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress as Bar
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(name, total=None)
+        task = bar.add_task(escape(printable(name)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -127,13 +130,13 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
         if report.poses:
             _print_table(f"{report.path}: faces by angle in degrees", _pose_table(report.poses))
         for name, reason in list(report.unreadable.items())[:_NUM_NAMED]:
-            print(f"  unusable: {name}: {reason}")
+            tell(f"  unusable: {name}: {reason}")
         if len(report.unreadable) > _NUM_NAMED:
-            print(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
+            tell(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
         for group in report.repeats[:_NUM_NAMED]:
-            print(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
+            tell(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
         if len(report.repeats) > _NUM_NAMED:
-            print(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
+            tell(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
         _print_advice(f"Advice for {report.path}", report.advice)
     if comparison:
         _print_advice("The two sides against each other", comparison.advice)
@@ -208,21 +211,22 @@ def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True)
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(title), title_justify="left", show_header=has_heading)
+        shown = Text(printable(title))
+        table = Table(title=shown, title_justify="left", show_header=has_heading)
         for heading in rows[0]:
-            table.add_column(Text(heading) if has_heading else "")
+            table.add_column(Text(printable(heading)) if has_heading else "")
         for row in rows[has_heading:]:
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(printable(cell)) for cell in row))
         Console().print(table)
         return
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    print(title)
+    tell(title)
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  " + "  ".join(cells).rstrip())
+        tell("  " + "  ".join(cells).rstrip())
 
 
 def _print_advice(title: str, advice: list[str]) -> None:
-    print(f"{title}:")
+    tell(f"{title}:")
     for sentence in advice or ["Nothing to mend."]:
-        print(f"  - {sentence}")
+        tell(f"  - {sentence}")

@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..core.paths import expanded
+from .lines import tell, tell_json
+
 _MIB = 2**20
 
 
@@ -55,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out one verb."""
-    args.model = args.model.expanduser()
+    args.model = expanded(args.model)
     verbs = {
         "info": _info,
         "verify": _verify,
@@ -71,7 +74,7 @@ def _info(args: argparse.Namespace) -> int:
 
     facts = facts_of(args.model)
     if args.json:
-        print(json.dumps(facts, indent=1))
+        tell_json(facts)
         return 0
     options = facts["options"] or {}
     parameters = facts["parameters"]
@@ -87,14 +90,14 @@ def _info(args: argparse.Namespace) -> int:
         "in use": f"by {facts['in_use_by']}" if facts["in_use_by"] else "by no run",
     }
     for name, text in lines.items():
-        print(f"{name:<12} {text or 'none'}")
+        tell(f"{name:<12} {text or 'none'}")
     for title, saves in (
         ("saves", map(_save, facts["generations"])),
         ("snapshots", facts["snapshots"]),
         ("sessions", map(_session, facts["sessions"])),
     ):
         for number, line in enumerate(saves):
-            print(f"{'' if number else title:<12} {line}")
+            tell(f"{'' if number else title:<12} {line}")
     return 0
 
 
@@ -104,13 +107,13 @@ def _verify(args: argparse.Namespace) -> int:
     verdicts = verify(args.model)
     damaged = [verdict for verdict in verdicts if verdict.damage]
     if args.json:
-        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
+        tell_json([asdict(verdict) for verdict in verdicts])
     else:
         for verdict in verdicts:
             said = f"DAMAGED: {verdict.damage}" if verdict.damage else "whole"
-            print(f"{verdict.name:<20} {said}{_size_of(verdict.size_bytes)}")
+            tell(f"{verdict.name:<20} {said}{_size_of(verdict.size_bytes)}")
         if damaged:
-            print(_remedy(args.model, verdicts))
+            tell(_remedy(args.model, verdicts))
     return 2 if damaged else 0
 
 
@@ -129,18 +132,18 @@ def _remedy(model: Path, verdicts: list[Any]) -> str:
 def _restore(args: argparse.Namespace) -> int:
     from ..core.run.restore import restore
 
-    snapshot = args.snapshot.expanduser() if args.snapshot else None
+    snapshot = expanded(args.snapshot) if args.snapshot else None
     done = restore(args.model, generation=args.generation, snapshot=snapshot, force=args.force)
     if args.json:
         archive = None if done.archive is None else str(done.archive)
-        print(json.dumps(asdict(done) | {"archive": archive}, indent=1))
+        tell_json(asdict(done) | {"archive": archive})
         return 0
     if done.archive is None:
-        print(f"iteration {done.iterations:,} is in use already; nothing was changed")
+        tell(f"iteration {done.iterations:,} is in use already; nothing was changed")
         return 0
-    print(f"iteration {done.iterations:,} is in use (generation {done.generation})")
+    tell(f"iteration {done.iterations:,} is in use (generation {done.generation})")
     what = ", ".join(done.archived) or "state.json and config.toml"
-    print(f"what it replaced is in {done.archive}: {what}")
+    tell(f"what it replaced is in {done.archive}: {what}")
     return 0
 
 
@@ -150,26 +153,27 @@ def _nan_scan(args: argparse.Namespace) -> int:
     name, num_tensors, found = nan_scan(args.model, args.generation)
     if args.json:
         tensors = [asdict(bad) for bad in found]
-        print(json.dumps({"generation": name, "num_tensors": num_tensors, "not_finite": tensors}))
+        facts = {"generation": name, "num_tensors": num_tensors, "not_finite": tensors}
+        tell_json(facts, indent=None)
         return 2 if found else 0
     for bad in found:
-        print(
+        tell(
             f"{bad.file}: {bad.tensor}: {bad.nan:,} NaN and {bad.infinite:,} infinite "
             f"of {bad.total:,}"
         )
     count = f"{len(found)} of {num_tensors} tensors of generation {name}"
     if found:
         folder = shlex.quote(str(args.model))
-        print(f"{count} hold numbers that are not finite; go back: `mien model restore {folder}`")
+        tell(f"{count} hold numbers that are not finite; go back: `mien model restore {folder}`")
         return 2
-    print(f"{count} hold numbers that are not finite: it is clean")
+    tell(f"{count} hold numbers that are not finite: it is clean")
     return 0
 
 
 def _inference(args: argparse.Namespace) -> int:
     from ..core.run.inference import write_inference
 
-    target = args.output.expanduser()
+    target = expanded(args.output)
     metadata = write_inference(
         args.model,
         target,
@@ -179,11 +183,11 @@ def _inference(args: argparse.Namespace) -> int:
         force=args.force,
     )
     if args.json:
-        print(json.dumps({"path": str(target), "metadata": metadata}, indent=1))
+        tell_json({"path": str(target), "metadata": metadata})
         return 0
     sides = "sides a and b" if args.side == "both" else f"side {args.side}"
     size = _size_of(target.stat().st_size)
-    print(f"wrote {target}: {metadata['trainer']}, {sides}, {args.precision}{size}")
+    tell(f"wrote {target}: {metadata['trainer']}, {sides}, {args.precision}{size}")
     return 0
 
 

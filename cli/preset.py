@@ -1,12 +1,12 @@
 """mien preset: settings under a name, mien's and one's own."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..core import config as settings
 from ..core import presets
+from .lines import tell, tell_json
 from .settings_file import read_settings
 
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     found = presets.available()
     if args.json:
-        print(json.dumps([_facts(preset) for preset in found], indent=1))
+        tell_json([_facts(preset) for preset in found])
         return 0
     name_width, trainer_width = (
         max(len(word) for word in words)
@@ -57,16 +57,16 @@ def _list(args: argparse.Namespace) -> int:
     for preset in found:
         mark = "own  " if preset.is_own else "mien "
         words = f"{preset.name:<{name_width}}  {preset.trainer:<{trainer_width}}"
-        print(f"{mark} {words}  {preset.description}".rstrip())
+        tell(f"{mark} {words}  {preset.description}".rstrip())
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     preset = presets.load(args.name)
     if args.json:
-        print(json.dumps(_facts(preset) | {"settings": preset.settings}, indent=1))
+        tell_json(_facts(preset) | {"settings": preset.settings})
     else:
-        print(preset.path.read_text(encoding="utf-8"), end="")
+        tell(*preset.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
     return 0
 
 
@@ -81,9 +81,9 @@ def _save(args: argparse.Namespace) -> int:
     _check_options(given)
     saved = presets.save(args.name, given, description=args.description, force=args.force)
     if args.json:
-        print(json.dumps(_facts(saved)))
+        tell_json(_facts(saved), indent=None)
     else:
-        print(f"saved {saved.path}; use it with `mien train --preset {saved.name}`")
+        tell(f"saved {saved.path}; use it with `mien train --preset {saved.name}`")
     return 0
 
 

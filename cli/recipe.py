@@ -1,9 +1,9 @@
 """mien recipe: what it is to train in stages, and those recipes that come with mien."""
 
 import argparse
-import json
 
 from ..core import recipes
+from .lines import tell, tell_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,20 +26,20 @@ def run(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     found = recipes.available()
     if args.json:
-        print(json.dumps([recipe.to_dict() for recipe in found], indent=1))
+        tell_json([recipe.to_dict() for recipe in found])
         return 0
     for recipe in found:
-        print(f"{recipe.name}  {recipe.description}".rstrip())
-    print("\nA recipe of one's own is a TOML file: `mien train --recipe FILE`.")
+        tell(f"{recipe.name}  {recipe.description}".rstrip())
+    tell("", "A recipe of one's own is a TOML file: `mien train --recipe FILE`.")
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     recipe = recipes.load(args.name)
     if args.json:
-        print(json.dumps(recipe.to_dict(), indent=1))
+        tell_json(recipe.to_dict())
         return 0
-    print(f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name)
+    tell(f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name)
     for line in recipes.describe(recipe):
-        print(f"  {line}")
+        tell(f"  {line}")
     return 0

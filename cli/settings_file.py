@@ -7,6 +7,7 @@ from typing import Any
 from ..core import presets, recipes
 from ..core.config import from_dict, read_toml
 from ..core.faceswap_ini import read_ini
+from ..core.paths import expanded
 from ..core.run.log import Reporter
 
 
@@ -49,7 +50,7 @@ def _trainer(given: dict[str, Any]) -> str:
         if name in given.get(section, {})
     }
     config = from_dict(said)
-    path = Path(config.save.model_dir).expanduser() / "config.toml"
+    path = expanded(config.save.model_dir) / "config.toml"
     if "model" not in said and "save" in said and path.is_file():
         return presets.read(path).trainer or config.model.trainer
     return config.model.trainer

@@ -1,6 +1,5 @@
 """What `mien train --summary` prints: layers, totals, work and memory of a model."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +8,7 @@ from ..core.train import memory, precision
 from ..core.train.prepare import choose_device, free_bytes
 from ..core.train.summary import Layer, Summary, summarize
 from ..core.train.work import meta_model, work_of
+from .lines import tell, tell_json
 
 _USUAL_BATCH_SIZE = 16
 
@@ -47,19 +47,17 @@ def print_summary(config: Config, *, as_json: bool) -> None:
             "subnetworks": [_as_dict(layer, "name", "kind") for layer in found.subnetworks],
             "layers": [_as_dict(layer) for layer in found.layers],
         }
-        print(json.dumps(facts | tables))
+        tell_json(facts | tables, indent=None)
         return
     told = str(needed) if free is None else memory.describe(needed, free)
-    print(_table(found))
-    print()
-    print(_totals(facts, told))
+    tell(*_table(found), "", *_totals(facts, told))
 
 
 def _as_dict(layer: Layer, *left_out: str) -> dict[str, Any]:
     return {key: value for key, value in asdict(layer).items() if key not in left_out}
 
 
-def _table(found: Summary) -> str:
+def _table(found: Summary) -> list[str]:
     """A line for each sub-network, and under it one for each of its layers."""
     rows = [("", "", "output", "parameters", "MACs a face")]
     for whole in found.subnetworks:
@@ -70,12 +68,11 @@ def _table(found: Summary) -> str:
             if layer.subnetwork == whole.subnetwork
         ]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = (
+    return [
         f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  "
         f"{row[3]:>{widths[3]}}  {row[4]:>{widths[4]}}"
         for row in rows
-    )
-    return "\n".join(lines)
+    ]
 
 
 def _shape(layer: Layer) -> str:
@@ -86,17 +83,15 @@ def _numbers(layer: Layer) -> tuple[str, str]:
     return f"{layer.parameters:,}", f"{layer.macs:,}"
 
 
-def _totals(facts: dict[str, Any], told_of_memory: str) -> str:
+def _totals(facts: dict[str, Any], told_of_memory: str) -> list[str]:
     outputs = ", ".join(map(str, facts["output_px"]))
     frozen = facts["parameters_not_trained"]
     macs = facts["macs_per_face"]
-    return "\n".join(
-        (
-            f"model        {facts['trainer']}, {facts['input_px']} px in, {outputs} px out",
-            f"parameters   {facts['parameters']:,}"
-            + (f", of which {frozen:,} are not trained" if frozen else ""),
-            f"MACs a face  {macs['a']:,} of A, {macs['b']:,} of B",
-            f"step         {facts['step_gflop']:,.1f} GFLOP at batch size {facts['batch_size']}",
-            f"GPU memory   {told_of_memory} ({facts['precision']})",
-        )
-    )
+    return [
+        f"model        {facts['trainer']}, {facts['input_px']} px in, {outputs} px out",
+        f"parameters   {facts['parameters']:,}"
+        + (f", of which {frozen:,} are not trained" if frozen else ""),
+        f"MACs a face  {macs['a']:,} of A, {macs['b']:,} of B",
+        f"step         {facts['step_gflop']:,.1f} GFLOP at batch size {facts['batch_size']}",
+        f"GPU memory   {told_of_memory} ({facts['precision']})",
+    ]

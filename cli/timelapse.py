@@ -2,9 +2,10 @@
 
 import argparse
 import dataclasses
-import json
-import sys
 from pathlib import Path
+
+from ..core.paths import expanded
+from .lines import complain, tell, tell_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--fps must be above 0 and at most 240, got {args.fps:g}")
     if not 0 <= args.last_seconds <= 3600:
         raise ValueError(f"--last-seconds must be from 0 to 3600, got {args.last_seconds:g}")
-    folder, output = args.folder.expanduser(), args.output.expanduser()
+    folder, output = expanded(args.folder), expanded(args.output)
     if output.suffix.lower() != ".mp4":
         raise ValueError(f"--output must end in .mp4, got {output}")
     if not output.parent.is_dir():
@@ -46,11 +47,11 @@ def run(args: argparse.Namespace) -> int:
 
     film = make_film(find_pictures(folder), output, fps=args.fps, last_seconds=args.last_seconds)
     for path in film.unreadable:
-        print(f"mien timelapse: {path} cannot be read and was left out", file=sys.stderr)
+        complain("timelapse", f"{path} cannot be read and was left out")
     if args.json:
-        print(json.dumps(dataclasses.asdict(film), default=str))
+        tell_json(dataclasses.asdict(film), indent=None)
     else:
-        print(
+        tell(
             f"{film.path}: {film.num_pictures} pictures of {film.width_px} x {film.height_px} px, "
             f"{film.seconds:.1f} s"
         )

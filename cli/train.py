@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import models
 from ..core import config as settings
 from ..core import presets, recipes
+from .lines import complain, tell, tell_json
 from .settings_file import read_settings, stages_in
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
         import tomli_w
 
         stages = {"stage": recipe.to_dict()["stage"]} if recipe and recipe.stages else {}
-        sys.stdout.write(tomli_w.dumps(settings.to_dict(_with_options(config)) | stages))
+        tell(*tomli_w.dumps(settings.to_dict(_with_options(config)) | stages).splitlines())
         return 0
     if "options" in args:
         return _options(config.model.trainer, as_json="json" in args)
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return train(given, Reporter(as_json="json" in args, level=config.log.level), recipe)
     except SaveError as error:  # before the first step; later the loop tells of it
-        print(f"mien train: {error}", file=sys.stderr)
+        complain("train", error)
         return HALTED
 
 
@@ -202,14 +203,14 @@ def _options(trainer: str, as_json: bool) -> int:
 
     found = describe(models.family(trainer).Config)
     if as_json:
-        print(json.dumps(found, indent=1))
+        tell_json(found)
         return 0
     for each in found:
         kept = "free" if each["free"] else "locked"
         default = json.dumps(each["default"])
-        print(f"{each['name']} = {default}  ({kept}: {each['rule']})\n    {each['doc']}")
+        tell(f"{each['name']} = {default}  ({kept}: {each['rule']})", f"    {each['doc']}")
     if not found:
-        print(f"{trainer} has no options")
+        tell(f"{trainer} has no options")
     return 0
 
 
@@ -242,19 +243,19 @@ def _dry_run(given: dict[str, Any], recipe: recipes.Recipe | None, as_json: bool
         "stages": _stages(found.plan),
     }
     if as_json:
-        print(json.dumps(facts))
+        tell_json(facts, indent=None)
         return 0
-    print(f"parameters   {found.num_parameters:,}")
-    print(f"GPU memory   {describe(found.memory, found.free_bytes)}")
+    tell(f"parameters   {found.num_parameters:,}")
+    tell(f"GPU memory   {describe(found.memory, found.free_bytes)}")
     for number, losses in enumerate(found.losses, 1):
-        print(f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}")
-    print(
+        tell(f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}")
+    tell(
         f"roofline     {bound.eg_per_s:,.0f} EG/s on {card['device']} in bf16, bound by "
         f"{bound.binds}; no run can be faster, good ones reach half of it"
     )
     for line in _stages(found.plan):
-        print(f"stage        {line}")
-    print("dry run: nothing was kept")
+        tell(f"stage        {line}")
+    tell("dry run: nothing was kept")
     return 0
 
 

@@ -17,6 +17,7 @@ from mien.core.run.graph import Tag, _thinned
 from mien.core.run.history import read_history
 from mien.core.run.log import TensorBoardLog
 from mien.core.run.session import Session, TrainingState
+from mien.core.run.statistics import rate_per_iteration
 
 
 def _analyze(capsys, *words):
@@ -306,6 +307,29 @@ def test_logs_that_lack_iterations_are_told_of(tmp_path, capsys):
     code, _, err = _analyze(capsys, model)
     assert code == 0
     assert "the logs hold 4 of the 9 iterations of session 1; its figures are those of the" in err
+
+
+def test_events_that_stand_for_several_iterations_count_as_such(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("mien.core.run.log._FINENESS", 10)
+    model = tmp_path / "model"
+    _save(model, 60, 30)
+    _log(model, 1, range(1, 66))  # crashed at 65, the last save was of 60
+    _log(model, 2, range(61, 91))
+    one, two = read_history(model, lambda tag: tag == "batch_face_a").sessions
+    assert one.iterations_n[-1] == one.num_logged == 56, "the next event was of 57 to 62"
+    assert two.iterations_n.tolist() == [66, 73, 81, 89, 90]
+    assert two.counts_n.tolist() == [6, 7, 8, 8, 1]
+    means = [63.7, 70.2, 77.7, 85.7, 90.2]
+    np.testing.assert_allclose(two.losses["batch_face_a"], means, rtol=1e-6)
+    code, table, err = _analyze(capsys, model, "--json", "--graph", tmp_path / "x.png", "--rate")
+    assert code == 0
+    second = json.loads(table)["sessions"][1]
+    assert (second["iterations"], second["elapsed_s"]) == (30, 24)
+
+
+def test_the_speed_of_a_long_training_counts_every_iteration():
+    times = np.array([10.0, 14.0, 16.0])
+    assert rate_per_iteration(times, 3, np.array([9, 8, 2])).tolist() == [12.0, 6.0]
 
 
 def test_the_newest_whole_state_is_read(tmp_path):

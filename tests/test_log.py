@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from mien.core.run.log import LogError, NullLog, Reporter, TensorBoardLog, duration, open_log
+from mien.core.run.report_files import older_file
 
 STEP = {
     "iteration": 12,
@@ -173,6 +175,42 @@ def test_tensorboard_events_hold_the_scalars(tmp_path):
     assert totals[0].wall_time == events.Scalars("batch_face_a")[0].wall_time
 
 
+def test_the_events_of_a_long_training_are_means(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr("mien.core.run.log._FINENESS", 10)
+    log = TensorBoardLog(tmp_path, 1)
+    for step in range(1, 45):
+        log.scalars({"batch_total": float(step), "learning_rate": 1e-4}, step, 1000.0 + step)
+        if step == 34:
+            log.scalars({"evaluate/ssim": 0.5}, step, 1000.0 + step)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "logs/session_1/train"))
+    events.Reload()
+    told = [(event.step, event.value, event.wall_time) for event in events.Scalars("batch_total")]
+    assert [step for step, _, _ in told] == [*range(1, 20), *range(21, 30, 2), 32, 34, 37, 41, 44]
+    assert told[-6:] == [
+        *((29, 28.5, 1029.0), (32, 31.0, 1032.0), (34, 33.5, 1034.0), (37, 36.0, 1037.0)),
+        *((41, 39.5, 1041.0), (44, 43.0, 1044.0)),
+    ]
+    assert [event.step for event in events.Scalars("evaluate/ssim")] == [34]
+
+
+def test_a_flush_leaves_no_iteration_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr("mien.core.run.log._FINENESS", 10)
+    log = TensorBoardLog(tmp_path, 1, 101)
+    (path,) = log.folder.iterdir()
+    sizes = []
+    for step in (101, 102):
+        log.scalars({"batch_total": 1.0}, step)
+        sizes.append(path.stat().st_size)
+        log.flush()  # as every save does
+        sizes.append(path.stat().st_size)
+    assert sizes == sorted(sizes)
+    assert sizes[0] < sizes[1] == sizes[2] < sizes[3]
+    log.close()
+
+
 def test_no_logs_writes_nothing(tmp_path):
     log = open_log(tmp_path, 1, enabled=False)
     assert isinstance(log, NullLog)
@@ -259,16 +297,155 @@ def test_a_line_that_a_full_disk_cut_takes_no_other_with_it(tmp_path):
 def test_a_full_disk_ends_the_keeping_and_not_the_run():
     stream = io.StringIO()
     reporter = Reporter(stream)
-    reporter.keep_in(events=Path("/dev/full"), log_file=None, level="info")
+    reporter.keep_in(events=None, log_file=Path("/dev/full"), level="info")
     tell_everything(reporter)
     told = stream.getvalue()
     line = (
         "Warning: cannot write to /dev/full: No space left on device; nothing more goes there; "
-        "free space, or start again with --no-logs\n"
+        "free space, or choose another --log-file\n"
     )
     assert told.count("cannot write") == 1
     assert line in told
     assert told.endswith("Stopped at iteration 13: signal\n")
+
+
+def _numbered(path):
+    """The numbers told in a file and in those put aside, oldest first, and the files' sizes."""
+    aside = [older_file(path, number) for number in range(9, -1, -1)]
+    files = [file for file in aside if file.exists()]
+    text = "".join(file.read_text() for file in files)
+    numbers = [int(number) for number in re.findall(r"number (\d+)", text)]
+    return numbers, [file.stat().st_size for file in files]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "run.log"])
+def test_files_of_reports_stay_small_and_keep_the_newest(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 2000)
+    reporter = Reporter(io.StringIO())
+    reporter.keep_in(events=tmp_path / "events.jsonl", log_file=tmp_path / "run.log", level="info")
+    for number in range(500):
+        reporter.warning(f"number {number}")
+    numbers, sizes = _numbered(tmp_path / name)
+    assert len(sizes) == 5
+    assert 1900 < min(sizes[:-1]) <= max(sizes) <= 2000
+    assert numbers == list(range(numbers[0], 500))
+    reporter.stop(iteration=1, reason="number 500", exit_code=0)
+    assert _numbered(tmp_path / name)[0][-1] == 500
+
+
+def test_a_log_file_that_another_program_put_aside_is_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 130)
+    path = tmp_path / "run.log"
+    reporter = Reporter(io.StringIO())
+    reporter.keep_in(events=None, log_file=path, level="info")
+    reporter.warning("one")
+    path.rename(tmp_path / "run.log-2026")
+    path.write_text("of another run\n")
+    reporter.warning("two, in the same file as one")
+    reporter.warning("three")
+    assert path.read_text().splitlines()[0] == "of another run"
+    assert path.read_text().endswith("three\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.log", "run.log-2026"]
+
+
+def test_a_log_file_may_be_a_device_or_a_link_and_is_not_put_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 100)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "logs/run.log")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for name in ("link", "null"):
+        reporter = Reporter(io.StringIO())
+        reporter.keep_in(events=None, log_file=tmp_path / name, level="info")
+        for _ in range(4):
+            reporter.warning("told in more than half of a hundred characters")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "logs", "null"]
+    assert len(list((tmp_path / "logs").iterdir())) == 4
+
+
+def test_a_pipe_without_a_reader_is_refused_and_one_that_is_full_is_left(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    with pytest.raises(ValueError, match=r"^log.file .* cannot be written: .*--log-file$"):
+        reporter.keep_in(events=None, log_file=path, level="info")
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    reporter.keep_in(events=None, log_file=path, level="info")
+    for _ in range(1100):
+        reporter.warning("x" * 60)
+    os.close(reading)
+    assert stream.getvalue().count("nothing more goes there") == 1
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_events_go_into_plain_files_alone(tmp_path, kind):
+    path, stream = tmp_path / "events.jsonl", io.StringIO()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "elsewhere")
+    Reporter(stream).keep_in(events=path, log_file=None, level="info")
+    assert stream.getvalue().startswith(f"Warning: cannot write to {path}: ")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_status_lines_are_kept_once_a_second(tmp_path):
+    now, stream = [1000.0], io.StringIO()
+    reporter = Reporter(stream, as_json=True, clock=lambda: now[0])
+    reporter.keep_in(events=tmp_path / "events.jsonl", log_file=None, level="info")
+    for iteration in range(1, 8):
+        fields = {"iteration": iteration, "loss_a": float(iteration), "eg_per_s": 2.0 * iteration}
+        reporter.step(**STEP | fields)
+        now[0] += 0.5
+    reporter.save(iteration=7, path=Path("out/7"))
+    kept = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert len(stream.getvalue().splitlines()) == 8, "all are shown"
+    assert [event["event"] for event in kept] == ["step", "step", "step", "step", "save"]
+    told = [(event["iteration"], event["loss_a"], event["time"]) for event in kept[:4]]
+    assert told == [(1, 1.0, 1000.0), (3, 2.5, 1001.0), (5, 4.5, 1002.0), (7, 6.5, 1003.0)]
+    means = {"loss_a": 2.5, "eg_per_s": 5.0}
+    means |= {name: pytest.approx(STEP[name]) for name in ("loss_b", "data_wait")}
+    assert kept[1] == {"event": "step", "time": 1001.0} | STEP | {"iteration": 3} | means
+
+
+def test_a_clock_that_was_set_back_silences_nothing(tmp_path):
+    now = [1000.0]
+    reporter = Reporter(io.StringIO(), clock=lambda: now[0])
+    reporter.keep_in(events=tmp_path / "events.jsonl", log_file=None, level="info")
+    for iteration in (1, 2, 3):
+        reporter.step(**STEP | {"iteration": iteration})
+        now[0] -= 500
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 3
+
+
+NAME = "a\nb\x1b[2J\x9b\u202egnp\u2028\x7f\udce4.png"
+ESCAPED = r"a\nb\u001b[2J\u009b\u202egnp\u2028\u007f\xe4.png"
+
+
+def test_no_name_does_anything_to_a_terminal_or_a_log(tmp_path):
+    for terminal in (False, True):
+        stream = io.StringIO()
+        reporter = Reporter(stream, terminal=terminal)
+        path = tmp_path / f"{terminal}.log"
+        reporter.keep_in(events=None, log_file=path, level="info")
+        reporter.start({"faces": NAME, "threads": 2})
+        reporter.warning(f"skipped {NAME}: no face")
+        reporter.stop(iteration=1, reason=f"{NAME} is gone", exit_code=3)
+        texts = [f"faces    {ESCAPED}", "threads  2", f"Warning: skipped {ESCAPED}: no face"]
+        texts.append(f"Stopped at iteration 1: {ESCAPED} is gone")
+        assert stream.getvalue().splitlines() == texts
+        assert [line[28:] for line in path.read_text().splitlines()] == texts
+
+
+def test_json_keeps_a_name_as_it_is_and_is_plain_text(tmp_path):
+    stream = io.StringIO()
+    reporter = Reporter(stream, as_json=True)
+    reporter.keep_in(events=tmp_path / "events.jsonl", log_file=None, level="info")
+    reporter.warning(NAME)
+    kept = (tmp_path / "events.jsonl").read_text()
+    assert kept == stream.getvalue()
+    assert kept[:-1].isprintable()
+    assert json.loads(kept)["message"] == NAME
 
 
 def test_events_that_cannot_be_kept_at_all_are_told(tmp_path):

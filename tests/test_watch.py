@@ -56,3 +56,50 @@ def test_a_time_that_no_clock_shows_is_no_event(tmp_path):
     path.write_text("".join(json.dumps({"event": "x", "time": time}) + "\n" for time in times))
     status = Watch(tmp_path, may_ask=False).status()
     assert (status["unreadable"], status["events"]) == (len(times), [])
+
+
+def test_a_journal_is_followed_when_its_file_is_put_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 2000)
+    reporter = _told(tmp_path, 1)
+    seen = Journal(tmp_path)
+    for number in range(100):
+        reporter.warning(f"number {number}")
+        if number % 7 == 0:
+            seen.update()
+    seen.update()
+    later = Journal(tmp_path)
+    later.update()
+    told = {
+        journal: [event.get("message") for event in journal.events] for journal in (seen, later)
+    }
+    assert told[seen] == [None, *(f"number {number}" for number in range(100))]
+    assert "start" in seen.latest
+    assert seen.unreadable == later.unreadable == 0
+    assert told[later][-1] == "number 99"
+    assert len(told[later]) > 30, "also from the file before"
+
+
+def test_of_what_was_put_aside_no_more_is_read_than_of_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 2000)
+    monkeypatch.setattr("mien.cli.monitor.journal._MAX_BYTES", 1000)
+    reporter = _told(tmp_path, 1)
+    while not (tmp_path / "logs/session_1/events.jsonl.1").exists():
+        reporter.warning("once more")
+    seen = Journal(tmp_path)
+    seen.update()
+    assert 5 < len(seen.events) < 14
+    assert seen.unreadable == 0
+
+
+def test_a_journal_that_is_put_aside_at_this_moment_keeps_its_session(tmp_path):
+    _told(tmp_path, 1)
+    _told(tmp_path, 2).stage("the stage is over")
+    seen = Journal(tmp_path)
+    seen.update()
+    path = tmp_path / "logs/session_2/events.jsonl"
+    path.rename(path.with_name("events.jsonl.1"))
+    seen.update()
+    assert (seen.session, list(seen.latest)) == (2, ["start", "stage"])
+    path.write_text('{"event": "save", "time": 1}\n')
+    seen.update()
+    assert (seen.session, list(seen.latest)) == (2, ["start", "stage", "save"])

@@ -5,8 +5,9 @@ import importlib.util
 import os
 import secrets
 import socket
-import sys
 from pathlib import Path
+
+from ..lines import complain, tell
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PACKAGES = ("starlette", "uvicorn", "plotly")
@@ -111,11 +112,11 @@ def _tell(listener: socket.socket, args: argparse.Namespace, token: str | None) 
     host = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
     host = f"[{host}]" if ":" in host else host
     query = f"?token={quote(token, safe='')}" if token else ""
-    print(f"{args.model} at http://{host}:{port}/{query}")
+    tell(f"{args.model} at http://{host}:{port}/{query}")
     if args.host not in LOOPBACK:
-        print(
-            "mien monitor: the page travels unencrypted; on a network that others share, tunnel "
-            f"it instead: ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}",
-            file=sys.stderr,
+        complain(
+            "monitor",
+            "the page travels unencrypted; on a network that others share, tunnel it instead: "
+            f"ssh -L {port}:127.0.0.1:{port} {socket.gethostname()}",
         )
-    print("Ctrl-C ends the page; training goes on without it.", flush=True)
+    tell("Ctrl-C ends the page; training goes on without it.")

@@ -11,7 +11,7 @@ _SECONDS_A_POINT = 2.0  # shorter ones show the beat of log lines and saves, not
 
 
 def loss_points(history: History, first: int | None, last: int | None, most: int) -> dict[str, Any]:
-    """Means over equally many iterations each, at most ``most``; None where nothing was logged.
+    """Means over equally many events each, at most ``most``; None where nothing was logged.
 
     Args:
         history: With the losses to be drawn.
@@ -20,26 +20,31 @@ def loss_points(history: History, first: int | None, last: int | None, most: int
         most: Number of points.
 
     Returns:
-        ``iterations`` (p), the last one of each mean; ``per_point``, how many each is over; and
-        ``losses`` (p) by tag.
+        ``iterations`` (p), the last one of each mean; ``per_point``, how many each is over, on
+        average; and ``losses`` (p) by tag.
     """
     tags = sorted({tag for session in history.sessions for tag in session.losses})
     parts: list[np.ndarray] = []
+    num_iterations = 0
     for session in history.sessions:
+        inside = _within(session.iterations_n, first, last)
+        num_iterations += int(session.counts_n[inside].sum())
         rows = [session.iterations_n.astype(np.float64)]
         missing = np.full(len(session.iterations_n), np.nan)
         rows += [session.losses.get(tag, missing) for tag in tags]
-        parts.append(np.stack(rows)[:, _within(session.iterations_n, first, last)])
+        parts.append(np.stack(rows)[:, inside])
     table = np.concatenate(parts, axis=1) if parts else np.empty((1, 0))
-    per_point = max(1, -(-table.shape[1] // most))
-    starts = np.arange(0, table.shape[1], per_point)
-    ends = np.minimum(starts + per_point, table.shape[1]) - 1
+    num_events = table.shape[1]
+    a_point = max(1, -(-num_events // most))
+    starts = np.arange(0, num_events, a_point)
+    ends = np.minimum(starts + a_point, num_events) - 1
     losses = {
         tag: _plain(_means(row, starts) if len(starts) else row)
         for tag, row in zip(tags, table[1:], strict=True)
     }
     iterations = table[0, ends].astype(np.int64).tolist()
-    return {"iterations": iterations, "per_point": per_point, "losses": losses}
+    per_point = round(a_point * num_iterations / max(num_events, 1))
+    return {"iterations": iterations, "per_point": max(per_point, 1), "losses": losses}
 
 
 def speed_points(
@@ -60,7 +65,8 @@ def speed_points(
             continue
         spans = int(np.clip((times_n[-1] - times_n[0]) / _SECONDS_A_POINT, 1, most))
         edges = np.unique(np.linspace(0, len(steps_n) - 1, spans + 1).astype(np.int64))
-        rate = rate_per_iteration(times_n[edges], session.batch_size) * np.diff(edges)
+        counts_n = np.diff(steps_n[edges], prepend=0)  # the first one is not looked at
+        rate = rate_per_iteration(times_n[edges], session.batch_size, counts_n)
         iterations += [*steps_n[edges[1:]].tolist(), None]
         rates += [*_plain(rate), None]
     return {"iterations": iterations[:-1], "eg_per_s": rates[:-1]}

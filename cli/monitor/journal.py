@@ -1,7 +1,8 @@
 """The events that the newest session has told, read as they are written.
 
 `logs/session_<n>/events.jsonl` holds one JSON object a line, those of `mien train --json`:
-{"event": ..., "time": seconds since 1970, ...}.
+{"event": ..., "time": seconds since 1970, ...}. What was put aside last, `events.jsonl.1`, comes
+before it.
 """
 
 import json
@@ -9,9 +10,12 @@ import os
 import re
 import stat
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from ...core.run.report_files import older_file
 
 EVENTS = "events.jsonl"
 _SESSION = re.compile(r"session_([1-9]\d{0,8})", re.ASCII)
@@ -29,11 +33,10 @@ class Journal:
 
     def __init__(self, model_dir: Path) -> None:
         self._logs = model_dir / "logs"
-        self._begin(None)
+        self._begin(None, None)
 
-    def _begin(self, path: Path | None) -> None:
-        self._path, self._inode, self._offset = path, 0, 0
-        self.session: int | None = None
+    def _begin(self, session: int | None, path: Path | None) -> None:
+        self.session, self._path, self._inode, self._offset = session, path, 0, 0
         self.latest: dict[str, dict[str, Any]] = {}
         """The last event of each kind since the last start."""
 
@@ -52,27 +55,40 @@ class Journal:
         """Take in what has been written since the last time, of a new session if there is one."""
         session, path = self._newest()
         if path is None:
-            self._begin(None)
+            self._begin(None, None)
             return
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            handle = os.open(path, flags)
-        except OSError:  # taken away at this moment: the next look finds what there is
-            return
-        with os.fdopen(handle, "rb") as stream:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode):
+        with _opened(path) as now, _opened(older_file(path, 1)) as before:
+            if now is None:  # put aside or taken away at this moment
                 return
-            if (path, found.st_ino) != (self._path, self._inode) or found.st_size < self._offset:
-                self._begin(path)
-                self.session, self._inode = session, found.st_ino
-                self._offset = max(0, found.st_size - _MAX_BYTES)
-                stream.seek(self._offset)
-                if self._offset:
-                    self._offset += len(stream.readline())
+            if path != self._path or not self._is_followed(now):
+                if path != self._path or before is None or not self._is_followed(before):
+                    self._begin(session, path)
+                    self._start(before, _MAX_BYTES - _size(now))
+                self._take_rest(before)
+                self._start(now, _MAX_BYTES)
+            self._take_rest(now)
+
+    def _is_followed(self, stream: BinaryIO) -> bool:
+        """Whether what was read last is the beginning of this file."""
+        return os.fstat(stream.fileno()).st_ino == self._inode and _size(stream) >= self._offset
+
+    def _start(self, stream: BinaryIO | None, most_bytes: int) -> None:
+        """Begin with the first whole line of a file's last so many bytes."""
+        if stream is None:
+            return
+        self._inode = os.fstat(stream.fileno()).st_ino
+        self._offset = max(0, _size(stream) - max(0, most_bytes))
+        if self._offset:
             stream.seek(self._offset)
-            whole, newline, _ = stream.read().rpartition(b"\n")  # the last line may be half written
-            self._offset += len(whole) + len(newline)
+            self._offset += len(stream.readline())
+
+    def _take_rest(self, stream: BinaryIO | None) -> None:
+        """Take in the lines that follow those that were read; the last may be half written."""
+        if stream is None:
+            return
+        stream.seek(self._offset)
+        whole, newline, _ = stream.read().rpartition(b"\n")
+        self._offset += len(whole) + len(newline)
         for line in whole.splitlines():
             self._take(line)
 
@@ -86,10 +102,11 @@ class Journal:
         for name in names:
             if match := _SESSION.fullmatch(name):
                 path = self._logs / name / EVENTS
-                with suppress(OSError):  # it has none, or is taken away at this moment
-                    facts = path.lstat()
-                    if stat.S_ISREG(facts.st_mode):
-                        found.append((facts.st_mtime_ns, int(match[1]), path))
+                for file in (path, older_file(path, 1)):
+                    with suppress(OSError):  # it has none, or is put aside at this moment
+                        facts = file.lstat()
+                        if stat.S_ISREG(facts.st_mode):
+                            found.append((facts.st_mtime_ns, int(match[1]), path))
         if not found:
             return None, None
         _, number, path = max(found)
@@ -114,3 +131,19 @@ class Journal:
             self.latest = {}
         self.latest[event["event"]] = event
         (self._steps if event["event"] == "step" else self._others).append(event)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO | None]:
+    """A plain file to read; None where there is none."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    with os.fdopen(handle, "rb") as stream:
+        yield stream if stat.S_ISREG(os.fstat(handle).st_mode) else None
+
+
+def _size(stream: BinaryIO) -> int:
+    return os.fstat(stream.fileno()).st_size

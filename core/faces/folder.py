@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..paths import expanded
 from .geometry import Alignment, align
 from .png import FaceFileError, FaceHeader, read_header
 
@@ -61,7 +62,7 @@ def read_folder(
     after which the rest of the folder is not read.
     Raises ValueError, one line, where the folder is missing, holds no faces or too few.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     files = list_pictures(folder, side=side)
     faces: list[Face] = []
     rejected: list[Rejected] = []
@@ -85,7 +86,7 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
 
     Raises ValueError, one line, where there is no such folder or no such file in it.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     name = _name(folder, side)
     if not folder.exists():
         raise ValueError(f"{name} does not exist: give the folder that holds the face PNGs")
@@ -107,7 +108,7 @@ def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) 
     They share them where they are one folder, where one lies inside the other, or where files of
     both are one file by another name (links).
     """
-    path_a, path_b = (Path(path).expanduser().resolve() for path in (folder_a, folder_b))
+    path_a, path_b = (expanded(path).resolve() for path in (folder_a, folder_b))
     if path_a == path_b:
         return f"both use the folder {path_a}"
     for inner, outer in ((path_a, path_b), (path_b, path_a)):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.weight_files import SUFFIXES, read_tensors
+from ..paths import expanded
 from .picture import PictureLoss
 
 _LEAST_LENGTH = 1e-10
@@ -217,7 +218,7 @@ def _find(name: str, folder: str, wanted: str, what: str) -> Path:
     remedy = f"{what}, {wanted}.pth (or .safetensors): put it into the folder loss.lpips_weights"
     if not folder:
         raise ValueError(f"{name} needs {remedy}, which is not set")
-    place = Path(folder).expanduser()
+    place = expanded(folder)
     names = (f"{wanted}.", f"{wanted}-")
     found = sorted(
         file

@@ -7,6 +7,7 @@ weighs less than all else that a user gives, and more than the defaults.
 import difflib
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,20 @@ class Preset:
 
 
 def own_folder() -> Path:
-    """Where a user's own presets are: `mien/presets` in the folder for settings (XDG)."""
+    """Where a user's own presets are: `mien/presets` in the folder for settings (XDG).
+
+    Raises:
+        ValueError: The user has no home folder.
+    """
     given = os.environ.get("XDG_CONFIG_HOME", "")
-    home = Path(given) if os.path.isabs(given) else Path.home() / ".config"
-    return home / "mien" / "presets"
+    if os.path.isabs(given):
+        return Path(given) / "mien" / "presets"
+    try:
+        return Path.home() / ".config" / "mien" / "presets"
+    except RuntimeError:
+        raise ValueError(
+            "this user has no home folder to keep presets in; set HOME or XDG_CONFIG_HOME"
+        ) from None
 
 
 def available() -> list[Preset]:
@@ -130,7 +141,9 @@ def save(
 
 def _paths() -> dict[str, Path]:
     """Files by the names of their presets; a user's own never stand for mien's."""
-    folders = (own_folder(), PACKAGED)
+    folders = [PACKAGED]
+    with suppress(ValueError):  # who has no home has no presets in it
+        folders.insert(0, own_folder())
     return {path.stem: path for folder in folders for path in folder.glob("[!.]*.toml")}
 
 

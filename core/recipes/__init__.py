@@ -30,6 +30,7 @@ from typing import Any
 
 from ...models.options import shown
 from ..config import all_settings, from_dict, merge, read_toml
+from ..paths import expanded
 
 PACKAGED = Path(__file__).parent
 
@@ -173,7 +174,7 @@ def load(name: str) -> Recipe:
     """The recipe of this name, or in this file; ValueError where there is none."""
     if name == NONE.name:
         return NONE
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == ".toml" or path.is_file():
         return read(path)
     packaged = {path.stem: path for path in PACKAGED.glob("*.toml")}

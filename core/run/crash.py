@@ -24,7 +24,7 @@ from .checkpoint import SaveError
 from .log import LogError, Reporter
 
 _PACKAGES = ("triton", "numpy", "opencv-python-headless", "nvidia-dali-cuda130", "safetensors")
-_EXPECTED = (ValueError, SaveError, LogError, torch.OutOfMemoryError, BrokenPipeError)
+_EXPECTED = (ValueError, SaveError, LogError, torch.OutOfMemoryError)
 """What is told in one line where it happens."""
 
 
@@ -38,10 +38,13 @@ def reporting_crashes(model_dir: Path, config: Config, reporter: Reporter) -> It
     except Exception as error:
         path = _free_path(model_dir)
         try:
-            path.write_text(crash_report(error, config, list(reporter.latest)), encoding="utf-8")
+            report = crash_report(error, config, list(reporter.latest))
+            path.write_text(report, encoding="utf-8", errors="backslashreplace")
         except OSError:
             raise error from None  # what failed first is what there is to be mended
         reporter.crash(error=f"{type(error).__name__}", path=path)
+        if isinstance(error, OSError):  # else it would be taken for a mistake in the input
+            raise RuntimeError(str(error)) from error
         raise
 
 

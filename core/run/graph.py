@@ -152,7 +152,8 @@ def draw_rate(history: History, drawing: Drawing, span: Span, *, title: str) -> 
             continue
         starts.append((session.number, trained_s / 3600))
         hours.append((trained_s + times[1:] - times[0]) / 3600)
-        rates.append(statistics.rate_per_iteration(times, session.batch_size))
+        counts = session.counts_n[is_inside]
+        rates.append(statistics.rate_per_iteration(times, session.batch_size, counts))
         trained_s += times[-1] - times[0]
     if not hours:
         raise ValueError("EG/s need a session of at least two logged iterations")

@@ -5,6 +5,8 @@ yet are taken from the events alone.
 
 What a crash or a way back undid is left out: every run begins its file of events with the iteration
 at which it began, and from there on it takes the place of all that was written before.
+
+An event of a long training stands for several iterations: for all since the event before.
 """
 
 import os
@@ -22,14 +24,12 @@ from ..config import MAX_TOML_BYTES, parse_toml
 from . import statistics
 from .checkpoint import CONFIG, ModelFolder
 from .files import DamagedError, read_regular
+from .log import ITERATION
 from .session import Session, TrainingState
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
-
-_TIME_TAG = "batch_total"
-"""An event that has it ends an iteration."""
 
 _HEADER = struct.Struct("<Q4x")  # of a record: size of its event; CRC
 _FOOTER_BYTES = 4  # CRC of the event
@@ -37,7 +37,7 @@ _FOOTER_BYTES = 4  # CRC of the event
 
 @dataclass(kw_only=True)
 class SessionHistory:
-    """One session. Letter: n, its logged iterations."""
+    """One session. Letter: n, its logged events."""
 
     number: int
     saved: Session | None
@@ -45,18 +45,28 @@ class SessionHistory:
 
     batch_size: int | None
     iterations_n: np.ndarray
-    """Total iterations, rising."""
+    """Total iterations at its end, rising."""
+
+    counts_n: np.ndarray
+    """How many iterations each event stands for."""
 
     times_n: np.ndarray
     """When each ended, seconds since 1970."""
 
     losses: dict[str, np.ndarray]
-    """(n,) of each tag that was asked for; NaN where it was not logged."""
+    """(n,) means of each tag that was asked for; NaN where it was not logged."""
+
+    @property
+    def num_logged(self) -> int:
+        """Iterations that the events stand for."""
+        return int(self.counts_n.sum())
 
     def figures(self) -> statistics.Figures:
         """By the events; by the save where there are none."""
         if len(self.times_n) or self.saved is None:
-            return statistics.session_figures(self.number, self.times_n, self.batch_size)
+            return statistics.session_figures(
+                self.number, self.times_n, self.batch_size, self.num_logged
+            )
         return statistics.Figures(
             session=self.number,
             start=self.saved.started,
@@ -116,12 +126,13 @@ def read_history(model_dir: Path, wants: Callable[[str], bool] = lambda tag: Fal
 
 @dataclass(kw_only=True)
 class _EventFile:
-    """What one run logged, in arrays: a million iterations take 8 MB a column."""
+    """What one run logged, in arrays: a million events take 8 MB a column."""
 
     session: int
     began_at: float = 0.0
     first_iteration: int | None = None
     iterations: array = field(default_factory=lambda: array("q"))
+    counts: array = field(default_factory=lambda: array("q"))
     times: array = field(default_factory=lambda: array("d"))
     losses: dict[str, array] = field(default_factory=dict)
     tags: set[str] = field(default_factory=set)
@@ -143,8 +154,9 @@ class _EventFile:
             values[place].tag != tag for tag, place in self.places.items()
         ):
             self._find_places(values, wants)
-        if _TIME_TAG not in self.places:
+        if ITERATION not in self.places:
             return
+        self.counts.append(max(event.step - self._last_iteration(event.step), 1))
         self.iterations.append(event.step)
         self.times.append(event.wall_time)
         for tag, column in self.losses.items():
@@ -156,16 +168,22 @@ class _EventFile:
         places = {value.tag: place for place, value in enumerate(values)}
         self.tags |= places.keys()
         self.places = {
-            tag: place for tag, place in places.items() if tag == _TIME_TAG or wants(tag)
+            tag: place for tag, place in places.items() if tag == ITERATION or wants(tag)
         }
         for tag in self.places:
             if wants(tag):
                 self.losses.setdefault(tag, array("d", [np.nan]) * len(self.times))
 
+    def _last_iteration(self, step: int) -> int:
+        """The iteration after which the event of a step begins."""
+        if self.iterations:
+            return self.iterations[-1]
+        return (step if self.first_iteration is None else self.first_iteration) - 1
+
     def cut(self, last: int) -> None:
         """Forget the iterations after one."""
         count = bisect_right(self.iterations, last)
-        for column in (self.iterations, self.times, *self.losses.values()):
+        for column in (self.iterations, self.counts, self.times, *self.losses.values()):
             del column[count:]
 
 
@@ -237,6 +255,7 @@ def _joined(
         iterations_n=np.concatenate([[], *(np.array(file.iterations) for file in files)]).astype(
             int
         ),
+        counts_n=np.concatenate([[], *(np.array(file.counts) for file in files)]).astype(int),
         times_n=np.concatenate([[], *(np.array(file.times) for file in files)]),
         losses=losses,
     )
@@ -257,8 +276,8 @@ def _batch_size(path: Path) -> int | None:
 def _missing(sessions: list[SessionHistory]) -> list[str]:
     """A sentence for each session of which less was logged than saved."""
     return [
-        f"the logs hold {len(one.times_n)} of the {one.saved.iterations} iterations of session "
+        f"the logs hold {one.num_logged} of the {one.saved.iterations} iterations of session "
         f"{one.number}; its figures are those of the logs"
         for one in sessions
-        if one.saved and 0 < len(one.times_n) < one.saved.iterations
+        if one.saved and 0 < one.num_logged < one.saved.iterations
     ]

@@ -10,7 +10,10 @@ import signal
 import termios
 import time
 import tty
+from contextlib import suppress
 from types import FrameType
+
+from .signals import Handlers
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -25,21 +28,18 @@ class Keyboard:
 
         self._is_over = False
         self._looked_at = 0.0
-        self._before: dict[signal.Signals, object] = {}
+        self._handlers = Handlers(
+            {signal.SIGTSTP: self._step_aside, signal.SIGCONT: self._come_back}
+        )
 
     def __enter__(self) -> "Keyboard":
-        for number, handler in (
-            (signal.SIGTSTP, self._step_aside),
-            (signal.SIGCONT, self._come_back),
-        ):
-            self._before[number] = signal.signal(number, handler)
+        self._handlers.__enter__()
         self._set()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._handlers.__exit__()
 
     def keys(self) -> str:
         """The keys pressed since the last look; looks ten times a second at most."""
@@ -64,15 +64,17 @@ class Keyboard:
     def _set(self) -> None:
         if self._is_over or self._original is not None or not self._is_ours():
             return
-        original = termios.tcgetattr(self._handle)
-        tty.setcbreak(self._handle, termios.TCSANOW)
-        self._original = original
+        with suppress(termios.error):  # it was closed at this moment
+            original = termios.tcgetattr(self._handle)
+            tty.setcbreak(self._handle, termios.TCSANOW)
+            self._original = original
 
     def _put_back(self) -> None:
         original, self._original = self._original, None
         if original is None or not self._is_ours():
             return
-        termios.tcsetattr(self._handle, termios.TCSANOW, original)
+        with suppress(termios.error):  # it was closed at this moment
+            termios.tcsetattr(self._handle, termios.TCSANOW, original)
 
     def _is_ours(self) -> bool:
         """Whether the terminal is there, and this program is the one in its foreground."""
@@ -83,10 +85,10 @@ class Keyboard:
 
     def _step_aside(self, number: int, _frame: FrameType | None) -> None:
         self._put_back()
-        signal.signal(number, signal.SIG_DFL)
+        self._handlers.set(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), number)  # stops here, until SIGCONT
 
     def _come_back(self, _number: int, _frame: FrameType | None) -> None:
         if not self._is_over:
-            signal.signal(signal.SIGTSTP, self._step_aside)
+            self._handlers.set(signal.SIGTSTP, self._step_aside)
             self._set()

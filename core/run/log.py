@@ -1,6 +1,7 @@
 """What a run tells: TensorBoard events for later, status lines or JSON events for now.
 
-Scalars of every iteration, the sides written `a` and `b`:
+Scalars of the iterations, the sides written `a` and `b`; means over several iterations once there
+are more than 20,000:
 
     batch_total                       loss A + loss B
     batch_face_a[_k]                  weighted sum of the functions (of output k, if several)
@@ -15,12 +16,11 @@ and of saves, where faces are held out:
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
 "save" | "snapshot" | "preview" | "timelapse" | "stage" | "warning" | "crash" | "stop", "time":
-seconds since 1970, ...}. All of them are kept in <model dir>/logs/session_<n>/events.jsonl, where a
-session that was lost in a crash and the one that has its number are told apart by their "start".
-TensorBoard is imported only where a TensorBoardLog is made.
+seconds since 1970, ...}. They are kept in <model dir>/logs/session_<n>/events.jsonl, of the steps
+one a second (see `spacing`), where a session that was lost in a crash and the one that has its
+number are told apart by their "start". TensorBoard is imported only where a TensorBoardLog is made.
 """
 
-import json
 import math
 import numbers
 import os
@@ -31,11 +31,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, TextIO, cast
 
+from ..printable import printable, to_json
+from .output import Output
 from .report_files import Report, ReportFile
+from .spacing import Means, Spacing
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
+_SECONDS_BETWEEN_STEPS = 1.0  # in files
+_FINENESS = 20_000
+"""An event stands for a 20,000th of the iterations so far at most, which is less than a graph can
+show; a hundred million iterations take 200,000 events."""
+
+ITERATION = "batch_total"
+"""The scalar that every event of iterations has."""
+
 _LATEST = 100
 _AS_WANTED = (0, 4)  # exit codes of what is done, and of what the user has stopped
 
@@ -48,7 +59,7 @@ class Log(Protocol):
     """Where scalars go."""
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
-        """Record the values of one iteration.
+        """Record the values of one iteration; those with `ITERATION` may wait for the next ones.
 
         Args:
             values: By name, as above.
@@ -100,26 +111,49 @@ class TensorBoardLog:
         self._file: BinaryIO = self._guarded(self._create)
         self._records = RecordWriter(self._file)
         self._flushed_at = time.monotonic()
+        self._means = Means()
         began = SessionLog(status=SessionLog.START)
         self._guarded(lambda: self._add(file_version="brain.Event:2"))
         self._guarded(lambda: self._add(step=first_step, session_log=began))
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`."""
-        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-        summary = self._summary(value=entries)
-        self._guarded(lambda: self._add(wall_time, step=step, summary=summary))
+        now = time.time() if wall_time is None else wall_time
+        if ITERATION not in values:
+            self._write_means()
+            self._write(values, step, now)
+        else:
+            self._means.add(values, step, now)
+            if self._means.count >= step // _FINENESS:
+                self._write_means()
         if time.monotonic() - self._flushed_at >= _SECONDS_BETWEEN_FLUSHES:
-            self.flush()
+            self._flush()
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        self._flushed_at = time.monotonic()
-        self._guarded(self._file.flush)
+        self._write_means()
+        self._flush()
 
     def close(self) -> None:
         """Flush, and release the file."""
-        self._guarded(self._file.close)
+        try:
+            self._write_means()
+        finally:
+            self._guarded(self._file.close)
+
+    def _write_means(self) -> None:
+        means, self._means = self._means, Means()
+        if means.count:
+            self._write(means.values(), means.step, means.wall_time)
+
+    def _write(self, values: dict[str, float], step: int, wall_time: float) -> None:
+        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        summary = self._summary(value=entries)
+        self._guarded(lambda: self._add(wall_time, step=step, summary=summary))
+
+    def _flush(self) -> None:
+        self._flushed_at = time.monotonic()
+        self._guarded(self._file.flush)
 
     def _create(self) -> BinaryIO:
         """A new file with a name that TensorBoard knows and reads after earlier ones."""
@@ -150,8 +184,8 @@ class Reporter:
     """Tells the user, or the program that started the run, how it goes.
 
     Three ways: JSON lines; on a terminal, one status line that stays below the others; elsewhere a
-    plain line for each report. Whatever is shown, `keep_in` has it kept in files as well. Not for
-    use by several threads.
+    plain line for each report. Whatever is shown, and whether anybody is left to see it, `keep_in`
+    has it kept in files as well. Not for use by several threads.
     """
 
     def __init__(
@@ -163,11 +197,10 @@ class Reporter:
         clock: Callable[[], float] = time.time,
         level: str = "info",
     ) -> None:
-        self._stream = sys.stdout if stream is None else stream
+        self._stream = Output(sys.stdout if stream is None else stream)
         self._as_json = as_json
         self._clock = clock
         self._level = level
-        self._is_gone = False
         is_terminal = self._stream.isatty() if terminal is None else terminal
         self._live = _StatusLine(self._stream) if is_terminal and not as_json else None
         self.latest: deque[str] = deque(maxlen=_LATEST)
@@ -177,6 +210,7 @@ class Reporter:
         """What was told before it was known where to keep it."""
 
         self._files: list[ReportFile] = []
+        self._spacing = Spacing(_SECONDS_BETWEEN_STEPS)
 
     def keep_in(self, *, events: Path | None, log_file: Path | None, level: str) -> None:
         """Keep reports in files, those told so far in the first ones of all; print from a level on.
@@ -189,6 +223,7 @@ class Reporter:
         Raises:
             ValueError: The log file cannot be written.
         """
+        self._keep_steps()
         self._level, self._files, former = level, [], self._files
         for file in former:
             file.close()
@@ -220,7 +255,7 @@ class Reporter:
         """Tell what is about to run: model, folders, chosen paths; one line each."""
         width = max((len(name) for name in facts), default=0)
         lines = [f"{name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items()]
-        self._tell("start", "\n".join(lines), facts)
+        self._tell("start", lines, facts)
 
     def step(
         self,
@@ -254,17 +289,6 @@ class Reporter:
             drawing: The same of the pictures and figures that are made with them.
             seconds_left: Until the last iteration of the session or of its stage.
         """
-        clock = time.strftime("%H:%M:%S", time.localtime(self._clock()))
-        text = (
-            f"[{clock}] [#{iteration:05d}] Loss A: {loss_a:.5f}, Loss B: {loss_b:.5f}"
-            f" | EG/s {eg_per_s:.1f} | wait {100 * data_wait:.1f} %"
-        )
-        if memory_mib is not None:
-            text += f" | {memory_mib:.0f} MiB"
-        if session_iterations is not None and elapsed_s is not None:
-            text += f" | {session_iterations} in {duration(elapsed_s)}"
-        if seconds_left is not None:
-            text += f" | left {duration(seconds_left)}"
         fields = {
             "iteration": iteration,
             "loss_a": loss_a,
@@ -279,7 +303,10 @@ class Reporter:
             "drawing": drawing,
             "seconds_left": seconds_left,
         }
-        self._tell("step", text, fields)
+        now = self._clock()
+        self._show(self._step_report(fields, now))
+        if self._spacing.add(fields, now):
+            self._keep_steps()
 
     def save(
         self,
@@ -330,10 +357,12 @@ class Reporter:
         """
         if self._live is not None:
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import Progress
 
-            with Progress(console=Console(file=self._stream), transient=True) as bar:
-                task = bar.add_task(title, total=None)
+            console = Console(file=cast(TextIO, self._stream))
+            with Progress(console=console, transient=True) as bar:
+                task = bar.add_task(escape(printable(title)), total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
             return
         started, most = self._clock(), 0
@@ -345,7 +374,7 @@ class Reporter:
         yield tell
         text = f"{title}: {most} in {self._clock() - started:.1f} s"
         if not self._as_json and self._level in ("debug", "info"):
-            self._print("progress", text)
+            self._print("progress", printable(text))
 
     def found_rates(self, rates: dict[str, float], *, chosen: str, picture: Path | None) -> None:
         """Tell which learning rates were found, by strength, and which of them is used."""
@@ -361,13 +390,14 @@ class Reporter:
 
     def crash(self, *, error: str, path: Path) -> None:
         """Tell of a failure of mien itself: on stderr, where its traceback follows."""
+        self._keep_steps()
         self.close()
         text = f"mien itself has failed; {path} says what is known of it"
-        report = self._report("crash", text, {"error": error, "path": path}, "error")
+        report = self._report("crash", [text], {"error": error, "path": path}, "error")
         self._keep(report)
         if self._as_json:
             self._print("crash", report.line)
-        print(text, file=sys.stderr)
+        Output(sys.stderr).write(report.text + "\n")
 
     def stop(self, *, iteration: int, reason: str, exit_code: int) -> None:
         """Tell why the run ended; the last event of all."""
@@ -383,17 +413,45 @@ class Reporter:
         if self._live is not None:
             self._live.close()
 
-    def _tell(self, event: str, text: str, fields: dict[str, Any], level: str = "info") -> None:
-        report = self._report(event, text, fields, level)
-        if report.is_worth(self._level):
-            self._print(event, report.line if self._as_json else text)
+    def hurry(self) -> None:
+        """Wait no more for whoever does not read what is printed; also for handlers of signals."""
+        self._stream.hurry()
+
+    def _tell(
+        self, event: str, text: str | list[str], fields: dict[str, Any], level: str = "info"
+    ) -> None:
+        """Show and keep a report, of one line or of some."""
+        self._keep_steps()
+        lines = [text] if isinstance(text, str) else text
+        report = self._report(event, lines, fields, level)
+        self._show(report)
         self._keep(report)
 
-    def _report(self, event: str, text: str, fields: dict[str, Any], level: str) -> Report:
-        now = self._clock()
-        line = json.dumps({"event": event, "time": now} | _plain(fields), allow_nan=False)
-        self.latest.append(line)
-        return Report(event, now, level, text, line)
+    def _report(
+        self,
+        event: str,
+        lines: list[str],
+        fields: dict[str, Any],
+        level: str,
+        now: float | None = None,
+    ) -> Report:
+        now = self._clock() if now is None else now
+        line = to_json({"event": event, "time": now} | _plain(fields))
+        return Report(event, now, level, "\n".join(map(printable, lines)), line)
+
+    def _step_report(self, fields: dict[str, Any], now: float) -> Report:
+        return self._report("step", [_status(fields, now)], fields, "info", now)
+
+    def _show(self, report: Report) -> None:
+        self.latest.append(report.line)
+        if report.is_worth(self._level):
+            self._print(report.event, report.line if self._as_json else report.text)
+
+    def _keep_steps(self) -> None:
+        """Keep what stands for the status lines since the one that was kept last."""
+        held = self._spacing.take()
+        if held:
+            self._keep(self._step_report(*held))
 
     def _keep(self, report: Report) -> None:
         if self._early is not None:
@@ -403,32 +461,42 @@ class Reporter:
             self.warning(problem)
 
     def _print(self, event: str, text: str) -> None:
-        if self._is_gone:
-            return
-        try:
-            if self._live is None:
-                self._stream.write(text + "\n")
-                self._stream.flush()
-            elif event == "step":
-                self._live.update(text)
-            else:
-                self._live.write(text)
-        except BrokenPipeError:  # `| head`: weeks of training outweigh a reader that has left
-            self._is_gone = True
-            self._live = None
-            _discard_output(self._stream)
+        if self._live is None:
+            self._stream.write(text + "\n")
+            self._stream.flush()
+        elif event == "step":
+            self._live.update(text)
+        else:
+            self._live.write(text)
+
+
+def _status(fields: dict[str, Any], now: float) -> str:
+    """The status line of what `Reporter.step` was told."""
+    clock = time.strftime("%H:%M:%S", time.localtime(now))
+    text = (
+        f"[{clock}] [#{fields['iteration']:05d}] Loss A: {fields['loss_a']:.5f}, "
+        f"Loss B: {fields['loss_b']:.5f} | EG/s {fields['eg_per_s']:.1f}"
+        f" | wait {100 * fields['data_wait']:.1f} %"
+    )
+    if fields["memory_mib"] is not None:
+        text += f" | {fields['memory_mib']:.0f} MiB"
+    if fields["session_iterations"] is not None and fields["elapsed_s"] is not None:
+        text += f" | {fields['session_iterations']} in {duration(fields['elapsed_s'])}"
+    if fields["seconds_left"] is not None:
+        text += f" | left {duration(fields['seconds_left'])}"
+    return text
 
 
 class _StatusLine:
     """A status at the bottom of a terminal (folded where it is narrow), others scroll by above."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Output) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text
 
         self._text = Text
-        self._console = Console(file=stream, force_terminal=True, highlight=False)
+        self._console = Console(file=cast(TextIO, stream), force_terminal=True, highlight=False)
         self._live = Live(
             console=self._console,
             auto_refresh=False,
@@ -469,11 +537,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
     return str(value)
-
-
-def _discard_output(stream: TextIO) -> None:
-    """Point a broken output at /dev/null, so that the flush at exit does not fail."""
-    if stream is sys.stdout:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)

@@ -1,12 +1,19 @@
-"""The files that keep what a run reports: all of it as JSON lines, or what is printed as text."""
+"""The files that keep what a run reports: all of it as JSON lines, or what is printed as text.
+
+A file that has grown to 16 MiB is put aside as `<name>.1`, the one before as `<name>.2`, and so on;
+four of them are kept. So a run takes no more than 80 MiB for each, however long it lasts.
+"""
 
 import os
+import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 LEVELS = ("debug", "info", "warning", "error")
+
+_MOST_BYTES = 16 << 20
+_OLDER_FILES = 4
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class ReportFile:
     Args:
         path: The file; missing folders are made.
         level: Lowest level of what is kept.
-        as_json: Keep the JSON lines, else the texts with date and level before each line.
+        as_json: Keep the JSON lines, in a plain file that no link leads to; else the texts with
+            date and level before each line, in whatever the user names: a link's target, a device.
         remedy: What the user can do where the disk refuses.
 
     Raises:
@@ -45,16 +53,16 @@ class ReportFile:
     def __init__(self, path: Path, *, level: str, as_json: bool, remedy: str) -> None:
         self.path, self.level, self._as_json, self._remedy = path, level, as_json, remedy
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO | None = path.open("a", encoding="utf-8", buffering=1)
-        if as_json and _is_torn(path):
-            self._file.write("\n")
+        self._path = path if as_json else Path(os.path.realpath(path))
+        self._handle: int | None = self._open()
 
     def add(self, report: Report) -> str | None:
         """Keep a report; what to tell the user where the disk refuses, once."""
-        if self._file is None or not report.is_worth(self.level):
+        if self._handle is None or not report.is_worth(self.level):
             return None
+        text = report.line + "\n" if self._as_json else _dated(report)
         try:
-            self._file.write(report.line + "\n" if self._as_json else _dated(report))
+            self._write(text.encode("utf-8", "backslashreplace"))
         except OSError as error:
             self.close()
             reason = error.strerror or error
@@ -63,25 +71,64 @@ class ReportFile:
 
     def close(self) -> None:
         """Release the file."""
-        opened, self._file = self._file, None
-        if opened is None:
-            return
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            try:
+                os.close(handle)
+            except OSError:
+                pass  # the line that the full disk refused: it has been told
+
+    def _open(self) -> int:
+        """A handle that adds to the file and never waits, as for a pipe that nobody reads."""
+        flags = os.O_RDWR if self._as_json else os.O_WRONLY
+        flags |= os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(self._path, flags | (os.O_NOFOLLOW if self._as_json else 0), 0o666)
         try:
-            opened.close()
+            if self._as_json:
+                _mend_end(handle)
         except OSError:
-            pass  # the line that the full disk refused: it has been told
+            os.close(handle)
+            raise
+        return handle
+
+    def _write(self, line: bytes) -> None:
+        assert self._handle is not None
+        found = os.fstat(self._handle)
+        if stat.S_ISREG(found.st_mode) and found.st_size + len(line) > _MOST_BYTES:
+            self._put_aside(found)
+        while line:
+            line = line[os.write(self._handle, line) :]
+
+    def _put_aside(self, found: os.stat_result) -> None:
+        """Go on in a new file, unless another program has put this one aside already."""
+        if self._path.exists() and os.path.samestat(found, os.stat(self._path)):
+            for number in range(_OLDER_FILES, 0, -1):
+                newer = older_file(self._path, number - 1)
+                if newer.exists():
+                    os.replace(newer, older_file(self._path, number))
+        self.close()
+        self._handle = self._open()
 
 
-def _is_torn(path: Path) -> bool:
-    """Whether its last line has no end, as a full disk leaves it: what follows would be lost."""
-    with path.open("rb") as file:
-        if not file.seek(0, os.SEEK_END):
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+def older_file(path: Path, number: int) -> Path:
+    """Where a file that has grown is put; 0: the file itself, 1: the one before."""
+    return path.with_name(f"{path.name}.{number}") if number else path
+
+
+def _mend_end(handle: int) -> None:
+    """End the last line of a plain file, which a full disk may have cut: what follows is whole.
+
+    Raises:
+        OSError: It is not a plain file.
+    """
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is not a plain file")
+    if found.st_size and os.pread(handle, 1, found.st_size - 1) != b"\n":
+        os.write(handle, b"\n")
 
 
 def _dated(report: Report) -> str:
     date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(report.time))
     head = f"{date} {report.level.upper():<7} "
-    return "".join(f"{head}{line}\n" for line in report.text.splitlines())
+    return "".join(f"{head}{line}\n" for line in report.text.split("\n"))

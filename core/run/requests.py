@@ -4,6 +4,8 @@ SIGINT, SIGTERM, SIGHUP, Enter    finish the step, save and stop (`stop`)
 SIGUSR1, s                        save now; with it comes a preview
 SIGUSR2, r                        a preview now
 m                                 the preview with its mask's tint, or without
+
+A signal that was ignored when the program started stays so.
 """
 
 import signal
@@ -12,12 +14,13 @@ from types import FrameType
 from typing import Literal
 
 from .keyboard import Keyboard
+from .signals import Handlers
 from .stop import StopRequest
 
 Wish = Literal["save", "preview", "redraw"]
 """To save, to look at the present model, to draw what was seen last once more."""
 
-_SIGNALS: dict[int, Wish] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
+_SIGNALS: dict[signal.Signals, Wish] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
 _KEYS: dict[str, Wish] = {"s": "save", "r": "preview", "m": "redraw"}
 
 
@@ -31,12 +34,11 @@ class Requests:
 
         self._wishes: set[Wish] = set()
         self._keyboard: Keyboard | None = None
-        self._before: dict[int, object] = {}
+        self._handlers = Handlers(dict.fromkeys(_SIGNALS, self._note))
 
     def __enter__(self) -> "Requests":
         self.stop.__enter__()
-        for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        self._handlers.__enter__()
         if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
             self._keyboard = Keyboard(sys.stdin.fileno())
             self._keyboard.__enter__()
@@ -46,8 +48,7 @@ class Requests:
     def __exit__(self, *_: object) -> None:
         if self._keyboard is not None:
             self._keyboard.__exit__()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._handlers.__exit__()
         self.stop.__exit__()
 
     def take(self) -> set[Wish]:
@@ -70,4 +71,4 @@ class Requests:
                 self.mask_is_toggled ^= key == "m"
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._wishes.add(_SIGNALS[number])
+        self._wishes.add(_SIGNALS[signal.Signals(number)])

@@ -70,14 +70,18 @@ def flatten_outliers(values_n: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values - mean) > values.std(), mean, values)
 
 
-def rate_per_iteration(times_n: np.ndarray, batch_size: int) -> np.ndarray:
+def rate_per_iteration(
+    times_n: np.ndarray, batch_size: int, counts_n: np.ndarray | None = None
+) -> np.ndarray:
     """(n - 1,) faces of both sides per second of each iteration but the first.
 
-    ``times_n`` are the seconds at which the iterations ended. NaN where no time went by.
+    ``times_n`` are the seconds at which the iterations ended; or at which so many of them did, if
+    ``counts_n`` are given. NaN where no time went by.
     """
+    faces = _NUM_SIDES * batch_size * (1 if counts_n is None else counts_n[1:])
     seconds = np.diff(np.asarray(times_n, np.float64))
     rate = np.full(len(seconds), np.nan)
-    return np.divide(_NUM_SIDES * batch_size, seconds, out=rate, where=seconds > 0)
+    return np.divide(faces, seconds, out=rate, where=seconds > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +106,16 @@ class Figures:
     """Faces of both sides per second."""
 
 
-def session_figures(session: int, times_n: np.ndarray, batch_size: int | None) -> Figures:
-    """Of a session whose iterations ended at ``times_n``, at least one; seconds since 1970."""
+def session_figures(
+    session: int, times_n: np.ndarray, batch_size: int | None, iterations: int | None = None
+) -> Figures:
+    """Of a session whose iterations ended at ``times_n``, at least one; seconds since 1970.
+
+    Or of which only those did, if it had so many ``iterations``.
+    """
+    iterations = len(times_n) if iterations is None else iterations
     start, end = float(np.min(times_n)), float(np.max(times_n))
-    elapsed_s, iterations = int(end - start), len(times_n)
+    elapsed_s = int(end - start)
     rate = None if batch_size is None else _rate(batch_size * iterations, elapsed_s)
     return Figures(
         session=session,

@@ -1,10 +1,23 @@
-"""Being told to stop: the present step is finished and saved; told twice, the process ends."""
+"""Being told to stop: the present step is finished and saved; told twice, the process ends.
+
+A terminal that is closed (SIGHUP) asks but once, however often: shells and session managers send
+it several times, and the save that the first one asked for must not be cut short by the next.
+"""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
+from .signals import Handlers
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INSISTENT = (signal.SIGINT, signal.SIGTERM)
+"""Those of which a second one ends the process."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """What a signal raises while there is nothing to finish and nothing to save."""
 
 
 class StopRequest:
@@ -15,22 +28,39 @@ class StopRequest:
         """Also the name of a key, where one was pressed to stop."""
 
         self.when_noted: list[Callable[[], None]] = []
-        """Called at the first signal: what must not be left undone if a second one follows."""
+        """Called at every signal: what must not be left undone if another one follows."""
 
-        self._before: dict[signal.Signals, object] = {}
+        self._handlers = Handlers(dict.fromkeys(SIGNALS, self._note))
+        self._is_abrupt = False
 
     def __enter__(self) -> "StopRequest":
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+        self._handlers.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._handlers.__exit__()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal raises `Interrupted`, even out of a call that would wait for ever."""
+        self._is_abrupt = True
+        try:
+            if self.signal_name:
+                raise Interrupted(self._why())
+            yield
+        finally:
+            self._is_abrupt = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)
+        if number in _INSISTENT:
+            for each in _INSISTENT:
+                self._handlers.set(each, signal.SIG_DFL)
+        self.signal_name = self.signal_name or signal.Signals(number).name
         for action in self.when_noted:
             action()
+        if self._is_abrupt:
+            self._is_abrupt = False  # the clean-up that follows is let finish
+            raise Interrupted(self._why())
+
+    def _why(self) -> str:
+        return f"{self.signal_name} received before training began"

@@ -3,13 +3,13 @@
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config import Config, merge, to_dict
 from ..data.sides import SIDES
+from ..paths import expanded
 from ..recipes import Recipe
 from ..run.log import Reporter
 from . import memory
@@ -59,7 +59,7 @@ def rehearse(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = 
     """
     config, plan = settings_of(given, reporter, recipe)
     with tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch:
-        own_faces = Path(config.save.model_dir).expanduser() / "faces"
+        own_faces = expanded(config.save.model_dir) / "faces"
         decoded = str(own_faces) if config.save.model_dir and own_faces.is_dir() else ""
         trial = {
             "save": {"model_dir": f"{scratch}/model", "logs": False},

@@ -14,6 +14,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..paths import expanded
+
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 _VARINT_BYTES = 10
 
@@ -35,7 +37,7 @@ class Network:
     def __init__(self, path: str, setting: str, *, middle: float = 0.0, span: float = 255.0):
         self.name = f"{setting}: {path}"
         self._middle, self._span = middle, span
-        shape = _input_shape(Path(path).expanduser(), self.name)
+        shape = _input_shape(expanded(path), self.name)
         if len(shape) != 4 or shape[1] != 3 or shape[2] != shape[3] or shape[2] < 1:
             shown = ", ".join(str(size) if size else "?" for size in shape)
             raise ValueError(
@@ -43,7 +45,7 @@ class Network:
             )
         self.size_px = shape[2]
         with _one_line(f"{self.name} cannot be read by OpenCV"):
-            self._net = cv2.dnn.readNetFromONNX(str(Path(path).expanduser()))
+            self._net = cv2.dnn.readNetFromONNX(str(expanded(path)))
         num_outputs = len(self._net.getUnconnectedOutLayersNames())
         if num_outputs != 1:
             raise ValueError(f"{self.name} must have one output, has {num_outputs}")

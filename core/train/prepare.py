@@ -21,6 +21,7 @@ from ..data.landmarks import landmarks_of_sides
 from ..data.preview_faces import PreviewLoader
 from ..data.sides import SIDES, SideFaces, open_sides
 from ..data.store import FaceStore, available_host_bytes
+from ..paths import expanded, refusals_told
 from ..recipes import Recipe
 from ..run.checkpoint import ModelFolder, Saver
 from ..run.crash import reporting_crashes
@@ -97,7 +98,7 @@ def open_run(
     with ExitStack() as stack:
         folder = stack.enter_context(
             ModelFolder(
-                Path(config.save.model_dir).expanduser(),
+                expanded(config.save.model_dir),
                 trainer=given.get("model", {}).get("trainer"),
                 keep_generations=config.save.keep_generations,
             )
@@ -116,7 +117,11 @@ def open_run(
         device = choose_device(config.train.device)
         try:
             with reporting_crashes(folder.path, config, reporter):
-                yield _prepare(config, saved, plan, rate_factor, folder, reporter, stack, device)
+                with refusals_told():
+                    run = _prepare(
+                        config, saved, plan, rate_factor, folder, reporter, stack, device
+                    )
+                yield run
         except torch.OutOfMemoryError as error:
             precision = precisions.resolve(config.precision.mode, device)
             raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
@@ -167,7 +172,7 @@ def settings_of(
         ValueError: As training would raise it.
     """
     saved, model_dir = None, from_dict(given).save.model_dir
-    path = Path(model_dir).expanduser()
+    path = expanded(model_dir)
     if model_dir and (path / "generations").is_dir():
         trainer = given.get("model", {}).get("trainer")
         with ModelFolder(path, trainer=trainer, read_only=True) as folder:
@@ -382,7 +387,7 @@ def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
     """The same settings, by section and key, with every path that is given absolute."""
     paths = {
         section: {
-            name: os.path.abspath(os.path.expanduser(values[section][name]))
+            name: os.path.abspath(expanded(values[section][name]))
             for name in names
             if values.get(section, {}).get(name)
         }
@@ -427,8 +432,8 @@ def _open_faces(
 ) -> dict[str, SideFaces]:
     """Both sides' faces; tells of what had to be left out."""
     data = config.data
-    model_dir = Path(config.save.model_dir).expanduser()
-    store_dir = Path(data.store_dir).expanduser() if data.store_dir else model_dir / "faces"
+    model_dir = expanded(config.save.model_dir)
+    store_dir = expanded(data.store_dir) if data.store_dir else model_dir / "faces"
     faces = open_sides(
         data,
         config.evaluate,

@@ -6,7 +6,7 @@ the user had started it again, so that nothing of what follows depends on what w
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..recipes import Recipe
 from ..run.checkpoint import SaveError
 from ..run.log import Reporter
 from ..run.requests import Requests
-from ..run.stop import StopRequest
+from ..run.stop import Interrupted, StopRequest
 from .loop import DONE, HALTED, MISTAKE, STOPPED, End, Loop
 from .lr_finder import find_rate, is_due
 from .prepare import Run, open_run
@@ -36,11 +36,17 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
     iteration, setbacks = 0, _Setbacks()
     with Requests() as requests:
         stop = requests.stop
+        stop.when_noted.append(reporter.hurry)
         while True:
-            with (
-                _told_of(reporter, iteration, is_later=until is not None),
-                open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor) as run,
-            ):
+            with _told_of(reporter, iteration, is_later=until is not None), ExitStack() as stack:
+                opening = open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor)
+                try:
+                    with stop.at_once():
+                        run = stack.enter_context(opening)
+                except Interrupted:
+                    if until is None:
+                        raise  # there is nothing to save
+                    break
                 if until is None:
                     until = run.state.iterations + run.config.train.iterations
                 end = _find_rate(run, reporter, stop) if is_due(run) else None

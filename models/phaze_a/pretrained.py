@@ -5,6 +5,7 @@ or as PyTorch saves them. CLIP towers take OpenAI's names too, which FaRL has. T
 trained on RGB: the first convolution's input channels are reversed here, for pictures in BGR.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_pretrained(backbone: Backbone, path: str | Path | None) -> Path:
 def _find(backbone: Backbone, path: str | Path | None) -> Path:
     row = spec(backbone.name)
     wanted = row.weights or backbone.timm_name
-    place = Path(path).expanduser() if path else None
+    place = Path(os.path.expanduser(path)) if path else None
     if place and place.is_file():
         return place
     found = []

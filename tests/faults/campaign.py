@@ -24,6 +24,7 @@ import disks
 import faces
 import kills
 import locks
+import terminals
 import trial
 from course import SKIPPED, Cases, Failed, Workshop
 
@@ -42,6 +43,8 @@ FAULTS: dict[str, Callable[[Workshop, int, int], Cases]] = {
     "loader": locks.loader,
     "two-runs": locks.two_runs,
     "lock": locks.stale_locks,
+    "terminal-closed": terminals.closed,
+    "output-full": terminals.unwritable,
 }
 ALL = 10**9
 """More cases than any fault has."""

@@ -18,6 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ...paths import expanded
 from ..geometry import Crop, align, crop_matrix, transform
 from ..png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
 from .head import (
@@ -55,7 +56,7 @@ def draw_folder(
     is. Raises ValueError, one line, where it holds anything else, or an argument is out of range.
     """
     _check(identity, count, size_px, seed)
-    folder = Path(path).expanduser().resolve()
+    folder = expanded(path).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder for the drawn faces")
     names = [f"drawn_{identity}_{number:06d}_0.png" for number in range(count)]

@@ -1,0 +1,63 @@
+"""Paths as users write them, and what a disk that refuses them says."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_REMEDIES = {
+    errno.EACCES: "let this user read and write it, or name another",
+    errno.EPERM: "let this user read and write it, or name another",
+    errno.EROFS: "make the disk writable, or name another",
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.EMFILE: "raise `ulimit -n`",
+}
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """The same path with the home folder in the place of `~` or `~name`.
+
+    Raises:
+        ValueError: Nobody knows that folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{os.fspath(path)}: that home folder is not known here; write the path without ~"
+        ) from None
+
+
+def refusal(error: OSError) -> str | None:
+    """What the disk refuses, and what to do, in a line; None where that is not known.
+
+    A file that is named is the user's, or one beside it: its path is too long, or this user may not
+    read it. A refusal without a name may be a fault of ours.
+    """
+    if error.filename is None:
+        return None if _has_working_folder() else "the working folder is gone; change to another"
+    path, reason = os.fsdecode(error.filename), error.strerror or str(error)
+    return f"{path}: {reason}; {_REMEDIES.get(error.errno or 0, 'check it, or name another')}"
+
+
+@contextmanager
+def refusals_told() -> Iterator[None]:
+    """Within, such a refusal is a ValueError, as any other mistake in the input."""
+    try:
+        yield
+    except OSError as error:
+        told = refusal(error)
+        if told is None:
+            raise
+        raise ValueError(told) from error
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,31 @@
+"""Text for people of what may hold anything: file names, headers, settings of a stranger."""
+
+import json
+from typing import Any
+
+
+def printable(text: str) -> str:
+    r"""The same on one line, with escapes in the place of what a terminal or a log would obey.
+
+    These are line ends, control characters such as ESC, marks that turn the direction of writing,
+    and what has no sign of its own. A byte of a file name that is no UTF-8 is shown as `\xe4`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else _escape(letter) for letter in text)
+
+
+def _escape(letter: str) -> str:
+    """A letter as TOML and JSON write it, a byte that is no text as shells do."""
+    number = ord(letter)
+    if 0xDC80 <= number <= 0xDCFF:  # Python's stand-ins for such bytes
+        return f"\\x{number - 0xDC00:02x}"
+    if letter in "\b\t\n\f\r":
+        return json.dumps(letter)[1:-1]
+    return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Plain values as JSON, which holds nothing that a terminal would obey."""
+    text = json.dumps(value, indent=indent, allow_nan=False)
+    return text.replace("\x7f", "\\u007f")  # the one such character that JSON leaves as it is

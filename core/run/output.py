@@ -1,0 +1,148 @@
+"""The streams that a user reads. What becomes of them does not become of the run.
+
+Any error of such a stream means that its reader is gone: EIO of a terminal that was closed, ENOSPC
+of a full disk behind `> log`, EPIPE of a program that has seen enough. What follows is dropped.
+"""
+
+import errno
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
+
+_PATIENCE_MS = 1000
+_STANDARD = (1, 2)
+
+
+class OutputLost(Exception):
+    """Nobody reads the output any more, and it is what the command was called for."""
+
+    def __init__(self, error: OSError | ValueError) -> None:
+        super().__init__(getattr(error, "strerror", None) or str(error))
+        self.reader_has_left = isinstance(error, BrokenPipeError)
+
+
+class Output:
+    """A text stream whose reader may leave; in all else it is like the stream that it writes to.
+
+    Args:
+        stream: None where the program was started without one (`>&-`).
+        is_needed: Raise `OutputLost` when the reader leaves, where else that is passed over.
+    """
+
+    def __init__(self, stream: "TextIO | Output | None", *, is_needed: bool = False) -> None:
+        # Not through another one, which would take the error for itself.
+        self.stream: TextIO | None = stream.stream if isinstance(stream, Output) else stream
+        self._is_needed = is_needed
+        self._is_lost = self.stream is None
+        self._may_wait, self._is_writing = True, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def isatty(self) -> bool:
+        """Whether a terminal shows it."""
+        try:
+            return not self._is_lost and self.stream is not None and self.stream.isatty()
+        except ValueError:  # it was closed
+            return False
+
+    def write(self, text: str) -> int:
+        """Write what the stream's encoding has, and escapes for the rest."""
+        stream = self.stream
+        if stream is not None:
+            encoding = getattr(stream, "encoding", None) or "utf-8"
+            shown = text.encode(encoding, "backslashreplace").decode(encoding)
+            self._attempt(lambda: stream.write(shown))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        if self.stream is not None:
+            self._attempt(self.stream.flush)
+
+    def hurry(self) -> None:
+        """Wait no more for a reader that does not read, now and from now on.
+
+        May be called by the handler of a signal, also of one that came while this waits.
+        """
+        self._may_wait = False
+        if self._is_writing and self._is_stuck():
+            self._lose()
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        if self._is_lost:
+            return
+        if not self._may_wait and self._is_stuck():
+            self._lose()
+            return
+        self._is_writing = True
+        try:
+            action()
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._lose()
+            if self._is_needed:
+                raise OutputLost(error) from error
+        finally:
+            self._is_writing = False
+
+    def _lose(self) -> None:
+        """Drop all that follows; what is still in a buffer goes nowhere when the program ends."""
+        self._is_lost = True
+        with suppress(OSError, ValueError):
+            handle = self._handle()
+            if handle in _STANDARD:
+                _lead_nowhere(handle)
+
+    def _is_stuck(self) -> bool:
+        """Whether a write would wait, and still would after a second."""
+        try:
+            waiting = select.poll()
+            waiting.register(self._handle(), select.POLLOUT)
+            return not waiting.poll(_PATIENCE_MS)
+        except (OSError, ValueError):  # it is no file
+            return False
+
+    def _handle(self) -> int:
+        return -1 if self.stream is None else self.stream.fileno()
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Within, the program's own output and error output are such streams.
+
+    Its output is needed: it is what most commands are called for. Its errors are not: where nobody
+    reads them the exit code tells.
+    """
+    _open_missing()
+    before = sys.stdout, sys.stderr
+    sys.stdout = Output(before[0], is_needed=True)  # type: ignore[assignment]
+    sys.stderr = Output(before[1])  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _open_missing() -> None:
+    """Have the standard handles that the program was started without lead nowhere.
+
+    Else a file that is opened later gets such a number, and what libraries print goes into it.
+    """
+    for handle in (0, *_STANDARD):
+        try:
+            os.fstat(handle)
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                _lead_nowhere(handle)
+
+
+def _lead_nowhere(handle: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    if nowhere == handle:
+        os.set_inheritable(handle, True)
+    else:
+        os.dup2(nowhere, handle)
+        os.close(nowhere)

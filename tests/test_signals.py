@@ -1,0 +1,127 @@
+"""Signals: those that end a run, those that ask something of it, and those that are ignored."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mien.cli import main
+from mien.core.data.feed import Feed
+from mien.core.run.keyboard import Keyboard
+from mien.core.run.requests import Requests
+from mien.core.run.stop import Interrupted, StopRequest
+
+SIX = [
+    *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP),
+]
+
+
+@pytest.fixture
+def ignored(request):
+    """A signal that whoever started the program has it ignore."""
+    before = signal.signal(request.param, signal.SIG_IGN)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+@pytest.fixture
+def terminal():
+    """The program's end of a terminal."""
+    master, slave = os.openpty()
+    yield slave
+    os.close(master)
+    os.close(slave)
+
+
+@pytest.mark.parametrize("ignored", SIX, indirect=True)
+def test_a_signal_that_was_ignored_stays_ignored(ignored, terminal):
+    other = signal.SIGINT if ignored == signal.SIGTERM else signal.SIGTERM
+    with Requests() as requests, Keyboard(terminal):
+        os.kill(os.getpid(), ignored)
+        os.kill(os.getpid(), signal.SIGCONT)
+        assert (requests.stop.signal_name, requests.take()) == (None, set())
+        os.kill(os.getpid(), other)
+        assert requests.stop.signal_name == other.name
+        os.kill(os.getpid(), ignored)
+        assert signal.getsignal(ignored) is signal.SIG_IGN
+    assert signal.getsignal(ignored) is signal.SIG_IGN
+
+
+def _train(sides, model_dir, *more):
+    return main(
+        [
+            "train",
+            *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
+            *("-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
+            *("--set", "train.log_interval=2", "--device", "cpu", *more),
+        ]
+    )
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT], indirect=True)
+def test_a_run_outlives_what_it_is_to_ignore(sides, tmp_path, monkeypatch, capsys, ignored):
+    following = Feed.next
+
+    def send(self, faces_seen):
+        os.kill(os.getpid(), ignored)
+        return following(self, faces_seen)
+
+    monkeypatch.setattr(Feed, "next", send)
+    assert _train(sides, tmp_path / "model", "-i", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["iteration"] == 3
+
+
+ASKED = """
+import sys
+from mien.core.run.stop import Interrupted, StopRequest
+with StopRequest() as stop:
+    stop.when_noted.append(lambda: print(stop.signal_name, flush=True))
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "ends"),
+    [
+        ("HUP HUP HUP", False),
+        ("TERM HUP", False),
+        ("INT HUP HUP", False),
+        ("HUP TERM", False),
+        ("TERM TERM", True),
+        ("INT TERM", True),
+        ("HUP TERM INT", True),
+    ],
+)
+def test_the_second_one_ends_it_unless_the_terminal_was_closed(signals, ends):
+    numbers = [signal.Signals[f"SIG{name}"] for name in signals.split()]
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", ASKED], text=True, **pipes)
+    assert child.stdout.readline() == "ready\n"
+    noted = numbers[:-1] if ends else numbers
+    for number in noted:
+        child.send_signal(number)
+        assert child.stdout.readline() == f"{numbers[0].name}\n"
+    if ends:
+        child.send_signal(numbers[-1])
+    else:
+        child.stdin.close()
+    assert child.wait(30) == (-numbers[-1] if ends else 0)
+    child.stdin.close()
+    child.stdout.close()
+
+
+def test_where_nothing_is_to_be_saved_a_signal_ends_even_a_call_that_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with StopRequest() as stop:
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Interrupted, match="SIGTERM received"), stop.at_once():
+            open(tmp_path / "pipe")
+        with pytest.raises(Interrupted, match="SIGTERM received"), stop.at_once():
+            pytest.fail("it was told to stop")
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
