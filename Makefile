@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test lint format docs bench gpu gpu-quick clean
+.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick clean
 
 setup: $(STAMP) kernels/libmien.so
 
@@ -31,6 +31,26 @@ demo: setup
 # Two processes of one thread each: most tests have work for one thread only.
 test: setup lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+
+# The suite with the lowest version of every dependency that pyproject.toml allows, and with the newest
+# on the newest Python; each in a virtual environment of its own, which takes 6 GB and minutes to make.
+MIN_PYTHON ?= python3.11
+MAX_PYTHON ?= python3.13
+test-min: .venv-min/.installed kernels/libmien.so
+	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest tests -n 2 --dist loadfile
+
+test-max: .venv-max/.installed kernels/libmien.so
+	OMP_NUM_THREADS=1 .venv-max/bin/python -m pytest tests -n 2 --dist loadfile
+
+.venv-min/.installed: pyproject.toml setup.py tests/minimum.txt
+	test -x .venv-min/bin/python || $(MIN_PYTHON) -m venv .venv-min
+	.venv-min/bin/pip install --quiet --disable-pip-version-check -c tests/minimum.txt -e '.[dev]'
+	touch $@
+
+.venv-max/.installed: pyproject.toml setup.py
+	test -x .venv-max/bin/python || $(MAX_PYTHON) -m venv .venv-max
+	.venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

@@ -175,7 +175,7 @@ def test_the_page_needs_nothing_from_elsewhere():
 
 @pytest.mark.parametrize("path", ["/page.html/", "/../pyproject.toml", "/logs", "/api", "/%2e%2e/"])
 def test_no_other_path_is_served(logged, path):
-    assert _client(logged).get(path).status_code in (404, 405, 307)
+    assert _client(logged).get(path).status_code == 404
     assert b"[" not in _client(logged).get(path).content
 
 
@@ -387,6 +387,43 @@ def test_another_name_is_refused(logged, name):
         answer = _client(logged).get(path, headers={"host": name})
         assert answer.status_code == 421
         assert "does not know itself by that name" in answer.text
+
+
+# What a host must not hold: put before a path, it would make another path of it.
+HOSTS_WITH_A_PATH = ["127.0.0.1/request/?", "127.0.0.1/request/save?", "localhost/#", "127.0.0.1?"]
+OTHER_HOSTS = [
+    *("me@127.0.0.1", "127.0.0.1\\request", "127.0.0.1:", "127.0.0.1:x", "[::1]x", "127.0.0.1\t"),
+    *(" 127.0.0.1", "127.0.0.1\x00", "127.0.0.1\x7f", "127.0.0.\xb9", "127.0.0.1," + "127.0.0.1"),
+    *("localhost:" + "0" * 300, "[" + "0:" * 200 + "1]", "%31%32%37.0.0.1"),
+]
+
+
+@pytest.mark.parametrize("name", [*HOSTS_WITH_A_PATH, *OTHER_HOSTS])
+def test_a_host_that_is_more_than_a_host_is_refused(logged, name):
+    for client in (_client(logged), _client(logged, host="0.0.0.0"), _client(logged, allows=True)):
+        for path in ("/", "/preview.png", "/api/status"):
+            headers = {"host": name.encode("latin-1"), "x-mien-token": TOKEN}
+            assert client.get(path, headers=headers).status_code == 421
+        headers = {
+            "host": name.encode("latin-1"),
+            "x-mien-token": TOKEN,
+            "origin": f"http://{name}",
+        }
+        headers["origin"] = headers["origin"].encode("latin-1")
+        assert client.post("/request/save", headers=headers).status_code == 421
+
+
+@pytest.mark.parametrize("name", HOSTS_WITH_A_PATH)
+def test_the_path_alone_decides_what_is_shown(logged, name, monkeypatch):
+    monkeypatch.setattr(Access, "knows_host", lambda *_: True)
+    client = _client(logged, host="0.0.0.0")
+    for path in ("/", "/page.js", "/preview.png", "/api/status", "/request/", "/request/other"):
+        assert client.get(path, headers={"host": name}).status_code == 401
+
+
+def test_two_hosts_are_refused(logged):
+    headers = [("host", "127.0.0.1"), ("host", "127.0.0.1")]
+    assert _client(logged).get("/api/status", headers=headers).status_code == 421
 
 
 @pytest.mark.parametrize("name", ["localhost:1", "127.0.0.1", "[::1]:8420"])

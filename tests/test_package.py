@@ -1,8 +1,11 @@
 """Facts about the package as a whole: its layout, its start-up, its rules."""
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -88,9 +91,22 @@ def test_one_copy_of_the_package():
         name
         for name, file in files.items()
         if Path(file).is_relative_to(ROOT)
-        and not {"tests", ".venv"} & set(Path(file).relative_to(ROOT).parts)
+        and Path(file).relative_to(ROOT).parts[0] != "tests"
+        and not Path(file).is_relative_to(sys.prefix)
     }
     assert all(name.split(".")[0] == "mien" for name in ours), sorted(ours)
+
+
+def test_the_lowest_versions_are_those_that_are_allowed():
+    """`make test-min` installs what pyproject.toml allows at the least, of every dependency."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    lowest = set()
+    for requirement in [*project["dependencies"], *itertools.chain(*extras)]:
+        name, version = re.match(r"([\w-]+)(?:>=([\d.]+)|\[)", requirement).groups()
+        lowest |= {f"{name}=={version}"} if version else set()
+    lines = (ROOT / "tests/minimum.txt").read_text().splitlines()
+    assert sorted(lowest) == [line for line in lines if not line.startswith("#")]
 
 
 def test_every_kernel_has_a_reference_a_test_and_a_benchmark():

@@ -56,21 +56,16 @@ def run(args: argparse.Namespace) -> int:
         _check_token(args.token, needs_token)
     token = (args.token or secrets.token_urlsafe(24)) if needs_token else None
 
-    import uvicorn
-
     from .access import Access
+    from .connection import make_server
     from .server import make_app
 
     access = Access(host=args.host, token=token, is_open=is_open, allows=args.allow_requests)
-    app = make_app(args.model, access)
-    # Paths hold the token once: no access log. Nobody sits in front whose headers could be trusted.
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, proxy_headers=False
-    )
+    server = make_server(make_app(args.model, access))
     with _listen(args.host, args.port) as listener:
         _tell(listener, args, token)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         except KeyboardInterrupt:  # the way to end it
             pass
     return 0

@@ -5,19 +5,27 @@ into it: so the Host header must name this machine (else any name could be made 
 request must come from the page itself (Origin), and its token is in a header or a form, never in a
 cookie. The cookie, which only opens the page, holds a hash of the token: other servers on this
 machine, whatever their port, are shown it too.
+
+What a request asks for is decided by its path alone (`scope["path"]`, which the routes go by too):
+an address put together from its Host header could say something else.
 """
 
 import hashlib
 import hmac
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 
 COOKIE = "mien-monitor"
 HEADER = "x-mien-token"
+
+_MAX_HOST_LETTERS = 255
+_HOST = re.compile(
+    r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[0-9a-z._-]+))(?::\d{1,5})?", re.ASCII | re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +46,13 @@ class Access:
 
     def knows_host(self, request: Request) -> bool:
         """True where the Host header names this machine: no rebound DNS name leads here."""
-        try:
-            name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
-        except ValueError:
+        headers = request.headers.getlist("host")
+        if len(headers) != 1 or len(headers[0]) > _MAX_HOST_LETTERS:
             return False
+        found = _HOST.fullmatch(headers[0])
+        if found is None:
+            return False
+        name = (found["name"] or found["v6"]).lower()
         if name in ("localhost", self.host.lower()):
             return True
         try:
@@ -56,7 +67,8 @@ class Access:
         if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
             return False
         origin = request.headers.get("origin")
-        return origin is None or origin == f"{request.url.scheme}://{request.headers.get('host')}"
+        own = f"{request.scope['scheme']}://{request.headers.get('host')}"
+        return origin is None or origin == own
 
     def is_token(self, given: str | None) -> bool:
         """True for the token, in a time that tells nothing of it."""

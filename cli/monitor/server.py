@@ -45,6 +45,9 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",
 }
+_REQUESTS = {f"/request/{name}": name for name in REQUESTS}
+"""Paths that ask for their token themselves; it may come in a form."""
+
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 
 
@@ -104,10 +107,12 @@ def make_app(model_dir: Path, access: Access) -> Starlette:
         Route("/api/status", status),
         Route("/api/graphs", graphs),
         Route("/api/analysis", analysis),
-        *(Route(f"/request/{name}", asked(name), methods=["POST"]) for name in REQUESTS),
+        *(Route(path, asked(name), methods=["POST"]) for path, name in _REQUESTS.items()),
     ]
     guard = Middleware(BaseHTTPMiddleware, dispatch=_guard(access))
-    return Starlette(routes=routes, middleware=[guard])
+    app = Starlette(routes=routes, middleware=[guard])
+    app.router.redirect_slashes = False  # what is here has one path
+    return app
 
 
 _Next = Callable[[Request], Awaitable[Response]]
@@ -117,14 +122,15 @@ def _guard(access: Access) -> Callable[[Request, _Next], Awaitable[Response]]:
     """What every request passes, whatever it asks for, and the headers of every answer."""
 
     async def dispatch(request: Request, call_next: _Next) -> Response:
-        opens = request.url.path == "/" and access.is_token(request.query_params.get("token"))
+        path = request.scope["path"]
+        opens = path == "/" and access.is_token(request.query_params.get("token"))
         if not access.knows_host(request):
             response: Response = _refusal(
                 421, "this server does not know itself by that name; use its address"
             )
         elif request.method not in ("GET", "HEAD") and not access.is_same_origin(request):
             response = _refusal(403, "requests come from the page itself")
-        elif not (opens or access.may_read(request) or request.url.path.startswith("/request/")):
+        elif not (opens or access.may_read(request) or path in _REQUESTS):
             response = Response(
                 "This page needs its token: open the address that mien monitor printed, or add "
                 "?token=... to this one.\n",
