@@ -10,13 +10,17 @@ import pytest
 import torch
 from conftest import tiny_options
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mien import models
 from mien.cli import main
+from mien.cli.monitor.watch import Watch
 from mien.core.config import Config, from_dict, model_settings
 from mien.core.run import restore as restoring
 from mien.core.run.checkpoint import ModelFolder
+from mien.core.run.history import read_history
 from mien.core.run.inspection import facts_of, verify
+from mien.core.run.log import Reporter, TensorBoardLog
 from mien.core.run.restore import restore
 from mien.core.run.session import TrainingState
 
@@ -233,6 +237,67 @@ def test_restore_the_backup(model, capsys):
     assert _in_use(model) == 6
     code, told = _run(capsys, "restore", model, "--generation", "6")
     assert told.out == "iteration 6 is in use already; nothing was changed\n"
+
+
+def _log(path, session, iterations):
+    """Log iterations of a session, as a run does."""
+    log = TensorBoardLog(path, session, iterations[0])
+    for iteration in iterations:
+        log.scalars({"batch_total": 1.0, "batch_face_a": iteration}, iteration, 1e9 + iteration)
+    log.close()
+    with (path / f"logs/session_{session}/events.jsonl").open("a") as stream:
+        reporter = Reporter(stream, as_json=True)
+        reporter.start({"trainer": "original"})
+        reporter.step(
+            iteration=iterations[-1], loss_a=0.1, loss_b=0.2, eg_per_s=50.0, data_wait=0.0
+        )
+        reporter.stop(iteration=iterations[-1], reason="as it was asked", exit_code=0)
+
+
+def _shown(path):
+    """The iterations that `mien analyze` shows of each session, and TensorBoard."""
+    sessions = {one.number: one.iterations_n.tolist() for one in read_history(path).sessions}
+    for number in sessions:
+        board = EventAccumulator(str(path / f"logs/session_{number}/train"))
+        board.Reload()
+        steps = [event.step for event in board.Scalars("batch_face_a")]
+        assert steps == sessions[number]
+    return sessions
+
+
+def test_what_restoring_undid_is_shown_no_more(model):
+    """Neither by `mien analyze`, nor by TensorBoard, nor on the page of `mien monitor`."""
+    _log(model, 1, [1, 2])
+    _log(model, 2, [3, 4, 5, 6, 7])  # saved up to 4
+    _log(model, 3, [5, 6])
+    (model / "preview.png").write_bytes(b"a picture of iteration 6")
+    done = restore(model)
+    assert done.archived == ["6", "logs/session_3", "preview.png"]
+    assert (done.archive / "preview.png").read_bytes() == b"a picture of iteration 6"
+    assert _shown(model) == {1: [1, 2], 2: [3, 4]}
+    status = Watch(model, may_ask=False).status()
+    assert (status["state"], status["preview"]) == ("restored", None)
+    assert set(status["latest"]) == {"restore"}
+    assert status["latest"]["restore"]["iteration"] == 4
+    assert "step" not in {event["event"] for event in status["events"]}
+    _log(model, 3, [5, 6])  # and training goes on
+    assert _shown(model) == {1: [1, 2], 2: [3, 4], 3: [5, 6]}
+    assert Watch(model, may_ask=False).status()["latest"]["step"]["iteration"] == 6
+
+
+def test_what_is_restored_again_is_shown_again(model):
+    _log(model, 1, [1, 2, 3, 4])
+    _log(model, 2, [3, 4])
+    _log(model, 3, [5, 6])
+    first = restore(model, generation="2")
+    assert _shown(model) == {1: [1, 2]}
+    restore(model, snapshot=first.archive)
+    shutil.copytree(first.archive / "logs", model / "logs", dirs_exist_ok=True)
+    restored = restore(model)
+    assert _shown(model) == {1: [1, 2], 2: [3, 4]}
+    restore(model, snapshot=restored.archive)
+    shutil.copytree(restored.archive / "logs", model / "logs", dirs_exist_ok=True)
+    assert _shown(model) == {1: [1, 2], 2: [3, 4], 3: [5, 6]}
 
 
 def test_what_was_archived_can_be_restored(model):

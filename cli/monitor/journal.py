@@ -7,7 +7,6 @@ before it.
 
 import json
 import os
-import re
 import stat
 from collections import deque
 from collections.abc import Iterator
@@ -15,11 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...core.run.history import session_number
+from ...core.run.log import EVENTS
 from ...core.run.report_files import older_file
 
-EVENTS = "events.jsonl"
-_SESSION = re.compile(r"session_([1-9]\d{0,8})", re.ASCII)
+KINDS = ("start", "step", "save", "preview", "stop", "crash", "restore")
+"""Events whose latest one is looked at by itself."""
+
 _MAX_BYTES = 2 << 20  # of what was written before the first look: hours of status lines
+_MAX_LINE_BYTES = 1 << 15  # of a start with all settings, there are some thousand
 _MAX_SECONDS = 1e11
 _MOST_STEPS, _MOST_OTHERS = 8, 200
 
@@ -38,7 +41,7 @@ class Journal:
     def _begin(self, session: int | None, path: Path | None) -> None:
         self.session, self._path, self._inode, self._offset = session, path, 0, 0
         self.latest: dict[str, dict[str, Any]] = {}
-        """The last event of each kind since the last start."""
+        """The last event of each of `KINDS` since the last start or restore."""
 
         self.unreadable = 0
         """Lines that are no events, as a crash or a full disk may leave them."""
@@ -86,6 +89,8 @@ class Journal:
         """Take in the lines that follow those that were read; the last may be half written."""
         if stream is None:
             return
+        if _size(stream) - self._offset > _MAX_BYTES:
+            self._start(stream, _MAX_BYTES)
         stream.seek(self._offset)
         whole, newline, _ = stream.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
@@ -98,39 +103,56 @@ class Journal:
             names = os.listdir(self._logs)
         except OSError:
             return None, None
-        found: list[tuple[int, int, Path]] = []
-        for name in names:
-            if match := _SESSION.fullmatch(name):
-                path = self._logs / name / EVENTS
-                for file in (path, older_file(path, 1)):
-                    with suppress(OSError):  # it has none, or is put aside at this moment
-                        facts = file.lstat()
-                        if stat.S_ISREG(facts.st_mode):
-                            found.append((facts.st_mtime_ns, int(match[1]), path))
-        if not found:
-            return None, None
-        _, number, path = max(found)
-        return number, path
+        numbered = [(session_number(name), name) for name in names]
+        told = [
+            (_told_at(os.path.join(self._logs, name, EVENTS)), number, name)
+            for number, name in numbered
+            if number is not None
+        ]
+        at, number, name = max(told, default=(0, 0, ""))
+        return (number, self._logs / name / EVENTS) if at else (None, None)
 
     def _take(self, line: bytes) -> None:
-        try:
-            event = json.loads(line)
-            json.dumps(event, allow_nan=False)  # it will be passed on, and JSON has no NaN
-        except (ValueError, RecursionError):
+        event = _event(line)
+        if event is None:
             self.unreadable += 1
             return
-        if (
-            not isinstance(event, dict)
-            or not isinstance(event.get("event"), str)
-            or type(event.get("time")) not in (int, float)
-            or not 0 <= event["time"] <= _MAX_SECONDS
-        ):
-            self.unreadable += 1
-            return
-        if event["event"] == "start":  # also of the same number, after a session lost in a crash
-            self.latest = {}
-        self.latest[event["event"]] = event
+        if event["event"] in ("start", "restore"):
+            self.latest = {}  # a session that was lost in a crash had the same number
+        if event["event"] == "restore":
+            self._steps.clear()
+        if event["event"] in KINDS:
+            self.latest[event["event"]] = event
         (self._steps if event["event"] == "step" else self._others).append(event)
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None for what is none."""
+    if len(line) > _MAX_LINE_BYTES:
+        return None
+    try:
+        event = json.loads(line)
+        json.dumps(event, allow_nan=False)  # it will be passed on, and JSON has no NaN
+    except (ValueError, RecursionError):
+        return None
+    if (
+        not isinstance(event, dict)
+        or not isinstance(event.get("event"), str)
+        or type(event.get("time")) not in (int, float)
+        or not 0 <= event["time"] <= _MAX_SECONDS
+    ):
+        return None
+    return event
+
+
+def _told_at(events: str) -> int:
+    """When something was added last to a session's events, in ns; 0 where it has none."""
+    for path in (events, str(older_file(Path(events), 1))):  # it may be put aside at this moment
+        with suppress(OSError):
+            facts = os.lstat(path)
+            if stat.S_ISREG(facts.st_mode):
+                return facts.st_mtime_ns
+    return 0
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...core.run.checkpoint import STATE
+from ...core.run.checkpoint import PREVIEW, STATE
 from ...core.run.history import History, read_history
 from ...core.run.holder import holder
 from ...core.run.statistics import total_figures
@@ -56,6 +56,8 @@ class Watch:
             state = "stopped"
         elif "crash" in latest:
             state = "failed"
+        elif "restore" in latest:
+            state = "restored"
         elif is_fresh:  # on another host, whose lock cannot be seen
             state = "running"
         elif newest is not None:
@@ -68,7 +70,7 @@ class Watch:
             "host": None if found is None or found.is_here else found.host,
             "pid": found.pid if found is not None and found.is_running else None,
             "session": session,
-            "latest": {kind: event for kind, event in latest.items() if kind != "warning"},
+            "latest": latest,
             "events": events,
             "unreadable": unreadable,
             "preview": self._preview_tag(),
@@ -111,7 +113,7 @@ class Watch:
         """The newest preview of the run as PNG; None where there is none."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            handle = os.open(self._path / "preview.png", flags)
+            handle = os.open(self._path / PREVIEW, flags)
         except OSError:
             return None
         with os.fdopen(handle, "rb") as stream:
@@ -122,7 +124,7 @@ class Watch:
 
     def _preview_tag(self) -> str | None:
         try:
-            found = (self._path / "preview.png").lstat()
+            found = (self._path / PREVIEW).lstat()
         except OSError:
             return None
         return f"{found.st_mtime_ns:x}-{found.st_size:x}" if stat.S_ISREG(found.st_mode) else None

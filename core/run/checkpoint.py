@@ -6,6 +6,7 @@
                          manifest.json (size and SHA-256 of the others, and the order of writing)
     backup/              the same of the save with the lowest mean loss
     archived_<time>/     what `restore` replaced: generations, state.json, config.toml, logs
+    preview.png          what the model makes of some faces
     .lock                held (flock) by the process that trains
 
 <n> is the total iteration; a second, different save at the same iteration is <n>-2, <n>-3, ...
@@ -64,6 +65,7 @@ from .generation import (
 from .lock import LOCK, acquire
 
 BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
+PREVIEW = "preview.png"
 POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
 
 _NAME = re.compile(r"\d{1,12}(-\d{1,6})?")

@@ -4,17 +4,25 @@ Nothing is locked or written, so a model may be read while it trains. Sessions t
 yet are taken from the events alone.
 
 What a crash or a way back undid is left out: every run begins its file of events with the iteration
-at which it began, and from there on it takes the place of all that was written before.
+at which it began, and from there on it takes the place of all that was written before. So does the
+mark of a `mien model restore`, of what was written of its session.
 
 An event of a long training stands for several iterations: for all since the event before.
+
+The events may come from a stranger, and be many: a record, a time, an iteration and the number of
+tags are bounded, and no more than the files hold is ever read or kept.
 """
 
+import math
 import os
+import re
 import struct
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,9 +31,11 @@ import numpy as np
 from ..config import MAX_TOML_BYTES, parse_toml
 from . import statistics
 from .checkpoint import CONFIG, ModelFolder
-from .files import DamagedError, read_regular
+from .files import DamagedError, open_regular, read_regular
+from .generation import MAX_COUNT
 from .log import ITERATION
 from .session import Session, TrainingState
+from .undone import MARK
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -33,6 +43,12 @@ if TYPE_CHECKING:
 
 _HEADER = struct.Struct("<Q4x")  # of a record: size of its event; CRC
 _FOOTER_BYTES = 4  # CRC of the event
+_MAX_RECORD_BYTES = 1 << 20  # of an iteration, there are some hundred
+_MAX_FILE_BYTES = 1 << 40
+_MAX_SECONDS = 1e11
+_MOST_TAGS = 64  # that are kept: faces and masks of both sides, and of four outputs, are 16
+
+_SESSION = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -104,23 +120,19 @@ def read_history(model_dir: Path, wants: Callable[[str], bool] = lambda tag: Fal
     with ModelFolder(model_dir, read_only=True) as folder:
         values = folder.newest_state()
     state = None if values is None else TrainingState.from_dict(values)
-    saved = {} if state is None else {one.number: one for one in state.sessions}
+    saved = [] if state is None else state.sessions
     try:
         files = _read_files(model_dir / "logs", wants)
         unsaved_batch_size = _batch_size(model_dir / CONFIG)
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}; mend that") from error
-    _leave_out_undone(files, list(saved.values()))
-    sessions = []
-    for number in sorted(saved.keys() | {file.session for file in files if file.iterations}):
-        batch_size = saved[number].batch_size if number in saved else unsaved_batch_size
-        own = [file for file in files if file.session == number]
-        sessions.append(_joined(number, saved.get(number), batch_size, own))
+    _leave_out_undone(files, saved)
+    sessions = _sessions(files, saved, unsaved_batch_size)
     return History(
         trainer=None if state is None else state.trainer,
         sessions=sessions,
         tags=sorted({tag for file in files for tag in file.tags}),
-        warnings=_missing(sessions),
+        warnings=_missing(sessions) + _unusable(files),
     )
 
 
@@ -129,6 +141,9 @@ class _EventFile:
     """What one run logged, in arrays: a million events take 8 MB a column."""
 
     session: int
+    is_mark: bool
+    """Written by a restore: it holds no iterations."""
+
     began_at: float = 0.0
     first_iteration: int | None = None
     iterations: array = field(default_factory=lambda: array("q"))
@@ -144,8 +159,14 @@ class _EventFile:
     places: dict[str, int] = field(default_factory=dict)
     """Where in an event each kept tag is."""
 
+    num_unusable: int = 0
+    """Events of no time or no iteration that there can be."""
+
     def add(self, event: "Event", wants: Callable[[str], bool]) -> None:
         """Take in what one event tells."""
+        if not (0 <= event.wall_time <= _MAX_SECONDS and 0 <= event.step <= MAX_COUNT):
+            self.num_unusable += 1
+            return
         if event.HasField("session_log"):
             self.began_at, self.first_iteration = event.wall_time, event.step
         values = event.summary.value
@@ -156,6 +177,8 @@ class _EventFile:
             self._find_places(values, wants)
         if ITERATION not in self.places:
             return
+        if self.iterations and event.step <= self.iterations[-1]:
+            self.cut(event.step - 1)
         self.counts.append(max(event.step - self._last_iteration(event.step), 1))
         self.iterations.append(event.step)
         self.times.append(event.wall_time)
@@ -167,12 +190,11 @@ class _EventFile:
         self.num_values = len(values)
         places = {value.tag: place for place, value in enumerate(values)}
         self.tags |= places.keys()
-        self.places = {
-            tag: place for tag, place in places.items() if tag == ITERATION or wants(tag)
-        }
-        for tag in self.places:
-            if wants(tag):
+        self.places = {tag: place for tag, place in places.items() if tag == ITERATION}
+        for tag, place in places.items():
+            if wants(tag) and (tag in self.losses or len(self.losses) < _MOST_TAGS):
                 self.losses.setdefault(tag, array("d", [np.nan]) * len(self.times))
+                self.places[tag] = place
 
     def _last_iteration(self, step: int) -> int:
         """The iteration after which the event of a step begins."""
@@ -180,7 +202,7 @@ class _EventFile:
             return self.iterations[-1]
         return (step if self.first_iteration is None else self.first_iteration) - 1
 
-    def cut(self, last: int) -> None:
+    def cut(self, last: float) -> None:
         """Forget the iterations after one."""
         count = bisect_right(self.iterations, last)
         for column in (self.iterations, self.counts, self.times, *self.losses.values()):
@@ -190,18 +212,45 @@ class _EventFile:
 def _read_files(logs: Path, wants: Callable[[str], bool]) -> list[_EventFile]:
     """All files of events, in the order in which they were begun."""
     files = []
-    for path in logs.glob("session_*/train/events.out.tfevents.*"):
-        number = path.parts[-3].removeprefix("session_")
-        if number.isdecimal() and path.is_file():
-            file = _EventFile(session=int(number))
-            for event in _events(path):
-                file.add(event, wants)
-            files.append(file)
+    for path in event_files(logs):
+        number = session_number(path.parts[-3])
+        file = _EventFile(session=number, is_mark=MARK.fullmatch(path.name) is not None)
+        try:
+            with open_regular(path, _MAX_FILE_BYTES) as stream:
+                for event in _events(stream):
+                    file.add(event, wants)
+        except DamagedError:  # it is no file, or has been taken away
+            continue
+        files.append(file)
     return sorted(files, key=lambda file: file.began_at)
 
 
-def _events(path: Path) -> Iterator["Event"]:
-    """The events of a file, up to the first that is not whole.
+def event_files(logs: Path) -> Iterator[Path]:
+    """Every file of events of every session in a folder of logs."""
+    for folder in _entries(logs):
+        if _SESSION.fullmatch(folder):
+            train = logs / folder / "train"
+            for name in _entries(train):
+                if name.startswith("events.out.tfevents."):
+                    yield train / name
+
+
+def session_number(folder: str) -> int:
+    """The number of the session that has a folder of logs of this name; 0 where none has."""
+    found = _SESSION.fullmatch(folder)
+    return int(found[1]) if found else 0
+
+
+def _entries(folder: Path) -> list[str]:
+    """The names in a folder; none where it is no folder, or is taken away at this moment."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _events(stream: BufferedReader) -> Iterator["Event"]:
+    """The events of a file, up to the first that is not whole or is none of a run's.
 
     The checksums are not computed: in Python that takes minutes for a million iterations. What a
     crash leaves shows without them: the end is missing, or is zeros, which are empty events.
@@ -209,33 +258,61 @@ def _events(path: Path) -> Iterator["Event"]:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    with open(path, "rb", buffering=1 << 20) as stream:
-        left = os.fstat(stream.fileno()).st_size  # what comes while it is read is left out
-        while left >= _HEADER.size:
-            (size,) = _HEADER.unpack(stream.read(_HEADER.size))
-            left -= _HEADER.size + size + _FOOTER_BYTES
-            if left < 0:
-                return
-            try:
-                event = Event.FromString(stream.read(size))
-            except DecodeError:
-                return
-            stream.read(_FOOTER_BYTES)
-            yield event
+    left = os.fstat(stream.fileno()).st_size  # what comes while it is read is left out
+    while left >= _HEADER.size:
+        (size,) = _HEADER.unpack(stream.read(_HEADER.size))
+        left -= _HEADER.size + size + _FOOTER_BYTES
+        if left < 0 or not 0 < size <= _MAX_RECORD_BYTES:
+            return
+        try:
+            event = Event.FromString(stream.read(size))
+        except DecodeError:
+            return
+        stream.read(_FOOTER_BYTES)
+        yield event
 
 
 def _leave_out_undone(files: list[_EventFile], saved: list[Session]) -> None:
-    """Cut off what was logged of iterations that a later run began anew."""
-    for number, file in enumerate(files):
-        if file.first_iteration is not None:
-            for earlier in files[:number]:
-                earlier.cut(file.first_iteration - 1)
-    last = 0
-    for session in saved[:-1]:  # the last one may go on
-        last += session.iterations
-        for file in files:
-            if file.session == session.number:
-                file.cut(last)
+    """Cut off what was logged of iterations that a later run began anew, or a restore undid."""
+    first: float = math.inf  # of what was begun later
+    first_of_session: dict[int, float] = {}
+    for file in reversed(files):
+        own_first = first_of_session.get(file.session, math.inf)
+        file.cut(min(first, own_first) - 1)
+        if file.first_iteration is not None and file.is_mark:
+            first_of_session[file.session] = min(own_first, file.first_iteration)
+        elif file.first_iteration is not None:
+            first = min(first, file.first_iteration)
+    numbers = [session.number for session in saved]
+    lasts = list(accumulate(session.iterations for session in saved))
+    for file in files:
+        place = bisect_left(numbers, file.session)  # the first one stands for all before it
+        if place < len(saved) - 1:  # the last one may go on
+            file.cut(lasts[place])
+
+
+def _sessions(
+    files: list[_EventFile], saved: list[Session], unsaved_batch_size: int | None
+) -> list[SessionHistory]:
+    """Every session that is saved or logged, by its number."""
+    logged: dict[int, list[_EventFile]] = {}
+    for file in files:
+        logged.setdefault(file.session, []).append(file)
+    known = {session.number: session for session in saved}
+    trained = {file.session for file in files if file.iterations}
+    earliest = saved[0] if saved and saved[0].number > 1 else None  # it stands for all up to it
+    if earliest is not None and any(number <= earliest.number for number in trained):
+        del known[earliest.number]
+    sessions = []
+    for number in sorted(known.keys() | trained):
+        batch_size = unsaved_batch_size
+        if number in known:
+            batch_size = known[number].batch_size
+        elif earliest is not None and number <= earliest.number:
+            batch_size = earliest.batch_size
+        own = logged.get(number, [])
+        sessions.append(_joined(number, known.get(number), batch_size, own))
+    return sessions
 
 
 def _joined(
@@ -280,4 +357,15 @@ def _missing(sessions: list[SessionHistory]) -> list[str]:
         f"{one.number}; its figures are those of the logs"
         for one in sessions
         if one.saved and 0 < one.num_logged < one.saved.iterations
+    ]
+
+
+def _unusable(files: list[_EventFile]) -> list[str]:
+    """A sentence where events had to be left out."""
+    count = sum(file.num_unusable for file in files)
+    if not count:
+        return []
+    return [
+        f"{count} events of the logs have no time or no iteration that there can be, and are left "
+        "out: those files are damaged, or not written by mien"
     ]

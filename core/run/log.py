@@ -18,7 +18,8 @@ JSON events are one object a line: {"event": "start" | "found_rates" | "step" | 
 "save" | "snapshot" | "preview" | "timelapse" | "stage" | "warning" | "crash" | "stop", "time":
 seconds since 1970, ...}. They are kept in <model dir>/logs/session_<n>/events.jsonl, of the steps
 one a second (see `spacing`), where a session that was lost in a crash and the one that has its
-number are told apart by their "start". TensorBoard is imported only where a TensorBoardLog is made.
+number are told apart by their "start". There is "restore", too: what followed its iteration was
+undone by `mien model restore`. TensorBoard is imported only where a TensorBoardLog is made.
 """
 
 import math
@@ -37,6 +38,8 @@ from ..printable import printable, to_json
 from .output import Output
 from .report_files import Report, ReportFile
 from .spacing import Means, Spacing
+
+EVENTS = "events.jsonl"
 
 _SECONDS_BETWEEN_FLUSHES = 30.0
 _SECONDS_BETWEEN_STEPS = 1.0  # in files
@@ -95,12 +98,15 @@ class TensorBoardLog:
         session: Number of the session.
         first_step: Total iteration of the session's first step; TensorBoard hides what a session of
             the same number, lost in a crash, wrote from there on.
+        ending: What the file's name ends in, to be known by.
 
     Raises:
         LogError: Here and in every method, where the disk refuses.
     """
 
-    def __init__(self, model_dir: Path, session: int, first_step: int = 1) -> None:
+    def __init__(
+        self, model_dir: Path, session: int, first_step: int = 1, *, ending: str = ""
+    ) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
@@ -108,7 +114,7 @@ class TensorBoardLog:
         self._event, self._summary = Event, Summary
         self.folder = model_dir / "logs" / f"session_{session}" / "train"
         # Not by its SummaryWriter, whose thread prints a traceback where the disk is full.
-        self._file: BinaryIO = self._guarded(self._create)
+        self._file: BinaryIO = self._guarded(lambda: self._create(ending))
         self._records = RecordWriter(self._file)
         self._flushed_at = time.monotonic()
         self._means = Means()
@@ -155,11 +161,12 @@ class TensorBoardLog:
         self._flushed_at = time.monotonic()
         self._guarded(self._file.flush)
 
-    def _create(self) -> BinaryIO:
+    def _create(self, ending: str) -> BinaryIO:
         """A new file with a name that TensorBoard knows and reads after earlier ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
         parts = (f"{int(time.time()):010d}", socket.gethostname(), os.getpid(), time.monotonic_ns())
-        return (self.folder / ".".join(map(str, ("events.out.tfevents", *parts)))).open("xb")
+        name = ".".join(map(str, ("events.out.tfevents", *parts))) + ending
+        return (self.folder / name).open("xb")
 
     def _add(self, wall_time: float | None = None, **fields: Any) -> None:
         now = time.time() if wall_time is None else wall_time

@@ -5,7 +5,8 @@ The order makes a kill at any moment leave the old or the restored state in use,
     1. what will be replaced is copied (hard links where the disk has them) to `archived_<time>/`,
        which gets its name when it is whole
     2. the restored save is written as the newest generation; its name is the moment of change
-    3. the generations that are archived now, and logs that the restored state does not know, leave
+    3. the logs are told what is undone (see `undone`); the preview, the generations that are
+       archived now, and logs that the restored state does not know, leave
 
 The same command again finishes what a kill interrupted.
 """
@@ -17,7 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import BACKUP, ModelFolder
+from .checkpoint import BACKUP, PREVIEW, ModelFolder
 from .files import DamagedError, copy_file, copy_files, read_regular, replace_file, sync_folder
 from .generation import (
     CONFIG,
@@ -29,6 +30,7 @@ from .generation import (
     read_state,
 )
 from .session import TrainingState
+from .undone import mark_undone
 
 _SESSION = re.compile(r"session_(\d{1,12})")
 
@@ -156,14 +158,17 @@ def _restored(
     else:
         name = in_use.name
         folder.point_to(name, state.to_dict())
+    pictures: list[str] = []
     if archive is not None:
+        pictures = _move_preview(folder.path, archive)
+        mark_undone(folder.path, state)
         _move_out(generations, replaced, unreadable, archive)
         _move_logs(logs, archive)
     if CONFIG in manifest.files:
         replace_file(
             folder.path / CONFIG, read_regular(generations / name / CONFIG, MAX_JSON_BYTES)
         )
-    archived = [*replaced, *unreadable, *(f"logs/{log.name}" for log in logs)]
+    archived = [*replaced, *unreadable, *(f"logs/{log.name}" for log in logs), *pictures]
     return Restored(manifest.iterations, name, archive, archived)
 
 
@@ -211,6 +216,14 @@ def _move_out(generations: Path, replaced: list[str], unreadable: list[str], arc
         os.rename(generations / name, archive / "generations" / name)
     sync_folder(archive / "generations")
     sync_folder(generations)
+
+
+def _move_preview(path: Path, archive: Path) -> list[str]:
+    """Take the preview away, which shows what is undone; its name, where there is one."""
+    if not (path / PREVIEW).is_file():
+        return []
+    os.rename(path / PREVIEW, archive / PREVIEW)
+    return [PREVIEW]
 
 
 def _unknown_logs(logs: Path, state: TrainingState) -> list[Path]:

@@ -18,6 +18,7 @@ from ..config import Config
 from ..data.preview_faces import PreviewFaces, PreviewLoader, drawn, spread
 from ..data.sides import SIDES
 from ..faces.folder import Face, read_folder
+from ..run.checkpoint import PREVIEW
 from ..run.preview import preview_image, save_jpeg, save_png
 from ..run.window import PreviewWindow
 from .precision import Precision
@@ -67,7 +68,7 @@ class Pictures:
         self._loader, self._trained_on, self._window, self._warn = loader, faces, window, warn
         count = self._settings.preview_images
         self._faces = loader.load({side: spread(all_, count) for side, all_ in faces.items()})
-        self._preview_paths = [folder / "preview.png"]
+        self._preview_paths = [folder / PREVIEW]
         if self._settings.write_image:
             self._preview_paths.append(Path(self._settings.write_image))
         self._timelapse_folder = Path(self._settings.timelapse_output or folder / "timelapse")

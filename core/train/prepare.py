@@ -26,7 +26,7 @@ from ..recipes import Recipe
 from ..run.checkpoint import ModelFolder, Saver
 from ..run.crash import reporting_crashes
 from ..run.generation import Generation
-from ..run.log import Log, LogError, NullLog, Reporter, open_log
+from ..run.log import EVENTS, Log, LogError, NullLog, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from ..run.window import PreviewWindow
 from . import engine as engines
@@ -273,7 +273,7 @@ def _prepare(
     first_step = state.iterations + 1
     log = _open_log(config, folder.path, session.number, first_step, reporter)
     stack.callback(_close_log, log, reporter)
-    events = folder.path / "logs" / f"session_{session.number}" / "events.jsonl"
+    events = folder.path / "logs" / f"session_{session.number}" / EVENTS
     reporter.keep_in(
         events=events if config.save.logs else None,
         log_file=Path(config.log.file) if config.log.file else None,
