@@ -14,8 +14,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(os.environ.get("MIEN_RESULTS") or Path(__file__).parent / "results")
-"""Where files of results lie; MIEN_RESULTS names another folder, as on a machine that is lent."""
+_PACKAGE = Path(__file__).parents[1]
+IS_SOURCE_TREE = (_PACKAGE / "pyproject.toml").is_file()
+_OURS = (_PACKAGE if IS_SOURCE_TREE else Path()) / "benchmarks/results"
+RESULTS = Path(os.environ.get("MIEN_RESULTS") or _OURS)
+"""Where files of results lie: beside this code, or below the working folder where mien was
+installed as a wheel; MIEN_RESULTS names another folder, as on a machine that is lent."""
 
 SCHEMA = 2
 
@@ -277,10 +281,12 @@ def write_results(
 
     ceilings: what the card can do; conditions: `card_state` before and after, by benchmark. Those
     of the file stay where none are given.
+
+    Raises:
+        ValueError: The disk refuses.
     """
     where = environment()
     path = results_path(where)
-    path.parent.mkdir(parents=True, exist_ok=True)
     old = read_results(path) if path.exists() else {"rows": []}
     new = {identity(row) for row in rows}
     content = {
@@ -290,7 +296,13 @@ def write_results(
         "conditions": {**old.get("conditions", {}), **(conditions or {})},
         "rows": [row for row in old["rows"] if identity(row) not in new] + rows,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; make its folder writable, or add --no-save"
+        ) from error
     return path
 
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from ..core.config import merge
 from ..core.run.log import Reporter
-from .harness import environment
+from . import harness
 
 FIRST_COMPARED, LAST_COMPARED, ALLOWED_SHARE = 101, 650, 0.10
-RESULTS = Path(__file__).parent / "results" / "learning"
+RESULTS = harness.RESULTS / "learning"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def run_once(reference: Reference, precision: str, seed: int, keep: Path | None 
         **{f"loss_{side}": [round(x, 5) for x in losses[side]] for side in "ab"},
     }
     result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps({"environment": environment(), **facts}) + "\n")
+    result.write_text(json.dumps({"environment": harness.environment(), **facts}) + "\n")
     if keep is None:
         shutil.rmtree(folder)
     return result

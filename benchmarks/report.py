@@ -262,8 +262,10 @@ def update(readme: Path, docs: Path) -> None:
     ``docs`` is as the README names it.
 
     Raises:
-        ValueError: The README lacks the marks.
+        ValueError: The README lacks the marks, or is not there.
     """
+    if not readme.is_file():
+        raise ValueError(f"there is no {readme} here: run `mien bench report` in mien's own folder")
     text = readme.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

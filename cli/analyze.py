@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..core.run.statistics import Figures
 
 _HEADINGS = ("session", "start", "end", "elapsed", "batch", "iterations", "EG/s")
+_MOST_NAMED = 20  # sessions, in an error
 _FOR_GRAPHS = ("smoothing", "rolling", "trend", "flatten_outliers", "range", "loss", "rate")
 
 
@@ -170,9 +171,10 @@ def _only_sessions(history: "History", args: argparse.Namespace) -> "History":
         raise ValueError(f"nothing was trained in {args.model} yet; `mien train` does")
     for number in args.session or ():
         if number not in known:
-            there = ", ".join(str(one) for one in known)
+            newest = ", ".join(str(one) for one in known[-_MOST_NAMED:])
+            there = newest if len(known) <= _MOST_NAMED else f"{known[0]} to {known[-1]}"
             raise ValueError(f"--session {number}: {args.model} has no such session, only {there}")
-    chosen = args.session or known
+    chosen = set(args.session or known)
     sessions = [session for session in history.sessions if session.number in chosen]
     return dataclasses.replace(history, sessions=sessions)
 

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "could reach; all: these five; models: every model, what it takes to make it and how fast "
         "a GPU trains it; ceilings: what this card can do, measured anew; learning: "
         "curves against a reference (needs --reference and faces); report: put the newest results "
-        "into README.md and docs",
+        "into README.md and docs of mien's own folder, or print them where there is none",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument(
@@ -53,10 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "learning":
         return _learning(args)
     if args.kind == "report":
-        from ..benchmarks import report
-
-        report.update(Path("README.md"), Path("docs"))
-        return 0
+        return _report()
     from .. import kernels
     from ..benchmarks import compare, harness
 
@@ -95,6 +92,19 @@ def run(args: argparse.Namespace) -> int:
         if args.markdown:
             args.markdown.write_text(compare.markdown(changes, before, here))
     return 1 if any("error" in row for row in rows) else 0
+
+
+def _report() -> int:
+    """Put the newest results into README.md and docs; print them where mien is no source tree."""
+    from ..benchmarks import harness, report
+
+    if harness.IS_SOURCE_TREE:
+        report.update(Path("README.md"), Path("docs"))
+    elif report.newest_results():
+        tell(*report.render().splitlines())
+    else:
+        raise ValueError(f"no results in {harness.RESULTS.absolute()} yet; `mien bench` measures")
+    return 0
 
 
 def _ceilings(args: argparse.Namespace) -> dict[str, Any]:

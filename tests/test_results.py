@@ -250,6 +250,34 @@ def test_the_readme_and_the_picture(folder):
         report.update(readme, docs)
 
 
+def test_a_report_of_an_installed_mien_is_printed(folder, monkeypatch, capsys):
+    """A wheel has no README of its own; that of the working folder is somebody else's."""
+    monkeypatch.setattr(harness, "IS_SOURCE_TREE", False)
+    Path("README.md").write_text("mine")
+    assert main(["bench", "report"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"mien bench: no results in {folder}/results yet; `mien bench` measures\n"
+    harness.write_results([step_row(20.0)])
+    assert main(["bench", "report"]) == 0
+    row = "| original | 16 | bf16 | mien-eager | 20.0 |"
+    assert row in capsys.readouterr().out
+    assert Path("README.md").read_text() == "mine"
+    assert not Path("docs").exists()
+
+
+def test_a_report_without_the_readme_is_refused_in_one_line(folder, capsys):
+    assert main(["bench", "report"]) == 2
+    assert "there is no README.md here: run `mien bench report` in" in capsys.readouterr().err
+    assert not Path("docs").exists()
+
+
+def test_results_that_cannot_be_written_are_refused_in_one_line(folder, monkeypatch):
+    (folder / "file").touch()
+    monkeypatch.setattr(harness, "RESULTS", folder / "file/results")
+    with pytest.raises(ValueError, match=r"cannot write .*: Not a directory; make its folder wri"):
+        harness.write_results([step_row(20.0)])
+
+
 def test_a_card_without_steps_draws_nothing(folder):
     harness.write_results([], ceilings=CEILINGS)
     assert not report.draw(report.newest_results(), folder / "picture.png")

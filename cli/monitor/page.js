@@ -2,6 +2,9 @@
 
 // The page asks for what it shows and draws it anew where that has changed; it keeps on asking
 // while the run ends, another begins, or the server is gone for a while.
+//
+// What it is told may come from a stranger's model folder: names and values of any kind are shown
+// as text, with escapes for what is no sign, and no object is looked up by them.
 
 const POLL_MS = 2000;
 const GRAPHS_EVERY = 3; // polls
@@ -86,10 +89,9 @@ async function askForGraphs() {
 function wantedRange() {
   if (view.zoom) return view.zoom;
   const share = Number(byId("range").value);
-  const sessions = view.graphs?.sessions ?? [];
-  if (share === 1 || !sessions.length) return [null, null];
-  const { last } = view.graphs;
-  return [Math.floor(last - share * (last - sessions[0].first)), last];
+  if (share === 1 || !view.graphs?.last) return [null, null];
+  const { first, last } = view.graphs;
+  return [Math.floor(last - share * (last - first)), last];
 }
 
 // Words
@@ -106,42 +108,56 @@ function duration(seconds) {
   return `${two(Math.floor(whole / 3600))}:${two(Math.floor(whole / 60) % 60)}:${two(whole % 60)}`;
 }
 
+// A value of any kind, as text on one line.
+const plain = (value) => (value !== null && typeof value === "object" ? JSON.stringify(value) : String(value));
+
+// Line ends, control characters and marks that turn the direction of writing, escaped as JSON does.
+const printable = (text) =>
+  plain(text).replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (letter) => {
+    const number = letter.codePointAt(0);
+    if (number >= 0xdc80 && number <= 0xdcff) return `\\x${(number - 0xdc00).toString(16)}`; // a byte that is no text
+    const escaped = JSON.stringify(letter).slice(1, -1);
+    return escaped === letter ? `\\u{${number.toString(16)}}` : escaped;
+  });
+
 const isNumber = (value) => typeof value === "number";
 const digits = (value, count) => (isNumber(value) ? value.toFixed(count) : "–");
 const grouped = (value) => (isNumber(value) ? value.toLocaleString() : "–");
 
 function say(element, text) {
   element.hidden = !text;
-  if (element.textContent !== text) element.textContent = text;
+  const shown = printable(text);
+  if (element.textContent !== shown) element.textContent = shown;
 }
 
 function element(name, text, className) {
   const made = document.createElement(name);
-  made.textContent = text;
+  made.textContent = printable(text);
   if (className) made.className = className;
   return made;
 }
 
 // Where the run stands
 
-const STATES = {
-  running: "running",
-  stopped: "stopped",
-  failed: "failed",
-  lost: "ended without a word",
-  idle: "not running",
-  new: "nothing here yet",
-};
+const STATES = new Map([
+  ["running", "running"],
+  ["stopped", "stopped"],
+  ["failed", "failed"],
+  ["restored", "went back"],
+  ["lost", "ended without a word"],
+  ["idle", "not running"],
+  ["new", "nothing here yet"],
+]);
 
 function showStatus(status) {
   const { step, stop } = status.latest;
   const halted = status.state === "stopped" && stop.exit_code !== 0 && stop.exit_code !== 4;
-  const word = halted ? "halted" : STATES[status.state];
+  const word = halted ? "halted" : STATES.get(status.state);
   byId("state").className = `state ${halted ? "halted" : status.state}`;
   say(byId("state"), word);
   say(byId("name"), status.name);
   say(byId("version"), status.version);
-  document.title = `${step ? `#${step.iteration} ` : ""}${word} – ${status.name}`;
+  document.title = printable(`${step ? `#${plain(step.iteration)} ` : ""}${word} – ${status.name}`);
   say(byId("summary"), summary(status));
   showFigures(status);
   showLog(status);
@@ -153,14 +169,17 @@ function showStatus(status) {
 }
 
 function summary(status) {
-  const { start, step, stop, crash } = status.latest;
+  const { start, step, stop, crash, restore } = status.latest;
   const parts = [];
   if (status.session) parts.push(`session ${status.session}`);
   if (start) parts.push(`since ${moment(start.time)}`);
   if (status.host) parts.push(`on ${status.host}`);
   if (status.pid) parts.push(`process ${status.pid}`);
-  if (status.state === "stopped") parts.push(`ended ${moment(stop.time)}: ${stop.reason}`);
-  if (status.state === "failed") parts.push(`a failure of mien itself: ${crash.error}, see ${crash.path}`);
+  if (status.state === "stopped") parts.push(`ended ${moment(stop.time)}: ${plain(stop.reason)}`);
+  if (status.state === "restored") parts.push(`to iteration ${grouped(restore.iteration)} ${moment(restore.time)}`);
+  if (status.state === "failed") {
+    parts.push(`a failure of mien itself: ${plain(crash.error)}, see ${plain(crash.path)}`);
+  }
   const last = status.events.at(-1);
   if (status.state === "lost") parts.push(`last heard of ${moment(last.time)}`);
   const age = step ? (Date.now() + view.clockOffset) / 1000 - step.time : 0;
@@ -170,7 +189,7 @@ function summary(status) {
 }
 
 function showFigures(status) {
-  const step = status.latest.step ?? {};
+  const step = status.latest.step ?? { iteration: status.latest.restore?.iteration };
   const isRunning = status.state === "running";
   const figures = [
     ["Iteration", grouped(step.iteration)],
@@ -208,26 +227,36 @@ function showPreview(status) {
 
 // The log
 
-const LINES = {
-  step: (event) =>
-    `#${event.iteration}  loss A ${digits(event.loss_a, 5)}, B ${digits(event.loss_b, 5)}, ${digits(event.eg_per_s, 1)} EG/s`,
-  save: (event) =>
-    `Saved iteration ${event.iteration}` +
-    (isNumber(event.seconds) ? ` in ${digits(event.seconds, 1)} s` : "") +
-    (isNumber(event.mean_loss) ? `, mean loss ${digits(event.mean_loss, 5)}` : ""),
-  preview: (event) => `Preview of iteration ${event.iteration}`,
-  warning: (event) => `Warning: ${event.message}`,
-  stop: (event) => `Stopped at iteration ${event.iteration}: ${event.reason} (exit code ${event.exit_code})`,
-};
+const LINES = new Map([
+  [
+    "step",
+    (event) =>
+      `#${plain(event.iteration)}  loss A ${digits(event.loss_a, 5)}, B ${digits(event.loss_b, 5)}, ${digits(event.eg_per_s, 1)} EG/s`,
+  ],
+  [
+    "save",
+    (event) =>
+      `Saved iteration ${plain(event.iteration)}` +
+      (isNumber(event.seconds) ? ` in ${digits(event.seconds, 1)} s` : "") +
+      (isNumber(event.mean_loss) ? `, mean loss ${digits(event.mean_loss, 5)}` : ""),
+  ],
+  ["preview", (event) => `Preview of iteration ${plain(event.iteration)}`],
+  ["restore", (event) => `Went back to iteration ${plain(event.iteration)}: what followed it is undone`],
+  ["warning", (event) => `Warning: ${plain(event.message)}`],
+  [
+    "stop",
+    (event) =>
+      `Stopped at iteration ${plain(event.iteration)}: ${plain(event.reason)} (exit code ${plain(event.exit_code)})`,
+  ],
+]);
 
 function line(event) {
-  if (LINES[event.event]) return LINES[event.event](event);
+  const known = LINES.get(event.event);
+  if (known) return known(event);
   const facts = Object.entries(event).filter(([name, value]) => !["event", "time"].includes(name) && value !== null);
   const words = facts.map(([name, value]) => `${name.replaceAll("_", " ")} ${isNumber(value) ? +value.toPrecision(5) : plain(value)}`);
   return `${event.event[0]?.toUpperCase() ?? ""}${event.event.slice(1)}: ${words.join(", ")}`;
 }
-
-const plain = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));
 
 function showLog(status) {
   const log = byId("log");
@@ -238,7 +267,7 @@ function showLog(status) {
   log.replaceChildren(
     ...status.events.map((event) => {
       const entry = element("li", "", ["warning", "step", "stop"].find((name) => name === event.event));
-      entry.append(element("time", clock(event.time)), ` ${line(event)}`);
+      entry.append(element("time", clock(event.time)), printable(` ${line(event)}`));
       return entry;
     }),
   );
@@ -249,6 +278,7 @@ function showLog(status) {
 
 function showAnalysis(analysis) {
   say(byId("problem"), [analysis.problem, ...analysis.warnings].filter(Boolean).join(" · "));
+  say(byId("earlier"), analysis.earlier ? `${grouped(analysis.earlier)} earlier sessions are in the total alone.` : "");
   byId("sessions").replaceChildren(...analysis.sessions.map((session) => row(session, session.session)));
   byId("total").replaceChildren(...(analysis.total ? [row(analysis.total, "Total")] : []));
 }
@@ -298,7 +328,7 @@ function layout(yaxis) {
   const isNarrow = window.innerWidth < 480;
   const axis = { gridcolor: color("--line"), zerolinecolor: color("--line"), automargin: true };
   const [first, last] = wantedRange();
-  const sessions = (view.graphs?.sessions ?? []).slice(1);
+  const sessions = view.graphs?.sessions ?? [];
   return {
     margin: { l: isNarrow ? 44 : 56, r: 10, t: 34, b: 40 },
     paper_bgcolor: "rgba(0,0,0,0)",
@@ -426,17 +456,17 @@ async function request(name) {
     const values = await answer.json();
     if (answer.status === 403) askForToken();
     if (answer.ok) keepToken(token);
-    say(byId("answer"), answer.ok ? ASKED[name] : values.error);
+    say(byId("answer"), answer.ok ? ASKED.get(name) : values.error);
   } catch {
     say(byId("answer"), "No answer from mien monitor; was the request made? See the log below.");
   }
 }
 
-const ASKED = {
-  save: "Asked for a save: it is made after the present step.",
-  preview: "Asked for a preview: it is made after the present step.",
-  stop: "Asked to stop: the run saves and ends.",
-};
+const ASKED = new Map([
+  ["save", "Asked for a save: it is made after the present step."],
+  ["preview", "Asked for a preview: it is made after the present step."],
+  ["stop", "Asked to stop: the run saves and ends."],
+]);
 
 function keepToken(token) {
   view.token = token;

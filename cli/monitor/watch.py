@@ -1,7 +1,9 @@
 """What the page shows of a model folder, read without a lock and without writing anything."""
 
 import dataclasses
+import math
 import os
+import re
 import stat
 import threading
 import time
@@ -11,7 +13,7 @@ from typing import Any
 
 from ... import __version__
 from ...core.run.checkpoint import PREVIEW, STATE
-from ...core.run.history import History, read_history
+from ...core.run.history import History, event_files, read_history
 from ...core.run.holder import holder
 from ...core.run.statistics import total_figures
 from .graphs import loss_points, speed_points
@@ -21,7 +23,9 @@ POINTS = 1500
 _FRESH_SECONDS = 15.0
 _SECONDS_BETWEEN_READS, _SHARE_OF_TIME = 4.0, 0.05
 _MAX_PREVIEW_BYTES = 256 << 20
-_SHOWN = ("batch_face_", "batch_mask_")
+_MOST_SESSIONS = 500  # rows of the table
+_MOST_BEGINS = 200  # lines in a graph where sessions begin; more would hide it
+_SHOWN = re.compile(r"batch_(face|mask)_[ab](_\d{1,2})?", re.ASCII)
 
 
 class Watch:
@@ -83,29 +87,31 @@ class Watch:
         history, problem = self._read()
         if history is None:
             return {"problem": problem, "loss": None, "speed": None, "sessions": []}
-        starts = [
-            {"number": one.number, "first": int(one.iterations_n[0])}
-            for one in history.sessions
-            if len(one.iterations_n)
-        ]
-        ends = [int(one.iterations_n[-1]) for one in history.sessions if len(one.iterations_n)]
+        logged = [one for one in history.sessions if len(one.iterations_n)]
+        begins = [(one.number, int(one.iterations_n[0])) for one in logged]
+        low, high = 0 if first is None else first, math.inf if last is None else last
+        later = [(number, begin) for number, begin in begins[1:] if low <= begin <= high]
         return {
             "problem": problem,
             "loss": loss_points(history, first, last, POINTS),
             "speed": speed_points(history, first, last, POINTS),
-            "sessions": starts,
-            "last": max(ends, default=0),
+            "sessions": [{"number": number, "first": begin} for number, begin in later]
+            if len(later) <= _MOST_BEGINS
+            else [],
+            "first": min((begin for _, begin in begins), default=0),
+            "last": max((int(one.iterations_n[-1]) for one in logged), default=0),
         }
 
     def analysis(self) -> dict[str, Any]:
-        """The figures of each session, and of all together."""
+        """The figures of each of the newest sessions, and of all together."""
         history, problem = self._read()
         sessions = [one.figures() for one in history.sessions] if history else []
         return {
             "problem": problem,
             "warnings": history.warnings if history else [],
             "trainer": history.trainer if history else None,
-            "sessions": [dataclasses.asdict(one) for one in sessions],
+            "earlier": max(0, len(sessions) - _MOST_SESSIONS),
+            "sessions": [dataclasses.asdict(one) for one in sessions[-_MOST_SESSIONS:]],
             "total": dataclasses.asdict(total_figures(sessions)) if sessions else None,
         }
 
@@ -139,8 +145,9 @@ class Watch:
             return self._history, self._problem
         try:
             began_at = time.monotonic()
-            if began_at >= self._read_again_at and self._has_changed():
-                self._read_anew()
+            if began_at >= self._read_again_at:
+                if self._has_changed():
+                    self._read_anew()
                 took = time.monotonic() - began_at
                 wait = max(_SECONDS_BETWEEN_READS, took / _SHARE_OF_TIME)
                 self._read_again_at = time.monotonic() + wait
@@ -151,16 +158,16 @@ class Watch:
     def _has_changed(self) -> bool:
         """True where a file that the history is read from is not as it was the last time."""
         found = {}
-        for path in (self._path / STATE, *self._path.glob("logs/session_*/train/events.*")):
+        for path in (self._path / STATE, *event_files(self._path / "logs")):
             with suppress(OSError):  # not there yet, or taken away at this moment
-                facts = path.stat()
+                facts = os.stat(path)
                 found[path] = (facts.st_size, facts.st_mtime_ns)
         before, self._seen = self._seen, found
         return found != before
 
     def _read_anew(self) -> None:
         try:
-            self._history = read_history(self._path, lambda tag: tag.startswith(_SHOWN))
+            self._history = read_history(self._path, lambda tag: _SHOWN.fullmatch(tag) is not None)
             self._problem = None
         except ValueError as error:  # the page tells of it, and keeps what it had
             self._problem, self._seen = str(error), None

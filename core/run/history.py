@@ -46,6 +46,7 @@ _FOOTER_BYTES = 4  # CRC of the event
 _MAX_RECORD_BYTES = 1 << 20  # of an iteration, there are some hundred
 _MAX_FILE_BYTES = 1 << 40
 _MAX_SECONDS = 1e11
+_MOST_WARNINGS = 10
 _MOST_TAGS = 64  # that are kept: faces and masks of both sides, and of four outputs, are 16
 
 _SESSION = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
@@ -213,10 +214,11 @@ def _read_files(logs: Path, wants: Callable[[str], bool]) -> list[_EventFile]:
     """All files of events, in the order in which they were begun."""
     files = []
     for path in event_files(logs):
-        number = session_number(path.parts[-3])
-        file = _EventFile(session=number, is_mark=MARK.fullmatch(path.name) is not None)
+        _, folder, _, name = path.rsplit(os.sep, 3)
+        is_mark = MARK.fullmatch(name) is not None
+        file = _EventFile(session=session_number(folder) or 0, is_mark=is_mark)
         try:
-            with open_regular(path, _MAX_FILE_BYTES) as stream:
+            with open_regular(Path(path), _MAX_FILE_BYTES) as stream:
                 for event in _events(stream):
                     file.add(event, wants)
         except DamagedError:  # it is no file, or has been taken away
@@ -225,23 +227,23 @@ def _read_files(logs: Path, wants: Callable[[str], bool]) -> list[_EventFile]:
     return sorted(files, key=lambda file: file.began_at)
 
 
-def event_files(logs: Path) -> Iterator[Path]:
-    """Every file of events of every session in a folder of logs."""
-    for folder in _entries(logs):
-        if _SESSION.fullmatch(folder):
-            train = logs / folder / "train"
-            for name in _entries(train):
+def event_files(logs: Path) -> Iterator[str]:
+    """The path of every file of events of every session in a folder of logs."""
+    for folder in _names_in(str(logs)):
+        if session_number(folder) is not None:
+            train = os.path.join(logs, folder, "train")
+            for name in _names_in(train):
                 if name.startswith("events.out.tfevents."):
-                    yield train / name
+                    yield os.path.join(train, name)
 
 
-def session_number(folder: str) -> int:
-    """The number of the session that has a folder of logs of this name; 0 where none has."""
+def session_number(folder: str) -> int | None:
+    """The number of the session that has a folder of logs of this name; None where none has."""
     found = _SESSION.fullmatch(folder)
-    return int(found[1]) if found else 0
+    return int(found[1]) if found else None
 
 
-def _entries(folder: Path) -> list[str]:
+def _names_in(folder: str) -> list[str]:
     """The names in a folder; none where it is no folder, or is taken away at this moment."""
     try:
         return os.listdir(folder)
@@ -351,13 +353,15 @@ def _batch_size(path: Path) -> int | None:
 
 
 def _missing(sessions: list[SessionHistory]) -> list[str]:
-    """A sentence for each session of which less was logged than saved."""
-    return [
+    """A sentence for each session of which less was logged than saved, and one for many of them."""
+    found = [
         f"the logs hold {one.num_logged} of the {one.saved.iterations} iterations of session "
         f"{one.number}; its figures are those of the logs"
         for one in sessions
         if one.saved and 0 < one.num_logged < one.saved.iterations
     ]
+    rest = len(found) - _MOST_WARNINGS
+    return found if rest <= 0 else [*found[-_MOST_WARNINGS:], f"so it is of {rest} earlier ones"]
 
 
 def _unusable(files: list[_EventFile]) -> list[str]:
