@@ -5,16 +5,20 @@ import json
 import os
 import re
 import shutil
+import struct
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mien.cli import main
 from mien.core.run.checkpoint import ModelFolder
 from mien.core.run.graph import Tag, _thinned
-from mien.core.run.history import read_history
+from mien.core.run.history import _EventFile, _leave_out_undone, _sessions, read_history
 from mien.core.run.log import TensorBoardLog
 from mien.core.run.session import Session, TrainingState
 from mien.core.run.statistics import rate_per_iteration
@@ -249,6 +253,133 @@ def test_settings_that_are_none_of_ours_end_in_one_line_at_most(tmp_path):
     os.mkfifo(config)
     with pytest.raises(ValueError, match="is not a plain file"):
         read_history(model)
+
+
+def _add_event(model, **fields):
+    """Add an event, as a stranger may have made it, to the only file of events."""
+    (path,) = (model / "logs/session_1/train").iterdir()
+    with path.open("ab") as stream:
+        RecordWriter(stream).write(Event(**fields).SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("wall_time", "step"),
+    [
+        *((time, 3) for time in (float("nan"), float("inf"), 1e308, -1.0)),
+        *((1e9, step) for step in (-1, -(2**63), 2**63 - 1)),
+    ],
+)
+def test_times_and_iterations_that_there_cannot_be_are_left_out(tmp_path, capsys, wall_time, step):
+    model = tmp_path / "model"
+    _save(model, 4)
+    _log(model, 1, range(1, 3))
+    summary = Summary(value=[Summary.Value(tag="batch_total", simple_value=1.0)])
+    _add_event(model, wall_time=wall_time, step=step, summary=summary)
+    began = SessionLog(status=SessionLog.START)
+    _add_event(model, wall_time=wall_time, step=step, session_log=began)
+    _add_event(model, wall_time=4.0, step=4, summary=summary)
+    for words in ([], ["--json"], ["--graph", tmp_path / f"{step}.png", "--rate"]):
+        code, _, err = _analyze(capsys, model, *words)
+        assert code == 0
+        assert "2 events of the logs have no time or no iteration that there can be" in err
+    assert read_history(model).sessions[0].iterations_n.tolist() == [1, 2, 4]
+
+
+def test_an_iteration_that_is_logged_again_takes_the_place_of_what_followed(tmp_path):
+    model = tmp_path / "model"
+    _save(model, 6)
+    log = TensorBoardLog(model, 1, 1)
+    for iteration in (1, 2, 3, 4, 3, 4, 5, 5, 2, 3):
+        log.scalars({"batch_total": 1.0}, iteration)
+    log.close()
+    assert read_history(model).sessions[0].iterations_n.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("declared", [1 << 40, (1 << 64) - 1, (1 << 20) + 1])
+@pytest.mark.parametrize("has_them", [False, True], ids=["missing", "sparse"])
+def test_a_record_of_a_terabyte_is_not_read(tmp_path, declared, has_them):
+    model = tmp_path / "model"
+    _save(model, 4)
+    _log(model, 1, range(1, 5))
+    (path,) = (model / "logs/session_1/train").iterdir()
+    with path.open("ab") as stream:
+        stream.write(struct.pack("<QI", declared, 0))
+        if has_them:
+            stream.truncate(1 << 41)
+    assert len(read_history(model).sessions[0].times_n) == 4
+    with path.open("r+b") as stream:  # nothing but a hole of the disk
+        stream.truncate(path.stat().st_size // 2)
+        stream.truncate(1 << 41)
+    assert len(read_history(model).sessions[0].times_n) <= 4
+
+
+def test_a_pipe_or_a_folder_in_the_place_of_events_is_no_file_of_events(tmp_path):
+    model = tmp_path / "model"
+    _save(model, 4)
+    _log(model, 1, range(1, 5))
+    os.mkfifo(model / "logs/session_1/train/events.out.tfevents.1")
+    (model / "logs/session_1/train/events.out.tfevents.2").mkdir()
+    (model / "logs/session_2").touch()
+    os.mkfifo(model / "logs/session_3")
+    for name in ("session_0", "session_01", "session_\u0661", "session_" + "9" * 200, "other"):
+        shutil.copytree(model / "logs/session_1/train", model / f"logs/{name}", copy_function=_link)
+    assert [one.number for one in read_history(model).sessions] == [1]
+
+
+def _link(source, target):
+    os.link(source, target)
+
+
+def test_no_more_tags_are_kept_than_a_model_can_have(tmp_path):
+    model = tmp_path / "model"
+    _save(model, 500)
+    log = TensorBoardLog(model, 1, 1)
+    for iteration in range(1, 501):
+        log.scalars({"batch_total": 1.0, f"batch_face_a_{iteration}": 1.0}, iteration)
+    log.close()
+    history = read_history(model, lambda tag: tag.startswith("batch_face"))
+    assert len(history.sessions[0].losses) == 64
+
+
+def test_many_sessions_are_told_apart_in_one_pass():
+    """Comparing each of 20,000 files with each other would take minutes."""
+    files = [
+        _EventFile(session=n, is_mark=False, first_iteration=2 * n - 1) for n in range(1, 20_001)
+    ]
+    for file in files:
+        file.iterations.extend(range(2 * file.session - 1, 2 * file.session + 3))
+        file.counts.extend([1] * 4)
+        file.times.extend([1.0] * 4)
+    saved = [
+        Session(number=n, started=0.0, batch_size=1, logs=True, iterations=2)
+        for n in range(1, 20_001)
+    ]
+    _leave_out_undone(files, saved)
+    assert {len(file.iterations) for file in files[:-1]} == {2}
+    sessions = _sessions(files, saved, None)
+    assert [one.number for one in sessions] == list(range(1, 20_001))
+
+
+def test_a_table_of_sessions_whose_first_stands_for_many(tmp_path):
+    """What was logged of those is shown one by one."""
+    model = tmp_path / "model"
+    state = TrainingState(trainer="original", iterations=12)
+    for number, count in ((7, 10), (8, 2)):  # the first seven have made ten
+        state.sessions.append(
+            Session(number=number, started=1.0, batch_size=3, logs=True, iterations=count)
+        )
+    with ModelFolder(model) as folder:
+        folder.save({"w": torch.zeros(2)}, None, state.to_dict())
+    assert [one.number for one in read_history(model).sessions] == [7, 8]
+    for number, iterations in ((5, range(1, 9)), (6, range(9, 13)), (8, range(11, 13))):
+        _log(model, number, iterations)
+    sessions = read_history(model).sessions
+    assert {one.number: one.iterations_n.tolist() for one in sessions} == {
+        5: list(range(1, 9)),
+        6: [9, 10],
+        8: [11, 12],
+    }
+    assert {one.batch_size for one in sessions} == {3}
 
 
 def test_what_a_crash_undid_is_left_out(tmp_path):

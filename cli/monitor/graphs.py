@@ -50,23 +50,28 @@ def loss_points(history: History, first: int | None, last: int | None, most: int
 def speed_points(
     history: History, first: int | None, last: int | None, most: int
 ) -> dict[str, Any]:
-    """Faces of both sides per second over spans of some seconds, at most ``most`` a session.
+    """Faces of both sides per second over spans of some seconds, about ``most`` of them.
 
     Returns:
         ``iterations`` (p), the last one of each span, and ``eg_per_s`` (p); both None between
-        sessions.
+        sessions. Of more sessions than ``most``, only every second, third ... is there.
     """
-    iterations: list[int | None] = []
-    rates: list[float | None] = []
+    timed = []
     for session in history.sessions:
         inside = _within(session.iterations_n, first, last)
         steps_n, times_n = session.iterations_n[inside], session.times_n[inside]
-        if len(steps_n) < 2 or session.batch_size is None:
-            continue
-        spans = int(np.clip((times_n[-1] - times_n[0]) / _SECONDS_A_POINT, 1, most))
+        if len(steps_n) > 1 and session.batch_size is not None:
+            timed.append((steps_n, times_n, session.batch_size))
+    timed = timed[:: max(1, -(-len(timed) // most))]
+    total_s = sum(max(times_n[-1] - times_n[0], 0.0) for _, times_n, _ in timed)
+    a_point_s = max(_SECONDS_A_POINT, total_s / most)
+    iterations: list[int | None] = []
+    rates: list[float | None] = []
+    for steps_n, times_n, batch_size in timed:
+        spans = int(np.clip((times_n[-1] - times_n[0]) / a_point_s, 1, most))
         edges = np.unique(np.linspace(0, len(steps_n) - 1, spans + 1).astype(np.int64))
         counts_n = np.diff(steps_n[edges], prepend=0)  # the first one is not looked at
-        rate = rate_per_iteration(times_n[edges], session.batch_size, counts_n)
+        rate = rate_per_iteration(times_n[edges], batch_size, counts_n)
         iterations += [*steps_n[edges[1:]].tolist(), None]
         rates += [*_plain(rate), None]
     return {"iterations": iterations[:-1], "eg_per_s": rates[:-1]}

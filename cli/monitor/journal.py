@@ -10,7 +10,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -147,12 +147,16 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 def _told_at(events: str) -> int:
     """When something was added last to a session's events, in ns; 0 where it has none."""
-    for path in (events, str(older_file(Path(events), 1))):  # it may be put aside at this moment
-        with suppress(OSError):
-            facts = os.lstat(path)
-            if stat.S_ISREG(facts.st_mode):
-                return facts.st_mtime_ns
-    return 0
+    # They may be put aside at this moment.
+    return _changed_at(events) or _changed_at(older_file(Path(events), 1))
+
+
+def _changed_at(path: str | Path) -> int:
+    try:
+        facts = os.lstat(path)
+    except OSError:
+        return 0
+    return facts.st_mtime_ns if stat.S_ISREG(facts.st_mode) else 0
 
 
 @contextmanager

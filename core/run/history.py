@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _HEADER = struct.Struct("<Q4x")  # of a record: size of its event; CRC
 _FOOTER_BYTES = 4  # CRC of the event
 _MAX_RECORD_BYTES = 1 << 20  # of an iteration, there are some hundred
-_MAX_FILE_BYTES = 1 << 40
+_MAX_FILE_BYTES = (1 << 63) - 1  # it is read record by record
 _MAX_SECONDS = 1e11
 _MOST_WARNINGS = 10
 _MOST_TAGS = 64  # that are kept: faces and masks of both sides, and of four outputs, are 16
