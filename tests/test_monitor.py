@@ -270,6 +270,15 @@ def test_lines_that_are_no_events_are_counted(tmp_path):
     assert status["latest"] == {"save": {"event": "save", "time": 5}}
 
 
+def test_a_journal_of_a_stranger_is_bounded(tmp_path):
+    huge = '{"event": "x", "time": 5, "text": "' + "x" * (1 << 16) + '"}\n'
+    kinds = "".join(f'{{"event": "kind{number}", "time": 5}}\n' for number in range(3000))
+    _events(tmp_path).write_text(huge + kinds + '{"event": "save", "time": 5}\n')
+    status = _client(tmp_path).get("/api/status").json()
+    assert (status["unreadable"], len(status["events"])) == (1, 200)
+    assert set(status["latest"]) == {"save"}
+
+
 def test_only_the_end_of_a_long_journal_is_read(tmp_path, monkeypatch):
     _tell(tmp_path, ends=True)
     (path,) = tmp_path.rglob("events.jsonl")
@@ -325,6 +334,37 @@ def test_graphs_of_a_range_are_finer(logged, monkeypatch):
     assert part["loss"]["per_point"] == 1
     assert part["last"] == 60
     assert client.get("/api/graphs?first=100&last=200").json()["loss"]["iterations"] == []
+
+
+def test_points_are_few_however_many_sessions_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "POINTS", 10)
+    monkeypatch.setattr(watch, "_MOST_BEGINS", 20)
+    monkeypatch.setattr(watch, "_MOST_SESSIONS", 30)
+    (tmp_path / ".lock").touch()
+    (tmp_path / "config.toml").write_text(f"[train]\nbatch_size = {BATCH_SIZE}\n")
+    for number in range(1, 41):
+        _session(tmp_path, number, 3 * number - 2, 3, seconds=100.0)
+    client = _client(tmp_path)
+    graphs = client.get("/api/graphs").json()
+    assert len(graphs["loss"]["iterations"]) == 10
+    rates = [rate for rate in graphs["speed"]["eg_per_s"] if rate is not None]
+    assert 5 <= len(rates) <= 20
+    assert set(rates) == {2 * BATCH_SIZE / 100.0}
+    assert graphs["sessions"] == []
+    assert len(client.get("/api/graphs?first=100&last=120").json()["sessions"]) == 7
+    analysis = client.get("/api/analysis").json()
+    assert (len(analysis["sessions"]), analysis["earlier"]) == (30, 10)
+    assert analysis["total"]["iterations"] == 120
+
+
+def test_only_losses_of_faces_and_masks_are_drawn(tmp_path):
+    (tmp_path / ".lock").touch()
+    log = TensorBoardLog(tmp_path, 1)
+    names = ["batch_total", "batch_face_a", "batch_mask_b_2", "batch_face_<b>x</b>", "batch_face_c"]
+    log.scalars(dict.fromkeys(names, 1.0), 1)
+    log.close()
+    losses = _client(tmp_path).get("/api/graphs").json()["loss"]["losses"]
+    assert set(losses) == {"batch_face_a", "batch_mask_b_2"}
 
 
 def test_means_of_a_graph_leave_out_what_is_missing(tmp_path, monkeypatch):
@@ -797,6 +837,73 @@ def test_the_page_shows_the_run(running, server, browser, tmp_path):
     assert browser.errors() == []
 
 
+HTML = "<img src=x onerror=document.title='taken'>"
+
+# What a stranger's journal may hold; of each, a part of what the page must show of it.
+FOREIGN_EVENTS = {
+    '{"event": "__proto__", "time": 5, "constructor": {"a": 1}}': '__proto__: constructor {"a":1}',
+    '{"event": "constructor", "time": 5, "__proto__": 7}': "Constructor: proto 7",
+    '{"event": "toString", "time": 5, "x": [1, null]}': "ToString: x [1,null]",
+    '{"event": "", "time": 5, "x": null}': ":",
+    '{"event": "warning", "time": 5, "message": {"toString": 5}}': 'Warning: {"toString":5}',
+    '{"event": "warning", "time": 5}': "Warning: undefined",
+    '{"event": "save", "time": 5, "iteration": {"valueOf": 1}}': "Saved iteration {",
+    '{"event": "preview", "time": 5, "iteration": [[]]}': "Preview of iteration [[]]",
+    '{"event": "step", "time": 5, "iteration": "<b>7</b>", "loss_a": {}, "eg_per_s": 1e308}': (
+        "#<b>7</b> loss A –"
+    ),
+    '{"event": "warning", "time": 5, "message": "a\\u001b[31m\\nb\\u202ec\\udce4d\\u007f"}': (
+        "Warning: a\\u001b[31m\\nb\\u{202e}c\\xe4d\\u{7f}"
+    ),
+    '{"event": "crash", "time": 5, "error": {"toString": []}, "path": null}': "Crash: error {",
+    '{"event": "stop", "time": 6, "exit_code": {}, "reason": ["x"]}': 'undefined: ["x"]',
+}
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_a_stranger_tells_as_text(server, browser, tmp_path):
+    folder = tmp_path / "a \x1b[31m\n<img src=x onerror=document.title=1>\u202e b"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    _session(folder, 1, 1, 20)
+    lines = [*FOREIGN_EVENTS, f'{{"event": "{HTML}", "time": 5}}', ""]
+    _events(folder).write_text("\n".join(lines))
+    link = tmp_path / "model"
+    link.symlink_to(folder)
+    address, _ = server(link, "--port", "0")
+    browser.chrome.get(address)
+    browser.wait(lambda: browser.text("#state") == "halted")
+    shown = browser.wait(lambda: browser.text("#log") and browser.text("#log").splitlines())
+    for wanted in [*FOREIGN_EVENTS.values(), HTML]:
+        assert any(wanted in line for line in shown), wanted
+    name = "a \\u001b[31m\\n<img src=x onerror=document.title=1>\\u{202e} b"
+    assert browser.text("#name") == name
+    assert '["x"]' in browser.text("#summary")
+    assert browser.chrome.title == f"#<b>7</b> halted – {name}"
+    assert not browser.chrome.find_elements("css selector", "#log img, h1 img, #log b")
+    browser.wait(lambda: _iterations(browser) == [1, 20])
+    browser.wait(lambda: not browser.find("#connection").is_displayed())
+    assert browser.errors() == []
+
+
+@pytest.mark.slow
+def test_the_page_shows_the_newest_of_many_sessions(server, browser, tmp_path):
+    (tmp_path / "config.toml").write_text(f"[train]\nbatch_size = {BATCH_SIZE}\n")
+    for number in range(1, 701):
+        _session(tmp_path, number, 2 * number - 1, 2)
+    (tmp_path / ".lock").touch()
+    address, _ = server(tmp_path, "--port", "0")
+    browser.chrome.get(address)
+    browser.wait(lambda: _iterations(browser) == [1, 1400])
+    browser.wait(lambda: browser.text("#earlier") == "200 earlier sessions are in the total alone.")
+    assert len(browser.chrome.find_elements("css selector", "#sessions tr")) == 500
+    assert browser.text("#total").split()[-2] == "1,400"
+    assert browser.run("document.getElementById('loss').layout.shapes.length") == 0
+    browser.drag("#loss .nsewdrag", 0.5, 0.55)
+    browser.wait(lambda: browser.run("document.getElementById('loss').layout.shapes.length") > 20)
+    assert browser.errors() == []
+
+
 @pytest.mark.slow
 def test_the_graphs_are_smoothed_and_zoomed(running, server, browser):
     from selenium.webdriver import ActionChains, Keys
@@ -901,7 +1008,7 @@ def test_the_page_outlives_the_run_and_the_server(running, server, browser, trai
     server(folder, "--port", port)
     browser.wait(lambda: "session 4" in browser.text("#summary"))
     assert browser.text("#state") == "running"
-    assert not browser.find("#connection").is_displayed()
+    browser.wait(lambda: not browser.find("#connection").is_displayed())
 
 
 @pytest.mark.slow
