@@ -1,6 +1,7 @@
 """mien faces: check, inspect and draw folders of faces."""
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.printable import printable
-from .lines import tell, tell_json
 
 if TYPE_CHECKING:
     from ..core.faces.check import Comparison, Progress, Report, Spread
@@ -64,7 +64,7 @@ def _check(args: argparse.Namespace) -> int:
         facts: dict[str, Any] = {"folders": [one.as_dict() for one in reports]}
         if comparison:
             facts["comparison"] = comparison.as_dict()
-        tell_json(facts)
+        print(json.dumps(facts, indent=1))
     else:
         _print_check(reports, comparison)
     return 0 if all(one.trainable for one in reports) else 2
@@ -73,7 +73,7 @@ def _check(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     import cv2
 
-    from ..core.faces.check import contact_sheet, inspect
+    from ..core.faces.inspect import contact_sheet, inspect
     from ..core.faces.png import FaceFileError
 
     try:
@@ -91,7 +91,7 @@ def _inspect(args: argparse.Namespace) -> int:
             raise ValueError(f"--output {args.output}: {error.strerror or error}") from None
         facts["picture"] = str(args.output)
     if args.json:
-        tell_json(facts)
+        print(json.dumps(facts, indent=1))
     else:
         _print_rows(str(args.file), _flat(facts))
     return 0
@@ -105,7 +105,7 @@ def _draw(args: argparse.Namespace) -> int:
     draw_folder(
         args.folder, identity=args.identity, count=args.count, size_px=args.size, seed=args.seed
     )
-    tell(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
+    print(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
     return 0
 
 
@@ -116,11 +116,10 @@ def _progress(name: str) -> "Iterator[Progress | None]":
         yield None
         return
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import Progress as Bar
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(escape(printable(name)), total=None)
+        task = bar.add_task(name, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
@@ -130,13 +129,13 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
         if report.poses:
             _print_table(f"{report.path}: faces by angle in degrees", _pose_table(report.poses))
         for name, reason in list(report.unreadable.items())[:_NUM_NAMED]:
-            tell(f"  unusable: {name}: {reason}")
+            _print(f"  unusable: {name}: {reason}")
         if len(report.unreadable) > _NUM_NAMED:
-            tell(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
+            _print(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
         for group in report.repeats[:_NUM_NAMED]:
-            tell(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
+            _print(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
         if len(report.repeats) > _NUM_NAMED:
-            tell(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
+            _print(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
         _print_advice(f"Advice for {report.path}", report.advice)
     if comparison:
         _print_advice("The two sides against each other", comparison.advice)
@@ -145,10 +144,13 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
 def _check_rows(report: "Report") -> dict[str, str]:
     """What the table of a checked folder says, by the name of the row."""
     return {
-        "faces": f"{report.num_faces} of {report.num_files} files",
+        "faces": "; ".join(
+            [f"{report.num_faces} of {report.num_files} files", *report.passed_over.counts]
+        ),
+        "alignments version": ", ".join(f"{v} ({n})" for v, n in report.versions.items()) or "-",
         "size, px": ", ".join(f"{size} ({n})" for size, n in report.sizes_px.items()) or "-",
         "head in the source, px": _spread_text(report.native_px),
-        "masks": ", ".join(f"{name} ({n})" for name, n in report.masks.items()) or "none",
+        "masks": _masks_text(report),
         "yaw, degrees": _spread_text(report.yaw),
         "pitch, degrees": _spread_text(report.pitch),
         "roll, degrees": _spread_text(report.roll),
@@ -157,6 +159,16 @@ def _check_rows(report: "Report") -> dict[str, str]:
         "sharpness": _spread_text(report.sharpness, digits=2),
         "repeated pictures": str(report.num_repeats),
     }
+
+
+def _masks_text(report: "Report") -> str:
+    """Faces that have each mask, and of how many of them it is empty."""
+    cells = []
+    for name in sorted({*report.masks, *report.empty_masks}):
+        empty = len(report.empty_masks.get(name, {}))
+        stored = report.masks.get(name, "drawn")
+        cells.append(f"{name} ({stored}{f', {empty} empty' if empty else ''})")
+    return ", ".join(cells) or "none"
 
 
 def _spread_text(spread: "Spread | None", digits: int = 0) -> str:
@@ -211,22 +223,27 @@ def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True)
         from rich.table import Table
         from rich.text import Text
 
-        shown = Text(printable(title))
-        table = Table(title=shown, title_justify="left", show_header=has_heading)
+        table = Table(title=Text(printable(title)), title_justify="left", show_header=has_heading)
         for heading in rows[0]:
-            table.add_column(Text(printable(heading)) if has_heading else "")
+            table.add_column(Text(heading) if has_heading else "")
         for row in rows[has_heading:]:
             table.add_row(*(Text(printable(cell)) for cell in row))
         Console().print(table)
         return
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    tell(title)
+    _print(title)
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        tell("  " + "  ".join(cells).rstrip())
+        _print("  " + "  ".join(cells).rstrip())
 
 
 def _print_advice(title: str, advice: list[str]) -> None:
-    tell(f"{title}:")
+    _print(f"{title}:")
     for sentence in advice or ["Nothing to mend."]:
-        tell(f"  - {sentence}")
+        _print(f"  - {sentence}")
+
+
+def _print(line: str) -> None:
+    """Print one line, whatever the names in it hold."""
+    print(printable(line))

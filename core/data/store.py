@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -54,6 +54,9 @@ ROOM_SHARE = 0.5
 DISK_RESERVE_BYTES = 256 * 1024**2
 MASKS_IN_TASK = 8
 TASKS_AHEAD = 6
+CONTENT_VERSION = 2
+"""Raised where the same files and settings give other pixels, or more is told of them."""
+
 COPY_BYTES = 256 * 1024**2
 
 _GIB = 1024**3
@@ -69,7 +72,9 @@ class FaceStore:
 
     faces_fssc: (f, s, s, 8) uint8: blue, green, red, face mask, eye area, mouth area, 0, 0.
     names: file name of each face. rejected: faces that the store had to leave out (those that the
-    folder had rejected before are not repeated). why: where the faces are kept and the reason;
+    folder had rejected before are not repeated). empty: faces that are there, but with (almost)
+    nothing inside their mask, and why. empty_areas: number of faces whose eye or mouth area lies
+    outside the crop. why: where the faces are kept and the reason;
     backend: what decoded them; both are sentences for the start-up lines. path: the raw file, None
     where none could be kept; warnings: what went wrong without stopping anything.
     """
@@ -78,6 +83,8 @@ class FaceStore:
     placement: str
     names: list[str]
     rejected: list[Rejected]
+    empty: list[Rejected]
+    empty_areas: dict[str, int]
     why: str
     backend: str
     reused: bool
@@ -108,6 +115,8 @@ class _Facts:
     settings: dict[str, Any]
     names: list[str]
     rejected: list[list[str]]
+    empty: list[list[str]] = field(default_factory=list)
+    empty_areas: dict[str, int] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -152,10 +161,10 @@ def open_store(
         backend, decoded_by = choose_backend(data.decoder)
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         with _Build(facts, path, placement, device) as build:
-            names, rejected = _decode_into(
+            decoded = _decode_into(
                 build.pixels_fssc, folder.faces, crop, data, backend, device, tell, build.warnings
             )
-            facts = dataclasses.replace(facts, names=names, rejected=rejected)
+            facts = dataclasses.replace(facts, **decoded)
             _check_usable(facts, folder, data.strict, minimum)
             faces_fssc = build.end(facts)
         warnings, path = build.warnings, build.path
@@ -166,6 +175,8 @@ def open_store(
         placement=placement,
         names=facts.names,
         rejected=[Rejected(folder.path / name, reason) for name, reason in facts.rejected],
+        empty=[Rejected(folder.path / name, reason) for name, reason in facts.empty],
+        empty_areas=facts.empty_areas,
         why=why,
         backend=decoded_by,
         reused=saved is not None,
@@ -259,7 +270,7 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
             mask |= {"blur_kernel": data.mask_blur_kernel, "threshold": data.mask_threshold}
     settings = {"crop": dataclasses.asdict(crop), "mask": mask, "opencv": cv2.__version__}
     files = [[face.path.name, *_size_and_time(face.path)] for face in folder.faces]
-    text = json.dumps([SCHEMA, settings, files], sort_keys=True)
+    text = json.dumps([SCHEMA, CONTENT_VERSION, settings, files], sort_keys=True)
     return _Facts(
         key=hashlib.sha256(text.encode()).hexdigest()[:32],
         folder=str(folder.path.resolve()),
@@ -300,13 +311,15 @@ def _decode_into(
     device: torch.device,
     tell: Callable[[int, int], None],
     warnings: list[str],
-) -> tuple[list[str], list[list[str]]]:
-    """Fill the rows, one for each usable face; names of these, names and reasons of the others.
+) -> dict[str, Any]:
+    """Fill the rows, one for each usable face; what `_Facts` says of these and of the others.
 
     Masks are made in threads, a little ahead of the decoding.
     """
     names: list[str] = []
     rejected: list[list[str]] = []
+    empty: list[list[str]] = []
+    empty_areas = dict.fromkeys(masks.AREAS, 0)
     threads = thread_count(data.num_threads)
     crops = decode_crops(
         faces,
@@ -318,19 +331,23 @@ def _decode_into(
     )
     with contextlib.closing(crops), ThreadPoolExecutor(threads) as pool:
         made = _masks_ahead(pool, faces, crop, data)
-        for mask_ssc, (number, crop_bgr) in zip(made, crops, strict=True):
+        for made_masks, (number, crop_bgr) in zip(made, crops, strict=True):
             name = faces[number].path.name
-            if isinstance(crop_bgr, FaceFileError) or isinstance(mask_ssc, FaceFileError):
-                error = crop_bgr if isinstance(crop_bgr, FaceFileError) else mask_ssc
+            if isinstance(crop_bgr, FaceFileError) or isinstance(made_masks, FaceFileError):
+                error = crop_bgr if isinstance(crop_bgr, FaceFileError) else made_masks
                 rejected.append([name, str(error)])
                 if data.strict:
                     break
             else:
                 row = [pixels_fssc[len(names)]]
-                cv2.mixChannels([crop_bgr, mask_ssc], row, _TO_PIXEL)
+                cv2.mixChannels([crop_bgr, made_masks.masks_ssc], row, _TO_PIXEL)
                 names.append(name)
+                if made_masks.why_empty:
+                    empty.append([name, made_masks.why_empty])
+                for area in made_masks.empty_areas:
+                    empty_areas[area] += 1
             tell(number + 1, len(faces))
-    return names, rejected
+    return {"names": names, "rejected": rejected, "empty": empty, "empty_areas": empty_areas}
 
 
 def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
@@ -348,21 +365,33 @@ def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
     )
 
 
+class _Masks(NamedTuple):
+    """A face's masks, (s, s, 3) uint8: why the first is empty, if it is; areas that are empty."""
+
+    masks_ssc: np.ndarray
+    why_empty: str
+    empty_areas: list[str]
+
+
 def _masks_ahead(
     pool: ThreadPoolExecutor, faces: list[Face], crop: Crop, data: DataConfig
-) -> Iterator[np.ndarray | FaceFileError]:
-    """Each face's masks, (s, s, 3) uint8, or why there are none."""
+) -> Iterator[_Masks | FaceFileError]:
+    """Each face's masks, or why there are none."""
 
-    def make(face: Face) -> np.ndarray | FaceFileError:
+    def make(face: Face) -> _Masks | FaceFileError:
         try:
-            return configured_masks(face, crop, data)
+            masks_ssc = configured_masks(face, crop, data)
+            is_empty = masks.is_empty(masks_ssc[..., 0])
+            reason = masks.why_empty(face, data.mask_type) if is_empty else ""
         except FaceFileError as error:
             return error
+        areas = zip(masks.AREAS, np.moveaxis(masks_ssc[..., 1:], -1, 0), strict=True)
+        return _Masks(masks_ssc, reason, [area for area, mask in areas if not mask.any()])
 
-    def make_all(part: list[Face]) -> list[np.ndarray | FaceFileError]:
+    def make_all(part: list[Face]) -> list[_Masks | FaceFileError]:
         return [make(face) for face in part]
 
-    waiting: deque[Future[list[np.ndarray | FaceFileError]]] = deque()
+    waiting: deque[Future[list[_Masks | FaceFileError]]] = deque()
     for first in range(0, len(faces), MASKS_IN_TASK):
         part = faces[first : first + MASKS_IN_TASK]
         waiting.append(pool.submit(make_all, part))
