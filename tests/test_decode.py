@@ -238,6 +238,64 @@ def test_large_pictures_make_small_batches(faces):
     assert decode._batches([]) == ([], set())
 
 
+@pytest.mark.parametrize("smallest_px", [0, 256])
+def test_pictures_that_fill_a_batch_are_left_to_opencv(faces, monkeypatch, smallest_px):
+    """One at a time, wherever they stand, and with the same pixels."""
+    monkeypatch.setattr(decode, "MAX_BATCH_BYTES", 6 * smallest_px**2)
+    decoded_by_opencv = []
+    original = decode.decode_one
+
+    def note(face, crop):
+        decoded_by_opencv.append(face.edge_px)
+        return original(face, crop)
+
+    monkeypatch.setattr(decode, "decode_one", note)
+    crops = crops_of(faces, CROPS[0], "dali")
+    assert decoded_by_opencv == [face.edge_px for face in faces if face.edge_px >= smallest_px]
+    for face, crop_bgr in zip(faces, crops, strict=True):
+        np.testing.assert_array_equal(crop_bgr, expected(face, CROPS[0]))
+
+
+def test_a_file_far_longer_than_its_picture_is_left_to_opencv(own_faces):
+    """DALI reads files whole; OpenCV is handed no more than a face can need."""
+    with own_faces[3].path.open("ab") as file:
+        file.truncate(2 * decode.MAX_BATCH_BYTES)  # a hole: it takes no room on the disk
+    assert decode._batches(own_faces)[1] == {3}
+    crops = crops_of(own_faces, CROPS[0], "dali")
+    for face, crop_bgr in zip(own_faces, crops, strict=True):
+        if face is not own_faces[3]:
+            np.testing.assert_array_equal(crop_bgr, expected(face, CROPS[0]))
+    np.testing.assert_array_equal(crops[3], decode.decode_one(own_faces[3], CROPS[0]))
+
+
+@pytest.mark.parametrize("num_threads", [1, 8])
+def test_pictures_being_decoded_take_no_more_than_a_bound(faces, monkeypatch, num_threads):
+    """Whatever the number of threads; one that takes more by itself is decoded alone."""
+    largest = max(decode.decoding_bytes(face.path, face.edge_px) for face in faces)
+    bound = largest - 1
+    monkeypatch.setattr(picture, "_budget", picture._Budget(bound))
+    taken, peak, lock = [], [], threading.Lock()
+    original = picture._decoded
+
+    def watched(encoded, edge_px):
+        cost = encoded.nbytes + 6 * edge_px**2
+        with lock:
+            taken.append(cost)
+            peak.append((sum(taken), len(taken)))
+        try:
+            return original(encoded, edge_px)
+        finally:
+            with lock:
+                taken.remove(cost)
+
+    monkeypatch.setattr(picture, "_decoded", watched)
+    for _, crop_bgr in decode_crops(faces, CROPS[0], backend="opencv", num_threads=num_threads):
+        assert crop_bgr.shape == (64, 64, 3)
+    assert max(count for total, count in peak if total > bound) == 1
+    assert max(count for _, count in peak) <= num_threads
+    assert picture._budget._free == bound
+
+
 def test_no_faces():
     for backend in decode.BACKENDS:
         assert list(decode_crops([], CROPS[0], backend=backend, num_threads=1)) == []

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from mien.core.faces.folder import Rejected, named, read_folder, skipped, uneven
 from mien.core.faces.listing import list_pictures, overlap, passed_over, refuse_other_names
-from mien.core.faces.png import FaceHeader, write_face
+from mien.core.faces.png import FaceHeader, StoredMask, read_header, write_face
 
 
 def write_faces(folder: Path, names: list[str], edge_px: int = 32, version=None) -> Path:
@@ -195,6 +196,31 @@ def test_legacy_crops_among_later_ones_are_refused(tmp_path, later):
         )
         assert f"with 1 of later ones (f1.png: version {later or 'unknown'})" in message
     assert len(read_folder(folder, minimum=1).faces) == 3
+
+
+@pytest.mark.parametrize("kind", ["source", "mask", "name of a mask", "version"])
+def test_what_a_header_holds_beside_the_landmarks_is_let_go(tmp_path, kind):
+    folder = write_faces(tmp_path / "a", [f"f{number}.png" for number in range(4)])
+    filler = "a" * 4 * 1024**2
+    for path in list_pictures(folder):
+        _, header = read_header(path)
+        mask = StoredMask(b"a" * 4 * 1024**2, 128, "face", np.eye(3))
+        if kind == "mask":
+            header.masks["vgg-clear"] = mask
+        elif kind == "name of a mask":
+            header.masks[filler] = mask
+        else:
+            header.source["alignments_version" if kind == "version" else "x"] = filler
+        write_face(path, np.zeros((32, 32, 3), np.uint8), header)
+    tracemalloc.start()
+    try:
+        found = read_folder(folder, minimum=4)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.faces) == 4
+    assert held < 1024**2
+    assert peak < 64 * 1024**2
 
 
 def test_the_first_files_are_named_and_the_others_counted(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -530,6 +531,40 @@ def test_a_damaged_mask_is_left_out_and_named(folder, store_dir):
     change_mask(folder.faces[5].path, b"no zlib")
     made = opened(folder, store_dir, mask_type="vgg-clear")
     assert [found.path.name for found in made.rejected] == ["005.png"]
+
+
+def test_what_an_earlier_version_decoded_is_replaced(folder, store_dir, monkeypatch):
+    """Its files say less: they are not taken, but known well enough to be removed."""
+    with monkeypatch.context() as context:
+        context.setattr(store, "CONTENT_VERSION", 1)
+        first = opened(folder, store_dir)
+    head, text, rest = first.path.read_bytes().split(b"\n", 2)
+    facts = json.loads(text)
+    del facts["empty"], facts["areas_outside"]
+    text = json.dumps(facts, sort_keys=True).encode()
+    head = json.dumps(json.loads(head) | {"sha256": hashlib.sha256(text).hexdigest()}).encode()
+    header_bytes = json.loads(head)["header_bytes"]
+    pixels = rest[-first.nbytes :]
+    first.path.write_bytes((head + b"\n" + text + b"\n").ljust(header_bytes) + pixels)
+    assert store._read_raw(first.path) is not None
+    second = opened(folder, store_dir)
+    assert not second.reused
+    assert raw_files(store_dir) == [second.path]
+
+
+def test_faces_whose_mask_is_empty_are_kept_and_told_at_every_start(folder, store_dir):
+    change_mask(folder.faces[3].path, zlib.compress(bytes(64 * 64)))
+    change_mask(folder.faces[7].path, zlib.compress(bytes([1]) * 64 * 64))
+    folder = read_folder(folder.path)
+    for is_read in (False, True):
+        made = opened(folder, store_dir, mask_type="vgg-clear")
+        assert made.reused == is_read
+        assert made.num_faces == NUM_FACES
+        assert made.rejected == []
+        assert [found.path for found in made.empty] == [folder.faces[i].path for i in (3, 7)]
+        assert "is empty: make it again" in made.empty[0].reason
+        assert "holds 0 and 1" in made.empty[1].reason
+    assert opened(folder, store_dir).empty == []  # extended is drawn
 
 
 def test_number_of_threads_does_not_matter(folder):

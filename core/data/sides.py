@@ -67,7 +67,7 @@ def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
                 f"{name}: {len(store.empty)} of {store.num_faces} faces have an (almost) empty "
                 f"mask, and nothing of them is trained: {named(store.empty)}"
             )
-        for area, count in store.empty_areas.items():
+        for area, count in store.areas_outside.items():
             if count and loss.penalized_mask_loss and getattr(loss, f"{area}_multiplier") > 1:
                 warnings.append(
                     f"{name}: the {area} area of {count} of {store.num_faces} faces lies outside "

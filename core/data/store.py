@@ -9,7 +9,8 @@ names, sizes and times of the face files, the crop and the mask. It is two lines
 to a multiple of 4096 bytes, then the pixels:
 
     {"schema": "mien.faces/1", "header_bytes": 8192, "sha256": "<of the second line>"}
-    {"key": ..., "folder": ..., "size_px": ..., "settings": ..., "names": ..., "rejected": ...}
+    {"key": ..., "folder": ..., "size_px": ..., "settings": ..., "names": ..., "rejected": ...,
+     "empty": ..., "areas_outside": ...}
 
 It is written beside its place, synced and renamed, so it is whole or absent; a file that is not
 exactly what it should be is made anew.
@@ -41,7 +42,7 @@ import torch
 from ..config import DataConfig
 from ..faces import masks
 from ..faces.folder import Face, FaceFolder, Rejected
-from ..faces.geometry import Crop
+from ..faces.geometry import Crop, crop_landmarks
 from ..faces.png import FaceFileError
 from .decode import choose_backend, decode_crops, thread_count
 
@@ -73,10 +74,10 @@ class FaceStore:
     faces_fssc: (f, s, s, 8) uint8: blue, green, red, face mask, eye area, mouth area, 0, 0.
     names: file name of each face. rejected: faces that the store had to leave out (those that the
     folder had rejected before are not repeated). empty: faces that are there, but with (almost)
-    nothing inside their mask, and why. empty_areas: number of faces whose eye or mouth area lies
-    outside the crop. why: where the faces are kept and the reason;
-    backend: what decoded them; both are sentences for the start-up lines. path: the raw file, None
-    where none could be kept; warnings: what went wrong without stopping anything.
+    nothing inside their mask, and why. areas_outside: number of faces whose eye or mouth area lies
+    outside the crop. why: where the faces are kept and the reason; backend: what decoded them; both
+    are sentences for the start-up lines. path: the raw file, None where none could be kept;
+    warnings: what went wrong without stopping anything.
     """
 
     faces_fssc: torch.Tensor
@@ -84,7 +85,7 @@ class FaceStore:
     names: list[str]
     rejected: list[Rejected]
     empty: list[Rejected]
-    empty_areas: dict[str, int]
+    areas_outside: dict[str, int]
     why: str
     backend: str
     reused: bool
@@ -116,7 +117,7 @@ class _Facts:
     names: list[str]
     rejected: list[list[str]]
     empty: list[list[str]] = field(default_factory=list)
-    empty_areas: dict[str, int] = field(default_factory=dict)
+    areas_outside: dict[str, int] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -176,7 +177,7 @@ def open_store(
         names=facts.names,
         rejected=[Rejected(folder.path / name, reason) for name, reason in facts.rejected],
         empty=[Rejected(folder.path / name, reason) for name, reason in facts.empty],
-        empty_areas=facts.empty_areas,
+        areas_outside=facts.areas_outside,
         why=why,
         backend=decoded_by,
         reused=saved is not None,
@@ -319,7 +320,7 @@ def _decode_into(
     names: list[str] = []
     rejected: list[list[str]] = []
     empty: list[list[str]] = []
-    empty_areas = dict.fromkeys(masks.AREAS, 0)
+    areas_outside = dict.fromkeys(masks.AREAS, 0)
     threads = thread_count(data.num_threads)
     crops = decode_crops(
         faces,
@@ -344,10 +345,10 @@ def _decode_into(
                 names.append(name)
                 if made_masks.why_empty:
                     empty.append([name, made_masks.why_empty])
-                for area in made_masks.empty_areas:
-                    empty_areas[area] += 1
+                for area in made_masks.areas_outside:
+                    areas_outside[area] += 1
             tell(number + 1, len(faces))
-    return {"names": names, "rejected": rejected, "empty": empty, "empty_areas": empty_areas}
+    return {"names": names, "rejected": rejected, "empty": empty, "areas_outside": areas_outside}
 
 
 def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
@@ -366,11 +367,11 @@ def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
 
 
 class _Masks(NamedTuple):
-    """A face's masks, (s, s, 3) uint8: why the first is empty, if it is; areas that are empty."""
+    """A face's masks, (s, s, 3) uint8; why the first is empty, if it is; areas outside the crop."""
 
     masks_ssc: np.ndarray
     why_empty: str
-    empty_areas: list[str]
+    areas_outside: list[str]
 
 
 def _masks_ahead(
@@ -385,8 +386,8 @@ def _masks_ahead(
             reason = masks.why_empty(face, data.mask_type) if is_empty else ""
         except FaceFileError as error:
             return error
-        areas = zip(masks.AREAS, np.moveaxis(masks_ssc[..., 1:], -1, 0), strict=True)
-        return _Masks(masks_ssc, reason, [area for area, mask in areas if not mask.any()])
+        landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
+        return _Masks(masks_ssc, reason, masks.areas_outside(landmarks_l2, crop.size_px))
 
     def make_all(part: list[Face]) -> list[_Masks | FaceFileError]:
         return [make(face) for face in part]

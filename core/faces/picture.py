@@ -54,8 +54,7 @@ def decoding_bytes(path: Path, edge_px: int) -> int:
 
     Raises OSError where there is no such file.
     """
-    file_bytes = min(os.stat(path).st_size, max_file_bytes(edge_px))
-    return file_bytes + _BYTES_PER_PIXEL * edge_px**2
+    return os.stat(path).st_size + _BYTES_PER_PIXEL * edge_px**2
 
 
 @contextlib.contextmanager
