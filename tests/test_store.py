@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -531,6 +532,20 @@ def test_a_damaged_mask_is_left_out_and_named(folder, store_dir):
     change_mask(folder.faces[5].path, b"no zlib")
     made = opened(folder, store_dir, mask_type="vgg-clear")
     assert [found.path.name for found in made.rejected] == ["005.png"]
+
+
+def test_damaged_masks_are_not_held(folder, store_dir):
+    """Nor is what they were read from, by the errors that say so."""
+    mask_bytes = 2 * 1024**2
+    for face in folder.faces:
+        change_mask(face.path, b"a" * mask_bytes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="0 usable faces of 30"):
+            opened(read_folder(folder.path), None, mask_type="vgg-clear")
+        assert tracemalloc.get_traced_memory()[1] < NUM_FACES * mask_bytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_what_an_earlier_version_decoded_is_replaced(folder, store_dir, monkeypatch):

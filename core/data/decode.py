@@ -110,7 +110,7 @@ def decode_one(face: Face, crop: geometry.Crop) -> Result:
             crop_bgr = geometry.resize(geometry.cut(image_bgr, face.crop_box(crop)), crop.size_px)
             return np.ascontiguousarray(crop_bgr)  # no part of a picture that would stay whole
     except FaceFileError as error:
-        return error
+        return error.alone()
 
 
 def _decode_opencv(

@@ -385,7 +385,7 @@ def _masks_ahead(
             is_empty = masks.is_empty(masks_ssc[..., 0])
             reason = masks.why_empty(face, data.mask_type) if is_empty else ""
         except FaceFileError as error:
-            return error
+            return error.alone()
         landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
         return _Masks(masks_ssc, reason, masks.areas_outside(landmarks_l2, crop.size_px))
 

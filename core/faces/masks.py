@@ -186,8 +186,8 @@ def named_mask(header: FaceHeader, name: str) -> StoredMask:
             f"has no mask {name!r} (stored: {some or 'none'}): set data.mask_type to one of those "
             f"or to {' or '.join(LANDMARK_MASKS)}, which need no stored mask"
         )
-    if isinstance(found, FaceFileError):
-        raise found
+    if isinstance(found, str):
+        raise FaceFileError(found)
     return found
 
 

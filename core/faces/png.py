@@ -78,6 +78,10 @@ _parsing = threading.Lock()
 class FaceFileError(ValueError):
     """Why a file cannot be used as a face, in one line without its path."""
 
+    def alone(self) -> "FaceFileError":
+        """The same, to be kept: without the frames that it was raised in, which hold the file."""
+        return type(self)(*self.args)
+
 
 class NotExtractedError(FaceFileError):
     """Why a file is none that extraction wrote."""
@@ -126,7 +130,7 @@ class FaceHeader:
     """
 
     landmarks_l2: np.ndarray
-    masks: dict[str, StoredMask | FaceFileError] = field(default_factory=dict)
+    masks: dict[str, StoredMask | str] = field(default_factory=dict)
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -502,14 +506,14 @@ def _landmarks_from(value: Any) -> np.ndarray:
     return landmarks.astype(np.float32)
 
 
-def _masks_from(entries: Any) -> dict[str, StoredMask | FaceFileError]:
+def _masks_from(entries: Any) -> dict[str, StoredMask | str]:
     """The masks by name; of one that cannot be used, why, for whoever asks for it.
 
     Names that no setting can hold are passed over, and all after the first 64.
     """
     if not isinstance(entries, dict):
         return {}
-    masks: dict[str, StoredMask | FaceFileError] = {}
+    masks: dict[str, StoredMask | str] = {}
     for name, entry in entries.items():
         if len(masks) == MAX_MASKS:
             break
@@ -517,7 +521,7 @@ def _masks_from(entries: Any) -> dict[str, StoredMask | FaceFileError]:
             try:
                 masks[name] = _mask_from(name, entry)
             except FaceFileError as error:
-                masks[name] = error
+                masks[name] = str(error)
     return masks
 
 
