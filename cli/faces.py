@@ -1,7 +1,6 @@
 """mien faces: check, inspect and draw folders of faces."""
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.printable import printable
+from .lines import tell, tell_json
 
 if TYPE_CHECKING:
     from ..core.faces.check import Comparison, Progress, Report, Spread
@@ -64,7 +64,7 @@ def _check(args: argparse.Namespace) -> int:
         facts: dict[str, Any] = {"folders": [one.as_dict() for one in reports]}
         if comparison:
             facts["comparison"] = comparison.as_dict()
-        print(json.dumps(facts, indent=1))
+        tell_json(facts)
     else:
         _print_check(reports, comparison)
     return 0 if all(one.trainable for one in reports) else 2
@@ -91,7 +91,7 @@ def _inspect(args: argparse.Namespace) -> int:
             raise ValueError(f"--output {args.output}: {error.strerror or error}") from None
         facts["picture"] = str(args.output)
     if args.json:
-        print(json.dumps(facts, indent=1))
+        tell_json(facts)
     else:
         _print_rows(str(args.file), _flat(facts))
     return 0
@@ -105,7 +105,7 @@ def _draw(args: argparse.Namespace) -> int:
     draw_folder(
         args.folder, identity=args.identity, count=args.count, size_px=args.size, seed=args.seed
     )
-    print(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
+    tell(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
     return 0
 
 
@@ -130,13 +130,13 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
         if report.poses:
             _print_table(f"{report.path}: faces by angle in degrees", _pose_table(report.poses))
         for name, reason in list(report.unreadable.items())[:_NUM_NAMED]:
-            _print(f"  unusable: {name}: {reason}")
+            tell(f"  unusable: {name}: {reason}")
         if len(report.unreadable) > _NUM_NAMED:
-            _print(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
+            tell(f"  unusable: and {len(report.unreadable) - _NUM_NAMED} more (--json names all)")
         for group in report.repeats[:_NUM_NAMED]:
-            _print(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
+            tell(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
         if len(report.repeats) > _NUM_NAMED:
-            _print(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
+            tell(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
         _print_advice(f"Advice for {report.path}", report.advice)
     if comparison:
         _print_advice("The two sides against each other", comparison.advice)
@@ -150,7 +150,7 @@ def _check_rows(report: "Report") -> dict[str, str]:
         ),
         "alignments version": ", ".join(f"{v} ({n})" for v, n in report.versions.items()) or "-",
         "size, px": ", ".join(f"{size} ({n})" for size, n in report.sizes_px.items()) or "-",
-        "head in the source, px": _spread_text(report.native_px),
+        "picture in the source, px": _spread_text(report.native_px),
         "masks": _masks_text(report),
         "yaw, degrees": _spread_text(report.yaw),
         "pitch, degrees": _spread_text(report.pitch),
@@ -224,27 +224,23 @@ def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True)
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(printable(title)), title_justify="left", show_header=has_heading)
+        shown = Text(printable(title))
+        table = Table(title=shown, title_justify="left", show_header=has_heading)
         for heading in rows[0]:
-            table.add_column(Text(heading) if has_heading else "")
+            table.add_column(Text(printable(heading)) if has_heading else "")
         for row in rows[has_heading:]:
             table.add_row(*(Text(printable(cell)) for cell in row))
         Console().print(table)
         return
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    _print(title)
+    tell(title)
     for row in rows:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        _print("  " + "  ".join(cells).rstrip())
+        tell("  " + "  ".join(cells).rstrip())
 
 
 def _print_advice(title: str, advice: list[str]) -> None:
-    _print(f"{title}:")
+    tell(f"{title}:")
     for sentence in advice or ["Nothing to mend."]:
-        _print(f"  - {sentence}")
-
-
-def _print(line: str) -> None:
-    """Print one line, whatever the names in it hold."""
-    print(printable(line))
+        tell(f"  - {sentence}")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mien.core.faces.folder import Rejected, named, read_folder, skipped, uneven
-from mien.core.faces.listing import list_pictures, overlap, passed_over, refuse_other_names
+from mien.core.faces.listing import list_pictures, overlap, passed_over
 from mien.core.faces.png import FaceHeader, StoredMask, read_header, write_face
 
 
@@ -241,13 +241,6 @@ def test_uneven_sides_are_told():
     assert uneven("A", 0, "B", 130) is None
     assert uneven("A", 26, "B", 353).startswith("B has 353 faces and A 26: the smaller side is")
     assert uneven("A", 353, "B", 26).startswith("A has 353 faces and B 26: ")
-
-
-def test_a_name_that_no_settings_file_can_hold_is_refused(tmp_path):
-    refuse_other_names(tmp_path / "Gesichter ä", "side A")
-    path = os.fsdecode(os.fsencode(tmp_path) + b"/gesichter_\xe4")
-    with pytest.raises(ValueError, match=r"side A: the name of .*/gesichter_\\xe4 is no UTF-8"):
-        refuse_other_names(path, "side A")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

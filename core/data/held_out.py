@@ -18,7 +18,7 @@ import numpy as np
 from ..config import DataConfig, EvaluateConfig
 from ..faces import geometry
 from ..faces.folder import MINIMUM_FACES, Face, FaceFolder, Rejected, read_folder
-from ..faces.listing import overlap, refuse_other_names
+from ..faces.listing import overlap
 from ..faces.png import FaceFileError
 from .decode import decode_crops
 from .store import configured_masks
@@ -165,7 +165,6 @@ def _check_folders(data: DataConfig, evaluate: EvaluateConfig) -> None:
         setting, own = f"evaluate.held_out_{side}", getattr(evaluate, f"held_out_{side}")
         if not own:
             continue
-        refuse_other_names(own, setting)
         for other, path in folders.items():
             try:
                 shared = overlap(own, path)

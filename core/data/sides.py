@@ -13,7 +13,7 @@ from ...models.autoencoder import Side
 from ..config import DataConfig, EvaluateConfig, LossConfig
 from ..faces.folder import Face, FaceFolder, Rejected, named, read_folder, uneven
 from ..faces.geometry import Crop
-from ..faces.listing import list_pictures, overlap, refuse_other_names
+from ..faces.listing import list_pictures, overlap
 from .held_out import check_held_out, hold_out
 from .landmarks import store_landmarks
 from .store import FaceStore, open_store
@@ -117,7 +117,6 @@ def open_sides(
     """
     paths = {side: getattr(data, f"input_{side}") for side in SIDES}
     for side, path in paths.items():  # what can be seen at a glance is told first
-        refuse_other_names(path, f"side {side.upper()}")
         list_pictures(path, side=side)
     shared = overlap(*paths.values())
     if shared:

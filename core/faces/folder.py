@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..paths import expanded
 from .geometry import PADDING_RATIO, Alignment, Crop, CropBox, align, crop_box
 from .listing import PassedOver, list_pictures, name_of, passed_over
 from .masks import named_mask
@@ -105,7 +106,7 @@ def read_folder(
     Raises ValueError, one line, where the folder is missing, holds no faces or too few, or faces
     that show another crop.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     files = list_pictures(folder, side=side)
     faces: list[Face] = []
     rejected: list[Rejected] = []

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..paths import expanded
+
 _NUM_NAMED = 5
 _MAX_ENTRIES = 20_000
 """Sub-folders and entries in them that are looked at."""
@@ -81,7 +83,7 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
     side: "a" or "b", for the texts. Raises ValueError, one line, where there is no such folder or
     no such file in it.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     name = name_of(folder, side)
     if not folder.exists():
         raise ValueError(f"{name} does not exist: give the folder that holds the face PNGs")
@@ -98,7 +100,7 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
 
 def passed_over(path: str | os.PathLike[str]) -> PassedOver:
     """The pictures of a folder and of its sub-folders that are not looked at."""
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     try:
         return _passed_over(folder, _entries(folder))
     except OSError:  # it is gone since its pictures were listed
@@ -111,7 +113,7 @@ def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) 
     They share them where they are one folder, where one lies inside the other, or where files of
     both are one file by another name (links).
     """
-    path_a, path_b = (Path(path).expanduser().resolve() for path in (folder_a, folder_b))
+    path_a, path_b = (expanded(path).resolve() for path in (folder_a, folder_b))
     if path_a == path_b:
         return f"both use the folder {path_a}"
     for inner, outer in ((path_a, path_b), (path_b, path_a)):
@@ -121,17 +123,6 @@ def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) 
     if shared:
         return f"{path_a} and {path_b} share {len(shared)} files"
     return None
-
-
-def refuse_other_names(path: str | os.PathLike[str], name: str) -> None:
-    """Refuse, by ValueError, a folder whose name is no UTF-8: no settings file can hold it."""
-    text = os.fspath(path)
-    if not text.isascii() and text != os.fsencode(text).decode("utf-8", "replace"):
-        shown = os.fsencode(text).decode("utf-8", "backslashreplace")
-        raise ValueError(
-            f"{name}: the name of {shown} is no UTF-8, so the model's settings cannot hold it: "
-            "rename the folder"
-        )
 
 
 def name_of(folder: Path, side: str | None) -> str:

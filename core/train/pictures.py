@@ -18,7 +18,6 @@ from ..config import Config
 from ..data.preview_faces import PreviewFaces, PreviewLoader, drawn, spread
 from ..data.sides import SIDES
 from ..faces.folder import Face, read_folder, skipped
-from ..faces.listing import refuse_other_names
 from ..run.preview import preview_image, save_jpeg, save_png
 from ..run.window import PreviewWindow
 from .precision import Precision
@@ -131,10 +130,8 @@ class Pictures:
             return None
         faces = {}
         for side in SIDES:
-            path = getattr(settings, f"timelapse_input_{side}")
-            refuse_other_names(path, f"preview.timelapse_input_{side}")
             found = read_folder(
-                path,
+                getattr(settings, f"timelapse_input_{side}"),
                 minimum=1,
                 side=side,
                 most=settings.preview_images,
