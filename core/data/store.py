@@ -73,25 +73,25 @@ class FaceStore:
 
     faces_fssc: (f, s, s, 8) uint8: blue, green, red, face mask, eye area, mouth area, 0, 0.
     names: file name of each face. rejected: faces that the store had to leave out (those that the
-    folder had rejected before are not repeated). empty: faces that are there, but with (almost)
-    nothing inside their mask, and why. areas_outside: number of faces whose eye or mouth area lies
-    outside the crop. why: where the faces are kept and the reason; backend: what decoded them; both
-    are sentences for the start-up lines. path: the raw file, None where none could be kept;
-    warnings: what went wrong without stopping anything.
+    folder had rejected before are not repeated). why: where the faces are kept and the reason;
+    backend: what decoded them; both are sentences for the start-up lines. path: the raw file, None
+    where none could be kept; warnings: what went wrong without stopping anything. empty: faces that
+    are there, but with (almost) nothing inside their mask, and why. areas_outside: number of faces
+    whose eye or mouth area lies outside the crop.
     """
 
     faces_fssc: torch.Tensor
     placement: str
     names: list[str]
     rejected: list[Rejected]
-    empty: list[Rejected]
-    areas_outside: dict[str, int]
     why: str
     backend: str
     reused: bool
     seconds: float
     path: Path | None = None
     warnings: list[str] = field(default_factory=list)
+    empty: list[Rejected] = field(default_factory=list)
+    areas_outside: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_faces(self) -> int:
@@ -176,14 +176,14 @@ def open_store(
         placement=placement,
         names=facts.names,
         rejected=[Rejected(folder.path / name, reason) for name, reason in facts.rejected],
-        empty=[Rejected(folder.path / name, reason) for name, reason in facts.empty],
-        areas_outside=facts.areas_outside,
         why=why,
         backend=decoded_by,
         reused=saved is not None,
         seconds=time.perf_counter() - begin,
         path=path,
         warnings=warnings,
+        empty=[Rejected(folder.path / name, reason) for name, reason in facts.empty],
+        areas_outside=facts.areas_outside,
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ..config import DataConfig
 from .folder import MINIMUM_FACES, Face, FaceFolder, Rejected, native_px, read_folder, uneven
 from .geometry import Crop, crop_landmarks, cut, resize
 from .listing import PassedOver, overlap
@@ -32,11 +33,9 @@ REPEAT_BITS = 10
 _CROPS = {"head": Crop("face", 1.0, 0.0, 128), "legacy": Crop("legacy", 1.0, 0.0, 128)}
 """What is trained on by default, by what the picture shows."""
 
+_DEFAULTS = DataConfig()
 _TRAINED_SHARE = {"head": 0.75, "legacy": 1.0}
 """Part of the picture's width that this crop takes."""
-
-_STORED_MASKS = {"dilation": 0.0, "blur_kernel": 3, "threshold": 4}
-"""How stored masks are trained with by default."""
 
 _HASH_EDGE = 16
 _BLOCK_ROWS = 1024
@@ -244,7 +243,15 @@ def _mask_problems(face: Face, header: FaceHeader, crop: Crop) -> tuple[str, dic
     for name in sorted(set(header.masks) - set(LANDMARK_MASKS)):  # those are drawn afresh
         try:
             mask = named_mask(header, name)
-            if is_empty(stored_mask(mask, face.alignment, crop, **_STORED_MASKS)):
+            pixels = stored_mask(
+                mask,
+                face.alignment,
+                crop,
+                dilation=_DEFAULTS.mask_dilation,
+                blur_kernel=_DEFAULTS.mask_blur_kernel,
+                threshold=_DEFAULTS.mask_threshold,
+            )
+            if is_empty(pixels):
                 empty[name] = why_empty(face, name)
         except FaceFileError as error:
             damaged = damaged or f"{name}: {error}"

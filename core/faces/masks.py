@@ -145,7 +145,7 @@ def training_masks(
 
 def areas_outside(landmarks_l2: np.ndarray, size_px: int) -> list[str]:
     """The areas that lie mostly outside the crop, by the points that they are drawn from."""
-    is_inside = ((landmarks_l2 >= 0) & (landmarks_l2 < size_px)).all(axis=1)
+    is_inside: np.ndarray = np.all((landmarks_l2 >= 0) & (landmarks_l2 < size_px), axis=1)
     return [
         area for area, hulls in _AREA_HULLS.items() if is_inside[np.concatenate(hulls)].mean() < 0.5
     ]

@@ -17,6 +17,7 @@ import struct
 import tempfile
 import threading
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -130,7 +131,7 @@ class FaceHeader:
     """
 
     landmarks_l2: np.ndarray
-    masks: dict[str, StoredMask | str] = field(default_factory=dict)
+    masks: Mapping[str, StoredMask | str] = field(default_factory=dict)
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
     source: dict[str, Any] = field(default_factory=dict)
 
