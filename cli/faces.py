@@ -73,7 +73,7 @@ def _check(args: argparse.Namespace) -> int:
 def _inspect(args: argparse.Namespace) -> int:
     import cv2
 
-    from ..core.faces.check import contact_sheet, inspect
+    from ..core.faces.inspect import contact_sheet, inspect
     from ..core.faces.png import FaceFileError
 
     try:
@@ -145,10 +145,13 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
 def _check_rows(report: "Report") -> dict[str, str]:
     """What the table of a checked folder says, by the name of the row."""
     return {
-        "faces": f"{report.num_faces} of {report.num_files} files",
+        "faces": "; ".join(
+            [f"{report.num_faces} of {report.num_files} files", *report.passed_over.counts]
+        ),
+        "alignments version": ", ".join(f"{v} ({n})" for v, n in report.versions.items()) or "-",
         "size, px": ", ".join(f"{size} ({n})" for size, n in report.sizes_px.items()) or "-",
-        "head in the source, px": _spread_text(report.native_px),
-        "masks": ", ".join(f"{name} ({n})" for name, n in report.masks.items()) or "none",
+        "picture in the source, px": _spread_text(report.native_px),
+        "masks": _masks_text(report),
         "yaw, degrees": _spread_text(report.yaw),
         "pitch, degrees": _spread_text(report.pitch),
         "roll, degrees": _spread_text(report.roll),
@@ -157,6 +160,16 @@ def _check_rows(report: "Report") -> dict[str, str]:
         "sharpness": _spread_text(report.sharpness, digits=2),
         "repeated pictures": str(report.num_repeats),
     }
+
+
+def _masks_text(report: "Report") -> str:
+    """Faces that have each mask, and of how many of them it is empty."""
+    cells = []
+    for name in sorted({*report.masks, *report.empty_masks}):
+        empty = len(report.empty_masks.get(name, {}))
+        stored = report.masks.get(name, "drawn")
+        cells.append(f"{name} ({stored}{f', {empty} empty' if empty else ''})")
+    return ", ".join(cells) or "none"
 
 
 def _spread_text(spread: "Spread | None", digits: int = 0) -> str:
@@ -219,6 +232,7 @@ def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True)
             table.add_row(*(Text(printable(cell)) for cell in row))
         Console().print(table)
         return
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     tell(title)
     for row in rows:

@@ -12,7 +12,7 @@ import pytest
 
 from mien.core.data import decode
 from mien.core.data.decode import BATCH_SIZE, choose_backend, decode_crops, thread_count
-from mien.core.faces import geometry, png
+from mien.core.faces import geometry, picture, png
 from mien.core.faces.folder import Face, read_folder
 from mien.core.faces.geometry import Crop
 
@@ -125,10 +125,10 @@ def test_a_box_outside_the_picture_is_black(faces, backend, shift, monkeypatch):
     if backend == "dali":
         refuse_opencv(monkeypatch)
     face = faces[1]
-    alignment = geometry.align(face.header.landmarks_l2)
+    alignment = geometry.align(face.landmarks_l2)
     alignment.offsets = {name: np.full(2, shift, np.float32) for name in alignment.offsets}
     alignment.offsets["head"] = np.zeros(2, np.float32)
-    far = Face(face.path, face.edge_px, face.header, alignment)
+    far = Face(face.path, face.edge_px, face.landmarks_l2, alignment)
     near = faces[0]
     crops = crops_of([far, near], CROPS[0], backend)
     assert not crops[0].any()
@@ -144,7 +144,8 @@ def test_a_note_to_turn_the_picture_is_ignored(own_faces):
     plain = expected(face, CROPS[0])
     content = face.path.read_bytes()
     face.path.write_bytes(content[:33] + chunk + content[33:])
-    assert (cv2.imread(str(face.path)) != cv2.imread(str(face.path), decode._READ_FLAGS)).any()
+    with picture.open_picture(face.path, face.edge_px) as image_bgr:
+        assert (cv2.imread(str(face.path)) != image_bgr).any()
     for backend in decode.BACKENDS:
         np.testing.assert_array_equal(crops_of([face], CROPS[0], backend)[0], plain)
 
@@ -195,7 +196,7 @@ def test_every_file_damaged(own_faces):
 def test_other_kinds_of_picture_do_not_crash(faces_dir, faces):
     """Such files are refused by their header; should one change meanwhile, decoding goes on."""
     bad = sorted((faces_dir / "bad").glob("*.png"))
-    odd = [Face(path, faces[0].edge_px, faces[0].header, faces[0].alignment) for path in bad]
+    odd = [Face(path, faces[0].edge_px, faces[0].landmarks_l2, faces[0].alignment) for path in bad]
     by_dali, by_opencv = (crops_of(odd, CROPS[0], backend) for backend in decode.BACKENDS)
     for path, one, other in zip(bad, by_dali, by_opencv, strict=True):
         assert isinstance(one, png.FaceFileError) == isinstance(other, png.FaceFileError), path
@@ -209,8 +210,9 @@ def test_a_picture_that_shrank_since_its_header_was_read(own_faces):
     assert face.edge_px == 512
     write_face(face.path, 64, 1)
     for backend in decode.BACKENDS:
-        crop_bgr = crops_of(own_faces[4:7], CROPS[0], backend)[1]
-        assert crop_bgr.shape == (64, 64, 3)
+        before, shrunk, after = crops_of(own_faces[4:7], CROPS[0], backend)
+        assert isinstance(shrunk, png.FaceFileError)  # its landmarks are those of another picture
+        assert before.shape == after.shape == (64, 64, 3)
 
 
 def test_number_of_threads_does_not_matter(faces):
@@ -225,14 +227,73 @@ def test_number_of_threads_does_not_matter(faces):
 
 def test_large_pictures_make_small_batches(faces):
     edges = [1000, 8000, 100, 100, 5000, 16000, *[64] * 40]
-    large = [Face(faces[0].path, e, faces[0].header, faces[0].alignment) for e in edges]
-    batches = decode._batches(large)
+    large = [Face(faces[0].path, e, faces[0].landmarks_l2, faces[0].alignment) for e in edges]
+    batches, for_opencv = decode._batches(large)
     assert [n for batch in batches for n in batch] == list(range(len(large)))
     for batch in batches:
-        num_bytes = sum(3 * edges[number] ** 2 for number in batch)
+        num_bytes = sum(6 * edges[number] ** 2 for number in batch)
         assert 1 <= len(batch) <= BATCH_SIZE
-        assert len(batch) == 1 or num_bytes <= decode.MAX_BATCH_BYTES
-    assert decode._batches([]) == []
+        assert batch.start in for_opencv or num_bytes <= decode.MAX_BATCH_BYTES
+    assert for_opencv == {1, 5}
+    assert decode._batches([]) == ([], set())
+
+
+@pytest.mark.parametrize("smallest_px", [0, 256])
+def test_pictures_that_fill_a_batch_are_left_to_opencv(faces, monkeypatch, smallest_px):
+    """One at a time, wherever they stand, and with the same pixels."""
+    monkeypatch.setattr(decode, "MAX_BATCH_BYTES", 6 * smallest_px**2)
+    decoded_by_opencv = []
+    original = decode.decode_one
+
+    def note(face, crop):
+        decoded_by_opencv.append(face.edge_px)
+        return original(face, crop)
+
+    monkeypatch.setattr(decode, "decode_one", note)
+    crops = crops_of(faces, CROPS[0], "dali")
+    assert decoded_by_opencv == [face.edge_px for face in faces if face.edge_px >= smallest_px]
+    for face, crop_bgr in zip(faces, crops, strict=True):
+        np.testing.assert_array_equal(crop_bgr, expected(face, CROPS[0]))
+
+
+def test_a_file_far_longer_than_its_picture_is_left_to_opencv(own_faces):
+    """DALI reads files whole; OpenCV is handed no more than a face can need."""
+    with own_faces[3].path.open("ab") as file:
+        file.truncate(2 * decode.MAX_BATCH_BYTES)  # a hole: it takes no room on the disk
+    assert decode._batches(own_faces)[1] == {3}
+    crops = crops_of(own_faces, CROPS[0], "dali")
+    for face, crop_bgr in zip(own_faces, crops, strict=True):
+        if face is not own_faces[3]:
+            np.testing.assert_array_equal(crop_bgr, expected(face, CROPS[0]))
+    np.testing.assert_array_equal(crops[3], decode.decode_one(own_faces[3], CROPS[0]))
+
+
+@pytest.mark.parametrize("num_threads", [1, 8])
+def test_pictures_being_decoded_take_no_more_than_a_bound(faces, monkeypatch, num_threads):
+    """Whatever the number of threads; one that takes more by itself is decoded alone."""
+    largest = max(decode.decoding_bytes(face.path, face.edge_px) for face in faces)
+    bound = largest - 1
+    monkeypatch.setattr(picture, "_budget", picture._Budget(bound))
+    taken, peak, lock = [], [], threading.Lock()
+    original = picture._decoded
+
+    def watched(encoded, edge_px):
+        cost = encoded.nbytes + 6 * edge_px**2
+        with lock:
+            taken.append(cost)
+            peak.append((sum(taken), len(taken)))
+        try:
+            return original(encoded, edge_px)
+        finally:
+            with lock:
+                taken.remove(cost)
+
+    monkeypatch.setattr(picture, "_decoded", watched)
+    for _, crop_bgr in decode_crops(faces, CROPS[0], backend="opencv", num_threads=num_threads):
+        assert crop_bgr.shape == (64, 64, 3)
+    assert max(count for total, count in peak if total > bound) == 1
+    assert max(count for _, count in peak) <= num_threads
+    assert picture._budget._free == bound
 
 
 def test_no_faces():

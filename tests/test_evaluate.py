@@ -95,7 +95,7 @@ def test_about_one_in_n_is_held_out():
 def test_added_and_removed_faces_move_no_other(many, tmp_path):
     settings = EvaluateConfig(held_out=5)
     whole = read_folder(many[0])
-    trained, measured = hold_out(whole, settings, side="a", strict=False)
+    trained, measured = hold_out(whole, settings, side="a", strict=False, centering="face")
     assert {face.path for face in trained.faces}.isdisjoint(face.path for face in measured.faces)
     assert len(trained.faces) + len(measured.faces) == 36
     fewer = tmp_path / "fewer"
@@ -103,7 +103,7 @@ def test_added_and_removed_faces_move_no_other(many, tmp_path):
     gone = {trained.faces[0].path.name, measured.faces[0].path.name}
     for name in gone:
         (fewer / name).unlink()
-    left, still = hold_out(read_folder(fewer), settings, side="a", strict=False)
+    left, still = hold_out(read_folder(fewer), settings, side="a", strict=False, centering="face")
     assert [f.path.name for f in left.faces] == [f.path.name for f in trained.faces[1:]]
     assert [f.path.name for f in still.faces] == [f.path.name for f in measured.faces[1:]]
 
@@ -662,7 +662,7 @@ def test_unreadable_held_out_faces_are_named_and_skipped(many, apart, tmp_path, 
     pairs = [("evaluate.held_out_a", own), ("evaluate.held_out_b", apart[1])]
     assert main(_words(many, tmp_path / "model", "-i", "1", *_sets(*pairs))) == 0
     said = capsys.readouterr().out
-    assert f"skipped {whole}, which is held out: " in said
+    assert f"skipped {whole}, held out: " in said
     assert f"skipped {own / 'text.png'}" in said
     assert "4 and 5 of them measured" in said
     strict = _words(many, tmp_path / "strict", "-i", "1", "--strict", *_sets(*pairs))

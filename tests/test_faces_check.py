@@ -1,6 +1,8 @@
 """What is measured in a face folder, what is said about it, and the command that prints it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -13,9 +15,17 @@ import pytest
 
 from mien.cli import main
 from mien.core.faces import check, geometry
-from mien.core.faces.check import compare, contact_sheet, decode, inspect, report
+from mien.core.faces.check import compare, report
 from mien.core.faces.folder import read_folder
-from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, write_face
+from mien.core.faces.inspect import contact_sheet, inspect
+from mien.core.faces.picture import open_picture
+from mien.core.faces.png import (
+    FaceFileError,
+    FaceHeader,
+    StoredMask,
+    read_header,
+    write_face,
+)
 
 with np.load(Path(geometry.__file__).with_name("mean_face.npz")) as _constants:
     MEAN_51_2 = _constants["mean51"]
@@ -188,7 +198,7 @@ def test_unreadable_files_are_named_with_reasons(faces):
 
 
 def test_masks_are_counted_and_checked(faces):
-    good = StoredMask(zlib.compress(bytes(64)), 8, "face", np.eye(3))
+    good = StoredMask(zlib.compress(b"\xff" * 64), 8, "face", np.eye(3))
     bad = StoredMask(b"no zlib", 8, "face", np.eye(3))
     write(faces, "f00.png", masks={"vgg-clear": good})
     write(faces, "f01.png", seed=1, masks={"vgg-clear": bad, "components": bad})
@@ -197,6 +207,142 @@ def test_masks_are_counted_and_checked(faces):
     assert list(found.damaged_masks) == ["f01.png"]
     assert found.damaged_masks["f01.png"].startswith("vgg-clear: a stored mask is damaged")
     assert said(found.advice, "Only 2 of 30 faces have the mask 'vgg-clear'")
+
+
+def constant(value: int) -> StoredMask:
+    return StoredMask(zlib.compress(bytes([value]) * 64 * 64), 64, "face", np.eye(3))
+
+
+def test_empty_masks_are_counted_by_mask_with_their_reason(faces, capsys):
+    for number, value in enumerate((0, 1, 255, 255)):
+        masks = {"vgg-clear": constant(value), "unet-dfl": constant(255)}
+        write(faces, f"f{number:02}.png", seed=number, masks=masks)
+    found = report(faces)
+    assert list(found.empty_masks) == ["vgg-clear"]
+    assert list(found.empty_masks["vgg-clear"]) == ["f00.png", "f01.png"]
+    assert "is empty: make it again" in found.empty_masks["vgg-clear"]["f00.png"]
+    assert "holds 0 and 1 in place of" in found.empty_masks["vgg-clear"]["f01.png"]
+    assert said(found.advice, "2 faces with an (almost) empty mask 'vgg-clear' (f00.png, f01.png)")
+    assert json.loads(json.dumps(found.as_dict()))["empty_masks"] == found.empty_masks
+    assert main(["faces", "check", str(faces)]) == 0
+    assert "unet-dfl (4), vgg-clear (4, 2 empty)" in capsys.readouterr().out
+
+
+def set_version(path: Path, version) -> None:
+    _, header = read_header(path)
+    header.source["alignments_version"] = version
+    write_face(path, cv2.imread(str(path)), header)
+
+
+def test_versions_are_counted_and_mixed_crops_are_no_side(faces, capsys):
+    for path in sorted(faces.iterdir()):
+        set_version(path, 1.0)
+    found = report(faces)
+    assert (found.versions, found.num_legacy, found.trainable) == ({"1.0": 30}, 30, True)
+    assert said(found.advice, "train them with data.centering=legacy")
+    assert said(found.advice, "At legacy centring these files hold about 128 real px")
+    # 120 px for the inner box of the mean face, which is 5/8 of the legacy crop.
+    assert found.native_px.median == pytest.approx(120 / 0.625, rel=1e-3)
+    for name, version in (("f00.png", 2.4), ("f01.png", None)):
+        set_version(faces / name, version)
+    found = report(faces)
+    assert found.versions == {"1.0": 28, "2.4": 1, "unknown": 1}
+    assert not found.trainable
+    assert said(found.advice, "28 faces were extracted before alignments version 2.0 and 2 later")
+    assert main(["faces", "check", str(faces)]) == 2
+    assert "1.0 (28), 2.4 (1), unknown (1)" in capsys.readouterr().out
+
+
+def test_a_legacy_picture_is_shown_and_measured_as_its_crop(faces, tmp_path):
+    """The landmarks of a legacy crop lie in the picture where extraction put them."""
+    path = faces / "f00.png"
+    set_version(path, 1.0)
+    face = read_folder(faces, minimum=0).faces[0]
+    assert inspect(path)["shows"] == "legacy crop"
+    crop = geometry.Crop("legacy", 1.0, 0.0, 128)
+    landmarks_l2 = geometry.crop_landmarks(face.landmarks_l2, face.alignment, crop)
+    image = cv2.imread(str(path))
+    for x, y in np.rint(landmarks_l2).astype(int).clip(1, 126).tolist():
+        image[y, x] = (0, 0, 255)
+    _, header = read_header(path)
+    write_face(path, image, header)
+    sheet = contact_sheet(path, tile_px=128)
+    assert sheet.shape == (2 * (128 + 8 + 20) + 8, 4 * (128 + 8) + 8, 3)
+    picture, dots = (sheet[28 : 28 + 128, left : left + 128] for left in (8, 8 + 136))
+    np.testing.assert_array_equal(picture, image)
+    inner = np.rint(landmarks_l2).astype(int).clip(1, 126)
+    is_green = (dots[inner[:, 1], inner[:, 0]] == (0, 255, 0)).all(axis=1)
+    assert is_green.mean() > 0.9
+
+
+def test_a_note_to_turn_the_picture_is_ignored(faces):
+    """Training ignores it, since the landmarks know nothing of it: so do check and inspect."""
+    plain, sheet = report(faces), contact_sheet(faces / "f00.png")
+    note = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    chunk = len(note).to_bytes(4, "big") + b"eXIf" + note
+    chunk += zlib.crc32(b"eXIf" + note).to_bytes(4, "big")
+    for path in faces.iterdir():
+        content = path.read_bytes()
+        path.write_bytes(content[:33] + chunk + content[33:])
+    turned_by_viewers = cv2.imread(str(faces / "f00.png"))
+    with open_picture(faces / "f00.png", 128) as image_bgr:
+        assert (turned_by_viewers != image_bgr).any()
+    found = report(faces)
+    assert found == plain
+    np.testing.assert_array_equal(contact_sheet(faces / "f00.png"), sheet)
+
+
+def test_masks_that_cannot_be_used_are_told_and_left_out_of_the_sheet(faces):
+    bad = StoredMask(b"no zlib", 8, "face", np.eye(3))
+    odd = StoredMask(b"", 8, "nose", np.eye(3))
+    path = write(faces, "f00.png", masks={"a": bad, "b": odd, "vgg-clear": constant(255)})
+    facts = inspect(path)["masks"]
+    assert "no zlib data" in facts["a"]["problem"]
+    assert "stored_centering is none of" in facts["b"]["problem"]
+    assert facts["vgg-clear"] == {"size_px": 64, "centering": "face", "inside": 1.0}
+    found = report(faces)
+    assert found.damaged_masks["f00.png"].startswith("a: a stored mask is damaged")
+    write(faces, "f01.png", masks={"vgg-clear": constant(255)})
+    assert contact_sheet(path).shape == contact_sheet(faces / "f01.png").shape
+
+
+def test_sub_folders_and_jpegs_are_counted(faces, capsys):
+    for name in ("good", "left"):
+        write(faces / name, "f.png")
+    (faces / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    found = report(faces)
+    assert found.num_files == 30
+    assert found.as_dict()["passed_over"] == {
+        "num_jpegs": 1,
+        "subfolders": ("good", "left"),
+        "num_deeper": 2,
+        "kind": "PNG",
+        "is_whole": True,
+    }
+    assert said(found.advice, "2 PNGs in its sub-folders good, left and 1 JPEGs are not used: ")
+    assert main(["faces", "check", str(faces)]) == 0
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.endswith("30 of 30 files; 2 PNGs in its sub-folders good, left; 1 JPEGs")
+
+
+def test_names_do_nothing_to_a_terminal(faces, capsys):
+    forged = "f\x1b[31m\nforged: line.png"
+    (faces / forged).write_bytes(b"no face")
+    (faces / os.fsdecode(b"f\xe4.png")).write_bytes(b"no face")
+    path = faces / "g\x1b[1m\n.png"
+    shutil.copy(faces / "f00.png", path)
+    _, header = read_header(path)
+    header.source["source_filename"] = "frame\x1b[2J\n.png"
+    write_face(path, cv2.imread(str(path)), header)
+    assert main(["faces", "check", str(faces)]) == 0
+    shown = capsys.readouterr().out
+    assert main(["faces", "inspect", str(path)]) == 0
+    shown += capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert not [line for line in shown.splitlines() if line.startswith(("forged", ".png"))]
+    assert "f\\u001b[31m\\nforged: line.png: is no PNG" in shown
+    assert "f\\xe4.png: is no PNG" in shown
+    assert "frame\\u001b[2J\\n.png" in shown
 
 
 def test_few_or_no_faces_are_reported(tmp_path):
@@ -223,9 +369,11 @@ def test_same_folder_on_both_sides_is_said(faces):
 
 def test_decode_refuses_pictures_of_another_size(faces):
     face = read_folder(faces).faces[0]
-    face.edge_px = 64
-    with pytest.raises(FaceFileError, match="damaged or cut short"):
-        decode(face)
+    with (
+        pytest.raises(FaceFileError, match="damaged or cut short"),
+        open_picture(face.path, face.edge_px // 2),
+    ):
+        pass
 
 
 @pytest.mark.oracle

@@ -2,21 +2,25 @@
 
 import os
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mien.core.faces.folder import list_pictures, overlap, read_folder
-from mien.core.faces.png import FaceHeader, write_face
+from mien.core.faces.folder import Rejected, named, read_folder, skipped, uneven
+from mien.core.faces.listing import list_pictures, overlap, passed_over
+from mien.core.faces.png import FaceHeader, StoredMask, read_header, write_face
 
 
-def write_faces(folder: Path, names: list[str], edge_px: int = 32) -> Path:
+def write_faces(folder: Path, names: list[str], edge_px: int = 32, version=None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
+    source = {} if version is None else {"alignments_version": version}
     for name in names:
         landmarks = generator.uniform(50, 150, (68, 2)).astype(np.float32)
-        write_face(folder / name, np.zeros((edge_px, edge_px, 3), np.uint8), FaceHeader(landmarks))
+        header = FaceHeader(landmarks, source=source)
+        write_face(folder / name, np.zeros((edge_px, edge_px, 3), np.uint8), header)
     return folder
 
 
@@ -101,6 +105,142 @@ def test_pictures_without_headers_are_no_faces(tmp_path):
     message = message_of(folder, minimum=1)
     assert "2 PNGs are not extracted faces: extract faces from the pictures first" in message
     assert read_folder(folder, minimum=0).faces == []
+
+
+def test_faces_that_cannot_be_used_are_not_called_pictures(tmp_path):
+    """The advice to extract faces helps only where nothing was extracted."""
+    folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
+    for path in list_pictures(folder):
+        path.write_bytes(path.read_bytes()[:60])
+    message = message_of(folder, minimum=1)
+    assert "not extracted faces" not in message
+    assert "none of its 2 PNGs can be used (f1.png" in message
+    assert "cut short" in message
+    (folder / "f1.png").write_text("no face")
+    assert "none of its 2 PNGs can be used (f1.png: is no PNG" in message_of(folder, minimum=1)
+
+
+def test_sub_folders_and_jpegs_are_named_where_there_is_no_png(tmp_path):
+    folder = tmp_path / "a"
+    for name, count in (("right", 2), ("good", 3), ("left", 1), ("empty", 0)):
+        write_faces(folder / name, [f"f{number}.png" for number in range(count)])
+    (folder / ".hidden").mkdir()
+    write_faces(folder / ".hidden", ["f.png"])
+    (folder / "link").symlink_to(folder / "good")
+    message = message_of(folder, side="a")
+    assert message == (
+        f"side A: {folder} holds no PNG; its sub-folders good, left, right hold 6: give one of "
+        "them, or put the faces into one folder"
+    )
+    shutil.rmtree(folder / "left")
+    shutil.rmtree(folder / "good")
+    assert "; its sub-folder right holds 2: give that one, or put" in message_of(folder)
+    shutil.rmtree(folder / "right")
+    (folder / "1.jpg").write_bytes(b"\xff\xd8\xff")
+    (folder / "2.JPEG").write_bytes(b"\xff\xd8\xff")
+    assert "holds no PNG but 2 JPEGs: only PNGs that extraction wrote" in message_of(folder)
+    (folder / "1.jpg").rename(folder / "empty" / "1.jpg")
+    assert "; its sub-folder empty holds 1 JPEGs: give that one" in message_of(folder)
+
+
+def test_what_lies_beside_the_faces_is_counted(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png"])
+    assert read_folder(folder, minimum=1).passed_over.notice == ""
+    write_faces(folder / "good", ["f2.png", "f3.png"])
+    (folder / "f.jpg").write_bytes(b"\xff\xd8\xff")
+    found = read_folder(folder, minimum=1)
+    assert len(found.faces) == 1
+    assert found.passed_over.counts == ["2 PNGs in its sub-folder good", "1 JPEGs"]
+    assert found.passed_over.notice == (
+        "2 PNGs in its sub-folder good and 1 JPEGs are not used: put the faces into one folder; "
+        "only PNGs that extraction wrote can be used"
+    )
+
+
+def test_only_so_much_of_sub_folders_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("mien.core.faces.listing._MAX_ENTRIES", 10)
+    folder = write_faces(tmp_path / "a", ["f1.png"])
+    for number in range(9):
+        (folder / f"{number}").mkdir()
+        for other in range(3):
+            (folder / f"{number}" / f"{other}.png").touch()
+    found = passed_over(folder)
+    assert found.subfolders == ("0", "1", "2")
+    assert found.counts == ["more than 8 PNGs in its sub-folders 0, 1, 2"]
+    assert passed_over(tmp_path / "gone").notice == ""
+
+
+def test_legacy_crops_are_read_for_the_legacy_crop_only(tmp_path):
+    folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"], version=1.0)
+    found = read_folder(folder, minimum=1, centering="legacy")
+    assert [face.centering for face in found.faces] == ["legacy", "legacy"]
+    for centering in ("face", "head"):
+        message = message_of(folder, minimum=1, centering=centering, side="b")
+        assert message.startswith(f"side B: {folder} holds faces extracted before")
+        assert "(f1.png: version 1.0)" in message
+        assert "begin a model with data.centering=legacy" in message
+    assert len(read_folder(folder, minimum=1).faces) == 2
+
+
+@pytest.mark.parametrize("later", [2.0, 2.4, None])
+def test_legacy_crops_among_later_ones_are_refused(tmp_path, later):
+    folder = write_faces(tmp_path / "a", ["f1.png"], version=later)
+    for centering in ("face", "head", "legacy"):
+        (face,) = read_folder(folder, minimum=1, centering=centering).faces
+        assert face.centering == "head"
+    write_faces(folder, ["f2.png", "f3.png"], version="1.9")
+    for centering in ("face", "head", "legacy"):
+        message = message_of(folder, minimum=1, centering=centering)
+        assert "mixes 2 faces extracted before alignments version 2.0 (f2.png: version 1.9)" in (
+            message
+        )
+        assert f"with 1 of later ones (f1.png: version {later or 'unknown'})" in message
+    assert len(read_folder(folder, minimum=1).faces) == 3
+
+
+@pytest.mark.parametrize("kind", ["source", "mask", "name of a mask", "version"])
+def test_what_a_header_holds_beside_the_landmarks_is_let_go(tmp_path, kind):
+    folder = write_faces(tmp_path / "a", [f"f{number}.png" for number in range(4)])
+    filler = "a" * 4 * 1024**2
+    for path in list_pictures(folder):
+        _, header = read_header(path)
+        mask = StoredMask(b"a" * 4 * 1024**2, 128, "face", np.eye(3))
+        if kind == "mask":
+            header.masks["vgg-clear"] = mask
+        elif kind == "name of a mask":
+            header.masks[filler] = mask
+        else:
+            header.source["alignments_version" if kind == "version" else "x"] = filler
+        write_face(path, np.zeros((32, 32, 3), np.uint8), header)
+    tracemalloc.start()
+    try:
+        found = read_folder(folder, minimum=4)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(found.faces) == 4
+    assert held < 1024**2
+    assert peak < 64 * 1024**2
+
+
+def test_the_first_files_are_named_and_the_others_counted(tmp_path):
+    files = [Rejected(tmp_path / f"f{number}", "is empty") for number in range(2)]
+    files += [Rejected(tmp_path / "g", "is cut")]
+    assert named(files) == "f0, f1: is empty; g: is cut"
+    assert named([*files, *files]) == "f0, f1: is empty; g: is cut; and 3 more"
+    assert skipped(files[:1]) == f"skipped {tmp_path / 'f0'}: is empty"
+    assert skipped(files[:1], "held out") == f"skipped {tmp_path / 'f0'}, held out: is empty"
+    many = skipped(files * 50_000)
+    assert (
+        many == f"skipped 150000 files of {tmp_path}: f0, f1: is empty; g: is cut; and 149997 more"
+    )
+
+
+def test_uneven_sides_are_told():
+    assert uneven("A", 26, "B", 130) is None
+    assert uneven("A", 0, "B", 130) is None
+    assert uneven("A", 26, "B", 353).startswith("B has 353 faces and A 26: the smaller side is")
+    assert uneven("A", 353, "B", 26).startswith("A has 353 faces and B 26: ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")

@@ -216,3 +216,29 @@ def test_resize_is_cubic_up_and_area_down():
 def test_impossible_crops_are_refused(values, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         Crop(*values)
+
+
+@pytest.mark.parametrize("coverage", [1.0, 0.875, 0.625])
+@pytest.mark.parametrize("offset", [0.0, 0.1, -0.25])
+@pytest.mark.parametrize("edge_px", [128, 333, 512])
+def test_a_legacy_picture_is_the_legacy_crop(coverage, offset, edge_px):
+    """Landmarks placed in a legacy picture by its own rule lie where those of the crop do."""
+    landmarks_l2 = make_landmarks()
+    found = align(landmarks_l2)
+    whole = Crop("legacy", 1.0, 0.0, edge_px)
+    in_picture_l2 = crop_landmarks(landmarks_l2, found, whole)
+    box = crop_box(found, edge_px, Crop("legacy", coverage, offset, 64), "legacy")
+    if coverage == 1.0 and offset == 0.0:
+        assert box == CropBox(0, 0, edge_px)
+    scale = 64 / box.side
+    placed_l2 = (in_picture_l2 - (box.left, box.top)) * scale
+    wanted_l2 = crop_landmarks(landmarks_l2, found, Crop("legacy", coverage, offset, 64))
+    # The box is cut at whole px of the picture, and its padding is whole px of either.
+    assert np.abs(placed_l2 - wanted_l2).max() < 1.5
+
+
+def test_a_picture_is_head_centred_unless_told():
+    found = align(make_landmarks())
+    for centering in ("face", "head", "legacy"):
+        crop = Crop(centering, 0.9, 0.1, 64)
+        assert crop_box(found, 256, crop) == crop_box(found, 256, crop, "head")

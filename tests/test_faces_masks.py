@@ -1,16 +1,32 @@
 """Masks against another implementation's pixels, and their rules."""
 
 import zlib
-from pathlib import Path
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import pytest
 
-from mien.core.faces.folder import Face
-from mien.core.faces.geometry import Crop, align, crop_box, crop_landmarks, cut, resize
-from mien.core.faces.masks import area_mask, landmark_mask, stored_mask, training_masks
-from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, read_header
+from mien.core.faces.folder import Face, read_face
+from mien.core.faces.geometry import (
+    Alignment,
+    Crop,
+    align,
+    crop_box,
+    crop_landmarks,
+    cut,
+    resize,
+)
+from mien.core.faces.masks import (
+    area_mask,
+    is_empty,
+    landmark_mask,
+    named_mask,
+    stored_mask,
+    training_masks,
+    why_empty,
+)
+from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask
 
 NEWER_OPENCV = int(cv2.__version__.split(".")[0]) >= 5
 
@@ -21,18 +37,13 @@ def crop_of(combo: str) -> Crop:
     return Crop(centering, float(coverage) / 100, float(offset) / 100, int(size_px))
 
 
-def read_face(path) -> Face:
-    edge_px, header = read_header(path)
-    return Face(path, edge_px, header, align(header.landmarks_l2))
-
-
 def golden_masks(oracle_dir, prefix: str):
     """(face, middle part of the key, crop, expected mask) of every golden mask."""
     files = sorted((oracle_dir / "geometry").glob("*.npz"))
     if not files:
         pytest.skip(f"{oracle_dir} has no geometry")
     for file in files:
-        face = read_face(oracle_dir / "samples" / f"{file.stem}.png")
+        face, _ = read_face(oracle_dir / "samples" / f"{file.stem}.png")
         with np.load(file, allow_pickle=False) as golden:
             for key in golden:
                 if key.startswith(prefix):
@@ -62,11 +73,11 @@ def test_masks_equal_oracle(oracle_dir):
         options = {"dilation": dilation, "blur_kernel": int(blur_kernel), "threshold": threshold}
         where = f"{face.path.stem} {name} {settings} {crop}"
         if name in ("components", "extended"):
-            landmarks = crop_landmarks(face.header.landmarks_l2, face.alignment, crop)
+            landmarks = crop_landmarks(face.landmarks_l2, face.alignment, crop)
             found = landmark_mask(name, landmarks, crop.size_px, dilation)
             assert_same(found, expected, where, differing)
         else:
-            mask = face.header.masks[name]
+            mask = face.stored_mask(name)
             found = stored_mask(mask, face.alignment, crop, **options)
             full = crop.centering == mask.centering and crop.coverage == 1.0
             if full and crop.vertical_offset:
@@ -102,7 +113,7 @@ def test_areas_equal_oracle(oracle_dir):
     differing: list[str] = []
     num_checked = 0
     for face, (area,), crop, expected in golden_masks(oracle_dir, "area:"):
-        landmarks = crop_landmarks(face.header.landmarks_l2, face.alignment, crop)
+        landmarks = crop_landmarks(face.landmarks_l2, face.alignment, crop)
         found = area_mask(area, landmarks, crop.size_px)
         assert_same(found, expected, f"{face.path.stem} {area} {crop}", differing)
         num_checked += 1
@@ -132,7 +143,7 @@ def test_training_items_equal_oracle(oracle_dir):
                 "threshold": 4,
             }
         for position, side in np.ndindex(index.shape):
-            face = read_face(pictures[side][index[position, side]])
+            face, _ = read_face(pictures[side][index[position, side]])
             image = cv2.imread(str(face.path), cv2.IMREAD_COLOR)
             box = crop_box(face.alignment, face.edge_px, crop)
             picture = resize(cut(image, box), crop.size_px)
@@ -145,7 +156,19 @@ def test_training_items_equal_oracle(oracle_dir):
     assert_few(differing, num_checked)
 
 
-def make_face(stored_px: int = 64, centering: str = "face") -> Face:
+@dataclass
+class MadeFace:
+    """A face that lies in no file."""
+
+    landmarks_l2: np.ndarray
+    alignment: Alignment
+    masks: dict[str, StoredMask]
+
+    def stored_mask(self, name: str) -> StoredMask:
+        return named_mask(FaceHeader(self.landmarks_l2, self.masks), name)
+
+
+def make_face(stored_px: int = 64, centering: str = "face") -> MadeFace:
     """A face that fills its crop as the mean face does, with one stored mask: a soft disc."""
     rows, columns = np.mgrid[:stored_px, :stored_px] / stored_px
     disc = np.clip(1.3 - 3.2 * np.hypot(rows - 0.5, columns - 0.5), 0, 1)
@@ -153,8 +176,7 @@ def make_face(stored_px: int = 64, centering: str = "face") -> Face:
     generator = np.random.default_rng(1)
     landmarks = (generator.uniform(0, 1, (68, 2)) * 100 + 50).astype(np.float32)
     mask = StoredMask(data, stored_px, centering, np.eye(3))
-    header = FaceHeader(landmarks, masks={"vgg-clear": mask})
-    return Face(Path("face.png"), 256, header, align(landmarks))
+    return MadeFace(landmarks, align(landmarks), {"vgg-clear": mask})
 
 
 PLAIN = {"dilation": 0.0, "blur_kernel": 0, "threshold": 0}
@@ -163,7 +185,7 @@ PLAIN = {"dilation": 0.0, "blur_kernel": 0, "threshold": 0}
 @pytest.mark.parametrize("offset", [-0.25, -0.1, 0.1, 0.25])
 def test_offset_moves_a_full_mask_of_the_same_centering(offset):
     face = make_face()
-    mask = face.header.masks["vgg-clear"]
+    mask = face.stored_mask("vgg-clear")
     pixels = mask.pixels()
     centre = round(-offset * 64 * 0.5 + 32)
     expected = np.zeros_like(pixels)
@@ -177,7 +199,7 @@ def test_offset_moves_a_full_mask_of_the_same_centering(offset):
 
 def test_threshold_by_hand():
     face = make_face()
-    mask = face.header.masks["vgg-clear"]
+    mask = face.stored_mask("vgg-clear")
     pixels = mask.pixels()
     crop = Crop("face", 1.0, 0.0, 64)
     for percent in (0, 4, 25, 50):
@@ -192,7 +214,7 @@ def test_threshold_by_hand():
 
 def test_even_blur_kernel_is_made_odd():
     face = make_face()
-    mask = face.header.masks["vgg-clear"]
+    mask = face.stored_mask("vgg-clear")
     crop = Crop("face", 1.0, 0.0, 64)
     found = [
         stored_mask(mask, face.alignment, crop, **PLAIN | {"blur_kernel": kernel})
@@ -238,7 +260,7 @@ def test_drawing_leaves_the_landmarks_alone():
 def test_training_masks_by_type():
     face = make_face()
     crop = Crop("face", 1.0, 0.0, 64)
-    landmarks = crop_landmarks(face.header.landmarks_l2, face.alignment, crop)
+    landmarks = crop_landmarks(face.landmarks_l2, face.alignment, crop)
     none = training_masks(face, crop, mask_type="none", **PLAIN)
     assert (none[..., 0] == 255).all()
     for plane, area in ((1, "eye"), (2, "mouth")):
@@ -252,7 +274,7 @@ def test_missing_and_damaged_masks_are_named():
     crop = Crop("face", 1.0, 0.0, 64)
     with pytest.raises(FaceFileError, match=r"no mask 'unet-dfl' \(stored: vgg-clear\): set data"):
         training_masks(face, crop, mask_type="unet-dfl", **PLAIN)
-    face.header.masks["vgg-clear"].data = b"nothing"
+    face.masks["vgg-clear"].data = b"nothing"
     with pytest.raises(FaceFileError, match="damaged"):
         training_masks(face, crop, mask_type="vgg-clear", **PLAIN)
 
@@ -262,3 +284,44 @@ def test_unknown_kinds_are_refused():
         landmark_mask("nose", np.zeros((68, 2), np.float32), 64, 0.0)
     with pytest.raises(ValueError, match="area must be one of"):
         area_mask("nose", np.zeros((68, 2), np.float32), 64)
+
+
+def full_mask(value: int, stored_px: int = 64) -> StoredMask:
+    pixels = np.full((stored_px, stored_px), value, np.uint8)
+    return StoredMask(zlib.compress(pixels.tobytes()), stored_px, "face", np.eye(3))
+
+
+def test_an_empty_mask_is_one_of_which_less_than_a_hundredth_is_inside():
+    mask = np.zeros((100, 100), np.uint8)
+    assert is_empty(mask)
+    mask[0, :99] = 255
+    assert is_empty(mask)
+    mask[1, :2] = 255
+    assert not is_empty(mask)
+    assert is_empty(np.ones((100, 100), np.uint8))
+    assert not is_empty(np.full((100, 100), 40, np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("value", "mask_type", "reason"),
+    [
+        (1, "vgg-clear", "holds 0 and 1 in place of 0 and 255: multiply it by 255"),
+        (0, "vgg-clear", "mask 'vgg-clear' is empty: make it again"),
+        (255, "vgg-clear", "has nothing inside the crop: bring data.mask_dilation"),
+        (255, "extended", "mask 'extended' has nothing inside the crop"),
+    ],
+)
+def test_what_left_a_mask_empty_is_told_with_its_remedy(value, mask_type, reason):
+    face = make_face()
+    face.masks["vgg-clear"] = full_mask(value)
+    assert reason in why_empty(face, mask_type)
+
+
+@pytest.mark.parametrize("threshold", [0, 4])
+def test_a_mask_of_0_and_1_is_empty_whatever_the_threshold(threshold):
+    face = make_face()
+    face.masks["vgg-clear"] = full_mask(1)
+    crop = Crop("face", 1.0, 0.0, 64)
+    options = PLAIN | {"threshold": threshold}
+    masks = training_masks(face, crop, mask_type="vgg-clear", **options)
+    assert is_empty(masks[..., 0])

@@ -3,6 +3,7 @@
 import ast
 import json
 import random
+import re
 import struct
 import time
 import tracemalloc
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mien.core.faces.masks import named_mask
 from mien.core.faces.png import (
     MAX_HEADER_BYTES,
     SIGNATURE,
@@ -328,6 +330,152 @@ def test_only_what_lies_before_the_picture_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({}, "no data for mask 'm'"),
+        (None, "no data for mask 'm'"),
+        ({"mask": "text"}, "no data for mask 'm'"),
+        ({"stored_size": 5000}, "stored_size is not 1 to 4096 px"),
+        ({"stored_size": 64.0}, "stored_size is not 1 to 4096 px"),
+        ({"stored_centering": "nose"}, "stored_centering is none of"),
+        ({"affine_matrix": None}, "not all numbers"),
+        ({"affine_matrix": [[1.0, 0.0], [0.0, 1.0]]}, "affine_matrix is not 3 x 3"),
+    ],
+)
+def test_a_mask_is_refused_where_it_is_asked_for(tmp_path, entry, reason):
+    """One that nobody asks for makes no face unusable."""
+    good = {
+        "mask": zlib.compress(bytes(64 * 64)),
+        "stored_size": 64,
+        "stored_centering": "face",
+        "affine_matrix": np.eye(3).tolist(),
+    }
+    odd = good | entry if entry else entry
+    path = png_with(tmp_path / "face.png", repr(literal_of(mask={"m": odd, "good": good})))
+    _, header = read_header(path)
+    assert named_mask(header, "good").size_px == 64
+    with pytest.raises(FaceFileError, match=re.escape(reason)):
+        named_mask(header, "m")
+    write_face(path, make_image(), header)
+    assert list(read_header(path)[1].masks) == ["good"]
+
+
+def test_a_mask_without_a_centering_is_one_of_the_face(tmp_path):
+    entry = {
+        "mask": zlib.compress(bytes(64 * 64)),
+        "stored_size": 64,
+        "affine_matrix": [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]],
+    }
+    for more in ({}, {"stored_centering": None}):
+        path = png_with(tmp_path / "face.png", repr(literal_of(mask={"m": entry | more})))
+        assert named_mask(read_header(path)[1], "m").centering == "face"
+
+
+@pytest.mark.parametrize("masks", [None, [1], "text", {"m" * 65: {}}, {"a\x1b[1m\n": {}}])
+def test_what_are_no_masks_makes_no_face_unusable(tmp_path, masks):
+    _, header = read_header(png_with(tmp_path / "face.png", repr(literal_of(mask=masks))))
+    assert header.masks == {}
+
+
+def test_no_more_masks_are_read_than_a_file_can_need(tmp_path):
+    many = {f"m{number}": {} for number in range(9_000)}
+    _, header = read_header(png_with(tmp_path / "face.png", repr(literal_of(mask=many))))
+    assert len(header.masks) == 64
+    with pytest.raises(FaceFileError) as caught:
+        named_mask(header, "vgg-clear")
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": "1"},
+        {"x": 1e7},
+        {"w": None},
+        {"h": [1]},
+        {"x": 10**400},
+    ],
+)
+def test_a_box_that_cannot_be_is_the_one_round_the_landmarks(tmp_path, changes):
+    _, header = read_header(png_with(tmp_path / "face.png", repr(literal_of(**changes))))
+    low, high = header.landmarks_l2.min(axis=0), header.landmarks_l2.max(axis=0)
+    assert header.box == tuple(round(float(v)) for v in (*low, *(high - low)))
+
+
+@pytest.mark.parametrize(
+    ("value", "version"),
+    [
+        (2.4, 2.4),
+        (1, 1.0),
+        ("1.0", 1.0),
+        (None, None),
+        (True, None),
+        ("new", None),
+        ([2.4], None),
+        (10**400, None),
+    ],
+)
+def test_version_of_the_extraction(tmp_path, value, version):
+    text = repr(literal_of() | {"source": {"alignments_version": value}})
+    assert read_header(png_with(tmp_path / "face.png", text))[1].version == version
+
+
+@pytest.mark.parametrize("source", [None, [1], "text"])
+def test_a_source_that_is_none_makes_no_face_unusable(tmp_path, source):
+    text = repr(literal_of() | {"source": source})
+    header = read_header(png_with(tmp_path / "face.png", text))[1]
+    assert (header.source, header.version) == ({}, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{'x': np.int64(112), 'y': np.int32(-3)}", {"x": 112, "y": -3}),
+        ("[np.float32(1.5), np.float64(-2e-07), np.float16(3.0)]", [1.5, -2e-07, 3.0]),
+        ("[np.uint8(255), np.int8(-1), np.int16(2), np.uint64(9)]", [255, -1, 2, 9]),
+        ("{'a': np.True_, 'b': (np.False_, True)}", {"a": True, "b": [False, True]}),
+        (
+            "['np.int64(1)', \"np.True_\", b'np.int64(1)']",
+            ["np.int64(1)", "np.True_", b"np.int64(1)"],
+        ),
+        ("{'identity': {'v': [np.float32(0.5)]}}", {"identity": {"v": []}}),
+    ],
+)
+def test_scalars_of_numpy_are_read_as_plain_ones(text, value):
+    assert parse_literal(text) == value
+
+
+def test_the_scalars_above_are_what_numpy_writes():
+    values = {"x": np.int64(112), "z": [np.float32(1.5), np.float64(-2e-07)], "b": np.True_}
+    assert parse_literal(repr(values)) == {"x": 112, "z": [1.5, -2e-07], "b": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{'a': np.float64(nan)}", "not finite"),
+        ("{'a': np.float32(inf)}", "not finite"),
+        ("{'a': array([1., 2.])}", "written by NumPy"),
+        ("{'a': np.str_('x')}", "written by NumPy"),
+        ("{'a': np.int64(np.int64(1))}", "written by NumPy"),
+        ("{'a': np.int64(1 + 1)}", "written by NumPy"),
+        ("{'a': np.load('x')}", "written by NumPy"),
+        ("{'a': np.int64(x)}", "literal"),
+        ("{'a': xnp.int64(1)}", "literal"),
+        ("{'a': np.int640(1)}", "written by NumPy"),
+    ],
+)
+def test_what_else_numpy_writes_is_refused_by_name(text, reason):
+    with pytest.raises(FaceFileError, match=reason):
+        parse_literal(text)
+
+
+def test_a_text_cut_at_its_bound_is_called_too_long(tmp_path):
+    path = png_with(tmp_path / "face.png", "é" * MAX_HEADER_BYTES, compressed=True)
+    assert "longer than 16 MiB" in reason_of(path)
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"landmarks_xy": None}, "no landmarks"),
@@ -337,15 +485,6 @@ def test_only_what_lies_before_the_picture_is_read(tmp_path):
         ({"landmarks_xy": [[10**400, 1]] * 68}, "not all numbers"),
         ({"landmarks_xy": 5}, "0 landmarks"),
         ({"landmarks_xy": [[float(i), 2.0 * i] for i in range(68)]}, "on one line"),
-        ({"mask": [1]}, "'mask' that is no dictionary"),
-        ({"mask": {"m": {}}}, "no data for mask 'm'"),
-        ({"mask": {"m": {"mask": b"", "stored_size": 5000}}}, "stored_size"),
-        ({"mask": {"m": {"mask": b"", "stored_size": 8}}}, "stored_centering"),
-        (
-            {"mask": {"m": {"mask": b"", "stored_size": 8, "stored_centering": "face"}}},
-            "not all numbers",
-        ),
-        ({"x": "1"}, "not all numbers"),
     ],
 )
 def test_entries_of_the_wrong_kind_are_named(tmp_path, change, reason):

@@ -60,7 +60,7 @@ def test_landmarks_lie_in_the_pixels_of_the_store(tmp_path):
     assert points.shape == (4, 68, 2)
     assert points.dtype == np.float32
     one = faces[2]
-    wanted = crop_landmarks(one.header.landmarks_l2, one.alignment, crop)
+    wanted = crop_landmarks(one.landmarks_l2, one.alignment, crop)
     assert np.array_equal(points[2], wanted)
     centres = points[:, 17:].mean(axis=1)
     assert np.all((centres > 32) & (centres < 96)), "the features are in the middle of the crop"

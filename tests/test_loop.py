@@ -377,6 +377,28 @@ def test_unreadable_faces_are_named_skipped_and_strict_stops(sides, tmp_path, ca
     assert ".png" in capsys.readouterr().err
 
 
+def test_many_unreadable_files_are_one_line_and_one_event(sides, tmp_path, capsys):
+    faces = tmp_path / "faces"
+    shutil.copytree(sides[0], faces)
+    for number in range(2_000):
+        (faces / f"bad {number:04}.png").touch()
+    assert _train((faces, sides[1]), tmp_path / "model", "-i", "1", "--json") == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (told,) = (event for event in events if event["event"] == "warning")
+    assert told["count"] == 2_000
+    assert told["files"] == [f"bad {number:04}.png" for number in range(10)]
+    assert told["message"].startswith(f"skipped 2000 files of {faces}: bad 0000.png, bad 0001.png")
+    assert told["message"].endswith("; and 1997 more")
+
+
+def test_a_mask_that_no_loss_uses_makes_no_face_unusable(sides, tmp_path):
+    """None of the faces has the mask that is set."""
+    words = ["--set", "data.mask_type=unet-dfl"]
+    assert _train(sides, tmp_path / "used", "-i", "1", *words) == 2
+    words += ["--set", "loss.penalized_mask_loss=false", "--set", "loss.learn_mask=false"]
+    assert _train(sides, tmp_path / "unused", "-i", "1", *words) == 0
+
+
 def test_the_loop_stays_readable():
     """step() <= 40 lines, run() <= 60."""
     import inspect

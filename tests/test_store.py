@@ -2,9 +2,11 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -438,6 +440,15 @@ def test_what_another_start_is_writing_is_left_alone(folder, store_dir):
     assert (store_dir / f"{plan.key}.faces").exists()
 
 
+def change_mask(path, data, name="vgg-clear"):
+    """Write a face again with other data of a mask; None: without the mask."""
+    _, header = png.read_header(path)
+    mask = header.masks.pop(name)
+    if data is not None:
+        header.masks[name] = dataclasses.replace(mask, data=data)
+    png.write_face(path, cv2.imread(str(path)), header)
+
+
 def damage(face):
     content = face.path.read_bytes()
     face.path.write_bytes(content[: len(content) * 2 // 3])
@@ -504,7 +515,7 @@ def test_no_faces(folder, store_dir):
 
 
 def test_a_face_without_the_mask_is_left_out_and_named(folder, store_dir):
-    del folder.faces[3].header.masks["vgg-clear"]
+    change_mask(folder.faces[3].path, None)
     made = opened(folder, store_dir, mask_type="vgg-clear")
     assert made.num_faces == NUM_FACES - 1
     (found,) = made.rejected
@@ -518,10 +529,57 @@ def test_a_face_without_the_mask_is_left_out_and_named(folder, store_dir):
 
 
 def test_a_damaged_mask_is_left_out_and_named(folder, store_dir):
-    mask = folder.faces[5].header.masks["vgg-clear"]
-    folder.faces[5].header.masks["vgg-clear"] = dataclasses.replace(mask, data=b"no zlib")
+    change_mask(folder.faces[5].path, b"no zlib")
     made = opened(folder, store_dir, mask_type="vgg-clear")
     assert [found.path.name for found in made.rejected] == ["005.png"]
+
+
+def test_damaged_masks_are_not_held(folder, store_dir):
+    """Nor is what they were read from, by the errors that say so."""
+    mask_bytes = 2 * 1024**2
+    for face in folder.faces:
+        change_mask(face.path, b"a" * mask_bytes)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="0 usable faces of 30"):
+            opened(read_folder(folder.path), None, mask_type="vgg-clear")
+        assert tracemalloc.get_traced_memory()[1] < NUM_FACES * mask_bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_an_earlier_version_decoded_is_replaced(folder, store_dir, monkeypatch):
+    """Its files say less: they are not taken, but known well enough to be removed."""
+    with monkeypatch.context() as context:
+        context.setattr(store, "CONTENT_VERSION", 1)
+        first = opened(folder, store_dir)
+    head, text, rest = first.path.read_bytes().split(b"\n", 2)
+    facts = json.loads(text)
+    del facts["empty"], facts["areas_outside"]
+    text = json.dumps(facts, sort_keys=True).encode()
+    head = json.dumps(json.loads(head) | {"sha256": hashlib.sha256(text).hexdigest()}).encode()
+    header_bytes = json.loads(head)["header_bytes"]
+    pixels = rest[-first.nbytes :]
+    first.path.write_bytes((head + b"\n" + text + b"\n").ljust(header_bytes) + pixels)
+    assert store._read_raw(first.path) is not None
+    second = opened(folder, store_dir)
+    assert not second.reused
+    assert raw_files(store_dir) == [second.path]
+
+
+def test_faces_whose_mask_is_empty_are_kept_and_told_at_every_start(folder, store_dir):
+    change_mask(folder.faces[3].path, zlib.compress(bytes(64 * 64)))
+    change_mask(folder.faces[7].path, zlib.compress(bytes([1]) * 64 * 64))
+    folder = read_folder(folder.path)
+    for is_read in (False, True):
+        made = opened(folder, store_dir, mask_type="vgg-clear")
+        assert made.reused == is_read
+        assert made.num_faces == NUM_FACES
+        assert made.rejected == []
+        assert [found.path for found in made.empty] == [folder.faces[i].path for i in (3, 7)]
+        assert "is empty: make it again" in made.empty[0].reason
+        assert "holds 0 and 1" in made.empty[1].reason
+    assert opened(folder, store_dir).empty == []  # extended is drawn
 
 
 def test_number_of_threads_does_not_matter(folder):

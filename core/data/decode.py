@@ -14,7 +14,8 @@ is the "mixed" decoder. That changes where, not what: no decoder inflates PNG on
 does it with CPU threads there, too.
 
 A damaged file fails DALI's whole batch without being named, so that batch is decoded again file by
-file, and the pipeline goes on with the next one.
+file, and the pipeline goes on with the next one. A picture that a batch has no room for is left to
+OpenCV, which bounds what is decoded at a time (`core.faces.picture`).
 
 Letters: s = edge of the crop at the processing size, px; c = 3 colours.
 """
@@ -32,15 +33,14 @@ import numpy as np
 from ..faces import geometry
 from ..faces.folder import Face
 from ..faces.geometry import CropBox
-from ..faces.png import FaceFileError, edge_of, max_file_bytes
+from ..faces.picture import decoding_bytes, open_picture
+from ..faces.png import FaceFileError
 
 BACKENDS = ("dali", "opencv")
 BATCH_SIZE = 16
-MAX_BATCH_BYTES = 128 * 1024**2
+MAX_BATCH_BYTES = 256 * 1024**2
 PREFETCH_BATCHES = 2
 MAX_UNEXPLAINED_FAILURES = 3
-
-_READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
 Result = np.ndarray | FaceFileError
 
@@ -106,18 +106,11 @@ def decode_crops(
 def decode_one(face: Face, crop: geometry.Crop) -> Result:
     """One face's crop, (s, s, 3) uint8 BGR, by OpenCV; or why there is none."""
     try:
-        encoded = np.fromfile(face.path, np.uint8, max_file_bytes(face.edge_px))
-    except OSError as error:
-        return FaceFileError(f"cannot be read: {error.strerror or error}")
-    fits = 0 < (edge_of(encoded) or 0) <= face.edge_px  # else it was replaced, by whatever size
-    try:
-        image_bgr = cv2.imdecode(encoded, _READ_FLAGS) if fits else None
-    except cv2.error:
-        image_bgr = None
-    if image_bgr is None:
-        return FaceFileError("the picture is damaged: copy it or extract the face again")
-    box = geometry.crop_box(face.alignment, face.edge_px, crop)
-    return geometry.resize(geometry.cut(image_bgr, box), crop.size_px)
+        with open_picture(face.path, face.edge_px) as image_bgr:
+            crop_bgr = geometry.resize(geometry.cut(image_bgr, face.crop_box(crop)), crop.size_px)
+            return np.ascontiguousarray(crop_bgr)  # no part of a picture that would stay whole
+    except FaceFileError as error:
+        return error.alone()
 
 
 def _decode_opencv(
@@ -148,30 +141,25 @@ def _decode_dali(
     warn: Callable[[str], None],
 ) -> Generator[tuple[int, Result], None, None]:
     """Crops of all faces. DALI decodes the next batches while the last one is resized."""
-    boxes = [geometry.crop_box(face.alignment, face.edge_px, crop) for face in faces]
+    boxes = [face.crop_box(crop) for face in faces]
     parts = [_inside(box, face.edge_px) for box, face in zip(boxes, faces, strict=True)]
 
-    def finish(numbers: range, first: int, decoded: Any) -> list[np.ndarray]:
-        crops = []
-        for number in numbers:
-            box, part = boxes[number], parts[number]
-            square = CropBox(box.left - part.left, box.top - part.top, box.side)
-            cut_rgb = geometry.cut(decoded.at(number - first), square)
-            crop_rgb = geometry.resize(cut_rgb, crop.size_px)
-            crops.append(cv2.cvtColor(crop_rgb, cv2.COLOR_RGB2BGR))
-        return crops
-
-    batches = _batches(faces)
+    batches, for_opencv = _batches(faces)
     try:
-        pipeline = _pipeline(faces, parts, batches, threads, device)
+        for_dali = [batch for batch in batches if batch.start not in for_opencv]
+        pipeline = _pipeline(faces, parts, for_dali, threads, device)
     except RuntimeError as error:
         warn(f"DALI cannot start, OpenCV decodes the faces: {_cause(error)}")
         yield from _decode_opencv(faces, crop, threads, device, warn)
         return
     failures = 0
     on_gpu = device.startswith("cuda")
+    decoded = on_host = None
     with ThreadPoolExecutor(threads) as pool:
         for batch in batches:
+            if batch.start in for_opencv:
+                yield batch.start, decode_one(faces[batch.start], crop)
+                continue
             try:
                 pipeline.schedule_run()
                 (decoded,) = pipeline.share_outputs()
@@ -188,15 +176,33 @@ def _decode_dali(
             # One task a thread: a task for each face would cost as much as the face's resize.
             step = -(-len(batch) // threads)
             tasks = [
-                pool.submit(finish, batch[first : first + step], batch.start, on_host)
-                for first in range(0, len(batch), step)
+                pool.submit(_cut_out, on_host, boxes, parts, batch, part, crop.size_px)
+                for part in (batch[first : first + step] for first in range(0, len(batch), step))
             ]
             finished = [crop_bgr for task in tasks for crop_bgr in task.result()]
             pipeline.release_outputs()
             yield from zip(batch, finished, strict=True)
     if on_gpu:
-        del pipeline, decoded, on_host
+        pipeline = decoded = on_host = None
         importlib.import_module("nvidia.dali.backend").ReleaseUnusedMemory()
+
+
+def _cut_out(
+    decoded: Any,
+    boxes: list[CropBox],
+    parts: list[_Part],
+    batch: range,
+    numbers: range,
+    size_px: int,
+) -> list[np.ndarray]:
+    """Crops of some faces of a batch, BGR, from what DALI has decoded of it."""
+    crops = []
+    for number in numbers:
+        box, part = boxes[number], parts[number]
+        square = CropBox(box.left - part.left, box.top - part.top, box.side)
+        cut_rgb = geometry.cut(decoded.at(number - batch.start), square)
+        crops.append(cv2.cvtColor(geometry.resize(cut_rgb, size_px), cv2.COLOR_RGB2BGR))
+    return crops
 
 
 def _inside(box: CropBox, edge_px: int) -> _Part:
@@ -206,18 +212,30 @@ def _inside(box: CropBox, edge_px: int) -> _Part:
     return _Part(left, top, max(right - left, 1), max(bottom - top, 1))
 
 
-def _batches(faces: list[Face]) -> list[range]:
-    """Runs of faces: at most BATCH_SIZE, fewer where the pictures are large."""
+def _batches(faces: list[Face]) -> tuple[list[range], set[int]]:
+    """Runs of faces: at most BATCH_SIZE, fewer where the pictures are large; and the faces that
+    are a batch of their own because a batch has no room for them."""
     batches = []
+    too_large = set()
     first, num_bytes = 0, 0
     for number, face in enumerate(faces):
-        picture_bytes = 3 * face.edge_px**2
+        picture_bytes = _bytes_of(face)
         full = number - first == BATCH_SIZE or num_bytes + picture_bytes > MAX_BATCH_BYTES
         if number > first and full:
             batches.append(range(first, number))
             first, num_bytes = number, 0
         num_bytes += picture_bytes
-    return [*batches, range(first, len(faces))] if faces else []
+        if picture_bytes > MAX_BATCH_BYTES:
+            too_large.add(number)
+    return ([*batches, range(first, len(faces))] if faces else []), too_large
+
+
+def _bytes_of(face: Face) -> int:
+    """Bytes that decoding the face takes; none where its file is gone, which decoding tells of."""
+    try:
+        return decoding_bytes(face.path, face.edge_px)
+    except OSError:
+        return 0
 
 
 def _pipeline(

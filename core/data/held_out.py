@@ -17,7 +17,8 @@ import numpy as np
 
 from ..config import DataConfig, EvaluateConfig
 from ..faces import geometry
-from ..faces.folder import MINIMUM_FACES, Face, FaceFolder, Rejected, overlap, read_folder
+from ..faces.folder import MINIMUM_FACES, Face, FaceFolder, Rejected, read_folder
+from ..faces.listing import overlap
 from ..faces.png import FaceFileError
 from .decode import decode_crops
 from .store import configured_masks
@@ -50,17 +51,18 @@ def is_held_out(name: str, one_in: int) -> bool:
 
 
 def hold_out(
-    folder: FaceFolder, evaluate: EvaluateConfig, *, side: str, strict: bool
+    folder: FaceFolder, evaluate: EvaluateConfig, *, side: str, strict: bool, centering: str
 ) -> tuple[FaceFolder, FaceFolder]:
     """The faces of a side to train on, and those to measure on: none where none are asked for.
 
     Raises:
-        ValueError: None would be left to measure on, or too few to train on.
+        ValueError: None would be left to measure on, or too few to train on; or those to measure on
+            do not show the crop of that centering.
     """
     own = getattr(evaluate, f"held_out_{side}")
     if own:
         try:
-            return folder, read_folder(own, strict=strict, minimum=1)
+            return folder, read_folder(own, strict=strict, minimum=1, centering=centering)
         except ValueError as error:
             raise ValueError(f"evaluate.held_out_{side}: {error}") from None
     if not evaluate.held_out:
@@ -145,7 +147,7 @@ def load_held_out(
         inputs.append(geometry.resize(decoded_ssc, input_px))
         targets.append(geometry.resize(decoded_ssc, target_px))
         masks.append(mask_ff)
-        in_crop_l2 = geometry.crop_landmarks(face.header.landmarks_l2, face.alignment, crop)
+        in_crop_l2 = geometry.crop_landmarks(face.landmarks_l2, face.alignment, crop)
         landmarks.append(in_crop_l2 * np.float32(target_px / process_px))
     if not inputs:
         raise ValueError(

@@ -19,9 +19,7 @@ def store_landmarks(faces: list[Face], crop: Crop) -> np.ndarray:
 
     Every face has 68 of them: a file that has not is no face, and was rejected when it was read.
     """
-    return np.stack(
-        [crop_landmarks(face.header.landmarks_l2, face.alignment, crop) for face in faces]
-    )
+    return np.stack([crop_landmarks(face.landmarks_l2, face.alignment, crop) for face in faces])
 
 
 def nearest_faces(landmarks_fl2: np.ndarray, others_gl2: np.ndarray) -> np.ndarray:

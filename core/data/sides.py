@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from ...models.autoencoder import Side
-from ..config import DataConfig, EvaluateConfig
-from ..faces.folder import Face, FaceFolder, Rejected, list_pictures, overlap, read_folder
+from ..config import DataConfig, EvaluateConfig, LossConfig
+from ..faces.folder import Face, FaceFolder, Rejected, named, read_folder, uneven
 from ..faces.geometry import Crop
+from ..faces.listing import list_pictures, overlap
 from .held_out import check_held_out, hold_out
 from .landmarks import store_landmarks
 from .store import FaceStore, open_store
@@ -46,9 +47,45 @@ class SideFaces:
         return store_landmarks(self.trained_on, self.crop)
 
     @property
-    def left_out(self) -> list[Rejected]:
-        """Every file that cannot be used, and why."""
-        return self.folder.rejected + self.held_out.rejected + self.store.rejected
+    def left_out(self) -> list[list[Rejected]]:
+        """The files that cannot be used, and why: of each folder that has any."""
+        trained_on = self.folder.rejected + self.store.rejected
+        return [files for files in (trained_on, self.held_out.rejected) if files]
+
+
+def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
+    """What a user should know of both sides' faces before they are trained on, one line each."""
+    warnings = []
+    for side, opened in faces.items():
+        name, store = f"side {side.upper()}", opened.store
+        warnings.extend(store.warnings)
+        for folder in (opened.folder, opened.held_out):
+            if folder.passed_over.notice:
+                warnings.append(f"{name}: {folder.path}: {folder.passed_over.notice}")
+        if store.empty:
+            warnings.append(
+                f"{name}: {len(store.empty)} of {store.num_faces} faces have an (almost) empty "
+                f"mask, and nothing of them is trained: {named(store.empty)}"
+            )
+        for area, count in store.areas_outside.items():
+            if count and loss.penalized_mask_loss and getattr(loss, f"{area}_multiplier") > 1:
+                warnings.append(
+                    f"{name}: the {area} area of {count} of {store.num_faces} faces lies outside "
+                    f"the crop, so loss.{area}_multiplier does nothing for them"
+                )
+    a, b = (faces[side].store.num_faces for side in SIDES)
+    told = uneven("side A", a, "side B", b)
+    return [*warnings, told] if told else warnings
+
+
+def _refuse_empty_masks(side: str, store: FaceStore) -> None:
+    """Refuse, by ValueError, a side of which most would not be trained."""
+    if len(store.empty) > store.num_faces / 2:
+        raise ValueError(
+            f"side {side.upper()}: {len(store.empty)} of {store.num_faces} faces have an (almost) "
+            "empty mask, so nothing of them would be trained; mend them, or choose another "
+            f"data.mask_type: {named(store.empty)}"
+        )
 
 
 def _no_progress(_title: str) -> AbstractContextManager[Tell]:
@@ -75,7 +112,8 @@ def open_sides(
         progress: Called with a title; gives what is to be told ``(done, total)``.
 
     Raises:
-        ValueError: A folder is missing, holds too few faces, or shares faces with another.
+        ValueError: A folder is missing, holds too few faces or such as do not fit the settings, or
+            shares faces with another.
     """
     paths = {side: getattr(data, f"input_{side}") for side in SIDES}
     for side, path in paths.items():  # what can be seen at a glance is told first
@@ -88,16 +126,23 @@ def open_sides(
     opened = {}
     with ThreadPoolExecutor(1) as reader:
         coming = {
-            side: reader.submit(read_folder, path, strict=data.strict, side=side)
+            side: reader.submit(
+                read_folder, path, strict=data.strict, side=side, centering=data.centering
+            )
             for side, path in paths.items()
         }
         for side in SIDES:
             folder, held_out = hold_out(
-                coming[side].result(), evaluate, side=side, strict=data.strict
+                coming[side].result(),
+                evaluate,
+                side=side,
+                strict=data.strict,
+                centering=data.centering,
             )
             with progress(f"Decoding faces of {side.upper()}") as tell:
                 store = open_store(
                     folder, crop, data, store_dir=store_dir, device=device, progress=tell
                 )
+            _refuse_empty_masks(side, store)
             opened[side] = SideFaces(folder, store, crop, held_out)
     return {str(side): faces for side, faces in opened.items()}

@@ -9,7 +9,8 @@ names, sizes and times of the face files, the crop and the mask. It is two lines
 to a multiple of 4096 bytes, then the pixels:
 
     {"schema": "mien.faces/1", "header_bytes": 8192, "sha256": "<of the second line>"}
-    {"key": ..., "folder": ..., "size_px": ..., "settings": ..., "names": ..., "rejected": ...}
+    {"key": ..., "folder": ..., "size_px": ..., "settings": ..., "names": ..., "rejected": ...,
+     "empty": ..., "areas_outside": ...}
 
 It is written beside its place, synced and renamed, so it is whole or absent; a file that is not
 exactly what it should be is made anew.
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -41,7 +42,7 @@ import torch
 from ..config import DataConfig
 from ..faces import masks
 from ..faces.folder import Face, FaceFolder, Rejected
-from ..faces.geometry import Crop
+from ..faces.geometry import Crop, crop_landmarks
 from ..faces.png import FaceFileError
 from .decode import choose_backend, decode_crops, thread_count
 
@@ -54,6 +55,9 @@ ROOM_SHARE = 0.5
 DISK_RESERVE_BYTES = 256 * 1024**2
 MASKS_IN_TASK = 8
 TASKS_AHEAD = 6
+CONTENT_VERSION = 2
+"""Raised where the same files and settings give other pixels, or more is told of them."""
+
 COPY_BYTES = 256 * 1024**2
 
 _GIB = 1024**3
@@ -71,7 +75,9 @@ class FaceStore:
     names: file name of each face. rejected: faces that the store had to leave out (those that the
     folder had rejected before are not repeated). why: where the faces are kept and the reason;
     backend: what decoded them; both are sentences for the start-up lines. path: the raw file, None
-    where none could be kept; warnings: what went wrong without stopping anything.
+    where none could be kept; warnings: what went wrong without stopping anything. empty: faces that
+    are there, but with (almost) nothing inside their mask, and why. areas_outside: number of faces
+    whose eye or mouth area lies outside the crop.
     """
 
     faces_fssc: torch.Tensor
@@ -84,6 +90,8 @@ class FaceStore:
     seconds: float
     path: Path | None = None
     warnings: list[str] = field(default_factory=list)
+    empty: list[Rejected] = field(default_factory=list)
+    areas_outside: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_faces(self) -> int:
@@ -108,6 +116,8 @@ class _Facts:
     settings: dict[str, Any]
     names: list[str]
     rejected: list[list[str]]
+    empty: list[list[str]] = field(default_factory=list)
+    areas_outside: dict[str, int] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -152,10 +162,10 @@ def open_store(
         backend, decoded_by = choose_backend(data.decoder)
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         with _Build(facts, path, placement, device) as build:
-            names, rejected = _decode_into(
+            decoded = _decode_into(
                 build.pixels_fssc, folder.faces, crop, data, backend, device, tell, build.warnings
             )
-            facts = dataclasses.replace(facts, names=names, rejected=rejected)
+            facts = dataclasses.replace(facts, **decoded)
             _check_usable(facts, folder, data.strict, minimum)
             faces_fssc = build.end(facts)
         warnings, path = build.warnings, build.path
@@ -172,6 +182,8 @@ def open_store(
         seconds=time.perf_counter() - begin,
         path=path,
         warnings=warnings,
+        empty=[Rejected(folder.path / name, reason) for name, reason in facts.empty],
+        areas_outside=facts.areas_outside,
     )
 
 
@@ -259,7 +271,7 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
             mask |= {"blur_kernel": data.mask_blur_kernel, "threshold": data.mask_threshold}
     settings = {"crop": dataclasses.asdict(crop), "mask": mask, "opencv": cv2.__version__}
     files = [[face.path.name, *_size_and_time(face.path)] for face in folder.faces]
-    text = json.dumps([SCHEMA, settings, files], sort_keys=True)
+    text = json.dumps([SCHEMA, CONTENT_VERSION, settings, files], sort_keys=True)
     return _Facts(
         key=hashlib.sha256(text.encode()).hexdigest()[:32],
         folder=str(folder.path.resolve()),
@@ -300,13 +312,15 @@ def _decode_into(
     device: torch.device,
     tell: Callable[[int, int], None],
     warnings: list[str],
-) -> tuple[list[str], list[list[str]]]:
-    """Fill the rows, one for each usable face; names of these, names and reasons of the others.
+) -> dict[str, Any]:
+    """Fill the rows, one for each usable face; what `_Facts` says of these and of the others.
 
     Masks are made in threads, a little ahead of the decoding.
     """
     names: list[str] = []
     rejected: list[list[str]] = []
+    empty: list[list[str]] = []
+    areas_outside = dict.fromkeys(masks.AREAS, 0)
     threads = thread_count(data.num_threads)
     crops = decode_crops(
         faces,
@@ -318,19 +332,23 @@ def _decode_into(
     )
     with contextlib.closing(crops), ThreadPoolExecutor(threads) as pool:
         made = _masks_ahead(pool, faces, crop, data)
-        for mask_ssc, (number, crop_bgr) in zip(made, crops, strict=True):
+        for made_masks, (number, crop_bgr) in zip(made, crops, strict=True):
             name = faces[number].path.name
-            if isinstance(crop_bgr, FaceFileError) or isinstance(mask_ssc, FaceFileError):
-                error = crop_bgr if isinstance(crop_bgr, FaceFileError) else mask_ssc
+            if isinstance(crop_bgr, FaceFileError) or isinstance(made_masks, FaceFileError):
+                error = crop_bgr if isinstance(crop_bgr, FaceFileError) else made_masks
                 rejected.append([name, str(error)])
                 if data.strict:
                     break
             else:
                 row = [pixels_fssc[len(names)]]
-                cv2.mixChannels([crop_bgr, mask_ssc], row, _TO_PIXEL)
+                cv2.mixChannels([crop_bgr, made_masks.masks_ssc], row, _TO_PIXEL)
                 names.append(name)
+                if made_masks.why_empty:
+                    empty.append([name, made_masks.why_empty])
+                for area in made_masks.areas_outside:
+                    areas_outside[area] += 1
             tell(number + 1, len(faces))
-    return names, rejected
+    return {"names": names, "rejected": rejected, "empty": empty, "areas_outside": areas_outside}
 
 
 def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
@@ -348,21 +366,33 @@ def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
     )
 
 
+class _Masks(NamedTuple):
+    """A face's masks, (s, s, 3) uint8; why the first is empty, if it is; areas outside the crop."""
+
+    masks_ssc: np.ndarray
+    why_empty: str
+    areas_outside: list[str]
+
+
 def _masks_ahead(
     pool: ThreadPoolExecutor, faces: list[Face], crop: Crop, data: DataConfig
-) -> Iterator[np.ndarray | FaceFileError]:
-    """Each face's masks, (s, s, 3) uint8, or why there are none."""
+) -> Iterator[_Masks | FaceFileError]:
+    """Each face's masks, or why there are none."""
 
-    def make(face: Face) -> np.ndarray | FaceFileError:
+    def make(face: Face) -> _Masks | FaceFileError:
         try:
-            return configured_masks(face, crop, data)
+            masks_ssc = configured_masks(face, crop, data)
+            is_empty = masks.is_empty(masks_ssc[..., 0])
+            reason = masks.why_empty(face, data.mask_type) if is_empty else ""
         except FaceFileError as error:
-            return error
+            return error.alone()
+        landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
+        return _Masks(masks_ssc, reason, masks.areas_outside(landmarks_l2, crop.size_px))
 
-    def make_all(part: list[Face]) -> list[np.ndarray | FaceFileError]:
+    def make_all(part: list[Face]) -> list[_Masks | FaceFileError]:
         return [make(face) for face in part]
 
-    waiting: deque[Future[list[np.ndarray | FaceFileError]]] = deque()
+    waiting: deque[Future[list[_Masks | FaceFileError]]] = deque()
     for first in range(0, len(faces), MASKS_IN_TASK):
         part = faces[first : first + MASKS_IN_TASK]
         waiting.append(pool.submit(make_all, part))

@@ -12,38 +12,33 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from .folder import MINIMUM_FACES, Face, Rejected, overlap, read_folder
-from .geometry import (
-    CENTERINGS,
-    PADDING_RATIO,
-    Crop,
-    align,
-    crop_box,
-    crop_landmarks,
-    cut,
-    resize,
-)
-from .masks import AREAS, LANDMARK_MASKS, area_mask, landmark_mask, stored_mask
-from .png import FaceFileError, FaceHeader, StoredMask, edge_of, is_complete, read_header
+from ..config import DataConfig
+from .folder import MINIMUM_FACES, Face, FaceFolder, Rejected, native_px, read_folder, uneven
+from .geometry import Crop, crop_landmarks, cut, resize
+from .listing import PassedOver, overlap
+from .masks import LANDMARK_MASKS, is_empty, landmark_mask, named_mask, stored_mask, why_empty
+from .picture import open_picture
+from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader, read_header
 
 WANTED_FACES = 500
 MANY_FACES = 10_000
 POSE_BIN_DEGREES = 15
 REPEAT_BITS = 10
 
-_FACE_CROP = Crop("face", 1.0, 0.0, 128)
-_FACE_SHARE = 0.75  # of the head crop's width that the face crop shows
+_CROPS = {"head": Crop("face", 1.0, 0.0, 128), "legacy": Crop("legacy", 1.0, 0.0, 128)}
+"""What is trained on by default, by what the picture shows."""
+
+_DEFAULTS = DataConfig()
+_TRAINED_SHARE = {"head": 0.75, "legacy": 1.0}
+"""Part of the picture's width that this crop takes."""
+
 _HASH_EDGE = 16
 _BLOCK_ROWS = 1024
-_TINT_BGR = np.array([64, 64, 255], np.float32)
-_SHEET_MARGIN_PX = 8
-_CAPTION_PX = 20
 
 Progress = Callable[[int, int], None]
 
@@ -68,20 +63,26 @@ class Spread:
 class Report:
     """What was measured in one folder. `as_dict` makes it ready for JSON.
 
-    sizes_px: number of files of each edge. native_px: width of the head crop in px of the source
-    picture, before extraction scaled it. masks: number of faces that have each stored mask. poses:
-    number of faces in each field of 15 degrees of yaw and pitch. lightness: L* over the face.
-    light_balance: L* of the right half minus the left. repeats: groups of files that show nearly
-    the same picture. blurred, blank, odd_landmarks: file names. damaged_masks, unreadable: the
-    reason by file name.
+    passed_over: pictures that are not looked at. versions: number of faces of each alignments
+    version; num_legacy: those from before 2.0. sizes_px: number of files of each edge. native_px:
+    width of the picture in px of the source, before extraction scaled it. masks: number of faces
+    that have each stored mask. empty_masks: by mask, faces with (almost) nothing inside it where
+    all else is left at its default, and why. poses: number of faces in each field of 15 degrees of
+    yaw and pitch. lightness: L* over the face. light_balance: L* of the right half minus the left.
+    repeats: groups of files that show nearly the same picture. blurred, blank, odd_landmarks: file
+    names. damaged_masks, unreadable: the reason by file name.
     """
 
     path: str
     num_files: int
     num_faces: int
+    passed_over: PassedOver
+    versions: dict[str, int]
+    num_legacy: int
     sizes_px: dict[int, int]
     native_px: Spread | None
     masks: dict[str, int]
+    empty_masks: dict[str, dict[str, str]]
     yaw: Spread | None
     pitch: Spread | None
     roll: Spread | None
@@ -99,8 +100,18 @@ class Report:
 
     @property
     def trainable(self) -> bool:
-        """Whether there are enough faces to train at all."""
-        return self.num_faces >= MINIMUM_FACES
+        """Whether there are enough faces to train at all, and all of them show the same crop."""
+        return self.num_faces >= MINIMUM_FACES and not self.is_mixed
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether faces from before alignments version 2.0 lie among later ones."""
+        return 0 < self.num_legacy < self.num_faces
+
+    @property
+    def shows(self) -> str:
+        """What most of the pictures show: the head crop or the legacy crop."""
+        return "legacy" if self.num_legacy > self.num_faces / 2 else "head"
 
     @property
     def num_repeats(self) -> int:
@@ -134,7 +145,9 @@ class _Measured:
     sharpness: float
     is_blank: bool
     signs: np.ndarray
+    masks: list[str]
     damaged: str
+    empty: dict[str, str]
 
 
 def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> Report:
@@ -159,7 +172,8 @@ def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
             if progress:
                 progress(done, len(found.faces))
     rejected.sort(key=lambda file: file.path)
-    measurements = _report(found.path, faces, measured, rejected)
+    found = dataclasses.replace(found, faces=faces, rejected=rejected)
+    measurements = _report(found, measured)
     return dataclasses.replace(measurements, advice=_advice(measurements))
 
 
@@ -179,108 +193,30 @@ def compare(a: Report, b: Report) -> Comparison:
                 f"add such faces to {other}."
             )
     advice.extend(_light_advice(a, b))
-    smaller, larger = sorted((a, b), key=lambda side: side.num_faces)
-    if smaller.num_faces and larger.num_faces > 5 * smaller.num_faces:
-        advice.append(
-            f"{larger.path} has {larger.num_faces} faces and {smaller.path} {smaller.num_faces}: "
-            "the smaller side is repeated more often; bring them nearer to each other."
-        )
+    told = uneven(a.path, a.num_faces, b.path, b.num_faces)
+    if told:
+        advice.append(f"{told}.")
     return Comparison(shared, only_a, only_b, advice)
 
 
-def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The facts of one face file, ready for JSON.
-
-    Raises FaceFileError where the file is no usable face.
-    """
-    edge_px, header = read_header(path)
-    face = Face(Path(path), edge_px, header, align(header.landmarks_l2))
-    decode(face)
-    alignment = face.alignment
-    return {
-        "file": str(path),
-        "edge_px": edge_px,
-        "native_px": round(_native_px(face), 1),
-        "box": dict(zip(("left", "top", "width", "height"), header.box, strict=True)),
-        "yaw": round(alignment.yaw, 1),
-        "pitch": round(alignment.pitch, 1),
-        "roll": round(alignment.roll, 1),
-        "distance_from_mean_face": round(alignment.average_distance, 4),
-        "masks": {name: _mask_facts(header, name) for name in sorted(header.masks)},
-        "source": header.source,
-    }
-
-
-def contact_sheet(path: str | os.PathLike[str], *, tile_px: int = 192) -> np.ndarray:
-    """One face as training sees it: its crops, and its masks laid over the face; BGR uint8.
-
-    Raises FaceFileError where the file is no usable face.
-    """
-    edge_px, header = read_header(path)
-    face = Face(Path(path), edge_px, header, align(header.landmarks_l2))
-    image = decode(face)
-    crops = {name: Crop(name, 1.0, 0.0, tile_px) for name in CENTERINGS}
-    pictures = {
-        name: resize(cut(image, crop_box(face.alignment, edge_px, crop)), tile_px)
-        for name, crop in crops.items()
-    }
-    landmarks_l2 = crop_landmarks(header.landmarks_l2, face.alignment, crops["face"])
-    dots = pictures["face"].copy()
-    for x, y in landmarks_l2.tolist():
-        cv2.circle(dots, (round(x), round(y)), 1, (0, 255, 0), -1, cv2.LINE_AA)
-    tiles = [(f"{name} crop", picture) for name, picture in pictures.items()]
-    tiles.append(("landmarks", dots))
-    masks = {name: landmark_mask(name, landmarks_l2, tile_px) for name in LANDMARK_MASKS}
-    masks |= {f"{area} area": area_mask(area, landmarks_l2, tile_px) for area in AREAS}
-    tiles.extend((name, _tinted(pictures["face"], mask)) for name, mask in masks.items())
-    for name, stored in header.masks.items():
-        if name not in LANDMARK_MASKS:
-            crop = crops[stored.centering]
-            pixels = _stored_pixels(stored, face, crop)
-            tiles.append((name, _tinted(pictures[stored.centering], pixels)))
-    return _tiled(tiles, tile_px)
-
-
-def _stored_pixels(mask: StoredMask, face: Face, crop: Crop) -> np.ndarray:
-    """A stored mask as it is, cut to the crop."""
-    return stored_mask(mask, face.alignment, crop, dilation=0, blur_kernel=0, threshold=0)
-
-
-def decode(face: Face) -> np.ndarray:
-    """The picture of a face, (N, N, 3) uint8 BGR.
-
-    Raises FaceFileError where the picture is damaged or is not what its header says.
-    """
-    try:
-        content = face.path.read_bytes()
-    except OSError as error:
-        raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
-    image = None
-    if is_complete(content) and edge_of(content) == face.edge_px:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
-    if image is None or image.shape != (face.edge_px, face.edge_px, 3):
-        raise FaceFileError(
-            "its picture data are damaged or cut short: copy it again or extract the face again"
-        )
-    return image
-
-
 def _measure(face: Face) -> _Measured | Rejected:
+    crop = _CROPS[face.centering]
     try:
-        image = decode(face)
+        header = read_header(face.path)[1]
+        with open_picture(face.path, face.edge_px) as image_bgr:
+            crop_bgr = resize(cut(image_bgr, face.crop_box(crop)), crop.size_px)
     except FaceFileError as error:
         return Rejected(face.path, str(error))
-    size_px = _FACE_CROP.size_px
-    crop = resize(cut(image, crop_box(face.alignment, face.edge_px, _FACE_CROP)), size_px)
-    landmarks_l2 = crop_landmarks(face.header.landmarks_l2, face.alignment, _FACE_CROP)
-    inside = landmark_mask("components", landmarks_l2, size_px) > 127
-    lightness = cv2.cvtColor(crop.astype(np.float32) / 255, cv2.COLOR_BGR2LAB)[..., 0]
-    half = size_px // 2
+    damaged, empty = _mask_problems(face, header, crop)
+    landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
+    inside = landmark_mask("components", landmarks_l2, crop.size_px) > 127
+    lightness = cv2.cvtColor(crop_bgr.astype(np.float32) / 255, cv2.COLOR_BGR2LAB)[..., 0]
+    half = crop.size_px // 2
     left, right = (
         float(lightness[:, part][inside[:, part]].mean()) if inside[:, part].any() else 0.0
-        for part in (slice(0, half), slice(half, size_px))
+        for part in (slice(0, half), slice(half, crop.size_px))
     )
-    grey = cv2.cvtColor(crop, cv2.COLOR_BGR2GRAY)
+    grey = cv2.cvtColor(crop_bgr, cv2.COLOR_BGR2GRAY)
     contrast = float(grey[inside].std()) if inside.any() else 0.0
     edges = cv2.Laplacian(grey, cv2.CV_32F)
     return _Measured(
@@ -289,18 +225,37 @@ def _measure(face: Face) -> _Measured | Rejected:
         sharpness=float(edges[inside].std()) / contrast if contrast else 0.0,
         is_blank=contrast < 1.0,
         signs=_signs(grey),
-        damaged=_damaged_mask(face.header),
+        masks=sorted(header.masks),
+        damaged=damaged,
+        empty=empty,
     )
 
 
-def _damaged_mask(header: FaceHeader) -> str:
-    """Why the first damaged mask of the file cannot be used; empty where none is damaged."""
+def _mask_problems(face: Face, header: FaceHeader, crop: Crop) -> tuple[str, dict[str, str]]:
+    """Why the first damaged mask of a face cannot be used, empty where none is; and by mask, why
+    it leaves (almost) nothing inside the crop."""
+    damaged = ""
+    empty = {}
+    landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
+    for name in LANDMARK_MASKS:
+        if is_empty(landmark_mask(name, landmarks_l2, crop.size_px)):
+            empty[name] = why_empty(face, name)
     for name in sorted(set(header.masks) - set(LANDMARK_MASKS)):  # those are drawn afresh
         try:
-            header.masks[name].pixels()
+            mask = named_mask(header, name)
+            pixels = stored_mask(
+                mask,
+                face.alignment,
+                crop,
+                dilation=_DEFAULTS.mask_dilation,
+                blur_kernel=_DEFAULTS.mask_blur_kernel,
+                threshold=_DEFAULTS.mask_threshold,
+            )
+            if is_empty(pixels):
+                empty[name] = why_empty(face, name)
         except FaceFileError as error:
-            return f"{name}: {error}"
-    return ""
+            damaged = damaged or f"{name}: {error}"
+    return damaged, empty
 
 
 def _signs(grey: np.ndarray) -> np.ndarray:
@@ -310,20 +265,25 @@ def _signs(grey: np.ndarray) -> np.ndarray:
     return np.where(low > np.median(low), np.float32(1), np.float32(-1))
 
 
-def _report(
-    folder: Path, faces: list[Face], measured: list[_Measured], rejected: list[Rejected]
-) -> Report:
+def _report(found: FaceFolder, measured: list[_Measured]) -> Report:
+    faces = found.faces
     names = [face.path.name for face in faces]
+    pairs = list(zip(names, measured, strict=True))
     sharpness = np.array([one.sharpness for one in measured])
     dull = sharpness < 0.5 * np.median(sharpness) if len(measured) else sharpness
-    blank = [name for name, one in zip(names, measured, strict=True) if one.is_blank]
+    blank = [name for name, one in pairs if one.is_blank]
+    versions = Counter("unknown" if face.version is None else str(face.version) for face in faces)
     return Report(
-        path=str(folder),
-        num_files=len(faces) + len(rejected),
+        path=str(found.path),
+        num_files=len(faces) + len(found.rejected),
         num_faces=len(faces),
+        passed_over=found.passed_over,
+        versions=dict(sorted(versions.items())),
+        num_legacy=sum(face.centering == "legacy" for face in faces),
         sizes_px=dict(sorted(Counter(face.edge_px for face in faces).items())),
-        native_px=_spread([_native_px(face) for face in faces]),
-        masks=dict(sorted(Counter(n for face in faces for n in face.header.masks).items())),
+        native_px=_spread([native_px(face) for face in faces]),
+        masks=dict(sorted(Counter(name for one in measured for name in one.masks).items())),
+        empty_masks=_empty_masks(pairs),
         yaw=_spread([face.alignment.yaw for face in faces]),
         pitch=_spread([face.alignment.pitch for face in faces]),
         roll=_spread([face.alignment.roll for face in faces]),
@@ -335,12 +295,19 @@ def _report(
         blurred=[n for n, is_dull in zip(names, dull, strict=True) if is_dull and n not in blank],
         blank=blank,
         odd_landmarks=[face.path.name for face in faces if face.alignment.average_distance > 0.08],
-        damaged_masks={
-            n: one.damaged for n, one in zip(names, measured, strict=True) if one.damaged
-        },
-        unreadable={file.path.name: file.reason for file in rejected},
+        damaged_masks={name: one.damaged for name, one in pairs if one.damaged},
+        unreadable={file.path.name: file.reason for file in found.rejected},
         advice=[],
     )
+
+
+def _empty_masks(pairs: list[tuple[str, _Measured]]) -> dict[str, dict[str, str]]:
+    """By mask the faces whose mask is empty, and why."""
+    found: dict[str, dict[str, str]] = {}
+    for file, one in pairs:
+        for name, reason in one.empty.items():
+            found.setdefault(name, {})[file] = reason
+    return dict(sorted(found.items()))
 
 
 def _spread(values: list[float]) -> Spread | None:
@@ -348,12 +315,6 @@ def _spread(values: list[float]) -> Spread | None:
         return None
     numbers = np.percentile(values, [0, 5, 50, 95, 100])
     return Spread(*(round(float(number), 3) for number in numbers))
-
-
-def _native_px(face: Face) -> float:
-    """Width of the head crop in px of the source picture."""
-    px_per_unit = 1.0 / float(np.hypot(*face.alignment.matrix_23[:, 0]))
-    return px_per_unit / (1.0 - PADDING_RATIO["head"])
 
 
 def _pose_field(face: Face) -> str:
@@ -391,7 +352,10 @@ def _advice(result: Report) -> list[str]:
             f"{len(result.unreadable)} of {result.num_files} files cannot be used and are left "
             "out: repair or remove them."
         )
-    if not result.trainable:
+    if result.passed_over.notice:
+        advice.append(f"{result.passed_over.notice}.")
+    advice.extend(_version_advice(result))
+    if result.num_faces < MINIMUM_FACES:
         advice.append(
             f"{result.num_faces} usable faces are too few to train: at least {MINIMUM_FACES} are "
             f"needed, {WANTED_FACES} varied ones for a good result."
@@ -414,6 +378,23 @@ def _advice(result: Report) -> list[str]:
         )
     advice.extend(_picture_advice(result))
     return advice
+
+
+def _version_advice(result: Report) -> list[str]:
+    """What to do about legacy crops."""
+    if result.is_mixed:
+        return [
+            f"{result.num_legacy} faces were extracted before alignments version "
+            f"{FIRST_HEAD_VERSION} and {result.num_faces - result.num_legacy} later; they show "
+            "different crops and cannot be trained together: put them into folders of their own, "
+            "or extract all of them again."
+        ]
+    if result.num_legacy:
+        return [
+            f"All faces were extracted before alignments version {FIRST_HEAD_VERSION} and show the "
+            "legacy crop only: train them with data.centering=legacy, or extract them again."
+        ]
+    return []
 
 
 def _variety_advice(result: Report) -> list[str]:
@@ -443,11 +424,29 @@ def _picture_advice(result: Report) -> list[str]:
         )
     if result.sizes_px and result.native_px:
         usual_px = max(result.sizes_px, key=lambda size: (result.sizes_px[size], size))
-        face_px = min(usual_px, result.native_px.median) * _FACE_SHARE
+        face_px = min(usual_px, result.native_px.median) * _TRAINED_SHARE[result.shows]
         advice.append(
-            f"At face centring these files hold about {face_px:.0f} real px of a face: fit for "
-            f"models of up to {_model_px(face_px)} px; larger input is not better output."
+            f"At {_CROPS[result.shows].centering} centring these files hold about {face_px:.0f} "
+            f"real px of a face: fit for models of up to {_model_px(face_px)} px; larger input is "
+            "not better output."
         )
+    advice.extend(_mask_advice(result))
+    for names, text in (
+        (list(result.damaged_masks), "with a damaged stored mask"),
+        (result.blank, "with a blank picture"),
+        (result.blurred, "much blurrier than the rest"),
+        (result.odd_landmarks, "with landmarks unlike a face"),
+    ):
+        if names:
+            advice.append(
+                f"{_faces(len(names))} {text} ({_some(names)}): look at them and remove the bad "
+                "ones."
+            )
+    return advice
+
+
+def _mask_advice(result: Report) -> list[str]:
+    advice = []
     stored = {name: n for name, n in result.masks.items() if name not in LANDMARK_MASKS}
     for name, count in stored.items():
         if count < result.num_faces:
@@ -460,18 +459,17 @@ def _picture_advice(result: Report) -> list[str]:
             "No network-made mask is stored: train with data.mask_type extended or components, "
             "which are drawn from the landmarks."
         )
-    for names, text in (
-        (list(result.damaged_masks), "with a damaged stored mask"),
-        (result.blank, "with a blank picture"),
-        (result.blurred, "much blurrier than the rest"),
-        (result.odd_landmarks, "with landmarks unlike a face"),
-    ):
-        if names:
-            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            advice.append(
-                f"{_faces(len(names))} {text} ({some}): look at them and remove the bad ones."
-            )
+    for name, reasons in result.empty_masks.items():
+        first, reason = next(iter(reasons.items()))
+        advice.append(
+            f"{_faces(len(reasons))} with an (almost) empty mask {name!r} "
+            f"({_some(list(reasons))}), with which nothing of them is trained; {first}: {reason}."
+        )
     return advice
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _faces(count: int) -> str:
@@ -517,45 +515,3 @@ def _light_advice(a: Report, b: Report) -> list[str]:
                 f"of side A (by {abs(difference):.0f} of 100): match the light."
             )
     return advice
-
-
-def _mask_facts(header: FaceHeader, name: str) -> dict[str, Any]:
-    mask = header.masks[name]
-    facts: dict[str, Any] = {"size_px": mask.size_px, "centering": mask.centering}
-    try:
-        facts["inside"] = round(float((mask.pixels() > 127).mean()), 3)
-    except FaceFileError as error:
-        facts["problem"] = str(error)
-    return facts
-
-
-def _tinted(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The picture, red where the mask leaves it out."""
-    outside = (255.0 - mask[..., None]) / 255.0 * 0.6
-    return np.rint(picture * (1.0 - outside) + _TINT_BGR * outside).astype(np.uint8)
-
-
-def _tiled(tiles: list[tuple[str, np.ndarray]], tile_px: int) -> np.ndarray:
-    """Captioned pictures in rows of four."""
-    columns = min(4, len(tiles))
-    rows = -(-len(tiles) // columns)
-    step_x, step_y = tile_px + _SHEET_MARGIN_PX, tile_px + _SHEET_MARGIN_PX + _CAPTION_PX
-    sheet = np.full(
-        (rows * step_y + _SHEET_MARGIN_PX, columns * step_x + _SHEET_MARGIN_PX, 3), 32, np.uint8
-    )
-    for index, (caption, picture) in enumerate(tiles):
-        top = index // columns * step_y + _SHEET_MARGIN_PX
-        left = index % columns * step_x + _SHEET_MARGIN_PX
-        cv2.putText(
-            sheet,
-            caption,
-            (left, top + _CAPTION_PX - 6),
-            cv2.FONT_HERSHEY_SIMPLEX,
-            0.45,
-            (230, 230, 230),
-            1,
-            cv2.LINE_AA,
-        )
-        top += _CAPTION_PX
-        sheet[top : top + tile_px, left : left + tile_px] = picture
-    return sheet

@@ -1,33 +1,71 @@
-"""One side's faces: every face PNG of a folder with its header and alignment, sorted by name.
+"""One side's faces: every face PNG of a folder with its landmarks and alignment, sorted by name.
 
 A folder may come from a stranger, and hold links: a set of faces is often put together of links to
 files elsewhere. So links to files are followed. They are only read, as pictures, and what is no
 face is refused by its first bytes. Links to folders are not followed.
+
+Of a header only what every training needs is held; a stored mask is read again when it is asked
+for. So faces take the same memory whatever their files hold.
+
+Letters: l = landmark (68), 2 = (x, y).
 """
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..paths import expanded
-from .geometry import Alignment, align
-from .png import FaceFileError, FaceHeader, read_header
+from .geometry import PADDING_RATIO, Alignment, Crop, CropBox, align, crop_box
+from .listing import PassedOver, list_pictures, name_of, passed_over
+from .masks import named_mask
+from .png import (
+    FIRST_HEAD_VERSION,
+    FaceFileError,
+    FaceHeader,
+    NotExtractedError,
+    StoredMask,
+    read_header,
+)
 
 MINIMUM_FACES = 25
+_UNEVEN = 5
 _NUM_NAMED = 3
 
 
 @dataclass
 class Face:
-    """A usable face: its file, the edge of its picture, its header and its alignment."""
+    """A usable face: its file, and what of its header training needs.
+
+    landmarks_l2: (68, 2) float32, px of the source frame. version: alignments version of its
+    extraction, None where the file tells none.
+    """
 
     path: Path
     edge_px: int
-    header: FaceHeader
+    landmarks_l2: np.ndarray
     alignment: Alignment
+    version: float | None = None
+
+    @property
+    def centering(self) -> str:
+        """What the picture shows: the head crop, or the legacy crop of versions before 2.0."""
+        is_legacy = self.version is not None and self.version < FIRST_HEAD_VERSION
+        return "legacy" if is_legacy else "head"
+
+    def crop_box(self, crop: Crop) -> CropBox:
+        """The square of its picture that the crop is made of."""
+        return crop_box(self.alignment, self.edge_px, crop, self.centering)
+
+    def stored_mask(self, name: str) -> StoredMask:
+        """The mask of that name, read from the file again.
+
+        Raises FaceFileError where there is none to be used.
+        """
+        return named_mask(read_header(self.path)[1], name)
 
 
 @dataclass(frozen=True)
@@ -36,15 +74,18 @@ class Rejected:
 
     path: Path
     reason: str
+    is_extracted: bool = True
+    """Extraction wrote it, as far as can be seen."""
 
 
 @dataclass
 class FaceFolder:
-    """The faces of a folder, sorted by file name, and the files that are none."""
+    """The faces of a folder, sorted by file name, the files that are none, and what else it has."""
 
     path: Path
     faces: list[Face]
     rejected: list[Rejected] = field(default_factory=list)
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
 
 def read_folder(
@@ -54,13 +95,16 @@ def read_folder(
     minimum: int = MINIMUM_FACES,
     side: str | None = None,
     most: int | None = None,
+    centering: str | None = None,
 ) -> FaceFolder:
     """The faces of a folder; sub-folders and files that are not named .png are passed over.
 
     strict: refuse the folder at the first file that is no usable face. minimum: faces that a side
     needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts. most: faces
-    after which the rest of the folder is not read.
-    Raises ValueError, one line, where the folder is missing, holds no faces or too few.
+    after which the rest of the folder is not read. centering: of the crop that they are for; None
+    for none, then pictures of any kind come back.
+    Raises ValueError, one line, where the folder is missing, holds no faces or too few, or faces
+    that show another crop.
     """
     folder = expanded(path)
     files = list_pictures(folder, side=side)
@@ -78,87 +122,96 @@ def read_folder(
         rejected.append(result)
     if len(faces) < minimum:
         raise ValueError(_too_few(folder, faces, rejected, minimum, side))
-    return FaceFolder(folder, faces, rejected)
+    if centering is not None:
+        _check_versions(name_of(folder, side), faces, centering)
+    return FaceFolder(folder, faces, rejected, passed_over(folder))
 
 
-def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> list[Path]:
-    """The .png files of a folder, sorted by name; links to files count, sub-folders do not.
+def read_face(path: Path) -> tuple[Face, FaceHeader]:
+    """A face, and all that its header says.
 
-    Raises ValueError, one line, where there is no such folder or no such file in it.
+    Raises FaceFileError where the file is no usable face.
     """
-    folder = expanded(path)
-    name = _name(folder, side)
-    if not folder.exists():
-        raise ValueError(f"{name} does not exist: give the folder that holds the face PNGs")
-    if not folder.is_dir():
-        raise ValueError(f"{name} is a file: give the folder that holds the face PNGs")
-    try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if _is_picture(entry)]
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
-    if not names:
-        raise ValueError(f"{name} holds no PNG: give the folder that holds the face PNGs")
-    return [folder / file for file in sorted(names)]
+    edge_px, header = read_header(path)
+    alignment = align(header.landmarks_l2)
+    if not all(np.isfinite(offset).all() for offset in alignment.offsets.values()):
+        raise FaceFileError("has landmarks that fit no head: extract the face again")
+    return Face(path, edge_px, header.landmarks_l2, alignment, header.version), header
 
 
-def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) -> str | None:
-    """How two folders share faces, in words; None where they do not.
-
-    They share them where they are one folder, where one lies inside the other, or where files of
-    both are one file by another name (links).
-    """
-    path_a, path_b = (expanded(path).resolve() for path in (folder_a, folder_b))
-    if path_a == path_b:
-        return f"both use the folder {path_a}"
-    for inner, outer in ((path_a, path_b), (path_b, path_a)):
-        if outer in inner.parents:
-            return f"{inner} lies inside {outer}"
-    shared = set(_file_numbers(path_a)) & set(_file_numbers(path_b))
-    if shared:
-        return f"{path_a} and {path_b} share {len(shared)} files"
-    return None
+def native_px(face: Face) -> float:
+    """Width of the picture in px of the source."""
+    px_per_unit = 1.0 / float(np.hypot(*face.alignment.matrix_23[:, 0]))
+    return px_per_unit / (1.0 - PADDING_RATIO[face.centering])
 
 
-def _file_numbers(folder: Path) -> Iterator[tuple[int, int]]:
-    """Device and number of each picture: the same for every name of one file."""
-    for path in list_pictures(folder):
-        found = path.stat()
-        yield found.st_dev, found.st_ino
+def named(rejected: Sequence[Rejected]) -> str:
+    """The first of the files with their reasons, and how many more there are, in one line."""
+    some = rejected[:_NUM_NAMED]
+    parts = [
+        f"{', '.join(file.path.name for file in alike)}: {reason}"
+        for reason, alike in itertools.groupby(some, key=lambda file: file.reason)
+    ]
+    more = len(rejected) - len(some)
+    return "; ".join([*parts, f"and {more} more"] if more else parts)
 
 
-def _is_picture(entry: os.DirEntry[str]) -> bool:
-    if not entry.name.lower().endswith(".png") or entry.name.startswith("."):
-        return False
-    try:
-        return entry.is_file()
-    except OSError:  # a link that leads to itself
-        return False
+def skipped(rejected: Sequence[Rejected], kind: str = "") -> str:
+    """What to say of files of one folder that cannot be used, in one line; kind: what they are."""
+    which = f", {kind}" if kind else ""
+    if len(rejected) == 1:
+        return f"skipped {rejected[0].path}{which}: {rejected[0].reason}"
+    folder = rejected[0].path.parent
+    return f"skipped {len(rejected)} files of {folder}{which}: {named(rejected)}"
+
+
+def uneven(name_a: str, count_a: int, name_b: str, count_b: int) -> str | None:
+    """What to say of sides of very different numbers of faces; None where they are near enough."""
+    (small, smaller), (large, larger) = sorted(((count_a, name_a), (count_b, name_b)))
+    if not small or large <= _UNEVEN * small:
+        return None
+    return (
+        f"{larger} has {large} faces and {smaller} {small}: the smaller side is repeated more "
+        "often; bring them nearer to each other"
+    )
 
 
 def _read(path: Path) -> Face | Rejected:
     try:
-        edge_px, header = read_header(path)
+        return read_face(path)[0]
     except FaceFileError as error:
-        return Rejected(path, str(error))
-    alignment = align(header.landmarks_l2)
-    if not all(np.isfinite(offset).all() for offset in alignment.offsets.values()):
-        return Rejected(path, "has landmarks that fit no head: extract the face again")
-    return Face(path, edge_px, header, alignment)
+        return Rejected(path, str(error), is_extracted=not isinstance(error, NotExtractedError))
 
 
-def _name(folder: Path, side: str | None) -> str:
-    return f"side {side.upper()}: {folder}" if side else str(folder)
+def _check_versions(name: str, faces: list[Face], centering: str) -> None:
+    """Refuse legacy crops for another crop than that, and such among others, by ValueError."""
+    legacy = [face for face in faces if face.centering == "legacy"]
+    later = [face for face in faces if face.centering != "legacy"]
+    if not legacy:
+        return
+    first = f"{legacy[0].path.name}: version {legacy[0].version}"
+    if later:
+        raise ValueError(
+            f"{name} mixes {len(legacy)} faces extracted before alignments version "
+            f"{FIRST_HEAD_VERSION} ({first}) with {len(later)} of later ones "
+            f"({later[0].path.name}: version {later[0].version or 'unknown'}), which show another "
+            "crop: put them into folders of their own, or extract all of them again"
+        )
+    if centering != "legacy":
+        raise ValueError(
+            f"{name} holds faces extracted before alignments version {FIRST_HEAD_VERSION} "
+            f"({first}), which show the legacy crop only, and data.centering is {centering}: "
+            "extract the faces again, or begin a model with data.centering=legacy"
+        )
 
 
 def _too_few(
     folder: Path, faces: list[Face], rejected: list[Rejected], minimum: int, side: str | None
 ) -> str:
     """The one line that says why a folder is refused, and what to do."""
-    name = _name(folder, side)
-    reasons = [f"{file.path.name}: {file.reason}" for file in rejected[:_NUM_NAMED]]
-    more = len(rejected) - len(reasons)
-    tail = "; ".join(reasons) + (f"; and {more} more" if more > 0 else "")
+    name, tail = name_of(folder, side), named(rejected)
+    if not faces and any(file.is_extracted for file in rejected):
+        return f"{name}: none of its {len(rejected)} PNGs can be used ({tail})"
     if not faces:
         return (
             f"{name}: its {len(rejected)} PNGs are not extracted faces: extract faces from the "

@@ -171,16 +171,18 @@ def crop_landmarks(landmarks_l2: np.ndarray, alignment: Alignment, crop: Crop) -
     return transform(landmarks_l2, crop_matrix(alignment, crop))
 
 
-def crop_box(alignment: Alignment, edge_px: int, crop: Crop) -> CropBox:
-    """The square of a head-centred PNG of ``edge_px`` that the crop is made of."""
-    inner = 1.0 - PADDING_RATIO["head"]
-    if crop.centering == "head" and crop.coverage == 1.0:
+def crop_box(
+    alignment: Alignment, edge_px: int, crop: Crop, picture_centering: str = "head"
+) -> CropBox:
+    """The square of a PNG of ``edge_px`` and full coverage that the crop is made of."""
+    inner = 1.0 - PADDING_RATIO[picture_centering]
+    if crop.centering == picture_centering and crop.coverage == 1.0:
         side = edge_px
     else:
         ratio = inner / (1.0 - PADDING_RATIO[crop.centering])
         side = 2 * round(edge_px * ratio * crop.coverage / 2.0)
     base = 2 * round(edge_px * inner / 2.0)
-    x, y = _centre_shift(alignment, "head", crop)
+    x, y = _centre_shift(alignment, picture_centering, crop)
     corner = (edge_px - side) / 2.0
     return CropBox(round(x * base + corner), round(y * base + corner), side)
 

@@ -18,8 +18,11 @@ from .png import FaceFileError, FaceHeader, StoredMask
 
 LANDMARK_MASKS = ("components", "extended")
 AREAS = ("eye", "mouth")
+EMPTY_SHARE = 0.01
+"""Part of a crop below which a mask leaves nothing to train; a face fills a tenth and more."""
 
 _AREA_DILATION_PERCENT = 2.5
+_NUM_NAMED = 8
 
 
 def _indices(*parts: int | tuple[int, int]) -> np.ndarray:
@@ -47,8 +50,11 @@ _AREA_HULLS = {
 class _HasFace(Protocol):
     """What of a face the masks are made from."""
 
-    header: FaceHeader
+    landmarks_l2: np.ndarray
     alignment: Alignment
+
+    def stored_mask(self, name: str) -> StoredMask:
+        """The mask of that name in its file."""
 
 
 def landmark_mask(
@@ -117,7 +123,7 @@ def training_masks(
     Raises FaceFileError where the file has no such mask, or a damaged one.
     """
     size_px = crop.size_px
-    landmarks_l2 = crop_landmarks(face.header.landmarks_l2, face.alignment, crop)
+    landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
     masks = np.empty((size_px, size_px, 3), np.uint8)
     if mask_type == "none":
         masks[..., 0] = 255
@@ -125,7 +131,7 @@ def training_masks(
         masks[..., 0] = landmark_mask(mask_type, landmarks_l2, size_px, dilation)
     else:
         masks[..., 0] = stored_mask(
-            named_mask(face.header, mask_type),
+            face.stored_mask(mask_type),
             face.alignment,
             crop,
             dilation=dilation,
@@ -137,15 +143,52 @@ def training_masks(
     return masks
 
 
+def areas_outside(landmarks_l2: np.ndarray, size_px: int) -> list[str]:
+    """The areas that lie mostly outside the crop, by the points that they are drawn from."""
+    is_inside: np.ndarray = np.all((landmarks_l2 >= 0) & (landmarks_l2 < size_px), axis=1)
+    return [
+        area for area, hulls in _AREA_HULLS.items() if is_inside[np.concatenate(hulls)].mean() < 0.5
+    ]
+
+
+def is_empty(mask: np.ndarray) -> bool:
+    """Whether (almost) nothing lies inside the mask, uint8."""
+    return float(mask.mean()) < EMPTY_SHARE * 255
+
+
+def why_empty(face: _HasFace, mask_type: str) -> str:
+    """What left a face's mask empty, and what to do about it.
+
+    Raises FaceFileError where the file no longer has that mask.
+    """
+    if mask_type not in LANDMARK_MASKS:
+        pixels = face.stored_mask(mask_type).pixels()
+        if pixels.max() == 1:
+            return (
+                f"its mask {mask_type!r} holds 0 and 1 in place of 0 and 255: multiply it by 255 "
+                "where it was made, and store it again"
+            )
+        if is_empty(pixels):
+            return f"its mask {mask_type!r} is empty: make it again, or remove the face"
+    return (
+        f"its mask {mask_type!r} has nothing inside the crop: bring data.mask_dilation, "
+        "data.coverage and data.vertical_offset nearer to their defaults, or remove the face"
+    )
+
+
 def named_mask(header: FaceHeader, name: str) -> StoredMask:
-    """The stored mask of that name. Raises FaceFileError where the file has none."""
-    if name not in header.masks:
-        known = ", ".join(sorted(set(header.masks) - set(LANDMARK_MASKS))) or "none"
+    """The stored mask of that name. Raises FaceFileError where the file has none to be used."""
+    found = header.masks.get(name)
+    if found is None:
+        known = sorted(set(header.masks) - set(LANDMARK_MASKS))
+        some = ", ".join(known[:_NUM_NAMED]) + (", ..." if len(known) > _NUM_NAMED else "")
         raise FaceFileError(
-            f"has no mask {name!r} (stored: {known}): set data.mask_type to one of those or to "
-            f"{' or '.join(LANDMARK_MASKS)}, which need no stored mask"
+            f"has no mask {name!r} (stored: {some or 'none'}): set data.mask_type to one of those "
+            f"or to {' or '.join(LANDMARK_MASKS)}, which need no stored mask"
         )
-    return header.masks[name]
+    if isinstance(found, str):
+        raise FaceFileError(found)
+    return found
 
 
 def _raised_eyebrows(landmarks_l2: np.ndarray) -> np.ndarray:

@@ -2,18 +2,22 @@
 
 The chunk is an `iTXt` named `faceswap` before the first `IDAT`; its text is a Python literal, not
 JSON. It is read here without evaluating anything: one pass turns strings and bytes into JSON
-strings and references, brackets are counted, and the C JSON decoder does the rest. Whatever it
-does not know (names, calls, nan) is refused, as is anything beyond the limits below.
+strings and references, brackets are counted, and the C JSON decoder does the rest. Numbers that
+NumPy wrote as `np.float32(1.5)` are taken for what they hold. Whatever else it does not know
+(names, calls, nan) is refused, as is anything beyond the limits below.
 
 Letters: 68 landmarks, l = landmark, 2 = (x, y) in px of the source frame.
 """
 
 import json
+import math
 import os
 import re
 import struct
 import tempfile
+import threading
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -34,7 +38,10 @@ MAX_ITEMS = 100_000
 MAX_COORDINATE_PX = 1_000_000.0
 MAX_CHUNKS = 1000
 MAX_MASKS = 64
+MAX_NAME_LENGTH = 64
 MAX_SPREAD = 10.0
+FIRST_HEAD_VERSION = 2.0
+"""Alignments version from which on extraction centres the picture on the head."""
 
 _COLOUR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 _OTHER_FORMATS = {
@@ -53,12 +60,32 @@ _OF_NUMBERS = b"0123456789+-.e, "
 _LAST_COMMA = re.compile(r",\s*(?=[\])}])")
 _PLAIN_TEXT = re.compile(r'[^"\\\x00-\x1f]*\Z')
 _BYTES_KEY = "\x00bytes"
-_NOT_FINITE = re.compile(r"[\[(, -](?:nan|inf|NaN|Infinity)[\]), ]")
+_NUMPY_SCALAR = re.compile(
+    r"\bnp\.(?:(True|False)_|(?:u?int(?:8|16|32|64)|float(?:16|32|64))\(([-+.0-9a-z]+)\))"
+)
+_NOT_FINITE = re.compile(r"[\[(, -](?:nan|inf|NaN|Infinity)[\]), }]")
+_NO_TEXT = "is no text"
+_TOO_LONG = f"is longer than {MAX_HEADER_BYTES // 1024**2} MiB"
+_NUMPY = re.compile(r"\b(?:np|numpy)\.|\barray\(")
+_BY_NUMPY = "was written by NumPy, with arrays or numbers that are no plain literal"
 _NO_LITERAL = "is damaged or not a plain literal"
+
+
+# One at a time: a hostile header takes 100 MB while it is parsed, and Python's lock lets no two
+# be parsed at once anyway.
+_parsing = threading.Lock()
 
 
 class FaceFileError(ValueError):
     """Why a file cannot be used as a face, in one line without its path."""
+
+    def alone(self) -> "FaceFileError":
+        """The same, to be kept: without the frames that it was raised in, which hold the file."""
+        return type(self)(*self.args)
+
+
+class NotExtractedError(FaceFileError):
+    """Why a file is none that extraction wrote."""
 
 
 @dataclass
@@ -98,14 +125,27 @@ class StoredMask:
 class FaceHeader:
     """What extraction wrote into a face PNG.
 
-    landmarks_l2: (68, 2) float32, px of the source frame. box: detector's left, top, width, height
-    in the same px. source: where the face came from, as written.
+    landmarks_l2: (68, 2) float32, px of the source frame. masks: by name; of one that cannot be
+    used, why. box: detector's left, top, width, height in the same px. source: where the face came
+    from, as written.
     """
 
     landmarks_l2: np.ndarray
-    masks: dict[str, StoredMask] = field(default_factory=dict)
+    masks: Mapping[str, StoredMask | str] = field(default_factory=dict)
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
     source: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def version(self) -> float | None:
+        """Alignments version of the extraction; None where the file tells none."""
+        value = self.source.get("alignments_version")
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return None
+        try:
+            version = float(value)
+        except (ValueError, OverflowError):
+            return None
+        return version if math.isfinite(version) else None
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
@@ -116,7 +156,9 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
     try:
         with open(path, "rb", buffering=65536) as file:
             edge_px = _read_edge(file)
-            return edge_px, _header_from(parse_literal(_find_text(file)))
+            data = _find_text(file)
+            with _parsing:
+                return edge_px, _header_from(parse_literal(_text_of(data)))
     except OSError as error:
         raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
 
@@ -192,14 +234,15 @@ def is_complete(png: bytes | memoryview) -> bool:
 def parse_literal(text: str) -> Any:
     """The value of a Python literal of dicts, lists, tuples, text, bytes, numbers, True/False/None.
 
-    Tuples come back as lists; the names true, false and null of JSON are understood as well. Lists
-    of numbers in a dictionary 'identity' come back empty: training has no use for embeddings, and
-    they take as long to read as all the rest. Nothing is evaluated.
+    Tuples come back as lists, NumPy's scalars as plain ones; the names true, false and null of JSON
+    are understood as well. Lists of numbers in a dictionary 'identity' come back empty: training
+    has no use for embeddings, and they take as long to read as all the rest. Nothing is evaluated.
     Raises FaceFileError for anything else, and for a literal that is too large or too deep.
     """
     if len(text) > MAX_HEADER_BYTES:
-        _refuse(f"is longer than {MAX_HEADER_BYTES // 1024**2} MiB")
+        _refuse(_TOO_LONG)
     plain, quoted = _split(text)
+    plain = [_NUMPY_SCALAR.sub(r"\1\2", piece) if "np." in piece else piece for piece in plain]
     _check_size(plain)
     _leave_out_identity(plain, quoted)
     stored: list[bytes] = []
@@ -215,6 +258,8 @@ def parse_literal(text: str) -> Any:
     except ValueError:
         if _NOT_FINITE.search(" ".join(plain)):
             _refuse("holds a number that is not finite")
+        if _NUMPY.search(" ".join(plain)):
+            _refuse(_BY_NUMPY, "have its writer turn them into plain numbers and lists (.tolist())")
         _refuse(_NO_LITERAL)
 
 
@@ -309,8 +354,8 @@ def _string_to_json(literal: str, stored: list[bytes]) -> str:
     return f'"{value}"' if _PLAIN_TEXT.match(value) else json.dumps(value)
 
 
-def _refuse(what: str) -> NoReturn:
-    raise FaceFileError(f"its face header {what}: {_AGAIN}")
+def _refuse(what: str, remedy: str = _AGAIN) -> NoReturn:
+    raise FaceFileError(f"its face header {what}: {remedy}")
 
 
 def _no_number(name: str) -> NoReturn:
@@ -327,7 +372,7 @@ def _read_edge(file: BinaryIO) -> int:
             raise FaceFileError(f"ends after {len(start)} bytes: {_CUT_SHORT}")
         kind = next((n for magic, n in _OTHER_FORMATS.items() if start.startswith(magic)), None)
         found = f"is no PNG but {kind}" if kind else "is no PNG"
-        raise FaceFileError(f"{found}: only PNGs that extraction wrote can be used")
+        raise NotExtractedError(f"{found}: only PNGs that extraction wrote can be used")
     if len(start) < 33:
         raise FaceFileError(f"ends after {len(start)} bytes: {_CUT_SHORT}")
     if start[8:16] != b"\0\0\0\rIHDR":
@@ -346,8 +391,8 @@ def _read_edge(file: BinaryIO) -> int:
     return width
 
 
-def _find_text(file: BinaryIO) -> str:
-    """Text of the face header; the file stands after its `IHDR` chunk."""
+def _find_text(file: BinaryIO) -> bytes:
+    """The face header's chunk less its keyword; the file stands after its `IHDR` chunk."""
     size = os.fstat(file.fileno()).st_size
     position = file.tell()
     for _ in range(MAX_CHUNKS):
@@ -356,7 +401,7 @@ def _find_text(file: BinaryIO) -> str:
             raise FaceFileError(f"ends before its picture data: {_CUT_SHORT}")
         length, kind = struct.unpack(">I4s", head)
         if kind in (b"IDAT", b"IEND"):
-            raise FaceFileError(
+            raise NotExtractedError(
                 "has no face header before its picture data: not written by extraction, or saved "
                 "by another program since; extract the faces again"
             )
@@ -370,11 +415,11 @@ def _find_text(file: BinaryIO) -> str:
         position += 12 + length
         if kind == b"iTXt":
             if length > MAX_HEADER_BYTES:
-                _refuse(f"is longer than {MAX_HEADER_BYTES // 1024**2} MiB")
+                _refuse(_TOO_LONG)
             data = file.read(length)
             if data.startswith(KEYWORD + b"\0"):
                 _check_crc(kind, data, file.read(4))
-                return _text_of(data[len(KEYWORD) + 1 :])
+                return data[len(KEYWORD) + 1 :]
         file.seek(position)
     raise FaceFileError(f"has more than {MAX_CHUNKS} chunks before its face header: {_AGAIN}")
 
@@ -386,9 +431,14 @@ def _text_of(data: bytes) -> str:
         if data[0]:
             decoder = zlib.decompressobj()
             text = decoder.decompress(text, MAX_HEADER_BYTES + 1)
+    except (ValueError, zlib.error):  # too few parts
+        _refuse(_NO_TEXT)
+    if len(text) > MAX_HEADER_BYTES:
+        _refuse(_TOO_LONG)
+    try:
         return text.decode("utf-8")
-    except (ValueError, zlib.error):  # too few parts, or no UTF-8
-        _refuse("is no text")
+    except UnicodeDecodeError:
+        _refuse(_NO_TEXT)
 
 
 def _check_crc(kind: bytes, data: bytes, crc: bytes) -> None:
@@ -404,23 +454,17 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def _header_from(content: Any) -> FaceHeader:
+    """The header of what was read. What training does without may be missing or odd."""
     if not isinstance(content, dict) or not isinstance(content.get("alignments"), dict):
         _refuse("has no entry 'alignments'")
     alignments = content["alignments"]
-    source = content.get("source", {})
-    if not isinstance(source, dict):
-        _refuse("has a 'source' that is no dictionary")
     landmarks_l2 = _landmarks_from(alignments.get("landmarks_xy"))
-    masks = alignments.get("mask") or {}
-    if not isinstance(masks, dict):
-        _refuse("has a 'mask' that is no dictionary")
-    if len(masks) > MAX_MASKS:
-        _refuse(f"has more than {MAX_MASKS} masks")
+    source = content.get("source")
     return FaceHeader(
         landmarks_l2=landmarks_l2,
-        masks={name: _mask_from(name, entry) for name, entry in masks.items()},
+        masks=_masks_from(alignments.get("mask")),
         box=_box_from(alignments, landmarks_l2),
-        source=source,
+        source=source if isinstance(source, dict) else {},
     )
 
 
@@ -439,21 +483,16 @@ def _numbers(value: Any, name: str) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _number(value: Any, name: str) -> np.ndarray:
-    """One finite number as float64."""
-    array = _numbers(value, name)
-    if array.ndim:
-        _refuse(f"has {name} that is no number")
-    return array
-
-
 def _landmarks_from(value: Any) -> np.ndarray:
     if value is None:
         _refuse("has no landmarks ('landmarks_xy')")
     landmarks = _numbers(value, "landmarks")
     if landmarks.shape != (NUM_LANDMARKS, 2):
         count = landmarks.shape[0] if landmarks.ndim else 0
-        _refuse(f"has {count} landmarks where {NUM_LANDMARKS} are needed")
+        _refuse(
+            f"has {count} landmarks where {NUM_LANDMARKS} are needed",
+            f"{_AGAIN}, with an aligner that finds {NUM_LANDMARKS}",
+        )
     farthest = landmarks.flat[np.abs(landmarks).argmax()]
     if abs(farthest) > MAX_COORDINATE_PX:
         _refuse(f"has a landmark at {farthest:.3g} px, outside any picture")
@@ -468,6 +507,25 @@ def _landmarks_from(value: Any) -> np.ndarray:
     return landmarks.astype(np.float32)
 
 
+def _masks_from(entries: Any) -> dict[str, StoredMask | str]:
+    """The masks by name; of one that cannot be used, why, for whoever asks for it.
+
+    Names that no setting can hold are passed over, and all after the first 64.
+    """
+    if not isinstance(entries, dict):
+        return {}
+    masks: dict[str, StoredMask | str] = {}
+    for name, entry in entries.items():
+        if len(masks) == MAX_MASKS:
+            break
+        if name.isprintable() and len(name) <= MAX_NAME_LENGTH:
+            try:
+                masks[name] = _mask_from(name, entry)
+            except FaceFileError as error:
+                masks[name] = str(error)
+    return masks
+
+
 def _mask_from(name: str, entry: Any) -> StoredMask:
     if not isinstance(entry, dict) or not isinstance(entry.get("mask"), bytes):
         _refuse(f"has no data for mask {name!r}")
@@ -475,6 +533,8 @@ def _mask_from(name: str, entry: Any) -> StoredMask:
     if type(size_px) is not int or not 0 < size_px <= MAX_MASK_PX:
         _refuse(f"has a mask {name!r} whose stored_size is not 1 to {MAX_MASK_PX} px")
     centering = entry.get("stored_centering")
+    if centering is None:  # until version 2.2 all were centred on the face
+        centering = "face"
     if centering not in CENTERING_NAMES:
         _refuse(f"has a mask {name!r} whose stored_centering is none of {CENTERING_NAMES}")
     affine = _numbers(entry.get("affine_matrix"), f"matrix entries of mask {name!r}")
@@ -486,16 +546,15 @@ def _mask_from(name: str, entry: Any) -> StoredMask:
 
 
 def _box_from(alignments: dict[str, Any], landmarks_l2: np.ndarray) -> tuple[int, int, int, int]:
-    """The detector's box; where a file lacks it, the box round the landmarks."""
-    values = [alignments.get(key) for key in ("x", "y", "w", "h")]
-    if None in values:
+    """The detector's box; where a file has none that can be, the box round the landmarks."""
+    try:
+        box = _numbers([alignments.get(key) for key in ("x", "y", "w", "h")], "a box")
+    except FaceFileError:
+        box = np.empty(0)
+    if box.shape != (4,) or np.abs(box).max() > MAX_COORDINATE_PX:
         low, high = landmarks_l2.min(axis=0), landmarks_l2.max(axis=0)
-        values = [*low.tolist(), *(high - low).tolist()]
-    left, top, width, height = (
-        value if type(value) is int else round(float(_number(value, "a box"))) for value in values
-    )
-    if max(map(abs, (left, top, width, height))) > MAX_COORDINATE_PX:
-        _refuse("has a box outside any picture")
+        box = np.concatenate([low, high - low])
+    left, top, width, height = np.rint(box).astype(int).tolist()
     return left, top, width, height
 
 
@@ -517,6 +576,7 @@ def _as_dict(header: FaceHeader) -> dict[str, Any]:
                 "stored_centering": mask.centering,
             }
             for name, mask in header.masks.items()
+            if isinstance(mask, StoredMask)
         },
         "identity": {},
     }

@@ -391,9 +391,10 @@ class Reporter:
             text += f". Graph: {picture}"
         self._tell("found_rates", text, {"rates": rates, "chosen": chosen, "picture": picture})
 
-    def warning(self, message: str) -> None:
-        """Tell of something the user should look at while the run goes on."""
-        self._tell("warning", f"Warning: {message}", {"message": message}, level="warning")
+    def warning(self, message: str, **facts: Any) -> None:
+        """Tell of something the user should look at while the run goes on; facts: for programs."""
+        fields = {"message": message} | facts
+        self._tell("warning", f"Warning: {message}", fields, level="warning")
 
     def crash(self, *, error: str, path: Path) -> None:
         """Tell of a failure of mien itself: on stderr, where its traceback follows."""

@@ -20,6 +20,7 @@ from ...models.autoencoder import Autoencoder
 from ..config import Config
 from ..data.held_out import HeldOutFaces, load_held_out
 from ..data.sides import SIDES, SideFaces
+from ..faces.folder import skipped
 from .judges import IdentityJudge, Judge, PoseJudge
 from .network import Network
 from .precision import Precision
@@ -71,8 +72,8 @@ def open_evaluation(
         for side, opened in faces.items()
     }
     for held_out in loaded.values():
-        for bad in held_out.rejected:
-            warn(f"skipped {bad.path}, which is held out: {bad.reason}")
+        if held_out.rejected:
+            warn(skipped(held_out.rejected, "held out"))
     judges: list[Judge] = []
     if settings.landmark_model:
         network = Network(settings.landmark_model, "evaluate.landmark_model")

@@ -17,7 +17,7 @@ from ...models.autoencoder import Autoencoder
 from ..config import Config
 from ..data.preview_faces import PreviewFaces, PreviewLoader, drawn, spread
 from ..data.sides import SIDES
-from ..faces.folder import Face, read_folder
+from ..faces.folder import Face, read_folder, skipped
 from ..run.checkpoint import PREVIEW
 from ..run.preview import preview_image, save_jpeg, save_png
 from ..run.window import PreviewWindow
@@ -136,9 +136,10 @@ class Pictures:
                 minimum=1,
                 side=side,
                 most=settings.preview_images,
+                centering=self._config.data.centering,
             )
-            for bad in found.rejected:
-                self._warn(f"skipped {bad.path}, of the time-lapse: {bad.reason}")
+            if found.rejected:
+                self._warn(skipped(found.rejected, "of the time-lapse"))
             faces[str(side)] = found.faces
         try:
             self._timelapse_folder.mkdir(parents=True, exist_ok=True)

@@ -19,8 +19,9 @@ from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
 from ..data.preview_faces import PreviewLoader
-from ..data.sides import SIDES, SideFaces, open_sides
+from ..data.sides import SIDES, SideFaces, open_sides, warnings_of
 from ..data.store import FaceStore, available_host_bytes
+from ..faces.folder import skipped
 from ..paths import expanded, refusals_told
 from ..recipes import Recipe
 from ..run.checkpoint import ModelFolder, Saver
@@ -44,6 +45,8 @@ from .stages import Plan
 from .step import TrainStep
 from .transfer import load_weights
 from .work import meta_model, work_of
+
+_NUM_NAMED = 10
 
 
 @dataclass
@@ -431,7 +434,8 @@ def _open_faces(
     config: Config, size_px: int, device: torch.device, reporter: Reporter
 ) -> dict[str, SideFaces]:
     """Both sides' faces; tells of what had to be left out."""
-    data = config.data
+    uses_mask = config.loss.penalized_mask_loss or config.loss.learn_mask
+    data = config.data if uses_mask else dataclasses.replace(config.data, mask_type="none")
     model_dir = expanded(config.save.model_dir)
     store_dir = expanded(data.store_dir) if data.store_dir else model_dir / "faces"
     faces = open_sides(
@@ -443,10 +447,11 @@ def _open_faces(
         progress=reporter.progress,
     )
     for opened in faces.values():
-        for warning in opened.store.warnings:
-            reporter.warning(warning)
-        for bad in opened.left_out:
-            reporter.warning(f"skipped {bad.path}: {bad.reason}")
+        for files in opened.left_out:
+            names = [file.path.name for file in files[:_NUM_NAMED]]
+            reporter.warning(skipped(files), count=len(files), files=names)
+    for warning in warnings_of(faces, config.loss):
+        reporter.warning(warning)
     return faces
 
 

@@ -114,7 +114,7 @@ def while_running(shop: Workshop, count: int, seed: int) -> Cases:
         "before decoding": lambda act: before("mien.core.data.store", "_decode_into", act),
         "while decoding": lambda act: before("mien.core.data.decode", "decode_one", act, 9),
         "before the preview's faces": lambda act: before(
-            "mien.core.train.prepare", "load_preview_faces", act
+            "mien.core.data.preview_faces:PreviewLoader", "load", act
         ),
         "between the pictures and the masks of the preview": lambda act: before(
             "mien.core.data.preview_faces", "configured_masks", act

@@ -1,0 +1,183 @@
+"""The picture files of a folder: which count, which are passed over, and which two folders share.
+
+Files named .png count, links to files too. JPEGs and sub-folders do not: what lies there is counted
+to be told, one level deep and up to a bound.
+"""
+
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..paths import expanded
+
+_NUM_NAMED = 5
+_MAX_ENTRIES = 20_000
+"""Sub-folders and entries in them that are looked at."""
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Pictures of a folder that are not looked at.
+
+    num_jpegs: in the folder itself. subfolders: those that hold PNGs, or JPEGs where none holds a
+    PNG (kind). num_deeper: pictures of that kind in them; is_whole: there are no more than these.
+    """
+
+    num_jpegs: int = 0
+    subfolders: tuple[str, ...] = ()
+    num_deeper: int = 0
+    kind: str = "PNG"
+    is_whole: bool = True
+
+    @property
+    def notice(self) -> str:
+        """What is not used, and what to do, as a sentence; empty where all is used."""
+        if not self.counts:
+            return ""
+        remedies = []
+        if self.subfolders:
+            remedies.append("put the faces into one folder")
+        if self.num_jpegs or self.kind == "JPEG":
+            remedies.append("only PNGs that extraction wrote can be used")
+        return f"{' and '.join(self.counts)} are not used: {'; '.join(remedies)}"
+
+    @property
+    def instead(self) -> str:
+        """What a folder that holds no PNG holds in their place, and what to do."""
+        if self.subfolders:
+            is_one = len(self.subfolders) == 1
+            count = self._count if self.kind == "PNG" else f"{self._count} JPEGs"
+            return (
+                f"; its {self._names} {'holds' if is_one else 'hold'} {count}: give "
+                f"{'that one' if is_one else 'one of them'}, or put the faces into one folder"
+            )
+        if self.num_jpegs:
+            return (
+                f" but {self.num_jpegs} JPEGs: only PNGs that extraction wrote can be used; "
+                "extract the faces again, as PNGs"
+            )
+        return ": give the folder that holds the face PNGs"
+
+    @property
+    def counts(self) -> list[str]:
+        """What is not used, in a few words each."""
+        words = [f"{self._count} {self.kind}s in its {self._names}"] if self.subfolders else []
+        return [*words, f"{self.num_jpegs} JPEGs"] if self.num_jpegs else words
+
+    @property
+    def _count(self) -> str:
+        return str(self.num_deeper) if self.is_whole else f"more than {self.num_deeper}"
+
+    @property
+    def _names(self) -> str:
+        some = ", ".join(self.subfolders[:_NUM_NAMED])
+        more = ", ..." if len(self.subfolders) > _NUM_NAMED else ""
+        return f"sub-folder{'s' if len(self.subfolders) > 1 else ''} {some}{more}"
+
+
+def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> list[Path]:
+    """The .png files of a folder, sorted by name; links to files count, sub-folders do not.
+
+    side: "a" or "b", for the texts. Raises ValueError, one line, where there is no such folder or
+    no such file in it.
+    """
+    folder = expanded(path)
+    name = name_of(folder, side)
+    if not folder.exists():
+        raise ValueError(f"{name} does not exist: give the folder that holds the face PNGs")
+    if not folder.is_dir():
+        raise ValueError(f"{name} is a file: give the folder that holds the face PNGs")
+    try:
+        entries = _entries(folder)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
+    if not entries["PNG"]:
+        raise ValueError(f"{name} holds no PNG{_passed_over(folder, entries).instead}")
+    return [folder / file for file in sorted(entries["PNG"])]
+
+
+def passed_over(path: str | os.PathLike[str]) -> PassedOver:
+    """The pictures of a folder and of its sub-folders that are not looked at."""
+    folder = expanded(path)
+    try:
+        return _passed_over(folder, _entries(folder))
+    except OSError:  # it is gone since its pictures were listed
+        return PassedOver()
+
+
+def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) -> str | None:
+    """How two folders share faces, in words; None where they do not.
+
+    They share them where they are one folder, where one lies inside the other, or where files of
+    both are one file by another name (links).
+    """
+    path_a, path_b = (expanded(path).resolve() for path in (folder_a, folder_b))
+    if path_a == path_b:
+        return f"both use the folder {path_a}"
+    for inner, outer in ((path_a, path_b), (path_b, path_a)):
+        if outer in inner.parents:
+            return f"{inner} lies inside {outer}"
+    shared = set(_file_numbers(path_a)) & set(_file_numbers(path_b))
+    if shared:
+        return f"{path_a} and {path_b} share {len(shared)} files"
+    return None
+
+
+def name_of(folder: Path, side: str | None) -> str:
+    """A folder as it is named in texts."""
+    return f"side {side.upper()}: {folder}" if side else str(folder)
+
+
+def _entries(folder: Path, most: int | None = None) -> dict[str, list[str]]:
+    """Names in a folder by what they are: PNG, JPEG, folder, other; up to so many."""
+    names: dict[str, list[str]] = {"PNG": [], "JPEG": [], "folder": [], "other": []}
+    with os.scandir(folder) as entries:
+        for entry in itertools.islice(entries, most):
+            names[_kind(entry)].append(entry.name)
+    return names
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    name = entry.name.lower()
+    try:
+        if name.startswith("."):
+            return "other"
+        if entry.is_dir(follow_symlinks=False):
+            return "folder"
+        kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(os.path.splitext(name)[1], "")
+        return kind if kind and entry.is_file() else "other"
+    except OSError:  # a link that leads to itself
+        return "other"
+
+
+def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
+    holding: dict[str, dict[str, int]] = {"PNG": {}, "JPEG": {}}
+    left = _MAX_ENTRIES
+    for name in sorted(entries["folder"]):
+        if left <= 0:
+            break
+        try:
+            inner = _entries(folder / name, left)
+        except OSError:
+            continue
+        left -= 1 + sum(map(len, inner.values()))
+        for kind, counts in holding.items():
+            if inner[kind]:
+                counts[name] = len(inner[kind])
+    kind = "PNG" if holding["PNG"] else "JPEG"
+    return PassedOver(
+        num_jpegs=len(entries["JPEG"]),
+        subfolders=tuple(holding[kind]),
+        num_deeper=sum(holding[kind].values()),
+        kind=kind,
+        is_whole=left > 0,
+    )
+
+
+def _file_numbers(folder: Path) -> Iterator[tuple[int, int]]:
+    """Device and number of each picture: the same for every name of one file."""
+    for path in list_pictures(folder):
+        found = path.stat()
+        yield found.st_dev, found.st_ino

@@ -1,0 +1,84 @@
+"""The picture of a face file, decoded to its pixels as they are stored.
+
+A note in the file that it should be shown turned is ignored: the landmarks know nothing of it.
+Pictures that are decoded at the same time take no more than `DECODING_BYTES` together, whatever the
+number of threads; one that takes more by itself is decoded alone.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .png import FaceFileError, edge_of, is_complete, max_file_bytes
+
+DECODING_BYTES = 512 * 1024**2
+"""Chosen on the CPU: 16 threads at 2048 px."""
+
+_READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+_BYTES_PER_PIXEL = 6
+"""Measured at 16384 px: OpenCV decodes a PNG into a frame of its own, and copies that."""
+
+
+class _Budget:
+    """Bytes that may be taken at the same time."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = self._free = num_bytes
+        self._is_changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, num_bytes: int) -> Iterator[None]:
+        """Take so many, all of them at the most, as soon as they are free; give them back."""
+        share = min(num_bytes, self._num_bytes)
+        with self._is_changed:
+            self._is_changed.wait_for(lambda: share <= self._free)
+            self._free -= share
+        try:
+            yield
+        finally:
+            with self._is_changed:
+                self._free += share
+                self._is_changed.notify_all()
+
+
+_budget = _Budget(DECODING_BYTES)
+
+
+def decoding_bytes(path: Path, edge_px: int) -> int:
+    """Bytes that the picture takes while it is decoded, its file included.
+
+    Raises OSError where there is no such file.
+    """
+    return os.stat(path).st_size + _BYTES_PER_PIXEL * edge_px**2
+
+
+@contextlib.contextmanager
+def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
+    """The picture of a face file, (N, N, 3) uint8 BGR with N = edge_px, to be used and let go.
+
+    Raises FaceFileError where it is damaged or not of that edge, as one that was replaced since.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_budget.taken(decoding_bytes(path, edge_px)))
+            encoded = np.fromfile(path, np.uint8, max_file_bytes(edge_px))
+        except OSError as error:
+            raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
+        yield _decoded(encoded, edge_px)
+
+
+def _decoded(encoded: np.ndarray, edge_px: int) -> np.ndarray:
+    image_bgr = None
+    if edge_of(encoded) == edge_px and is_complete(encoded.data):
+        with contextlib.suppress(cv2.error):
+            image_bgr = cv2.imdecode(encoded, _READ_FLAGS)
+    if image_bgr is None or image_bgr.shape != (edge_px, edge_px, 3):
+        raise FaceFileError(
+            "the picture is damaged or cut short: copy it again or extract the face again"
+        )
+    return image_bgr
