@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from .. import __version__
-from ..core.paths import refusals_told
+from ..core.paths import refusals_told, require_working_folder
 from ..core.printable import printable
 from ..core.run.output import OutputLost, guarded_streams
 from .lines import complain
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str], command: str | None) -> int:
     try:
         args, module = _parse(argv, command)
+        require_working_folder()
         with refusals_told():
             code = module.run(args)
         sys.stdout.flush()

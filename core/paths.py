@@ -38,7 +38,7 @@ def refusal(error: OSError) -> str | None:
     read it. A refusal without a name may be a fault of ours.
     """
     if error.filename is None:
-        return None if _has_working_folder() else "the working folder is gone; change to another"
+        return None
     path, reason = os.fsdecode(error.filename), error.strerror or str(error)
     return f"{path}: {reason}; {_REMEDIES.get(error.errno or 0, 'check it, or name another')}"
 
@@ -55,9 +55,16 @@ def refusals_told() -> Iterator[None]:
         raise ValueError(told) from error
 
 
-def _has_working_folder() -> bool:
+def require_working_folder() -> None:
+    """Refuse to work where there is no folder to work in: MKL then ends the process, telling that
+    it cannot load PyTorch.
+
+    Raises:
+        ValueError: Somebody has removed the working folder, or this user may not enter it.
+    """
     try:
         os.getcwd()
-    except FileNotFoundError:
-        return False
-    return True
+    except OSError as error:
+        raise ValueError(
+            f"the working folder is gone ({error.strerror}); change to another, as with `cd`"
+        ) from None

@@ -104,7 +104,7 @@ def unwritable(shop: Workshop, count: int, _seed: int) -> Cases:
     ways = {"the disk is full": _fill, "it was closed": os.close, "its reader left": _leave}
     cases = list(itertools.product(_MOMENTS, ways))
     for number, (moment, why) in enumerate(cases[:: max(len(cases) // min(count, len(cases)), 1)]):
-        end, as_json = _ENDS[number % 3], number % 2 == 0
+        end, as_json = _ENDS[(number + number // 3) % 3], number % 2 == 0
         yield (
             f"{moment}, {why}: {end}",
             functools.partial(_spoil, shop, *_MOMENTS[moment], ways[why], end, as_json),

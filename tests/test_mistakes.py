@@ -1,0 +1,198 @@
+"""Mistakes of a user and refusals of a disk, in every command: one line, exit code 2."""
+
+import os
+import pwd
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mien.cli import main
+from mien.core.faces.synthetic import draw_folder
+from mien.core.run.checkpoint import ModelFolder
+from mien.core.run.lock import LOCK
+
+LONG = "n" * 300
+NO_HOME = "~nosuchuser/x"
+COMMANDS = [
+    "faces check PATH",
+    "faces check PATH PATH",
+    "faces inspect PATH",
+    "faces draw PATH --count 1",
+    "train -m PATH -A FACES -B FACES",
+    "train -m MODEL -A PATH -B FACES",
+    "train -m PATH --summary",
+    "train -m PATH --dry-run",
+    "train -C PATH",
+    "train -C PATH.ini",
+    "train --recipe PATH",
+    "model info PATH",
+    "model verify PATH",
+    "model restore PATH",
+    "model nan-scan PATH",
+    "model inference PATH -o MODEL",
+    "analyze PATH",
+    "timelapse PATH -o MODEL.mp4",
+    "timelapse FACES -o PATH.mp4",
+    "preset save own --from PATH",
+    "recipe show PATH",
+    "bench kernels --compare PATH",
+    "demo --folder PATH",
+]
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mistakes") / "faces"
+    draw_folder(folder, identity="a", count=2, size_px=64)
+    return folder
+
+
+@pytest.mark.parametrize("path", [LONG, f"{LONG}/x", NO_HOME], ids=["long", "below", "home"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_path_that_cannot_be_is_one_line(tmp_path, monkeypatch, capsys, faces, command, path):
+    monkeypatch.chdir(tmp_path)
+    known = {"PATH": path, "FACES": str(faces), "MODEL": "model"}
+    words = command.split()
+    for name, value in known.items():
+        words = [word.replace(name, value) for word in words]
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"mien {words[0]}: ")
+    assert captured.err.count("\n") == 1
+    assert not list(Path().iterdir()), "nothing was made"
+
+
+@pytest.fixture
+def homeless(monkeypatch):
+    """Be a user without a home, as in a container with a number for a name."""
+
+    def unknown(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_who_has_no_home_has_no_presets_of_his_own(homeless, capsys):
+    assert main(["preset", "list"]) == 0
+    assert "dfaker" in capsys.readouterr().out
+    assert main(["train", "--preset", "dfaker", "--print-config"]) == 0
+    capsys.readouterr()
+    assert main(["preset", "save", "own", "-t", "dfaker"]) == 2
+    told = capsys.readouterr().err
+    assert told.endswith("no home folder to keep presets in; set HOME or XDG_CONFIG_HOME\n")
+
+
+def test_who_has_no_home_can_train(homeless, sides, tmp_path):
+    words = ["-A", str(sides[0]), "-B", str(sides[1]), "-m", str(tmp_path / "model")]
+    words += ["-t", "lightweight", "--set", "model.options.width=8", "-b", "4", "-i", "1"]
+    assert main(["train", "--device", "cpu", *words]) == 0
+
+
+def test_a_lock_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys):
+    model = tmp_path / "model"
+    with ModelFolder(model):
+        (model / "generations").mkdir()
+    plain_open = os.open
+
+    def refuse(path, *more, **named):
+        if os.fspath(path).endswith(LOCK):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain_open(path, *more, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    for command in ("info", "restore"):
+        assert main(["model", command, str(model)]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert told.startswith("mien model: ")
+
+
+@pytest.mark.parametrize("words", ["train --print-config", "faces check /", "model info model"])
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path, words):
+    script = 'mkdir gone; cd gone; rmdir ../gone; exec "$0" -m mien.cli "$@"'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable, *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"mien {words.split()[0]}: the working folder is gone (No such file or directory); change "
+        "to another, as with `cd`\n"
+    )
+
+
+NAME = "a\nb\x1b[2J\u202egnp.png"
+SHOWN = r"a\nb\u001b[2J\u202egnp.png"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["faces", "check", NAME],
+        ["faces", "inspect", NAME],
+        ["model", "info", NAME],
+        ["analyze", NAME],
+        ["timelapse", NAME, "-o", "x.mp4"],
+        ["train", "-C", NAME],
+        ["train", "--recipe", f"./{NAME}.toml"],
+        ["train", "-A", NAME, "-B", NAME, "-m", "model"],
+        ["monitor", NAME, "--port", "-1"],
+    ],
+    ids=lambda words: " ".join(words[:2]).split("\n")[0],
+)
+def test_a_name_in_a_mistake_does_nothing(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert told[:-1].isprintable()
+    assert SHOWN in told or words[0] == "monitor"
+
+
+def test_words_that_nobody_knows_do_nothing(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["faces", "check", "a", "b", NAME])
+    assert left.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].endswith(f"unrecognized arguments: {SHOWN}")
+    assert all(line.isprintable() for line in told)
+
+
+def test_names_of_faces_do_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("faces\x1b[31m")
+    draw_folder(folder, identity="a", count=3, size_px=64)
+    first, second, _ = sorted(folder.iterdir())
+    (folder / NAME).write_text("no face")
+    second.write_bytes(first.read_bytes())
+    second.rename(folder / f"0{NAME}")
+    for words in (["check", str(folder)], ["inspect", str(folder / f"0{NAME}")]):
+        main(["faces", *words])
+        told = capsys.readouterr().out
+        assert all(line.isprintable() for line in told.splitlines())
+        assert SHOWN in told
+        assert r"faces\u001b[31m" in told
+        main(["faces", *words, "--json"])
+        assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+
+
+def test_names_of_faces_do_nothing_on_a_terminal(tmp_path, monkeypatch, capsys):
+    from rich.console import Console
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("rich.console.Console", lambda **_: Console(width=400, no_color=True))
+    folder = tmp_path / "faces\x1b[31m[/b]"
+    draw_folder(folder, identity="a", count=2, size_px=64)
+    (folder / NAME).write_text("no face")
+    main(["faces", "check", str(folder)])
+    told = capsys.readouterr().out
+    assert "\x1b[31m" not in told
+    assert r"faces\u001b[31m[/b]" in told
+    assert SHOWN in told
