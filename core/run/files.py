@@ -7,11 +7,21 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
+from typing import TextIO
 
-_DAMAGE = {errno.ENOENT, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+}
 
 
 class DamagedError(Exception):
@@ -69,21 +79,61 @@ def sync_file(path: Path, flags: int = 0) -> None:
         os.close(handle)
 
 
-def _open_plain(path: str, flags: int) -> int:
-    """A handle that follows no link and waits for no pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> int:
+    """A handle of a plain file, which is made where the flags say so; to be the `opener` of `open`.
+
+    Nothing is waited for, and nothing is opened to find out what it is: a pipe blocks its reader
+    for ever, and some devices act when they are opened.
+
+    Args:
+        path: The file.
+        flags: Those of `os.open`.
+        follows_links: For a file that the user has named. What a folder holds may be a stranger's
+            link to anywhere.
+
+    Raises:
+        OSError: There is something else in its place, or the disk refuses.
+    """
+    with suppress(FileNotFoundError):  # it is made, or the next call tells
+        _refuse_odd(path, os.stat(path, follow_symlinks=follows_links))
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
+    handle = os.open(path, flags, 0o666)
+    try:
+        _refuse_odd(path, os.fstat(handle))
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _refuse_odd(path: str | Path, found: os.stat_result) -> None:
+    """OSError for all but a plain file."""
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        text = f"it is {_KINDS.get(kind, 'something else')}, not a plain file"
+        raise OSError(errno.ENXIO, text, str(path))
+
+
+def open_for_reading(path: str | Path, *, follows_links: bool = False) -> BufferedReader:
+    """A plain file, open to be read; OSError as `open_plain`."""
+    opener = partial(open_plain, follows_links=follows_links)
+    return open(path, "rb", opener=opener)
+
+
+def open_for_append(path: str | Path, *, follows_links: bool = False) -> TextIO:
+    """A plain file, open to have whole lines of text added; OSError as `open_plain`."""
+    opener = partial(open_plain, follows_links=follows_links)
+    return open(path, "a", encoding="utf-8", buffering=1, opener=opener)
 
 
 @contextmanager
 def open_regular(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
     """A plain file, open; a link, a device or an oversized file is damage."""
     try:
-        with open(path, "rb", opener=_open_plain) as stream:
-            found = os.fstat(stream.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise DamagedError(f"{path.name} is not a plain file")
-            if found.st_size > max_bytes:
-                raise DamagedError(f"{path.name} has {found.st_size} bytes, at most {max_bytes}")
+        with open_for_reading(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > max_bytes:
+                raise DamagedError(f"{path.name} has {size} bytes, at most {max_bytes}")
             yield stream
     except OSError as error:
         if error.errno not in _DAMAGE:
