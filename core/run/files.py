@@ -2,11 +2,12 @@
 what a stranger may have made."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedReader
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
+_NOT_OFFERED = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}
+"""How a disk says that it does not flush folders. A failure to flush one is told otherwise."""
+
+_FICLONE = 0x40049409  # from <linux/fs.h>
+_COPY_BYTES = 1 << 20
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -28,50 +34,176 @@ class DamagedError(Exception):
     """Why a file or generation cannot be used."""
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Make a folder of the same plain files, durably: hard links where the disk has them."""
+def discard(path: Path) -> None:
+    """Remove what a crash, or a stranger, left under the name of a temporary file or folder.
+
+    What cannot be removed stays: making the new one then says why.
+    """
+    with suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Make a folder with independent copies of these plain files of another, durably."""
     target.mkdir()
-    for entry in os.scandir(source):
-        if entry.is_file(follow_symlinks=False):
-            copy_file(Path(entry.path), target / entry.name)
+    for name in names:
+        copy_file(source / name, target / name)
     sync_folder(target)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """The same plain file under another name: a hard link where the disk has them."""
+    """Make a durable copy of a plain file that no write to the other one reaches.
+
+    On a disk that can (Btrfs, XFS, bcachefs, ZFS) both share the blocks that are equal: the copy
+    takes no time and no room.
+    """
+    with open_for_reading(source) as old, open(target, "xb") as new:
+        if not _clone(old.fileno(), new.fileno()):
+            shutil.copyfileobj(old, new, _COPY_BYTES)
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def _clone(old: int, new: int) -> bool:
+    """Whether the disk itself has copied all of an open file into a new one; else it is empty."""
+    with suppress(OSError):  # another disk, or one that has no such thing
+        fcntl.ioctl(new, _FICLONE, old)
+        return True
+    size = copied = os.fstat(old).st_size
+    with suppress(OSError):  # the plain copy meets a full disk again, and tells
+        while copied := os.copy_file_range(old, new, size):
+            size -= copied
+        if not size:
+            return True
+    os.ftruncate(new, 0)
+    for handle in (old, new):
+        os.lseek(handle, 0, os.SEEK_SET)
+    return False
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Give all plain files of a folder that is to go a place in a new one, durably.
+
+    They are hard links, or copies where the disk has no links.
+    """
+    target.mkdir()
+    for entry in os.scandir(source):
+        if entry.is_file(follow_symlinks=False):
+            link_file(Path(entry.path), target / entry.name)
+    sync_folder(target)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a plain file a second name, or a copy of it where the disk has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
-        shutil.copyfile(source, target, follow_symlinks=False)
-        sync_file(target)
+        copy_file(source, target)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file and flush it to the disk."""
-    with open(path, "xb") as stream:
+    """Write a new file, durably; it has its name only once it is whole.
+
+    Raises:
+        OSError: FileExistsError where there is anything of this name, or the disk refuses.
+    """
+    try:
+        handle = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+    except OSError:  # no files without a name here, or what the next call will tell
+        _write_named_file(path, content)
+        return
+    with open(handle, "wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        os.fsync(handle)
+        try:  # what `src_dir_fd` is, does not matter: with it, the link in /proc is followed
+            os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=handle)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here, or no /proc
+            _write_named_file(path, content)
+
+
+def _write_named_file(path: Path, content: bytes) -> None:
+    """The same on a disk that has no files without a name: a crash leaves a part of it."""
+    with open(path, "xb") as stream:
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except BaseException:
+            discard(path)
+            raise
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in the place of another in one step, durably."""
+    """Put a file in the place of another in one step, durably; a link there is replaced itself.
+
+    Raises:
+        OSError: A pipe, a socket, a device or a folder is in its place, or the disk refuses.
+    """
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if not stat.S_ISLNK(found.st_mode):
+            _refuse_odd(path, found)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    discard(temporary)
     try:
         write_file(temporary, content)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
     sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder, so that the names in it survive a power cut."""
-    sync_file(path, os.O_DIRECTORY)
+def write_output(path: Path, content: bytes, *, force: bool) -> None:
+    """Write a file that the user has named, whole or not at all; where a link leads, not over it.
+
+    Args:
+        path: The file, whose folder is there.
+        content: All of it.
+        force: Put it in the place of an older one, too.
+
+    Raises:
+        OSError: As `write_file`, or with ``force`` as `replace_file`.
+    """
+    path = path.resolve()
+    if force:
+        replace_file(path, content)
+    else:
+        write_file(path, content)
+        sync_folder(path.parent)
+
+
+def set_permissions(path: Path, mode: int) -> None:
+    """Set the permissions of a file or folder: a courtesy, which many disks do not offer."""
+    with suppress(OSError):
+        os.chmod(path, mode)
+
+
+def sync_folder(path: Path) -> bool:
+    """Flush a folder, so that the names in it survive a power cut.
+
+    Returns:
+        False where the disk has no such thing, as some network and FUSE disks have not.
+
+    Raises:
+        OSError: It failed.
+    """
+    try:
+        sync_file(path, os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+        return False
+    return True
 
 
 def sync_file(path: Path, flags: int = 0) -> None:
+    """Flush what was written to a file."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(handle)

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ... import __version__
 from ..config import is_deeper, parse_toml
-from .files import DamagedError, hash_regular, read_regular, sync_file, write_file
+from .files import (
+    DamagedError,
+    hash_regular,
+    open_for_reading,
+    read_regular,
+    set_permissions,
+    sync_file,
+    write_file,
+)
 
 MANIFEST_SCHEMA = 1
 MODEL, OPTIMIZER, STATE, CONFIG = (
@@ -66,7 +74,16 @@ class Manifest:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file and flush it to the disk; OSError where the disk refuses."""
+    """Write a safetensors file and flush it to the disk.
+
+    Raises:
+        ValueError: A reader would refuse a name or a number format.
+        OSError: The disk refuses.
+    """
+    try:
+        _refuse_odd(tensors)
+    except DamagedError as error:
+        raise ValueError(f"{path.name} could not be read again: {error}") from error
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(plain, path, metadata=metadata)
@@ -76,7 +93,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets only the owner read it
+    # The library lets only the owner read it.
+    set_permissions(path, path.parent.stat().st_mode & 0o666)
     sync_file(path)
 
 
@@ -116,7 +134,7 @@ def write_manifest(
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as stream:
+    with open_for_reading(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
