@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..core.run.files import replace_file
+
 RESULTS = Path(os.environ.get("MIEN_RESULTS") or Path(__file__).parent / "results")
 """Where files of results lie; MIEN_RESULTS names another folder, as on a machine that is lent."""
 
@@ -290,7 +292,7 @@ def write_results(
         "conditions": {**old.get("conditions", {}), **(conditions or {})},
         "rows": [row for row in old["rows"] if identity(row) not in new] + rows,
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
     return path
 
 

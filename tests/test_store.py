@@ -433,7 +433,7 @@ def test_what_another_start_is_writing_is_left_alone(folder, store_dir):
     parts = [path for path in raw_files(store_dir) if path != made.path]
     assert len(parts) == 1
     other.pixels_fssc[:] = 7
-    other.keep(plan)
+    other.keep(plan, other.pixels_fssc)
     other.close()
     assert (store_dir / f"{plan.key}.faces").exists()
 

@@ -23,7 +23,7 @@ import numpy as np
 from ..config import MAX_TOML_BYTES, parse_toml
 from . import statistics
 from .checkpoint import CONFIG, ModelFolder
-from .files import DamagedError, read_regular
+from .files import DamagedError, open_plain, read_regular
 from .log import ITERATION
 from .session import Session, TrainingState
 
@@ -209,7 +209,7 @@ def _events(path: Path) -> Iterator["Event"]:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    with open(path, "rb", buffering=1 << 20) as stream:
+    with open(path, "rb", buffering=1 << 20, opener=open_plain) as stream:
         left = os.fstat(stream.fileno()).st_size  # what comes while it is read is left out
         while left >= _HEADER.size:
             (size,) = _HEADER.unpack(stream.read(_HEADER.size))
