@@ -577,7 +577,8 @@ def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -
                 f"disk of {path.parent} maps no files; set data.placement to host, or "
                 "data.store_dir to a folder on another disk"
             )
-        read = np.fromfile(file, np.uint8, facts.num_bytes, offset=header_bytes)
+        file.seek(header_bytes)
+        read = np.fromfile(file, np.uint8, facts.num_bytes)
         return read.reshape(facts.shape)
 
 

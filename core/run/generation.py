@@ -150,15 +150,35 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
     Raises:
         DamagedError: It is none.
+        OSError: The disk refuses.
     """
+    try:
+        tensors, trainer = _mapped_tensors(path)
+    except OSError:  # the disk maps no files, or is one that the next call tells of
+        with open_for_reading(path, follows_links=True) as stream:
+            content = stream.read()
+        tensors = _parse_tensors(path.name, content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        trainer = header.get("__metadata__", {}).get("trainer")
+    _refuse_odd(tensors)
+    return tensors, trainer if _is_word(trainer) else None
+
+
+def _mapped_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The same by way of the file's pages, so that it is not in memory twice."""
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            trainer = (stream.metadata() or {}).get("trainer")
+            return tensors, (stream.metadata() or {}).get("trainer")
     except _NO_TENSORS as error:
         raise DamagedError("it is not a valid safetensors file") from error
-    _refuse_odd(tensors)
-    return tensors, trainer if _is_word(trainer) else None
+
+
+def _parse_tensors(name: str, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except _NO_TENSORS as error:
+        raise DamagedError(f"{name} is not a valid safetensors file") from error
 
 
 def parse_json(name: str, content: bytes) -> dict[str, Any]:
@@ -250,11 +270,7 @@ def _read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
 
 
 def read_tensors(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
-    content = _read_verified(folder, name, manifest)
-    try:
-        tensors = safetensors.torch.load(content)
-    except _NO_TENSORS as error:
-        raise DamagedError(f"{name} is not a valid safetensors file") from error
+    tensors = _parse_tensors(name, _read_verified(folder, name, manifest))
     _refuse_odd(tensors)
     return tensors
 
