@@ -770,6 +770,7 @@ def _advice(error: OSError) -> str:
         errno.EACCES: "make the folder writable",
         errno.EMFILE: "raise `ulimit -n`",
         errno.ENAMETOOLONG: "give --model-dir a shorter name",
+        errno.ENXIO: "remove it",
     }.get(error.errno or 0, "check the disk")
 
 

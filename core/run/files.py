@@ -34,6 +34,10 @@ class DamagedError(Exception):
     """Why a file or generation cannot be used."""
 
 
+class OddFileError(OSError):
+    """Something else is in the place of a plain file; its ``strerror`` names it."""
+
+
 def discard(path: Path) -> None:
     """Remove what a crash, or a stranger, left under the name of a temporary file or folder.
 
@@ -143,11 +147,11 @@ def replace_file(path: Path, content: bytes) -> None:
     """Put a file in the place of another in one step, durably; a link there is replaced itself.
 
     Raises:
-        OSError: A pipe, a socket, a device or a folder is in its place, or the disk refuses.
+        OSError: OddFileError where a device or a folder is in its place, or the disk refuses.
     """
     with suppress(FileNotFoundError):
         found = os.lstat(path)
-        if not stat.S_ISLNK(found.st_mode):
+        if stat.S_IFMT(found.st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFDIR):
             _refuse_odd(path, found)
     temporary = path.with_name(f".{path.name}.tmp")
     discard(temporary)
@@ -168,10 +172,12 @@ def write_output(path: Path, content: bytes, *, force: bool) -> None:
         force: Put it in the place of an older one, too.
 
     Raises:
-        OSError: As `write_file`, or with ``force`` as `replace_file`.
+        OSError: OddFileError where there is anything but a plain file, or as `write_file`.
     """
     path = path.resolve()
     if force:
+        with suppress(FileNotFoundError):
+            _refuse_odd(path, os.lstat(path))
         replace_file(path, content)
     else:
         write_file(path, content)
@@ -224,7 +230,7 @@ def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> 
             link to anywhere.
 
     Raises:
-        OSError: There is something else in its place, or the disk refuses.
+        OSError: OddFileError where something else is in its place, or the disk refuses.
     """
     with suppress(FileNotFoundError):  # it is made, or the next call tells
         _refuse_odd(path, os.stat(path, follow_symlinks=follows_links))
@@ -239,11 +245,11 @@ def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> 
 
 
 def _refuse_odd(path: str | Path, found: os.stat_result) -> None:
-    """OSError for all but a plain file."""
+    """Refuse all but a plain file."""
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
-        text = f"it is {_KINDS.get(kind, 'something else')}, not a plain file"
-        raise OSError(errno.ENXIO, text, str(path))
+        name, word = os.path.basename(path), _KINDS.get(kind, "something else")
+        raise OddFileError(errno.ENXIO, f"{name} is {word}, not a plain file", str(path))
 
 
 def open_for_reading(path: str | Path, *, follows_links: bool = False) -> BufferedReader:
@@ -267,6 +273,8 @@ def open_regular(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
             if size > max_bytes:
                 raise DamagedError(f"{path.name} has {size} bytes, at most {max_bytes}")
             yield stream
+    except OddFileError as error:
+        raise DamagedError(error.strerror) from error
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise

@@ -3,6 +3,8 @@
 Nothing is locked or written, so a model may be read while it trains. Sessions that no save tells of
 yet are taken from the events alone.
 
+A long table of sessions begins with an entry for many together (`session`): so does the history.
+
 What a crash or a way back undid is left out: every run begins its file of events with the iteration
 at which it began, and from there on it takes the place of all that was written before.
 
@@ -56,6 +58,9 @@ class SessionHistory:
     losses: dict[str, np.ndarray]
     """(n,) means of each tag that was asked for; NaN where it was not logged."""
 
+    pauses_s: float = 0.0
+    """Between the sessions, where it stands for several."""
+
     @property
     def num_logged(self) -> int:
         """Iterations that the events stand for."""
@@ -65,7 +70,11 @@ class SessionHistory:
         """By the events; by the save where there are none."""
         if len(self.times_n) or self.saved is None:
             return statistics.session_figures(
-                self.number, self.times_n, self.batch_size, self.num_logged
+                self.number,
+                self.times_n,
+                self.batch_size,
+                iterations=self.num_logged,
+                pauses_s=self.pauses_s,
             )
         return statistics.Figures(
             session=self.number,
@@ -112,15 +121,17 @@ def read_history(model_dir: Path, wants: Callable[[str], bool] = lambda tag: Fal
         raise ValueError(f"cannot read {error.filename}: {error.strerror}; mend that") from error
     _leave_out_undone(files, list(saved.values()))
     sessions = []
-    for number in sorted(saved.keys() | {file.session for file in files if file.iterations}):
+    first = min(saved, default=0)  # it stands for all up to it
+    logged = {max(file.session, first) for file in files if file.iterations}
+    for number in sorted(saved.keys() | logged):
         batch_size = saved[number].batch_size if number in saved else unsaved_batch_size
-        own = [file for file in files if file.session == number]
+        own = [file for file in files if max(file.session, first) == number]
         sessions.append(_joined(number, saved.get(number), batch_size, own))
     return History(
         trainer=None if state is None else state.trainer,
         sessions=sessions,
         tags=sorted({tag for file in files for tag in file.tags}),
-        warnings=_missing(sessions),
+        warnings=_missing(sessions) + _together(first),
     )
 
 
@@ -258,7 +269,26 @@ def _joined(
         counts_n=np.concatenate([[], *(np.array(file.counts) for file in files)]).astype(int),
         times_n=np.concatenate([[], *(np.array(file.times) for file in files)]),
         losses=losses,
+        pauses_s=_pauses(files),
     )
+
+
+def _pauses(files: list[_EventFile]) -> float:
+    """Seconds between the sessions of some files."""
+    spans: dict[int, tuple[float, float]] = {}
+    for file in files:
+        if file.times:
+            begin, end = spans.get(file.session, (np.inf, -np.inf))
+            spans[file.session] = min(begin, *file.times), max(end, *file.times)
+    ends, begins = [end for _, end in spans.values()], [begin for begin, _ in spans.values()]
+    return sum(max(begin - end, 0.0) for end, begin in zip(ends, begins[1:], strict=False))
+
+
+def _together(first: int) -> list[str]:
+    """A sentence where the first entry stands for more than one session."""
+    if first < 2:
+        return []
+    return [f"session {first} stands for the sessions 1 to {first}, which are no longer kept apart"]
 
 
 def _batch_size(path: Path) -> int | None:
