@@ -71,7 +71,7 @@ from .generation import (
     write_tensors,
 )
 from .lock import LOCK, Lock, acquire
-from .owner import InUseError
+from .owner import OWNER, InUseError
 from .session import TrainingState
 
 BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
@@ -747,7 +747,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
             f"{links[0]} is a link, which a model folder may not hold: put what it leads to "
             "in its place"
         )
-    if names and not names & {LOCK, "generations"}:
+    if names and not names & {LOCK, OWNER, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )

@@ -67,9 +67,9 @@ class Lock:
         """Remove the folder where it holds nothing but its lock."""
         names = {LOCK, OWNER} if self._owner is not None else {LOCK}
         if set(os.listdir(self._folder)) <= names and _is_in_place(self._handle, self._folder):
+            (self._folder / LOCK).unlink()
             if self._owner is not None:
                 self._owner.release()
-            (self._folder / LOCK).unlink()
             self._folder.rmdir()
 
     def release(self) -> None:

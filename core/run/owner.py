@@ -119,7 +119,9 @@ class OwnerFile:
             os.close(handle)
 
     def release(self) -> None:
-        """End the heartbeat, and remove the file where it is still this process's."""
+        """End the heartbeat, and remove the file where it is still this process's; once."""
+        if self._ended.is_set():
+            return
         self._ended.set()
         self._heart.join()
         with suppress(OSError, DamagedError):

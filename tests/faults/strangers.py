@@ -61,7 +61,11 @@ def _link(path: Path, diary: Path) -> None:
     path.symlink_to(diary)
 
 
-KINDS: dict[str, Callable[[Path, Path], None]] = {"a pipe": _pipe, "a socket": _socket, "a link": _link}
+KINDS: dict[str, Callable[[Path, Path], None]] = {
+    "a pipe": _pipe,
+    "a socket": _socket,
+    "a link": _link,
+}
 
 
 def pipes(shop: Workshop, count: int, _seed: int) -> Cases:
