@@ -143,6 +143,8 @@ def _taken(path: Path, handle: int) -> Lock | None:
             _sign(handle)
             return Lock(path, handle, owner)
         return None
+    except FileNotFoundError:  # the folder itself went
+        return None
     except (BlockingIOError, InUseError) as error:
         holder = str(error) if isinstance(error, InUseError) else _told_by(handle)
         raise ValueError(
