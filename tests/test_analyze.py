@@ -17,7 +17,7 @@ from mien.core.run.graph import Tag, _thinned
 from mien.core.run.history import read_history
 from mien.core.run.log import TensorBoardLog
 from mien.core.run.session import Session, TrainingState
-from mien.core.run.statistics import rate_per_iteration
+from mien.core.run.statistics import rate_per_iteration, total_figures
 
 
 def _analyze(capsys, *words):
@@ -284,6 +284,32 @@ def test_a_session_without_logs_ends_what_was_logged_before(tmp_path):
     one, two = read_history(model).sessions
     assert one.iterations_n.tolist() == [1, 2, 3, 4, 5]
     assert two.figures().iterations == 2
+
+
+def test_sessions_that_are_no_longer_kept_apart_still_add_up(tmp_path, capsys):
+    """The first entry of the table stands for sessions 1 to 3; their logs are all there."""
+    model = tmp_path / "model"
+    state = TrainingState(trainer="original", iterations=14)
+    for number, count in ((3, 9), (4, 5)):
+        state.sessions.append(
+            Session(number=number, started=5.0, batch_size=2, logs=True, iterations=count)
+        )
+    with ModelFolder(model) as folder:
+        folder.save({"w": torch.zeros(2)}, None, state.to_dict())
+    for session, first, last in ((1, 1, 5), (2, 6, 7), (3, 8, 9), (4, 10, 14)):
+        _log(model, session, range(first, last + 1), began=1000.0 * session)
+    history = read_history(model, lambda tag: tag == "batch_face_a")
+    assert [one.number for one in history.sessions] == [3, 4]
+    figures = [one.figures() for one in history.sessions]
+    assert [one.iterations for one in figures] == [9, 5]
+    assert [one.elapsed_s for one in figures] == [4 + 1 + 1, 4], "pauses do not count"
+    assert history.sessions[0].iterations_n.tolist() == [*range(1, 10)]
+    total = total_figures(figures)
+    assert (total.iterations, total.elapsed_s, total.eg_per_s) == (14, 10, 2 * 2 * 14 / 10)
+    code, out, err = _analyze(capsys, model)
+    assert code == 0
+    assert "session 3 stands for the sessions 1 to 3, which are no longer kept apart" in err
+    assert re.search(r"total .* 14 ", out)
 
 
 def test_a_loss_that_is_not_always_logged(tmp_path):

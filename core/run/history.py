@@ -241,11 +241,11 @@ def _leave_out_undone(files: list[_EventFile], saved: list[Session]) -> None:
         if file.first_iteration is not None:
             for earlier in files[:number]:
                 earlier.cut(file.first_iteration - 1)
-    last = 0
+    last, first = 0, saved[0].number if saved else 0
     for session in saved[:-1]:  # the last one may go on
         last += session.iterations
         for file in files:
-            if file.session == session.number:
+            if max(file.session, first) == session.number:
                 file.cut(last)
 
 
