@@ -1,6 +1,7 @@
 """`mien analyze`: the table, the graphs, and models in every state, also in training."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -416,6 +417,25 @@ def test_a_save_that_a_run_deletes_meanwhile_is_read_anew(tmp_path, monkeypatch)
     with ModelFolder(model, read_only=True) as folder:
         monkeypatch.setattr(ModelFolder, "manifests", slow)
         assert folder.newest_state()["iterations"] == 5
+
+
+def test_a_graph_that_cannot_be_written_whole_is_not_written(
+    trained, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "old.png").write_bytes(b"mine")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for words in (["--graph", tmp_path / "old.png", "--force"], ["--csv", tmp_path / "new.csv"]):
+        code, _, err = _analyze(capsys, trained, *words)
+        assert (code, err) == (
+            2,
+            f"mien analyze: {words[0]} {words[1]}: No space left on device\n",
+        )
+    assert (tmp_path / "old.png").read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["old.png"]
 
 
 def test_folders_that_hold_no_model(tmp_path, capsys):
