@@ -15,6 +15,8 @@ replay), `train.jsonl` (events of training and of its resume), `parts.json` (how
 and `summary.md` (the table that is printed at the end).
 """
 
+# ruff: noqa: T201 - it runs where mien does not: its reader is a person beside the machine
+
 import argparse
 import json
 import os

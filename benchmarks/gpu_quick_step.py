@@ -41,7 +41,8 @@ def measure_steps(folder: Path, device: torch.device) -> None:
         make = partial(bench_step.mien_step, name, batch_size, mode, device, engine, without=lever)
         row = bench_step.step_row(what, make, device, None)
         rows.append(row | {"planned_mib": planned_mib(name, batch_size, mode, device)})
-        print(rows[-1], flush=True)
+        sys.stdout.write(f"{rows[-1]}\n")
+        sys.stdout.flush()
         (folder / "step.json").write_text(json.dumps(rows, indent=1))
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..core.run.files import replace_file
+
 _PACKAGE = Path(__file__).parents[1]
 IS_SOURCE_TREE = (_PACKAGE / "pyproject.toml").is_file()
 _OURS = (_PACKAGE if IS_SOURCE_TREE else Path()) / "benchmarks/results"
@@ -298,7 +300,7 @@ def write_results(
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise ValueError(
             f"cannot write {path}: {error.strerror}; make its folder writable, or add --no-save"

@@ -3,10 +3,12 @@
 Nothing is typed in by hand. Run: ``mien bench report``.
 """
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..core.run.files import replace_file
 from .ceilings import card_of
 from .compare import name as name_of
 from .harness import all_results, identity
@@ -273,11 +275,12 @@ def update(readme: Path, docs: Path) -> None:
         raise ValueError(f"{readme} lacks the lines {BEGIN} and {END}")
     docs.mkdir(exist_ok=True)
     picture, everything = docs / "figures.png", docs / "figures.md"
-    everything.write_text(f"# Figures\n\nWritten by `mien bench report`.\n\n{render()}")
+    text = f"# Figures\n\nWritten by `mien bench report`.\n\n{render()}"
+    replace_file(everything, text.encode())
     figures = render(brief=True) + f"\nAll figures: [{everything}]({everything}).\n"
     if draw(newest_results(), picture):
         figures = f"![EG/s and the roofline's ceiling]({picture})\n\n{figures}"
-    readme.write_text(f"{before}{BEGIN}\n\n{figures}\n{END}{after}")
+    replace_file(readme, f"{before}{BEGIN}\n\n{figures}\n{END}{after}".encode())
 
 
 def draw(contents: list[dict[str, Any]], picture: Path) -> bool:
@@ -315,8 +318,10 @@ def draw(contents: list[dict[str, Any]], picture: Path) -> bool:
     grid[-1, 0].set_xlabel("EG/s; the black mark is the roofline's ceiling in bf16")
     figure.tight_layout()
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=110)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110)
     pyplot.close(figure)
+    replace_file(picture, stream.getvalue())
     return True
 
 

@@ -240,8 +240,9 @@ def _print_table(rows: list[list[str]]) -> None:
 
 
 def _write(path: Path, content: bytes, flag: str, *, force: bool) -> None:
+    from ..core.run.files import write_output
+
     try:
-        with open(path, "wb" if force else "xb") as stream:
-            stream.write(content)
+        write_output(path, content, force=force)
     except OSError as error:
         raise ValueError(f"{flag} {path}: {error.strerror or error}") from None

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         return _report()
     from .. import kernels
     from ..benchmarks import compare, harness
+    from ..core.run.files import write_output
 
     unknown = sorted(set(args.only) - set(kernels.OPERATIONS))
     if unknown and args.kind != "models":
@@ -90,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             tell(*compare.lines(changes))
         if args.markdown:
-            args.markdown.write_text(compare.markdown(changes, before, here))
+            text = compare.markdown(changes, before, here)
+            write_output(args.markdown, text.encode(), force=True)
     return 1 if any("error" in row for row in rows) else 0
 
 

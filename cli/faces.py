@@ -75,6 +75,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     from ..core.faces.inspect import contact_sheet, inspect
     from ..core.faces.png import FaceFileError
+    from ..core.run.files import write_output
 
     try:
         facts = inspect(args.file)
@@ -86,7 +87,7 @@ def _inspect(args: argparse.Namespace) -> int:
             raise ValueError(f"--output must end in .png or .jpg, got {args.output}")
         encoded = cv2.imencode(args.output.suffix.lower(), sheet)[1]
         try:
-            args.output.write_bytes(encoded.tobytes())
+            write_output(args.output, encoded.tobytes(), force=True)
         except OSError as error:
             raise ValueError(f"--output {args.output}: {error.strerror or error}") from None
         facts["picture"] = str(args.output)

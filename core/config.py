@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.options import LARGEST_WHOLE, field_docs, shown
+from .run.files import open_for_reading
 
 MAX_TOML_BYTES = 1 << 20
 MAX_TOML_DEPTH = 32
@@ -672,7 +673,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The plain values of a TOML file; ValueError where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_for_reading(path, follows_links=True) as file:
             content = file.read(MAX_TOML_BYTES + 1)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error

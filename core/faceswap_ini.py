@@ -16,6 +16,7 @@ from typing import Any
 
 from .. import models
 from .config import SECTIONS, fields_of
+from .run.files import open_for_reading
 
 MAX_BYTES = 1 << 20
 """Largest file that is read; one with every help text has a tenth of it."""
@@ -140,7 +141,7 @@ def read_ini(path: Path, trainer: str) -> tuple[dict[str, dict[str, Any]], list[
 
 def _parsed(path: Path) -> configparser.ConfigParser:
     try:
-        with path.open("rb") as opened:
+        with open_for_reading(path, follows_links=True) as opened:
             content = opened.read(MAX_BYTES + 1)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error

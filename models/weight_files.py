@@ -14,6 +14,8 @@ _TORCH_BEGINS = (b"PK", b"\x80\x02")  # of its zip files, and of its files befor
 
 def read_tensors(file: Path) -> dict[str, Any]:
     """Tensors by name; ValueError where the file holds anything else."""
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"cannot read weights from {file}: it is no plain file; name another file")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

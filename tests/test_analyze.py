@@ -1,6 +1,7 @@
 """`mien analyze`: the table, the graphs, and models in every state, also in training."""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from mien.core.run.graph import Tag, _thinned
 from mien.core.run.history import _EventFile, _leave_out_undone, _sessions, read_history
 from mien.core.run.log import TensorBoardLog
 from mien.core.run.session import Session, TrainingState
-from mien.core.run.statistics import rate_per_iteration
+from mien.core.run.statistics import rate_per_iteration, total_figures
 
 
 def _analyze(capsys, *words):
@@ -251,7 +252,7 @@ def test_settings_that_are_none_of_ours_end_in_one_line_at_most(tmp_path):
             read_history(model)
     config.unlink()
     os.mkfifo(config)
-    with pytest.raises(ValueError, match="is not a plain file"):
+    with pytest.raises(ValueError, match="not a plain file"):
         read_history(model)
 
 
@@ -417,6 +418,32 @@ def test_a_session_without_logs_ends_what_was_logged_before(tmp_path):
     assert two.figures().iterations == 2
 
 
+def test_sessions_that_are_no_longer_kept_apart_still_add_up(tmp_path, capsys):
+    """The first entry of the table stands for sessions 1 to 3; their logs are all there."""
+    model = tmp_path / "model"
+    state = TrainingState(trainer="original", iterations=14)
+    for number, count in ((3, 9), (4, 5)):
+        state.sessions.append(
+            Session(number=number, started=5.0, batch_size=2, logs=True, iterations=count)
+        )
+    with ModelFolder(model) as folder:
+        folder.save({"w": torch.zeros(2)}, None, state.to_dict())
+    for session, first, last in ((1, 1, 5), (2, 6, 7), (3, 8, 9), (4, 10, 14)):
+        _log(model, session, range(first, last + 1), began=1000.0 * session)
+    history = read_history(model, lambda tag: tag == "batch_face_a")
+    assert [one.number for one in history.sessions] == [3, 4]
+    figures = [one.figures() for one in history.sessions]
+    assert [one.iterations for one in figures] == [9, 5]
+    assert [one.elapsed_s for one in figures] == [4 + 1 + 1, 4], "pauses do not count"
+    assert history.sessions[0].iterations_n.tolist() == [*range(1, 10)]
+    total = total_figures(figures)
+    assert (total.iterations, total.elapsed_s, total.eg_per_s) == (14, 10, 2 * 2 * 14 / 10)
+    code, out, err = _analyze(capsys, model)
+    assert code == 0
+    assert "session 3 stands for the sessions 1 to 3, which are no longer kept apart" in err
+    assert re.search(r"total .* 14 ", out)
+
+
 def test_a_loss_that_is_not_always_logged(tmp_path):
     model = tmp_path / "model"
     _save(model, 3, 2)
@@ -521,6 +548,25 @@ def test_a_save_that_a_run_deletes_meanwhile_is_read_anew(tmp_path, monkeypatch)
     with ModelFolder(model, read_only=True) as folder:
         monkeypatch.setattr(ModelFolder, "manifests", slow)
         assert folder.newest_state()["iterations"] == 5
+
+
+def test_a_graph_that_cannot_be_written_whole_is_not_written(
+    trained, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "old.png").write_bytes(b"mine")
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for words in (["--graph", tmp_path / "old.png", "--force"], ["--csv", tmp_path / "new.csv"]):
+        code, _, err = _analyze(capsys, trained, *words)
+        assert (code, err) == (
+            2,
+            f"mien analyze: {words[0]} {words[1]}: No space left on device\n",
+        )
+    assert (tmp_path / "old.png").read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["old.png"]
 
 
 def test_folders_that_hold_no_model(tmp_path, capsys):

@@ -204,17 +204,28 @@ def test_the_same_save_is_not_written_twice(tmp_path):
         assert save(folder, 5) == path
 
 
-def test_a_different_save_at_the_same_iteration_replaces_nothing(tmp_path):
+def test_a_different_save_at_the_same_iteration_takes_its_place_only_once_it_is_whole(tmp_path):
     model, optimizer = tensors(5)
-    with new_folder(tmp_path / "m", keep_generations=3) as folder:
-        folder.save(model, None, plain_state(5))
+    with new_folder(tmp_path / "m", keep_generations=2) as folder:
+        save(folder, 4)
+        first = folder.save(model, None, plain_state(5))
+        with pytest.MonkeyPatch.context() as patch:
+            _Disk(patch, OSError(errno.EIO, "bad"), for_ever=True).break_at = 3
+            with pytest.raises(SaveError):
+                folder.save(model, optimizer, plain_state(5))
+        assert {"4", "5"} <= set(names(tmp_path / "m"))
         with_optimizer = folder.save(model, optimizer, plain_state(5))
+        assert (first.name, with_optimizer.name) == ("5", "5-2")
+        assert names(tmp_path / "m") == ["4", "5-2"], "one iteration must not fill both places"
         other_state = folder.save(model, optimizer, plain_state(5, lowest_mean_loss=0.5))
-        assert (with_optimizer.name, other_state.name) == ("5-2", "5-3")
-        assert names(tmp_path / "m") == ["5", "5-2", "5-3"]
+        assert names(tmp_path / "m") == ["4", other_state.name]
+    with new_folder(tmp_path / "new", keep_generations=2) as folder:
+        folder.save(model, None, plain_state(5))
+        folder.save(model, optimizer, plain_state(5))
+        assert names(tmp_path / "new") == ["5", "5-2"], "there is room for both"
     with ModelFolder(tmp_path / "m") as folder:
         generation = folder.load()
-        assert generation.name == "5-3"
+        assert generation.name == other_state.name
         assert generation.state["lowest_mean_loss"] == 0.5
 
 
@@ -453,14 +464,14 @@ def test_a_file_that_may_not_be_read_is_no_damage(tmp_path, monkeypatch):
     with new_folder(path) as folder:
         save(folder, 1)
         newest = save(folder, 2)
-        read = file_access._open_plain
+        read = file_access.open_plain
 
-        def refuse(name: str, flags: int) -> int:
+        def refuse(name: str, flags: int, **how: bool) -> int:
             if str(name) == str(newest / "model.safetensors"):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(name))
-            return read(name, flags)
+            return read(name, flags, **how)
 
-        monkeypatch.setattr(file_access, "_open_plain", refuse)
+        monkeypatch.setattr(file_access, "open_plain", refuse)
         with pytest.raises(ValueError, match=r"^cannot read .*2/model.*: Permission denied"):
             folder.load()
 
@@ -543,11 +554,22 @@ def test_what_is_renamed_was_flushed_before(tmp_path, monkeypatch):
     save(folder, 1)
     flushed: list[str] = []
     moves: list[tuple[str, str, list[str]]] = []
-    fsync, rename, replace = os.fsync, os.rename, os.replace
+    nameless: dict[int, int] = {}
+    fsync, rename, replace, link = os.fsync, os.rename, os.replace, os.link
 
     def spy_fsync(handle: int) -> None:
-        flushed.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), path))
         fsync(handle)
+        found = os.fstat(handle)
+        if found.st_nlink:
+            flushed.append(os.path.relpath(os.readlink(f"/proc/self/fd/{handle}"), path))
+        else:
+            nameless[found.st_ino] = found.st_size
+
+    def spy_link(source: str, target: Path, **how: int) -> None:
+        link(source, target, **how)
+        found = target.stat()
+        assert nameless[found.st_ino] == found.st_size, "whole and flushed before it had its name"
+        flushed.append(os.path.relpath(target, path))
 
     def spy_move(move):
         def moved(source, target):
@@ -559,6 +581,7 @@ def test_what_is_renamed_was_flushed_before(tmp_path, monkeypatch):
         return moved
 
     monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "link", spy_link)
     monkeypatch.setattr(os, "rename", spy_move(rename))
     monkeypatch.setattr(os, "replace", spy_move(replace))
     save(folder, 2)

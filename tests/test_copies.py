@@ -10,7 +10,8 @@ import torch
 
 from mien.core.config import Config
 from mien.core.run import checkpoint
-from mien.core.run.checkpoint import ModelFolder, SaveError, Saver
+from mien.core.run.checkpoint import ModelFolder, Saver
+from mien.core.run.restore import restore
 from mien.core.run.session import TrainingState
 
 RUN_ID = "0123456789abcdef" * 2
@@ -121,8 +122,11 @@ def test_a_full_disk_leaves_the_old_backup(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(checkpoint, "copy_files", refuse)
-        with pytest.raises(SaveError, match="free space and start again"):
-            folder.back_up(newest)
+        folder.back_up(newest)
+        assert folder.warnings == [
+            f"cannot renew {tmp_path}/m/backup: No space left on device; free space; training goes "
+            "on with the backup as it was"
+        ]
     assert json.loads((tmp_path / "m/backup/state.json").read_text())["iterations"] == 2
 
 
@@ -154,6 +158,124 @@ def test_a_snapshot_that_the_disk_refuses_names_the_place(tmp_path, monkeypatch)
         assert f"{tmp_path}/models" in folder.warnings[0]
         assert "Permission denied" in folder.warnings[0]
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["m"]
+
+
+def _in_the_way(kind, target):
+    """Put something in the place of a snapshot, or make it impossible; what was put there."""
+    if kind == "a file":
+        target.write_text("mine")
+    elif kind == "a pipe":
+        os.mkfifo(target)
+    elif kind == "a dangling link":
+        target.symlink_to("nowhere")
+    elif kind == "a link to a folder":
+        target.with_name("elsewhere").mkdir()
+        target.symlink_to("elsewhere")
+    elif kind == "an unreadable state":
+        target.mkdir()
+        os.mkfifo(target / "state.json")
+    elif kind == "a file for its temporary folder":
+        target.with_name(f".{target.name}.tmp").write_text("a leftover")
+    elif kind == "a pipe for its temporary folder":
+        os.mkfifo(target.with_name(f".{target.name}.tmp"))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["a file", "a pipe", "a dangling link", "a link to a folder", "an unreadable state"],
+)
+def test_what_stands_in_the_place_of_a_snapshot_is_left_as_it_is(tmp_path, kind):
+    target = tmp_path / "m_snapshot_2_iters"
+    with _folder(tmp_path / "m") as folder:
+        _save(folder, 2)
+        _in_the_way(kind, target)
+        before = os.lstat(target)
+        assert folder.snapshot() is None
+        assert folder.warnings == [
+            f"{target} is there already and was left as it is; no snapshot was made"
+        ]
+        _save(folder, 4)
+    assert os.path.samestat(os.lstat(target), before)
+    assert _iterations(tmp_path / "m") == 4
+    if kind == "a link to a folder":
+        assert os.listdir(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("kind", ["a file", "a pipe"])
+def test_a_leftover_of_any_kind_is_no_obstacle_to_a_snapshot(tmp_path, kind):
+    target = tmp_path / "m_snapshot_2_iters"
+    with _folder(tmp_path / "m") as folder:
+        _save(folder, 2)
+        _in_the_way(f"{kind} for its temporary folder", target)
+        assert folder.snapshot() == target
+    assert _iterations(target) == 2
+    assert sorted(os.listdir(tmp_path)) == ["m", target.name]
+
+
+def test_a_snapshot_whose_name_is_too_long_is_told_and_the_run_goes_on(tmp_path):
+    with _folder(tmp_path / ("m" * 245)) as folder:
+        _save(folder, 2)
+        assert folder.snapshot() is None
+        assert "File name too long; give --model-dir a shorter name, or leave" in folder.warnings[0]
+        _save(folder, 4)
+    assert _iterations(folder.path) == 4
+
+
+def test_a_snapshot_from_a_working_folder_that_is_gone_is_told(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with _folder("m") as folder:
+        _save(folder, 2)
+        shutil.rmtree(tmp_path / "here")
+        assert folder.snapshot() is None
+        assert "cannot write snapshot beside m: No such file or directory" in folder.warnings[0]
+
+
+@pytest.mark.usefixtures("disk")
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
+def test_damage_to_the_newest_save_reaches_no_copy_of_it(tmp_path, file):
+    path = tmp_path / "m"
+    with _folder(path, keep=1) as folder:
+        newest = _save(folder, 2)
+        folder.back_up(newest)
+        snapshot = folder.snapshot()
+    with open(newest / file, "r+b") as stream:  # in place, as a bad disk does it
+        stream.seek(30)
+        stream.write(b"\xff")
+    with pytest.raises(ValueError, match="holds no whole save"):
+        _iterations(path)
+    assert _iterations(snapshot) == 2
+    restored = restore(path)
+    assert (restored.iterations, _iterations(path)) == (2, 2)
+    with open(path / "generations" / restored.generation / file, "r+b") as stream:
+        stream.seek(30)
+        stream.write(b"\xff")
+    assert restore(path).iterations == 2, "the restored save is no second name of the backup"
+    assert _iterations(path) == 2
+
+
+def test_a_file_named_backup_is_left_as_it_is(tmp_path):
+    with _folder(tmp_path / "m") as folder:
+        newest = _save(folder, 2)
+        (tmp_path / "m/backup").write_text("mine")
+        folder.back_up(newest)
+        assert "Not a directory" in folder.warnings[0]
+        assert folder.go_back(2) == 2
+    assert (tmp_path / "m/backup").read_text() == "mine"
+    assert not [name for name in os.listdir(tmp_path / "m") if name.startswith(".backup")]
+
+
+def test_only_what_a_save_consists_of_is_copied(tmp_path):
+    """A stranger's generation may hold a file of any size beside."""
+    with _folder(tmp_path / "m") as folder:
+        newest = _save(folder, 2)
+        with open(newest / "more.bin", "wb") as stream:
+            stream.truncate(1 << 40)
+        snapshot = folder.snapshot()
+        _save(folder, 4)
+        folder.go_back(2)
+    assert "more.bin" not in os.listdir(snapshot / "generations/2")
+    assert "more.bin" not in os.listdir(tmp_path / "m/generations/2-2")
 
 
 def test_a_snapshot_of_a_save_that_was_gone_back_to_is_the_same(tmp_path):

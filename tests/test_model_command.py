@@ -605,6 +605,35 @@ def test_inference_refusals(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["m", "swap.safetensors"]
 
 
+def test_inference_that_is_killed_leaves_nothing_and_a_failure_the_file_as_it_was(
+    tmp_path, capsys, monkeypatch
+):
+    _trained(tmp_path / "m")
+    target = tmp_path / "swap.safetensors"
+    target.write_text("mine")
+
+    class Killed(BaseException):
+        pass
+
+    for failure in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), Killed()):
+
+        def fail(_handle, failure=failure):
+            raise failure
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            patch.setattr(os, "unlink", pytest.fail)  # a process that was killed removes nothing
+            words = ["model", "inference", str(tmp_path / "m"), "-o", str(target), "--force"]
+            if isinstance(failure, Killed):
+                with pytest.raises(Killed):
+                    main(words)
+            else:
+                assert main(words) == 2
+                assert "No space left on device" in capsys.readouterr().err
+        assert target.read_text() == "mine"
+        assert sorted(os.listdir(tmp_path)) == ["m", "swap.safetensors"]
+
+
 # Links
 
 

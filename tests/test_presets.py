@@ -1,5 +1,6 @@
 """Presets: those of mien are what the reference has; one's own are saved, weighed and refused."""
 
+import errno
 import json
 import os
 import tomllib
@@ -177,6 +178,39 @@ def test_force_replaces(own, capsys):
     assert main(["preset", "save", "mine", "--set", "train.batch_size=5"]) == 0
     assert main(["preset", "save", "mine", "--set", "train.batch_size=6", "--force"]) == 0
     assert read_toml(own / "mine.toml")["train"] == {"batch_size": 6}
+
+
+def test_a_failure_leaves_the_preset_as_it_was(own, capsys, monkeypatch):
+    assert main(["preset", "save", "mine", "--set", "train.batch_size=5"]) == 0
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    for name in ("mine", "other"):
+        words = ["preset", "save", name, "--set", "train.batch_size=6", "--force"]
+        assert main(words) == 2
+        said = capsys.readouterr().err
+        assert said.endswith(f"cannot write preset {own / name}.toml: No space left on device\n")
+    assert os.listdir(own) == ["mine.toml"]
+    assert read_toml(own / "mine.toml")["train"] == {"batch_size": 5}
+
+
+def test_a_pipe_in_the_place_of_settings_is_waited_for_by_nobody(own, tmp_path, capsys):
+    own.mkdir(parents=True)
+    os.mkfifo(own / "mine.toml")
+    os.mkfifo(tmp_path / "pipe.ini")
+    recipe = ["train", "--recipe", str(own / "mine.toml")]
+    for words, name in (
+        (["train", "--preset", "mine", "--print-config"], "mine.toml"),
+        (["train", "-C", str(own / "mine.toml"), "--print-config"], "mine.toml"),
+        (["train", "-C", str(tmp_path / "pipe.ini"), "--print-config"], "pipe.ini"),
+        (recipe, "mine.toml"),
+    ):
+        assert main(words) == 2
+        assert f"{name} is a pipe, not a plain file" in capsys.readouterr().err
+    assert main(["preset", "list"]) == 0
+    assert "mine.toml is a pipe" in capsys.readouterr().out
 
 
 def test_a_damaged_own_preset_is_named(own, capsys):

@@ -140,7 +140,7 @@ def test_save_png_keeps_the_old_picture_when_the_disk_fails(tmp_path, monkeypatc
 
 
 def test_save_png_takes_the_place_of_what_a_kill_left(tmp_path):
-    (tmp_path / ".preview.png.part").write_bytes(b"half a picture")
+    (tmp_path / ".preview.png.tmp").write_bytes(b"half a picture")
     preview.save_png(tmp_path / "preview.png", _image(*_arrays()))
     assert [found.name for found in tmp_path.iterdir()] == ["preview.png"]
 

@@ -59,6 +59,77 @@ def test_a_session_without_iterations_is_not_saved_and_gives_its_number_away():
     assert resumed.begin_session(Config()).number == 3
 
 
+LIMIT = 10**12 - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        ({"iterations": LIMIT - 99}, True),
+        ({"iterations": LIMIT - 100}, False),
+        ({"faces_seen": {"a": LIMIT - 399, "b": 0}}, True),
+        ({"faces_seen": {"a": 0, "b": LIMIT - 400}}, False),
+        ({"number": LIMIT}, True),
+        ({"number": LIMIT - 1}, False),
+    ],
+)
+def test_what_would_pass_the_largest_count_is_refused_before_it_is_trained(change, is_refused):
+    values = as_json(trained_state())
+    number = change.get("number")
+    if number is not None:
+        values["sessions"][1]["number"] = number
+    else:
+        values |= change
+    state = TrainingState.from_dict(values)
+    config = from_dict({"train": {"batch_size": 4, "iterations": 100}})
+    if is_refused:
+        with pytest.raises(ValueError, match=r"would pass the largest count, 9{12}; give fewer"):
+            state.begin_session(config)
+        assert as_json(state) == values
+        return
+    state.begin_session(config)
+    for _ in range(100):
+        state.advance()
+    assert TrainingState.from_dict(as_json(state)) == state, "what is written can be read"
+
+
+def test_a_clock_that_is_far_off_is_no_reason_to_refuse_the_state():
+    for started in (-5.0, 1e300, float("inf")):
+        state = TrainingState(trainer="original")
+        state.begin_session(Config(), started=started)
+        state.advance()
+        assert TrainingState.from_dict(as_json(state)) == state
+
+
+def test_the_table_of_sessions_stays_small_and_adds_up():
+    state = trained_state()
+    for number in range(3, 2500):
+        state.begin_session(from_dict({"train": {"batch_size": number % 3 + 1}}), 1e6 + number)
+        state.advance(number % 7 + 1)
+        if number == 1700:  # and goes on from a save
+            state = TrainingState.from_dict(as_json(state))
+    text = json.dumps(state.to_dict(), indent=1)
+    assert len(text) < 1 << 20
+    numbers = [session.number for session in state.sessions]
+    assert numbers == [*range(1500, 2500)], "a thousand, without a gap"
+    first = state.sessions[0]
+    assert (first.started, first.settings) == (1000.5, {})
+    assert 2 <= first.batch_size <= 3
+    assert sum(session.iterations for session in state.sessions) == state.iterations
+    assert all(session.settings for session in state.sessions[-100:])
+    assert not any(session.settings for session in state.sessions[:-100])
+    assert TrainingState.from_dict(as_json(state)).to_dict() == state.to_dict()
+
+
+def test_a_strangers_long_table_is_folded_as_it_is_read():
+    values = as_json(trained_state())
+    one = values["sessions"][0] | {"settings": {}}
+    values["sessions"] = [one | {"number": number} for number in range(1, 20_001)]
+    state = TrainingState.from_dict(values)
+    assert len(state.sessions) == 1000
+    assert sum(session.iterations for session in state.sessions) == 20_000 * one["iterations"]
+
+
 def test_a_state_of_another_trainer_begins_no_session():
     state = TrainingState(trainer="lightweight")
     with pytest.raises(ValueError, match=r"^the state is of lightweight, not of original$"):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -340,6 +341,70 @@ def test_a_pipe_in_the_place_of_a_raw_file_is_waited_for_by_nobody(folder, store
     assert torch.equal(second.faces_fssc, first.faces_fssc)
 
 
+def test_a_pipe_among_files_under_way_is_waited_for_by_nobody(folder, store_dir):
+    store_dir.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(store_dir / ".aaaa-1.part")
+    os.mkfifo(store_dir / "aaaa.faces")
+    assert opened(folder, store_dir).path is not None
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("mmap.mmap", errno.ENODEV),
+        ("os.posix_fallocate", errno.EOPNOTSUPP),
+        ("os.posix_fallocate", errno.EINVAL),
+    ],
+)
+def test_a_disk_that_maps_no_files_keeps_them_all_the_same(
+    folder, store_dir, monkeypatch, call, error
+):
+    mapped = opened(folder, store_dir)
+    content = mapped.path.read_bytes()
+    mapped.path.unlink()
+
+    def refuse(*_, **__):
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(call, refuse)
+    made = opened(folder, store_dir)
+    assert (made.reused, made.warnings) == (False, [])
+    assert made.path.read_bytes() == content
+    again = opened(folder, store_dir)
+    assert (again.reused, again.warnings) == (True, [])
+    for store_ in (made, again):
+        np.testing.assert_array_equal(store_.faces_fssc.numpy(), mapped.faces_fssc.numpy())
+
+
+def test_faces_that_are_to_stay_in_a_file_need_a_disk_that_maps_it(folder, store_dir, monkeypatch):
+    opened(folder, store_dir)
+
+    def refuse(*_, **__):
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    with pytest.raises(ValueError, match="disk of .* maps no files; set data.placement to host"):
+        opened(folder, store_dir, placement="file")
+    shutil.rmtree(store_dir)
+    with pytest.raises(ValueError, match="maps no files.*; set data.store_dir"):
+        opened(folder, store_dir, placement="file")
+    assert raw_files(store_dir) == []
+
+
+def test_without_flock_only_what_is_a_day_old_counts_as_left_behind(folder, store_dir, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    store_dir.mkdir(parents=True, exist_ok=True)
+    for name, age_s in (("young", 3600.0), ("old", 90_000.0)):
+        part = store_dir / f".{name}-1.part"
+        part.write_bytes(b"half")
+        os.utime(part, (time.time() - age_s,) * 2)
+    made = opened(folder, store_dir)
+    assert sorted(path.name for path in raw_files(store_dir)) == [".young-1.part", made.path.name]
+
+
 def test_without_a_folder_it_works_in_memory(folder):
     made = opened(folder, None)
     assert (made.path, made.placement, made.warnings) == (None, "host", [])
@@ -435,7 +500,7 @@ def test_what_another_start_is_writing_is_left_alone(folder, store_dir):
     parts = [path for path in raw_files(store_dir) if path != made.path]
     assert len(parts) == 1
     other.pixels_fssc[:] = 7
-    other.keep(plan)
+    other.keep(plan, other.pixels_fssc)
     other.close()
     assert (store_dir / f"{plan.key}.faces").exists()
 

@@ -1,6 +1,7 @@
 """`mien timelapse`: the order of the pictures, the film that comes out, its refusals."""
 
 import json
+import os
 
 import cv2
 import numpy as np
@@ -79,6 +80,16 @@ def test_a_damaged_picture_is_left_out_and_named(folder, tmp_path, capsys):
     said = capsys.readouterr()
     assert f"{folder / '9.jpg'} cannot be read and was left out" in said.err
     assert "3 pictures of 50 x 34 px" in said.out
+
+
+def test_a_pipe_among_the_pictures_is_waited_for_by_nobody(folder, tmp_path, capsys):
+    os.mkfifo(folder / "1.jpg")
+    (folder / "2.jpg").symlink_to(folder / "7.jpg")
+    assert main(["timelapse", str(folder), "-o", str(tmp_path / "film.mp4")]) == 0
+    said = capsys.readouterr()
+    assert f"{folder / '1.jpg'} cannot be read and was left out" in said.err
+    assert f"{folder / '2.jpg'} cannot be read and was left out" in said.err
+    assert sorted(os.listdir(tmp_path)) == ["film.mp4", "model"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ to a multiple of 4096 bytes, then the pixels:
      "empty": ..., "areas_outside": ...}
 
 It is written beside its place, synced and renamed, so it is whole or absent; a file that is not
-exactly what it should be is made anew.
+exactly what it should be is made anew. A disk that maps no files, as some network disks do not,
+keeps it all the same: it is then written from memory, and read into it.
 
 Letters: f = face, s = edge at the processing size, c = the 8 bytes of a pixel.
 """
@@ -44,6 +45,8 @@ from ..faces import masks
 from ..faces.folder import Face, FaceFolder, Rejected
 from ..faces.geometry import Crop, crop_landmarks
 from ..faces.png import FaceFileError
+from ..run.files import open_for_reading, sync_folder
+from ..run.lock import NO_FLOCK
 from .decode import choose_backend, decode_crops, thread_count
 
 SCHEMA = "mien.faces/1"
@@ -61,6 +64,10 @@ CONTENT_VERSION = 2
 COPY_BYTES = 256 * 1024**2
 
 _GIB = 1024**3
+_OLD_SECONDS = 86_400.0
+_NOT_OFFERED = {errno.ENODEV, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+"""How a disk says that it maps no files, or reserves no room for them."""
+
 _PART = ".part"
 _PLACES = {"gpu": "GPU memory", "host": "host memory"}
 # Channels of (blue, green, red, face, eye, mouth), each with its byte in the pixel.
@@ -155,7 +162,8 @@ def open_store(
         facts, header_bytes = saved
         _check_usable(facts, folder, data.strict, minimum)
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
-        faces_fssc = _placed(_map(path, facts, header_bytes), placement, device)
+        pixels_fssc = _pixels(path, facts, header_bytes, is_to_stay=placement == "file")
+        faces_fssc = _placed(pixels_fssc, placement, device)
         decoded_by = f"faces were decoded at an earlier start, they are read from {path}"
         tell(len(folder.faces), len(folder.faces))
     else:
@@ -436,12 +444,16 @@ class _Build:
         self._placement = placement
         self._device = device
         self._raw: _RawFile | None = None
+        self._memory: torch.Tensor | None = None
         if path:
             try:
                 self._raw = _RawFile(path, plan)
             except OSError as error:
                 self._give_up(path, error)
-        if self._raw:
+        if self._raw and self._raw.pixels_fssc is None and placement == "file":
+            self._raw.close()
+            self._raw, self.obstacle = None, f"the disk of {self._raw.path.parent} maps no files"
+        if self._raw and self._raw.pixels_fssc is not None:
             self.pixels_fssc = self._raw.pixels_fssc
         elif placement == "file":
             raise ValueError(
@@ -461,16 +473,17 @@ class _Build:
     def end(self, facts: _Facts) -> torch.Tensor:
         """The faces in their place. Meanwhile the raw file is written out."""
         pixels_fssc = self.pixels_fssc[: len(facts.names)]
-        if not self._raw:
-            if self._placement == "host":
-                return self._memory[: len(facts.names)]
-            return _placed(pixels_fssc, self._placement, self._device)
         with ThreadPoolExecutor(1) as background:
-            kept = background.submit(self._raw.keep, facts)
-            faces_fssc = _placed(pixels_fssc, self._placement, self._device)
+            kept = background.submit(self._raw.keep, facts, pixels_fssc) if self._raw else None
+            if self._memory is not None and self._placement == "host":
+                faces_fssc = self._memory[: len(facts.names)]
+            else:
+                faces_fssc = _placed(pixels_fssc, self._placement, self._device)
             try:
-                kept.result()
+                if kept:
+                    kept.result()
             except OSError as error:
+                assert self._raw is not None
                 self._give_up(self._raw.path, error)
         return faces_fssc
 
@@ -483,7 +496,10 @@ class _Build:
 
 
 class _RawFile:
-    """A raw file under way, at its full size and mapped, so a full disk is noticed at the start."""
+    """A raw file under way, at its full size and mapped, so a full disk is noticed at the start.
+
+    pixels_fssc: (f, s, s, 8) uint8, the mapping; None where the disk offers none.
+    """
 
     def __init__(self, path: Path, plan: _Facts) -> None:
         self.path = path
@@ -498,31 +514,41 @@ class _RawFile:
             dir=path.parent, prefix=f".{path.stem}-", suffix=_PART
         )
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(self._file, 0, num_bytes)
-            mapped = np.memmap(
-                self._temporary, np.uint8, "r+", offset=self._header_bytes, shape=plan.shape
-            )
+            _mark_as_in_use(self._file)
+            self.pixels_fssc = self._mapped(num_bytes, plan.shape)
         except BaseException:
             self.close()
             raise
-        self.pixels_fssc = np.asarray(mapped)
 
-    def keep(self, facts: _Facts) -> None:
-        """Write the header, cut the file to its size, sync it and give it its name."""
+    def _mapped(self, num_bytes: int, shape: tuple[int, ...]) -> np.ndarray | None:
+        try:
+            os.posix_fallocate(self._file, 0, num_bytes)  # a hole would be met as a bus error
+            mapped = np.memmap(
+                self._temporary, np.uint8, "r+", offset=self._header_bytes, shape=shape
+            )
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                raise
+            return None
+        return np.asarray(mapped)
+
+    def keep(self, facts: _Facts, pixels_fssc: np.ndarray) -> None:
+        """Write the header, cut the file to its size, sync it and give it its name.
+
+        pixels_fssc: (f, s, s, 8) uint8, all of the faces; written here where they are not mapped.
+        """
         header = _header(facts, self._header_bytes)
         if len(header) > self._header_bytes:
             raise OSError(errno.EFBIG, "the list of faces that were left out is too long")
-        os.pwrite(self._file, header.ljust(self._header_bytes), 0)
+        with open(self._file, "wb", closefd=False) as file:
+            file.write(header.ljust(self._header_bytes))
+            if self.pixels_fssc is None:
+                file.write(pixels_fssc.data)
         os.ftruncate(self._file, self._header_bytes + facts.num_bytes)
         os.fsync(self._file)
         os.rename(self._temporary, self.path)
         self._temporary = ""
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.path.parent)
 
     def close(self) -> None:
         """Remove the file unless it was kept; what is mapped stays readable."""
@@ -544,15 +570,10 @@ def _header(facts: _Facts, header_bytes: int) -> bytes:
     return json.dumps(first).encode() + b"\n" + text + b"\n"
 
 
-def _open_at_once(path: str, flags: int) -> int:
-    """A handle that waits for no pipe: one in the place of a raw file is none."""
-    return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
 def _read_raw(path: Path, key: str | None = None) -> tuple[_Facts, int] | None:
     """Facts and header bytes of a raw file; None where it is not whole, or of another key."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open_for_reading(path) as file:
             first = json.loads(file.readline(BLOCK_BYTES))
             header_bytes = first["header_bytes"]
             if first["schema"] != SCHEMA or not 0 < header_bytes <= MAX_HEADER_BYTES:
@@ -568,9 +589,27 @@ def _read_raw(path: Path, key: str | None = None) -> tuple[_Facts, int] | None:
         return None
 
 
-def _map(path: Path, facts: _Facts, header_bytes: int) -> np.ndarray:
-    """The pixels of a raw file, mapped copy-on-write: nothing done to them reaches the file."""
-    return np.asarray(np.memmap(path, np.uint8, "c", offset=header_bytes, shape=facts.shape))
+def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -> np.ndarray:
+    """The pixels of a raw file, mapped copy-on-write: nothing done to them reaches the file.
+
+    Where the disk maps no files they are read; ValueError where they are to stay in the file.
+    """
+    with open_for_reading(path) as file:
+        try:
+            mapped = np.memmap(file, np.uint8, "c", offset=header_bytes, shape=facts.shape)
+            return np.asarray(mapped)
+        except OSError as error:
+            if error.errno not in _NOT_OFFERED:
+                raise
+        if is_to_stay:
+            raise ValueError(
+                f"{_size(facts.num_bytes)} of decoded faces are to stay in their file, but the "
+                f"disk of {path.parent} maps no files; set data.placement to host, or "
+                "data.store_dir to a folder on another disk"
+            )
+        file.seek(header_bytes)
+        read = np.fromfile(file, np.uint8, facts.num_bytes)
+        return read.reshape(facts.shape)
 
 
 def _remove_obsolete(path: Path, folder: str) -> None:
@@ -581,6 +620,25 @@ def _remove_obsolete(path: Path, folder: str) -> None:
             with contextlib.suppress(OSError):
                 other.unlink()
     for part in path.parent.glob(f".*{_PART}"):
-        with contextlib.suppress(OSError), open(part, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
+        with contextlib.suppress(OSError), open_for_reading(part) as file:
+            if _is_left_behind(file.fileno()):
+                part.unlink()
+
+
+def _mark_as_in_use(handle: int) -> None:
+    """Lock a file under way, so that no other start takes it for one that was left behind."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+
+
+def _is_left_behind(handle: int) -> bool:
+    """Whether nobody is writing a file; without flock, whether nobody has for a day."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        is_old = time.time() - os.fstat(handle).st_mtime > _OLD_SECONDS
+        return error.errno in NO_FLOCK and is_old
+    return True

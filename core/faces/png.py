@@ -19,11 +19,14 @@ import threading
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import cv2
 import numpy as np
+
+from ..run.files import open_plain, set_permissions
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEYWORD = b"faceswap"
@@ -154,7 +157,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
     Raises FaceFileError with the reason and the remedy where the file is no usable face.
     """
     try:
-        with open(path, "rb", buffering=65536) as file:
+        opener = partial(open_plain, follows_links=True)
+        with open(path, "rb", buffering=65536, opener=opener) as file:
             edge_px = _read_edge(file)
             data = _find_text(file)
             with _parsing:
@@ -182,7 +186,7 @@ def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: Face
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-        os.chmod(temporary, 0o644)
+        set_permissions(Path(temporary), 0o644)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)

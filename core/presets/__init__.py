@@ -16,6 +16,7 @@ import tomli_w
 
 from ...models.options import shown
 from ..config import all_settings, from_dict, read_toml, to_dict
+from ..run.files import write_output
 
 PACKAGED = Path(__file__).parent
 
@@ -131,9 +132,7 @@ def save(
     content = tomli_w.dumps({"description": description} | kept)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, path)
+        write_output(path, content.encode(), force=force)
     except OSError as error:
         raise ValueError(f"cannot write preset {path}: {error.strerror}") from error
     return Preset(name, path, description, kept)

@@ -7,15 +7,16 @@
     backup/              the same of the save with the lowest mean loss
     archived_<time>/     what `restore` replaced: generations, state.json, config.toml, logs
     preview.png          what the model makes of some faces
-    .lock                held (flock) by the process that trains
+    .lock                held (flock) by the process that trains; see `lock` for disks without it
 
 <n> is the total iteration; a second, different save at the same iteration is <n>-2, <n>-3, ...
 A generation never changes once it has its name. It is written as `.<n>.tmp`: each file, then the
 manifest, is flushed to the disk, then the folder, then the folder gets its name, and the pointer is
 replaced last. So a crash at any moment leaves the earlier generations as they were. Which one is
 newest is decided by the manifests' `sequence`, not by <n>: a run that went back to an earlier
-generation counts through the same iterations again. Copies of a generation (the backup, snapshots
-beside the folder) are hard links where the disk has them: its files never change.
+generation counts through the same iterations again. Saves of different iterations are kept before
+two of one iteration. Copies of a generation (the backup, snapshots beside the folder) are files of
+their own: damage to a save does not reach them.
 
 A folder may come from a stranger. It is data: nothing in it is run, every size is checked before it
 is read, and a link in it is refused, since a run would write to where it leads.
@@ -23,7 +24,6 @@ is read, and a link in it is refused, since a run would write to where it leads.
 
 import copy
 import errno
-import fcntl
 import json
 import os
 import re
@@ -41,10 +41,19 @@ import torch
 from torch import Tensor
 
 from ..config import Config, to_dict
-from .files import DamagedError, copy_files, read_regular, replace_file, sync_folder, write_file
+from .files import (
+    DamagedError,
+    copy_files,
+    discard,
+    read_regular,
+    replace_file,
+    sync_folder,
+    write_file,
+)
 from .generation import (
     CONFIG,
     MANIFEST,
+    MAX_COUNT,
     MAX_JSON_BYTES,
     MODEL,
     OPTIMIZER,
@@ -62,7 +71,9 @@ from .generation import (
     write_manifest,
     write_tensors,
 )
-from .lock import LOCK, acquire
+from .lock import LOCK, Lock, acquire
+from .owner import OWNER, InUseError
+from .session import TrainingState
 
 BACKUP, _OLD_BACKUP, _NEW_BACKUP = "backup", ".backup.trash", ".backup.tmp"
 PREVIEW = "preview.png"
@@ -71,6 +82,9 @@ POINTER_KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest
 _NAME = re.compile(r"\d{1,12}(-\d{1,6})?")
 _LEFTOVER = re.compile(r"\.\d{1,12}(-\d{1,6})?\.(tmp|trash)")
 _SPARE_GPU_BYTES = 1 << 30
+_TOLD_OF: set[Path] = set()
+"""Folders whose disk's limits this process has told of; every stage of a run opens its folder."""
+
 _CONFIG_HEADING = (
     "# The settings that this model was last trained with. Change them by flags, --set or\n"
     "# --configfile: what is edited here is not read back.\n\n"
@@ -113,18 +127,19 @@ class ModelFolder:
         """Sentences for the user, appended by `load` and `save`."""
         self._keep = keep_generations
         self._generations = self.path / "generations"
-        self._lock: int | None = None
+        self._lock: Lock | None = None
         self._config: bytes | None = None
         self._damaged: set[str] = set()
         self._current: tuple[str, frozenset[str], bytes] | None = None
         self._last_complete: int | None = None
         self._sequence = 0
         _refuse_foreign(self.path, read_only=read_only)
-        self._is_made_here = not read_only and not self.path.exists()
+        self._is_made_here = not read_only and not os.path.exists(self.path)
         if not read_only:
             self._lock = acquire(self.path)
         try:
             with self._reading():
+                self._tell_of_disk()
                 self._sweep()
                 self._refuse_other_trainer(trainer)
         except BaseException:
@@ -140,19 +155,11 @@ class ModelFolder:
     def close(self) -> None:
         """Release the lock; the folder may then be used by another run."""
         if self._lock is not None:
-            self._remove_if_unused()
-            fcntl.flock(self._lock, fcntl.LOCK_UN)  # for children that hold a copy of the handle
-            os.close(self._lock)
+            if self._is_made_here:  # for nothing, where the run was refused
+                with suppress(OSError):  # the lock must go, and it is the run's end that is told
+                    self._lock.remove_folder()
+            self._lock.release()
             self._lock = None
-
-    def _remove_if_unused(self) -> None:
-        """A folder that was made for nothing, since the run was refused, does not stay."""
-        if not self._is_made_here:
-            return
-        with suppress(OSError):  # the lock must be released, and it is the run's end that is told
-            if os.listdir(self.path) == [LOCK]:
-                (self.path / LOCK).unlink()
-                self.path.rmdir()
 
     @property
     def is_new(self) -> bool:
@@ -240,7 +247,7 @@ class ModelFolder:
             self._generations.mkdir(exist_ok=True)
             name = self._free_name(state["iterations"])
             temporary = self._generations / f".{name}.tmp"
-            shutil.rmtree(temporary, ignore_errors=True)
+            discard(temporary)
             temporary.mkdir()
             try:
                 for file_name, content in tensors.items():
@@ -249,7 +256,7 @@ class ModelFolder:
                     write_file(temporary / file_name, text)
                 self._publish(temporary, name, state, file_names)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                discard(temporary)
         self._current = (name, file_names, state_bytes)
         self._last_complete = state["iterations"]
         self._retire()
@@ -258,56 +265,72 @@ class ModelFolder:
     def back_up(self, generation: Path) -> None:
         """Put a copy of a generation in the place of the backup.
 
-        Raises:
-            SaveError: Where the disk refuses; the backup before is then still there.
+        Where the disk refuses, the backup before stays, and `warnings` says why: the model itself
+        is saved.
         """
         self._require_lock()
         backup, old, new = (self.path / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
-        with self._reporting():
+        try:
             self._settle_backup()
-            copy_files(generation, new)
-            if backup.exists():
+            copy_files(generation, new, os.listdir(generation))
+            if backup.is_dir():
                 os.rename(backup, old)
             os.rename(new, backup)
             sync_folder(self.path)
-            shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            with suppress(OSError):  # it is tried again at the next one
+                self._settle_backup()
+            self._warn(
+                f"cannot renew {backup}: {error.strerror or error}; {_advice(error)}; training "
+                "goes on with the backup as it was"
+            )
+        else:
+            discard(old)
 
-    def snapshot(self) -> Path:
+    def snapshot(self) -> Path | None:
         """A model folder beside this one, `<model dir>_snapshot_<n>_iters`, with a copy of the
         generation that was loaded or saved last. One that is there already is left as it is.
 
-        Where the disk refuses, there is none, and `warnings` says why: the model itself is saved.
+        None where there can be none, and `warnings` says why: the model itself is saved.
         """
         self._require_lock()
+        target = None
+        try:
+            folder = self.path.resolve()
+            target = folder.with_name(f"{folder.name}_snapshot_{self._last_complete}_iters")
+            if not os.path.lexists(target):
+                self._write_snapshot(target)
+                return target
+            if _is_same(target / STATE, self.path / STATE):
+                return target
+            self._warn(f"{target} is there already and was left as it is; no snapshot was made")
+        except OSError as error:
+            self._warn(
+                f"cannot write snapshot {target or 'beside ' + str(self.path)}: "
+                f"{error.strerror or error}; {_advice(error)}, or "
+                "leave snapshots out (--snapshot-interval 0); training goes on without it"
+            )
+        return None
+
+    def _write_snapshot(self, target: Path) -> None:
+        """Write a model folder with a copy of the generation in use; OSError where that fails."""
         assert self._current is not None
-        name = self._current[0]
-        folder = self.path.resolve()
-        target = folder.with_name(f"{folder.name}_snapshot_{self._last_complete}_iters")
-        if target.exists():
-            if not _is_same(target / STATE, self.path / STATE):
-                self._warn(f"{target} is there already and was left as it is; no snapshot was made")
-            return target
+        name, file_names, state_bytes = self._current
         new = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(new, ignore_errors=True)
+        discard(new)
         try:
             (new / "generations").mkdir(parents=True)
-            copy_files(self._generations / name, new / "generations" / name)
-            state = parse_json(STATE, self._current[2])
-            write_file(new / STATE, _pointer_to(name, state))
+            place = new / "generations" / name
+            copy_files(self._generations / name, place, (*file_names, MANIFEST))
+            write_file(new / STATE, _pointer_to(name, parse_json(STATE, state_bytes)))
             if self._config is not None:
                 write_file(new / CONFIG, self._config)
             sync_folder(new / "generations")
             sync_folder(new)
             os.rename(new, target)
             sync_folder(target.parent)
-        except OSError as error:
-            self._warn(
-                f"cannot write snapshot {target}: {error.strerror or error}; {_advice(error)}, or "
-                "leave snapshots out (--snapshot-interval 0); training goes on without it"
-            )
         finally:
-            shutil.rmtree(new, ignore_errors=True)
-        return target
+            discard(new)
 
     def go_back(self, latest: int) -> int | None:
         """Have the newest whole save up to a total iteration be the one in use; its iteration.
@@ -352,13 +375,12 @@ class ModelFolder:
         self._generations.mkdir(exist_ok=True)
         name = self._free_name(manifest.iterations)
         temporary = self._generations / f".{name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         try:
-            copy_files(source, temporary)
-            (temporary / MANIFEST).unlink()
+            copy_files(source, temporary, manifest.files)
             self._publish(temporary, name, state, frozenset(manifest.files))
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            discard(temporary)
         self._current = None
         self._last_complete = manifest.iterations
         return name
@@ -471,8 +493,13 @@ class ModelFolder:
         self, temporary: Path, name: str, state: dict[str, Any], file_names: frozenset[str]
     ) -> None:
         """Make a generation of the files in a temporary folder, and the one in use."""
+        assert self._lock is not None
+        self._lock.confirm()
+        if self._sequence >= MAX_COUNT:
+            raise ValueError(f"its saves are numbered up to {MAX_COUNT}, the last number there is")
         self._sequence += 1
         write_manifest(temporary, state, file_names, self._sequence)
+        _refuse_unreadable(temporary)
         sync_folder(temporary)
         os.rename(temporary, self._generations / name)
         sync_folder(self._generations)
@@ -484,13 +511,18 @@ class ModelFolder:
         if old.is_dir() and not backup.exists():
             os.rename(old, backup)
         for leftover in (old, new):
-            shutil.rmtree(leftover, ignore_errors=True)
+            discard(leftover)
 
     def _retire(self) -> None:
-        """Delete what is older than the newest whole generations that are kept."""
+        """Delete all whole generations but the newest ones that are kept: those of different
+        iterations first, so that two of one iteration do not push the one before out."""
         try:
-            whole = [item.name for item in self.manifests([]) if item.name not in self._damaged]
-            for name in whole[self._keep :]:
+            whole = [item for item in self.manifests([]) if item.name not in self._damaged]
+            newest: dict[int, str] = {}
+            for item in whole:
+                newest.setdefault(item.iterations, item.name)
+            whole.sort(key=lambda item: newest[item.iterations] != item.name)
+            for name in (item.name for item in whole[self._keep :]):
                 trash = self._generations / f".{name}.trash"
                 os.rename(self._generations / name, trash)  # a half-deleted one must not look whole
                 shutil.rmtree(trash)
@@ -502,9 +534,23 @@ class ModelFolder:
         if self._lock is None or not self._generations.is_dir():
             return
         self._settle_backup()
-        for entry in list(os.scandir(self._generations)):
-            if _LEFTOVER.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
+        for name in os.listdir(self._generations):
+            if _LEFTOVER.fullmatch(name):
+                discard(self._generations / name)
+
+    def _tell_of_disk(self) -> None:
+        """Tell once in a process what the disk of a folder that is trained in cannot do."""
+        if self._lock is None or self.path in _TOLD_OF:
+            return
+        _TOLD_OF.add(self.path)
+        if self._lock.notice:
+            self._warn(self._lock.notice)
+        with suppress(OSError):  # a failure, which the first save will meet
+            if not sync_folder(self.path):
+                self._warn(
+                    f"the disk of {self.path} does not flush folders: a power cut may cost the "
+                    "newest save; a crash of the program costs nothing"
+                )
 
     def _warn(self, sentence: str) -> None:
         if sentence not in self.warnings:
@@ -525,20 +571,23 @@ class ModelFolder:
 
     @contextmanager
     def _reporting(self) -> Iterator[None]:
-        """Turn the disk's refusal into one line that says what to do."""
+        """Turn what prevents a save into one line that says what to do."""
         try:
             yield
-        except OSError as error:
+        except (OSError, InUseError, ValueError) as error:
             last = self._last_complete
             left = (
                 "nothing has been saved yet"
                 if last is None
                 else f"the last complete save is iteration {last}"
             )
-            reason = error.strerror or str(error)
-            raise SaveError(
-                f"cannot save to {self.path}: {reason}; {_advice(error)} and start again: {left}"
-            ) from error
+            if isinstance(error, OSError):
+                reason = f"{error.strerror or error}; {_advice(error)} and start again"
+            elif isinstance(error, InUseError):
+                reason = f"{error} has taken it; stop that run and start again"
+            else:
+                reason = f"{error}; choose another --model-dir"
+            raise SaveError(f"cannot save to {self.path}: {reason}: {left}") from error
 
 
 class Saver:
@@ -683,15 +732,16 @@ class Saver:
 
 def _refuse_foreign(path: Path, *, read_only: bool) -> None:
     """Refuse a path that is no folder, and one that holds other things than a model, or links."""
-    if path.exists() and not path.is_dir():
+    is_folder = os.path.isdir(path)
+    if os.path.exists(path) and not is_folder:
         raise ValueError(f"model folder {path} is a file; choose another --model-dir")
-    if read_only and not path.is_dir():
+    if read_only and not is_folder:
         raise ValueError(f"model folder {path} does not exist")
     try:
-        names = set(os.listdir(path)) - {"lost+found"} if path.is_dir() else set()
+        names = set(os.listdir(path)) - {"lost+found"} if is_folder else set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
-    links = sorted(path / name for name in names if (path / name).is_symlink())
+    links = sorted(path / name for name in names if os.path.islink(path / name))
     if not read_only:
         links += _links_in(path / "logs") + _links_in(path / "timelapse")
     if links:
@@ -699,10 +749,18 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
             f"{links[0]} is a link, which a model folder may not hold: put what it leads to "
             "in its place"
         )
-    if names and not names & {LOCK, "generations"}:
+    if names and not names & {LOCK, OWNER, "generations"}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"
         )
+
+
+def _refuse_unreadable(generation: Path) -> None:
+    """Refuse what was written where the next start would: by its own rules, less the hashes."""
+    try:
+        TrainingState.from_dict(read_state(generation, read_manifest(generation))[0])
+    except DamagedError as damage:
+        raise ValueError(f"what was written cannot be read again: {damage}") from damage
 
 
 def _advice(error: OSError) -> str:
@@ -713,6 +771,8 @@ def _advice(error: OSError) -> str:
         errno.EROFS: "make the disk writable",
         errno.EACCES: "make the folder writable",
         errno.EMFILE: "raise `ulimit -n`",
+        errno.ENAMETOOLONG: "give --model-dir a shorter name",
+        errno.ENXIO: "remove it",
     }.get(error.errno or 0, "check the disk")
 
 
@@ -736,7 +796,7 @@ def _is_same(one: Path, other: Path) -> bool:
     """Whether two pointers are to the same state, under whatever name."""
     try:
         first, second = (read_json(path) for path in (one, other))
-    except DamagedError:
+    except (DamagedError, OSError):
         return False
     return first | {"generation": None} == second | {"generation": None}
 

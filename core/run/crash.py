@@ -21,6 +21,7 @@ import torch
 from ... import __version__
 from ..config import Config, to_dict
 from .checkpoint import SaveError
+from .files import replace_file
 from .log import LogError, Reporter
 
 _PACKAGES = ("triton", "numpy", "opencv-python-headless", "nvidia-dali-cuda130", "safetensors")
@@ -38,8 +39,8 @@ def reporting_crashes(model_dir: Path, config: Config, reporter: Reporter) -> It
     except Exception as error:
         path = _free_path(model_dir)
         try:
-            report = crash_report(error, config, list(reporter.latest))
-            path.write_text(report, encoding="utf-8", errors="backslashreplace")
+            text = crash_report(error, config, list(reporter.latest))
+            replace_file(path, text.encode(errors="backslashreplace"))
         except OSError:
             raise error from None  # what failed first is what there is to be mended
         reporter.crash(error=f"{type(error).__name__}", path=path)

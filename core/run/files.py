@@ -2,66 +2,214 @@
 what a stranger may have made."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
+from typing import TextIO
 
-_DAMAGE = {errno.ENOENT, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
+_NOT_OFFERED = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}
+"""How a disk says that it does not flush folders. A failure to flush one is told otherwise."""
+
+_FICLONE = 0x40049409  # from <linux/fs.h>
+_COPY_BYTES = 1 << 20
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a link",
+}
 
 
 class DamagedError(Exception):
     """Why a file or generation cannot be used."""
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Make a folder of the same plain files, durably: hard links where the disk has them."""
+class OddFileError(OSError):
+    """Something else is in the place of a plain file; its ``strerror`` names it."""
+
+
+def discard(path: Path) -> None:
+    """Remove what a crash, or a stranger, left under the name of a temporary file or folder.
+
+    What cannot be removed stays: making the new one then says why.
+    """
+    with suppress(OSError):
+        if stat.S_ISDIR(os.lstat(path).st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.unlink(path)
+
+
+def copy_files(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Make a folder with independent copies of these plain files of another, durably."""
     target.mkdir()
-    for entry in os.scandir(source):
-        if entry.is_file(follow_symlinks=False):
-            copy_file(Path(entry.path), target / entry.name)
+    for name in names:
+        copy_file(source / name, target / name)
     sync_folder(target)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """The same plain file under another name: a hard link where the disk has them."""
+    """Make a durable copy of a plain file that no write to the other one reaches.
+
+    On a disk that can (Btrfs, XFS, bcachefs, ZFS) both share the blocks that are equal: the copy
+    takes no time and no room.
+    """
+    with open_for_reading(source) as old, open(target, "xb") as new:
+        if not _clone(old.fileno(), new.fileno()):
+            shutil.copyfileobj(old, new, _COPY_BYTES)
+        new.flush()
+        os.fsync(new.fileno())
+
+
+def _clone(old: int, new: int) -> bool:
+    """Whether the disk itself has copied all of an open file into a new one; else it is empty."""
+    with suppress(OSError):  # another disk, or one that has no such thing
+        fcntl.ioctl(new, _FICLONE, old)
+        return True
+    size = copied = os.fstat(old).st_size
+    with suppress(OSError):  # the plain copy meets a full disk again, and tells
+        while copied := os.copy_file_range(old, new, size):
+            size -= copied
+        if not size:
+            return True
+    os.ftruncate(new, 0)
+    for handle in (old, new):
+        os.lseek(handle, 0, os.SEEK_SET)
+    return False
+
+
+def link_files(source: Path, target: Path) -> None:
+    """Give all plain files of a folder that is to go a place in a new one, durably.
+
+    They are hard links, or copies where the disk has no links.
+    """
+    target.mkdir()
+    for entry in os.scandir(source):
+        if entry.is_file(follow_symlinks=False):
+            link_file(Path(entry.path), target / entry.name)
+    sync_folder(target)
+
+
+def link_file(source: Path, target: Path) -> None:
+    """Give a plain file a second name, or a copy of it where the disk has no hard links."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:
-        shutil.copyfile(source, target, follow_symlinks=False)
-        sync_file(target)
+        copy_file(source, target)
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a new file and flush it to the disk."""
-    with open(path, "xb") as stream:
+    """Write a new file, durably; it has its name only once it is whole.
+
+    Raises:
+        OSError: FileExistsError where there is anything of this name, or the disk refuses.
+    """
+    try:
+        handle = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+    except OSError:  # no files without a name here, or what the next call will tell
+        _write_named_file(path, content)
+        return
+    with open(handle, "wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        os.fsync(handle)
+        try:  # what `src_dir_fd` is, does not matter: with it, the link in /proc is followed
+            os.link(f"/proc/self/fd/{handle}", path, src_dir_fd=handle)
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here, or no /proc
+            _write_named_file(path, content)
+
+
+def _write_named_file(path: Path, content: bytes) -> None:
+    """The same on a disk that has no files without a name: a crash leaves a part of it."""
+    with open(path, "xb") as stream:
+        try:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        except BaseException:
+            discard(path)
+            raise
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a file in the place of another in one step, durably."""
+    """Put a file in the place of another in one step, durably; a link there is replaced itself.
+
+    Raises:
+        OSError: OddFileError where a device or a folder is in its place, or the disk refuses.
+    """
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if stat.S_IFMT(found.st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFDIR):
+            _refuse_odd(path, found)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
+    discard(temporary)
     try:
         write_file(temporary, content)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
     sync_folder(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Flush a folder, so that the names in it survive a power cut."""
-    sync_file(path, os.O_DIRECTORY)
+def write_output(path: Path, content: bytes, *, force: bool) -> None:
+    """Write a file that the user has named, whole or not at all; where a link leads, not over it.
+
+    Args:
+        path: The file, whose folder is there.
+        content: All of it.
+        force: Put it in the place of an older one, too.
+
+    Raises:
+        OSError: OddFileError where there is anything but a plain file, or as `write_file`.
+    """
+    path = path.resolve()
+    if force:
+        with suppress(FileNotFoundError):
+            _refuse_odd(path, os.lstat(path))
+        replace_file(path, content)
+    else:
+        write_file(path, content)
+        sync_folder(path.parent)
+
+
+def set_permissions(path: Path, mode: int) -> None:
+    """Set the permissions of a file or folder: a courtesy, which many disks do not offer."""
+    with suppress(OSError):
+        os.chmod(path, mode)
+
+
+def sync_folder(path: Path) -> bool:
+    """Flush a folder, so that the names in it survive a power cut.
+
+    Returns:
+        False where the disk has no such thing, as some network and FUSE disks have not.
+
+    Raises:
+        OSError: It failed.
+    """
+    try:
+        sync_file(path, os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+        return False
+    return True
 
 
 def sync_file(path: Path, flags: int = 0) -> None:
+    """Flush what was written to a file."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(handle)
@@ -69,22 +217,64 @@ def sync_file(path: Path, flags: int = 0) -> None:
         os.close(handle)
 
 
-def _open_plain(path: str, flags: int) -> int:
-    """A handle that follows no link and waits for no pipe."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> int:
+    """A handle of a plain file, which is made where the flags say so; to be the `opener` of `open`.
+
+    Nothing is waited for, and nothing is opened to find out what it is: a pipe blocks its reader
+    for ever, and some devices act when they are opened.
+
+    Args:
+        path: The file.
+        flags: Those of `os.open`.
+        follows_links: For a file that the user has named. What a folder holds may be a stranger's
+            link to anywhere.
+
+    Raises:
+        OSError: OddFileError where something else is in its place, or the disk refuses.
+    """
+    with suppress(FileNotFoundError):  # it is made, or the next call tells
+        _refuse_odd(path, os.stat(path, follow_symlinks=follows_links))
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
+    handle = os.open(path, flags, 0o666)
+    try:
+        _refuse_odd(path, os.fstat(handle))
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _refuse_odd(path: str | Path, found: os.stat_result) -> None:
+    """Refuse all but a plain file."""
+    kind = stat.S_IFMT(found.st_mode)
+    if kind != stat.S_IFREG:
+        name, word = os.path.basename(path), _KINDS.get(kind, "something else")
+        raise OddFileError(errno.ENXIO, f"{name} is {word}, not a plain file", str(path))
+
+
+def open_for_reading(path: str | Path, *, follows_links: bool = False) -> BufferedReader:
+    """A plain file, open to be read; OSError as `open_plain`."""
+    opener = partial(open_plain, follows_links=follows_links)
+    return open(path, "rb", opener=opener)
+
+
+def open_for_append(path: str | Path, *, follows_links: bool = False) -> TextIO:
+    """A plain file, open to have whole lines of text added; OSError as `open_plain`."""
+    opener = partial(open_plain, follows_links=follows_links)
+    return open(path, "a", encoding="utf-8", buffering=1, opener=opener)
 
 
 @contextmanager
 def open_regular(path: Path, max_bytes: int) -> Iterator[BufferedReader]:
     """A plain file, open; a link, a device or an oversized file is damage."""
     try:
-        with open(path, "rb", opener=_open_plain) as stream:
-            found = os.fstat(stream.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise DamagedError(f"{path.name} is not a plain file")
-            if found.st_size > max_bytes:
-                raise DamagedError(f"{path.name} has {found.st_size} bytes, at most {max_bytes}")
+        with open_for_reading(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > max_bytes:
+                raise DamagedError(f"{path.name} has {size} bytes, at most {max_bytes}")
             yield stream
+    except OddFileError as error:
+        raise DamagedError(error.strerror) from error
     except OSError as error:
         if error.errno not in _DAMAGE:
             raise

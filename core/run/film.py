@@ -1,7 +1,7 @@
 """A film of the pictures that a time-lapse has left."""
 
-import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,10 @@ import cv2
 import numpy as np
 
 from ..config import read_toml
+from .files import DamagedError, read_regular, write_output
 
 _MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
+_MAX_BYTES = 256 << 20
 _NAME = re.compile(r"(\d{1,12})(?:-(\d{1,6}))?\.jpg")
 
 
@@ -82,9 +84,9 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
         raise ValueError(f"none of {len(pictures)} pictures can be read, {pictures[0]} the first")
     frame = _even(first)
     height_px, width_px = frame.shape[:2]
-    part = output.with_name(f".{output.stem}.{os.getpid()}.part.mp4")
     num_frames = 1
-    try:
+    with tempfile.TemporaryDirectory(prefix="mien-") as folder:
+        part = Path(folder) / "film.mp4"
         writer = cv2.VideoWriter(str(part), _MPEG4, fps, (width_px, height_px))
         writer.write(frame)
         for image in images:
@@ -95,11 +97,16 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
             writer.write(frame)
             num_frames += 1
         writer.release()
-        if not part.is_file() or not part.stat().st_size:
-            raise ValueError(f"{output} cannot be written; check its folder and the free space")
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
+        content = part.read_bytes() if part.is_file() else b""
+    if not content:
+        raise ValueError(
+            f"{output} cannot be written; check the free space in {tempfile.gettempdir()}, where "
+            "it is made"
+        )
+    try:
+        write_output(output, content, force=True)
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
     num_pictures = len(pictures) - len(unreadable)
     return Film(output, num_pictures, num_frames / fps, width_px, height_px, unreadable)
 
@@ -107,11 +114,20 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
 def _readable(pictures: list[Path], unreadable: list[Path]) -> Iterator[np.ndarray]:
     """Each picture, (H, W, 3) BGR uint8; those that cannot be read go into the list."""
     for path in pictures:
-        image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+        image = _read(path)
         if image is None:
             unreadable.append(path)
         else:
             yield image
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """A picture, (H, W, 3) BGR uint8; None where the file holds none that can be read."""
+    try:
+        encoded = np.frombuffer(read_regular(path, _MAX_BYTES), np.uint8)
+        return cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
+    except (OSError, DamagedError, cv2.error):
+        return None
 
 
 def _even(image: np.ndarray) -> np.ndarray:

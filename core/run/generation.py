@@ -15,7 +15,15 @@ from torch import Tensor
 
 from ... import __version__
 from ..config import is_deeper, parse_toml
-from .files import DamagedError, hash_regular, read_regular, sync_file, write_file
+from .files import (
+    DamagedError,
+    hash_regular,
+    open_for_reading,
+    read_regular,
+    set_permissions,
+    sync_file,
+    write_file,
+)
 
 MANIFEST_SCHEMA = 1
 MODEL, OPTIMIZER, STATE, CONFIG = (
@@ -66,7 +74,16 @@ class Manifest:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file and flush it to the disk; OSError where the disk refuses."""
+    """Write a safetensors file and flush it to the disk.
+
+    Raises:
+        ValueError: A reader would refuse a name or a number format.
+        OSError: The disk refuses.
+    """
+    try:
+        _refuse_odd(tensors)
+    except DamagedError as error:
+        raise ValueError(f"{path.name} could not be read again: {error}") from error
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(plain, path, metadata=metadata)
@@ -76,7 +93,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             raise
         number = int(found[1])
         raise OSError(number, os.strerror(number), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets only the owner read it
+    # The library lets only the owner read it.
+    set_permissions(path, path.parent.stat().st_mode & 0o666)
     sync_file(path)
 
 
@@ -116,7 +134,7 @@ def write_manifest(
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as stream:
+    with open_for_reading(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -132,15 +150,35 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
     Raises:
         DamagedError: It is none.
+        OSError: The disk refuses.
     """
+    try:
+        tensors, trainer = _mapped_tensors(path)
+    except OSError:  # the disk maps no files, or is one that the next call tells of
+        with open_for_reading(path, follows_links=True) as stream:
+            content = stream.read()
+        tensors = _parse_tensors(path.name, content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        trainer = header.get("__metadata__", {}).get("trainer")
+    _refuse_odd(tensors)
+    return tensors, trainer if _is_word(trainer) else None
+
+
+def _mapped_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The same by way of the file's pages, so that it is not in memory twice."""
     try:
         with safetensors.safe_open(path, framework="pt") as stream:
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            trainer = (stream.metadata() or {}).get("trainer")
+            return tensors, (stream.metadata() or {}).get("trainer")
     except _NO_TENSORS as error:
         raise DamagedError("it is not a valid safetensors file") from error
-    _refuse_odd(tensors)
-    return tensors, trainer if _is_word(trainer) else None
+
+
+def _parse_tensors(name: str, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except _NO_TENSORS as error:
+        raise DamagedError(f"{name} is not a valid safetensors file") from error
 
 
 def parse_json(name: str, content: bytes) -> dict[str, Any]:
@@ -232,11 +270,7 @@ def _read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
 
 
 def read_tensors(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
-    content = _read_verified(folder, name, manifest)
-    try:
-        tensors = safetensors.torch.load(content)
-    except _NO_TENSORS as error:
-        raise DamagedError(f"{name} is not a valid safetensors file") from error
+    tensors = _parse_tensors(name, _read_verified(folder, name, manifest))
     _refuse_odd(tensors)
     return tensors
 

@@ -3,6 +3,8 @@
 Nothing is locked or written, so a model may be read while it trains. Sessions that no save tells of
 yet are taken from the events alone.
 
+A long table of sessions begins with an entry for many together (`session`): so does the history.
+
 What a crash or a way back undid is left out: every run begins its file of events with the iteration
 at which it began, and from there on it takes the place of all that was written before. So does the
 mark of a `mien model restore`, of what was written of its session.
@@ -73,6 +75,9 @@ class SessionHistory:
     losses: dict[str, np.ndarray]
     """(n,) means of each tag that was asked for; NaN where it was not logged."""
 
+    pauses_s: float = 0.0
+    """Between the sessions, where it stands for several."""
+
     @property
     def num_logged(self) -> int:
         """Iterations that the events stand for."""
@@ -82,7 +87,11 @@ class SessionHistory:
         """By the events; by the save where there are none."""
         if len(self.times_n) or self.saved is None:
             return statistics.session_figures(
-                self.number, self.times_n, self.batch_size, self.num_logged
+                self.number,
+                self.times_n,
+                self.batch_size,
+                iterations=self.num_logged,
+                pauses_s=self.pauses_s,
             )
         return statistics.Figures(
             session=self.number,
@@ -337,7 +346,19 @@ def _joined(
         counts_n=np.concatenate([[], *(np.array(file.counts) for file in files)]).astype(int),
         times_n=np.concatenate([[], *(np.array(file.times) for file in files)]),
         losses=losses,
+        pauses_s=_pauses(files),
     )
+
+
+def _pauses(files: list[_EventFile]) -> float:
+    """Seconds between the sessions of some files."""
+    spans: dict[int, tuple[float, float]] = {}
+    for file in files:
+        if file.times:
+            begin, end = spans.get(file.session, (np.inf, -np.inf))
+            spans[file.session] = min(begin, *file.times), max(end, *file.times)
+    ends, begins = [end for _, end in spans.values()], [begin for begin, _ in spans.values()]
+    return sum(max(begin - end, 0.0) for end, begin in zip(ends, begins[1:], strict=False))
 
 
 def _batch_size(path: Path) -> int | None:

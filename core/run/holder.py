@@ -1,9 +1,10 @@
 """The process that trains a model, seen from outside: whether there is one, and asking it for work.
 
-It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it. It is asked by
-a signal. One that a process does not listen for would end it without a save, and a number that has
-been given to another process would hit that one: so the lock, the host and the caught signals are
-looked at first, with the process held by a handle that no other can take over.
+It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it; on a disk
+without flock it has an owner file there. It is asked by a signal. One that a process does not
+listen for would end it without a save, and a number that has been given to another process would
+hit that one: so the lock, the host and the caught signals are looked at first, with the process
+held by a handle that no other can take over.
 """
 
 import fcntl
@@ -11,11 +12,12 @@ import os
 import re
 import signal
 import socket
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from .lock import LOCK
+from .files import open_plain
+from .lock import LOCK, NO_FLOCK
+from .owner import read_owner
 
 REQUESTS = {"save": signal.SIGUSR1, "preview": signal.SIGUSR2, "stop": signal.SIGTERM}
 
@@ -41,15 +43,14 @@ class Holder:
 
 def holder(model_dir: Path) -> Holder | None:
     """Who has last locked the folder; None where nobody has, or a run is just starting."""
+    owner = read_owner(model_dir)  # of a disk without flock
+    if owner is not None and (owner.is_running or not owner.is_here):
+        return Holder(owner.pid, owner.host, owner.is_running)
     try:
-        handle = os.open(
-            model_dir / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        )
+        handle = open_plain(model_dir / LOCK, os.O_RDONLY)
     except OSError:
         return None
     try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            return None
         words = os.pread(handle, 300, 0).decode(errors="replace").split()
         if len(words) != 2 or not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
             return None
@@ -119,8 +120,8 @@ def _exists(pid: int) -> bool:
 def _is_locked(handle: int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return error.errno not in NO_FLOCK
     fcntl.flock(handle, fcntl.LOCK_UN)
     return False
 

@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -24,8 +25,8 @@ from ... import models
 from ...models.autoencoder import Autoencoder, Side
 from ..config import Config, from_dict, model_settings
 from .checkpoint import BACKUP, ModelFolder
-from .files import DamagedError, sync_folder
-from .generation import MODEL, metadata_of, read_state, read_tensors, write_tensors
+from .files import DamagedError, write_output
+from .generation import MODEL, metadata_of, read_state, read_tensors
 
 SCHEMA = "mien.inference/1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,7 +82,7 @@ def write_inference(
         if name.partition(".")[0] in kept
     }
     metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
-    _write(target, tensors, metadata)
+    _write(target, tensors, metadata, force=force)
     return metadata
 
 
@@ -166,14 +167,13 @@ def _cast(name: str, tensor: Tensor, precision: str) -> Tensor:
     return cast_tensor
 
 
-def _write(target: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+def _write(
+    target: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, force: bool
+) -> None:
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    # Not by `write_tensors`: the library writes to a file of a random name, which a kill leaves.
+    content = safetensors.torch.save(plain, metadata)
     try:
-        part.unlink(missing_ok=True)
-        write_tensors(part, tensors, metadata)
-        os.replace(part, target)
-        sync_folder(target.parent)
+        write_output(target, content, force=force)
     except OSError as error:
         raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        part.unlink(missing_ok=True)

@@ -9,13 +9,14 @@ Letters: s source side, d decoder, n face, p patch of a row, f edge of a target 
 prediction in px, c B,G,R.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+from .files import replace_file
 
 LABELS = ("A", "A > A", "A > B", "B", "B > B", "B > A")
 _PATCHES = len(LABELS)
@@ -82,15 +83,7 @@ def _save(path: Path, image: np.ndarray, kind: str) -> None:
     encoded, data = cv2.imencode(kind, image)
     if not encoded:
         raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    part = path.with_name(f".{path.name}.part")  # one name: what a kill leaves, the next one takes
-    try:
-        with part.open("wb") as file:
-            file.write(data.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    replace_file(path, data.tobytes())
 
 
 def _check(

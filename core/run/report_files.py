@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from .files import open_plain
+
 LEVELS = ("debug", "info", "warning", "error")
 
 _MOST_BYTES = 16 << 20
@@ -80,12 +82,12 @@ class ReportFile:
 
     def _open(self) -> int:
         """A handle that adds to the file and never waits, as for a pipe that nobody reads."""
-        flags = os.O_RDWR if self._as_json else os.O_WRONLY
-        flags |= os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
-        handle = os.open(self._path, flags | (os.O_NOFOLLOW if self._as_json else 0), 0o666)
+        flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+        if not self._as_json:
+            return os.open(self._path, os.O_WRONLY | flags, 0o666)
+        handle = open_plain(self._path, os.O_RDWR | flags)
         try:
-            if self._as_json:
-                _mend_end(handle)
+            _mend_end(handle)
         except OSError:
             os.close(handle)
             raise
@@ -116,15 +118,9 @@ def older_file(path: Path, number: int) -> Path:
 
 
 def _mend_end(handle: int) -> None:
-    """End the last line of a plain file, which a full disk may have cut: what follows is whole.
-
-    Raises:
-        OSError: It is not a plain file.
-    """
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError("it is not a plain file")
-    if found.st_size and os.pread(handle, 1, found.st_size - 1) != b"\n":
+    """End the last line of a file, which a full disk may have cut: what follows is whole."""
+    size = os.fstat(handle).st_size
+    if size and os.pread(handle, 1, size - 1) != b"\n":
         os.write(handle, b"\n")
 
 

@@ -2,9 +2,10 @@
 
 The order makes a kill at any moment leave the old or the restored state in use, and loses nothing:
 
-    1. what will be replaced is copied (hard links where the disk has them) to `archived_<time>/`,
-       which gets its name when it is whole
-    2. the restored save is written as the newest generation; its name is the moment of change
+    1. what will be replaced gets a second name (a copy, where the disk has no hard links) in
+       `archived_<time>/`, which gets its own name when it is whole
+    2. a copy of the restored save is written as the newest generation; its name is the moment of
+       change
     3. the logs are told what is undone (see `undone`); the preview, the generations that are
        archived now, and logs that the restored state does not know, leave
 
@@ -19,7 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .checkpoint import BACKUP, PREVIEW, ModelFolder
-from .files import DamagedError, copy_file, copy_files, read_regular, replace_file, sync_folder
+from .files import (
+    DamagedError,
+    discard,
+    link_file,
+    link_files,
+    read_regular,
+    replace_file,
+    sync_folder,
+)
 from .generation import (
     CONFIG,
     MAX_JSON_BYTES,
@@ -29,6 +38,7 @@ from .generation import (
     read_json,
     read_state,
 )
+from .owner import InUseError
 from .session import TrainingState
 from .undone import mark_undone
 
@@ -78,6 +88,8 @@ def restore(
             f"cannot restore in {path}: {error.strerror or error}; mend that and give the same "
             "command again"
         ) from error
+    except InUseError as error:
+        raise ValueError(f"model folder {path} was taken by {error}; stop that run") from error
 
 
 def _source(folder: ModelFolder, name: str, snapshot: Path | None) -> tuple[Path, Manifest]:
@@ -186,7 +198,7 @@ def _is_copy(generations: Path, newest: Manifest, manifest: Manifest) -> bool:
 def _archive(path: Path, names: list[str]) -> Path:
     """A new folder in the model's with a copy of its generations of these names, durable."""
     for leftover in path.glob(".archived_*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        discard(leftover)
     stem = time.strftime("archived_%Y%m%d_%H%M%S")
     archive, number = path / stem, 1
     while archive.exists():
@@ -195,10 +207,10 @@ def _archive(path: Path, names: list[str]) -> Path:
     part = path / f".{archive.name}.tmp"
     (part / "generations").mkdir(parents=True)
     for name in names:
-        copy_files(path / "generations" / name, part / "generations" / name)
+        link_files(path / "generations" / name, part / "generations" / name)
     for name in (STATE, CONFIG):
         if (path / name).is_file() and not (path / name).is_symlink():
-            copy_file(path / name, part / name)
+            link_file(path / name, part / name)
     sync_folder(part / "generations")
     sync_folder(part)
     os.rename(part, archive)
@@ -231,8 +243,10 @@ def _unknown_logs(logs: Path, state: TrainingState) -> list[Path]:
     if not logs.is_dir():
         return []
     known = {session.number for session in state.sessions}
+    first = min(known, default=0)  # it stands for all sessions up to it
     named = ((_SESSION.fullmatch(entry.name), entry) for entry in sorted(logs.iterdir()))
-    return [entry for name, entry in named if name and int(name[1]) not in known]
+    numbered = ((int(name[1]), entry) for name, entry in named if name)
+    return [entry for number, entry in numbered if number > first and number not in known]
 
 
 def _move_logs(logs: list[Path], archive: Path) -> None:

@@ -2,6 +2,10 @@
 
 A *session* is one start of the training program on a model. The state is written with every save as
 plain JSON and is read back strictly: a wrong type, a missing or an unknown key is refused.
+
+The table of sessions does not grow for ever. The newest 1,000 have an entry each, and the newest
+100 of them their settings; the first entry stands for all sessions up to its number together: their
+iterations added up, the start of the first, the mean of their batch sizes.
 """
 
 import dataclasses
@@ -22,6 +26,7 @@ SCHEMA = 1
 _MAX_COUNT = 10**12 - 1
 _MAX_SECONDS = 1e11
 _LARGEST = 1e300
+_MOST_SESSIONS, _MOST_WITH_SETTINGS = 1000, 100  # 0.4 MiB of JSON, of the 16 that are read
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -37,7 +42,7 @@ class Session:
     logs: bool
     iterations: int = 0
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """The free settings, by section, as they were in this session."""
+    """The free settings, by section, as they were in this session; empty for an old one."""
 
 
 @dataclass(kw_only=True)
@@ -65,7 +70,11 @@ class TrainingState:
         return self.sessions[-1]
 
     def begin_session(self, config: Config, started: float | None = None) -> Session:
-        """The new session, entered in the list; its number is the highest so far + 1."""
+        """The new session, entered in the list; its number is the highest so far + 1.
+
+        Raises:
+            ValueError: The state is of another family, or its counts would pass what can be saved.
+        """
         if config.model.trainer != self.trainer:
             raise ValueError(f"the state is of {self.trainer}, not of {config.model.trainer}")
         values = to_dict(config)
@@ -73,15 +82,27 @@ class TrainingState:
         for spec in all_settings():
             if not spec.locked:
                 settings.setdefault(spec.section, {})[spec.name] = values[spec.section][spec.name]
+        now = time.time() if started is None else started
         session = Session(
             number=max((old.number for old in self.sessions), default=0) + 1,
-            started=time.time() if started is None else started,
+            started=min(max(now, 0.0), _MAX_SECONDS),
             batch_size=config.train.batch_size,
             logs=config.save.logs,
             settings=settings,
         )
-        self.sessions.append(session)
+        self._refuse_to_pass_the_counts(session, config.train.iterations)
+        self.sessions = _folded([*self.sessions, session])
         return session
+
+    def _refuse_to_pass_the_counts(self, session: Session, iterations: int) -> None:
+        """Refuse what could not be saved before anything is trained."""
+        faces = max(self.faces_seen.values()) + iterations * session.batch_size
+        if max(self.iterations + iterations, faces, session.number) > _MAX_COUNT:
+            raise ValueError(
+                f"the model counts {self.iterations} iterations, {self.faces_seen['a']} faces and "
+                f"{session.number - 1} sessions, and {iterations} more iterations would pass the "
+                f"largest count, {_MAX_COUNT}; give fewer --iterations, or begin a new model"
+            )
 
     def advance(self, iterations: int = 1) -> None:
         """Count iterations of the present session, and the faces that they showed."""
@@ -164,6 +185,7 @@ class TrainingState:
             _require(isinstance(part, dict), f"parts.{name}", "an object", part)
         numbers = [session.number for session in state.sessions]
         _require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
+        state.sessions = _folded(state.sessions)
         return state
 
 
@@ -252,6 +274,25 @@ def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) and value else repr(value)
+
+
+def _folded(sessions: list[Session]) -> list[Session]:
+    """The same sessions in a table of bounded size; see the top of this file."""
+    for old in sessions[:-_MOST_WITH_SETTINGS]:
+        old.settings = {}
+    early, recent = sessions[: 1 - _MOST_SESSIONS], sessions[1 - _MOST_SESSIONS :]
+    if len(early) < 2:
+        return sessions
+    iterations = sum(old.iterations for old in early)
+    faces = sum(old.iterations * old.batch_size for old in early)
+    together = Session(
+        number=early[-1].number,
+        started=early[0].started,
+        batch_size=max(round(faces / iterations), 1) if iterations else early[-1].batch_size,
+        logs=any(old.logs for old in early),
+        iterations=min(iterations, _MAX_COUNT),
+    )
+    return [together, *recent]
 
 
 def _session(values: Any, prefix: str) -> Session:

@@ -107,15 +107,25 @@ class Figures:
 
 
 def session_figures(
-    session: int, times_n: np.ndarray, batch_size: int | None, iterations: int | None = None
+    session: int,
+    times_n: np.ndarray,
+    batch_size: int | None,
+    *,
+    iterations: int | None = None,
+    pauses_s: float = 0.0,
 ) -> Figures:
-    """Of a session whose iterations ended at ``times_n``, at least one; seconds since 1970.
+    """The figures of a session.
 
-    Or of which only those did, if it had so many ``iterations``.
+    Args:
+        session: Its number.
+        times_n: When its iterations ended, at least one; seconds since 1970.
+        batch_size: None where it is not known.
+        iterations: How many it had, where not the end of each is known.
+        pauses_s: Seconds in between that were not spent on it.
     """
     iterations = len(times_n) if iterations is None else iterations
     start, end = float(np.min(times_n)), float(np.max(times_n))
-    elapsed_s = int(end - start)
+    elapsed_s = int(end - start - pauses_s)
     rate = None if batch_size is None else _rate(batch_size * iterations, elapsed_s)
     return Figures(
         session=session,

@@ -370,7 +370,7 @@ class Loop:
         self.r.saver.wait()
         self._report_saves()
         path = self.r.folder.snapshot()
-        if not self.r.folder.warnings:  # else it says why there is none
+        if path is not None:  # else a warning says why
             self.reporter.snapshot(iteration=self.r.state.iterations, path=path)
 
     def _evaluate(self) -> None:

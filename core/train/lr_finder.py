@@ -11,6 +11,7 @@ what the strength says. After Smith, "Cyclical Learning Rates for Training Neura
 The model that is searched on is the one that will be trained: all that moved is put back.
 """
 
+import io
 import math
 import time
 from collections import deque
@@ -22,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.sides import SIDES
+from ..run.files import replace_file
 from ..run.log import Reporter
 from ..run.stop import StopRequest
 from .optim import Update
@@ -115,12 +117,22 @@ def find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> None:
     if config.lr_finder_mode != "set" and len(search.rates) > _NOT_DRAWN + 1:
         now = time.strftime("%Y-%m-%d_%H.%M.%S")
         picture = run.folder.path / f"learning_rate_finder_{now}.png"
-        draw(search, picture)
+        picture = _drawn(search, picture, reporter)
     rates = _usable(search, config.lr_finder_strength, iterations)
     reporter.found_rates(rates, chosen=config.lr_finder_strength, picture=picture)
     rate = rates[config.lr_finder_strength]
     run.state.parts[LR_FINDER] = {"rate": rate}
     run.schedule = replace(run.schedule, base_rate=rate, source="found")
+
+
+def _drawn(search: Search, picture: Path, reporter: Reporter) -> Path | None:
+    """The picture; None where the disk refuses it, which is told."""
+    try:
+        draw(search, picture)
+    except OSError as error:
+        reporter.warning(f"cannot write {picture}: {error.strerror or error}; it is left out")
+        return None
+    return picture
 
 
 def _usable(search: Search, strength: str, iterations: int) -> dict[str, float]:
@@ -217,5 +229,7 @@ def draw(search: Search, picture: Path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110)
     pyplot.close(figure)
+    replace_file(picture, stream.getvalue())

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from ..paths import expanded
+from ..run.files import open_for_reading
 
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 _VARINT_BYTES = 10
@@ -79,7 +80,8 @@ def _one_line(text: str) -> Iterator[None]:
 def _input_shape(path: Path, name: str) -> tuple[int, ...]:
     """The shape of the network's one input; 0 where a size is not fixed."""
     try:
-        content = memoryview(path.read_bytes())
+        with open_for_reading(path, follows_links=True) as file:
+            content = memoryview(file.read())
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
     try:

@@ -113,7 +113,7 @@ def open_run(
         _tell_warnings(folder, reporter)
         if saved and plan and plan.is_entered and plan.stage.snapshot:
             path = folder.snapshot()
-            if not folder.warnings:  # else it says why there is none
+            if path is not None:  # else a warning says why
                 reporter.snapshot(iteration=saved.state["iterations"], path=path)
         _tell_warnings(folder, reporter)
         config = _resolved(config)

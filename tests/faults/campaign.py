@@ -24,6 +24,7 @@ import disks
 import faces
 import kills
 import locks
+import strangers
 import terminals
 import trial
 from course import SKIPPED, Cases, Failed, Workshop
@@ -35,8 +36,10 @@ FAULTS: dict[str, Callable[[Workshop, int, int], Cases]] = {
     "disk-read-only": disks.read_only,
     "fsync-fails": disks.failing_fsync,
     "call-fails": disks.failing_calls,
+    "disk-lacks": disks.lacking,
     "no-handles": disks.no_handles,
     "damage": damage.damaged_files,
+    "pipes": strangers.pipes,
     "faces-between-runs": faces.between_runs,
     "faces-while-running": faces.while_running,
     "clock": clocks.jumps,

@@ -17,8 +17,8 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from course import COURSES, SKIPPED, Cases, Course, Workshop, newest, require
-from trial import Outcome, Sabotage, before, both, fail_at_call, when
+from course import COURSES, SKIPPED, Cases, Course, Workshop, leftovers, newest, require
+from trial import LACKING, Outcome, Sabotage, before, both, fail_at_call, lack, when
 
 FP32, STAGES = COURSES["fp32"], COURSES["stages"]
 DISK = "size=64m"
@@ -167,6 +167,36 @@ def _fail(shop: Workshop, number: int, error: int, names: tuple[str, ...], lasts
     seen = halts_or_goes_on(outcome)
     _is_not_lost(model_dir, outcome)
     _resume(shop, FP32, model_dir)
+    return seen
+
+
+def lacking(shop: Workshop, count: int, _seed: int) -> Cases:
+    """Disks that have no permissions, no locks or no links: network, FAT and FUSE disks."""
+    cases = [tuple(LACKING)] + [(name,) for name in LACKING]
+    for names in cases[:count]:
+        course = STAGES if len(names) > 1 else FP32
+        label = "all of them" if len(names) > 1 else names[0]
+        yield f"lacks {label}", functools.partial(_train_on_less, shop, course, names)
+
+
+def _train_on_less(shop: Workshop, course: Course, names: tuple[str, ...]) -> str:
+    """Train half of a course, then the rest; nothing but a line may tell it from the straight run.
+
+    What is refused twice over, flock and the flush of folders, is told once.
+    """
+    model_dir = shop.new_folder()
+    for until in (course.until // 2, course.until):
+        outcome = shop.train(course, model_dir, until=until, sabotage=lack(*names))
+        seen = halts_or_goes_on(outcome)
+        require(outcome.code == 0, f"exit code {outcome.code}: {outcome.told[-400:]}")
+        told = outcome.told.count(f"the disk of {model_dir}")
+        expected = ("flock" in names) + ("a flush of folders" in names)
+        require(told == expected, f"told {told} times, not {expected}: {outcome.told[-400:]}")
+        require(not (left := leftovers(model_dir)), f"left over: {left}")
+        require(any((model_dir / "faces").glob("*.faces")), "no decoded faces were kept")
+    last = newest(model_dir)
+    require(last is not None and last.iterations == course.until, "it fell short")
+    shop.compare(course, model_dir)
     return seen
 
 

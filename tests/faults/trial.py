@@ -6,9 +6,11 @@ something first, by a *sabotage*, and then runs `mien train` as the command line
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -182,6 +184,40 @@ def fail_at_call(number: int, error: int, names: tuple[str, ...], *, lasts: bool
                 raise OSError(error, os.strerror(error))
 
     return lambda: _watch_disk(act)
+
+
+LACKING: dict[str, tuple[str, str, int]] = {
+    "permissions": ("os", "chmod", errno.EPERM),
+    "flock": ("fcntl", "flock", errno.ENOLCK),
+    "a flush of folders": ("os", "fsync", errno.EINVAL),
+    "hard links": ("os", "link", errno.EPERM),
+    "mapped files": ("mmap", "mmap", errno.ENODEV),
+    "reserved room": ("os", "posix_fallocate", errno.EOPNOTSUPP),
+    "copies of its own": ("os", "copy_file_range", errno.EXDEV),
+}
+"""What a disk may not have: the call, and how it is refused."""
+
+
+def lack(*names: str) -> Sabotage:
+    """Train on a disk that lacks some of `LACKING`."""
+
+    def arm() -> None:
+        import importlib
+
+        for module, name, error in (LACKING[each] for each in names):
+            place = importlib.import_module(module)
+            setattr(place, name, _refused(getattr(place, name), name, error))
+
+    return arm
+
+
+def _refused(call: Callable[..., Any], name: str, error: int) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if name == "fsync" and not stat.S_ISDIR(os.fstat(args[0]).st_mode):
+            return call(*args, **kwargs)
+        raise OSError(error, os.strerror(error))
+
+    return refuse
 
 
 CALLS = ("rename", "replace", "fsync", "link", "unlink", "mkdir", "rmdir", "open", "ftruncate")

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from ...paths import expanded
+from ...run.files import set_permissions
 from ..geometry import Crop, align, crop_matrix, transform
 from ..png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
 from .head import (
@@ -70,7 +71,7 @@ def draw_folder(
         for number, name in enumerate(names):
             image, header = draw_face(identity, number, size_px=size_px, seed=seed)
             write_face(part / name, image, header)
-        part.chmod(0o755)
+        set_permissions(part, 0o755)
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

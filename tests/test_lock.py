@@ -1,0 +1,272 @@
+"""One run at a time in a folder: by flock, by an owner file where there is none, in every race."""
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mien.core.run import lock as locks
+from mien.core.run import owner as owners
+from mien.core.run.checkpoint import ModelFolder, SaveError
+from mien.core.run.holder import holder
+from mien.core.run.lock import LOCK, acquire, holder_of
+from mien.core.run.owner import OWNER, Owner, read_owner
+from mien.core.run.session import TrainingState
+
+
+def _save(folder: ModelFolder, iterations: int) -> Path:
+    state = TrainingState(trainer="original", iterations=iterations)
+    return folder.save({"weight": torch.full((5,), float(iterations))}, None, state.to_dict())
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    """A disk without flock."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+# Two runs that meet
+
+
+def test_a_lock_file_that_was_removed_as_it_was_locked_locks_nothing(tmp_path, monkeypatch):
+    """One run ends and removes its new folder between another's opening and locking of the file."""
+    path = tmp_path / "m"
+    first, take, is_first_time = ModelFolder(path), locks._lock_or_own, [True]
+
+    def end_first(handle: int, folder: Path):
+        if is_first_time:
+            is_first_time.clear()
+            first.close()
+            assert not path.exists()
+        return take(handle, folder)
+
+    monkeypatch.setattr(locks, "_lock_or_own", end_first)
+    second = acquire(path)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        acquire(path)
+    second.release()
+
+
+def test_a_folder_is_removed_only_with_the_lock_file_that_is_held(tmp_path):
+    path = tmp_path / "m"
+    folder = ModelFolder(path)
+    os.rename(path / LOCK, tmp_path / "aside")
+    (path / LOCK).write_text("of another run")
+    folder.close()
+    assert (path / LOCK).read_text() == "of another run"
+
+
+RACE = """
+import os, sys
+from pathlib import Path
+from mien.core.run.checkpoint import ModelFolder
+
+path, marker, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+held = 0
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(count):
+    try:
+        folder = ModelFolder(path)
+    except ValueError as error:
+        assert "in use" in str(error) or "being made or removed" in str(error), error
+        continue
+    with folder:
+        os.close(os.open(marker, os.O_CREAT | os.O_EXCL))  # fails where another run is in, too
+        held += 1
+        os.unlink(marker)
+print(held, flush=True)
+"""
+
+
+@pytest.mark.parametrize("has_flock", [True, False])
+def test_two_processes_are_never_in_one_folder_at_once(tmp_path, has_flock):
+    """Each makes and removes the folder all the time, which is when locks are lost."""
+    refuse = (
+        "import errno, fcntl\n"
+        "def refuse(*_): raise OSError(errno.ENOLCK, 'No locks available')\n"
+        "fcntl.flock = refuse\n"
+    )
+    words = [sys.executable, "-c", ("" if has_flock else refuse) + RACE]
+    words += [str(tmp_path / "m"), str(tmp_path / "marker"), "60"]
+    racers = [
+        subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    told = [racer.communicate() for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0], told
+    assert sum(int(held) for held, _ in told) > 0
+
+
+def test_a_lock_file_that_was_replaced_is_noticed_before_the_next_save(tmp_path):
+    path = tmp_path / "m"
+    with ModelFolder(path) as first:
+        _save(first, 1)
+        (path / LOCK).unlink()  # the user takes it for a leftover
+        _save(first, 2)
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+            acquire(path)
+        (path / LOCK).unlink()
+        with ModelFolder(path) as second:
+            second.load()
+            _save(second, 3)
+            text = f"process {os.getpid()} has taken it; stop that run and start again"
+            with pytest.raises(SaveError, match=text):
+                _save(first, 3)
+            assert sorted(os.listdir(path / "generations")) == ["2", "3"]
+            _save(second, 4)
+
+
+# Disks without flock
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_without_flock_an_owner_file_keeps_others_out(tmp_path):
+    path = tmp_path / "m"
+    with ModelFolder(path) as folder:
+        assert [warning for warning in folder.warnings if "has no flock" in warning]
+        assert read_owner(path) == Owner.of_this_process()
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+            ModelFolder(path)
+        assert holder_of(path) == f"process {os.getpid()}"
+        found = holder(path)
+        assert (found.pid, found.is_here, found.is_running) == (os.getpid(), True, True)
+        _save(folder, 1)
+    assert not (path / OWNER).exists()
+    assert holder_of(path) is None
+    with ModelFolder(path) as again:
+        assert again.warnings == [], "what the disk lacks is told once"
+        assert [thread.name for thread in threading.enumerate()].count("mien-owner") == 1
+    assert "mien-owner" not in [thread.name for thread in threading.enumerate()]
+    ModelFolder(tmp_path / "unused").close()
+    assert not (tmp_path / "unused").exists()
+
+
+def test_a_run_on_another_way_to_the_disk_that_has_no_flock_is_seen(tmp_path):
+    (tmp_path / OWNER).write_bytes(Owner.of_this_process().line)
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+        acquire(tmp_path)
+
+
+def _gone() -> Owner:
+    """A process of this machine that has ended; its number may be another's by now."""
+    words = [sys.executable, "-c", "import os; print(os.getpid())"]
+    pid = int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    this = Owner.of_this_process()
+    return Owner(pid, this.host, this.machine, this.start - 1)
+
+
+def _reused() -> Owner:
+    """A process that has ended, whose number is now that of this one."""
+    this = Owner.of_this_process()
+    return Owner(this.pid, this.host, this.machine, this.start - 1)
+
+
+def _elsewhere() -> Owner:
+    return Owner(17, "elsewhere", "another-boot.1", 5)
+
+
+MINUTES_10 = 600.0
+
+
+@pytest.mark.usefixtures("no_flock")
+@pytest.mark.parametrize(
+    ("content", "age_s", "is_taken_over"),
+    [
+        pytest.param(lambda: _gone().line, 0.0, True, id="its process is gone"),
+        pytest.param(lambda: _reused().line, 0.0, True, id="its number is another's"),
+        pytest.param(lambda: _elsewhere().line, 0.0, False, id="another machine's heart beats"),
+        pytest.param(lambda: _elsewhere().line, MINUTES_10, True, id="another machine's is old"),
+        pytest.param(lambda: b"torn", 0.0, False, id="half written just now"),
+        pytest.param(lambda: b"torn", MINUTES_10, True, id="half written long ago"),
+        pytest.param(lambda: b"", MINUTES_10, True, id="empty, long ago"),
+        pytest.param(lambda: b"1 \x1b[31m x 3\n", 0.0, False, id="a stranger's"),
+    ],
+)
+def test_an_owner_file_is_taken_over_by_rule(tmp_path, content, age_s, is_taken_over):
+    (tmp_path / OWNER).write_bytes(content())
+    os.utime(tmp_path / OWNER, (time.time() - age_s,) * 2)
+    if is_taken_over:
+        lock = acquire(tmp_path)
+        assert read_owner(tmp_path) == Owner.of_this_process()
+        lock.release()
+    else:
+        text = r"in use by (process 17 on elsewhere|an unknown process); "
+        with pytest.raises(ValueError, match=text):
+            acquire(tmp_path)
+        assert (tmp_path / OWNER).read_bytes() == content()
+    assert sorted(os.listdir(tmp_path)) == sorted([LOCK] + [OWNER] * (not is_taken_over))
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_of_two_that_find_a_stale_owner_file_one_gets_it(tmp_path, monkeypatch):
+    """The other has removed it and made its own between this one's look and its removal."""
+    (tmp_path / OWNER).write_bytes(_elsewhere().line)
+    os.utime(tmp_path / OWNER, (0, 0))
+    clear_away, fresh = owners.OwnerFile._clear_away, Owner(18, "quicker", "another-boot.1", 6)
+
+    def be_late(self: owners.OwnerFile, stale: Owner | None) -> None:
+        (tmp_path / OWNER).write_bytes(fresh.line)
+        clear_away(self, stale)
+
+    monkeypatch.setattr(owners.OwnerFile, "_clear_away", be_late)
+    with pytest.raises(ValueError, match="in use by process 18 on quicker"):
+        acquire(tmp_path)
+    assert read_owner(tmp_path) == fresh
+    assert sorted(os.listdir(tmp_path)) == [LOCK, OWNER]
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_the_heart_beats_and_renews_the_file(tmp_path, monkeypatch):
+    beaten, confirm = threading.Event(), owners.OwnerFile.confirm
+
+    def beat(self: owners.OwnerFile) -> None:
+        os.utime(tmp_path / OWNER, (0, 0))
+        confirm(self)
+        beaten.set()
+
+    monkeypatch.setattr(owners.OwnerFile, "confirm", beat)
+    monkeypatch.setattr(owners, "RENEW_SECONDS", 0.001)
+    lock = acquire(tmp_path)
+    assert beaten.wait(60)
+    lock.release()
+    assert not (tmp_path / OWNER).exists()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_run_whose_folder_was_taken_over_ends_before_it_saves(tmp_path):
+    path = tmp_path / "m"
+    with ModelFolder(path) as folder:
+        _save(folder, 1)
+        (path / OWNER).unlink()  # by hand: nobody has taken it
+        _save(folder, 2)
+        assert read_owner(path) == Owner.of_this_process()
+        (path / OWNER).write_bytes(_elsewhere().line)
+        before = (path / "state.json").read_bytes()
+        with pytest.raises(SaveError, match="process 17 on elsewhere has taken it"):
+            _save(folder, 3)
+        assert (path / "state.json").read_bytes() == before
+        assert sorted(os.listdir(path / "generations")) == ["1", "2"]
+    assert read_owner(path) == _elsewhere(), "it is not this run's to remove"
