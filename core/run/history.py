@@ -305,15 +305,24 @@ def _leave_out_undone(files: list[_EventFile], saved: list[Session]) -> None:
 def _sessions(
     files: list[_EventFile], saved: list[Session], unsaved_batch_size: int | None
 ) -> list[SessionHistory]:
-    """Every session that is saved or logged, by its number."""
-    logged: dict[int, list[_EventFile]] = {}
-    for file in files:
-        logged.setdefault(file.session, []).append(file)
+    """Every session that is saved or logged, by its number.
+
+    The first saved one stands for all up to it: they are told apart where all of it is logged.
+    """
     known = {session.number: session for session in saved}
     trained = {file.session for file in files if file.iterations}
-    earliest = saved[0] if saved and saved[0].number > 1 else None  # it stands for all up to it
-    if earliest is not None and any(number <= earliest.number for number in trained):
-        del known[earliest.number]
+    earliest = saved[0] if saved and saved[0].number > 1 else None
+    first = 0  # the session to which the logs of all before it belong
+    if earliest is not None:
+        early = (file for file in files if file.session <= earliest.number)
+        if sum(sum(file.counts) for file in early) == earliest.iterations:
+            del known[earliest.number]
+        else:
+            first = earliest.number
+    logged: dict[int, list[_EventFile]] = {}
+    for file in files:
+        logged.setdefault(max(file.session, first), []).append(file)
+    trained = {max(number, first) for number in trained}
     sessions = []
     for number in sorted(known.keys() | trained):
         batch_size = unsaved_batch_size
