@@ -85,7 +85,7 @@ def _info(args: argparse.Namespace) -> int:
         "parameters": "unknown" if parameters is None else f"{parameters:,}",
         "iterations": f"{facts['iterations']:,}",
         "lowest loss": _number(facts["lowest_mean_loss"]),
-        "backup": _save(facts["backup"]) if facts["backup"] else "none yet",
+        "backup": _backup(facts),
         "run": f"{facts['run_id']}, saved by mien {facts['mien_version']}",
         "in use": f"by {facts['in_use_by']}" if facts["in_use_by"] else "by no run",
     }
@@ -93,7 +93,7 @@ def _info(args: argparse.Namespace) -> int:
         tell(f"{name:<12} {text or 'none'}")
     for title, saves in (
         ("saves", map(_save, facts["generations"])),
-        ("snapshots", facts["snapshots"]),
+        ("snapshots", (_copied(path, facts) for path in facts["snapshots"])),
         ("sessions", map(_session, facts["sessions"])),
     ):
         for number, line in enumerate(saves):
@@ -193,6 +193,19 @@ def _inference(args: argparse.Namespace) -> int:
 
 def _save(facts: dict[str, Any]) -> str:
     return f"{facts['name']}, iteration {facts['iterations']:,}{_size_of(facts['size_bytes'])}"
+
+
+def _backup(facts: dict[str, Any]) -> str:
+    if not facts["backup"]:
+        return "none yet"
+    path = str(Path(facts["path"]) / facts["backup"]["name"])
+    return _copied(path, facts, _save(facts["backup"]))
+
+
+def _copied(path: str, facts: dict[str, Any], words: str = "") -> str:
+    """A backup or snapshot, and whether damage to a save can reach it."""
+    how = "hard links to a save, not a copy" if path in facts["linked"] else "a copy"
+    return f"{words or path}, {how}"
 
 
 def _session(facts: dict[str, Any]) -> str:

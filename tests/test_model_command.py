@@ -4,7 +4,9 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +121,20 @@ def test_info_tells_who_holds_the_folder_and_a_run_can_begin_meanwhile(model):
         assert facts_of(model)["in_use_by"] == f"process {os.getpid()}"
     assert facts_of(model)["in_use_by"] is None
     ModelFolder(model).close()
+
+
+def test_info_tells_what_is_a_copy_and_what_a_link(model, capsys):
+    _, told = _run(capsys, "info", model)
+    snapshot = f"{model}_snapshot_4_iters"
+    assert f"snapshots    {snapshot}, a copy\n" in told.out
+    assert re.search(r"\nbackup       backup, iteration 4, .* MiB, a copy\n", told.out)
+    assert facts_of(model)["linked"] == []
+    for copy in (model / "backup", Path(snapshot) / "generations/4"):  # as earlier versions made it
+        (copy / "model.safetensors").unlink()
+        os.link(model / "generations/4/model.safetensors", copy / "model.safetensors")
+    _, told = _run(capsys, "info", model)
+    assert told.out.count(", hard links to a save, not a copy\n") == 2
+    assert facts_of(model)["linked"] == [str(model / "backup"), snapshot]
 
 
 def test_info_of_a_damaged_save_says_what_to_do(model, capsys):

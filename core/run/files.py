@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import TextIO
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
 _NOT_OFFERED = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}
@@ -256,12 +255,6 @@ def open_for_reading(path: str | Path, *, follows_links: bool = False) -> Buffer
     """A plain file, open to be read; OSError as `open_plain`."""
     opener = partial(open_plain, follows_links=follows_links)
     return open(path, "rb", opener=opener)
-
-
-def open_for_append(path: str | Path, *, follows_links: bool = False) -> TextIO:
-    """A plain file, open to have whole lines of text added; OSError as `open_plain`."""
-    opener = partial(open_plain, follows_links=follows_links)
-    return open(path, "a", encoding="utf-8", buffering=1, opener=opener)
 
 
 @contextmanager

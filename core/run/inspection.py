@@ -20,6 +20,7 @@ from ..config import from_dict, model_settings
 from .checkpoint import BACKUP, ModelFolder
 from .files import DamagedError
 from .generation import (
+    MODEL,
     STATE,
     Manifest,
     check_generation,
@@ -118,6 +119,8 @@ def facts_of(path: Path) -> dict[str, Any]:
             ) from damage
         kept = folder.manifests([])
         backup = _manifest_or_none(path / BACKUP)
+        snapshots = _snapshots(path)
+        linked = [str(copy) for copy in (path / BACKUP, *snapshots) if _is_linked(copy)]
     state = TrainingState.from_dict(state_values)
     return {
         "path": str(path),
@@ -136,7 +139,8 @@ def facts_of(path: Path) -> dict[str, Any]:
         ],
         "generations": [_facts_of_save(found) for found in kept],
         "backup": None if backup is None else _facts_of_save(backup),
-        "snapshots": [str(snapshot) for snapshot in _snapshots(path)],
+        "snapshots": [str(snapshot) for snapshot in snapshots],
+        "linked": linked,
         "run_id": state.run_id,
         "mien_version": manifest.mien_version,
         "in_use_by": holder_of(path),
@@ -170,6 +174,13 @@ def _snapshots(path: Path) -> list[Path]:
     pattern = re.compile(re.escape(folder.name) + r"_snapshot_(\d{1,12})_iters")
     found = ((pattern.fullmatch(other.name), other) for other in folder.parent.iterdir())
     return [other for _, other in sorted((int(name[1]), other) for name, other in found if name)]
+
+
+def _is_linked(copy: Path) -> bool:
+    """Whether a backup or snapshot has a file under a second name, as earlier versions made them:
+    damage to a save then reaches its copy."""
+    found = [copy / MODEL, *copy.glob(f"generations/*/{MODEL}")]
+    return any(os.lstat(file).st_nlink > 1 for file in found if os.path.lexists(file))
 
 
 def _manifest_or_none(folder: Path) -> Manifest | None:
