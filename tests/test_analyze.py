@@ -158,6 +158,15 @@ def test_a_graph_shows_what_is_chosen(tmp_path, capsys):
         assert (_is_drawn(path, blue), _is_drawn(path, orange)) == colors
 
 
+@pytest.mark.parametrize("name", ["gesichter_\udce4", "a$\\no$b", "$$", "a\nb\x1b[2J", "{}%s"])
+def test_a_graph_of_a_model_of_any_name(tmp_path, capsys, name):
+    model, graph = tmp_path / name, tmp_path / "graph.png"
+    _save(model, 3)
+    _log(model, 1, range(1, 4))
+    assert _analyze(capsys, model, "--graph", graph)[0] == 0
+    assert cv2.imread(str(graph)) is not None
+
+
 def test_a_long_line_is_thinned_to_what_can_be_seen():
     values = np.random.default_rng(0).random(100_003)
     values[[12_345, 54_321]] = 9, -9

@@ -229,8 +229,8 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capfd):
     create = TensorBoardLog._create
 
-    def on_a_full_disk(log):
-        create(log).close()
+    def on_a_full_disk(log, ending):
+        create(log, ending).close()
         return open("/dev/full", "wb")
 
     monkeypatch.setattr(TensorBoardLog, "_create", on_a_full_disk)

@@ -336,20 +336,28 @@ def test_the_graph_shows_three_dots_in_their_colours(tmp_path):
         assert (pixels_hwc == color).all(-1).sum() > 20, color
 
 
-def test_a_signal_ends_a_search_and_nothing_is_kept(sides, tmp_path, capsys, monkeypatch):
-    model = tmp_path / "model"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_search_and_the_same_line_begins_it_anew(
+    sides, tmp_path, capsys, monkeypatch, number
+):
+    model, words = tmp_path / "model", ("-r", "-i", "3")
 
     def losses(*_):
         yield 1.0
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         yield 1.0
         pytest.fail("it goes on")
 
-    monkeypatch.setattr(lr_finder, "_losses", losses)
-    assert _train(sides, model, "-r", "-i", "3") == loop.STOPPED
+    with monkeypatch.context() as patch:
+        patch.setattr(lr_finder, "_losses", losses)
+        assert _train(sides, model, *words) == loop.STOPPED
     events, _ = _events(capsys)
-    assert events["stop"]["reason"] == "SIGTERM received before training began"
+    assert events["stop"]["reason"] == f"{number.name} received before training began"
     assert "generations" not in _names(model)
+    assert _train(sides, model, *words) == 0
+    events, _ = _events(capsys)
+    assert events["stop"]["iteration"] == 3
+    assert events["found_rates"]["chosen"] == "default"
 
 
 def test_a_dry_run_searches_nothing(sides, tmp_path, monkeypatch, capsys):

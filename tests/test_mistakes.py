@@ -1,5 +1,7 @@
 """Mistakes of a user and refusals of a disk, in every command: one line, exit code 2."""
 
+import errno
+import json
 import os
 import pwd
 import subprocess
@@ -9,9 +11,12 @@ from pathlib import Path
 import pytest
 
 from mien.cli import main
+from mien.core.config import from_dict
 from mien.core.faces.synthetic import draw_folder
 from mien.core.run.checkpoint import ModelFolder
+from mien.core.run.crash import reporting_crashes
 from mien.core.run.lock import LOCK
+from mien.core.run.log import Reporter
 
 LONG = "n" * 300
 NO_HOME = "~nosuchuser/x"
@@ -196,3 +201,52 @@ def test_names_of_faces_do_nothing_on_a_terminal(tmp_path, monkeypatch, capsys):
     assert "\x1b[31m" not in told
     assert r"faces\u001b[31m[/b]" in told
     assert SHOWN in told
+
+
+NO_UTF8 = "f\udce4.png"
+
+
+def test_names_that_are_no_utf8_end_no_run(sides, tmp_path, capsys):
+    faces = tmp_path / "a"
+    faces.mkdir()
+    for path in sides[0].iterdir():
+        os.link(path, faces / path.name)
+    (faces / NO_UTF8).write_text("no face")
+    words = ["-A", str(faces), "-B", str(sides[1]), "-m", str(tmp_path / "model"), "-b", "4"]
+    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu"]
+    assert main(["train", *words, "-i", "1", "-F", str(tmp_path / "run.log")]) == 0
+    line = rf"Warning: skipped {faces}/f\xe4.png: is no PNG: only PNGs that extraction wrote"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "run.log").read_text()
+    (events,) = tmp_path.glob("model/logs/session_1/events.jsonl")
+    assert f"{faces}/{NO_UTF8}" in json.loads(events.read_text().splitlines()[0])["message"]
+
+
+def test_a_crash_is_reported_whatever_its_names_hold(tmp_path, capsys):
+    config = from_dict({"data": {"input_a": f"/faces/{NO_UTF8}"}})
+    reporter = Reporter(as_json=True)
+    reporter.warning(f"skipped {NO_UTF8}")
+    with pytest.raises(RuntimeError), reporting_crashes(tmp_path, config, reporter):
+        raise RuntimeError(f"at {NO_UTF8}")
+    (report,) = tmp_path.glob("crash_report_*.txt")
+    assert r"RuntimeError: at f\udce4.png" in report.read_text(encoding="utf-8")
+
+
+def test_a_refusal_of_the_disk_in_training_is_a_failure_of_ours(tmp_path):
+    reporter = Reporter(as_json=True)
+    with (
+        pytest.raises(RuntimeError, match="Stale file handle"),
+        reporting_crashes(tmp_path, from_dict({}), reporter),
+    ):
+        raise OSError(errno.ESTALE, "Stale file handle", "/faces/a/1.png")
+    assert len(list(tmp_path.glob("crash_report_*.txt"))) == 1
+
+
+def test_a_preset_that_cannot_hold_a_name_says_which(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert main(["preset", "save", "own", "--set", f"log.file={NO_UTF8}"]) == 2
+    told = capsys.readouterr().err
+    assert told == (
+        'mien preset: a preset cannot hold file = "f\\xe4.png": the name is no UTF-8; rename it\n'
+    )
+    assert not list(tmp_path.rglob("*.t*"))

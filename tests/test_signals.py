@@ -10,6 +10,7 @@ import pytest
 
 from mien.cli import main
 from mien.core.data.feed import Feed
+from mien.core.data.sides import open_sides
 from mien.core.run.keyboard import Keyboard
 from mien.core.run.requests import Requests
 from mien.core.run.stop import Interrupted, StopRequest
@@ -73,6 +74,47 @@ def test_a_run_outlives_what_it_is_to_ignore(sides, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(Feed, "next", send)
     assert _train(sides, tmp_path / "model", "-i", "3", "--json") == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["iteration"] == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_before_training_a_signal_ends_at_once_and_the_same_line_begins_anew(
+    sides, tmp_path, monkeypatch, capsys, number
+):
+    def decode(*_, **__):
+        os.kill(os.getpid(), number)
+        pytest.fail("it goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mien.core.train.prepare.open_sides", decode)
+        assert _train(sides, tmp_path / "model", "-i", "1") == 4
+    assert capsys.readouterr().err == f"mien train: {number.name} received before training began\n"
+    assert not list(tmp_path.glob("model/crash_report_*"))
+    assert _train(sides, tmp_path / "model", "-i", "1") == 0
+
+
+def test_in_a_change_of_stages_a_signal_ends_at_once_with_the_stage_saved(
+    sides, tmp_path, monkeypatch, capsys
+):
+    recipe = tmp_path / "two.toml"
+    recipe.write_text('[[stage]]\nname = "learn"\niterations = 2\n[[stage]]\niterations = 2\n')
+    words = ("--recipe", str(recipe), "-i", "4", "--json")
+    openings = []
+
+    def opening(*given, **named):
+        openings.append(given)
+        if len(openings) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            pytest.fail("it goes on")
+        return open_sides(*given, **named)
+
+    monkeypatch.setattr("mien.core.train.prepare.open_sides", opening)
+    assert _train(sides, tmp_path / "model", *words) == 4
+    captured = capsys.readouterr()
+    stop = json.loads(captured.out.splitlines()[-1])
+    assert captured.err == ""
+    assert (stop["iteration"], stop["exit_code"]) == (2, 4)
+    assert stop["reason"] == "SIGTERM received; the state is saved"
+    assert _train(sides, tmp_path / "model", *words[2:], "-i", "2") == 0
 
 
 ASKED = """

@@ -28,15 +28,18 @@ def test_a_lock_that_is_a_pipe_is_no_holder_and_not_waited_for(tmp_path):
 
 def test_a_run_that_went_back_is_followed_though_its_number_is_lower(tmp_path):
     for session in (1, 2, 3):
-        _told(tmp_path, session).stage("the stage is over")
+        _told(tmp_path, session).save(iteration=session, path=tmp_path)
         path = tmp_path / f"logs/session_{session}/events.jsonl"
         os.utime(path, (1e9 + session, 1e9 + session))
     seen = Journal(tmp_path)
     seen.update()
-    assert (seen.session, list(seen.latest)) == (3, ["start", "stage"])
+    assert (seen.session, list(seen.latest)) == (3, ["start", "save"])
     _told(tmp_path, 2).warning("back at iteration 2")
     seen.update()
-    assert (seen.session, list(seen.latest)) == (2, ["start", "warning"])
+    assert (seen.session, [event["event"] for event in seen.events]) == (
+        2,
+        ["start", "save", "start", "warning"],
+    )
 
 
 def test_a_failure_of_ours_is_told_at_once(tmp_path, capsys):
@@ -93,13 +96,13 @@ def test_of_what_was_put_aside_no_more_is_read_than_of_one_file(tmp_path, monkey
 
 def test_a_journal_that_is_put_aside_at_this_moment_keeps_its_session(tmp_path):
     _told(tmp_path, 1)
-    _told(tmp_path, 2).stage("the stage is over")
+    _told(tmp_path, 2).save(iteration=2, path=tmp_path)
     seen = Journal(tmp_path)
     seen.update()
     path = tmp_path / "logs/session_2/events.jsonl"
     path.rename(path.with_name("events.jsonl.1"))
     seen.update()
-    assert (seen.session, list(seen.latest)) == (2, ["start", "stage"])
-    path.write_text('{"event": "save", "time": 1}\n')
+    assert (seen.session, list(seen.latest)) == (2, ["start", "save"])
+    path.write_text('{"event": "stop", "time": 1}\n')
     seen.update()
-    assert (seen.session, list(seen.latest)) == (2, ["start", "stage", "save"])
+    assert (seen.session, list(seen.latest)) == (2, ["start", "save", "stop"])

@@ -129,13 +129,24 @@ def save(
     kept = _worth_keeping(settings)
     if not kept:
         raise ValueError("there is nothing to save; give --from, --trainer or --set")
-    content = tomli_w.dumps({"description": description} | kept)
+    content = _as_toml({"description": description} | kept)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_output(path, content.encode(), force=force)
+        write_output(path, content, force=force)
     except OSError as error:
         raise ValueError(f"cannot write preset {path}: {error.strerror}") from error
     return Preset(name, path, description, kept)
+
+
+def _as_toml(values: dict[str, Any]) -> bytes:
+    text = tomli_w.dumps(values)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        line = text[: error.start].count("\n")
+        raise ValueError(
+            f"a preset cannot hold {text.splitlines()[line]}: the name is no UTF-8; rename it"
+        ) from None
 
 
 def _paths() -> dict[str, Path]:

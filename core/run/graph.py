@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..printable import printable
 from . import statistics
 from .history import History
 
@@ -128,7 +129,7 @@ def draw_losses(
         )
         _fit_height(axis, shown)
         _mark_sessions(axis, history, iterations)
-        axis.set_ylabel(panel)
+        axis.set_ylabel(printable(panel), parse_math=False)
         if len(shown):
             axis.legend(loc="upper right")
     grid[-1].set_xlabel("iteration")
@@ -204,7 +205,7 @@ def _panels(count: int, title: str, drawing: Drawing) -> tuple["Figure", list["A
     height = 1.2 + _PANEL_INCHES * max(count, 1.4)
     figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(printable(title), fontsize=13, fontweight="bold", parse_math=False)
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     grid[0].set_title(_legend(drawing), fontsize=9, color="dimgray")
     for axis in grid:
