@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CUDA ?= 13
 STAMP := $(VENV)/.installed
+LOWEST_PAGE := $(VENV)/lowest-page
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
@@ -28,9 +29,16 @@ kernels/libmien.so: $(NATIVE) $(STAMP)
 demo: setup
 	$(BIN)/mien demo
 
-# Two processes of one thread each: most tests have work for one thread only.
-test: setup lint
+# Two processes of one thread each: most tests have work for one thread only. The page once more, with
+# the lowest versions of what serves it before the installed ones: its guard rests on them.
+test: setup lint $(LOWEST_PAGE)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	PYTHONPATH=$(LOWEST_PAGE) $(BIN)/python -m pytest tests/test_monitor*.py -m 'not slow'
+
+$(LOWEST_PAGE)/.installed: $(STAMP) tests/minimum.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-warn-conflicts --upgrade \
+	    --target $(LOWEST_PAGE) -c tests/minimum.txt starlette uvicorn plotly httpx
+	touch $@
 
 # The suite with the lowest version of every dependency that pyproject.toml allows, and with the newest
 # on the newest Python; each in a virtual environment of its own, which takes 6 GB and minutes to make.

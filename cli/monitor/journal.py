@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...core.run.history import session_number
+from ...core.run.files import open_for_reading
 from ...core.run.log import EVENTS
 from ...core.run.report_files import older_file
+from ...core.run.session import session_number
 
 KINDS = ("start", "step", "save", "preview", "stop", "crash", "restore")
 """Events whose latest one is looked at by itself."""
@@ -163,12 +164,12 @@ def _changed_at(path: str | Path) -> int:
 def _opened(path: Path) -> Iterator[BinaryIO | None]:
     """A plain file to read; None where there is none."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        stream = open_for_reading(path)
     except OSError:
         yield None
         return
-    with os.fdopen(handle, "rb") as stream:
-        yield stream if stat.S_ISREG(os.fstat(handle).st_mode) else None
+    with stream:
+        yield stream
 
 
 def _size(stream: BinaryIO) -> int:

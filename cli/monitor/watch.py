@@ -13,6 +13,7 @@ from typing import Any
 
 from ... import __version__
 from ...core.run.checkpoint import PREVIEW, STATE
+from ...core.run.files import DamagedError, read_regular
 from ...core.run.history import History, event_files, read_history
 from ...core.run.holder import holder
 from ...core.run.statistics import total_figures
@@ -117,16 +118,10 @@ class Watch:
 
     def preview(self) -> bytes | None:
         """The newest preview of the run as PNG; None where there is none."""
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            handle = os.open(self._path / PREVIEW, flags)
-        except OSError:
+            return read_regular(self._path / PREVIEW, _MAX_PREVIEW_BYTES)
+        except (OSError, DamagedError):
             return None
-        with os.fdopen(handle, "rb") as stream:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_PREVIEW_BYTES:
-                return None
-            return stream.read()
 
     def _preview_tag(self) -> str | None:
         try:

@@ -17,7 +17,6 @@ tags are bounded, and no more than the files hold is ever read or kept.
 
 import math
 import os
-import re
 import struct
 from array import array
 from bisect import bisect_left, bisect_right
@@ -36,7 +35,7 @@ from .checkpoint import CONFIG, ModelFolder
 from .files import DamagedError, open_regular, read_regular
 from .generation import MAX_COUNT
 from .log import ITERATION
-from .session import Session, TrainingState
+from .session import Session, TrainingState, session_number
 from .undone import MARK
 
 if TYPE_CHECKING:
@@ -50,8 +49,6 @@ _MAX_FILE_BYTES = (1 << 63) - 1  # it is read record by record
 _MAX_SECONDS = 1e11
 _MOST_WARNINGS = 10
 _MOST_TAGS = 64  # that are kept: faces and masks of both sides, and of four outputs, are 16
-
-_SESSION = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -244,12 +241,6 @@ def event_files(logs: Path) -> Iterator[str]:
             for name in _names_in(train):
                 if name.startswith("events.out.tfevents."):
                     yield os.path.join(train, name)
-
-
-def session_number(folder: str) -> int | None:
-    """The number of the session that has a folder of logs of this name; None where none has."""
-    found = _SESSION.fullmatch(folder)
-    return int(found[1]) if found else None
 
 
 def _names_in(folder: str) -> list[str]:

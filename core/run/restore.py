@@ -13,7 +13,6 @@ The same command again finishes what a kill interrupted.
 """
 
 import os
-import re
 import shutil
 import time
 from dataclasses import dataclass
@@ -39,10 +38,8 @@ from .generation import (
     read_state,
 )
 from .owner import InUseError
-from .session import TrainingState
+from .session import TrainingState, session_number
 from .undone import mark_undone
-
-_SESSION = re.compile(r"session_(\d{1,12})")
 
 
 @dataclass(frozen=True)
@@ -244,9 +241,12 @@ def _unknown_logs(logs: Path, state: TrainingState) -> list[Path]:
         return []
     known = {session.number for session in state.sessions}
     first = min(known, default=0)  # it stands for all sessions up to it
-    named = ((_SESSION.fullmatch(entry.name), entry) for entry in sorted(logs.iterdir()))
-    numbered = ((int(name[1]), entry) for name, entry in named if name)
-    return [entry for number, entry in numbered if number > first and number not in known]
+    numbered = ((session_number(entry.name), entry) for entry in sorted(logs.iterdir()))
+    return [
+        entry
+        for number, entry in numbered
+        if number is not None and number > first and number not in known
+    ]
 
 
 def _move_logs(logs: list[Path], archive: Path) -> None:

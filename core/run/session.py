@@ -29,6 +29,7 @@ _LARGEST = 1e300
 _MOST_SESSIONS, _MOST_WITH_SETTINGS = 1000, 100  # 0.4 MiB of JSON, of the 16 that are read
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_LOGS = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -187,6 +188,12 @@ class TrainingState:
         _require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
         state.sessions = _folded(state.sessions)
         return state
+
+
+def session_number(folder: str) -> int | None:
+    """The number of the session that has a folder of logs of this name; None where none has."""
+    found = _LOGS.fullmatch(folder)
+    return int(found[1]) if found else None
 
 
 def resolve_resume(
