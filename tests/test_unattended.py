@@ -1,4 +1,4 @@
-"""Runs that look after themselves: stages of a recipe, setbacks, and what is kept on the way."""
+"""Runs that look after themselves: stages of a recipe, rollbacks, and what is kept on the way."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from mien.core.run.checkpoint import ModelFolder, SaveError
 from mien.core.run.session import TrainingState
 from mien.core.train import loop as loops
 from mien.core.train import unattended
-from mien.core.train.health import JUMP, STAYED, WINDOW, Collapse, NotFinite, Trouble
+from mien.core.train.divergence import JUMP, STAYED, WINDOW, Collapse, NotFinite, TrainingDiverged
 from mien.core.train.lr_finder import Search
 from mien.core.train.schedule import Schedule
 
@@ -256,7 +256,7 @@ def test_a_rate_that_a_stage_sets_replaces_a_found_one_for_good(sides, tmp_path,
     assert dict(rates) == dict(enumerate([1e-3] * 2 + [1e-5] * 6))
 
 
-# Setbacks
+# Rollbacks
 
 
 def _poisoned(monkeypatch, iteration, times):
@@ -383,7 +383,7 @@ def test_off_a_plateau_takes_no_loss_that_is_no_number(sides, tmp_path, monkeypa
 
 def _collapsed_after(monkeypatch, iteration, windows_px=4):
     """Losses that jump after an iteration and stay, seen in short windows."""
-    monkeypatch.setattr("mien.core.train.health.WINDOW", windows_px)
+    monkeypatch.setattr("mien.core.train.divergence.WINDOW", windows_px)
     original = loops.Loop._check
 
     def check(self, named, asked):
@@ -435,7 +435,7 @@ def _losses(*totals):
 
 
 def test_a_loss_that_is_no_number_names_iteration_and_loss():
-    with pytest.raises(Trouble, match=r"at iteration 12 \(batch_total, loss_a\)"):
+    with pytest.raises(TrainingDiverged, match=r"at iteration 12 \(batch_total, loss_a\)"):
         NotFinite(scales_loss=True).check(_losses(1, 1, np.inf), first=10, skipped=0)
 
 
@@ -446,9 +446,9 @@ def test_single_overflows_of_fp16_are_none_but_many_in_a_row_are():
     check = NotFinite(scales_loss=True)
     for i in range(24):
         check.check(_losses(1, 1), first=1 + 2 * i, skipped=2 * i + 2)
-    with pytest.raises(Trouble, match=r"last 50 iterations were too large for fp16"):
+    with pytest.raises(TrainingDiverged, match=r"last 50 iterations were too large for fp16"):
         check.check(_losses(1, 1), first=49, skipped=50)
-    with pytest.raises(Trouble, match="not a number at the gradient"):
+    with pytest.raises(TrainingDiverged, match="not a number at the gradient"):
         NotFinite(scales_loss=False).check(_losses(1, 1), first=1, skipped=1)
 
 
@@ -460,7 +460,7 @@ def test_a_loss_that_jumps_and_stays_is_a_collapse_and_a_spike_is_none():
     watch.take_losses(spike, first=len(falling) + 1)
     watch.take_losses(np.full(WINDOW, 0.2), first=len(falling) + len(spike) + 1)
     at = len(falling) + len(spike) + WINDOW
-    with pytest.raises(Trouble) as caught:
+    with pytest.raises(TrainingDiverged) as caught:
         watch.take_losses(np.full(10 * WINDOW, 0.9), first=at + 1)
     assert caught.value.good_until == at
 
@@ -476,11 +476,11 @@ def test_faces_of_one_colour_are_a_collapse_once_there_was_more():
     watch.take_pictures(noise, faces, iterations=1, session_iterations=1)
     watch.take_pictures(flat, faces, iterations=9, session_iterations=9)  # not learnt yet
     watch.take_pictures(faces, faces, iterations=500, session_iterations=500)
-    with pytest.raises(Trouble, match="every face of B has become one colour") as caught:
+    with pytest.raises(TrainingDiverged, match="every face of B has become one colour") as caught:
         watch.take_pictures(one_flat, faces, iterations=900, session_iterations=900)
     assert caught.value.good_until == 500
     Collapse().take_pictures(flat, flat, iterations=9000, session_iterations=9000)
-    with pytest.raises(Trouble, match="every face of A"):
+    with pytest.raises(TrainingDiverged, match="every face of A"):
         Collapse().take_pictures(flat, faces, iterations=9000, session_iterations=5000)
 
 

@@ -14,8 +14,8 @@ from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
 from ..run.requests import Requests, Wish
 from . import stages
+from .divergence import Collapse, NotFinite, TrainingDiverged
 from .evaluate import evaluate
-from .health import Collapse, NotFinite, Trouble
 from .pictures import Look
 from .prepare import Run
 from .ring import CAPACITY, to_host
@@ -40,7 +40,7 @@ class End:
 
     reason: str
     goes_on: bool = False
-    """Another loop follows: of the next stage, or after a setback."""
+    """Another loop follows: of the next stage, or after a rollback."""
 
     back_at: int | None = None
     """The model has gone back to the save of this iteration, to try again."""
@@ -93,7 +93,7 @@ class Loop:
         accumulation = run.config.optimizer.gradient_accumulation
         self.not_finite = NotFinite(run.precision.scales_loss, accumulation)
         self.collapse = Collapse()
-        self.trouble: Trouble | None = None
+        self.divergence: TrainingDiverged | None = None
         """Why this training must not go on; then nothing more is looked for."""
 
         self.mean_losses: deque[float | None] = deque()
@@ -116,13 +116,13 @@ class Loop:
                 # The next stage goes on with the optimizer's state, whether it is to stay or not.
                 with_optimizer = end.goes_on or self._snapshot_is_due()
                 self._save(is_last=True, with_optimizer=with_optimizer)
-            except Trouble as trouble:
-                self.trouble = trouble
-                end = self._face(trouble)
+            except TrainingDiverged as divergence:
+                self.divergence = divergence
+                end = self._recover(divergence)
             self.r.saver.wait()
             self._report_saves()
         except SaveError as error:
-            end = End(HALTED, f"{self.trouble}; {error}" if self.trouble else str(error))
+            end = End(HALTED, f"{self.divergence}; {error}" if self.divergence else str(error))
         return end
 
     def _remaining(self) -> int:
@@ -168,21 +168,21 @@ class Loop:
             return End(DONE, f"recipe {plan.recipe.name} is done: {why}")
         return End(DONE, f"stage {plan.stage.name} is over: {why}", goes_on=True)
 
-    def _face(self, trouble: Trouble) -> End:
+    def _recover(self, divergence: TrainingDiverged) -> End:
         """What follows when training must not go on: a way back, or the end."""
         folder, state = self.r.folder, self.r.state
-        if trouble.good_until is None and self.policy == "halt":
+        if divergence.good_until is None and self.policy == "halt":
             self._save(is_last=True)  # the weights are those before the step that failed
-            return End(HALTED, f"{trouble}; {self._untouched()}. {_ADVICE}")
+            return End(HALTED, f"{divergence}; {self._untouched()}. {_ADVICE}")
         self.r.saver.wait()
         back_at = folder.go_back(
-            state.iterations if trouble.good_until is None else trouble.good_until
+            state.iterations if divergence.good_until is None else divergence.good_until
         )
         if back_at is None:
-            return End(HALTED, f"{trouble}; no save from before is left. {_ADVICE}")
+            return End(HALTED, f"{divergence}; no save from before is left. {_ADVICE}")
         if self.policy == "rollback":
-            return End(HALTED, str(trouble), goes_on=True, back_at=back_at)
-        return End(HALTED, f"{trouble}; the model is back at iteration {back_at}. {_ADVICE}")
+            return End(HALTED, str(divergence), goes_on=True, back_at=back_at)
+        return End(HALTED, f"{divergence}; the model is back at iteration {back_at}. {_ADVICE}")
 
     def _untouched(self) -> str:
         if self.r.step.update.is_whole:
@@ -259,14 +259,14 @@ class Loop:
                 scalars["learning_rate"] = schedule.rate(asked.first + i - 1)
             self._record(scalars, asked.first + i, asked.wall_time(i))
         self._status(named, asked)
-        if not self.trouble:
+        if not self.divergence:
             self._check(named, asked)
             self.r.state.add_losses(float(named["batch_total"].sum()), asked.count)
             if self.r.plan:
                 self.r.plan.take_losses(named)
 
     def _check(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
-        """Raise Trouble where training must not go on."""
+        """Raise TrainingDiverged where training must not go on."""
         if self.policy == "off":
             return
         self.not_finite.check(named, asked.first, int(asked.skipped()[0]))
@@ -316,7 +316,7 @@ class Loop:
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
         look = self.look = self.r.pictures.look(state.iterations)
-        if not self.trouble and self.policy != "off":
+        if not self.divergence and self.policy != "off":
             self.collapse.take_pictures(
                 look.predictions[:, 0],
                 look.faces.targets,

@@ -25,7 +25,7 @@ _OVERFLOWS = 50
 
 
 @dataclass(frozen=True)
-class Trouble(Exception):
+class TrainingDiverged(Exception):
     """Training must not go on like this."""
 
     cause: str
@@ -53,7 +53,7 @@ class NotFinite:
         """Iterations in a row, at least, whose steps were left out."""
 
     def check(self, named: dict[str, np.ndarray], first: int, skipped: int) -> None:
-        """Raise Trouble where one of some iterations was not finite.
+        """Raise TrainingDiverged where one of some iterations was not finite.
 
         Args:
             named: Losses by name, (N,).
@@ -69,11 +69,11 @@ class NotFinite:
         if len(bad_rows):
             row = bad_rows[0]
             names = ", ".join(name for name in bad if bad[name][row])
-            raise Trouble(f"not a number at iteration {first + int(row)} ({names})")
+            raise TrainingDiverged(f"not a number at iteration {first + int(row)} ({names})")
         if new > 0 and not self.scales_loss:
-            raise Trouble("not a number at the gradient")
+            raise TrainingDiverged("not a number at the gradient")
         if self.overflows >= _OVERFLOWS:
-            raise Trouble(
+            raise TrainingDiverged(
                 f"the gradients of the last {self.overflows} iterations were too large for fp16"
             )
 
@@ -91,7 +91,7 @@ class Collapse:
         """Of each side, the last total iteration at which its pictures were as varied as faces."""
 
     def take_losses(self, totals: np.ndarray, first: int) -> None:
-        """Take in the summed losses (N,) of iterations from ``first`` on; raise Trouble."""
+        """Take in the summed losses (N,) of iterations from ``first``; raise TrainingDiverged."""
         for i, total in enumerate(totals.tolist()):
             self.loss_sum += total
             self.loss_count += 1
@@ -102,7 +102,7 @@ class Collapse:
     def take_pictures(
         self, predictions: np.ndarray, targets: np.ndarray, iterations: int, session_iterations: int
     ) -> None:
-        """Look at what the preview shows; raise Trouble.
+        """Look at what the preview shows; raise TrainingDiverged.
 
         Args:
             predictions: (2 sides, n, S, S, C) uint8, each side's faces re-created.
@@ -121,7 +121,7 @@ class Collapse:
                 and (varied_at is not None or session_iterations >= _SURELY_LEARNT)
             ):
                 begun = iterations - session_iterations
-                raise Trouble(
+                raise TrainingDiverged(
                     f"every face of {'AB'[side]} has become one colour",
                     good_until=begun if varied_at is None else varied_at,
                 )
@@ -132,7 +132,7 @@ class Collapse:
         self.high = self.high + 1 if mean > JUMP * self.lowest else 0
         if self.high == STAYED:
             begun = iteration - STAYED * WINDOW
-            raise Trouble(
+            raise TrainingDiverged(
                 f"the loss jumped from {self.lowest:.4f} to {mean:.4f} after iteration {begun} and "
                 "stayed",
                 good_until=begun,
