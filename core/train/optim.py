@@ -34,6 +34,7 @@ from ...kernels.rules import Clipping, Rule
 from ...kernels.tables import Tables
 from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
+from . import optimizer_state
 from .frozen import Frozen
 from .precision import Precision
 
@@ -166,7 +167,7 @@ class Update:
         """Take up what `weights` gave.
 
         Raises:
-            ValueError: A tensor is missing, unknown or of another shape.
+            ValueError: A tensor is missing, unknown, or of another shape or number format.
         """
         own = self.weights()
         if tensors.keys() != own.keys():
@@ -177,6 +178,8 @@ class Update:
         for name, tensor in tensors.items():
             if tensor.shape != own[name].shape:
                 raise ValueError(f"{name} has another shape")
+            if tensor.dtype != own[name].dtype:
+                raise ValueError(f"{name} has another number format, {tensor.dtype}")
             if name in masters:
                 masters[name].copy_(self._padded(name, tensor))
             elif name in self.frozen.weights:
@@ -212,7 +215,8 @@ class Update:
         autoclip's history as many of the newest norms are kept as it now has room for.
 
         Raises:
-            ValueError: A tensor is missing or has another shape.
+            ValueError: A tensor is missing, has another shape or number format, or holds a number
+                that no optimizer does.
         """
         own = self.tensors()
         thawed = self._zeros_of_thawed(tensors)
@@ -223,14 +227,9 @@ class Update:
             begun = {f"{name}.accumulator" for name in self.names} | {"accumulated"}
             tensors |= {name: torch.zeros_like(own[name]) for name in begun & own.keys()}
         history = tensors.get("history")
-        for name, wanted in own.items():
-            if name == "history":
-                continue
-            if name not in tensors or tensors[name].shape != wanted.shape:
-                found = tuple(tensors[name].shape) if name in tensors else "none"
-                raise ValueError(
-                    f"optimizer state of {name} has shape {found}, the model {tuple(wanted.shape)}"
-                )
+        for name, tensor in own.items():
+            if name != "history" or history is not None:
+                optimizer_state.check(name, tensors.get(name), tensor)
         for name, index in self._saved.items():
             is_scale = name in ("scale", "good_steps")
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
