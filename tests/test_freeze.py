@@ -189,7 +189,7 @@ def test_a_parameter_without_state_begins_at_zero_but_half_a_state_is_refused():
     half = saved | {f"{name}.mean": torch.zeros(8, 3, 5, 5)}
     with pytest.raises(ValueError, match=rf"state of {name}.square must be .*, got none"):
         thawed.update.load(half)
-    with pytest.raises(ValueError, match=rf"of {name}.mean must be float32 \(8, 3.*, got float32 \(8,\)"):
+    with pytest.raises(ValueError, match=rf"of {name}.mean must be .*, got float32 \(8,\)"):
         step.update.load(saved | {f"{name}.mean": torch.zeros(8)})
 
 

@@ -12,12 +12,23 @@ from conftest import assert_same_bits
 from safetensors.torch import load_file
 
 from mien.cli import main
+from mien.core.config import Config, from_dict
 from mien.core.data.feed import Feed
 from mien.core.run.checkpoint import ModelFolder, SaveError
 from mien.core.run.session import TrainingState
 from mien.core.train import loop as loops
 from mien.core.train import unattended
-from mien.core.train.divergence import JUMP, STAYED, WINDOW, Collapse, NotFinite, TrainingDiverged
+from mien.core.train.divergence import (
+    JUMP,
+    PART,
+    STAYED,
+    WINDOW,
+    DivergenceDetector,
+    Jump,
+    NotFinite,
+    TrainingDiverged,
+    settle,
+)
 from mien.core.train.lr_finder import Search
 from mien.core.train.schedule import Schedule
 
@@ -453,35 +464,196 @@ def test_single_overflows_of_fp16_are_none_but_many_in_a_row_are():
 
 
 def test_a_loss_that_jumps_and_stays_is_a_collapse_and_a_spike_is_none():
-    watch = Collapse()
+    watch = Jump()
     falling = np.linspace(1.0, 0.2, 20 * WINDOW)
-    watch.take_losses(falling, first=1)
+    watch.check(falling, first=1)
     spike = np.full((STAYED - 1) * WINDOW, 0.9)
-    watch.take_losses(spike, first=len(falling) + 1)
-    watch.take_losses(np.full(WINDOW, 0.2), first=len(falling) + len(spike) + 1)
+    watch.check(spike, first=len(falling) + 1)
+    watch.check(np.full(WINDOW, 0.2), first=len(falling) + len(spike) + 1)
     at = len(falling) + len(spike) + WINDOW
     with pytest.raises(TrainingDiverged) as caught:
-        watch.take_losses(np.full(10 * WINDOW, 0.9), first=at + 1)
+        watch.check(np.full(10 * WINDOW, 0.9), first=at + 1)
     assert caught.value.good_until == at
 
 
-def test_faces_of_one_colour_are_a_collapse_once_there_was_more():
+def _detector(**settings):
+    state = TrainingState(trainer="original", **settings)
+    settle(state, Config(), Config())
+    return _detector_of(state)
+
+
+def _detector_of(state, rate=0.01):
+    return DivergenceDetector(state, NotFinite(scales_loss=False), rate and (lambda _: rate))
+
+
+def _pictures(detector, predictions, faces, done, begun=0):
+    detector.check_pictures(predictions, faces, done, begun)
+
+
+def test_faces_of_one_colour_are_a_divergence_once_there_was_more():
     rng = np.random.default_rng(0)
     faces = rng.integers(0, 255, (2, 3, 8, 8, 3), dtype=np.uint8)
     flat = np.full_like(faces, 120)
     one_flat = faces.copy()
     one_flat[1] = 120
     noise = 120 + faces // 64  # what an untrained network shows
-    watch = Collapse()
-    watch.take_pictures(noise, faces, iterations=1, session_iterations=1)
-    watch.take_pictures(flat, faces, iterations=9, session_iterations=9)  # not learnt yet
-    watch.take_pictures(faces, faces, iterations=500, session_iterations=500)
+    detector = _detector()
+    _pictures(detector, noise, faces, 1)
+    _pictures(detector, flat, faces, 9)  # not learnt yet
+    _pictures(detector, faces, faces, 500)
     with pytest.raises(TrainingDiverged, match="every face of B has become one colour") as caught:
-        watch.take_pictures(one_flat, faces, iterations=900, session_iterations=900)
+        _pictures(detector, one_flat, faces, 900)
     assert caught.value.good_until == 500
-    Collapse().take_pictures(flat, flat, iterations=9000, session_iterations=9000)
-    with pytest.raises(TrainingDiverged, match="every face of A"):
-        Collapse().take_pictures(flat, faces, iterations=9000, session_iterations=5000)
+    _pictures(_detector(), flat, flat, 9000)
+    _pictures(_detector(iterations=8000), flat, faces, 9000, begun=8000)
+    with pytest.raises(TrainingDiverged, match="every face of A") as caught:
+        _pictures(_detector(iterations=4000), flat, faces, 9000, begun=4000)
+    assert caught.value.good_until == 4000
+
+
+def test_one_picture_for_all_faces_is_a_divergence_where_the_faces_differ():
+    rng = np.random.default_rng(0)
+    faces = rng.integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    neon = np.broadcast_to(faces[:, :1] // 128 * 255, faces.shape).copy()
+    mean = np.broadcast_to(faces[:, :1], faces.shape) // 2 + faces // 16  # blurred, but it differs
+    grey = 120 + neon // 64
+    detector = _detector()
+    _pictures(detector, neon, faces, WINDOW - 1)  # as the first weights happened to be
+    _pictures(detector, grey, faces, 2 * WINDOW)
+    _pictures(detector, mean, faces, 3 * WINDOW)
+    with pytest.raises(TrainingDiverged, match="every face of A has become the same picture") as c:
+        _pictures(detector, neon, faces, 4 * WINDOW)
+    assert c.value.good_until == 3 * WINDOW
+    a_still = faces[:, :1] // 2 + rng.integers(0, 3, faces.shape, dtype=np.uint8)
+    _pictures(_detector(), neon, a_still, 4 * WINDOW)
+    _pictures(_detector(), neon[:, :1], faces[:, :1], 4 * WINDOW)
+
+
+def test_a_model_that_never_showed_faces_has_no_good_save():
+    faces = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    neon = np.broadcast_to(faces[:, :1], faces.shape)
+    with pytest.raises(TrainingDiverged) as caught:
+        _pictures(_detector(), neon, faces, WINDOW)
+    assert caught.value.good_until == 0
+    state = TrainingState(trainer="original", iterations=WINDOW)
+    state.parts[PART] = _detector().to_dict()
+    again = _detector_of(state)
+    with pytest.raises(TrainingDiverged) as caught:
+        _pictures(again, neon, faces, 2 * WINDOW, begun=WINDOW)
+    assert caught.value.good_until == 0, "not what this session began with"
+
+
+def _side_losses(a, b=None):
+    """Losses by name, those of B falling."""
+    a = np.asarray(a, dtype=np.float64)
+    b = np.linspace(1.0, 0.5, len(a)) if b is None else np.asarray(b, dtype=np.float64)
+    named = {"batch_total": a + b, "loss_a": a, "loss_b": b}
+    return named | {"batch_face_a": a, "batch_face_b": b}
+
+
+def _check(detector, named, sizes, first=1):
+    """Hand the losses on in pieces."""
+    at = 0
+    for size in sizes:
+        piece = {name: values[at : at + size] for name, values in named.items()}
+        detector.check_losses(piece, first + at, skipped=0)
+        at += size
+
+
+@pytest.mark.parametrize("sizes", [[1] * 600, [600], [250, 350]])
+def test_a_loss_that_stays_above_its_first_is_a_divergence(sizes):
+    losses = np.full(600, 1.25)
+    losses[:50] = 1.0
+    with pytest.raises(TrainingDiverged) as caught:
+        _check(_detector(), _side_losses(losses), sizes)
+    assert str(caught.value) == (
+        "the loss of A has been above that of the first iteration, 1.0000, for 400 iterations, "
+        "1.2500 on average"
+    )
+    assert caught.value.good_until == 49
+
+
+def test_a_loss_a_little_above_its_first_takes_longer_to_be_a_divergence():
+    _check(_detector(), _side_losses([1.0] + [1.05] * 1590), [1591])
+    with pytest.raises(TrainingDiverged, match=r"for 160[01] iterations, 1\.0500 on average"):
+        _check(_detector(), _side_losses([1.0] + [1.05] * 1601), [1602])
+
+
+def test_a_first_batch_that_was_easy_is_no_divergence():
+    """A model that learns nothing yet, with one face in a batch, one in 100 of them nearly black,
+    at a usual rate: at that one the first weights are seen for eleven iterations."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        losses = np.where(rng.random(3000) < 0.01, 0.02, rng.normal(0.4, 0.1, 3000).clip(0.05))
+        losses[0] = 0.02
+        state = TrainingState(trainer="original")
+        settle(state, Config(), Config())
+        _check(_detector_of(state, rate=5e-5), _side_losses(losses, losses), [1, 2999])
+
+
+def test_a_loss_above_its_first_is_remembered_over_sessions_until_the_rate_changes():
+    state = TrainingState(trainer="original")
+    before, lower = Config(), from_dict({"optimizer": {"learning_rate": 1e-5}})
+    other = from_dict({"loss": {"loss_weight_2": 50}})
+
+    def session(config, iterations):
+        settle(state, before, config)
+        detector = _detector_of(state)
+        losses = np.full(iterations, 1.5)
+        losses[: state.iterations == 0] = 1.0
+        _check(detector, _side_losses(losses), [iterations], first=state.iterations + 1)
+        state.iterations += iterations
+        state.parts[PART] = json.loads(json.dumps(detector.to_dict()))
+
+    session(before, 399)
+    session(lower, 399)
+    assert state.parts[PART]["a"]["above"] == 399
+    with pytest.raises(TrainingDiverged, match="for 400 iterations"):
+        session(before, 10)
+    session(other, 1000)
+    assert state.parts[PART]["a"]["first_loss"] is None, "another loss does not compare"
+
+
+def test_weights_that_were_loaded_have_no_first_loss():
+    state = TrainingState(trainer="original")
+    settle(state, Config(), Config())
+    _check(_detector_of(state, rate=None), _side_losses([1.0] + [1.5] * 900), [901])
+
+
+def test_a_side_without_any_loss_is_a_divergence_with_another_remedy():
+    losses = np.full(60, 0.4)
+    losses[10:20] = losses[21:45] = 0.0
+    _check(_detector(), _side_losses(losses), [60])
+    losses[45] = 0.0
+    with pytest.raises(TrainingDiverged, match="loss of A has been exactly 0 for 25 it") as caught:
+        _check(_detector(), _side_losses(losses), [1] * 60)
+    assert "mien faces check" in caught.value.remedy
+    masks_are_learnt = _side_losses(losses) | {"loss_a": losses + 0.1}
+    with pytest.raises(TrainingDiverged, match="loss of A has been exactly 0"):
+        _check(_detector(), masks_are_learnt, [60])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({}, "it lacks parts.divergence.a"),
+        ({"first_loss": 0.0}, "divergence.b.first_loss must be above 0, got 0.0"),
+        ({"first_loss": "x"}, "divergence.b.first_loss must be a finite number, got 'x'"),
+        ({"above": 11}, "b.above must be a whole number, at least 0 and at most 10, got 11"),
+        ({"excess": 10**400}, "divergence.b.excess must be a finite number, got 1000"),
+        ({"zeros": -1}, "divergence.b.zeros must be a whole number"),
+        ({"good_until": None}, "divergence.b.good_until must be a whole number"),
+        ({"has_varied": 1}, "divergence.b.has_varied must be true or false, got 1"),
+        ({"x": 1}, "it has the unknown key parts.divergence.b.x"),
+    ],
+)
+def test_what_no_run_has_saved_of_it_is_refused(value, text):
+    state = TrainingState(trainer="original", iterations=10)
+    sides = _detector().to_dict()
+    state.parts[PART] = {"a": sides["a"], "b": sides["b"] | value} if value else {}
+    with pytest.raises(ValueError, match="the saved state is not valid") as caught:
+        settle(state, Config(), Config())
+    assert text in str(caught.value)
 
 
 # When the optimizer's state is kept

@@ -1,41 +1,83 @@
-"""Whether training may go on: losses and gradients that are numbers, and no collapse.
+"""Whether training has diverged: losses and gradients that are no numbers, a loss that does not
+fall, pictures that tell nothing of the faces.
 
-A model has collapsed where its loss jumped and stayed, or where its faces became one colour. It
-seldom recovers; a lower learning rate from before the jump does.
+A model that has diverged seldom recovers; a lower learning rate from before does. Everything here
+is computed on the host, of numbers and pictures that were fetched for the log and the preview.
+
+What must be known again at a resume is the part `divergence` of the training state: a run that has
+diverged and is started again is recognised, and one that is told in many short sessions too.
+
+Letters: N iterations, n faces, S and F edges of a picture in px, C channels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
+from ..config import Config
+from ..data.sides import SIDES
+from ..run import saved_values
+from ..run.session import TrainingState
+
+PART = "divergence"
+"""Under which name the state keeps what is known of earlier iterations."""
+
 WINDOW = 100
-"""Iterations whose mean loss counts as one value."""
+"""Iterations whose mean loss counts as one value; pictures count from so many in a session on."""
 
 JUMP = 2.0
 """A mean of so many times the lowest one is no noise."""
 
 STAYED = 3
-"""Means in a row, that high, that count as a collapse."""
+"""Means in a row, that high, that count as a jump."""
 
-_FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations, of 255
+UNMOVED = 5e-4
+"""Sum of the rates up to which a new model's losses are those of its first weights: one iteration
+at 0.01, eleven at 5e-5. No weight has moved by more, whatever the optimizer."""
+
+FIRST = 100
+"""Iterations whose losses are taken for that, at most."""
+
+ABOVE = 400
+"""Iterations in a row with a higher loss than the first weights had. Where nothing is learnt, the
+first of 401 losses is the lowest by chance once in 401 times, whatever the noise of a batch."""
+
+EXCESS = 80.0
+"""By how much those losses together must exceed the first, in units of it: 400 by a fifth each."""
+
+ZEROS = 25
+"""Iterations in a row whose loss is exactly 0: with one face a batch, half of the masks empty, a
+chance of 1 in 30 million."""
+
+SAME = 0.05
+"""Share of the faces' own variety below which all pictures are the same one.
+
+Tiny models of the families, 400 iterations: lion, Adam and RMSprop at 0.01 lead to 0.000 to 0.020;
+Adam at 5e-5 never below 0.21 once there is contrast. Measured on the CPU, drawn and filmed faces.
+"""
+
+_FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
+_LEAST_VARIETY = 4.0  # levels: mean standard deviation over faces, of 255; a still has less
 _LEARNT_SHARE = 0.25  # of the faces' own deviation: more than noise, and than one colour early on
 _SURELY_LEARNT = 5000  # iterations after which a network shows more than one colour
 _OVERFLOWS = 50
 """Iterations in a row that moved nothing with fp16: no loss scale helps any more."""
 
 
-@dataclass(frozen=True)
 class TrainingDiverged(Exception):
-    """Training must not go on like this."""
+    """Training must not go on like this.
 
-    cause: str
-    """What happened, in a few words."""
+    Args:
+        cause: What happened, in a few words.
+        good_until: Last total iteration whose saves are good; None: all are.
+        remedy: What helps, where neither a lower rate does nor an earlier save.
+    """
 
-    good_until: int | None = None
-    """Last total iteration whose saves are good; None: all are."""
-
-    def __str__(self) -> str:
-        return self.cause
+    def __init__(self, cause: str, good_until: int | None = None, remedy: str | None = None):
+        super().__init__(cause)
+        self.good_until, self.remedy = good_until, remedy
 
 
 class NotFinite:
@@ -52,7 +94,7 @@ class NotFinite:
         self.overflows = 0
         """Iterations in a row, at least, whose steps were left out."""
 
-    def check(self, named: dict[str, np.ndarray], first: int, skipped: int) -> None:
+    def check(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
         """Raise TrainingDiverged where one of some iterations was not finite.
 
         Args:
@@ -78,8 +120,8 @@ class NotFinite:
             )
 
 
-class Collapse:
-    """Looks for a loss that jumped and stayed, and for faces of one colour."""
+class Jump:
+    """Looks for a loss that jumped and stayed, within a session."""
 
     def __init__(self) -> None:
         self.lowest: float | None = None
@@ -87,10 +129,8 @@ class Collapse:
         """Means in a row that were high."""
 
         self.loss_sum, self.loss_count = 0.0, 0
-        self.varied_at: list[int | None] = [None, None]
-        """Of each side, the last total iteration at which its pictures were as varied as faces."""
 
-    def take_losses(self, totals: np.ndarray, first: int) -> None:
+    def check(self, totals: np.ndarray, first: int) -> None:
         """Take in the summed losses (N,) of iterations from ``first``; raise TrainingDiverged."""
         for i, total in enumerate(totals.tolist()):
             self.loss_sum += total
@@ -98,33 +138,6 @@ class Collapse:
             if self.loss_count == WINDOW:
                 self._take(self.loss_sum / WINDOW, first + i)
                 self.loss_sum, self.loss_count = 0.0, 0
-
-    def take_pictures(
-        self, predictions: np.ndarray, targets: np.ndarray, iterations: int, session_iterations: int
-    ) -> None:
-        """Look at what the preview shows; raise TrainingDiverged.
-
-        Args:
-            predictions: (2 sides, n, S, S, C) uint8, each side's faces re-created.
-            targets: (2 sides, n, F, F, C) uint8.
-            iterations: In total.
-            session_iterations: Of this session.
-        """
-        for side, (made, wanted) in enumerate(zip(predictions, targets, strict=True)):
-            varied_at, there = self.varied_at[side], _spread(wanted[..., :3])
-            spread = _spread(made[..., :3])
-            if spread >= _LEARNT_SHARE * there:
-                self.varied_at[side] = iterations
-            elif (
-                spread < _FLAT_LEVELS
-                and there > _VARIED_LEVELS
-                and (varied_at is not None or session_iterations >= _SURELY_LEARNT)
-            ):
-                begun = iterations - session_iterations
-                raise TrainingDiverged(
-                    f"every face of {'AB'[side]} has become one colour",
-                    good_until=begun if varied_at is None else varied_at,
-                )
 
     def _take(self, mean: float, iteration: int) -> None:
         if self.lowest is None or mean < self.lowest:
@@ -139,6 +152,213 @@ class Collapse:
             )
 
 
-def _spread(pictures: np.ndarray) -> float:
+@dataclass(kw_only=True)
+class Side:
+    """What is known of one side, over all sessions with the same faces and losses."""
+
+    first_loss: float | None = None
+    """Of the first weights of a model that knew nothing; None: of no such one."""
+
+    above: int = 0
+    """Iterations in a row, to the last one, whose loss was higher."""
+
+    excess: float = 0.0
+    """By how much they were, together, in units of the first one."""
+
+    zeros: int = 0
+    """Iterations in a row, to the last one, whose faces had a loss of exactly 0."""
+
+    good_until: int = 0
+    """Total iteration up to which saves show different faces, as far as it was seen."""
+
+    has_varied: bool = False
+    """Whether they have been seen to."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], prefix: str, iterations: int) -> "Side":
+        """The side that was saved after so many iterations; ValueError where it is none."""
+        saved_values.require_keys(values, {item.name for item in fields(cls)}, prefix)
+        first_loss = saved_values.optional_number(values, "first_loss", prefix)
+        is_above_0 = first_loss is None or first_loss > 0
+        saved_values.require(is_above_0, f"{prefix}first_loss", "above 0", first_loss)
+        has_varied = values["has_varied"]
+        is_bool = isinstance(has_varied, bool)
+        saved_values.require(is_bool, f"{prefix}has_varied", "true or false", has_varied)
+        return cls(
+            first_loss=first_loss,
+            above=saved_values.count(values, "above", prefix, high=iterations),
+            excess=saved_values.number(values, "excess", prefix),
+            zeros=saved_values.count(values, "zeros", prefix, high=iterations),
+            good_until=saved_values.count(values, "good_until", prefix, high=iterations),
+            has_varied=has_varied,
+        )
+
+    def check_loss(self, name: str, loss: float, iteration: int) -> None:
+        """Take in the loss of a total iteration; raise TrainingDiverged."""
+        if self.first_loss is None:
+            return
+        self.above = self.above + 1 if loss > self.first_loss else 0
+        self.excess = self.excess + loss / self.first_loss - 1 if self.above else 0.0
+        if self.above >= ABOVE and self.excess >= EXCESS:
+            mean = self.first_loss * (1 + self.excess / self.above)
+            raise TrainingDiverged(
+                f"the loss of {name} has been above that of the first iteration, "
+                f"{self.first_loss:.4f}, for {self.above} iterations, {mean:.4f} on average",
+                # The first of these losses is of the weights that the iteration before has made.
+                good_until=max(iteration - self.above - 1, 0),
+            )
+
+    def check_zero(self, name: str, loss: float) -> None:
+        """Take in the loss of the faces alone; raise TrainingDiverged."""
+        self.zeros = self.zeros + 1 if loss == 0 else 0
+        if self.zeros >= ZEROS:
+            raise TrainingDiverged(
+                f"the loss of {name} has been exactly 0 for {self.zeros} iterations",
+                remedy=f"The masks of {name} leave nothing to learn from: look at them with `mien "
+                "faces check FOLDER`, put faces with whole masks in the place of those that it "
+                "names, or begin a new model with another data.mask_type",
+            )
+
+    def check_pictures(
+        self, name: str, predictions: np.ndarray, targets: np.ndarray, done: int, begun: int
+    ) -> None:
+        """Look at the side's faces as they are re-created; raise TrainingDiverged.
+
+        Args:
+            name: Of the side.
+            predictions: (n, S, S, 3) uint8.
+            targets: (n, F, F, 3) uint8.
+            done: Iterations in total.
+            begun: Those of earlier sessions.
+        """
+        contrast, wanted = _contrast(predictions), _contrast(targets)
+        if contrast < _FLAT_LEVELS and wanted > _VARIED_LEVELS:
+            if self.has_varied or done - begun >= _SURELY_LEARNT:
+                cause = f"every face of {name} has become one colour"
+                raise TrainingDiverged(cause, self.good_until)
+        elif contrast >= _VARIED_LEVELS and _variety(targets) >= _LEAST_VARIETY:
+            share = _variety(predictions) / contrast / (_variety(targets) / wanted)
+            if share >= SAME:
+                self.good_until = done
+                self.has_varied |= contrast >= _LEARNT_SHARE * wanted
+            elif done - begun >= WINDOW:
+                cause = f"every face of {name} has become the same picture"
+                raise TrainingDiverged(cause, self.good_until)
+
+
+class DivergenceDetector:
+    """All that is looked for in a session.
+
+    Args:
+        state: Of the run, after `settle`.
+        not_finite: Looks for what is not finite.
+        rate: The rate of the iteration that follows so many, where the model began with weights
+            that know nothing, so that learning lowers its loss; None: it did not.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        not_finite: NotFinite,
+        rate: Callable[[int], float] | None = None,
+    ):
+        self.sides = _sides_of(state)
+        self.not_finite, self.jump = not_finite, Jump()
+        self.rate = rate if state.iterations == 0 else None
+        self.moved = 0.0
+        """Sum of the rates so far, while these are the first weights."""
+
+    def check_losses(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
+        """Raise TrainingDiverged where the losses of some iterations say so; as in `NotFinite`."""
+        self.not_finite.check(named, first, skipped)
+        faces = {
+            key: np.sum([named[n] for n in named if n.startswith(f"batch_face_{key}")], axis=0)
+            for key in self.sides
+        }
+        for i, iteration in enumerate(range(first, first + len(named["batch_total"]))):
+            losses = {key: float(named[f"loss_{key}"][i]) for key in self.sides}
+            self._take_first(losses, iteration)
+            for key, side in self.sides.items():
+                side.check_zero(key.upper(), float(faces[key][i]))
+                side.check_loss(key.upper(), losses[key], iteration)
+        self.jump.check(named["batch_total"], first)
+
+    def _take_first(self, losses: dict[str, float], iteration: int) -> None:
+        """Have the first loss of each side be the mean of all while the weights are the first."""
+        if self.rate is None:
+            return
+        if self.moved > UNMOVED or iteration > FIRST:
+            self.rate = None
+            return
+        self.moved += self.rate(iteration - 1)
+        for key, side in self.sides.items():
+            before = side.first_loss or 0.0
+            side.first_loss = before + (losses[key] - before) / iteration or None
+
+    def check_pictures(
+        self, predictions: np.ndarray, targets: np.ndarray, done: int, begun: int
+    ) -> None:
+        """Raise TrainingDiverged where the preview shows it.
+
+        Args:
+            predictions: (2 sides, n, S, S, C) uint8, each side's faces re-created.
+            targets: (2 sides, n, F, F, C) uint8.
+            done: Iterations in total.
+            begun: Those of earlier sessions.
+        """
+        shown = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
+        for (key, side), faces, wanted in shown:
+            side.check_pictures(key.upper(), faces, wanted, done, begun)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part of the training state, as plain values."""
+        return {key: asdict(side) for key, side in self.sides.items()}
+
+
+def settle(state: TrainingState, before: Config, config: Config) -> None:
+    """Have the part of a state be that of a session that begins.
+
+    Losses of other faces, or of others' kind, do not compare; with another optimizer's settings
+    those that were too high get another chance.
+
+    Args:
+        state: Of the run.
+        before: The settings of the session before.
+        config: Those of this one.
+
+    Raises:
+        ValueError: The part that was saved is not valid.
+    """
+    sides = _sides_of(state)
+    if (before.loss, before.augment, before.data) != (config.loss, config.augment, config.data):
+        sides = {
+            key: Side(good_until=side.good_until, has_varied=side.has_varied)
+            for key, side in sides.items()
+        }
+    elif before.optimizer != config.optimizer:
+        sides = {key: replace(side, above=0, excess=0.0) for key, side in sides.items()}
+    state.parts[PART] = {key: asdict(side) for key, side in sides.items()}
+
+
+def _sides_of(state: TrainingState) -> dict[str, Side]:
+    """What a state holds of each side; of a model that nobody looked at, that it is good."""
+    if PART not in state.parts:
+        return {key: Side(good_until=state.iterations) for key in SIDES}
+    part, prefix = state.parts[PART], f"parts.{PART}."
+    saved_values.require_keys(part, SIDES, prefix)
+    return {
+        key: Side.from_dict(
+            saved_values.table(part, key, prefix), f"{prefix}{key}.", state.iterations
+        )
+        for key in SIDES
+    }
+
+
+def _contrast(pictures: np.ndarray) -> float:
     """The largest standard deviation over the pixels of any picture and channel, in levels."""
     return float(pictures.astype(np.float32).std(axis=(1, 2)).max())
+
+
+def _variety(pictures: np.ndarray) -> float:
+    """The standard deviation over pictures (n, S, S, 3), mean of all pixels, in levels."""
+    return float(pictures.astype(np.float32).std(axis=0).mean())

@@ -13,8 +13,9 @@ from ..data.sides import SIDES
 from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
 from ..run.requests import Requests, Wish
+from . import divergence as divergences
 from . import stages
-from .divergence import Collapse, NotFinite, TrainingDiverged
+from .divergence import DivergenceDetector, NotFinite, TrainingDiverged
 from .evaluate import evaluate
 from .pictures import Look
 from .prepare import Run
@@ -25,10 +26,6 @@ DONE, MISTAKE, HALTED, STOPPED = 0, 2, 3, 4
 _SECONDS_BETWEEN_LINES = 1.0
 _STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
 _SAVE_ITERATIONS, _SAVE_SECONDS = 250, 60.0
-_ADVICE = (
-    "Lower optimizer.learning_rate, or set optimizer.epsilon_exponent to -5 or -4 with bf16 or "
-    "fp16, and start again"
-)
 
 
 @dataclass(frozen=True)
@@ -91,8 +88,11 @@ class Loop:
 
         self.policy = run.config.train.nan_protection
         accumulation = run.config.optimizer.gradient_accumulation
-        self.not_finite = NotFinite(run.precision.scales_loss, accumulation)
-        self.collapse = Collapse()
+        self.detector = DivergenceDetector(
+            run.state,
+            NotFinite(run.precision.scales_loss, accumulation),
+            rate=None if run.config.model.load_weights else run.schedule.rate,
+        )
         self.divergence: TrainingDiverged | None = None
         """Why this training must not go on; then nothing more is looked for."""
 
@@ -171,18 +171,32 @@ class Loop:
     def _recover(self, divergence: TrainingDiverged) -> End:
         """What follows when training must not go on: a way back, or the end."""
         folder, state = self.r.folder, self.r.state
+        if divergence.remedy:
+            self._save(is_last=True)
+            return End(HALTED, f"{divergence}. {divergence.remedy}")
         if divergence.good_until is None and self.policy == "halt":
             self._save(is_last=True)  # the weights are those before the step that failed
-            return End(HALTED, f"{divergence}; {self._untouched()}. {_ADVICE}")
+            reason = f"{divergence}; {self._untouched()}. {self._advice()}"
+            return End(HALTED, f"{reason}, and start again")
         self.r.saver.wait()
         back_at = folder.go_back(
             state.iterations if divergence.good_until is None else divergence.good_until
         )
         if back_at is None:
-            return End(HALTED, f"{divergence}; no save from before is left. {_ADVICE}")
+            reason = f"{divergence}; no save from before is left. {self._advice()}"
+            return End(HALTED, f"{reason}, and begin a new model")
         if self.policy == "rollback":
             return End(HALTED, str(divergence), goes_on=True, back_at=back_at)
-        return End(HALTED, f"{divergence}; the model is back at iteration {back_at}. {_ADVICE}")
+        reason = f"{divergence}; the model is back at iteration {back_at}. {self._advice()}"
+        return End(HALTED, f"{reason}, and start again")
+
+    def _advice(self) -> str:
+        """What to do about a rate that was too high."""
+        rate = self.r.schedule.rate(self.r.state.iterations)
+        return (
+            f"Lower optimizer.learning_rate, which is {rate:g}, or set optimizer.epsilon_exponent "
+            "to -5 or -4 with bf16 or fp16"
+        )
 
     def _untouched(self) -> str:
         if self.r.step.update.is_whole:
@@ -269,8 +283,7 @@ class Loop:
         """Raise TrainingDiverged where training must not go on."""
         if self.policy == "off":
             return
-        self.not_finite.check(named, asked.first, int(asked.skipped()[0]))
-        self.collapse.take_losses(named["batch_total"], asked.first)
+        self.detector.check_losses(named, asked.first, int(asked.skipped()[0]))
 
     def _record(
         self, scalars: dict[str, float], iteration: int, wall_time: float | None = None
@@ -317,14 +330,15 @@ class Loop:
             return  # nothing has changed since the model was made or loaded
         look = self.look = self.r.pictures.look(state.iterations)
         if not self.divergence and self.policy != "off":
-            self.collapse.take_pictures(
+            self.detector.check_pictures(
                 look.predictions[:, 0],
                 look.faces.targets,
-                state.iterations,
-                state.session.iterations,
+                done=state.iterations,
+                begun=state.iterations - state.session.iterations,
             )
+        state.parts[divergences.PART] = self.detector.to_dict()
         mean_loss, is_best = None, False
-        if is_last or not self._is_only_first():
+        if not self.divergence and (is_last or not self._is_only_first()):
             mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:

@@ -30,8 +30,8 @@ from ..run.generation import Generation
 from ..run.log import EVENTS, Log, LogError, NullLog, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from ..run.window import PreviewWindow
+from . import divergence, memory, overlap, stages
 from . import engine as engines
-from . import memory, overlap, stages
 from . import precision as precisions
 from .engine import Engine
 from .evaluate import Evaluation, open_evaluation
@@ -344,6 +344,7 @@ def _settle_state(
     before = from_dict(saved.config) if saved and saved.config else config
     if before.loss != config.loss:
         state.lowest_mean_loss = None  # of other losses: no later one compares with it
+    divergence.settle(state, before, config)
     if rate_factor is not None:
         state.parts[ROLLBACK] = {"rate_factor": rate_factor}
     elif before.optimizer.learning_rate != config.optimizer.learning_rate:
