@@ -172,7 +172,7 @@ def test_a_newer_schema_is_told_as_such():
         ("lowest_mean_loss", "0", "lowest_mean_loss must be a finite number, got '0'"),
         ("lowest_mean_loss", float("inf"), "lowest_mean_loss must be a finite number, got inf"),
         ("parts", {"scaler": 1}, "parts.scaler must be an object, got 1"),
-        ("parts", {"a\nb": 1}, r"parts.'a\nb' must be an object, got 1"),
+        ("parts", {"a\nb": 1}, r"'parts.a\nb' must be an object, got 1"),
         ("sessions", {}, "sessions must be a list, got {}"),
         ("sessions", [1], "sessions[0] must be an object, got 1"),
         ("extra", 1, "it has the unknown key extra"),

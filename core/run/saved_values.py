@@ -16,6 +16,7 @@ def require(holds: object, name: str, rule: str, value: Any) -> None:
     """Raise ValueError with the name, the rule and the value where a rule does not hold."""
     if not holds:
         got = shown(value)
+        name = _printable(name)
         raise ValueError(f"the saved state is not valid: {name} must be {rule}, got {got}")
 
 
@@ -25,12 +26,12 @@ def require_keys(values: dict[str, Any], expected: Iterable[str], prefix: str = 
     missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
     if missing or unknown:
         verb, key = ("lacks", missing[0]) if missing else ("has the unknown key", unknown[0])
-        raise ValueError(f"the saved state is not valid: it {verb} {prefix}{printable(key)}")
+        raise ValueError(f"the saved state is not valid: it {verb} {prefix}{_printable(key)}")
 
 
-def printable(key: str) -> str:
-    """The key as a line can hold it."""
-    return key if key.isprintable() and len(key) <= 100 else shown(key)
+def _printable(name: str) -> str:
+    """The name as a line can hold it."""
+    return name if name.isprintable() and len(name) <= 100 else shown(name)
 
 
 def count(

@@ -20,7 +20,7 @@ from typing import Any
 from ... import models
 from ..config import Config, all_settings, from_dict, merge, to_dict
 from . import saved_values
-from .saved_values import MAX_COUNT, MAX_SECONDS, printable, require, require_keys
+from .saved_values import MAX_COUNT, MAX_SECONDS, require, require_keys
 
 SCHEMA = 1
 
@@ -83,7 +83,7 @@ class TrainingState:
         now = time.time() if started is None else started
         session = Session(
             number=max((old.number for old in self.sessions), default=0) + 1,
-            started=min(max(now, 0.0), _MAX_SECONDS),
+            started=min(max(now, 0.0), MAX_SECONDS),
             batch_size=config.train.batch_size,
             logs=config.save.logs,
             settings=settings,
@@ -180,7 +180,7 @@ class TrainingState:
         for side in state.faces_seen:
             saved_values.count(state.faces_seen, side, "faces_seen.")
         for name, part in state.parts.items():
-            require(isinstance(part, dict), f"parts.{printable(name)}", "an object", part)
+            require(isinstance(part, dict), f"parts.{name}", "an object", part)
         numbers = [session.number for session in state.sessions]
         require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
         state.sessions = _folded(state.sessions)

@@ -14,9 +14,10 @@ from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
 from ..run.requests import Requests, Wish
 from . import divergence as divergences
+from . import evaluate as evaluations
 from . import stages
 from .divergence import DivergenceDetector, NotFinite, TrainingDiverged
-from .evaluate import evaluate
+from .evaluate import evaluate, measured_at
 from .pictures import Look
 from .prepare import Run
 from .ring import CAPACITY, to_host
@@ -393,12 +394,12 @@ class Loop:
         Not after a signal: who sends one may not wait long, and the save matters more.
         """
         run, iteration = self.r, self.r.state.iterations
-        latest = run.state.parts.get("evaluate", {})
-        if run.evaluation is None or self.stop.signal_name or latest.get("iteration") == iteration:
+        is_measured = measured_at(run.state) == iteration
+        if run.evaluation is None or self.stop.signal_name or is_measured:
             return
         figures = evaluate(run.model, run.precision, run.evaluation)
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        run.state.parts["evaluate"] = {"iteration": iteration} | finite
+        run.state.parts[evaluations.PART] = {"iteration": iteration} | finite
         if run.plan:
             run.plan.take_figures(iteration, finite)
         self._record({f"evaluate/{name}": value for name, value in figures.items()}, iteration)

@@ -34,7 +34,7 @@ from . import divergence, memory, overlap, stages
 from . import engine as engines
 from . import precision as precisions
 from .engine import Engine
-from .evaluate import Evaluation, open_evaluation
+from .evaluate import Evaluation, measured_at, open_evaluation
 from .losses import Loss
 from .optim import Update
 from .pictures import Pictures
@@ -532,11 +532,16 @@ def _restore(config: Config, saved: Generation | None, update: Update) -> Traini
         return TrainingState(trainer=config.model.trainer)
     try:
         update.load_weights(saved.model)
+        if saved.optimizer is not None:
+            update.load(saved.optimizer)
     except ValueError as error:
-        raise ValueError(f"{saved.path} does not fit this model: {error}") from error
-    if saved.optimizer is not None:
-        update.load(saved.optimizer)
-    return TrainingState.from_dict(saved.state)
+        raise ValueError(
+            f"{saved.path} does not fit this model: {error}; `mien model restore` goes back to "
+            "another save"
+        ) from error
+    state = TrainingState.from_dict(saved.state)
+    measured_at(state)  # what is not valid is refused now, and not at the first save
+    return state
 
 
 def _is_on(setting: str, automatic: bool) -> bool:
