@@ -514,7 +514,7 @@ def test_faces_of_one_colour_are_a_divergence_once_there_was_more():
 def test_one_picture_for_all_faces_is_a_divergence_where_the_faces_differ():
     rng = np.random.default_rng(0)
     faces = rng.integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
-    neon = np.broadcast_to(faces[:, :1] // 128 * 255, faces.shape).copy()
+    neon = np.broadcast_to(faces[:, :1] // 128 * 200 + 20, faces.shape)
     mean = np.broadcast_to(faces[:, :1], faces.shape) // 2 + faces // 16  # blurred, but it differs
     grey = 120 + neon // 64
     detector = _detector()
@@ -527,6 +527,17 @@ def test_one_picture_for_all_faces_is_a_divergence_where_the_faces_differ():
     a_still = faces[:, :1] // 2 + rng.integers(0, 3, faces.shape, dtype=np.uint8)
     _pictures(_detector(), neon, a_still, 4 * WINDOW)
     _pictures(_detector(), neon[:, :1], faces[:, :1], 4 * WINDOW)
+
+
+@pytest.mark.parametrize("shown", [0, 255, "neon"])
+def test_pure_colours_are_a_divergence_even_where_there_was_nothing_before(shown):
+    rng = np.random.default_rng(0)
+    faces = rng.integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    pure = faces // 128 * 255 if shown == "neon" else np.full_like(faces, shown)
+    _pictures(_detector(), pure, faces, WINDOW - 1)
+    with pytest.raises(TrainingDiverged, match="every face of A has become pure colours"):
+        _pictures(_detector(), pure, faces, WINDOW)
+    _pictures(_detector(), pure, pure, WINDOW)  # drawn so
 
 
 def test_a_model_that_never_showed_faces_has_no_good_save():

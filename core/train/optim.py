@@ -7,7 +7,7 @@ every n-th iteration makes a step, by the mean of n gradients; one that is not f
 other n - 1 out as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -69,6 +69,25 @@ def clipping_of(config: OptimizerConfig) -> Clipping:
     if config.gradient_clipping == "autoclip":
         return Clipping("autoclip", int(10 * config.clipping_value))
     return Clipping(config.gradient_clipping, config.clipping_value)
+
+
+def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those of a model.
+
+    Args:
+        tensors: By name, as they were saved.
+        own: The model's, of which the numbers do not matter.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, or of another shape or number format.
+    """
+    if tensors.keys() != own.keys():
+        raise ValueError(f"{min(tensors.keys() ^ own.keys())} is in only one of them")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} has another shape")
+        if tensor.dtype != own[name].dtype:
+            raise ValueError(f"{name} has another number format, {tensor.dtype}")
 
 
 @dataclass(frozen=True)
@@ -169,17 +188,10 @@ class Update:
         Raises:
             ValueError: A tensor is missing, unknown, or of another shape or number format.
         """
-        own = self.weights()
-        if tensors.keys() != own.keys():
-            odd = sorted(tensors.keys() ^ own.keys())[0]
-            raise ValueError(f"{odd} is in only one of them")
+        check_weights(tensors, self.weights())
         masters = dict(zip(self.names, self.masters, strict=True))
         state = self.model.state_dict()
         for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"{name} has another shape")
-            if tensor.dtype != own[name].dtype:
-                raise ValueError(f"{name} has another number format, {tensor.dtype}")
             if name in masters:
                 masters[name].copy_(self._padded(name, tensor))
             elif name in self.frozen.weights:
