@@ -437,6 +437,47 @@ def test_a_collapse_rolls_back_to_the_backup_where_newer_saves_are_bad(
     assert "no save from before is left" not in said
 
 
+def test_a_rate_that_is_far_too_high_is_noticed_and_named(sides, tmp_path, monkeypatch, capsys):
+    """Within 660 iterations at the real bounds, where each of these is a second."""
+    monkeypatch.setattr("mien.core.train.divergence.ABOVE", 40)
+    monkeypatch.setattr("mien.core.train.divergence.EXCESS", 8.0)
+    model_dir = tmp_path / "model"
+    rate = ("--set", "optimizer.optimizer=lion", "--set", "optimizer.learning_rate=0.01")
+    words = ("-i", "400", "-s", "400", *rate, "--set", "save.keep_generations=9")
+    assert _train(sides, model_dir, *words) == 3
+    said = capsys.readouterr().out
+    assert re.search(r"the loss of [AB] has been above that of the first iteration", said), said
+    assert "Lower optimizer.learning_rate, which is 0.01" in said
+    assert "the model is back at iteration 1." in said, "the only save"
+    # Of weights that a rate like that has left, a resumed run is told what it began with.
+    part = _state(model_dir)[0]["parts"]["divergence"]
+    assert part["a"]["first_loss"] > 0
+    assert _train(sides, model_dir, *words) == 3
+
+
+def test_a_side_whose_masks_are_empty_halts_with_a_word_about_them(
+    sides, tmp_path, monkeypatch, capsys
+):
+    original = Feed.next
+
+    def without_masks_of_b(self, faces_seen):
+        batch = original(self, faces_seen)
+        for weight_n1hw in batch.weights:
+            weight_n1hw[len(weight_n1hw) // 2 :] = 0
+        return batch
+
+    monkeypatch.setattr(Feed, "next", without_masks_of_b)
+    model_dir = tmp_path / "model"
+    for policy in ("halt", "rollback"):
+        words = ("-i", "60", "--set", f"train.nan_protection={policy}")
+        assert _train(sides, model_dir, *words) == 3
+        said = capsys.readouterr().out
+        assert "the loss of B has been exactly 0 for" in said
+        assert "look at them with `mien faces check FOLDER`" in said
+        assert "learning_rate" not in said.splitlines()[-1]
+    assert _state(model_dir)[0]["lowest_mean_loss"] is None, "no mean of nothing is the best"
+
+
 # What is looked for
 
 

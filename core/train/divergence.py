@@ -51,12 +51,8 @@ ZEROS = 25
 """Iterations in a row whose loss is exactly 0: with one face a batch, half of the masks empty, a
 chance of 1 in 30 million."""
 
-SAME = 0.05
-"""Share of the faces' own variety below which all pictures are the same one.
-
-Tiny models of the families, 400 iterations: lion, Adam and RMSprop at 0.01 lead to 0.000 to 0.020;
-Adam at 5e-5 never below 0.21 once there is contrast. Measured on the CPU, drawn and filmed faces.
-"""
+SAME = 0.025
+"""Share of the faces' own variety below which all pictures are the same one."""
 
 PINNED = 0.95
 """Share of the values at an end of their range above which a picture is none of a face.
