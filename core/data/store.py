@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +127,39 @@ class _Facts:
     empty: list[list[str]] = field(default_factory=list)
     areas_outside: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, text: bytes) -> "_Facts":
+        """The facts in a raw file's second line, which anybody may have written.
+
+        Raises:
+            ValueError, TypeError: It holds others, or of another type.
+        """
+        facts = cls(**json.loads(text))
+        reasons, areas = (facts.rejected, facts.empty), facts.areas_outside
+        if not all(isinstance(each, list) for each in (facts.names, *reasons)):
+            raise ValueError("a list is none")
+        holds = (
+            all(isinstance(each, str) for each in (facts.key, facts.folder, *facts.names))
+            and type(facts.size_px) is int
+            and facts.size_px > 0
+            and isinstance(facts.settings, dict)
+            and all(_is_reason(each) for each in chain(*reasons))
+            and isinstance(areas, dict)
+            and areas.keys() <= set(masks.AREAS)
+            and all(type(each) is int and 0 <= each <= len(facts.names) for each in areas.values())
+        )
+        if not holds:
+            raise ValueError("a fact is of another type")
+        return facts
+
+    def fit(self, plan: "_Facts") -> bool:
+        """Whether they are those of the planned faces, of which some may be left out."""
+        left_out = {name for name, _ in self.rejected}
+        names = [name for name in plan.names if name not in left_out]
+        wanted = (plan.key, plan.size_px, plan.settings, names)
+        is_known = left_out <= set(plan.names) and {name for name, _ in self.empty} <= set(names)
+        return is_known and (self.key, self.size_px, self.settings, self.names) == wanted
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return len(self.names), self.size_px, self.size_px, BYTES_PER_PIXEL
@@ -156,7 +190,8 @@ def open_store(
     tell = progress or (lambda done, total: None)
     facts = _plan(folder, crop, data)
     path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
-    saved = _read_raw(path, facts.key) if path else None
+    saved = _read_raw(path) if path else None
+    saved = saved if saved and saved[0].fit(facts) else None
     warnings: list[str] = []
     if saved and path:
         facts, header_bytes = saved
@@ -570,21 +605,27 @@ def _header(facts: _Facts, header_bytes: int) -> bytes:
     return json.dumps(first).encode() + b"\n" + text + b"\n"
 
 
-def _read_raw(path: Path, key: str | None = None) -> tuple[_Facts, int] | None:
-    """Facts and header bytes of a raw file; None where it is not whole, or of another key."""
+def _is_reason(value: Any) -> bool:
+    """Whether it is the name of a face and why it was left out, in a line of text."""
+    are_texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return are_texts and len(value) == 2 and value[1].isprintable()
+
+
+def _read_raw(path: Path) -> tuple[_Facts, int] | None:
+    """Facts and header bytes of a raw file; None where it is not whole."""
     try:
         with open_for_reading(path) as file:
             first = json.loads(file.readline(BLOCK_BYTES))
             header_bytes = first["header_bytes"]
-            if first["schema"] != SCHEMA or not 0 < header_bytes <= MAX_HEADER_BYTES:
+            is_size = type(header_bytes) is int and 0 < header_bytes <= MAX_HEADER_BYTES
+            if first["schema"] != SCHEMA or not is_size or header_bytes % BLOCK_BYTES:
                 return None
             text = file.readline(header_bytes).removesuffix(b"\n")
             if hashlib.sha256(text).hexdigest() != first["sha256"]:
                 return None
-            facts = _Facts(**json.loads(text))
+            facts = _Facts.from_json(text)
             size = os.fstat(file.fileno()).st_size
-            whole = size == header_bytes + facts.num_bytes and header_bytes % BLOCK_BYTES == 0
-            return (facts, header_bytes) if whole and key in (None, facts.key) else None
+            return (facts, header_bytes) if size == header_bytes + facts.num_bytes else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
