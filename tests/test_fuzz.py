@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mien import models
+from mien.cli import main
 from mien.core import presets, recipes
 from mien.core.config import Config, from_dict, parse_toml, to_dict
 from mien.core.data.store import _read_raw
@@ -710,6 +711,30 @@ def test_a_restore_of_a_made_up_backup(tmp_path):
         _read_all(path, is_changed=True)
         with ModelFolder(path) as folder:
             assert folder.load() is not None, "some save is still whole"
+
+
+def test_settings_of_a_far_larger_model_than_the_saved_one_build_none(
+    sides, tmp_path, monkeypatch, capsys
+):
+    model_dir = tmp_path / "m"
+    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), "-b", "2"]
+    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", "-i", "1"]
+    assert main(words) == 0
+    newest = model_dir / "generations/1-2"
+    settings = (newest / "config.toml").read_text()
+    (newest / "config.toml").write_text(settings.replace("width = 8", "width = 512"))
+    vouch(newest)
+    capsys.readouterr()
+
+    def refuse(*_, **__):
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(models, "build", refuse)
+    assert main(["train", "-m", str(model_dir), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert f"{newest} does not fit this model: encoder.1.linear" in said
+    assert "`mien model restore` goes back to another save" in said
+    assert said.count("\n") == 1
 
 
 RAW = {"key": "k", "folder": "f", "size_px": 2, "settings": {}, "names": ["a"], "rejected": []}
