@@ -732,7 +732,7 @@ def test_settings_of_a_far_larger_model_than_the_saved_one_build_none(
     monkeypatch.setattr(models, "build", refuse)
     assert main(["train", "-m", str(model_dir), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert f"{newest} does not fit this model: encoder.1.linear" in said
+    assert f"{newest} does not fit this model: encoder.0.0.conv" in said
     assert "`mien model restore` goes back to another save" in said
     assert said.count("\n") == 1
 

@@ -83,11 +83,11 @@ def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
     """
     if tensors.keys() != own.keys():
         raise ValueError(f"{min(tensors.keys() ^ own.keys())} is in only one of them")
-    for name, tensor in tensors.items():
-        if tensor.shape != own[name].shape:
+    for name, like in own.items():
+        if tensors[name].shape != like.shape:
             raise ValueError(f"{name} has another shape")
-        if tensor.dtype != own[name].dtype:
-            raise ValueError(f"{name} has another number format, {tensor.dtype}")
+        if tensors[name].dtype != like.dtype:
+            raise ValueError(f"{name} has another number format, {tensors[name].dtype}")
 
 
 @dataclass(frozen=True)
