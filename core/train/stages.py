@@ -213,8 +213,8 @@ def _saved_plan(state: TrainingState) -> Plan | None:
     try:
         saved_values.require_keys(values, {"recipe", "place"}, _PREFIX)
         recipe = Recipe.from_dict(saved_values.table(values, "recipe", _PREFIX))
-        place = saved_values.table(values, "place", _PREFIX)
-        place = Place.from_dict(place, len(recipe.stages), state.iterations)
+        plain = saved_values.table(values, "place", _PREFIX)
+        place = Place.from_dict(plain, len(recipe.stages), state.iterations)
     except ValueError as error:
         raise ValueError(f"{error}; go on without the recipe: --recipe none") from error
     return Plan(recipe, place, is_entered=False)
