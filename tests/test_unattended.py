@@ -645,7 +645,8 @@ def test_a_first_batch_that_was_easy_is_no_divergence():
 
 def test_a_loss_above_its_first_is_remembered_over_sessions_until_the_rate_changes():
     state = TrainingState(trainer="original")
-    before, lower = Config(), from_dict({"optimizer": {"learning_rate": 1e-5}})
+    before = from_dict({"data": {"num_threads": 2}})
+    lower = from_dict({"optimizer": {"learning_rate": 1e-5}, "data": {"placement": "host"}})
     other = from_dict({"loss": {"loss_weight_2": 50}})
 
     def session(config, iterations):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import Config
+from ..config import Config, DataConfig
 from ..data.sides import SIDES
 from ..run import saved_values
 from ..run.session import TrainingState
@@ -61,6 +61,7 @@ Of the same models: 0.00 with Adam at 5e-5 from the first iteration on, 1.00 of 
 """
 
 _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
+_HOW_FACES_ARE_KEPT = ("decoder", "placement", "store_dir", "num_threads", "strict")
 _ENDS = 2  # levels
 _LEAST_VARIETY = 4.0  # levels: mean standard deviation over faces, of 255; a still has less
 _LEARNT_SHARE = 0.25  # of the faces' own deviation: more than noise, and than one colour early on
@@ -337,7 +338,7 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
         ValueError: The part that was saved is not valid.
     """
     sides = _sides_of(state)
-    if (before.loss, before.augment, before.data) != (config.loss, config.augment, config.data):
+    if _what_is_learnt(before) != _what_is_learnt(config):
         sides = {
             key: Side(good_until=side.good_until, has_varied=side.has_varied)
             for key, side in sides.items()
@@ -345,6 +346,13 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
     elif before.optimizer != config.optimizer:
         sides = {key: replace(side, above=0, excess=0.0) for key, side in sides.items()}
     state.parts[PART] = {key: asdict(side) for key, side in sides.items()}
+
+
+def _what_is_learnt(config: Config) -> tuple[Any, ...]:
+    """The settings of faces and losses, less those of where and how the faces are kept."""
+    usual = DataConfig()
+    kept = {name: getattr(usual, name) for name in _HOW_FACES_ARE_KEPT}
+    return config.loss, config.augment, replace(config.data, **kept)
 
 
 def _sides_of(state: TrainingState) -> dict[str, Side]:
