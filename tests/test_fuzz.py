@@ -26,7 +26,7 @@ from mien import models
 from mien.cli import main
 from mien.core import presets, recipes
 from mien.core.config import Config, from_dict, parse_toml, to_dict
-from mien.core.data.store import _read_raw
+from mien.core.data.store import _is_of, _read_raw
 from mien.core.faces import png
 from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop, crop_landmarks
@@ -755,3 +755,4 @@ def test_raw_faces(tmp_path_factory, seed):
         path.write_bytes(spoilt)
         with bounded():
             _read_raw(path)
+            _is_of(path, "f")

@@ -69,6 +69,9 @@ _OLD_SECONDS = 86_400.0
 _NOT_OFFERED = {errno.ENODEV, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 """How a disk says that it maps no files, or reserves no room for them."""
 
+_NOT_RAW = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""What comes of reading a file as a raw one that is none."""
+
 _PART = ".part"
 _PLACES = {"gpu": "GPU memory", "host": "host memory"}
 # Channels of (blue, green, red, face, eye, mouth), each with its byte in the pixel.
@@ -611,23 +614,38 @@ def _is_reason(value: Any) -> bool:
     return are_texts and len(value) == 2 and value[1].isprintable()
 
 
+def _read_header(path: Path) -> tuple[bytes, int, int] | None:
+    """Second line of a raw file, bytes of its header and of all of it; None where it is none."""
+    with open_for_reading(path) as file:
+        first = json.loads(file.readline(BLOCK_BYTES))
+        header_bytes = first["header_bytes"]
+        is_size = type(header_bytes) is int and 0 < header_bytes <= MAX_HEADER_BYTES
+        if first["schema"] != SCHEMA or not is_size or header_bytes % BLOCK_BYTES:
+            return None
+        text = file.readline(header_bytes).removesuffix(b"\n")
+        if hashlib.sha256(text).hexdigest() != first["sha256"]:
+            return None
+        return text, header_bytes, os.fstat(file.fileno()).st_size
+
+
 def _read_raw(path: Path) -> tuple[_Facts, int] | None:
     """Facts and header bytes of a raw file; None where it is not whole."""
-    try:
-        with open_for_reading(path) as file:
-            first = json.loads(file.readline(BLOCK_BYTES))
-            header_bytes = first["header_bytes"]
-            is_size = type(header_bytes) is int and 0 < header_bytes <= MAX_HEADER_BYTES
-            if first["schema"] != SCHEMA or not is_size or header_bytes % BLOCK_BYTES:
-                return None
-            text = file.readline(header_bytes).removesuffix(b"\n")
-            if hashlib.sha256(text).hexdigest() != first["sha256"]:
-                return None
+    with contextlib.suppress(*_NOT_RAW):
+        header = _read_header(path)
+        if header:
+            text, header_bytes, size = header
             facts = _Facts.from_json(text)
-            size = os.fstat(file.fileno()).st_size
             return (facts, header_bytes) if size == header_bytes + facts.num_bytes else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    return None
+
+
+def _is_of(path: Path, folder: str) -> bool:
+    """Whether a raw file says that it holds the faces of a folder; the rest of it is not parsed,
+    for it may be long, and anybody's."""
+    with contextlib.suppress(*_NOT_RAW):
+        header = _read_header(path)
+        return header is not None and f'"folder": {json.dumps(folder)}, '.encode() in header[0]
+    return False
 
 
 def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -> np.ndarray:
@@ -656,8 +674,7 @@ def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -
 def _remove_obsolete(path: Path, folder: str) -> None:
     """Remove what a new raw file replaces, and what a killed process left half done."""
     for other in path.parent.glob("*.faces"):
-        facts = _read_raw(other)
-        if other != path and facts and facts[0].folder == folder:
+        if other != path and _is_of(other, folder):
             with contextlib.suppress(OSError):
                 other.unlink()
     for part in path.parent.glob(f".*{_PART}"):
