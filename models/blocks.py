@@ -12,7 +12,7 @@ Shape letters: B faces, C channels, H rows, W columns.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,11 @@ def _same_padding(size_px: int, kernel: int, stride: int) -> tuple[int, int]:
 
 Border = tuple[int, int, int, int]
 _NO_BORDER: Border = (0, 0, 0, 0)
+
+
+def uninitialized(kind: type[nn.Module], *sizes: int, **settings: Any) -> Any:
+    """A layer whose weights have no numbers yet; on the meta device it takes no memory at all."""
+    return skip_init(kind, *sizes, device=torch.get_default_device(), **settings)
 
 
 def _framed(x_bchw: Tensor, border: Border, *, reflect: bool = False) -> Tensor:
@@ -67,7 +72,7 @@ class SameConv(nn.Module):
         # Even padding on both ends is the convolution's own affair; anything else is padded first.
         self.built_in = stride == 1 and kernel % 2 == 1 and not reflect and not valid
         self.is_valid = valid and not reflect
-        self.conv = skip_init(
+        self.conv = uninitialized(
             nn.Conv2d,
             sum(self.inputs),
             sum(self.channels) * shuffled,
@@ -311,7 +316,7 @@ class SeparableConv(nn.Module):
     ):
         super().__init__()
         self.channels = runs_of(outputs)
-        self.depthwise = skip_init(nn.Conv2d, inputs, inputs, 5, 2, groups=inputs, bias=False)
+        self.depthwise = uninitialized(nn.Conv2d, inputs, inputs, 5, 2, groups=inputs, bias=False)
         self.depthwise.draw = draw
         self.pointwise = SameConv(inputs, outputs, 1, draw=mix)
 
@@ -349,7 +354,7 @@ class Dense(nn.Module):
     ):
         super().__init__()
         self.inputs, self.outputs = _picture(inputs), _picture(outputs)
-        self.linear = skip_init(nn.Linear, _numbers(self.inputs), _numbers(self.outputs))
+        self.linear = uninitialized(nn.Linear, _numbers(self.inputs), _numbers(self.outputs))
         self.linear.draw = draw
         self.channels = self.outputs[1]
 

@@ -98,7 +98,7 @@ def meta_model(name: str, **settings: Any) -> "Autoencoder":
     import torch
 
     with torch.device("meta"):
-        return _made(name, settings).to("meta")  # layers made by skip_init are on the CPU
+        return _made(name, settings)
 
 
 def _made(name: str, settings: dict[str, Any]) -> "Autoencoder":

@@ -187,9 +187,9 @@ def test_a_parameter_without_state_begins_at_zero_but_half_a_state_is_refused():
             assert torch.equal(tensor, saved[name]), name
     name = "encoder.0.0.conv.conv.weight"
     half = saved | {f"{name}.mean": torch.zeros(8, 3, 5, 5)}
-    with pytest.raises(ValueError, match=rf"state of {name}.square has shape none"):
+    with pytest.raises(ValueError, match=rf"state of {name}.square must be .*, got none"):
         thawed.update.load(half)
-    with pytest.raises(ValueError, match=rf"of {name}.mean has shape \(8,\), the model \(8, 3"):
+    with pytest.raises(ValueError, match=rf"of {name}.mean must be .*, got float32 \(8,\)"):
         step.update.load(saved | {f"{name}.mean": torch.zeros(8)})
 
 

@@ -6,6 +6,7 @@ MIEN_FUZZ is the number of cases of each test (default: some hundreds in all).
 import contextlib
 import copy
 import json
+import math
 import os
 import random
 import resource
@@ -22,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mien import models
+from mien.cli import main
 from mien.core import presets, recipes
 from mien.core.config import Config, from_dict, parse_toml, to_dict
-from mien.core.data.store import _read_raw
+from mien.core.data.store import _is_of, _read_raw
 from mien.core.faces import png
 from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop, crop_landmarks
@@ -37,6 +39,10 @@ from mien.core.run.checkpoint import ModelFolder, read_weights
 from mien.core.run.inspection import facts_of, nan_scan, verify
 from mien.core.run.restore import restore
 from mien.core.run.session import TrainingState
+from mien.core.train.divergence import DivergenceDetector, NotFinite, TrainingDiverged, settle
+from mien.core.train.evaluate import measured_at
+from mien.core.train.schedule import begin_schedule, found_rate, rate_factor
+from mien.core.train.stages import Place, Plan, find_place
 
 CASES = int(os.environ.get("MIEN_FUZZ", "0"))
 MAX_SECONDS = 3.0
@@ -617,6 +623,79 @@ def test_tensor_files(model, seed):
     _put_back(contents)
 
 
+SETTINGS = {
+    "train": {"iterations": 9},
+    "optimizer": {"use_lr_finder": True, "schedule": "cosine", "warmup_steps": 3},
+}
+FIGURES = {"ssim_a": 0.5, "psnr_b": 20.0}
+LOSSES = {
+    name: np.linspace(1.0, 2.0, 40)
+    for name in ("batch_total", "loss_a", "loss_b", "batch_face_a", "batch_face_b")
+}
+
+
+def _state_with_parts():
+    """A state with every part that a run may keep, as plain values."""
+    recipe = recipes.Recipe.from_dict({"name": "two", **STAGES})
+    plan = Plan(recipe, Place(stage=1, begun=5, best=0.5, loss_sum=1.5, loss_count=3))
+    state = TrainingState(run_id=RUN_ID, trainer="original", iterations=40)
+    config = from_dict(SETTINGS)
+    begin_schedule(state, config)
+    settle(state, config, config)
+    parts = {
+        "recipe": plan.to_dict(seconds=3.0),
+        "lr_finder": {"rate": 1e-4},
+        "rollback": {"rate_factor": 0.5},
+        "evaluate": {"iteration": 40, **FIGURES},
+    }
+    state.parts |= parts
+    return state.to_dict()
+
+
+def _resume(values):
+    """What a run does with the state that it resumes from, and after some iterations."""
+    config = from_dict(SETTINGS)
+    plan = find_place(values, None)
+    state = TrainingState.from_dict(values)
+    measured_at(state)
+    settle(state, config, config)
+    schedule = begin_schedule(state, config)
+    found_rate(state), rate_factor(state), str(schedule)
+    detector = DivergenceDetector(state, NotFinite(scales_loss=False), schedule.rate)
+    with contextlib.suppress(TrainingDiverged):
+        detector.check_losses(LOSSES, state.iterations + 1, skipped=0)
+    for iterations in range(state.iterations, state.iterations + 40):
+        assert 0 <= schedule.rate(iterations) < math.inf
+    if plan:
+        plan.take_losses(LOSSES)
+        plan.take_figures(state.iterations + 40, FIGURES)
+        plan.end(state.iterations + 40, seconds=60.0)
+        plan.advance(state.iterations + 40)
+        assert plan.iterations_left(state.iterations + 40, at_most=9) <= 9
+        state.parts["recipe"] = plan.to_dict(seconds=60.0)
+        one_line(str(plan))
+    state.parts["divergence"] = detector.to_dict()
+    again = json.loads(json.dumps(state.to_dict(), allow_nan=False))
+    find_place(again | {"iterations": state.iterations + 40}, None)
+
+
+def test_the_parts_of_a_state_that_a_run_has_saved_are_taken_up():
+    values = _state_with_parts()
+    assert values["parts"].keys() == {
+        *("divergence", "evaluate", "lr_finder", "recipe", "rollback", "schedule")
+    }
+    _resume(json.loads(json.dumps(values)))
+
+
+@cases(50)
+@given(seed=seeds)
+def test_parts_of_a_state(seed):
+    values = _state_with_parts()
+    values["parts"] = odd_values(values["parts"], seed, PLAIN)
+    with refused_in_words():
+        _resume(json.loads(json.dumps(values)))
+
+
 def test_a_restore_of_a_made_up_backup(tmp_path):
     for seed in range(CASES or 6):
         path = tmp_path / str(seed)
@@ -632,6 +711,30 @@ def test_a_restore_of_a_made_up_backup(tmp_path):
         _read_all(path, is_changed=True)
         with ModelFolder(path) as folder:
             assert folder.load() is not None, "some save is still whole"
+
+
+def test_settings_of_a_far_larger_model_than_the_saved_one_build_none(
+    sides, tmp_path, monkeypatch, capsys
+):
+    model_dir = tmp_path / "m"
+    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), "-b", "2"]
+    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", "-i", "1"]
+    assert main(words) == 0
+    newest = model_dir / "generations/1-2"
+    settings = (newest / "config.toml").read_text()
+    (newest / "config.toml").write_text(settings.replace("width = 8", "width = 512"))
+    vouch(newest)
+    capsys.readouterr()
+
+    def refuse(*_, **__):
+        raise AssertionError("it was built")
+
+    monkeypatch.setattr(models, "build", refuse)
+    assert main(["train", "-m", str(model_dir), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert f"{newest} does not fit this model: encoder.0.0.conv" in said
+    assert "`mien model restore` goes back to another save" in said
+    assert said.count("\n") == 1
 
 
 RAW = {"key": "k", "folder": "f", "size_px": 2, "settings": {}, "names": ["a"], "rejected": []}
@@ -652,3 +755,4 @@ def test_raw_faces(tmp_path_factory, seed):
         path.write_bytes(spoilt)
         with bounded():
             _read_raw(path)
+            _is_of(path, "f")

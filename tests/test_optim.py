@@ -343,11 +343,63 @@ def test_weights_of_another_model_are_refused():
 def test_state_of_another_shape_is_refused():
     update = _update(nn.Linear(2, 2))
     theirs = _update(nn.Linear(3, 2)).tensors()
-    with pytest.raises(ValueError, match=r"weight.mean has shape \(2, 3\), the model \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"weight.mean must be float32 \(2, 2\), got .* \(2, 3\)"):
         update.load(theirs)
     del theirs["step"]
-    with pytest.raises(ValueError, match="state of step has shape none"):
+    with pytest.raises(ValueError, match=r"state of step must be float64 \(\), got none"):
         update.load(theirs)
+
+
+def _number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "text"),
+    [
+        ("weight.mean", torch.zeros(2, 2).half(), r"float32 \(2, 2\), got float16 \(2, 2\)"),
+        ("weight.mean", torch.full((2, 2), torch.inf), "from -3.40282e.38 to 3.40282e.38, got inf"),
+        ("weight.square", torch.tensor([[1, 2], [3, -4.0]]), "from 0 to .*, got -4 to 3"),
+        ("weight.square", torch.full((2, 2), torch.nan), "from 0 to .*, got nan"),
+        ("bias.mean", torch.zeros(2, dtype=torch.int64), r"float32 \(2,\), got int64 \(2,\)"),
+        ("step", torch.tensor(3.0), r"float64 \(\), got float32 \(\)"),
+        ("step", _number(-1.0), "from 0 to 1e.12, got -1"),
+        ("beta_1_power", _number(2.0), "from 0 to 1, got 2"),
+        ("momentum_product", _number(torch.nan), "from 0 to 1, got nan"),
+        ("scale", _number(0.0), "from .*, got 0"),
+        ("scale", _number(torch.inf), "from .*, got inf"),
+        ("good_steps", _number(1e300), "from 0 to 2000, got 1e.300"),
+        ("accumulated", _number(-3.0), "from 0 to 1e.12, got -3"),
+        ("history", torch.zeros(2, 2, dtype=torch.float64), r"float64 \(100,\), got .* \(2, 2\)"),
+        ("history", _number([1.0, torch.nan]), "from 0 to inf, got nan"),
+        ("history", _number([-1.0, torch.inf]), "from 0 to inf, got -1 to inf"),
+    ],
+    ids=range(16),
+)
+def test_state_that_no_optimizer_has_is_refused(name, tensor, text):
+    settings = {"optimizer": "nadam", "gradient_accumulation": 2, "gradient_clipping": "autoclip"}
+    update = _update(nn.Linear(2, 2), **settings, autoclip_history=100)
+    saved = update.tensors()
+    assert name in saved
+    update.load(saved)
+    with pytest.raises(ValueError, match=f"optimizer state of {name} must be {text}"):
+        update.load(saved | {name: tensor})
+
+
+def test_the_state_of_frozen_parameters_is_held_to_the_same():
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    update = _update(model)
+    with pytest.raises(ValueError, match=r"bias.square must be from 0 to .*, got -1"):
+        update.load(update.tensors() | {"bias.square": torch.full((2,), -1.0)})
+    with pytest.raises(ValueError, match=r"bias.mean must be float32 \(2,\), got float16 \(2,\)"):
+        update.load(update.tensors() | {"bias.mean": torch.zeros(2).half()})
+
+
+def test_weights_in_another_number_format_are_refused():
+    update = _update(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="weight has another number format, torch.float16"):
+        update.load_weights(update.weights() | {"weight": torch.zeros(2, 2).half()})
 
 
 def test_policies():

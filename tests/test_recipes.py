@@ -10,6 +10,7 @@ import tomli_w
 from mien.cli import main
 from mien.core import recipes
 from mien.core.recipes import NONE, Recipe
+from mien.core.run.session import TrainingState
 from mien.core.train.stages import PART, Place, Plan, find_place
 
 LEARN = {"name": "learn", "iterations": 10, "set": {"augment": {"flip": False}}}
@@ -145,13 +146,17 @@ def test_a_plateau_of_a_measured_figure_counts_each_once():
     assert not plan.closes_window(0), "no loss is waited for"
 
 
+def _saved(iterations, plan=None):
+    """A saved state, with a plan among its parts."""
+    parts = {} if plan is None else {PART: json.loads(json.dumps(plan))}
+    return TrainingState(trainer="original", iterations=iterations, parts=parts).to_dict()
+
+
 def test_the_place_is_saved_and_found_again():
-    saved = {"iterations": 4, "parts": {}}
     recipe = _recipe(LEARN, FINISH)
     plan = find_place(None, recipe)
     assert (plan.place.stage, plan.is_entered) == (0, True)
-    saved["parts"][PART] = json.loads(json.dumps(plan.to_dict(seconds=30)))
-
+    saved = _saved(4, plan.to_dict(seconds=30))
     again = find_place(saved, None)
     assert again.recipe == recipe
     assert again.place.seconds == 30
@@ -161,12 +166,12 @@ def test_the_place_is_saved_and_found_again():
     assert (later.stage.name, later.place.begun, later.is_entered) == ("finish", 10, True)
     assert later.rate_factor == 0.5
     assert find_place(saved, NONE) is None
-    assert find_place({"iterations": 4, "parts": {}}, None) is None
+    assert find_place(_saved(4), None) is None
 
 
 def test_an_edited_recipe_goes_on_in_its_stage_and_another_begins():
     plan = Plan(_recipe(LEARN, FINISH), Place(stage=1, begun=10))
-    saved = {"iterations": 12, "parts": {PART: plan.to_dict()}}
+    saved = _saved(12, plan.to_dict())
     edited = _recipe(LEARN, {"name": "more", "iterations": 5}, FINISH | {"rate_factor": 0.1})
     found = find_place(saved, edited)
     assert (found.stage.name, found.place.begun, found.rate_factor) == ("finish", 10, 0.1)
@@ -174,18 +179,49 @@ def test_an_edited_recipe_goes_on_in_its_stage_and_another_begins():
     assert (other.stage.name, other.place.begun) == ("learn", 12)
 
 
+def _place(**values):
+    return lambda part: part["place"].update(values)
+
+
 @pytest.mark.parametrize(
-    "spoil",
+    ("spoil", "text"),
     [
-        lambda part: part.pop("place"),
-        lambda part: part["place"].update(stage=7),
-        lambda part: part["place"].update(begun="x"),
-        lambda part: part["recipe"].update(stage=[]),
+        (lambda part: part.pop("place"), "it lacks parts.recipe.place"),
+        (lambda part: part.update(place=[]), "parts.recipe.place must be an object"),
+        (lambda part: part["place"].pop("stale"), "it lacks parts.recipe.place.stale"),
+        (_place(x=1), "it has the unknown key parts.recipe.place.x"),
+        (_place(stage=2), "parts.recipe.place.stage must be a whole number, at least 0 and at"),
+        (_place(stage=-1), "place.stage must be a whole number"),
+        (_place(begun="x"), "place.begun must be a whole number"),
+        (_place(begun=5), "place.begun must be a whole number, at least 0 and at most 4, got 5"),
+        (_place(seconds=float("inf")), "place.seconds must be a number from 0 to 1e+11, got inf"),
+        (_place(seconds=10**400), "place.seconds must be a number from 0 to 1e+11, got 1000"),
+        (_place(best=[]), "place.best must be a finite number, got []"),
+        (_place(stale=True), "place.stale must be a whole number, at least 0, got True"),
+        (_place(loss_sum=None), "place.loss_sum must be a finite number, got None"),
+        (_place(loss_count=-1), "place.loss_count must be a whole number"),
+        (_place(loss_count=2**63), "place.loss_count must be a whole number"),
+        (_place(measured=0.5), "place.measured must be a whole number"),
+        (lambda part: part["recipe"].update(stage=[]), "stage must be a list of tables"),
+        (lambda part: part["recipe"].update(stage=[{}] * 101), "at most 100 stages, got 101"),
+        (lambda part: part.update(recipe=1), "parts.recipe.recipe must be an object, got 1"),
     ],
+    ids=range(19),
 )
-def test_a_spoilt_place_is_refused_with_a_way_out(spoil):
+def test_a_spoilt_place_is_refused_with_a_way_out(spoil, text):
     part = Plan(_recipe(LEARN, FINISH)).to_dict()
     spoil(part)
-    with pytest.raises(ValueError, match="go on without: --recipe none"):
-        find_place({"iterations": 4, "parts": {PART: part}}, None)
-    assert find_place({"iterations": 4, "parts": {PART: part}}, NONE) is None
+    saved = TrainingState(trainer="original", iterations=4, parts={PART: part}).to_dict()
+    with pytest.raises(ValueError, match="go on without the recipe: --recipe none") as caught:
+        find_place(saved, None)
+    assert text in str(caught.value)
+    assert find_place(saved, NONE) is None
+
+
+def test_a_window_that_an_edited_recipe_has_made_shorter_is_closed_at_once():
+    plateau = {"window": 10, "patience": 2}
+    plan = Plan(_recipe({"plateau": plateau}), Place(loss_sum=9 * 4.0, loss_count=9))
+    plan.recipe = _recipe({"plateau": plateau | {"window": 3}})
+    plan.take_losses(_named(1.0, 1.0, 1.0, 1.0))
+    assert (plan.place.best, plan.place.loss_count) == (1.0, 1)
+    assert plan.place.stale == 0, "the mean of nine comes first"

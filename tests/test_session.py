@@ -172,6 +172,7 @@ def test_a_newer_schema_is_told_as_such():
         ("lowest_mean_loss", "0", "lowest_mean_loss must be a finite number, got '0'"),
         ("lowest_mean_loss", float("inf"), "lowest_mean_loss must be a finite number, got inf"),
         ("parts", {"scaler": 1}, "parts.scaler must be an object, got 1"),
+        ("parts", {"a\nb": 1}, r"'parts.a\nb' must be an object, got 1"),
         ("sessions", {}, "sessions must be a list, got {}"),
         ("sessions", [1], "sessions[0] must be an object, got 1"),
         ("extra", 1, "it has the unknown key extra"),
@@ -189,7 +190,7 @@ def test_a_state_out_of_order_is_refused(key, value, text):
     [
         ("number", 2, "session numbers must be rising, got [2, 2]"),
         ("number", 0, "sessions[0].number must be a whole number, at least 1, got 0"),
-        ("started", None, "sessions[0].started must be a number, got None"),
+        ("started", None, "sessions[0].started must be a number from 0 to 1e+11, got None"),
         ("batch_size", 0, "sessions[0].batch_size must be a whole number, at least 1, got 0"),
         ("logs", 1, "sessions[0].logs must be true or false, got 1"),
         ("settings", None, "sessions[0].settings must be an object, got None"),

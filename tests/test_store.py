@@ -313,6 +313,64 @@ def test_a_spoilt_raw_file_is_made_anew(folder, store_dir, spoil):
     assert torch.equal(second.faces_fssc, first.faces_fssc)
 
 
+def _forged(content, header_bytes, **changes):
+    """The raw file with other facts, and a digest that fits them."""
+    first, text = (json.loads(line) for line in content.split(b"\n", 2)[:2])
+    text = json.dumps(text | changes, sort_keys=True).encode()
+    first["sha256"] = hashlib.sha256(text).hexdigest()
+    header = json.dumps(first).encode() + b"\n" + text + b"\n"
+    return header.ljust(header_bytes) + content[header_bytes:]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size_px": -CROP.size_px},
+        {"size_px": True},
+        {"size_px": 1.5},
+        {"size_px": None},
+        {"names": "x" * 30},
+        {"names": [1] * 30},
+        {"names": [f"{number}.png" for number in range(30)]},
+        {"names": {}},
+        {"settings": []},
+        {"settings": {}},
+        {"rejected": [["a.png"]]},
+        {"rejected": [["a.png", "one\ntwo"]]},
+        {"rejected": [["a.png", "a face that is not there"]]},
+        {"rejected": 1},
+        {"empty": None},
+        {"empty": [["a face that is not there", "its mask is empty"]]},
+        {"areas_outside": []},
+        {"areas_outside": {"eye": -1}},
+        {"areas_outside": {"x\ny": 1}},
+        {"folder": 1},
+        {"key": []},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_raw_file_with_facts_that_are_none_is_made_anew(folder, store_dir, changes):
+    first = opened(folder, store_dir)
+    content = first.path.read_bytes()
+    header_bytes = json.loads(content.split(b"\n", 1)[0])["header_bytes"]
+    assert _forged(content, header_bytes) == content
+    first.path.write_bytes(_forged(content, header_bytes, **changes))
+    second = opened(folder, store_dir)
+    assert not second.reused
+    assert second.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("header_bytes", [4096.0, True, "4096", -4096, 0, 4095, [4096], 2**70])
+def test_a_raw_file_whose_header_has_no_size_is_made_anew(folder, store_dir, header_bytes):
+    first = opened(folder, store_dir)
+    content = first.path.read_bytes()
+    line, rest = content.split(b"\n", 1)
+    changed = json.dumps(json.loads(line) | {"header_bytes": header_bytes}).encode()
+    first.path.write_bytes(changed + b"\n" + rest)
+    assert not opened(folder, store_dir).reused
+
+
 def test_a_raw_file_under_another_name_is_not_taken(folder, store_dir):
     first = opened(folder, store_dir)
     os.utime(folder.faces[0].path, ns=(1, 1))

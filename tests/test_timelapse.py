@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mien.cli import main
-from mien.core.run.film import find_pictures
+from mien.core.run.film import find_pictures, make_film
 
 GREYS = {"9.jpg": 40, "10.jpg": 80, "10-2.jpg": 120, "10-10.jpg": 160}
 
@@ -68,7 +68,15 @@ def test_pictures_are_found_where_the_model_was_told_to_put_them(folder, tmp_pat
     assert find_pictures(folder.parent) == [tmp_path / "elsewhere/5.jpg"]
 
 
-@pytest.mark.parametrize("content", ["preview = 1", "[preview]\ntimelapse_output = 2"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "preview = 1",
+        "[preview]\ntimelapse_output = 2",
+        f'[preview]\ntimelapse_output = "/{"x" * 300}"',
+        '[preview]\ntimelapse_output = "a\\u0000b"',
+    ],
+)
 def test_settings_that_are_none_of_ours_name_no_place(folder, tmp_path, content):
     (tmp_path / "model/config.toml").write_text(content)
     assert find_pictures(folder.parent)[0] == folder / "9.jpg"
@@ -90,6 +98,48 @@ def test_a_pipe_among_the_pictures_is_waited_for_by_nobody(folder, tmp_path, cap
     assert f"{folder / '1.jpg'} cannot be read and was left out" in said.err
     assert f"{folder / '2.jpg'} cannot be read and was left out" in said.err
     assert sorted(os.listdir(tmp_path)) == ["film.mp4", "model"]
+
+
+def _jpeg_of_size(edge_px, *how):
+    """A small JPEG whose header speaks of a huge one."""
+    content = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8), how)[1].tobytes()
+    frame = content.index(b"\xff\xc2" if how else b"\xff\xc0") + 5
+    return content[:frame] + 2 * edge_px.to_bytes(2) + content[frame + 4 :]
+
+
+PROGRESSIVE = (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _jpeg_of_size(65_500),
+        _jpeg_of_size(0),
+        _jpeg_of_size(8_000, *PROGRESSIVE),
+        cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes(),
+        b"\xff\xd8\xff",
+        b"\xff\xd8" + b"\xff\xe0\x00\x02" * 10**6,
+        b"\xff\xd8\xff\xe0\x00\x00",
+        b"",
+    ],
+    ids=range(8),
+)
+def test_a_picture_that_no_time_lapse_has_is_left_out_undecoded(
+    folder, tmp_path, content, monkeypatch
+):
+    (folder / "9.jpg").write_bytes(content)
+    decoded, decode = [], cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda *a: decoded.append(a) or decode(*a))
+    film = make_film(find_pictures(folder), tmp_path / "film.mp4", fps=10)
+    assert film.unreadable == [folder / "9.jpg"]
+    assert len(decoded) == film.num_pictures == 3
+
+
+def test_a_picture_wider_than_a_film_can_be_is_halved(folder, tmp_path):
+    cv2.imwrite(str(folder / "1.jpg"), np.full((34, 9000, 3), 40, np.uint8))
+    film = make_film(find_pictures(folder), tmp_path / "film.mp4", fps=10)
+    assert (film.width_px, film.height_px) == (4500, 16)
+    assert _greys(film.path)[0][0] == pytest.approx(40, abs=3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Runs that look after themselves: stages of a recipe, setbacks, and what is kept on the way."""
+"""Runs that look after themselves: stages of a recipe, rollbacks, and what is kept on the way."""
 
 import json
 import re
@@ -12,12 +12,23 @@ from conftest import assert_same_bits
 from safetensors.torch import load_file
 
 from mien.cli import main
+from mien.core.config import Config, from_dict
 from mien.core.data.feed import Feed
 from mien.core.run.checkpoint import ModelFolder, SaveError
 from mien.core.run.session import TrainingState
 from mien.core.train import loop as loops
 from mien.core.train import unattended
-from mien.core.train.health import JUMP, STAYED, WINDOW, Collapse, NotFinite, Trouble
+from mien.core.train.divergence import (
+    JUMP,
+    PART,
+    STAYED,
+    WINDOW,
+    DivergenceDetector,
+    Jump,
+    NotFinite,
+    TrainingDiverged,
+    settle,
+)
 from mien.core.train.lr_finder import Search
 from mien.core.train.schedule import Schedule
 
@@ -256,7 +267,7 @@ def test_a_rate_that_a_stage_sets_replaces_a_found_one_for_good(sides, tmp_path,
     assert dict(rates) == dict(enumerate([1e-3] * 2 + [1e-5] * 6))
 
 
-# Setbacks
+# Rollbacks
 
 
 def _poisoned(monkeypatch, iteration, times):
@@ -383,7 +394,7 @@ def test_off_a_plateau_takes_no_loss_that_is_no_number(sides, tmp_path, monkeypa
 
 def _collapsed_after(monkeypatch, iteration, windows_px=4):
     """Losses that jump after an iteration and stay, seen in short windows."""
-    monkeypatch.setattr("mien.core.train.health.WINDOW", windows_px)
+    monkeypatch.setattr("mien.core.train.divergence.WINDOW", windows_px)
     original = loops.Loop._check
 
     def check(self, named, asked):
@@ -426,6 +437,47 @@ def test_a_collapse_rolls_back_to_the_backup_where_newer_saves_are_bad(
     assert "no save from before is left" not in said
 
 
+def test_a_rate_that_is_far_too_high_is_noticed_and_named(sides, tmp_path, monkeypatch, capsys):
+    """Within 660 iterations at the real bounds, where each of these is a second."""
+    monkeypatch.setattr("mien.core.train.divergence.ABOVE", 40)
+    monkeypatch.setattr("mien.core.train.divergence.EXCESS", 8.0)
+    model_dir = tmp_path / "model"
+    rate = ("--set", "optimizer.optimizer=lion", "--set", "optimizer.learning_rate=0.01")
+    words = ("-i", "400", "-s", "400", *rate, "--set", "save.keep_generations=9")
+    assert _train(sides, model_dir, *words) == 3
+    said = capsys.readouterr().out
+    assert re.search(r"the loss of [AB] has been above that of the first iteration", said), said
+    assert "Lower optimizer.learning_rate, which is 0.01" in said
+    assert "the model is back at iteration 1." in said, "the only save"
+    # Of weights that a rate like that has left, a resumed run is told what it began with.
+    part = _state(model_dir)[0]["parts"]["divergence"]
+    assert part["a"]["first_loss"] > 0
+    assert _train(sides, model_dir, *words) == 3
+
+
+def test_a_side_whose_masks_are_empty_halts_with_a_word_about_them(
+    sides, tmp_path, monkeypatch, capsys
+):
+    original = Feed.next
+
+    def without_masks_of_b(self, faces_seen):
+        batch = original(self, faces_seen)
+        for weight_n1hw in batch.weights:
+            weight_n1hw[len(weight_n1hw) // 2 :] = 0
+        return batch
+
+    monkeypatch.setattr(Feed, "next", without_masks_of_b)
+    model_dir = tmp_path / "model"
+    for policy in ("halt", "rollback"):
+        words = ("-i", "60", "--set", f"train.nan_protection={policy}")
+        assert _train(sides, model_dir, *words) == 3
+        said = capsys.readouterr().out
+        assert "the loss of B has been exactly 0 for" in said
+        assert "look at them with `mien faces check FOLDER`" in said
+        assert "learning_rate" not in said.splitlines()[-1]
+    assert _state(model_dir)[0]["lowest_mean_loss"] is None, "no mean of nothing is the best"
+
+
 # What is looked for
 
 
@@ -435,7 +487,7 @@ def _losses(*totals):
 
 
 def test_a_loss_that_is_no_number_names_iteration_and_loss():
-    with pytest.raises(Trouble, match=r"at iteration 12 \(batch_total, loss_a\)"):
+    with pytest.raises(TrainingDiverged, match=r"at iteration 12 \(batch_total, loss_a\)"):
         NotFinite(scales_loss=True).check(_losses(1, 1, np.inf), first=10, skipped=0)
 
 
@@ -446,42 +498,215 @@ def test_single_overflows_of_fp16_are_none_but_many_in_a_row_are():
     check = NotFinite(scales_loss=True)
     for i in range(24):
         check.check(_losses(1, 1), first=1 + 2 * i, skipped=2 * i + 2)
-    with pytest.raises(Trouble, match=r"last 50 iterations were too large for fp16"):
+    with pytest.raises(TrainingDiverged, match=r"last 50 iterations were too large for fp16"):
         check.check(_losses(1, 1), first=49, skipped=50)
-    with pytest.raises(Trouble, match="not a number at the gradient"):
+    with pytest.raises(TrainingDiverged, match="not a number at the gradient"):
         NotFinite(scales_loss=False).check(_losses(1, 1), first=1, skipped=1)
 
 
 def test_a_loss_that_jumps_and_stays_is_a_collapse_and_a_spike_is_none():
-    watch = Collapse()
+    watch = Jump()
     falling = np.linspace(1.0, 0.2, 20 * WINDOW)
-    watch.take_losses(falling, first=1)
+    watch.check(falling, first=1)
     spike = np.full((STAYED - 1) * WINDOW, 0.9)
-    watch.take_losses(spike, first=len(falling) + 1)
-    watch.take_losses(np.full(WINDOW, 0.2), first=len(falling) + len(spike) + 1)
+    watch.check(spike, first=len(falling) + 1)
+    watch.check(np.full(WINDOW, 0.2), first=len(falling) + len(spike) + 1)
     at = len(falling) + len(spike) + WINDOW
-    with pytest.raises(Trouble) as caught:
-        watch.take_losses(np.full(10 * WINDOW, 0.9), first=at + 1)
+    with pytest.raises(TrainingDiverged) as caught:
+        watch.check(np.full(10 * WINDOW, 0.9), first=at + 1)
     assert caught.value.good_until == at
 
 
-def test_faces_of_one_colour_are_a_collapse_once_there_was_more():
+def _detector(**settings):
+    state = TrainingState(trainer="original", **settings)
+    settle(state, Config(), Config())
+    return _detector_of(state)
+
+
+def _detector_of(state, rate=0.01):
+    return DivergenceDetector(state, NotFinite(scales_loss=False), rate and (lambda _: rate))
+
+
+def _pictures(detector, predictions, faces, done, begun=0):
+    detector.check_pictures(predictions, faces, done, begun)
+
+
+def test_faces_of_one_colour_are_a_divergence_once_there_was_more():
     rng = np.random.default_rng(0)
     faces = rng.integers(0, 255, (2, 3, 8, 8, 3), dtype=np.uint8)
     flat = np.full_like(faces, 120)
     one_flat = faces.copy()
     one_flat[1] = 120
     noise = 120 + faces // 64  # what an untrained network shows
-    watch = Collapse()
-    watch.take_pictures(noise, faces, iterations=1, session_iterations=1)
-    watch.take_pictures(flat, faces, iterations=9, session_iterations=9)  # not learnt yet
-    watch.take_pictures(faces, faces, iterations=500, session_iterations=500)
-    with pytest.raises(Trouble, match="every face of B has become one colour") as caught:
-        watch.take_pictures(one_flat, faces, iterations=900, session_iterations=900)
+    detector = _detector()
+    _pictures(detector, noise, faces, 1)
+    _pictures(detector, flat, faces, 9)  # not learnt yet
+    _pictures(detector, faces, faces, 500)
+    with pytest.raises(TrainingDiverged, match="every face of B has become one colour") as caught:
+        _pictures(detector, one_flat, faces, 900)
     assert caught.value.good_until == 500
-    Collapse().take_pictures(flat, flat, iterations=9000, session_iterations=9000)
-    with pytest.raises(Trouble, match="every face of A"):
-        Collapse().take_pictures(flat, faces, iterations=9000, session_iterations=5000)
+    _pictures(_detector(), flat, flat, 9000)
+    _pictures(_detector(iterations=8000), flat, faces, 9000, begun=8000)
+    with pytest.raises(TrainingDiverged, match="every face of A") as caught:
+        _pictures(_detector(iterations=4000), flat, faces, 9000, begun=4000)
+    assert caught.value.good_until == 4000
+
+
+def test_one_picture_for_all_faces_is_a_divergence_where_the_faces_differ():
+    rng = np.random.default_rng(0)
+    faces = rng.integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    neon = np.broadcast_to(faces[:, :1] // 128 * 200 + 20, faces.shape)
+    mean = np.broadcast_to(faces[:, :1], faces.shape) // 2 + faces // 16  # blurred, but it differs
+    grey = 120 + neon // 64
+    detector = _detector()
+    _pictures(detector, neon, faces, WINDOW - 1)  # as the first weights happened to be
+    _pictures(detector, grey, faces, 2 * WINDOW)
+    _pictures(detector, mean, faces, 3 * WINDOW)
+    with pytest.raises(TrainingDiverged, match="every face of A has become the same picture") as c:
+        _pictures(detector, neon, faces, 4 * WINDOW)
+    assert c.value.good_until == 3 * WINDOW
+    a_still = faces[:, :1] // 2 + rng.integers(0, 3, faces.shape, dtype=np.uint8)
+    _pictures(_detector(), neon, a_still, 4 * WINDOW)
+    _pictures(_detector(), neon[:, :1], faces[:, :1], 4 * WINDOW)
+
+
+@pytest.mark.parametrize("shown", [0, 255, "neon"])
+def test_pure_colours_are_a_divergence_even_where_there_was_nothing_before(shown):
+    rng = np.random.default_rng(0)
+    faces = rng.integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    pure = faces // 128 * 255 if shown == "neon" else np.full_like(faces, shown)
+    _pictures(_detector(), pure, faces, WINDOW - 1)
+    with pytest.raises(TrainingDiverged, match="every face of A has become pure colours"):
+        _pictures(_detector(), pure, faces, WINDOW)
+    _pictures(_detector(), pure, pure, WINDOW)  # drawn so
+
+
+def test_a_model_that_never_showed_faces_has_no_good_save():
+    faces = np.random.default_rng(0).integers(0, 255, (2, 4, 8, 8, 3), dtype=np.uint8)
+    neon = np.broadcast_to(faces[:, :1], faces.shape)
+    with pytest.raises(TrainingDiverged) as caught:
+        _pictures(_detector(), neon, faces, WINDOW)
+    assert caught.value.good_until == 0
+    state = TrainingState(trainer="original", iterations=WINDOW)
+    state.parts[PART] = _detector().to_dict()
+    again = _detector_of(state)
+    with pytest.raises(TrainingDiverged) as caught:
+        _pictures(again, neon, faces, 2 * WINDOW, begun=WINDOW)
+    assert caught.value.good_until == 0, "not what this session began with"
+
+
+def _side_losses(a, b=None):
+    """Losses by name, those of B falling."""
+    a = np.asarray(a, dtype=np.float64)
+    b = np.linspace(1.0, 0.5, len(a)) if b is None else np.asarray(b, dtype=np.float64)
+    named = {"batch_total": a + b, "loss_a": a, "loss_b": b}
+    return named | {"batch_face_a": a, "batch_face_b": b}
+
+
+def _check(detector, named, sizes, first=1):
+    """Hand the losses on in pieces."""
+    at = 0
+    for size in sizes:
+        piece = {name: values[at : at + size] for name, values in named.items()}
+        detector.check_losses(piece, first + at, skipped=0)
+        at += size
+
+
+@pytest.mark.parametrize("sizes", [[1] * 600, [600], [250, 350]])
+def test_a_loss_that_stays_above_its_first_is_a_divergence(sizes):
+    losses = np.full(600, 1.25)
+    losses[:50] = 1.0
+    with pytest.raises(TrainingDiverged) as caught:
+        _check(_detector(), _side_losses(losses), sizes)
+    assert str(caught.value) == (
+        "the loss of A has been above that of the first iteration, 1.0000, for 400 iterations, "
+        "1.2500 on average"
+    )
+    assert caught.value.good_until == 49
+
+
+def test_a_loss_a_little_above_its_first_takes_longer_to_be_a_divergence():
+    _check(_detector(), _side_losses([1.0] + [1.05] * 1590), [1591])
+    with pytest.raises(TrainingDiverged, match=r"for 160[01] iterations, 1\.0500 on average"):
+        _check(_detector(), _side_losses([1.0] + [1.05] * 1601), [1602])
+
+
+def test_a_first_batch_that_was_easy_is_no_divergence():
+    """A model that learns nothing yet, with one face in a batch, one in 100 of them nearly black,
+    at a usual rate: at that one the first weights are seen for eleven iterations."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        losses = np.where(rng.random(3000) < 0.01, 0.02, rng.normal(0.4, 0.1, 3000).clip(0.05))
+        losses[0] = 0.02
+        state = TrainingState(trainer="original")
+        settle(state, Config(), Config())
+        _check(_detector_of(state, rate=5e-5), _side_losses(losses, losses), [1, 2999])
+
+
+def test_a_loss_above_its_first_is_remembered_over_sessions_until_the_rate_changes():
+    state = TrainingState(trainer="original")
+    before = from_dict({"data": {"num_threads": 2}})
+    lower = from_dict({"optimizer": {"learning_rate": 1e-5}, "data": {"placement": "host"}})
+    other = from_dict({"loss": {"loss_weight_2": 50}})
+
+    def session(config, iterations):
+        settle(state, before, config)
+        detector = _detector_of(state)
+        losses = np.full(iterations, 1.5)
+        losses[: state.iterations == 0] = 1.0
+        _check(detector, _side_losses(losses), [iterations], first=state.iterations + 1)
+        state.iterations += iterations
+        state.parts[PART] = json.loads(json.dumps(detector.to_dict()))
+
+    session(before, 399)
+    session(lower, 399)
+    assert state.parts[PART]["a"]["above"] == 399
+    with pytest.raises(TrainingDiverged, match="for 400 iterations"):
+        session(before, 10)
+    session(other, 1000)
+    assert state.parts[PART]["a"]["first_loss"] is None, "another loss does not compare"
+
+
+def test_weights_that_were_loaded_have_no_first_loss():
+    state = TrainingState(trainer="original")
+    settle(state, Config(), Config())
+    _check(_detector_of(state, rate=None), _side_losses([1.0] + [1.5] * 900), [901])
+
+
+def test_a_side_without_any_loss_is_a_divergence_with_another_remedy():
+    losses = np.full(60, 0.4)
+    losses[10:20] = losses[21:45] = 0.0
+    _check(_detector(), _side_losses(losses), [60])
+    losses[45] = 0.0
+    with pytest.raises(TrainingDiverged, match="loss of A has been exactly 0 for 25 it") as caught:
+        _check(_detector(), _side_losses(losses), [1] * 60)
+    assert "mien faces check" in caught.value.remedy
+    masks_are_learnt = _side_losses(losses) | {"loss_a": losses + 0.1}
+    with pytest.raises(TrainingDiverged, match="loss of A has been exactly 0"):
+        _check(_detector(), masks_are_learnt, [60])
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({}, "it lacks parts.divergence.a"),
+        ({"first_loss": 0.0}, "divergence.b.first_loss must be above 0, got 0.0"),
+        ({"first_loss": "x"}, "divergence.b.first_loss must be a finite number, got 'x'"),
+        ({"above": 11}, "b.above must be a whole number, at least 0 and at most 10, got 11"),
+        ({"excess": 10**400}, "divergence.b.excess must be a finite number, got 1000"),
+        ({"zeros": -1}, "divergence.b.zeros must be a whole number"),
+        ({"good_until": None}, "divergence.b.good_until must be a whole number"),
+        ({"has_varied": 1}, "divergence.b.has_varied must be true or false, got 1"),
+        ({"x": 1}, "it has the unknown key parts.divergence.b.x"),
+    ],
+)
+def test_what_no_run_has_saved_of_it_is_refused(value, text):
+    state = TrainingState(trainer="original", iterations=10)
+    sides = _detector().to_dict()
+    state.parts[PART] = {"a": sides["a"], "b": sides["b"] | value} if value else {}
+    with pytest.raises(ValueError, match="the saved state is not valid") as caught:
+        settle(state, Config(), Config())
+    assert text in str(caught.value)
 
 
 # When the optimizer's state is kept

@@ -33,6 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,6 +68,9 @@ _GIB = 1024**3
 _OLD_SECONDS = 86_400.0
 _NOT_OFFERED = {errno.ENODEV, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 """How a disk says that it maps no files, or reserves no room for them."""
+
+_NOT_RAW = (OSError, ValueError, KeyError, TypeError, RecursionError)
+"""What comes of reading a file as a raw one that is none."""
 
 _PART = ".part"
 _PLACES = {"gpu": "GPU memory", "host": "host memory"}
@@ -126,6 +130,39 @@ class _Facts:
     empty: list[list[str]] = field(default_factory=list)
     areas_outside: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, text: bytes) -> "_Facts":
+        """The facts in a raw file's second line, which anybody may have written.
+
+        Raises:
+            ValueError, TypeError: It holds others, or of another type.
+        """
+        facts = cls(**json.loads(text))
+        reasons, areas = (facts.rejected, facts.empty), facts.areas_outside
+        if not all(isinstance(each, list) for each in (facts.names, *reasons)):
+            raise ValueError("a list is none")
+        holds = (
+            all(isinstance(each, str) for each in (facts.key, facts.folder, *facts.names))
+            and type(facts.size_px) is int
+            and facts.size_px > 0
+            and isinstance(facts.settings, dict)
+            and all(_is_reason(each) for each in chain(*reasons))
+            and isinstance(areas, dict)
+            and areas.keys() <= set(masks.AREAS)
+            and all(type(each) is int and 0 <= each <= len(facts.names) for each in areas.values())
+        )
+        if not holds:
+            raise ValueError("a fact is of another type")
+        return facts
+
+    def fit(self, plan: "_Facts") -> bool:
+        """Whether they are those of the planned faces, of which some may be left out."""
+        left_out = {name for name, _ in self.rejected}
+        names = [name for name in plan.names if name not in left_out]
+        wanted = (plan.key, plan.size_px, plan.settings, names)
+        is_known = left_out <= set(plan.names) and {name for name, _ in self.empty} <= set(names)
+        return is_known and (self.key, self.size_px, self.settings, self.names) == wanted
+
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return len(self.names), self.size_px, self.size_px, BYTES_PER_PIXEL
@@ -156,7 +193,8 @@ def open_store(
     tell = progress or (lambda done, total: None)
     facts = _plan(folder, crop, data)
     path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
-    saved = _read_raw(path, facts.key) if path else None
+    saved = _read_raw(path) if path else None
+    saved = saved if saved and saved[0].fit(facts) else None
     warnings: list[str] = []
     if saved and path:
         facts, header_bytes = saved
@@ -570,23 +608,44 @@ def _header(facts: _Facts, header_bytes: int) -> bytes:
     return json.dumps(first).encode() + b"\n" + text + b"\n"
 
 
-def _read_raw(path: Path, key: str | None = None) -> tuple[_Facts, int] | None:
-    """Facts and header bytes of a raw file; None where it is not whole, or of another key."""
-    try:
-        with open_for_reading(path) as file:
-            first = json.loads(file.readline(BLOCK_BYTES))
-            header_bytes = first["header_bytes"]
-            if first["schema"] != SCHEMA or not 0 < header_bytes <= MAX_HEADER_BYTES:
-                return None
-            text = file.readline(header_bytes).removesuffix(b"\n")
-            if hashlib.sha256(text).hexdigest() != first["sha256"]:
-                return None
-            facts = _Facts(**json.loads(text))
-            size = os.fstat(file.fileno()).st_size
-            whole = size == header_bytes + facts.num_bytes and header_bytes % BLOCK_BYTES == 0
-            return (facts, header_bytes) if whole and key in (None, facts.key) else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+def _is_reason(value: Any) -> bool:
+    """Whether it is the name of a face and why it was left out, in a line of text."""
+    are_texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    return are_texts and len(value) == 2 and value[1].isprintable()
+
+
+def _read_header(path: Path) -> tuple[bytes, int, int] | None:
+    """Second line of a raw file, bytes of its header and of all of it; None where it is none."""
+    with open_for_reading(path) as file:
+        first = json.loads(file.readline(BLOCK_BYTES))
+        header_bytes = first["header_bytes"]
+        is_size = type(header_bytes) is int and 0 < header_bytes <= MAX_HEADER_BYTES
+        if first["schema"] != SCHEMA or not is_size or header_bytes % BLOCK_BYTES:
+            return None
+        text = file.readline(header_bytes).removesuffix(b"\n")
+        if hashlib.sha256(text).hexdigest() != first["sha256"]:
+            return None
+        return text, header_bytes, os.fstat(file.fileno()).st_size
+
+
+def _read_raw(path: Path) -> tuple[_Facts, int] | None:
+    """Facts and header bytes of a raw file; None where it is not whole."""
+    with contextlib.suppress(*_NOT_RAW):
+        header = _read_header(path)
+        if header:
+            text, header_bytes, size = header
+            facts = _Facts.from_json(text)
+            return (facts, header_bytes) if size == header_bytes + facts.num_bytes else None
+    return None
+
+
+def _is_of(path: Path, folder: str) -> bool:
+    """Whether a raw file says that it holds the faces of a folder; the rest of it is not parsed,
+    for it may be long, and anybody's."""
+    with contextlib.suppress(*_NOT_RAW):
+        header = _read_header(path)
+        return header is not None and f'"folder": {json.dumps(folder)}, '.encode() in header[0]
+    return False
 
 
 def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -> np.ndarray:
@@ -615,8 +674,7 @@ def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -
 def _remove_obsolete(path: Path, folder: str) -> None:
     """Remove what a new raw file replaces, and what a killed process left half done."""
     for other in path.parent.glob("*.faces"):
-        facts = _read_raw(other)
-        if other != path and facts and facts[0].folder == folder:
+        if other != path and _is_of(other, folder):
             with contextlib.suppress(OSError):
                 other.unlink()
     for part in path.parent.glob(f".*{_PART}"):

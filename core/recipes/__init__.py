@@ -40,6 +40,7 @@ FALLING = ("loss", "loss_a", "loss_b", "pose_swap", "identity_b")
 RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
 """The higher the better."""
 
+MAX_STAGES = 100
 _LARGEST = 1e12
 _LOSSES = ("loss", "loss_a", "loss_b")
 _NOT_IN_A_STAGE = {  # what belongs to the run as a whole
@@ -219,6 +220,8 @@ def describe(recipe: Recipe) -> list[str]:
 def _stages(values: Any) -> Iterator[Stage]:
     if not isinstance(values, list) or not values:
         raise ValueError(f"stage must be a list of tables, [[stage]], got {shown(values)}")
+    if len(values) > MAX_STAGES:
+        raise ValueError(f"a recipe has at most {MAX_STAGES} stages, got {len(values)}")
     names: set[str] = set()
     for number, table in enumerate(values, 1):
         stage = _stage(table, f"stage {number}")

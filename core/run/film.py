@@ -1,5 +1,6 @@
 """A film of the pictures that a time-lapse has left."""
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,26 @@ from ..config import read_toml
 from .files import DamagedError, read_regular, write_output
 
 _MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
-_MAX_BYTES = 256 << 20
+_LONGEST_PX = 8190
+"""Edge of a frame: the even number below what MPEG-4 counts in 13 bits."""
+
+_MOST_PIXELS = 1 << 28
+"""Pixels of a picture: 16 faces of the largest model, with what is around them, take fewer."""
+
+_MOST_PROGRESSIVE = 1 << 25
+"""Pixels of a picture whose decoder holds all of it at once, in 6 bytes each."""
+
+_MOST_BYTES = 64 << 20
+_MOST_SEGMENTS = 1000
+_BASELINE, _EXTENDED, _PROGRESSIVE = b"\xc0", b"\xc1", b"\xc2"
+_READ_AS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+"""How a JPEG is decoded, by what its edges are divided by on the way."""
+
 _NAME = re.compile(r"(\d{1,12})(?:-(\d{1,6}))?\.jpg")
 
 
@@ -59,7 +79,7 @@ def _places(folder: Path) -> Iterator[Path]:
     set_to = preview.get("timelapse_output") if isinstance(preview, dict) else None
     named = Path(set_to) if isinstance(set_to, str) and set_to else folder
     for place in (named, folder / "timelapse", folder):
-        if place.is_dir():
+        if os.path.isdir(place):  # false, too, of a name that no disk can hold
             yield place
 
 
@@ -122,12 +142,43 @@ def _readable(pictures: list[Path], unreadable: list[Path]) -> Iterator[np.ndarr
 
 
 def _read(path: Path) -> np.ndarray | None:
-    """A picture, (H, W, 3) BGR uint8; None where the file holds none that can be read."""
+    """The picture in a plain JPEG file, in a size that a film can have; None where there is none.
+
+    A header that asks for more memory than any picture of a time-lapse takes is not followed.
+    """
     try:
-        encoded = np.frombuffer(read_regular(path, _MAX_BYTES), np.uint8)
-        return cv2.imdecode(encoded, cv2.IMREAD_COLOR) if encoded.size else None
-    except (OSError, DamagedError, cv2.error):
+        content = read_regular(path, _MOST_BYTES)
+    except (DamagedError, OSError):
         return None
+    coding, height_px, width_px = _frame_header(content)
+    most = _MOST_PROGRESSIVE if coding == _PROGRESSIVE else _MOST_PIXELS
+    if coding is None or not 0 < height_px * width_px <= most:
+        return None
+    longest_px = max(height_px, width_px)
+    divisor = next((each for each in _READ_AS if longest_px <= each * _LONGEST_PX), None)
+    if divisor is None:
+        return None
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), _READ_AS[divisor])
+    except cv2.error:
+        return None
+
+
+def _frame_header(content: bytes) -> tuple[bytes | None, int, int]:
+    """(coding, height in px, width in px) as a JPEG says them itself; no coding where it is none.
+
+    A JPEG is a list of segments: a marker of 2 bytes, then what has its own length in front.
+    """
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    for _ in range(_MOST_SEGMENTS):
+        marker, length = content[at : at + 2], int.from_bytes(content[at + 2 : at + 4])
+        if marker[:1] != b"\xff" or length < 2:
+            break
+        if marker[1:] in (_BASELINE, _EXTENDED, _PROGRESSIVE):
+            height_px = int.from_bytes(content[at + 5 : at + 7])
+            return marker[1:], height_px, int.from_bytes(content[at + 7 : at + 9])
+        at += 2 + length
+    return None, 0, 0
 
 
 def _even(image: np.ndarray) -> np.ndarray:

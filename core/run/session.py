@@ -18,14 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import models
-from ...models.options import shown
 from ..config import Config, all_settings, from_dict, merge, to_dict
+from . import saved_values
+from .saved_values import MAX_COUNT, MAX_SECONDS, require, require_keys
 
 SCHEMA = 1
 
-_MAX_COUNT = 10**12 - 1
-_MAX_SECONDS = 1e11
-_LARGEST = 1e300
 _MOST_SESSIONS, _MOST_WITH_SETTINGS = 1000, 100  # 0.4 MiB of JSON, of the 16 that are read
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -86,7 +84,7 @@ class TrainingState:
         now = time.time() if started is None else started
         session = Session(
             number=max((old.number for old in self.sessions), default=0) + 1,
-            started=min(max(now, 0.0), _MAX_SECONDS),
+            started=min(max(now, 0.0), MAX_SECONDS),
             batch_size=config.train.batch_size,
             logs=config.save.logs,
             settings=settings,
@@ -98,11 +96,11 @@ class TrainingState:
     def _refuse_to_pass_the_counts(self, session: Session, iterations: int) -> None:
         """Refuse what could not be saved before anything is trained."""
         faces = max(self.faces_seen.values()) + iterations * session.batch_size
-        if max(self.iterations + iterations, faces, session.number) > _MAX_COUNT:
+        if max(self.iterations + iterations, faces, session.number) > MAX_COUNT:
             raise ValueError(
                 f"the model counts {self.iterations} iterations, {self.faces_seen['a']} faces and "
                 f"{session.number - 1} sessions, and {iterations} more iterations would pass the "
-                f"largest count, {_MAX_COUNT}; give fewer --iterations, or begin a new model"
+                f"largest count, {MAX_COUNT}; give fewer --iterations, or begin a new model"
             )
 
     def advance(self, iterations: int = 1) -> None:
@@ -162,30 +160,30 @@ class TrainingState:
                 f"the saved state has schema {schema}, this version of mien reads {SCHEMA}: it "
                 "was made by a newer version; update mien"
             )
-        _require(type(schema) is int and schema == SCHEMA, "schema", str(SCHEMA), schema)
+        require(type(schema) is int and schema == SCHEMA, "schema", str(SCHEMA), schema)
         expected = {"schema", *(item.name for item in dataclasses.fields(cls) if item.repr)}
-        _require_keys(values, expected, "")
+        require_keys(values, expected, "")
         sessions = values["sessions"]
-        _require(isinstance(sessions, list), "sessions", "a list", sessions)
+        require(isinstance(sessions, list), "sessions", "a list", sessions)
         state = cls(
-            run_id=_text(values, "run_id"),
-            trainer=_text(values, "trainer"),
-            iterations=_count(values, "iterations"),
-            faces_seen=_table(values, "faces_seen"),
-            lowest_mean_loss=_optional_number(values, "lowest_mean_loss"),
-            parts=_table(values, "parts"),
+            run_id=saved_values.text(values, "run_id"),
+            trainer=saved_values.text(values, "trainer"),
+            iterations=saved_values.count(values, "iterations"),
+            faces_seen=saved_values.table(values, "faces_seen"),
+            lowest_mean_loss=saved_values.optional_number(values, "lowest_mean_loss"),
+            parts=saved_values.table(values, "parts"),
             sessions=[_session(item, f"sessions[{i}].") for i, item in enumerate(sessions)],
         )
         is_a_name = len(state.trainer) <= 64 and state.trainer.isprintable()
-        _require(is_a_name, "trainer", "a name", state.trainer)
-        _require(_RUN_ID.fullmatch(state.run_id), "run_id", "32 hex digits", state.run_id)
-        _require_keys(state.faces_seen, {"a", "b"}, "faces_seen.")
+        require(is_a_name, "trainer", "a name", state.trainer)
+        require(_RUN_ID.fullmatch(state.run_id), "run_id", "32 hex digits", state.run_id)
+        require_keys(state.faces_seen, {"a", "b"}, "faces_seen.")
         for side in state.faces_seen:
-            _count(state.faces_seen, side, "faces_seen.")
+            saved_values.count(state.faces_seen, side, "faces_seen.")
         for name, part in state.parts.items():
-            _require(isinstance(part, dict), f"parts.{name}", "an object", part)
+            require(isinstance(part, dict), f"parts.{name}", "an object", part)
         numbers = [session.number for session in state.sessions]
-        _require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
+        require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
         state.sessions = _folded(state.sessions)
         return state
 
@@ -297,65 +295,21 @@ def _folded(sessions: list[Session]) -> list[Session]:
         started=early[0].started,
         batch_size=max(round(faces / iterations), 1) if iterations else early[-1].batch_size,
         logs=any(old.logs for old in early),
-        iterations=min(iterations, _MAX_COUNT),
+        iterations=min(iterations, MAX_COUNT),
     )
     return [together, *recent]
 
 
 def _session(values: Any, prefix: str) -> Session:
-    _require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
-    _require_keys(values, {item.name for item in dataclasses.fields(Session)}, prefix)
-    started = _optional_number(values, "started", prefix)
-    holds = started is not None and 0 <= started <= _MAX_SECONDS
-    _require(holds, f"{prefix}started", "a number", started)
+    require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
+    require_keys(values, {item.name for item in dataclasses.fields(Session)}, prefix)
     logs = values["logs"]
-    _require(isinstance(logs, bool), f"{prefix}logs", "true or false", logs)
+    require(isinstance(logs, bool), f"{prefix}logs", "true or false", logs)
     return Session(
-        number=_count(values, "number", prefix, low=1),
-        started=started or 0.0,
-        batch_size=_count(values, "batch_size", prefix, low=1),
+        number=saved_values.count(values, "number", prefix, low=1),
+        started=saved_values.number(values, "started", prefix, low=0, high=MAX_SECONDS),
+        batch_size=saved_values.count(values, "batch_size", prefix, low=1),
         logs=logs,
-        iterations=_count(values, "iterations", prefix),
-        settings=_table(values, "settings", prefix),
+        iterations=saved_values.count(values, "iterations", prefix),
+        settings=saved_values.table(values, "settings", prefix),
     )
-
-
-def _require(holds: object, name: str, rule: str, value: Any) -> None:
-    if not holds:
-        got = shown(value)
-        raise ValueError(f"the saved state is not valid: {name} must be {rule}, got {got}")
-
-
-def _require_keys(values: dict[str, Any], expected: set[str], prefix: str) -> None:
-    missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
-    if missing or unknown:
-        verb, key = ("lacks", missing[0]) if missing else ("has the unknown key", unknown[0])
-        key = key if key.isprintable() else ascii(key)
-        raise ValueError(f"the saved state is not valid: it {verb} {prefix}{key}")
-
-
-def _count(values: dict[str, Any], key: str, prefix: str = "", *, low: int = 0) -> int:
-    value = values[key]
-    rule = f"a whole number, at least {low}"
-    holds = type(value) is int and low <= value <= _MAX_COUNT
-    _require(holds, f"{prefix}{key}", rule, value)
-    return value
-
-
-def _optional_number(values: dict[str, Any], key: str, prefix: str = "") -> float | None:
-    value = values[key]
-    if value is None:
-        return None
-    holds = type(value) in (int, float) and abs(value) < _LARGEST
-    _require(holds, f"{prefix}{key}", "a finite number", value)
-    return float(value)
-
-
-def _text(values: dict[str, Any], key: str) -> str:
-    _require(isinstance(values[key], str), key, "text", values[key])
-    return values[key]
-
-
-def _table(values: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
-    _require(isinstance(values[key], dict), f"{prefix}{key}", "an object", values[key])
-    return dict(values[key])

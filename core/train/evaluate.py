@@ -21,9 +21,14 @@ from ..config import Config
 from ..data.held_out import HeldOutFaces, load_held_out
 from ..data.sides import SIDES, SideFaces
 from ..faces.folder import skipped
+from ..run import saved_values
+from ..run.session import TrainingState
 from .judges import IdentityJudge, Judge, PoseJudge
 from .network import Network
 from .precision import Precision
+
+PART = "evaluate"
+"""Under which name the state keeps the latest figures, with the total iteration they are of."""
 
 _MOST_FACES_AT_ONCE = 16  # a GPU may be filled by training; the preview takes as many
 _LEAST_ERROR = 1e-10  # 100 dB; none at all would be infinitely many
@@ -85,6 +90,21 @@ def open_evaluation(
         judges.append(IdentityJudge(network, loaded))
     batch_size = min(config.train.batch_size, _MOST_FACES_AT_ONCE)
     return Evaluation(loaded, tuple(judges), batch_size)
+
+
+def measured_at(state: TrainingState) -> int | None:
+    """The total iteration of the figures that a state holds; None where there are none.
+
+    Raises:
+        ValueError: The part that was saved is not valid.
+    """
+    if PART not in state.parts:
+        return None
+    part, prefix = state.parts[PART], f"parts.{PART}."
+    saved_values.require("iteration" in part, f"{prefix}iteration", "there", None)
+    for name in part.keys() - {"iteration"}:
+        saved_values.number(part, name, prefix)
+    return saved_values.count(part, "iteration", prefix, high=state.iterations)
 
 
 @torch.no_grad()

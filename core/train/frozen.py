@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...kernels.rules import MOMENTS
 from ...models.alignment import axes_of, crop, pad
+from . import optimizer_state
 
 
 class Frozen:
@@ -50,16 +51,13 @@ class Frozen:
         """Keep what a checkpoint's optimizer holds of these parameters, as it is.
 
         Raises:
-            ValueError: It has another shape than its parameter.
+            ValueError: It has another shape or number format than its parameter, or holds a number
+                that no optimizer does.
         """
         for name, weight in self.weights.items():
             for key in (f"{name}.{kind}" for kind in MOMENTS):
                 tensor = tensors.get(key)
                 if tensor is None:
                     continue
-                if tensor.shape != weight.shape:
-                    raise ValueError(
-                        f"optimizer state of {key} has shape {tuple(tensor.shape)}, the model "
-                        f"{tuple(weight.shape)}"
-                    )
+                optimizer_state.check(key, tensor, weight)
                 self.state[key] = tensor.to("cpu", copy=True)

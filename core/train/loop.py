@@ -13,9 +13,11 @@ from ..data.sides import SIDES
 from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
 from ..run.requests import Requests, Wish
+from . import divergence as divergences
+from . import evaluate as evaluations
 from . import stages
-from .evaluate import evaluate
-from .health import Collapse, NotFinite, Trouble
+from .divergence import DivergenceDetector, NotFinite, TrainingDiverged
+from .evaluate import evaluate, measured_at
 from .pictures import Look
 from .prepare import Run
 from .ring import CAPACITY, to_host
@@ -25,10 +27,6 @@ DONE, MISTAKE, HALTED, STOPPED = 0, 2, 3, 4
 _SECONDS_BETWEEN_LINES = 1.0
 _STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
 _SAVE_ITERATIONS, _SAVE_SECONDS = 250, 60.0
-_ADVICE = (
-    "Lower optimizer.learning_rate, or set optimizer.epsilon_exponent to -5 or -4 with bf16 or "
-    "fp16, and start again"
-)
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class End:
 
     reason: str
     goes_on: bool = False
-    """Another loop follows: of the next stage, or after a setback."""
+    """Another loop follows: of the next stage, or after a rollback."""
 
     back_at: int | None = None
     """The model has gone back to the save of this iteration, to try again."""
@@ -91,9 +89,12 @@ class Loop:
 
         self.policy = run.config.train.nan_protection
         accumulation = run.config.optimizer.gradient_accumulation
-        self.not_finite = NotFinite(run.precision.scales_loss, accumulation)
-        self.collapse = Collapse()
-        self.trouble: Trouble | None = None
+        self.detector = DivergenceDetector(
+            run.state,
+            NotFinite(run.precision.scales_loss, accumulation),
+            rate=None if run.config.model.load_weights else run.schedule.rate,
+        )
+        self.divergence: TrainingDiverged | None = None
         """Why this training must not go on; then nothing more is looked for."""
 
         self.mean_losses: deque[float | None] = deque()
@@ -116,13 +117,13 @@ class Loop:
                 # The next stage goes on with the optimizer's state, whether it is to stay or not.
                 with_optimizer = end.goes_on or self._snapshot_is_due()
                 self._save(is_last=True, with_optimizer=with_optimizer)
-            except Trouble as trouble:
-                self.trouble = trouble
-                end = self._face(trouble)
+            except TrainingDiverged as divergence:
+                self.divergence = divergence
+                end = self._recover(divergence)
             self.r.saver.wait()
             self._report_saves()
         except SaveError as error:
-            end = End(HALTED, f"{self.trouble}; {error}" if self.trouble else str(error))
+            end = End(HALTED, f"{self.divergence}; {error}" if self.divergence else str(error))
         return end
 
     def _remaining(self) -> int:
@@ -168,21 +169,35 @@ class Loop:
             return End(DONE, f"recipe {plan.recipe.name} is done: {why}")
         return End(DONE, f"stage {plan.stage.name} is over: {why}", goes_on=True)
 
-    def _face(self, trouble: Trouble) -> End:
+    def _recover(self, divergence: TrainingDiverged) -> End:
         """What follows when training must not go on: a way back, or the end."""
         folder, state = self.r.folder, self.r.state
-        if trouble.good_until is None and self.policy == "halt":
+        if divergence.remedy:
+            self._save(is_last=True)
+            return End(HALTED, f"{divergence}. {divergence.remedy}")
+        if divergence.good_until is None and self.policy == "halt":
             self._save(is_last=True)  # the weights are those before the step that failed
-            return End(HALTED, f"{trouble}; {self._untouched()}. {_ADVICE}")
+            reason = f"{divergence}; {self._untouched()}. {self._advice()}"
+            return End(HALTED, f"{reason}, and start again")
         self.r.saver.wait()
         back_at = folder.go_back(
-            state.iterations if trouble.good_until is None else trouble.good_until
+            state.iterations if divergence.good_until is None else divergence.good_until
         )
         if back_at is None:
-            return End(HALTED, f"{trouble}; no save from before is left. {_ADVICE}")
+            reason = f"{divergence}; no save from before is left. {self._advice()}"
+            return End(HALTED, f"{reason}, and begin a new model")
         if self.policy == "rollback":
-            return End(HALTED, str(trouble), goes_on=True, back_at=back_at)
-        return End(HALTED, f"{trouble}; the model is back at iteration {back_at}. {_ADVICE}")
+            return End(HALTED, str(divergence), goes_on=True, back_at=back_at)
+        reason = f"{divergence}; the model is back at iteration {back_at}. {self._advice()}"
+        return End(HALTED, f"{reason}, and start again")
+
+    def _advice(self) -> str:
+        """What to do about a rate that was too high."""
+        rate = self.r.schedule.rate(self.r.state.iterations)
+        return (
+            f"Lower optimizer.learning_rate, which is {rate:g}, or set optimizer.epsilon_exponent "
+            "to -5 or -4 with bf16 or fp16"
+        )
 
     def _untouched(self) -> str:
         if self.r.step.update.is_whole:
@@ -259,18 +274,17 @@ class Loop:
                 scalars["learning_rate"] = schedule.rate(asked.first + i - 1)
             self._record(scalars, asked.first + i, asked.wall_time(i))
         self._status(named, asked)
-        if not self.trouble:
+        if not self.divergence:
             self._check(named, asked)
             self.r.state.add_losses(float(named["batch_total"].sum()), asked.count)
             if self.r.plan:
                 self.r.plan.take_losses(named)
 
     def _check(self, named: dict[str, np.ndarray], asked: "_Asked") -> None:
-        """Raise Trouble where training must not go on."""
+        """Raise TrainingDiverged where training must not go on."""
         if self.policy == "off":
             return
-        self.not_finite.check(named, asked.first, int(asked.skipped()[0]))
-        self.collapse.take_losses(named["batch_total"], asked.first)
+        self.detector.check_losses(named, asked.first, int(asked.skipped()[0]))
 
     def _record(
         self, scalars: dict[str, float], iteration: int, wall_time: float | None = None
@@ -316,15 +330,16 @@ class Loop:
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
         look = self.look = self.r.pictures.look(state.iterations)
-        if not self.trouble and self.policy != "off":
-            self.collapse.take_pictures(
+        if not self.divergence and self.policy != "off":
+            self.detector.check_pictures(
                 look.predictions[:, 0],
                 look.faces.targets,
-                state.iterations,
-                state.session.iterations,
+                done=state.iterations,
+                begun=state.iterations - state.session.iterations,
             )
+        state.parts[divergences.PART] = self.detector.to_dict()
         mean_loss, is_best = None, False
-        if is_last or not self._is_only_first():
+        if not self.divergence and (is_last or not self._is_only_first()):
             mean_loss, is_best = state.close_interval()
         self._evaluate()
         if self.r.plan:
@@ -379,12 +394,12 @@ class Loop:
         Not after a signal: who sends one may not wait long, and the save matters more.
         """
         run, iteration = self.r, self.r.state.iterations
-        latest = run.state.parts.get("evaluate", {})
-        if run.evaluation is None or self.stop.signal_name or latest.get("iteration") == iteration:
+        is_measured = measured_at(run.state) == iteration
+        if run.evaluation is None or self.stop.signal_name or is_measured:
             return
         figures = evaluate(run.model, run.precision, run.evaluation)
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        run.state.parts["evaluate"] = {"iteration": iteration} | finite
+        run.state.parts[evaluations.PART] = {"iteration": iteration} | finite
         if run.plan:
             run.plan.take_figures(iteration, finite)
         self._record({f"evaluate/{name}": value for name, value in figures.items()}, iteration)

@@ -7,7 +7,7 @@ every n-th iteration makes a step, by the mean of n gradients; one that is not f
 other n - 1 out as well.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -34,6 +34,7 @@ from ...kernels.rules import Clipping, Rule
 from ...kernels.tables import Tables
 from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
+from . import optimizer_state
 from .frozen import Frozen
 from .precision import Precision
 
@@ -68,6 +69,25 @@ def clipping_of(config: OptimizerConfig) -> Clipping:
     if config.gradient_clipping == "autoclip":
         return Clipping("autoclip", int(10 * config.clipping_value))
     return Clipping(config.gradient_clipping, config.clipping_value)
+
+
+def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those of a model.
+
+    Args:
+        tensors: By name, as they were saved.
+        own: The model's, of which the numbers do not matter.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, or of another shape or number format.
+    """
+    if tensors.keys() != own.keys():
+        raise ValueError(f"{min(tensors.keys() ^ own.keys())} is in only one of them")
+    for name, like in own.items():
+        if tensors[name].shape != like.shape:
+            raise ValueError(f"{name} has another shape")
+        if tensors[name].dtype != like.dtype:
+            raise ValueError(f"{name} has another number format, {tensors[name].dtype}")
 
 
 @dataclass(frozen=True)
@@ -166,17 +186,12 @@ class Update:
         """Take up what `weights` gave.
 
         Raises:
-            ValueError: A tensor is missing, unknown or of another shape.
+            ValueError: A tensor is missing, unknown, or of another shape or number format.
         """
-        own = self.weights()
-        if tensors.keys() != own.keys():
-            odd = sorted(tensors.keys() ^ own.keys())[0]
-            raise ValueError(f"{odd} is in only one of them")
+        check_weights(tensors, self.weights())
         masters = dict(zip(self.names, self.masters, strict=True))
         state = self.model.state_dict()
         for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
-                raise ValueError(f"{name} has another shape")
             if name in masters:
                 masters[name].copy_(self._padded(name, tensor))
             elif name in self.frozen.weights:
@@ -212,7 +227,8 @@ class Update:
         autoclip's history as many of the newest norms are kept as it now has room for.
 
         Raises:
-            ValueError: A tensor is missing or has another shape.
+            ValueError: A tensor is missing, has another shape or number format, or holds a number
+                that no optimizer does.
         """
         own = self.tensors()
         thawed = self._zeros_of_thawed(tensors)
@@ -223,14 +239,9 @@ class Update:
             begun = {f"{name}.accumulator" for name in self.names} | {"accumulated"}
             tensors |= {name: torch.zeros_like(own[name]) for name in begun & own.keys()}
         history = tensors.get("history")
-        for name, wanted in own.items():
-            if name == "history":
-                continue
-            if name not in tensors or tensors[name].shape != wanted.shape:
-                found = tuple(tensors[name].shape) if name in tensors else "none"
-                raise ValueError(
-                    f"optimizer state of {name} has shape {found}, the model {tuple(wanted.shape)}"
-                )
+        for name, tensor in own.items():
+            if name != "history" or history is not None:
+                optimizer_state.check(name, tensors.get(name), tensor)
         for name, index in self._saved.items():
             is_scale = name in ("scale", "good_steps")
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):

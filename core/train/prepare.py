@@ -30,13 +30,13 @@ from ..run.generation import Generation
 from ..run.log import EVENTS, Log, LogError, NullLog, Reporter, open_log
 from ..run.session import TrainingState, resolve_resume
 from ..run.window import PreviewWindow
+from . import divergence, memory, overlap, stages
 from . import engine as engines
-from . import memory, overlap, stages
 from . import precision as precisions
 from .engine import Engine
-from .evaluate import Evaluation, open_evaluation
+from .evaluate import Evaluation, measured_at, open_evaluation
 from .losses import Loss
-from .optim import Update
+from .optim import Update, check_weights
 from .pictures import Pictures
 from .precision import Precision
 from .ring import LossRing
@@ -207,6 +207,10 @@ def _prepare(
     num_threads = thread_count(config.data.num_threads)
     on_gpu = device.type == "cuda"
     is_aligned = _is_on(config.precision.align_channels, on_gpu)
+    if saved:  # before there is memory for weights that its settings may be far too large for
+        with _fitting(saved):
+            own = models.meta_model(config.model.trainer, **model_settings(config))
+            check_weights(saved.model, own.state_dict())
     model, loaded = _make_model(config, is_new=saved is None, is_aligned=is_aligned)
     faces = _open_faces(config, max(input_px, *output_px), device, reporter)
     config = _with_batch_size(config, faces, precision, device)
@@ -344,6 +348,7 @@ def _settle_state(
     before = from_dict(saved.config) if saved and saved.config else config
     if before.loss != config.loss:
         state.lowest_mean_loss = None  # of other losses: no later one compares with it
+    divergence.settle(state, before, config)
     if rate_factor is not None:
         state.parts[ROLLBACK] = {"rate_factor": rate_factor}
     elif before.optimizer.learning_rate != config.optimizer.learning_rate:
@@ -529,13 +534,25 @@ def _restore(config: Config, saved: Generation | None, update: Update) -> Traini
     """A new state, or the saved one with weights and optimizer put back."""
     if saved is None:
         return TrainingState(trainer=config.model.trainer)
-    try:
+    with _fitting(saved):
         update.load_weights(saved.model)
+        if saved.optimizer is not None:
+            update.load(saved.optimizer)
+    state = TrainingState.from_dict(saved.state)
+    measured_at(state)  # what is not valid is refused now, and not at the first save
+    return state
+
+
+@contextmanager
+def _fitting(saved: Generation) -> Iterator[None]:
+    """Name the save, and the way to another, where its tensors are not those of the model."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{saved.path} does not fit this model: {error}") from error
-    if saved.optimizer is not None:
-        update.load(saved.optimizer)
-    return TrainingState.from_dict(saved.state)
+        raise ValueError(
+            f"{saved.path} does not fit this model: {error}; `mien model restore` goes back to "
+            "another save"
+        ) from error
 
 
 def _is_on(setting: str, automatic: bool) -> bool:

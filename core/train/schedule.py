@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config, OptimizerConfig
+from ..run import saved_values
 from ..run.checkpoint import Generation
 from ..run.log import Reporter
 from ..run.session import TrainingState
@@ -22,6 +23,8 @@ from ..run.session import TrainingState
 SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
 """Names of the parts of a training state: where the schedule began, the rate that was found, and
 what rollbacks have multiplied the rate with."""
+
+_LEAST_SHARE = 1e-12
 
 SCHEDULE_SETTINGS = {"warmup_steps", "schedule", "schedule_iterations", "schedule_factor"}
 """Where one of these is changed, or set by a stage, the schedule begins anew."""
@@ -95,22 +98,41 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
     """
     optimizer = config.optimizer
     settings = {name: getattr(optimizer, name) for name in sorted(SCHEDULE_SETTINGS)}
-    stored = state.parts.get(SCHEDULE)
-    if stored is None or stored["settings"] != settings:
-        stored = {"begun": state.iterations, "settings": settings}
-        state.parts[SCHEDULE] = stored
+    begun = _begun(state, settings)
+    state.parts[SCHEDULE] = {"begun": begun, "settings": settings}
     rate, source = optimizer.learning_rate, "as set"
-    if optimizer.use_lr_finder and LR_FINDER in state.parts:
-        rate, source = state.parts[LR_FINDER]["rate"], "found"
+    found = found_rate(state)
+    if optimizer.use_lr_finder and found is not None:
+        rate, source = found, "found"
     elif optimizer.use_lr_finder:
         source = "until the finder has run"
     return Schedule(
         config=optimizer,
         base_rate=rate,
         source=source,
-        begun=stored["begun"],
+        begun=begun,
         factor=stage_factor * rate_factor(state),
     )
+
+
+def _begun(state: TrainingState, settings: dict[str, Any]) -> int:
+    """Total iterations before the saved schedule's first one; now, where it has other settings."""
+    if SCHEDULE not in state.parts:
+        return state.iterations
+    part, prefix = state.parts[SCHEDULE], f"parts.{SCHEDULE}."
+    saved_values.require_keys(part, {"begun", "settings"}, prefix)
+    begun = saved_values.count(part, "begun", prefix, high=state.iterations)
+    is_same = saved_values.table(part, "settings", prefix) == settings
+    return begun if is_same else state.iterations
+
+
+def found_rate(state: TrainingState) -> float | None:
+    """The learning rate that the finder has found for the model; None where it has not run.
+
+    Raises:
+        ValueError: The state holds no such number.
+    """
+    return _saved_share(state, LR_FINDER, "rate")
 
 
 def rate_factor(state: TrainingState) -> float:
@@ -119,10 +141,17 @@ def rate_factor(state: TrainingState) -> float:
     Raises:
         ValueError: The state holds no such number.
     """
-    factor = state.parts.get(ROLLBACK, {}).get("rate_factor", 1.0)
-    if type(factor) is not float or not 0 < factor <= 1:
-        raise ValueError(f"the saved state is not valid: parts.{ROLLBACK} holds {factor!r}")
-    return factor
+    factor = _saved_share(state, ROLLBACK, "rate_factor")
+    return 1.0 if factor is None else factor
+
+
+def _saved_share(state: TrainingState, part: str, key: str) -> float | None:
+    """The number above 0, at most 1, that is all of a part; None where there is no such part."""
+    if part not in state.parts:
+        return None
+    prefix = f"parts.{part}."
+    saved_values.require_keys(state.parts[part], {key}, prefix)
+    return saved_values.number(state.parts[part], key, prefix, low=_LEAST_SHARE, high=1)
 
 
 def settle_rate(
@@ -141,7 +170,7 @@ def settle_rate(
     """
     if not given.get("use_lr_finder", saved_config.optimizer.use_lr_finder):
         return given
-    found = TrainingState.from_dict(saved.state).parts.get(LR_FINDER)
+    found = found_rate(TrainingState.from_dict(saved.state))
     rate = given.get("learning_rate", saved_config.optimizer.learning_rate)
     if found is None:
         reporter.warning(
@@ -152,7 +181,7 @@ def settle_rate(
     is_changed = rate != saved_config.optimizer.learning_rate
     if is_changed or ("learning_rate" in given and "use_lr_finder" not in given):
         reporter.warning(
-            f"the learning rate is {rate:g}, as set, in place of {found['rate']:g}, as found; "
+            f"the learning rate is {rate:g}, as set, in place of {found:g}, as found; "
             "--use-lr-finder goes back to that"
         )
         return given | {"use_lr_finder": False}

@@ -6,16 +6,21 @@ the settings of the next one, as though a user had stopped and resumed it.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from ..config import Config, merge
 from ..recipes import NONE, Recipe, Stage
+from ..run import saved_values
+from ..run.saved_values import MAX_SECONDS, count, number
+from ..run.session import TrainingState
 
 PART = "recipe"
 """Under which name the state keeps the place."""
+
+_PREFIX = f"parts.{PART}."
 
 
 @dataclass
@@ -41,6 +46,26 @@ class Place:
 
     measured: int = 0
     """Total iteration of the last measurement that was taken in."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], num_stages: int, iterations: int) -> "Place":
+        """The place that was saved after so many iterations, in a recipe of so many stages.
+
+        Raises:
+            ValueError: A value is missing, unknown, of another type or out of range.
+        """
+        prefix = f"{_PREFIX}place."
+        saved_values.require_keys(values, {item.name for item in fields(cls)}, prefix)
+        return cls(
+            stage=count(values, "stage", prefix, high=num_stages - 1),
+            begun=count(values, "begun", prefix, high=iterations),
+            seconds=number(values, "seconds", prefix, low=0, high=MAX_SECONDS),
+            best=saved_values.optional_number(values, "best", prefix),
+            stale=count(values, "stale", prefix),
+            loss_sum=number(values, "loss_sum", prefix),
+            loss_count=count(values, "loss_count", prefix, high=iterations),
+            measured=count(values, "measured", prefix, high=iterations),
+        )
 
 
 @dataclass
@@ -86,12 +111,13 @@ class Plan:
         values = named["batch_total" if plateau.metric == "loss" else plateau.metric]
         values = values[np.isfinite(values)]  # others would make a sum that no file can hold
         while len(values):
-            room = plateau.window - self.place.loss_count
+            # A window that an edited recipe has made shorter may be full already.
+            room = max(plateau.window - self.place.loss_count, 0)
             self.place.loss_sum += math.fsum(values[:room])
             self.place.loss_count += len(values[:room])
             values = values[room:]
-            if self.place.loss_count == plateau.window:
-                self._take(self.place.loss_sum / plateau.window)
+            if self.place.loss_count >= plateau.window:
+                self._take(self.place.loss_sum / self.place.loss_count)
                 self.place.loss_sum, self.place.loss_count = 0.0, 0
 
     def take_figures(self, iteration: int, figures: dict[str, float]) -> None:
@@ -160,12 +186,13 @@ def find_place(saved: dict[str, Any] | None, recipe: Recipe | None) -> Plan | No
             that was edited goes on in the stage of the same name.
 
     Raises:
-        ValueError: The saved place is not valid.
+        ValueError: The saved state, or the place in it, is not valid.
     """
     if recipe == NONE:
         return None
-    iterations = saved["iterations"] if saved else 0
-    plan = _saved_plan(saved["parts"].get(PART)) if saved else None
+    state = TrainingState.from_dict(saved) if saved else None
+    iterations = state.iterations if state else 0
+    plan = _saved_plan(state) if state else None
     if recipe is not None:
         names = [stage.name for stage in recipe.stages]
         if plan is None or plan.recipe.name != recipe.name or plan.stage.name not in names:
@@ -178,18 +205,19 @@ def find_place(saved: dict[str, Any] | None, recipe: Recipe | None) -> Plan | No
     return plan
 
 
-def _saved_plan(values: dict[str, Any] | None) -> Plan | None:
+def _saved_plan(state: TrainingState) -> Plan | None:
+    """The plan in a saved state; None where it holds none."""
+    values = state.parts.get(PART)
     if values is None:
         return None
     try:
-        recipe, place = Recipe.from_dict(values["recipe"]), Place(**values["place"])
-        plan = Plan(recipe, place, is_entered=False)
-        plan.stage, plan.end(0)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"the saved place in the recipe is not valid ({error}); go on without: --recipe none"
-        ) from error
-    return plan
+        saved_values.require_keys(values, {"recipe", "place"}, _PREFIX)
+        recipe = Recipe.from_dict(saved_values.table(values, "recipe", _PREFIX))
+        plain = saved_values.table(values, "place", _PREFIX)
+        place = Place.from_dict(plain, len(recipe.stages), state.iterations)
+    except ValueError as error:
+        raise ValueError(f"{error}; go on without the recipe: --recipe none") from error
+    return Plan(recipe, place, is_entered=False)
 
 
 def settings_of_stage(given: dict[str, Any], plan: Plan | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""A run from its start to its end: stage after stage of its recipe, and back after a setback.
+"""A run from its start to its end: stage after stage of its recipe, and back after a divergence.
 
-A stage and a setback end a session: the run is closed, and opened again from its last save as if
+A stage and a rollback end a session: the run is closed, and opened again from its last save as if
 the user had started it again, so that nothing of what follows depends on what was in memory.
 """
 
@@ -33,13 +33,13 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
         recipe: Stages to train in; None: those that the model was saved with, if any.
     """
     until: int | None = None
-    iteration, setbacks = 0, _Setbacks()
+    iteration, rollbacks = 0, _Rollbacks()
     with Requests() as requests:
         stop = requests.stop
         stop.when_noted.append(reporter.hurry)
         while True:
             with _told_of(reporter, iteration, is_later=until is not None), ExitStack() as stack:
-                opening = open_run(given, reporter, recipe, rate_factor=setbacks.rate_factor)
+                opening = open_run(given, reporter, recipe, rate_factor=rollbacks.rate_factor)
                 try:
                     with stop.at_once():
                         run = stack.enter_context(opening)
@@ -51,7 +51,7 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
                     until = run.state.iterations + run.config.train.iterations
                 end = _find_rate(run, reporter, stop) if is_due(run) else None
                 if end is None:
-                    end = setbacks.meet(Loop(run, reporter, requests, until).run(), run)
+                    end = rollbacks.meet(Loop(run, reporter, requests, until).run(), run)
             iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
             del run
             _free_memory()
@@ -99,7 +99,7 @@ def _find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> End | None:
     return None
 
 
-class _Setbacks:
+class _Rollbacks:
     """The times that this start of the program had to go back."""
 
     def __init__(self) -> None:

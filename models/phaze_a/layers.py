@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from ...kernels.enlarge import enlarge
 from ...kernels.upscale import activate
@@ -22,6 +21,7 @@ from ..blocks import (
     Residual,
     SameConv,
     Upscale,
+    uninitialized,
 )
 from ..initializers import glorot_uniform
 from ..norms import GroupNorm, InstanceNorm, LayerNorm, RmsNorm
@@ -78,7 +78,7 @@ class TransposedConv(nn.Module):
     def __init__(self, inputs: Runs, outputs: int):
         super().__init__()
         self.inputs, self.channels = inputs, runs_of(outputs)
-        self.conv = skip_init(nn.ConvTranspose2d, sum(inputs), outputs, 3, 2, 1, 1)
+        self.conv = uninitialized(nn.ConvTranspose2d, sum(inputs), outputs, 3, 2, 1, 1)
         self.conv.draw = glorot_uniform
 
     def forward(self, x_bchw: Tensor) -> Tensor:
