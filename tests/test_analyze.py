@@ -429,7 +429,7 @@ def test_a_session_without_logs_ends_what_was_logged_before(tmp_path):
 
 @pytest.mark.parametrize("lost", [None, 2])
 def test_sessions_that_are_no_longer_kept_apart_still_add_up(tmp_path, capsys, lost):
-    """The first entry of the table stands for sessions 1 to 3; logged iterations are what counts."""
+    """The first entry of the table stands for sessions 1 to 3; what is logged counts."""
     model = tmp_path / "model"
     state = TrainingState(trainer="original", iterations=14)
     for number, count in ((3, 9), (4, 5)):
