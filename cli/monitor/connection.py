@@ -46,7 +46,7 @@ class Connection(H11Protocol):
         self._deadline: TimerHandle | None = None
         self._is_asking = False
 
-    def connection_made(self, transport: Transport) -> None:
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]  # as uvicorn
         """Begin to wait for the first request."""
         super().connection_made(transport)
         self._await_request()

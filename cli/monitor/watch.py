@@ -44,7 +44,7 @@ class Watch:
         self._history: History | None = None
         self._problem: str | None = None
         self._read_again_at = 0.0
-        self._seen: dict[Path, tuple[int, int]] | None = None
+        self._seen: dict[str, tuple[int, int]] | None = None
 
     def status(self) -> dict[str, Any]:
         """Where the run stands, and its last events."""
@@ -152,8 +152,8 @@ class Watch:
 
     def _has_changed(self) -> bool:
         """True where a file that the history is read from is not as it was the last time."""
-        found = {}
-        for path in (self._path / STATE, *event_files(self._path / "logs")):
+        found: dict[str, tuple[int, int]] = {}
+        for path in (str(self._path / STATE), *event_files(self._path / "logs")):
             with suppress(OSError):  # not there yet, or taken away at this moment
                 facts = os.stat(path)
                 found[path] = (facts.st_size, facts.st_mtime_ns)

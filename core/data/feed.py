@@ -206,20 +206,29 @@ class _Room:
             input_dtype=feed.dtype,
             device=device,
         )
-        if beside is not None:
-            self.params_nx, self.workspace = beside.params_nx, beside.workspace
-            return
-        shape = (faces, FACE_PARAMS.itemsize)
-        self.params_nx = torch.empty(shape, dtype=torch.uint8, device=device)
-        self.workspace: Tensor | None = None
-        if device.type == "cuda":
-            needed = workspace_bytes(
-                faces,
-                size_px=feed.size_px,
-                to_landmarks=feed.landmarks is not None,
-                **sizes,
-            )
-            self.workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        self.params_nx, self.workspace = _scratch(feed) if beside is None else beside.scratch
+
+    @property
+    def scratch(self) -> tuple[Tensor, Tensor | None]:
+        """Parameters and workspace, of use only while a batch is made."""
+        return self.params_nx, self.workspace
+
+
+def _scratch(feed: Feed) -> tuple[Tensor, Tensor | None]:
+    """Parameters of the faces of a batch and, on a GPU, a workspace to make it in."""
+    faces, device = len(SIDES) * feed.config.train.batch_size, feed.device
+    shape = (faces, FACE_PARAMS.itemsize)
+    params_nx = torch.empty(shape, dtype=torch.uint8, device=device)
+    if device.type != "cuda":
+        return params_nx, None
+    needed = workspace_bytes(
+        faces,
+        size_px=feed.size_px,
+        to_landmarks=feed.landmarks is not None,
+        input_px=feed.input_px,
+        output_px=feed.output_px,
+    )
+    return params_nx, torch.empty(needed, dtype=torch.uint8, device=device)
 
 
 def _numbers(faces_seen: dict[str, int]) -> list[int]:

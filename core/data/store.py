@@ -489,8 +489,9 @@ class _Build:
             except OSError as error:
                 self._give_up(path, error)
         if self._raw and self._raw.pixels_fssc is None and placement == "file":
+            self.obstacle = f"the disk of {self._raw.path.parent} maps no files"
             self._raw.close()
-            self._raw, self.obstacle = None, f"the disk of {self._raw.path.parent} maps no files"
+            self._raw = None
         if self._raw and self._raw.pixels_fssc is not None:
             self.pixels_fssc = self._raw.pixels_fssc
         elif placement == "file":

@@ -307,7 +307,8 @@ def _mark(axis: "Axes", starts: list[tuple[int, float]]) -> None:
     across = axis.get_xaxis_transform()  # y in shares of the panel's height
     has_room = len(starts) <= _MOST_MARKED_SESSIONS
     drawn = starts[:: -(-len(starts) // _MOST_LINES)]
-    style = {"color": "gray", "linewidth": 0.8, "alpha": 0.6 if has_room else 0.2, "zorder": 0}
+    style: dict[str, Any] = {"color": "gray", "linewidth": 0.8, "zorder": 0}
+    style["alpha"] = 0.6 if has_room else 0.2
     axis.vlines([place for _, place in drawn], 0, 1, transform=across, **style)
     for number, place in starts if has_room else ():
         text = f" session {number}" if len(starts) <= 6 else f" {number}"

@@ -118,8 +118,8 @@ def guarded_streams() -> Iterator[None]:
     """
     _open_missing()
     before = sys.stdout, sys.stderr
-    sys.stdout = Output(before[0], is_needed=True)  # type: ignore[assignment]
-    sys.stderr = Output(before[1])  # type: ignore[assignment]
+    sys.stdout = Output(before[0], is_needed=True)
+    sys.stderr = Output(before[1])
     try:
         yield
     finally:

@@ -33,6 +33,7 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
         recipe: Stages to train in; None: those that the model was saved with, if any.
     """
     until: int | None = None
+    end: End | None = None
     iteration, rollbacks = 0, _Rollbacks()
     with Requests() as requests:
         stop = requests.stop
@@ -55,11 +56,13 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
             iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
             del run
             _free_memory()
+            assert end is not None  # whatever is raised above leaves this function
             if not end.goes_on or stop.signal_name:
                 break
             tell = reporter.stage if end.back_at is None else reporter.warning
             tell(end.reason)
             given = merge(given, _settled(with_found))
+    assert end is not None
     if end.goes_on:
         end = End(STOPPED, f"{stop.signal_name} received; the state is saved")
     reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.code)
