@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 
 import pytest
 import torch
@@ -297,6 +298,27 @@ def test_training_goes_on_from_a_snapshot_without_touching_the_first(tmp_path):
         folder.load()
         _save(folder, 3)
     assert _iterations(tmp_path / "m") == 2
+
+
+def test_a_saver_makes_snapshots_beside_the_training(tmp_path, monkeypatch):
+    may_write, write = threading.Event(), ModelFolder.snapshot
+
+    def wait_and_write(folder):
+        assert may_write.wait(60)
+        return write(folder)
+
+    monkeypatch.setattr(ModelFolder, "snapshot", wait_and_write)
+    with _folder(tmp_path / "m") as folder, Saver(folder) as saver:
+        state = TrainingState(trainer="original", run_id=RUN_ID, iterations=2)
+        weight = torch.full((5,), 2.0)
+        saver.save({"weight": weight}, None, state.to_dict(), with_snapshot=True)
+        assert saver.finished() == []
+        weight.fill_(3.0)  # training goes on
+        may_write.set()
+        saver.wait()
+        (saved,) = saver.finished()
+    assert saved.snapshot == tmp_path / "m_snapshot_2_iters"
+    assert _iterations(saved.snapshot) == 2
 
 
 def test_a_saver_backs_up_the_best(tmp_path):

@@ -102,6 +102,8 @@ class Saved:
     path: Path
     iterations: int
     seconds: float
+    snapshot: Path | None = None
+    """A copy of it that was asked for; None where the disk refused that."""
 
 
 class ModelFolder:
@@ -618,12 +620,13 @@ class Saver:
         state: dict[str, Any],
         *,
         is_best: bool = False,
+        with_snapshot: bool = False,
     ) -> float:
         """Seconds that the caller had to wait for the save before this one.
 
-        The best one so far becomes the backup too. When this returns the tensors may change: what
-        is written is what they held at the call (on a GPU: what the work queued on the current
-        stream until then makes of them).
+        The best one so far becomes the backup too, and a snapshot is made where it is wanted. When
+        this returns the tensors may change: what is written is what they held at the call (on a
+        GPU: what the work queued on the current stream until then makes of them).
 
         Raises:
             SaveError: Where the save *before* failed; this one has then not begun.
@@ -641,7 +644,13 @@ class Saver:
             else {name: self._buffers[f"{OPTIMIZER}/{name}"] for name in optimizer}
         )
         self._pending = self._pool.submit(
-            self._write, in_flight, model_copy, optimizer_copy, copy.deepcopy(state), is_best
+            self._write,
+            in_flight,
+            model_copy,
+            optimizer_copy,
+            copy.deepcopy(state),
+            is_best,
+            with_snapshot,
         )
         return waited
 
@@ -671,6 +680,7 @@ class Saver:
         optimizer: dict[str, Tensor] | None,
         state: dict[str, Any],
         is_best: bool,
+        with_snapshot: bool,
     ) -> Saved:
         started = time.monotonic()
         for event, sources in in_flight:
@@ -679,7 +689,8 @@ class Saver:
         path = self._folder.save(model, optimizer, state)
         if is_best:
             self._folder.back_up(path)
-        return Saved(path, state["iterations"], time.monotonic() - started)
+        snapshot = self._folder.snapshot() if with_snapshot else None
+        return Saved(path, state["iterations"], time.monotonic() - started, snapshot)
 
     def _snapshot(self, tensors: dict[str, Tensor]) -> list[tuple[torch.cuda.Event, list[Tensor]]]:
         """Copy into the buffers; for each GPU, what tells when its copies have arrived."""

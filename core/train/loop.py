@@ -145,11 +145,9 @@ class Loop:
                 self._log()
             wishes, is_snapshot = self._wishes(), self._snapshot_is_due()
             if is_snapshot or "save" in wishes or self._save_is_due():
-                self._save(with_optimizer=is_snapshot)
+                self._save(with_optimizer=is_snapshot, with_snapshot=is_snapshot)
             elif wishes:
                 self._show(wishes)
-            if is_snapshot:
-                self._snapshot()
             self._report_saves()
         if self._remaining():
             return End(STOPPED, f"{self.stop.signal_name} received; the state is saved")
@@ -323,7 +321,9 @@ class Loop:
             seconds_left=(left + behind) * asked.seconds / asked.count,
         )
 
-    def _save(self, *, is_last: bool = False, with_optimizer: bool = False) -> None:
+    def _save(
+        self, *, is_last: bool = False, with_optimizer: bool = False, with_snapshot: bool = False
+    ) -> None:
         """Measure the model, queue a save of the present state, write the pictures beside it."""
         self._log(wait=True)
         state, began_at = self.r.state, time.monotonic()
@@ -352,6 +352,7 @@ class Loop:
             update.tensors() if with_optimizer else None,
             state.to_dict(),
             is_best=is_best,
+            with_snapshot=with_snapshot,
         )
         self.mean_losses.append(mean_loss)
         if waited > 1:
@@ -379,14 +380,6 @@ class Loop:
         mask_is_toggled = self.requests.mask_is_toggled
         path = self.r.pictures.write_preview(look, mask_is_toggled=mask_is_toggled)
         self.reporter.preview(iteration=look.iteration, path=path)
-
-    def _snapshot(self) -> None:
-        """Put a copy of the save that was just queued beside the model folder."""
-        self.r.saver.wait()
-        self._report_saves()
-        path = self.r.folder.snapshot()
-        if path is not None:  # else a warning says why
-            self.reporter.snapshot(iteration=self.r.state.iterations, path=path)
 
     def _evaluate(self) -> None:
         """Measure the present weights, once, on held-out faces; the figures go into the state.
@@ -416,3 +409,5 @@ class Loop:
                 seconds=saved.seconds,
                 mean_loss=self.mean_losses.popleft(),
             )
+            if saved.snapshot is not None:  # else a warning says why, or none was due
+                self.reporter.snapshot(iteration=saved.iterations, path=saved.snapshot)
