@@ -66,7 +66,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.json:
         tell_json(_facts(preset) | {"settings": preset.settings})
     else:
-        tell(*preset.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        tell(*preset.path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines())
     return 0
 
 

@@ -197,7 +197,7 @@ def _parse_toml(content: bytes) -> dict[str, Any]:
     try:
         return parse_toml(content)
     except ValueError as error:
-        raise DamagedError(f"{CONFIG} is not valid TOML") from error
+        raise DamagedError(f"{CONFIG} is not valid TOML: {error}") from error
 
 
 def _refuse_constant(word: str) -> None:
