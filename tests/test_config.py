@@ -1,5 +1,6 @@
 """Settings: ranges, unknown names, order of weight, round trip."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import tomli_w
 
 from mien import models
-from mien.cli import main, settings_page
+from mien.cli import COMMANDS, main, settings_page
 from mien.core import config as settings
 
 PAGE = Path(__file__).parents[1] / "docs/settings.md"
@@ -215,3 +216,53 @@ def test_only_what_holds_a_backslash_is_taken_for_a_windows_path():
         assert "Windows" not in str(caught.value)
     text = 'description = """see:\tb\nc\\td"""'
     assert settings.parse_toml(text.encode())["description"] == "see:\tb\nc\td"
+
+
+# Flags
+
+
+SWITCHES = [spec for spec in settings.all_settings() if spec.type is bool and spec.flags]
+
+
+@pytest.mark.parametrize("spec", SWITCHES, ids=lambda spec: spec.full_name)
+def test_every_switch_has_its_opposite(spec, capsys):
+    assert spec.opposite.removeprefix("--").removeprefix("no-") == (
+        spec.flags[-1].removeprefix("--").removeprefix("no-")
+    )
+    for flag, value in (*((flag, not spec.default) for flag in spec.flags), (spec.opposite, None)):
+        expected = spec.default if value is None else value
+        values = _printed(capsys, flag)
+        assert values[spec.section][spec.name] is expected, flag
+    last = _printed(capsys, spec.opposite, spec.flags[-1], spec.opposite)
+    assert last[spec.section][spec.name] is spec.default
+
+
+def test_warp_is_not_taken_for_warping_to_landmarks(capsys):
+    values = _printed(capsys, "--set", "augment.warp=false", "--warp")["augment"]
+    assert (values["warp"], values["warp_to_landmarks"]) == (True, False)
+
+
+def test_no_command_takes_abbreviations(monkeypatch, capsys):
+    parsers = []
+    made = argparse.ArgumentParser.__init__
+
+    def remember(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        parsers.append(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", remember)
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    assert len({parser.prog for parser in parsers}) > 2 * len(COMMANDS), "those of verbs too"
+    assert [parser.prog for parser in parsers if parser.allow_abbrev] == []
+    for words in (["train", "--print-conf"], ["model", "info", "x", "--js"]):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 2
+
+
+def test_the_page_of_settings_names_the_opposites_and_what_stays():
+    page = settings_page.render()
+    assert "| warp | true | true, false | free | `-W` `--no-warp` `--warp` | Bend" in page
+    assert "| free | `-A` `--input-a` stays | Folder" in page

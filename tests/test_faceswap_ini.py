@@ -465,7 +465,7 @@ def test_a_run_takes_an_ini_for_a_file_of_settings(ini, tmp_path, capsys):
     assert given["data"]["coverage"] == 75  # --set beats the file
     assert (
         warned[1]
-        == "Warning: train.ini: [global] convert_batchsize: left out; "
+        == "Note: train.ini: [global] convert_batchsize: left out; "
         + (LEFT_OUT["global", "convert_batchsize"])
     )
     kept = tmp_path / "kept.toml"
@@ -475,7 +475,7 @@ def test_a_run_takes_an_ini_for_a_file_of_settings(ini, tmp_path, capsys):
     words += ["--set", 'model.trainer="villain"', "--json"]
     given, warned = _given(capsys, *words)
     assert given["model"]["trainer"] == "villain"
-    assert {json.loads(line)["event"] for line in warned} == {"warning"}
+    assert {json.loads(line)["event"] for line in warned} == {"notice"}
 
 
 def test_the_trainer_of_a_resumed_model(ini, tmp_path, capsys):
