@@ -19,6 +19,7 @@ import torch
 
 from ..core.faces.synthetic import draw_folder
 from ..core.run.log import Reporter
+from ..core.train.resolve import Overrides
 from ..core.train.unattended import train
 from .bench_step import CASES, GPU_CASES
 from .harness import rounded
@@ -59,7 +60,7 @@ def _iterations(mode: str, batch_size: int) -> int:
 
 def _row(given: dict[str, Any], saves: str) -> dict[str, Any]:
     printed = io.StringIO()
-    code = train(given, Reporter(printed, as_json=True))
+    code = train(Overrides(given), Reporter(printed, as_json=True))
     if code:
         raise RuntimeError(f"training ended with exit code {code}")
     events = [json.loads(line) for line in printed.getvalue().splitlines()]
@@ -73,7 +74,7 @@ def _row(given: dict[str, Any], saves: str) -> dict[str, Any]:
         "model": given["model"]["trainer"],
         "batch_size": given["train"]["batch_size"],
         "precision": given["precision"]["mode"],
-        "engine": start["engine"].partition(" ")[0],
+        "engine": start["engine"],
         "warnings": sum(event["event"] == "warning" for event in events),
         "saves": saves,
         "iterations": trained,

@@ -66,6 +66,7 @@ def run_once(reference: Reference, precision: str, seed: int, keep: Path | None 
     result = RESULTS / f"{reference.name}-{precision}-seed{seed}.json"
     if result.exists():
         return result
+    from ..core.train.resolve import Overrides
     from ..core.train.unattended import train
 
     folder = keep or Path(tempfile.mkdtemp(prefix="mien-learning-"))
@@ -78,7 +79,7 @@ def run_once(reference: Reference, precision: str, seed: int, keep: Path | None 
         },
     )
     started, cpu = time.monotonic(), time.process_time()
-    code = train(given, Reporter())
+    code = train(Overrides(given), Reporter())
     if code:
         raise RuntimeError(f"training ended with exit code {code}")
     losses = read_losses(folder)

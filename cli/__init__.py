@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 from ..core.paths import refusals_told, require_working_folder
@@ -36,7 +36,11 @@ EXIT_CODES = """exit codes:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line each, whatever is complained of."""
+    """A parser, also of every verb, whose complaints are one line each, whatever is complained of,
+    and that takes no flag for another that begins like it."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument("name", metavar="NAME", help="as `mien preset list` has it")
     text = "Save settings under a name, for `mien train --preset NAME`."
     save = verbs.add_parser(
-        "save", help=text, description=f"{text} Folders and files of a run are left out."
+        "save",
+        help=text,
+        description=f"{text} Folders and files of a run are left out; every path is, of a model.",
     )
     save.add_argument("name", metavar="NAME", help="letters, digits, '.', '-' and '_'")
     save.add_argument(
@@ -66,7 +68,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.json:
         tell_json(_facts(preset) | {"settings": preset.settings})
     else:
-        tell(*preset.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+        tell(*preset.path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines())
     return 0
 
 
@@ -74,9 +76,11 @@ def _save(args: argparse.Namespace) -> int:
     layers = [settings.parse_assignment(text) for text in args.set]
     if args.trainer is not None:
         layers.append({"model": {"trainer": args.trainer}})
-    if args.source is not None:
-        path, others = _settings_file(args.source), settings.merge(*layers)
-        layers.insert(0, read_settings(path, others, as_json=args.json))
+    if args.source is not None and args.source.is_dir():
+        layers.insert(0, _settings_of_model(args.source))
+    elif args.source is not None:
+        others = settings.merge(*layers)
+        layers.insert(0, read_settings(args.source, others, as_json=args.json))
     given = settings.merge(*layers)
     _check_options(given)
     saved = presets.save(args.name, given, description=args.description, force=args.force)
@@ -87,14 +91,19 @@ def _save(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings_file(source: Path) -> Path:
-    """The file of settings that a model's folder holds, or the file itself."""
-    if not source.is_dir():
-        return source
-    path = source / "config.toml"
-    if not path.is_file():
+def _settings_of_model(source: Path) -> dict[str, Any]:
+    """The settings in a model's folder, less the paths: it may come from a stranger."""
+    from ..core.path_settings import paths_in, with_paths
+    from ..core.run.generation import read_settings as settings_in
+
+    values = settings_in(source)
+    if values is None:
         raise ValueError(f"{source} holds no config.toml; --from takes a model's folder or a file")
-    return path
+    try:
+        values = settings.to_dict(settings.from_dict(values))
+    except ValueError as error:
+        raise ValueError(f"{error}, in {source / 'config.toml'}") from error
+    return with_paths(values, dict.fromkeys(paths_in(values, values["model"]["trainer"]), ""))
 
 
 def _check_options(given: dict[str, Any]) -> None:

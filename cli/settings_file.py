@@ -18,7 +18,7 @@ def read_settings(path: Path, given: dict[str, Any], *, as_json: bool) -> dict[s
         path: A train.ini where its name ends so, else TOML.
         given: What else the user set: a train.ini is read for the trainer there, or in the model's
             folder there.
-        as_json: Warn as JSON events of what a train.ini holds in vain, else in lines; on stderr.
+        as_json: Tell as JSON events what a train.ini holds in vain, else in lines; on stderr.
 
     Raises:
         ValueError: The file cannot be read, or holds anything else.
@@ -28,7 +28,7 @@ def read_settings(path: Path, given: dict[str, Any], *, as_json: bool) -> dict[s
     settings, report = read_ini(path, _trainer(given))
     reporter = Reporter(sys.stderr, as_json=as_json)
     for line in report:
-        reporter.warning(f"{path.name}: {line}")
+        reporter.notice(f"{path.name}: {line}")
     return settings
 
 
@@ -50,7 +50,9 @@ def _trainer(given: dict[str, Any]) -> str:
         if name in given.get(section, {})
     }
     config = from_dict(said)
-    path = expanded(config.save.model_dir) / "config.toml"
-    if "model" not in said and "save" in said and path.is_file():
-        return presets.read(path).trainer or config.model.trainer
-    return config.model.trainer
+    if "model" in said or "save" not in said:
+        return config.model.trainer
+    from ..core.run.generation import read_settings as settings_in
+
+    saved = settings_in(expanded(config.save.model_dir))
+    return from_dict(saved or {}).model.trainer

@@ -11,7 +11,9 @@ Written by `make docs` from `core/config.py`.
 
 A setting is given as `--set section.name=value`, in a file (`--configfile`) whose tables are the
 sections, or by its flag. *Locked*: fixed when the model is made. *Free*: may change at every
-resume. What `model.options` may hold: `mien train -t NAME --options`.
+resume. A flag holds for the session that it is given in, all else for the next ones too; the flags
+of what is locked, and those marked *stays*, are kept like all else. What `model.options` may hold:
+`mien train -t NAME --options`.
 """
 
 
@@ -31,7 +33,8 @@ def render() -> str:
 
 def _row(spec: Spec) -> str:
     default = json.dumps(spec.default) if spec.default not in ("", {}) else ""
-    flags = " ".join(f"`{flag}`" for flag in spec.flags)
+    flags = " ".join(f"`{flag}`" for flag in (*spec.flags, spec.opposite) if flag)
+    flags += " stays" if spec.stays else ""
     kept = "locked" if spec.locked else "free"
     return f"| {spec.name} | {default} | {_values(spec)} | {kept} | {flags} | {spec.doc} |"
 

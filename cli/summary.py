@@ -25,7 +25,8 @@ def print_summary(config: Config, *, as_json: bool) -> None:
     need = memory.footprint(config, policy)
     batch_size = config.train.batch_size
     if not batch_size:
-        batch_size = (need.largest_batch(free) if free else 0) or _USUAL_BATCH_SIZE
+        limit = config.train.auto_batch_limit
+        batch_size = (need.largest_batch(free, limit) if free else 0) or _USUAL_BATCH_SIZE
     needed = need.at(batch_size)
     step_gflop = work_of(model, batch_size).flops() / 1e9
     facts: dict[str, Any] = {

@@ -1,7 +1,6 @@
 """mien train: train a model from two folders of faces, or resume one."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,10 +13,13 @@ from .lines import complain, tell, tell_json
 from .settings_file import read_settings, stages_in
 
 if TYPE_CHECKING:
+    from ..core.train.resolve import Overrides, Resolved
     from ..core.train.stages import Plan
 
 
-_WHILE_IT_RUNS = (
+_EPILOG = (
+    "A flag holds for this session, save for those that make a model (-t, -A, -B, -r, --seed); "
+    "what comes by --set, --configfile, --preset or --recipe stays with the model. "
     "While it runs, on a terminal and in the window: Enter saves and quits, s saves, r renews the "
     "preview, m shows it with or without its mask. From elsewhere: SIGTERM saves and quits, "
     "SIGUSR1 saves, SIGUSR2 renews the preview."
@@ -27,7 +29,7 @@ _WHILE_IT_RUNS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A flag for every setting that has one, and the ways to give all the others."""
     parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.epilog = _WHILE_IT_RUNS
+    parser.epilog = _EPILOG
     for spec in settings.all_settings():
         if spec.flags:
             _add_flag(parser, spec)
@@ -90,15 +92,17 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
         "help": spec.doc.replace("%", "%%"),
     }
     if spec.type is bool:
-        turns_off = any(flag.startswith("--no-") for flag in spec.flags)
-        options["action"] = "store_false" if turns_off else "store_true"
-        if turns_off:
+        options["action"], opposite = "store_true", "store_false"
+        if spec.turns_off:
+            options["action"], opposite = opposite, options["action"]
             options["help"] = f"Turn this off: {options['help']}"
     else:
         # A word that stands for a number is understood by the settings themselves.
         words = spec.words
         options["type"] = (
-            (lambda text: text if text in words else int(text)) if words else spec.type
+            (lambda text: text if text.partition(":")[0] in words else int(text))
+            if words
+            else spec.type
         )
         options["metavar"] = spec.name.upper()
         if spec.default != "":
@@ -108,34 +112,36 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
         if spec.name == "trainer":
             options["help"] += f" There are: {', '.join(models.available())}."
     parser.add_argument(*spec.flags, **options)
+    if spec.type is bool:
+        options |= {"action": opposite, "help": f"The opposite of {spec.flags[-1]}."}
+        parser.add_argument(spec.opposite, **options)
 
 
-def given_settings(args: argparse.Namespace) -> tuple[dict[str, Any], recipes.Recipe | None]:
-    """Only what the user gave, nested by section, and the recipe.
+def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe | None]":
+    """Only what the user gave, and the recipe.
 
     Weight, lowest first: preset, recipe, file, ``--set``, flags. What a stage sets comes on top.
     """
+    from ..core.train.resolve import Overrides
+
     preset = presets.load(args.preset) if "preset" in args else None
     recipe = _recipe(args)
     layers = [chosen.settings for chosen in (preset, recipe) if chosen]
     above_file = [settings.parse_assignment(text) for text in getattr(args, "set", [])]
     flags: dict[str, Any] = {}
     for spec in settings.all_settings():
-        if f"{spec.section}.{spec.name}" in args:
-            value = getattr(args, f"{spec.section}.{spec.name}")
-            flags.setdefault(spec.section, {})[spec.name] = value
-    above_file.append(flags)
+        if spec.full_name in args:
+            flags.setdefault(spec.section, {})[spec.name] = getattr(args, spec.full_name)
     if "configfile" in args:
-        others = settings.merge(*layers, *above_file)
+        others = settings.merge(*layers, *above_file, flags)
         layers.append(read_settings(args.configfile, others, as_json="json" in args))
-    given = settings.merge(*layers, *above_file)
-    trainer = given.get("model", {}).get("trainer")
-    if preset and preset.trainer and trainer != preset.trainer:
+    overrides = Overrides(settings.merge(*layers, *above_file), flags)
+    if preset and preset.trainer and overrides.trainer != preset.trainer:
         raise ValueError(
-            f"preset {preset.name} is for {preset.trainer}, not for {trainer}; leave one of them "
-            "out"
+            f"preset {preset.name} is for {preset.trainer}, not for {overrides.trainer}; leave one "
+            "of them out"
         )
-    return given, recipe
+    return overrides, recipe
 
 
 def _recipe(args: argparse.Namespace) -> recipes.Recipe | None:
@@ -152,49 +158,56 @@ def _recipe(args: argparse.Namespace) -> recipes.Recipe | None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code says how it ended."""
-    given, recipe = given_settings(args)
-    config = settings.from_dict(given)
+    overrides, recipe = given_settings(args)
+    given = settings.sections_of(overrides.given)
     if "print_config" in args:
-        import tomli_w
-
-        stages = {"stage": recipe.to_dict()["stage"]} if recipe and recipe.stages else {}
-        tell(*tomli_w.dumps(settings.to_dict(_with_options(config)) | stages).splitlines())
-        return 0
+        return _print_config(overrides, recipe)
     if "options" in args:
-        return _options(config.model.trainer, as_json="json" in args)
+        return _options(given["model"].trainer, as_json="json" in args)
     if "summary" in args:
-        return _summary(given, recipe, as_json="json" in args)
+        return _summary(overrides, recipe, as_json="json" in args)
     if "dry_run" in args:
-        return _dry_run(given, recipe, as_json="json" in args)
+        return _dry_run(overrides, recipe, as_json="json" in args)
     from ..core.run.checkpoint import SaveError
     from ..core.run.log import Reporter
     from ..core.train.loop import HALTED
     from ..core.train.unattended import train
 
     try:
-        return train(given, Reporter(as_json="json" in args, level=config.log.level), recipe)
+        return train(overrides, Reporter(as_json="json" in args, level=given["log"].level), recipe)
     except SaveError as error:  # before the first step; later the loop tells of it
         complain("train", error)
         return HALTED
 
 
-def _summary(given: dict[str, Any], recipe: recipes.Recipe | None, as_json: bool) -> int:
-    """The model layer by layer: of the model folder where there is one, else as given."""
-    from ..core.run.log import Reporter
-    from ..core.train.prepare import settings_of
-    from .summary import print_summary
+def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None) -> int:
+    """Every setting and the stages: of the model folder where there is one, else as given."""
+    import tomli_w
 
-    config, _ = settings_of(given, Reporter(sys.stderr), recipe)
-    print_summary(config, as_json=as_json)
+    found = _settings_of(overrides, recipe)
+    text = settings.to_toml(found.config)
+    if found.plan:
+        text += tomli_w.dumps({"stage": found.plan.recipe.to_dict()["stage"]})
+    tell(*text.rstrip("\n").split("\n"))
     return 0
 
 
-def _with_options(config: settings.Config) -> settings.Config:
-    """The settings with every option of the trainer written out."""
-    options = dataclasses.asdict(models.options_of(config.model.trainer, config.model.options))
-    return settings.from_dict(
-        settings.merge(settings.to_dict(config), {"model": {"options": options}})
-    )
+def _summary(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: bool) -> int:
+    """The model layer by layer: of the model folder where there is one, else as given."""
+    from .summary import print_summary
+
+    print_summary(_settings_of(overrides, recipe).config, as_json=as_json)
+    return 0
+
+
+def _settings_of(overrides: "Overrides", recipe: recipes.Recipe | None) -> "Resolved":
+    """The settings that training would have; what there is to tell of them goes to stderr."""
+    from ..core.run.log import Reporter
+    from ..core.train.prepare import settings_of, tell
+
+    found = settings_of(overrides, recipe)
+    tell(Reporter(sys.stderr), found.notices)
+    return found
 
 
 def _options(trainer: str, as_json: bool) -> int:
@@ -214,7 +227,7 @@ def _options(trainer: str, as_json: bool) -> int:
     return 0
 
 
-def _dry_run(given: dict[str, Any], recipe: recipes.Recipe | None, as_json: bool) -> int:
+def _dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: bool) -> int:
     """Parameters, memory, two steps, and what the card's roofline allows."""
     from ..benchmarks import ceilings, harness, roofline
     from ..core.run.log import Reporter
@@ -222,17 +235,20 @@ def _dry_run(given: dict[str, Any], recipe: recipes.Recipe | None, as_json: bool
     from ..core.train.memory import describe
     from ..core.train.work import meta_model
 
-    found = rehearse(given, Reporter(sys.stderr if as_json else sys.stdout), recipe)
+    found = rehearse(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
     model, batch_size = found.config.model, found.config.train.batch_size
     card = harness.known_ceilings() or ceilings.measure_ceilings(found.device)
     meta = meta_model(found.config)
     bound = roofline.ceiling(roofline.work_of(meta, batch_size), ceilings.card_of(card))
     facts = {
         "trainer": model.trainer,
+        "iterations": found.iterations,
         "parameters": found.num_parameters,
         "batch_size": batch_size,
         "precision": found.precision,
-        "gpu_memory_mib": round(found.memory.total_mib),
+        "learning_rate": found.learning_rate,
+        "device": found.device.type,
+        "gpu_memory_mib": None if found.memory is None else round(found.memory.total_mib),
         "free_mib": round(found.free_bytes / 2**20),
         "peak_mib": found.peak_mib,
         "losses": found.losses,
@@ -245,8 +261,16 @@ def _dry_run(given: dict[str, Any], recipe: recipes.Recipe | None, as_json: bool
     if as_json:
         tell_json(facts, indent=None)
         return 0
+    begun = f"iteration {found.iterations}" if found.iterations else "a new model"
+    tell(f"rehearsed    {begun}, learning rate {found.learning_rate:.4g}, {found.precision}")
     tell(f"parameters   {found.num_parameters:,}")
-    tell(f"GPU memory   {describe(found.memory, found.free_bytes)}")
+    if found.memory is not None:
+        tell(f"GPU memory   {describe(found.memory, found.free_bytes)}")
+    else:
+        tell(
+            f"memory       {found.peak_mib:,.0f} MiB of this process, {facts['free_mib']:,} MiB "
+            "are free; without a GPU nothing is known of its memory"
+        )
     for number, losses in enumerate(found.losses, 1):
         tell(f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}")
     tell(

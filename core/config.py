@@ -3,14 +3,21 @@
 A *locked* setting is part of a model's identity: it is fixed when the model folder is made. A
 *free* one may change at every resume. Values come, lowest weight first, from the defaults, a TOML
 file, ``--set section.key=value`` and the command line's flags. Ranges are enforced at construction.
+
+A flag holds for the session that it is given in; all else a model keeps for its next sessions. What
+a model is made with *stays* even where a flag gives it. A setting that is a *path* counts in the
+folder of a model only under the rules of `core.run.known_paths`.
 """
 
+import codecs
 import dataclasses
 import difflib
 import functools
 import re
+import textwrap
 import tomllib
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +31,10 @@ MAX_TOML_DEPTH = 32
 
 MAX_TOML_DOTS = 32
 """In one line: the parser takes time by the square of a dotted key's parts."""
+
+_WINDOWS_PATHS = "; put Windows paths in single quotes, or use / in them"
+_SPOILT_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\b\t\n\f\r\x1b]")
+"""What becomes of the path of a drive, such as "C:\\faces", whose backslash made an escape."""
 
 MASK_TYPES = (
     "bisenet-fp_face",
@@ -47,18 +58,23 @@ def _setting(
     choices: tuple[str, ...] | None = None,
     locked: bool = False,
     flag: str = "",
+    stays: bool = False,
+    path: bool = False,
     words: dict[str, int] | None = None,
 ) -> Any:
-    """A field with its range, its lock, the names of its command-line flag (space separated), and
-    words that stand for numbers."""
+    """A field with its range, its lock, the names of its command-line flag (space separated),
+    whether the model keeps what the flag gives, whether it is a path, and words that stand for
+    numbers."""
     metadata: dict[str, Any] = {
         "low": low,
         "high": high,
         "choices": choices,
         "locked": locked,
         "flag": flag,
+        "stays": stays,
+        "path": path,
+        "words": words or {},
     }
-    metadata |= {"words": words or {}}
     return field(default=default, metadata=metadata)
 
 
@@ -94,8 +110,37 @@ class Spec:
     choices: tuple[str, ...] | None
     locked: bool
     flags: tuple[str, ...]
+    stays: bool
+    is_path: bool
     words: dict[str, int]
     doc: str
+
+    @property
+    def full_name(self) -> str:
+        """Section and name, as `--set` takes them."""
+        return f"{self.section}.{self.name}"
+
+    @property
+    def turns_off(self) -> bool:
+        """Whether the flag of a switch sets it to false."""
+        return self.type is bool and any(flag.startswith("--no-") for flag in self.flags)
+
+    @property
+    def opposite(self) -> str:
+        """The flag that undoes what the flag of a switch does; empty where there is none."""
+        long = next((flag for flag in self.flags if flag.startswith("--")), "")
+        if self.type is not bool or not long:
+            return ""
+        return f"--{long.removeprefix('--no-')}" if self.turns_off else f"--no-{long[2:]}"
+
+    def word_for(self, value: Any) -> Any:
+        """The word that stands for a value, where one does; else the value."""
+        return next((word for word, number in self.words.items() if number == value), value)
+
+    @property
+    def way_to_give(self) -> str:
+        """What a user writes before the setting's value on the command line."""
+        return self.flags[-1] if self.flags else f"--set {self.full_name}="
 
 
 def _problem(value: Any, spec: Spec) -> str | None:
@@ -143,7 +188,7 @@ class ModelConfig(_Checked):
     conv_aware_init: bool = _setting(False, locked=True)
     """Draw the weights of convolutions convolution-aware, in some seconds."""
 
-    load_weights: str = _setting("", flag="-l --load-weights")
+    load_weights: str = _setting("", flag="-l --load-weights", path=True)
     """Begin a new model with weights, normally the encoder's, of this model folder, generation or
     model.safetensors of the same family."""
 
@@ -155,10 +200,10 @@ class ModelConfig(_Checked):
 class DataConfig(_Checked):
     """Where the faces are, how they are cut out and where they are kept."""
 
-    input_a: str = _setting("", flag="-A --input-a")
+    input_a: str = _setting("", flag="-A --input-a", stays=True, path=True)
     """Folder of face PNGs of side A: the person in the film."""
 
-    input_b: str = _setting("", flag="-B --input-b")
+    input_b: str = _setting("", flag="-B --input-b", stays=True, path=True)
     """Folder of face PNGs of side B: the face to put there."""
 
     centering: str = _setting("face", choices=("face", "head", "legacy"), locked=True)
@@ -188,7 +233,7 @@ class DataConfig(_Checked):
     placement: str = _setting("auto", choices=("auto", "gpu", "host", "file"))
     """Where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped file."""
 
-    store_dir: str = _setting("")
+    store_dir: str = _setting("", path=True)
     """Folder that keeps the decoded faces for the next start; default: `faces` in the model's."""
 
     num_threads: int = _setting(0, low=0, high=1024)
@@ -283,7 +328,7 @@ class LossConfig(_Checked):
     loss_weight_4: int = _setting(0, low=0, high=400)
     """Percent of the fourth loss."""
 
-    lpips_weights: str = _setting("")
+    lpips_weights: str = _setting("", path=True)
     """Folder with the weights of the lpips losses, which cannot be shipped: see the README."""
 
     mask_loss_function: str = _setting("mse", choices=("mae", "mse"))
@@ -358,7 +403,7 @@ class OptimizerConfig(_Checked):
     """Iterations whose mean gradient makes one update; if one of them is not finite, none of them
     does."""
 
-    use_lr_finder: bool = _setting(False, flag="-r --use-lr-finder")
+    use_lr_finder: bool = _setting(False, flag="-r --use-lr-finder", stays=True)
     """Find the learning rate before a new model is trained; a resumed one keeps what was found."""
 
     lr_finder_iterations: int = _setting(1000, low=100, high=10_000, locked=True)
@@ -400,7 +445,11 @@ class TrainConfig(_Checked):
     """The run."""
 
     batch_size: int = _setting(16, low=0, high=4096, flag="-b --batch-size", words={"auto": 0})
-    """Faces of each side in one iteration; auto (or 0): the most that fit in memory."""
+    """Faces of each side in one iteration; auto (or 0): the most that fit in memory, up to
+    `auto_batch_limit`. auto:N sets that too."""
+
+    auto_batch_limit: int = _setting(64, low=4, high=4096)
+    """Largest batch size that auto chooses; beyond 64 training is faster and often worse."""
 
     iterations: int = _setting(1_000_000, low=1, high=1_000_000_000, flag="-i --iterations")
     """Iterations of this session; a resumed model goes this many further."""
@@ -439,12 +488,23 @@ class TrainConfig(_Checked):
     deterministic: bool = _setting(False)
     """Let a GPU use only algorithms that give the same bits in every run, slower or not."""
 
+    def __post_init__(self) -> None:
+        word, _, limit = str(self.batch_size).partition(":")
+        if word == "auto" and limit.isdecimal():
+            object.__setattr__(self, "batch_size", word)
+            object.__setattr__(self, "auto_batch_limit", int(limit))
+        _Checked.__post_init__(self)
+
+
+SAVE_ITERATIONS, SAVE_SECONDS = 250, 60.0
+"""When saves are due where neither iterations nor minutes are set: both have to be over."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SaveConfig(_Checked):
     """What is kept of the run, and when."""
 
-    model_dir: str = _setting("", flag="-m --model-dir")
+    model_dir: str = _setting("", flag="-m --model-dir", path=True)
     """The model's folder: a new model where it is empty, a resumed one where it holds one."""
 
     save_interval: int = _setting(0, low=0, high=1_000_000, flag="-s --save-interval")
@@ -479,7 +539,7 @@ class LogConfig(_Checked):
     )
     """How much must be amiss for a report to be printed; debug: every report is."""
 
-    file: str = _setting("", flag="-F --logfile --log-file")
+    file: str = _setting("", flag="-F --logfile --log-file", path=True)
     """File to which the same lines are added, each with its date."""
 
 
@@ -490,19 +550,19 @@ class EvaluateConfig(_Checked):
     held_out: int = _setting(0, low=0, high=1000, locked=True)
     """One in so many faces of each side, chosen by file name, is kept for measuring; 0: none."""
 
-    held_out_a: str = _setting("")
+    held_out_a: str = _setting("", path=True)
     """Folder of faces of A to measure on, in place of a share of those that are trained on."""
 
-    held_out_b: str = _setting("")
+    held_out_b: str = _setting("", path=True)
     """The same of B."""
 
     max_faces: int = _setting(64, low=1, high=10_000)
     """Faces of each side that are measured, evenly spread over those held out."""
 
-    landmark_model: str = _setting("")
+    landmark_model: str = _setting("", path=True)
     """ONNX file of a network that finds 68 landmarks in a face, to compare a swap's pose."""
 
-    embedding_model: str = _setting("")
+    embedding_model: str = _setting("", path=True)
     """ONNX file of a face recogniser, to compare a swap's identity with A's and with B's."""
 
 
@@ -525,7 +585,7 @@ class PreviewConfig(_Checked):
     mask_color: str = _setting("#ff0000")
     """Colour of the tint and of the coverage corners, as #rrggbb."""
 
-    write_image: str = _setting("", flag="-w --write-image")
+    write_image: str = _setting("", flag="-w --write-image", path=True)
     """PNG file to which every preview is written too."""
 
     window: bool = _setting(False, flag="-p --preview")
@@ -534,13 +594,13 @@ class PreviewConfig(_Checked):
     preview_scale: int = _setting(100, low=10, high=400, flag="--preview-scale")
     """Percent of its size at which the window shows the preview."""
 
-    timelapse_input_a: str = _setting("", flag="-x --timelapse-input-a")
+    timelapse_input_a: str = _setting("", flag="-x --timelapse-input-a", path=True)
     """Folder whose first faces are drawn at every save as a picture of the time-lapse, as A."""
 
-    timelapse_input_b: str = _setting("", flag="-y --timelapse-input-b")
+    timelapse_input_b: str = _setting("", flag="-y --timelapse-input-b", path=True)
     """The same of B."""
 
-    timelapse_output: str = _setting("", flag="-z --timelapse-output")
+    timelapse_output: str = _setting("", flag="-z --timelapse-output", path=True)
     """Folder of the time-lapse's pictures; default: `timelapse` in the model's."""
 
     def __post_init__(self) -> None:
@@ -616,6 +676,8 @@ def _fields(section: str) -> dict[str, Spec]:
             choices=meta.get("choices"),
             locked=meta.get("locked", False),
             flags=tuple(meta.get("flag", "").split()),
+            stays=meta.get("stays", False),
+            is_path=meta.get("path", False),
             words=meta.get("words", {}),
             doc=docs[item.name],
         )
@@ -631,6 +693,16 @@ def from_dict(values: dict[str, Any]) -> Config:
     """A config made of nested plain values.
 
     Raises:
+        ValueError: On an unknown section or key (the nearest known one is named), a bad value, or
+            values that do not go together.
+    """
+    return Config(**sections_of(values))
+
+
+def sections_of(values: dict[str, Any]) -> dict[str, Any]:
+    """Each section by its name, of nested plain values that may be a part of what will be set.
+
+    Raises:
         ValueError: On an unknown section or key (the nearest known one is named) or a bad value.
     """
     _refuse_unknown(values, SECTIONS, "")
@@ -641,7 +713,7 @@ def from_dict(values: dict[str, Any]) -> Config:
             raise ValueError(f"{name} must be a table of settings, got {shown(given)}")
         _refuse_unknown(given, fields_of(kind), f"{name}.")
         sections[name] = kind(**given)
-    return Config(**sections)
+    return sections
 
 
 def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
@@ -670,6 +742,16 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
 
+def to_toml(config: Config) -> str:
+    """The whole config as TOML, with words in the place of the numbers that they stand for."""
+    import tomli_w
+
+    values = to_dict(config)
+    for spec in all_settings():
+        values[spec.section][spec.name] = spec.word_for(values[spec.section][spec.name])
+    return tomli_w.dumps(values)
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The plain values of a TOML file; ValueError where it cannot be read."""
     try:
@@ -688,15 +770,48 @@ def parse_toml(content: bytes) -> dict[str, Any]:
     is too large, too deep or too slow to read."""
     if len(content) > MAX_TOML_BYTES:
         raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+    text = decoded(content)
     if any(line.count(b".") > MAX_TOML_DOTS for line in content.splitlines()):
         raise ValueError(f"a line has more than {MAX_TOML_DOTS} dots")
     try:
-        values = tomllib.loads(content.decode())
+        values = tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError as error:
+        problem = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{problem}{_advice(text, str(error))}") from None
     if is_deeper(values, MAX_TOML_DEPTH):
         raise ValueError(f"it is nested deeper than {MAX_TOML_DEPTH}")
+    if any(_SPOILT_WINDOWS_PATH.match(word) for word in _texts(values)):
+        raise ValueError(f"a backslash in double quotes begins an escape{_WINDOWS_PATHS}")
     return values
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file of settings, without the byte order mark that some editors put before it;
+    ValueError where it is not UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:2]:
+        raise ValueError("it is UTF-16 text; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def _advice(text: str, problem: str) -> str:
+    """What to do about a line that is not valid, where it holds a path as Windows writes it."""
+    place = re.search(r"at line (\d+)", problem)
+    line = text.split("\n")[int(place[1]) - 1] if place else ""
+    return _WINDOWS_PATHS if re.search(r'"[^"]*\\', line) else ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in plain values that are not nested deeply."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inside)
 
 
 def is_deeper(value: Any, depth: int) -> bool:
@@ -711,15 +826,21 @@ def is_deeper(value: Any, depth: int) -> bool:
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
-    """``section.key=value`` as nested values; the value is TOML, else plain text."""
+    """``section.key=value`` as nested values; the value is TOML, else plain text.
+
+    Raises:
+        ValueError: It is none of that, or its quotes hold what TOML does not allow.
+    """
     path, equals, raw = text.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"--set takes section.key=value, got {text!r}")
     try:
         nested = parse_toml(f"value = {raw}".encode())["value"]
-    except ValueError:
+    except ValueError as error:
         nested = raw.strip()
+        if nested.startswith('"'):
+            raise ValueError(f"--set {path.strip()} is not valid TOML: {error}") from None
     for key in reversed(keys):
         nested = {key: nested}
     return nested

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import models
-from .config import SECTIONS, fields_of
+from .config import SECTIONS, decoded, fields_of
 from .run.files import open_for_reading
 
 MAX_BYTES = 1 << 20
@@ -150,13 +150,14 @@ def _parsed(path: Path) -> configparser.ConfigParser:
     # No text but a section's own is anyone's default, and `%` is a sign like others.
     file = configparser.ConfigParser(interpolation=None, default_section="")
     try:
-        text = content.decode("utf-8-sig")
+        text = decoded(content)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
         if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text):
             raise ValueError(f"{path} is not text: it holds control characters")
         text = re.sub(r"(?<=\S)[^\S\n]{2,}", " ", text)  # the parser takes time by their square
         file.read_file(io.StringIO(text, newline=None), source=path.name)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from error
     except configparser.Error as error:
         raise ValueError(
             f"{path} is not a valid ini: {textwrap.shorten(str(error), 200)}"

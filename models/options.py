@@ -26,10 +26,11 @@ def option(
     step: int = 1,
     choices: tuple[str, ...] | None = None,
     free: bool = False,
+    path: bool = False,
 ) -> Any:
-    """A field: a number from low to high (whole ones in steps from low), or one or more of the
-    choices."""
-    rule = {"low": low, "high": high, "step": step, "choices": choices, "free": free}
+    """A field: a number from low to high (whole ones in steps from low), one or more of the
+    choices, or a path."""
+    rule = {"low": low, "high": high, "step": step, "choices": choices, "free": free, "path": path}
     return field(default=default, metadata=rule)
 
 

@@ -124,6 +124,14 @@ def sides(tmp_path_factory) -> tuple[Path, Path]:
     return root / "a", root / "b"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _state_home(tmp_path_factory):
+    """What mien remembers of its user is this session's, and no person's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

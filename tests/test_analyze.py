@@ -19,7 +19,13 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from mien.cli import main
 from mien.core.run.checkpoint import ModelFolder
 from mien.core.run.graph import Tag, _thinned
-from mien.core.run.history import _EventFile, _leave_out_undone, _sessions, read_history
+from mien.core.run.history import (
+    BATCH_SIZE_TAG,
+    _EventFile,
+    _leave_out_undone,
+    _sessions,
+    read_history,
+)
 from mien.core.run.log import TensorBoardLog
 from mien.core.run.session import Session, TrainingState
 from mien.core.run.statistics import rate_per_iteration, total_figures
@@ -219,6 +225,7 @@ def test_a_model_in_training(trained, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(trained, model)
     log = TensorBoardLog(model, 3, 9)
+    log.scalars({BATCH_SIZE_TAG: 6}, 8)
     for iteration in range(9, 29):
         log.scalars({"batch_total": 1.0}, iteration, 1e9 + iteration)
     log.close()
@@ -231,7 +238,7 @@ def test_a_model_in_training(trained, tmp_path, capsys):
             code, out, err = _analyze(capsys, model, "--json")
             assert (code, err) == (0, "")
             session = json.loads(out)["sessions"][2]
-            assert session["batch_sizes"] == [6]  # as config.toml of the running session has it
+            assert session["batch_sizes"] == [6], "as the events begin"
             counts.append(session["iterations"])
     assert counts[-1] == 20
     assert counts == sorted(counts)

@@ -1,5 +1,6 @@
 """Settings: ranges, unknown names, order of weight, round trip."""
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import tomli_w
 
 from mien import models
-from mien.cli import main, settings_page
+from mien.cli import COMMANDS, main, settings_page
 from mien.core import config as settings
 
 PAGE = Path(__file__).parents[1] / "docs/settings.md"
@@ -157,3 +158,111 @@ def test_the_page_of_settings_is_up_to_date():
         assert f"\n| {spec.name} |" in page
     assert "| batch_size | 16 | auto or 0 to 4096 | free | `-b` `--batch-size` | Faces of" in page
     assert '| centering | "face" | face, head, legacy | locked |  | What the crop' in page
+
+
+SETTINGS = "[data]\ncoverage = 80\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + SETTINGS.encode(),
+        b"\xef\xbb\xbf" + SETTINGS.replace("\n", "\r\n").encode(),
+        b"\xef\xbb\xbf\n# a comment\n" + SETTINGS.encode(),
+    ],
+)
+def test_a_byte_order_mark_is_passed_over(content, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    assert settings.read_toml(path) == {"data": {"coverage": 80}}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (SETTINGS.encode("utf-16"), "it is UTF-16 text; save it as UTF-8"),
+        (SETTINGS.encode("utf-16-le"), "it is UTF-16 text; save it as UTF-8"),
+        (SETTINGS.encode("utf-16-be"), "it is UTF-16 text; save it as UTF-8"),
+        (SETTINGS.encode("utf-32"), "it is UTF-16 text; save it as UTF-8"),
+        (b"# gr\xfc\xdfe\n", "it is not UTF-8 text (invalid start byte); save it as UTF-8"),
+    ],
+)
+def test_other_encodings_are_refused_with_the_remedy(content, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        settings.parse_toml(content)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [r"C:\Users\me\faces", r"C:\faces\a", r"D:\temp", r"e:\new", r"C:\x", r"\\nas\share", r"a\b\c"],
+)
+def test_a_windows_path_in_double_quotes_is_refused_with_the_remedy(path, tmp_path, capsys):
+    file = tmp_path / "run.toml"
+    file.write_text(f'[train]\nseed = 1\n[data]\ninput_a = "{path}"\n')
+    assert main(["train", "-C", str(file), "--print-config"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.endswith("; put Windows paths in single quotes, or use / in them\n")
+    assert main(["train", "--set", f'data.input_a="{path}"', "--print-config"]) == 2
+    assert "put Windows paths in single quotes" in capsys.readouterr().err
+    for right in (f"'{path}'", json.dumps(path)):
+        assert settings.parse_toml(f"input_a = {right}".encode()) == {"input_a": path}
+
+
+def test_only_what_holds_a_backslash_is_taken_for_a_windows_path():
+    for content in ('a = "x', "a = [1", 'a = "x"\nb = "y" z'):
+        with pytest.raises(ValueError, match="line|end of") as caught:
+            settings.parse_toml(content.encode())
+        assert "Windows" not in str(caught.value)
+    text = 'description = """see:\tb\nc\\td"""'
+    assert settings.parse_toml(text.encode())["description"] == "see:\tb\nc\td"
+
+
+# Flags
+
+
+SWITCHES = [spec for spec in settings.all_settings() if spec.type is bool and spec.flags]
+
+
+@pytest.mark.parametrize("spec", SWITCHES, ids=lambda spec: spec.full_name)
+def test_every_switch_has_its_opposite(spec, capsys):
+    assert spec.opposite.removeprefix("--").removeprefix("no-") == (
+        spec.flags[-1].removeprefix("--").removeprefix("no-")
+    )
+    for flag, value in (*((flag, not spec.default) for flag in spec.flags), (spec.opposite, None)):
+        expected = spec.default if value is None else value
+        values = _printed(capsys, flag)
+        assert values[spec.section][spec.name] is expected, flag
+    last = _printed(capsys, spec.opposite, spec.flags[-1], spec.opposite)
+    assert last[spec.section][spec.name] is spec.default
+
+
+def test_warp_is_not_taken_for_warping_to_landmarks(capsys):
+    values = _printed(capsys, "--set", "augment.warp=false", "--warp")["augment"]
+    assert (values["warp"], values["warp_to_landmarks"]) == (True, False)
+
+
+def test_no_command_takes_abbreviations(monkeypatch, capsys):
+    parsers = []
+    made = argparse.ArgumentParser.__init__
+
+    def remember(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        parsers.append(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", remember)
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    assert len({parser.prog for parser in parsers}) > 2 * len(COMMANDS), "those of verbs too"
+    assert [parser.prog for parser in parsers if parser.allow_abbrev] == []
+    for words in (["train", "--print-conf"], ["model", "info", "x", "--js"]):
+        with pytest.raises(SystemExit) as left:
+            main(words)
+        assert left.value.code == 2
+
+
+def test_the_page_of_settings_names_the_opposites_and_what_stays():
+    page = settings_page.render()
+    assert "| warp | true | true, false | free | `-W` `--no-warp` `--warp` | Bend" in page
+    assert "| free | `-A` `--input-a` stays | Folder" in page

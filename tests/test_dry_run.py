@@ -8,7 +8,10 @@ import torch
 
 from mien.benchmarks import harness
 from mien.cli import main
+from mien.core.config import from_dict
+from mien.core.train import precision as precisions
 from mien.core.train import prepare
+from mien.core.train.batch_size import choose
 from mien.core.train.step import TrainStep
 
 
@@ -22,10 +25,6 @@ def _measured_before(monkeypatch):
     """The ceilings of a card, as from an earlier benchmark."""
     measured = {"device": "a card", "num_sms": 2, "copy_gb_s": 30.0, "gemm_tflops": {"bf16": 0.4}}
     monkeypatch.setattr(harness, "known_ceilings", lambda: measured)
-
-
-def _batch_size(model_dir):
-    return tomllib.loads((model_dir / "config.toml").read_text())["train"]["batch_size"]
 
 
 def _train(inputs, *more):
@@ -43,27 +42,81 @@ def test_a_dry_run_tells_and_keeps_nothing(inputs, tmp_path, capsys):
     assert facts["precision"] == "fp32"
     assert len(facts["losses"]) == 2
     assert 0 < facts["losses"][0]["loss_a"] < 2
-    assert facts["gpu_memory_mib"] > 500
+    assert (facts["device"], facts["gpu_memory_mib"]) == ("cpu", None)
+    assert 100 < facts["peak_mib"] < facts["free_mib"]
     assert facts["roofline_eg_per_s"] > 0
     assert facts["bound_by"] in ("products", "pointwise", "update", "gaps")
     assert _train(inputs, "-b", "4", "--dry-run") == 0, "it needs no model folder"
     said = capsys.readouterr().out
     assert f"parameters   {facts['parameters']:,}" in said
+    assert "GPU memory" not in said, "there is none here to be spoken of"
+    assert "rehearsed    a new model" in said
     assert "nothing was kept" in said
 
 
-def test_a_dry_run_of_a_model_takes_its_settings_and_leaves_it_alone(inputs, tmp_path, capsys):
-    model_dir = tmp_path / "model"
-    assert _train(inputs, "-m", str(model_dir), "-b", "4", "-i", "1") == 0
-    before = {path: path.stat().st_mtime_ns for path in model_dir.rglob("*") if path.is_file()}
+RECIPE = """
+[[stage]]
+name = "learn"
+iterations = 2
+
+[[stage]]
+name = "slow"
+rate_factor = 0.5
+set.augment.warp = false
+iterations = 9
+"""
+
+
+def _files(folder):
+    """Every file with its time, less the lock, which is taken to look at the folder."""
+    found = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return {path: time for path, time in found.items() if path.name != ".lock"}
+
+
+def test_a_dry_run_of_a_model_rehearses_its_next_steps_and_leaves_it_alone(
+    inputs, tmp_path, capsys
+):
+    model_dir, recipe = tmp_path / "model", tmp_path / "two.toml"
+    recipe.write_text(RECIPE)
+    lasting = ("--set", "train.batch_size=4", "--set", "loss.loss_function_2=mae")
+    lasting += ("--set", "optimizer.learning_rate=1e-3", "--recipe", str(recipe))
+    assert _train(inputs, "-m", str(model_dir), *lasting, "-i", "3") == 0
+    before = _files(tmp_path)
     capsys.readouterr()
-    assert main(["train", "-m", str(model_dir), "--device", "cpu", "--dry-run", "--json"]) == 0
+    words = ["train", "-m", str(model_dir), "--device", "cpu", "--json"]
+    assert main([*words, "--dry-run"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert (facts["trainer"], facts["batch_size"]) == ("lightweight", 4)
-    after = {path: path.stat().st_mtime_ns for path in model_dir.rglob("*") if path.is_file()}
-    assert {p: t for p, t in after.items() if p.name != ".lock"} == {
-        p: t for p, t in before.items() if p.name != ".lock"
-    }
+    assert _files(tmp_path) == before
+    assert (facts["trainer"], facts["batch_size"], facts["iterations"]) == ("lightweight", 4, 3)
+    assert facts["learning_rate"] == 5e-4
+    assert facts["stages"][1].startswith("2 slow")
+    assert facts["stages"][1].endswith("(now, since iteration 2)")
+    assert main([*words, "-i", "2", "--set", "train.log_interval=1"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    trained = [{name: step[name] for name in ("loss_a", "loss_b")} for step in steps]
+    assert facts["losses"] == trained, "the same two steps, bit for bit"
+
+
+def test_print_config_of_a_model_prints_its_settings(inputs, tmp_path, capsys):
+    model_dir = tmp_path / "model"
+    lasting = ("--set", "train.batch_size=4", "--set", "loss.loss_function_2=mae")
+    assert _train(inputs, "-m", str(model_dir), *lasting, "-i", "1", "-W") == 0
+    before = _files(tmp_path)
+    capsys.readouterr()
+    assert main(["train", "-m", str(model_dir), "--no-flip", "--print-config"]) == 0
+    said = capsys.readouterr()
+    printed = tomllib.loads(said.out)
+    assert printed["model"]["trainer"] == "lightweight"
+    assert printed["model"]["options"] == {"width": 8}
+    assert (printed["train"]["batch_size"], printed["loss"]["loss_function_2"]) == (4, "mae")
+    assert printed["data"]["input_a"] == inputs[1]
+    assert printed["augment"]["warp"] is True, "the flag of the last session is over"
+    assert printed["augment"]["flip"] is False, "as this command line would train"
+    assert "Note: updated augment.warp from false to true" in said.err
+    assert main(["train", "-m", str(model_dir), "-t", "original", "--print-config"]) == 2
+    assert "holds a model of lightweight, not of original" in capsys.readouterr().err
+    assert _files(tmp_path) == before
 
 
 def test_a_mistake_in_a_dry_run_is_one_line(inputs, tmp_path, capsys):
@@ -71,14 +124,83 @@ def test_a_mistake_in_a_dry_run_is_one_line(inputs, tmp_path, capsys):
     assert capsys.readouterr().err.endswith("or less, or add faces\n")
 
 
-def test_auto_takes_the_largest_batch_that_fits(inputs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "free_bytes", lambda _: 880 * 2**20)
-    assert _train(inputs, "-m", str(tmp_path / "one"), "-b", "auto", "-i", "1", "--json") == 0
-    assert _batch_size(tmp_path / "one") in range(4, 26, 4)
-    monkeypatch.setattr(prepare, "free_bytes", lambda _: 2**40)
-    assert _train(inputs, "-m", str(tmp_path / "all"), "-b", "auto", "-i", "1", "--json") == 0
-    assert _batch_size(tmp_path / "all") == 26, "no more than a side has faces"
-    capsys.readouterr()
+def _start(capsys):
+    """The event of the start, and what else was noted."""
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    notes = [event["message"] for event in events if event["event"] == "notice"]
+    return next(event for event in events if event["event"] == "start"), notes
+
+
+@pytest.mark.parametrize(
+    ("limit", "free_mib", "bound", "sizes"),
+    [
+        ("", 880, "memory", range(4, 26, 4)),
+        ("", 1 << 20, "faces", (26,)),
+        (":16", 1 << 20, "limit", (16,)),
+        (":10", 1 << 20, "limit", (8,)),
+        (":256", 1 << 20, "faces", (26,)),
+    ],
+)
+def test_auto_chooses_what_fits_and_tells_why(
+    inputs, tmp_path, monkeypatch, capsys, limit, free_mib, bound, sizes
+):
+    monkeypatch.setattr(prepare, "free_bytes", lambda _: free_mib * 2**20)
+    words = ("-m", str(tmp_path / "model"), "-b", f"auto{limit}", "-i", "1")
+    assert _train(inputs, *words, "--json") == 0
+    start, _ = _start(capsys)
+    assert start["batch_size"] in sizes
+    assert start["batch_size_bound"] == bound
+
+
+def test_auto_goes_no_further_than_64_unless_asked():
+    precision = precisions.resolve("fp32", torch.device("cpu"))
+    tiny = {"model": {"trainer": "lightweight", "options": {"width": 8}}}
+    many = {"a": 10_000, "b": 9_000}
+
+    def chosen(batch_size):
+        config = from_dict(tiny | {"train": {"batch_size": batch_size}})
+        return choose(config, many, precision, lambda: 1 << 42)
+
+    assert (chosen("auto").size, chosen("auto:256").size) == (64, 256)
+    assert chosen("auto").why == "auto: it goes no further than 64; -b auto:256 would allow more"
+    assert (chosen(300).size, chosen(300).bound) == (300, None)
+    with pytest.raises(ValueError, match="train.auto_batch_limit must be a whole number from 4"):
+        chosen("auto:2")
+    with pytest.raises(ValueError, match="train.batch_size must be auto or a whole number"):
+        chosen("auto:many")
+
+
+def test_auto_is_saved_as_such_and_told_at_every_start(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "free_bytes", lambda _: 1 << 40)
+    words = ("-m", str(tmp_path / "model"), "-i", "1", "--json")
+    assert _train(inputs, *words, "--set", "train.batch_size=auto:12") == 0
+    assert _start(capsys)[0]["batch_size"] == 12
+    saved = tomllib.loads((tmp_path / "model/config.toml").read_text())["train"]
+    assert (saved["batch_size"], saved["auto_batch_limit"]) == ("auto", 12)
+    monkeypatch.setattr(prepare, "free_bytes", lambda _: 880 << 20)
+    assert main(["train", *words, "--device", "cpu", "--set", "train.auto_batch_limit=8"]) == 0
+    start, notes = _start(capsys)
+    assert (start["batch_size"], start["batch_size_bound"]) == (8, "limit")
+    assert "auto has chosen batch size 8; the last session had 12" in notes
+    assert _train(inputs, *words, "-b", "4") == 0
+    assert "updated train.batch_size from auto to 4" in _start(capsys)[1]
+    assert main(["train", *words, "--device", "cpu"]) == 0
+    start, notes = _start(capsys)
+    assert start["batch_size"] == 8, "a flag holds for its session"
+    assert any(line.startswith("updated train.batch_size from 4 to auto; it was") for line in notes)
+
+
+def test_auto_by_a_flag_is_not_the_batch_of_later_sessions(inputs, tmp_path, capsys):
+    words = ("-m", str(tmp_path / "model"), "-i", "1", "--json")
+    assert _train(inputs, *words, "-b", "auto") == 0
+    assert _start(capsys)[0]["batch_size"] == 26
+    assert main(["train", *words, "--device", "cpu"]) == 0
+    start, notes = _start(capsys)
+    assert start["batch_size"] == 16
+    assert any(line.startswith("updated train.batch_size from auto to 16") for line in notes)
+
+
+def test_where_nothing_fits_auto_says_so(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "free_bytes", lambda _: 2**20)
     assert _train(inputs, "-m", str(tmp_path / "none"), "-b", "auto", "-i", "1") == 2
     assert "out of GPU memory: lightweight" in capsys.readouterr().err

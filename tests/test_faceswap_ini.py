@@ -415,9 +415,14 @@ def test_a_wrong_value_is_one_line_with_file_section_key_and_range(ini, trainer,
             b"[global]\n" + b"# \n" * MAX_BYTES,
             "must be a train.ini of at most 1 MiB, and is",
         ),
-        (b"[global]\ncoverage = \xff\xfe", "is not UTF-8 text: invalid start byte"),
+        (
+            b"[global]\ncoverage = \xff\xfe",
+            "cannot be read: it is not UTF-8 text (invalid start byte); save it as UTF-8",
+        ),
+        ("[global]".encode("utf-16"), "cannot be read: it is UTF-16 text; save it as UTF-8"),
+        ("[global]".encode("utf-16-be"), "cannot be read: it is UTF-16 text; save it as UTF-8"),
         (b"[global]\ncoverage = 8\x000", "is not text: it holds control characters"),
-        (b"\x89PNG\r\n\x1a\n", "is not UTF-8 text: invalid start byte"),
+        (b"\x89PNG\r\n\x1a\n", "cannot be read: it is not UTF-8 text (invalid start byte)"),
         (b"coverage = 80\n", "is not a valid ini: File contains no section headers."),
         (b"x" * MAX_BYTES, "is not a valid ini: File contains no section headers."),
         (
@@ -460,7 +465,7 @@ def test_a_run_takes_an_ini_for_a_file_of_settings(ini, tmp_path, capsys):
     assert given["data"]["coverage"] == 75  # --set beats the file
     assert (
         warned[1]
-        == "Warning: train.ini: [global] convert_batchsize: left out; "
+        == "Note: train.ini: [global] convert_batchsize: left out; "
         + (LEFT_OUT["global", "convert_batchsize"])
     )
     kept = tmp_path / "kept.toml"
@@ -470,7 +475,7 @@ def test_a_run_takes_an_ini_for_a_file_of_settings(ini, tmp_path, capsys):
     words += ["--set", 'model.trainer="villain"', "--json"]
     given, warned = _given(capsys, *words)
     assert given["model"]["trainer"] == "villain"
-    assert {json.loads(line)["event"] for line in warned} == {"warning"}
+    assert {json.loads(line)["event"] for line in warned} == {"notice"}
 
 
 def test_the_trainer_of_a_resumed_model(ini, tmp_path, capsys):

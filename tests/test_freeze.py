@@ -218,18 +218,18 @@ def _saved(model_dir, name):
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
-def test_freezing_is_switched_at_every_resume(inputs, tmp_path, mode, capsys):
+def test_freezing_is_switched_at_every_start(inputs, tmp_path, mode, capsys):
     model_dir = tmp_path / "model"
-    new = ["-t", "original", "--set", "model.options.width=8", "-b", "2", "--precision", mode]
+    new = ["-t", "original", "--set", "model.options.width=8"]
+    new += ["--set", "train.batch_size=2", "--set", f"precision.mode={mode}"]
     train = ["train", *inputs, "-m", str(model_dir), "-i", "2"]
     found = []
-    for words in ([*new, "-f"], ["--set", "train.freeze_weights=false"], ["-f"], []):
+    for words in ([*new, "-f"], [], ["--set", "train.freeze_weights=true"], []):
         assert main([*train, *words]) == 0
         found.append((_saved(model_dir, "model"), _saved(model_dir, "optimizer")))
         said = capsys.readouterr().out
-        assert ("frozen" in said and "M parameters of encoder, until" in said) == (
-            "-f" in words or not words
-        )
+        is_frozen = len(found) != 2  # a flag holds for its session, what is set holds on
+        assert ("frozen" in said and "M parameters of encoder\n" in said) == is_frozen
     for number, (weights, state) in enumerate(found[1:], 1):
         thawed = number == 1
         before, state_before = found[number - 1]

@@ -462,3 +462,22 @@ def test_a_level_holds_for_json_too():
     stream = io.StringIO()
     tell_everything(Reporter(stream, as_json=True, level="warning"))
     assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == ["warning"]
+
+
+def test_a_start_has_lines_for_people_and_fields_for_programs():
+    fields, lines = {"batch_size": 16, "losses": [{"name": "ssim"}]}, {"batch": "16 a side"}
+    text, events = io.StringIO(), io.StringIO()
+    Reporter(text).start(fields, lines)
+    assert text.getvalue() == "batch  16 a side\n"
+    Reporter(events, as_json=True, clock=lambda: 1.0).start(fields, lines)
+    assert json.loads(events.getvalue()) == {"event": "start", "time": 1.0} | fields
+
+
+def test_a_notice_is_no_warning(tmp_path):
+    stream = io.StringIO()
+    reporter = Reporter(stream)
+    reporter.notice("updated augment.warp from true to false")
+    assert stream.getvalue() == "Note: updated augment.warp from true to false\n"
+    stream = io.StringIO()
+    Reporter(stream, level="warning").notice("updated")
+    assert stream.getvalue() == ""

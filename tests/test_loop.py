@@ -42,8 +42,9 @@ def _train(sides, model_dir, *more):
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
 def test_a_resumed_run_equals_an_uninterrupted_one(sides, tmp_path, mode):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert _train(sides, straight, "-i", "6", "--precision", mode) == 0
-    assert _train(sides, resumed, "-i", "2", "--precision", mode) == 0
+    lasting = ("--set", f"precision.mode={mode}")
+    assert _train(sides, straight, "-i", "6", *lasting) == 0
+    assert _train(sides, resumed, "-i", "2", *lasting) == 0
     assert _train(sides, resumed, "-i", "4") == 0
     assert_same_bits(straight, resumed)
     state = json.loads((resumed / "state.json").read_text())
@@ -54,7 +55,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sides, tmp_path, mode):
 @pytest.mark.slow
 def test_a_noisy_model_resumes_with_the_same_noise(sides, tmp_path):
     options = dataclasses.asdict(models.family("unbalanced").tiny)
-    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-t", "unbalanced", "-b", "2"]
+    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-t", "unbalanced"]
+    words += ["--set", "train.batch_size=2"]
     for name, value in options.items():
         words += ["--set", f"model.options.{name}={json.dumps(value)}"]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

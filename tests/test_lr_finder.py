@@ -182,14 +182,16 @@ def test_a_found_rate_stays_until_another_is_given(sides, tmp_path, capsys, sees
     assert events["found_rates"]["chosen"] == "aggressive"
     assert events["found_rates"]["rates"]["aggressive"] == pytest.approx(rate)
     assert events["step"]["learning_rate"] == pytest.approx(rate)
-    assert events["start"]["learning_rate"] == "0.0002 (until the finder has run), constant"
+    start = events["start"]
+    assert (start["learning_rate"], start["learning_rate_is_found"]) == (2e-4, False)
     assert warnings == []
 
     for more in ((), ("-r",), ("-r", "--set", "optimizer.learning_rate=2e-4")):
         assert main(["train", "-m", str(model), "-i", "1", "--json", *more]) == 0
         events, warnings = _events(capsys)
         assert events["step"]["learning_rate"] == pytest.approx(rate), more
-        assert "(found), constant" in events["start"]["learning_rate"]
+        assert events["start"]["learning_rate"] == pytest.approx(rate)
+        assert events["start"]["learning_rate_is_found"]
         assert warnings == []
 
     given = ("--set", "optimizer.learning_rate=2e-4")

@@ -88,7 +88,7 @@ def test_who_has_no_home_has_no_presets_of_his_own(homeless, capsys):
     capsys.readouterr()
     assert main(["preset", "save", "own", "-t", "dfaker"]) == 2
     told = capsys.readouterr().err
-    assert told.endswith("no home folder to keep presets in; set HOME or XDG_CONFIG_HOME\n")
+    assert told.endswith("no home folder; set HOME or XDG_CONFIG_HOME\n")
 
 
 def test_who_has_no_home_can_train(homeless, sides, tmp_path):

@@ -20,6 +20,7 @@ from mien.core.train import precision as precisions
 from mien.core.train.losses import Loss
 from mien.core.train.optim import Update
 from mien.core.train.prepare import open_run
+from mien.core.train.resolve import Overrides
 from mien.core.train.ring import LossRing
 from mien.core.train.step import TrainStep
 from mien.kernels import reference
@@ -498,7 +499,7 @@ def test_a_run_is_refused_before_it_begins(tmp_path, sides):
 
     with (
         pytest.raises(ValueError, match=rf"lpips_vgg16 needs .* vgg16.pth .* {Path.cwd()}/no/such"),
-        open_run(given, Silent()),
+        open_run(Overrides(given), Silent()),
     ):
         pass
     assert not (tmp_path / "model" / "faces").exists()

@@ -137,7 +137,7 @@ def _steps(text):
 
 def test_a_run_resumed_inside_a_cosine_equals_an_uninterrupted_one(sides, tmp_path, capsys):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    cosine = ("--json", "-a", "3", "--set", "optimizer.schedule=cosine")
+    cosine = ("--json", "--set", "optimizer.warmup_steps=3", "--set", "optimizer.schedule=cosine")
     cosine += ("--set", "optimizer.schedule_iterations=8")
     assert _train(sides, straight, "-i", "6", *cosine) == 0
     told = _steps(capsys.readouterr().out)

@@ -1,14 +1,11 @@
-"""The run's state survives JSON and refuses disorder; resuming keeps what is locked."""
+"""The run's state survives JSON and refuses disorder."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
-from mien import models
-from mien.core.config import Config, all_settings, from_dict, to_dict
-from mien.core.run.session import SCHEMA, TrainingState, resolve_resume
-from mien.models.options import Options, option
+from mien.core.config import Config, all_settings, from_dict
+from mien.core.run.session import SCHEMA, TrainingState
 
 
 def trained_state() -> TrainingState:
@@ -49,6 +46,12 @@ def test_a_session_holds_the_free_settings_only():
     held = {(section, key) for section, table in settings.items() for key in table}
     assert held == {(spec.section, spec.name) for spec in all_settings() if not spec.locked}
     assert settings["train"]["batch_size"] == 4
+
+
+def test_a_session_tells_auto_from_what_it_chose():
+    state = TrainingState(trainer="original")
+    session = state.begin_session(from_dict({"train": {"batch_size": "auto"}}), batch_size=24)
+    assert (session.batch_size, session.settings["train"]["batch_size"]) == (24, 0)
 
 
 def test_a_session_without_iterations_is_not_saved_and_gives_its_number_away():
@@ -211,163 +214,3 @@ def test_a_missing_key_is_named(key):
     with pytest.raises(ValueError, match="saved state is not valid") as caught:
         TrainingState.from_dict(values)
     assert key in str(caught.value)
-
-
-SAVED = to_dict(
-    from_dict(
-        {
-            "model": {"trainer": "lightweight", "options": {"width": 32}},
-            "data": {"input_a": "old/a", "coverage": 87.5},
-            "train": {"batch_size": 8, "seed": 5},
-        }
-    )
-)
-
-
-def test_resume_with_nothing_given_is_the_saved_config():
-    config, changes, refusals = resolve_resume(SAVED, {})
-    assert to_dict(config) == SAVED
-    assert (changes, refusals) == ([], [])
-
-
-def test_free_settings_that_are_given_win_and_are_told():
-    given = {
-        "data": {"input_a": "new/a"},
-        "train": {"batch_size": 32},
-        "save": {"model_dir": "out", "logs": False},
-        "augment": {"zoom_amount": 5},
-    }
-    config, changes, refusals = resolve_resume(SAVED, given)
-    assert refusals == []
-    assert (config.data.input_a, config.train.batch_size, config.save.logs) == ("new/a", 32, False)
-    assert config.model.trainer == "lightweight"
-    assert config.data.coverage == 87.5
-    assert changes == [
-        "updated data.input_a from old/a to new/a",
-        "updated train.batch_size from 8 to 32",
-        "updated save.model_dir from '' to out",
-        "updated save.logs from true to false",
-    ]
-
-
-def test_locked_settings_may_be_repeated_but_not_changed():
-    same = {
-        "model": {"trainer": "lightweight", "options": {"width": 32}},
-        "data": {"coverage": 87.5},
-        "train": {"seed": 5},
-    }
-    assert resolve_resume(SAVED, same)[2] == []
-    given = {"model": {"trainer": "original"}, "data": {"coverage": 100}, "train": {"seed": 6}}
-    config, changes, refusals = resolve_resume(SAVED, given)
-    assert to_dict(config) == SAVED
-    assert changes == []
-    assert [line.split(";")[0] for line in refusals] == [
-        "model.trainer is fixed at lightweight in this model and cannot become original",
-        "data.coverage is fixed at 87.5 in this model and cannot become 100",
-        "train.seed is fixed at 5 in this model and cannot become 6",
-    ]
-
-
-@pytest.mark.parametrize("spec", all_settings(), ids=lambda spec: f"{spec.section}.{spec.name}")
-def test_every_setting_is_refused_or_updated_as_its_lock_says(spec):
-    if spec.type is bool:
-        other = not spec.default
-    elif spec.choices:
-        others = [choice for choice in spec.choices if choice not in (spec.default, "none")]
-        if not others:
-            pytest.skip(f"{spec.name} has one choice only")
-        other = others[0]
-    elif spec.type is dict:
-        other = {"lowmem": True}
-    elif spec.type is str:
-        other = {"mask_color": "#00ff00", "write_image": "other.png"}.get(spec.name, "other")
-    else:
-        other = spec.high if spec.default != spec.high else spec.low
-    other = int(other) if spec.type is int else other
-    saved = to_dict(Config())
-    _, changes, refusals = resolve_resume(saved, {spec.section: {spec.name: other}})
-    assert (len(changes), len(refusals)) == ((0, 1) if spec.locked else (1, 0))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _FreeAndLocked(Options):
-    """Options of a family, one of each kind and one of several words."""
-
-    family = "original"
-    nodes: int = option(8, low=1, high=64)
-    dropout: float = option(0.0, low=0.0, high=0.9, free=True)
-    layers: tuple[str, ...] = option(("encoder",), choices=("encoder", "fc"), free=True)
-
-
-@pytest.fixture
-def saved_with_options(monkeypatch):
-    """Settings of a model made before there were `layers`."""
-    monkeypatch.setattr(models.family("original"), "Config", _FreeAndLocked)
-    return to_dict(from_dict({"model": {"options": {"nodes": 16, "dropout": 0.25}}}))
-
-
-def test_free_options_change_and_locked_ones_are_refused_one_by_one(saved_with_options):
-    given = {"model": {"options": {"nodes": 16, "dropout": 0.5, "layers": ["encoder", "fc"]}}}
-    config, changes, refusals = resolve_resume(saved_with_options, given)
-    assert refusals == []
-    assert changes == [
-        "updated model.options.dropout from 0.25 to 0.5",
-        "updated model.options.layers from ['encoder'] to ['encoder', 'fc']",
-    ]
-    assert config.model.options["nodes"] == 16
-    assert config.model.options["dropout"] == 0.5
-    given["model"]["options"]["nodes"] = 8
-    _, changes, refusals = resolve_resume(saved_with_options, given)
-    assert len(changes) == 2
-    assert [line.split(";")[0] for line in refusals] == [
-        "model.options.nodes is fixed at 16 in this model and cannot become 8"
-    ]
-
-
-def test_an_option_that_the_model_is_older_than_has_its_default(saved_with_options):
-    given = {"model": {"options": {"layers": ["encoder"]}}}
-    assert resolve_resume(saved_with_options, given)[1:] == ([], [])
-    assert resolve_resume(saved_with_options, {})[1:] == ([], [])
-
-
-def test_options_are_not_compared_with_those_of_another_family(saved_with_options):
-    given = {"model": {"trainer": "lightweight", "options": {"width": 8}}}
-    _, _, refusals = resolve_resume(saved_with_options, given)
-    assert len(refusals) == 1
-    assert refusals[0].startswith("model.trainer is fixed at original")
-
-
-def test_an_option_out_of_its_range_is_refused(saved_with_options):
-    given = {"model": {"options": {"dropout": 0.95}}}
-    with pytest.raises(
-        ValueError, match="model.options.dropout of original must be 0 to 0.9, got 0.95"
-    ):
-        resolve_resume(saved_with_options, given)
-
-
-def test_a_lock_is_told_before_a_clash_between_settings():
-    _, _, refusals = resolve_resume(to_dict(Config()), {"data": {"mask_type": "none"}})
-    assert refusals[0].startswith("data.mask_type is fixed at extended")
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        ({"train": {"batch_sise": 3}}, "unknown setting train.batch_sise"),
-        ({"trian": {}}, "unknown setting trian; did you mean train?"),
-        ({"train": {"batch_size": -1}}, "train.batch_size must be auto or a whole number"),
-        ({"train": 5}, "train must be a table"),
-        ({"loss": {"loss_weight_3": True}}, "loss.loss_weight_3 must be a whole number"),
-    ],
-)
-def test_resume_refuses_what_no_run_could_have(given, text):
-    with pytest.raises(ValueError, match="must be|unknown") as caught:
-        resolve_resume(SAVED, given)
-    assert text in str(caught.value)
-
-
-def test_settings_that_an_older_version_lacked_get_their_defaults():
-    old = {"model": {"trainer": "original"}, "data": {"coverage": 87.5}}
-    config, _, _ = resolve_resume(old, {})
-    assert config.data.coverage == 87.5
-    assert config.train == Config().train

@@ -147,7 +147,8 @@ def test_a_saved_model_tells_of_itself(tmp_path, capsys):
         sides += [f"-{side.upper()}", str(tmp_path / side)]
     model_dir = tmp_path / "model"
     words = ["-m", str(model_dir), "--device", "cpu"]
-    new = ["-t", "lightweight", "--set", "model.options.width=16", "-b", "2", "-i", "1"]
+    new = ["-t", "lightweight", "--set", "model.options.width=16", "-i", "1"]
+    new += ["--set", "train.batch_size=2"]
     assert main(["train", *sides, *words, *new]) == 0
     before = {path: path.stat().st_mtime_ns for path in model_dir.rglob("*")}
     capsys.readouterr()

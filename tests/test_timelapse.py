@@ -58,30 +58,6 @@ def test_pictures_of_other_sizes_are_fitted_to_the_first(folder, tmp_path):
     assert greys[-1] == pytest.approx(200 * 17 / 50, abs=6), "17 px wide, black beside it"
 
 
-def test_pictures_are_found_where_the_model_was_told_to_put_them(folder, tmp_path):
-    (tmp_path / "model/config.toml").write_text(
-        f'[preview]\ntimelapse_output = "{tmp_path / "elsewhere"}"\n'
-    )
-    assert find_pictures(folder.parent)[0] == folder / "9.jpg", "there is nothing elsewhere"
-    (tmp_path / "elsewhere").mkdir()
-    cv2.imwrite(str(tmp_path / "elsewhere/5.jpg"), np.zeros((8, 8, 3), np.uint8))
-    assert find_pictures(folder.parent) == [tmp_path / "elsewhere/5.jpg"]
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "preview = 1",
-        "[preview]\ntimelapse_output = 2",
-        f'[preview]\ntimelapse_output = "/{"x" * 300}"',
-        '[preview]\ntimelapse_output = "a\\u0000b"',
-    ],
-)
-def test_settings_that_are_none_of_ours_name_no_place(folder, tmp_path, content):
-    (tmp_path / "model/config.toml").write_text(content)
-    assert find_pictures(folder.parent)[0] == folder / "9.jpg"
-
-
 def test_a_damaged_picture_is_left_out_and_named(folder, tmp_path, capsys):
     (folder / "9.jpg").write_bytes(b"no jpeg")
     assert main(["timelapse", str(folder), "-o", str(tmp_path / "film.mp4")]) == 0

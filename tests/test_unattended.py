@@ -57,8 +57,8 @@ def _words(sides, model_dir, *more):
     return [
         "train",
         *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
-        *("-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
-        *("--set", "train.log_interval=2", "--device", "cpu", *more),
+        *("-t", "lightweight", "--set", "model.options.width=8"),
+        *("--set", "train.batch_size=4", "--set", "train.log_interval=2", "--device", "cpu", *more),
     ]
 
 
@@ -84,10 +84,9 @@ def test_a_recipe_runs_unattended_with_its_settings_and_snapshots(sides, tmp_pat
     assert _train(sides, model_dir, "--recipe", recipe, "--json") == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     stages = [event["stage"] for event in events if event["event"] == "start"]
-    assert [stage.split(",")[0] for stage in stages] == [
-        "1 of 3 of short: learn",
-        "2 of 3 of short: other loss",
-        "3 of 3 of short: finish",
+    assert stages == [
+        {"recipe": "short", "name": name, "number": number, "count": 3}
+        for number, name in enumerate(("learn", "other loss", "finish"), 1)
     ]
     # The first mean is the best so far; two more without 100 % of improvement end the stage.
     assert events[-1]["iteration"] == 4 + 6 + 3

@@ -80,7 +80,7 @@ def test_events_are_kept_as_they_are_told(sides, tmp_path, capsys):
     assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-4") == 0
     second = _events((model_dir / "logs/session_2/events.jsonl").read_text())
     kinds = [event["event"] for event in second]
-    assert kinds[:2] == ["warning"] * 2, "what was told before the session had a number"
+    assert kinds[:2] == ["notice"] * 2, "what was told before the session had a number"
     assert "start" in kinds
     assert kinds[-1] == "stop"
 
@@ -107,7 +107,7 @@ def test_debug_tells_more(sides, tmp_path, capsys):
     words = ("-x", str(sides[0]), "-y", str(sides[1]))
     assert _train(sides, tmp_path / "model", "-i", "1", *words) == 0
     assert "Time-lapse" not in capsys.readouterr().out
-    assert _train(sides, tmp_path / "model", "-i", "1", "--loglevel", "debug") == 0
+    assert _train(sides, tmp_path / "model", "-i", "1", "--loglevel", "debug", *words) == 0
     assert "Time-lapse: " in capsys.readouterr().out
 
 
@@ -331,7 +331,7 @@ def _only_what_was_waited_for(self):
 def test_a_snapshot_is_of_the_iteration_in_its_name_with_optimizer(sides, tmp_path, kept, capsys):
     words = ("-I", "2", "-s", "3", "--set", f"save.save_optimizer={kept}", "--json")
     assert _train(sides, tmp_path / "model", "-i", "5", *words) == 0
-    assert _train(sides, tmp_path / "model", "-i", "1", "--json") == 0, "in total, not of a session"
+    assert _train(sides, tmp_path / "model", "-i", "1", *words) == 0, "in total, not of a session"
     for iteration in (2, 4, 6):
         snapshot = tmp_path / f"model_snapshot_{iteration}_iters"
         with ModelFolder(snapshot, read_only=True) as folder:
@@ -505,11 +505,18 @@ def test_a_time_lapse_of_faces_without_the_trained_mask_is_refused(sides, tmp_pa
 
 
 def test_a_time_lapse_can_be_left_out_again(sides, tmp_path):
-    words = ("-x", str(sides[0]), "-y", str(sides[1]))
+    words, off = (
+        [
+            f"--set=preview.timelapse_input_{side}={path}"
+            for side, path in zip("ab", paths, strict=True)
+        ]
+        for paths in (sides, ("", ""))
+    )
     assert _train(sides, tmp_path / "model", "-i", "1", *words) == 0
-    off = [f"--set=preview.timelapse_input_{side}=" for side in "ab"]
-    assert main(["train", "-m", str(tmp_path / "model"), "-i", "1", *off]) == 0
-    assert len(list((tmp_path / "model/timelapse").iterdir())) == 1
+    assert _train(sides, tmp_path / "model", "-i", "1") == 0
+    assert len(list((tmp_path / "model/timelapse").iterdir())) == 2
+    assert _train(sides, tmp_path / "model", "-i", "1", *off) == 0
+    assert len(list((tmp_path / "model/timelapse").iterdir())) == 2
 
 
 # Window

@@ -242,6 +242,7 @@ const LINES = new Map([
   ],
   ["preview", (event) => `Preview of iteration ${plain(event.iteration)}`],
   ["restore", (event) => `Went back to iteration ${plain(event.iteration)}: what followed it is undone`],
+  ["notice", (event) => `Note: ${plain(event.message)}`],
   ["warning", (event) => `Warning: ${plain(event.message)}`],
   [
     "stop",

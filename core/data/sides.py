@@ -98,6 +98,7 @@ def open_sides(
     size_px: int,
     *,
     store_dir: Path | None,
+    earlier_dir: Path | None = None,
     device: torch.device,
     progress: Callable[[str], AbstractContextManager[Tell]] = _no_progress,
 ) -> dict[str, SideFaces]:
@@ -108,6 +109,7 @@ def open_sides(
         evaluate: Which faces are held out.
         size_px: Processing size: the largest of the model's inputs and outputs.
         store_dir: Folder that keeps the decoded faces; None keeps none.
+        earlier_dir: Folder of decoded faces that are read too, and left alone.
         device: Where training runs.
         progress: Called with a title; gives what is to be told ``(done, total)``.
 
@@ -141,7 +143,13 @@ def open_sides(
             )
             with progress(f"Decoding faces of {side.upper()}") as tell:
                 store = open_store(
-                    folder, crop, data, store_dir=store_dir, device=device, progress=tell
+                    folder,
+                    crop,
+                    data,
+                    store_dir=store_dir,
+                    earlier_dir=earlier_dir,
+                    device=device,
+                    progress=tell,
                 )
             _refuse_empty_masks(side, store)
             opened[side] = SideFaces(folder, store, crop, held_out)

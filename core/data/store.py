@@ -178,13 +178,15 @@ def open_store(
     data: DataConfig,
     *,
     store_dir: Path | None,
+    earlier_dir: Path | None = None,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     minimum: int = MINIMUM_FACES,
 ) -> FaceStore:
     """The folder's faces, from the raw file in store_dir where one fits, else decoded now.
 
-    store_dir: None keeps no file. progress: called with (faces done, faces in all).
+    store_dir: None keeps no file. earlier_dir: a folder whose files are read too, and left alone.
+    progress: called with (faces done, faces in all).
 
     Raises ValueError, one line, where fewer than `minimum` faces are usable, where a face is not
     and data.strict is set, or where the faces do not fit in the place that is asked for.
@@ -193,11 +195,10 @@ def open_store(
     tell = progress or (lambda done, total: None)
     facts = _plan(folder, crop, data)
     path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
-    saved = _read_raw(path) if path else None
-    saved = saved if saved and saved[0].fit(facts) else None
+    saved = _find_raw([store_dir, earlier_dir], facts)
     warnings: list[str] = []
-    if saved and path:
-        facts, header_bytes = saved
+    if saved:
+        path, facts, header_bytes = saved
         _check_usable(facts, folder, data.strict, minimum)
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         pixels_fssc = _pixels(path, facts, header_bytes, is_to_stay=placement == "file")
@@ -627,6 +628,16 @@ def _read_header(path: Path) -> tuple[bytes, int, int] | None:
         if hashlib.sha256(text).hexdigest() != first["sha256"]:
             return None
         return text, header_bytes, os.fstat(file.fileno()).st_size
+
+
+def _find_raw(folders: list[Path | None], wanted: _Facts) -> tuple[Path, _Facts, int] | None:
+    """The first whole raw file of the wanted facts in some folders, its facts and header bytes."""
+    for folder in filter(None, folders):
+        path = Path(folder) / f"{wanted.key}.faces"
+        raw = _read_raw(path)
+        if raw and raw[0].fit(wanted):
+            return path, *raw
+    return None
 
 
 def _read_raw(path: Path) -> tuple[_Facts, int] | None:

@@ -5,7 +5,6 @@ weighs less than all else that a user gives, and more than the defaults.
 """
 
 import difflib
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import tomli_w
 from ...models.options import shown
 from ..config import all_settings, from_dict, read_toml, to_dict
 from ..run.files import write_output
+from ..user_folders import settings_folder
 
 PACKAGED = Path(__file__).parent
 
@@ -51,20 +51,8 @@ class Preset:
 
 
 def own_folder() -> Path:
-    """Where a user's own presets are: `mien/presets` in the folder for settings (XDG).
-
-    Raises:
-        ValueError: The user has no home folder.
-    """
-    given = os.environ.get("XDG_CONFIG_HOME", "")
-    if os.path.isabs(given):
-        return Path(given) / "mien" / "presets"
-    try:
-        return Path.home() / ".config" / "mien" / "presets"
-    except RuntimeError:
-        raise ValueError(
-            "this user has no home folder to keep presets in; set HOME or XDG_CONFIG_HOME"
-        ) from None
+    """Where a user's own presets are; ValueError where the user has no home."""
+    return settings_folder() / "presets"
 
 
 def available() -> list[Preset]:

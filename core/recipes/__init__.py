@@ -43,10 +43,8 @@ RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
 MAX_STAGES = 100
 _LARGEST = 1e12
 _LOSSES = ("loss", "loss_a", "loss_b")
-_NOT_IN_A_STAGE = {  # what belongs to the run as a whole
-    *("data.input_a", "data.input_b", "data.store_dir", "save.model_dir", "model.load_weights"),
+_NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
     *("train.iterations", "train.device", "model.options", "optimizer.use_lr_finder"),
-    *("evaluate.held_out_a", "evaluate.held_out_b"),
 }
 
 
@@ -311,8 +309,8 @@ def _check_settings(values: Any, place: str) -> None:
     for spec in all_settings():
         if spec.name not in values.get(spec.section, {}):
             continue
-        name = f"{spec.section}.{spec.name}"
+        name = spec.full_name
         if spec.locked:
             raise ValueError(f"{place}.set: {name} is fixed when a model is made; leave it out")
-        if name in _NOT_IN_A_STAGE:
+        if spec.is_path or name in _NOT_IN_A_STAGE:
             raise ValueError(f"{place}.set: {name} is for the whole run; leave it out")

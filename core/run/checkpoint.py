@@ -36,11 +36,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 import torch
 from torch import Tensor
 
-from ..config import Config, to_dict
+from ..config import Config, to_toml
 from .files import (
     DamagedError,
     copy_files,
@@ -86,8 +85,8 @@ _TOLD_OF: set[Path] = set()
 """Folders whose disk's limits this process has told of; every stage of a run opens its folder."""
 
 _CONFIG_HEADING = (
-    "# The settings that this model was last trained with. Change them by flags, --set or\n"
-    "# --configfile: what is edited here is not read back.\n\n"
+    "# The settings that this model goes on with. Change them by --set or --configfile, or by\n"
+    "# flags for one session: what is edited here is not read back.\n\n"
 )
 
 
@@ -127,7 +126,7 @@ class ModelFolder:
         self.path = Path(path)
         self.warnings: list[str] = []
         """Sentences for the user, appended by `load` and `save`."""
-        self._keep = keep_generations
+        self.keep_generations = keep_generations
         self._generations = self.path / "generations"
         self._lock: Lock | None = None
         self._config: bytes | None = None
@@ -171,7 +170,7 @@ class ModelFolder:
     def write_config(self, config: Config) -> None:
         """Put the resolved settings into the folder, and into every generation from now on."""
         self._require_lock()
-        self._config = (_CONFIG_HEADING + tomli_w.dumps(to_dict(config))).encode()
+        self._config = (_CONFIG_HEADING + to_toml(config)).encode()
         with self._reporting():
             replace_file(self.path / CONFIG, self._config)
 
@@ -524,7 +523,7 @@ class ModelFolder:
             for item in whole:
                 newest.setdefault(item.iterations, item.name)
             whole.sort(key=lambda item: newest[item.iterations] != item.name)
-            for name in (item.name for item in whole[self._keep :]):
+            for name in (item.name for item in whole[self.keep_generations :]):
                 trash = self._generations / f".{name}.trash"
                 os.rename(self._generations / name, trash)  # a half-deleted one must not look whole
                 shutil.rmtree(trash)

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-import tomli_w
 import torch
 
 from ... import __version__
-from ..config import Config, to_dict
+from ..config import Config, to_toml
 from .checkpoint import SaveError
 from .files import replace_file
 from .log import LogError, Reporter
@@ -69,7 +68,7 @@ def crash_report(error: Exception, config: Config, events: list[str]) -> str:
                 f"command {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
             ]
         ),
-        "settings": tomli_w.dumps(to_dict(config)),
+        "settings": to_toml(config),
         "latest events": "\n".join(events),
     }
     text = "\n".join(f"== {title} ==\n{content.rstrip()}\n" for title, content in parts.items())

@@ -107,16 +107,17 @@ def link_file(source: Path, target: Path) -> None:
         copy_file(source, target)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file, durably; it has its name only once it is whole.
+def write_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a new file, durably; it has its name only once it is whole. Its permissions are those
+    of ``mode`` that the umask leaves.
 
     Raises:
         OSError: FileExistsError where there is anything of this name, or the disk refuses.
     """
     try:
-        handle = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o666)
+        handle = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode)
     except OSError:  # no files without a name here, or what the next call will tell
-        _write_named_file(path, content)
+        _write_named_file(path, content, mode)
         return
     with open(handle, "wb") as stream:
         stream.write(content)
@@ -127,12 +128,12 @@ def write_file(path: Path, content: bytes) -> None:
         except FileExistsError:
             raise
         except OSError:  # no hard links here, or no /proc
-            _write_named_file(path, content)
+            _write_named_file(path, content, mode)
 
 
-def _write_named_file(path: Path, content: bytes) -> None:
+def _write_named_file(path: Path, content: bytes, mode: int) -> None:
     """The same on a disk that has no files without a name: a crash leaves a part of it."""
-    with open(path, "xb") as stream:
+    with open(path, "xb", opener=partial(os.open, mode=mode)) as stream:
         try:
             stream.write(content)
             stream.flush()
@@ -142,7 +143,7 @@ def _write_named_file(path: Path, content: bytes) -> None:
             raise
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Put a file in the place of another in one step, durably; a link there is replaced itself.
 
     Raises:
@@ -155,7 +156,7 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     discard(temporary)
     try:
-        write_file(temporary, content)
+        write_file(temporary, content, mode)
         os.replace(temporary, path)
     finally:
         discard(temporary)

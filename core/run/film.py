@@ -10,8 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..config import read_toml
+from .checkpoint import ModelFolder
 from .files import DamagedError, read_regular, write_output
+from .known_paths import KnownPaths
+from .session import TrainingState
 
 _MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
 _LONGEST_PX = 8190
@@ -74,13 +76,27 @@ def find_pictures(folder: Path) -> list[Path]:
 
 def _places(folder: Path) -> Iterator[Path]:
     """The folders where a time-lapse may be."""
-    settings = folder / "config.toml"
-    preview = read_toml(settings).get("preview") if settings.is_file() else None
-    set_to = preview.get("timelapse_output") if isinstance(preview, dict) else None
-    named = Path(set_to) if isinstance(set_to, str) and set_to else folder
-    for place in (named, folder / "timelapse", folder):
+    for place in (*_named_places(folder), folder / "timelapse", folder):
         if os.path.isdir(place):  # false, too, of a name that no disk can hold
             yield place
+
+
+def _named_places(folder: Path) -> Iterator[Path]:
+    """Where the sessions of a model have put their pictures, the latest first; what its folder
+    names counts only where it is known to this user."""
+    if not (folder / "generations").is_dir():
+        return
+    with ModelFolder(folder, read_only=True) as opened:
+        values = opened.newest_state()
+    if values is None:
+        return
+    state = TrainingState.from_dict(values)
+    known = KnownPaths(folder, state.run_id)
+    for session in reversed(state.sessions):
+        preview = session.settings.get("preview")
+        place = preview.get("timelapse_output") if isinstance(preview, dict) else None
+        if isinstance(place, str) and place and known.trust("preview.timelapse_output", place):
+            yield Path(place)
 
 
 def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: float = 0.0) -> Film:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ... import __version__
-from ..config import is_deeper, parse_toml
+from ..config import MAX_TOML_BYTES, is_deeper, parse_toml
 from .files import (
     DamagedError,
     hash_regular,
@@ -197,7 +197,24 @@ def _parse_toml(content: bytes) -> dict[str, Any]:
     try:
         return parse_toml(content)
     except ValueError as error:
-        raise DamagedError(f"{CONFIG} is not valid TOML") from error
+        raise DamagedError(f"{CONFIG} is not valid TOML: {error}") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in a model folder, as they are written there; None where there are none.
+
+    Raises:
+        ValueError: What is there is not valid.
+    """
+    path = folder / CONFIG
+    if not os.path.lexists(path):
+        return None
+    try:
+        return _parse_toml(read_regular(path, MAX_TOML_BYTES))
+    except DamagedError as damage:
+        raise ValueError(f"{damage}, in {folder}; mend or remove it") from damage
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; mend that first") from error
 
 
 def _refuse_constant(word: str) -> None:

@@ -29,11 +29,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import MAX_TOML_BYTES, parse_toml
 from . import statistics
-from .checkpoint import CONFIG, ModelFolder
-from .files import DamagedError, open_regular, read_regular
-from .generation import MAX_COUNT
+from .checkpoint import ModelFolder
+from .files import DamagedError, open_regular
+from .generation import MAX_COUNT, read_settings
 from .log import ITERATION
 from .session import Session, TrainingState, session_number
 from .undone import MARK
@@ -41,6 +40,9 @@ from .undone import MARK
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
+
+BATCH_SIZE_TAG = "batch_size"
+"""A session's events begin with one that has it."""
 
 _HEADER = struct.Struct("<Q4x")  # of a record: size of its event; CRC
 _FOOTER_BYTES = 4  # CRC of the event
@@ -130,7 +132,7 @@ def read_history(model_dir: Path, wants: Callable[[str], bool] = lambda tag: Fal
     saved = [] if state is None else state.sessions
     try:
         files = _read_files(model_dir / "logs", wants)
-        unsaved_batch_size = _batch_size(model_dir / CONFIG)
+        unsaved_batch_size = _batch_size(model_dir)
     except OSError as error:
         raise ValueError(f"cannot read {error.filename}: {error.strerror}; mend that") from error
     _leave_out_undone(files, saved)
@@ -157,6 +159,7 @@ class _EventFile:
     counts: array = field(default_factory=lambda: array("q"))
     times: array = field(default_factory=lambda: array("d"))
     losses: dict[str, array] = field(default_factory=dict)
+    batch_size: int | None = None
     tags: set[str] = field(default_factory=set)
     """All, also those that are not kept."""
 
@@ -177,6 +180,10 @@ class _EventFile:
         if event.HasField("session_log"):
             self.began_at, self.first_iteration = event.wall_time, event.step
         values = event.summary.value
+        if len(values) == 1 and values[0].tag == BATCH_SIZE_TAG:
+            size = values[0].simple_value
+            self.batch_size = int(size) if 1 <= size <= MAX_COUNT else None
+            return
         # All events of a run are alike, so that most tags need not be read.
         if len(values) != self.num_values or any(
             values[place].tag != tag for tag, place in self.places.items()
@@ -316,12 +323,13 @@ def _sessions(
     trained = {max(number, first) for number in trained}
     sessions = []
     for number in sorted(known.keys() | trained):
-        batch_size = unsaved_batch_size
+        own = logged.get(number, [])
+        told = (file.batch_size for file in reversed(own) if file.batch_size)
+        batch_size = next(told, unsaved_batch_size)
         if number in known:
             batch_size = known[number].batch_size
         elif earliest is not None and number <= earliest.number:
             batch_size = earliest.batch_size
-        own = logged.get(number, [])
         sessions.append(_joined(number, known.get(number), batch_size, own))
     return sessions
 
@@ -361,14 +369,9 @@ def _pauses(files: list[_EventFile]) -> float:
     return sum(max(begin - end, 0.0) for end, begin in zip(ends, begins[1:], strict=False))
 
 
-def _batch_size(path: Path) -> int | None:
-    """What the model was last started with; None where that is not told."""
-    if not path.exists():
-        return None
-    try:
-        train = parse_toml(read_regular(path, MAX_TOML_BYTES)).get("train")
-    except (ValueError, DamagedError) as error:
-        raise ValueError(f"{path} is not valid TOML ({error}); mend or remove it") from None
+def _batch_size(model_dir: Path) -> int | None:
+    """What the settings in a model folder say, where no event does; None where they do not."""
+    train = (read_settings(model_dir) or {}).get("train")
     found = train.get("batch_size") if isinstance(train, dict) else None
     return found if type(found) is int and found > 0 else None
 

@@ -15,10 +15,10 @@ and of saves, where faces are held out:
     evaluate/<name>                   a figure of `core.train.evaluate`
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
-"save" | "snapshot" | "preview" | "timelapse" | "stage" | "warning" | "crash" | "stop", "time":
-seconds since 1970, ...}. They are kept in <model dir>/logs/session_<n>/events.jsonl, of the steps
-one a second (see `spacing`), where a session that was lost in a crash and the one that has its
-number are told apart by their "start". There is "restore", too: what followed its iteration was
+"save" | "snapshot" | "preview" | "timelapse" | "stage" | "notice" | "warning" | "crash" | "stop",
+"time": seconds since 1970, ...}. They are kept in <model dir>/logs/session_<n>/events.jsonl, of the
+steps one a second (see `spacing`), where a session that was lost in a crash and the one that has
+its number are told apart by their "start". There is "restore", too: what followed its iteration was
 undone by `mien model restore`. TensorBoard is imported only where a TensorBoardLog is made.
 """
 
@@ -31,6 +31,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, TextIO, cast
 
@@ -52,6 +53,15 @@ ITERATION = "batch_total"
 
 _LATEST = 100
 _AS_WANTED = (0, 4)  # exit codes of what is done, and of what the user has stopped
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A sentence for the user."""
+
+    text: str
+    is_warning: bool = False
+    """Whether it should be looked at; else it is told for the record."""
 
 
 class LogError(RuntimeError):
@@ -258,11 +268,18 @@ class Reporter:
         if problem:
             self.warning(problem)
 
-    def start(self, facts: dict[str, Any]) -> None:
-        """Tell what is about to run: model, folders, chosen paths; one line each."""
-        width = max((len(name) for name in facts), default=0)
-        lines = [f"{name.replace('_', ' '):<{width}}  {value}" for name, value in facts.items()]
-        self._tell("start", lines, facts)
+    def start(self, fields: dict[str, Any], lines: dict[str, str] | None = None) -> None:
+        """Tell what is about to run.
+
+        Args:
+            fields: For programs: numbers, words, lists.
+            lines: For people: model, folders, chosen paths; None: the fields, one a line.
+        """
+        if lines is None:
+            lines = {name.replace("_", " "): str(value) for name, value in fields.items()}
+        width = max((len(name) for name in lines), default=0)
+        told = [f"{name:<{width}}  {line}" for name, line in lines.items()]
+        self._tell("start", told, fields)
 
     def step(
         self,
@@ -390,6 +407,10 @@ class Reporter:
         if picture is not None:
             text += f". Graph: {picture}"
         self._tell("found_rates", text, {"rates": rates, "chosen": chosen, "picture": picture})
+
+    def notice(self, message: str) -> None:
+        """Tell of something that is as it should be, for the record."""
+        self._tell("notice", f"Note: {message}", {"message": message})
 
     def warning(self, message: str, **facts: Any) -> None:
         """Tell of something the user should look at while the run goes on; facts: for programs."""

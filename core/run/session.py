@@ -1,4 +1,4 @@
-"""Where a run stands, beside its tensors: counters, sessions, lowest loss; and the resume rules.
+"""Where a run stands, beside its tensors: counters, sessions, lowest loss.
 
 A *session* is one start of the training program on a model. The state is written with every save as
 plain JSON and is read back strictly: a wrong type, a missing or an unknown key is refused.
@@ -13,12 +13,10 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ... import models
-from ..config import Config, all_settings, from_dict, merge, to_dict
+from ..config import Config, all_settings, to_dict
 from . import saved_values
 from .saved_values import MAX_COUNT, MAX_SECONDS, require, require_keys
 
@@ -68,8 +66,15 @@ class TrainingState:
         """The present session."""
         return self.sessions[-1]
 
-    def begin_session(self, config: Config, started: float | None = None) -> Session:
+    def begin_session(
+        self, config: Config, started: float | None = None, *, batch_size: int | None = None
+    ) -> Session:
         """The new session, entered in the list; its number is the highest so far + 1.
+
+        Args:
+            config: Its settings.
+            started: Seconds since 1970; None: now.
+            batch_size: What auto has chosen; None: as set.
 
         Raises:
             ValueError: The state is of another family, or its counts would pass what can be saved.
@@ -85,7 +90,7 @@ class TrainingState:
         session = Session(
             number=max((old.number for old in self.sessions), default=0) + 1,
             started=min(max(now, 0.0), MAX_SECONDS),
-            batch_size=config.train.batch_size,
+            batch_size=config.train.batch_size if batch_size is None else batch_size,
             logs=config.save.logs,
             settings=settings,
         )
@@ -192,93 +197,6 @@ def session_number(folder: str) -> int | None:
     """The number of the session that has a folder of logs of this name; None where none has."""
     found = _LOGS.fullmatch(folder)
     return int(found[1]) if found else None
-
-
-def resolve_resume(
-    saved_config: dict[str, Any], given: dict[str, dict[str, Any]]
-) -> tuple[Config, list[str], list[str]]:
-    """The settings of a resumed run, a sentence per changed one, and one per refused one.
-
-    Locked settings are the saved model's. Free ones are as given where given, else as saved. The
-    same holds for each option of the model; one that the saved model is older than has its default.
-
-    Args:
-        saved_config: Nested plain values, as stored with the model.
-        given: Only what the user set explicitly, by section and key.
-
-    Raises:
-        ValueError: On an unknown setting or a value out of range, on either side.
-    """
-    saved = to_dict(from_dict(saved_config))
-    chosen: dict[str, Any] = {}
-    changes, refusals = [], []
-    for setting in _compared(saved, given):
-        old, new = _shown(setting.old), _shown(setting.new)
-        if setting.locked:
-            refusals.append(
-                f"{setting.name} is fixed at {old} in this model and cannot become {new}; "
-                "leave it out, or choose another --model-dir"
-            )
-        else:
-            nested = setting.new
-            for key in reversed(setting.path):
-                nested = {key: nested}
-            chosen = merge(chosen, nested)
-            changes.append(f"updated {setting.name} from {old} to {new}")
-    return from_dict(merge(saved, chosen if refusals else given)), changes, refusals
-
-
-@dataclass(frozen=True)
-class _Changed:
-    """A setting that is given other than it was saved."""
-
-    path: tuple[str, ...]
-    old: Any
-    new: Any
-    locked: bool
-
-    @property
-    def name(self) -> str:
-        return ".".join(self.path)
-
-
-def _compared(
-    saved: dict[str, dict[str, Any]], given: dict[str, dict[str, Any]]
-) -> Iterator[_Changed]:
-    """Every given setting that differs from the saved one."""
-    for spec in all_settings():
-        table = given.get(spec.section)
-        if not isinstance(table, dict) or spec.name not in table:
-            continue
-        old, new = saved[spec.section][spec.name], table[spec.name]
-        path = (spec.section, spec.name)
-        if path == ("model", "options") and isinstance(new, dict):
-            yield from _compared_options(saved["model"], given["model"])
-        elif old != new:
-            yield _Changed(path, old, new, spec.locked)
-
-
-def _compared_options(saved: dict[str, Any], given: dict[str, Any]) -> Iterator[_Changed]:
-    """Every given option of the saved model's family that differs from the saved one."""
-    trainer = saved["trainer"]
-    if given.get("trainer", trainer) != trainer:
-        return  # refused as such; the options are of another family
-    old = models.options_of(trainer, saved["options"])
-    new = models.options_of(trainer, {**saved["options"], **given["options"]})
-    for item in dataclasses.fields(old):
-        was, becomes = getattr(old, item.name), getattr(new, item.name)
-        if was != becomes:
-            path = ("model", "options", item.name)
-            yield _Changed(path, was, becomes, locked=not item.metadata["free"])
-
-
-def _shown(value: Any) -> str:
-    """A value as a user writes it."""
-    if isinstance(value, tuple):
-        return str(list(value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) and value else repr(value)
 
 
 def _folded(sessions: list[Session]) -> list[Session]:

@@ -1,20 +1,20 @@
 """A rehearsal: everything that training does up to the second step, and nothing of it kept."""
 
+import resource
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from ..config import Config, merge, to_dict
-from ..data.sides import SIDES
-from ..paths import expanded
+from ..config import Config
 from ..recipes import Recipe
 from ..run.log import Reporter
 from . import memory
 from .engine import WARM_UP
-from .prepare import Run, free_bytes, open_run, settings_of
+from .prepare import Run, free_bytes, open_rehearsal
+from .resolve import Overrides
 from .stages import Plan
 
 STEPS = 2
@@ -27,14 +27,20 @@ class Rehearsal:
     config: Config
     """All settings, the batch size among them."""
 
+    iterations: int
+    """That the model has been trained for; 0: a new one."""
+
+    learning_rate: float
+    """Of the next iteration."""
+
     plan: Plan | None
     """The stages, where there are any."""
 
     precision: str
     device: torch.device
     num_parameters: int
-    memory: memory.Memory
-    """Estimated, of a GPU."""
+    memory: memory.Memory | None
+    """Estimated, of a GPU; None on a CPU."""
 
     free_bytes: int
     """Memory that was there for it."""
@@ -45,51 +51,56 @@ class Rehearsal:
     step_s: float
     """Of the last of them; first steps are slow."""
 
-    peak_mib: float | None
-    """Measured GPU memory; None on a CPU."""
+    peak_mib: float
+    """Measured: what was taken of the GPU's memory, on a CPU what the process was resident in."""
 
 
-def rehearse(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = None) -> Rehearsal:
-    """Run two steps of what the settings describe. A model folder is only read.
+def rehearse(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> Rehearsal:
+    """Run two steps of what the settings describe: of the model in the folder, where there is one,
+    as its next two would be. It is only read.
 
     Faces that an earlier start decoded are used; those decoded now are not kept.
 
     Raises:
         ValueError: As training would raise it.
     """
-    config, plan = settings_of(given, reporter, recipe)
-    with tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch:
-        own_faces = expanded(config.save.model_dir) / "faces"
-        decoded = str(own_faces) if config.save.model_dir and own_faces.is_dir() else ""
-        trial = {
-            "save": {"model_dir": f"{scratch}/model", "logs": False},
-            "log": {"file": ""},
-            "preview": {"window": False},
-            "data": {"store_dir": config.data.store_dir or decoded or f"{scratch}/faces"},
-        }
-        with open_run(merge(to_dict(config), trial), reporter) as run:
-            return _rehearsed(run, plan)
+    with (
+        tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch,
+        open_rehearsal(overrides, reporter, recipe, Path(scratch)) as run,
+    ):
+        return _rehearsed(run)
 
 
-def _rehearsed(run: Run, plan: Plan | None) -> Rehearsal:
-    batch_size, free, losses = run.config.train.batch_size, free_bytes(run.device), []
+def _rehearsed(run: Run) -> Rehearsal:
+    begun_at, free, losses = run.state.iterations, free_bytes(run.device), []
+    on_gpu = run.device.type == "cuda"
     steps = WARM_UP + STEPS if run.engine.name == "graph" else STEPS  # the last ones are replays
-    for number in range(steps):
+    for _ in range(steps):
         begin = time.perf_counter()
-        run.engine(dict.fromkeys(SIDES, number * batch_size))
+        run.set_rate()
+        run.engine(run.state.faces_seen)
+        run.state.advance()
         named = run.step.loss.named(run.step.ring.fetch(1)())
         step_s = time.perf_counter() - begin
         losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
-    on_gpu = run.device.type == "cuda"
+    need = memory.footprint(run.config, run.precision) if on_gpu else None
     return Rehearsal(
         config=run.config,
-        plan=plan,
+        iterations=begun_at,
+        learning_rate=run.schedule.rate(begun_at),
+        plan=run.plan,
         precision=run.precision.name,
         device=run.device,
         num_parameters=run.step.update.num_parameters,
-        memory=memory.footprint(run.config, run.precision).at(batch_size),
+        memory=None if need is None else need.at(run.config.train.batch_size),
         free_bytes=free,
         losses=losses,
         step_s=step_s,
-        peak_mib=torch.cuda.max_memory_allocated(run.device) / 2**20 if on_gpu else None,
+        peak_mib=_peak_bytes(run.device) / 2**20,
     )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..config import SAVE_ITERATIONS, SAVE_SECONDS
 from ..data.sides import SIDES
 from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
@@ -26,7 +27,6 @@ DONE, MISTAKE, HALTED, STOPPED = 0, 2, 3, 4
 
 _SECONDS_BETWEEN_LINES = 1.0
 _STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
-_SAVE_ITERATIONS, _SAVE_SECONDS = 250, 60.0
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Loop:
             return since >= 60 * settings.save_minutes
         if settings.save_interval:
             return done % settings.save_interval == 0
-        return done % _SAVE_ITERATIONS == 0 and since >= _SAVE_SECONDS
+        return done % SAVE_ITERATIONS == 0 and since >= SAVE_SECONDS
 
     def _is_only_first(self) -> bool:
         """Whether a save is due at the first iteration alone: its loss is no mean to compare."""

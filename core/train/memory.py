@@ -77,13 +77,16 @@ class Footprint:
             parts[name] = parts.get(name, 0) + round(size * batch_size)
         return Memory(batch_size, parts)
 
-    def largest_batch(self, free_bytes: int) -> int:
+    def largest_batch(self, free_bytes: int, at_most: int = 4096) -> int:
         """The largest batch size of `batch_sizes` that fits in 90 % of the free memory; 0: none.
 
-        free_bytes: as it is before the run takes any.
+        Args:
+            free_bytes: As it is before the run takes any.
+            at_most: Larger ones are passed over.
         """
         room = USABLE_SHARE * free_bytes
-        return max((b for b in batch_sizes() if self.at(b).total_bytes <= room), default=0)
+        fitting = (size for size in batch_sizes() if self.at(size).total_bytes <= room)
+        return max((size for size in fitting if size <= at_most), default=0)
 
 
 def batch_sizes() -> Sequence[int]:

@@ -4,13 +4,12 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ... import __version__, models
+from ... import models
 from ...kernels.augment import Landmarks
 from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
@@ -20,16 +19,20 @@ from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
 from ..data.preview_faces import PreviewLoader
 from ..data.sides import SIDES, SideFaces, open_sides, warnings_of
-from ..data.store import FaceStore, available_host_bytes
+from ..data.store import available_host_bytes
 from ..faces.folder import skipped
-from ..paths import expanded, refusals_told
+from ..path_settings import paths_in
+from ..paths import refusals_told
 from ..recipes import Recipe
 from ..run.checkpoint import ModelFolder, Saver
 from ..run.crash import reporting_crashes
 from ..run.generation import Generation
-from ..run.log import EVENTS, Log, LogError, NullLog, Reporter, open_log
-from ..run.session import TrainingState, resolve_resume
+from ..run.history import BATCH_SIZE_TAG
+from ..run.known_paths import KnownPaths
+from ..run.log import EVENTS, Log, LogError, Notice, NullLog, Reporter, open_log
+from ..run.session import TrainingState
 from ..run.window import PreviewWindow
+from . import batch_size as batch_sizes
 from . import divergence, memory, overlap, stages
 from . import engine as engines
 from . import precision as precisions
@@ -39,9 +42,11 @@ from .losses import Loss
 from .optim import Update, check_weights
 from .pictures import Pictures
 from .precision import Precision
+from .resolve import Overrides, Resolved, resolve
 from .ring import LossRing
-from .schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS, Schedule, begin_schedule, settle_rate
+from .schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS, Schedule, begin_schedule
 from .stages import Plan
+from .startup import start_report
 from .step import TrainStep
 from .transfer import load_weights
 from .work import meta_model, work_of
@@ -78,7 +83,7 @@ class Run:
 
 @contextmanager
 def open_run(
-    given: dict[str, Any],
+    overrides: Overrides,
     reporter: Reporter,
     recipe: Recipe | None = None,
     *,
@@ -87,7 +92,7 @@ def open_run(
     """Prepare a run, and clean up after it.
 
     Args:
-        given: What the user set, by section and key.
+        overrides: What the user set.
         reporter: Is told what was chosen, and warned.
         recipe: Stages to train in; None: those that the model was saved with, if any.
         rate_factor: What the learning rate is multiplied with after rollbacks; None: as saved.
@@ -95,39 +100,109 @@ def open_run(
     Raises:
         ValueError: A setting, a folder or the model folder is not usable; one line says why.
     """
-    config = from_dict(given)
-    if not config.save.model_dir:
+    model_dir = overrides.model_dir
+    if model_dir is None:
         raise ValueError("no model folder given: add --model-dir FOLDER")
     with ExitStack() as stack:
-        folder = stack.enter_context(
-            ModelFolder(
-                expanded(config.save.model_dir),
-                trainer=given.get("model", {}).get("trainer"),
-                keep_generations=config.save.keep_generations,
-            )
-        )
+        folder = stack.enter_context(ModelFolder(model_dir, trainer=overrides.trainer))
         saved = folder.load()
-        plan = stages.find_place(saved.state if saved else None, recipe)
-        config = _config_of(saved, stages.settings_of_stage(given, plan), reporter)
-        stages.check_figures(plan, config)
+        resolved = _resolved(overrides, saved, recipe, folder)
+        folder.keep_generations = resolved.config.save.keep_generations
+        tell(reporter, resolved.notices)
         _tell_warnings(folder, reporter)
+        plan = resolved.plan
         if saved and plan and plan.is_entered and plan.stage.snapshot:
             path = folder.snapshot()
             if path is not None:  # else a warning says why
                 reporter.snapshot(iteration=saved.state["iterations"], path=path)
         _tell_warnings(folder, reporter)
-        config = _resolved(config)
-        device = choose_device(config.train.device)
-        try:
-            with reporting_crashes(folder.path, config, reporter):
-                with refusals_told():
-                    run = _prepare(
-                        config, saved, plan, rate_factor, folder, reporter, stack, device
-                    )
-                yield run
-        except torch.OutOfMemoryError as error:
-            precision = precisions.resolve(config.precision.mode, device)
-            raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
+        with _ready(resolved, saved, rate_factor, folder, reporter, stack) as run:
+            _remember_paths(resolved, run, reporter)
+            yield run
+
+
+@contextmanager
+def open_rehearsal(
+    overrides: Overrides, reporter: Reporter, recipe: Recipe | None, scratch: Path
+) -> Iterator[Run]:
+    """The run that `open_run` would prepare, of the same model, which is only read: whatever a run
+    writes goes to an empty folder.
+
+    Raises:
+        ValueError: As `open_run` would raise it.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(ModelFolder(scratch / "model"))
+        saved, resolved = _read_model(overrides, recipe)
+        tell(reporter, resolved.notices)
+        config = resolved.config
+        _check_paths(config)
+        decoded = Path(config.data.store_dir or Path(config.save.model_dir or scratch, "faces"))
+        trial = {
+            "data": {"store_dir": ""},
+            "save": {"logs": False},
+            "log": {"file": ""},
+            "preview": {
+                **{"window": False, "write_image": ""},
+                **dict.fromkeys(("timelapse_input_a", "timelapse_input_b", "timelapse_output"), ""),
+            },
+        }
+        resolved = replace(resolved, config=from_dict(merge(to_dict(config), trial)))
+        with _ready(resolved, saved, None, folder, reporter, stack, decoded) as run:
+            yield run
+
+
+def settings_of(overrides: Overrides, recipe: Recipe | None = None) -> Resolved:
+    """The settings and the stage that training would have: of the model where there is one, which
+    is only read.
+
+    Raises:
+        ValueError: As training would raise it.
+    """
+    return _read_model(overrides, recipe)[1]
+
+
+def tell(reporter: Reporter, notices: list[Notice]) -> None:
+    """Tell what there is to tell of the settings."""
+    for notice in notices:
+        (reporter.warning if notice.is_warning else reporter.notice)(notice.text)
+
+
+def _read_model(overrides: Overrides, recipe: Recipe | None) -> tuple[Generation | None, Resolved]:
+    """The model in the folder that is given, where there is one, and the settings with it."""
+    model_dir = overrides.model_dir
+    if model_dir is None or not (model_dir / "generations").is_dir():
+        return None, resolve(overrides, None, recipe)
+    with ModelFolder(model_dir, trainer=overrides.trainer, read_only=True) as folder:
+        saved = folder.load()
+        resolved = _resolved(overrides, saved, recipe, folder)
+        damage = [Notice(text, is_warning=True) for text in folder.warnings]
+    return saved, replace(resolved, notices=[*damage, *resolved.notices])
+
+
+def _resolved(
+    overrides: Overrides, saved: Generation | None, recipe: Recipe | None, folder: ModelFolder
+) -> Resolved:
+    """The settings of a run; the paths of a saved one count as far as they are known here."""
+    if saved is None:
+        return resolve(overrides, None, recipe)
+    known = KnownPaths(folder.path, str(saved.state.get("run_id")))
+    return resolve(overrides, saved, recipe, known.trust)
+
+
+def _remember_paths(resolved: Resolved, run: Run, reporter: Reporter) -> None:
+    """Have the paths of this run count at later starts without being given again."""
+    pairs = [
+        (".".join(place), path)
+        for config in (resolved.kept, resolved.config)
+        for place, path in paths_in(to_dict(config), config.model.trainer).items()
+    ]
+    problem = KnownPaths(run.folder.path, run.state.run_id).remember(pairs)
+    if problem:
+        reporter.notice(
+            f"paths that lie outside the model folder cannot be remembered ({problem}); the next "
+            "start will ask for them again"
+        )
 
 
 def _tell_warnings(folder: ModelFolder, reporter: Reporter) -> None:
@@ -136,66 +211,43 @@ def _tell_warnings(folder: ModelFolder, reporter: Reporter) -> None:
         reporter.warning(folder.warnings.pop(0))
 
 
-def _config_of(saved: Generation | None, given: dict[str, Any], reporter: Reporter) -> Config:
-    return from_dict(given) if saved is None else resumed_config(saved, given, reporter)
-
-
-def resumed_config(saved: Generation, given: dict[str, Any], reporter: Reporter) -> Config:
-    """The settings of a resumed run: the model's own where locked, the user's where free."""
-    if saved.config is None:
-        raise ValueError(
-            f"{saved.path} holds no config.toml, so its settings are unknown; put it back, or "
-            "choose another --model-dir"
-        )
-    given = _with_absolute_paths(given)  # as they were saved, so that only a change is told
-    begun_with = {"model": {"load_weights": ""}}
-    if given.get("model", {}).get("load_weights"):
-        reporter.warning(
-            "model.load_weights does nothing here: it is for a new model, and this one resumes"
-        )
-    given = merge(given, begun_with)
-    optimizer = settle_rate(saved, from_dict(saved.config), given.get("optimizer", {}), reporter)
-    config, changes, refusals = resolve_resume(
-        merge(saved.config, begun_with), merge(given, {"optimizer": optimizer})
-    )
-    if refusals:
-        raise ValueError(refusals[0])
-    for change in changes:
-        reporter.warning(change)
-    return config
-
-
-def settings_of(
-    given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = None
-) -> tuple[Config, Plan | None]:
-    """The settings and the stage that training would have: of the model where there is one, which
-    is only read.
-
-    Raises:
-        ValueError: As training would raise it.
-    """
-    saved, model_dir = None, from_dict(given).save.model_dir
-    path = expanded(model_dir)
-    if model_dir and (path / "generations").is_dir():
-        trainer = given.get("model", {}).get("trainer")
-        with ModelFolder(path, trainer=trainer, read_only=True) as folder:
-            saved = folder.load()
-    plan = stages.find_place(saved.state if saved else None, recipe)
-    config = _config_of(saved, stages.settings_of_stage(given, plan), reporter)
-    stages.check_figures(plan, config)
-    return config, plan
-
-
-def _prepare(
-    config: Config,
+@contextmanager
+def _ready(
+    resolved: Resolved,
     saved: Generation | None,
-    plan: Plan | None,
     rate_factor: float | None,
     folder: ModelFolder,
     reporter: Reporter,
     stack: ExitStack,
+    earlier_faces: Path | None = None,
+) -> Iterator[Run]:
+    """The run, and what is told where it fails."""
+    config = resolved.config
+    _check_paths(config)
+    device = choose_device(config.train.device)
+    try:
+        with reporting_crashes(folder.path, config, reporter):
+            with refusals_told():
+                run = _prepare(
+                    resolved, saved, rate_factor, folder, earlier_faces, reporter, stack, device
+                )
+            yield run
+    except torch.OutOfMemoryError as error:
+        precision = precisions.resolve(config.precision.mode, device)
+        raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
+
+
+def _prepare(
+    resolved: Resolved,
+    saved: Generation | None,
+    rate_factor: float | None,
+    folder: ModelFolder,
+    earlier_faces: Path | None,
+    reporter: Reporter,
+    stack: ExitStack,
     device: torch.device,
 ) -> Run:
+    config, plan = resolved.config, resolved.plan
     window = _open_window(config, stack)
     precision = precisions.resolve(config.precision.mode, device)
     overlap.choose(config.optimizer, precision)  # refuses what cannot be before faces are decoded
@@ -212,10 +264,13 @@ def _prepare(
             own = models.meta_model(config.model.trainer, **model_settings(config))
             check_weights(saved.model, own.state_dict())
     model, loaded = _make_model(config, is_new=saved is None, is_aligned=is_aligned)
-    faces = _open_faces(config, max(input_px, *output_px), device, reporter)
-    config = _with_batch_size(config, faces, precision, device)
+    size_px, faces_dir = max(input_px, *output_px), folder.path / "faces"
+    faces = _open_faces(config, size_px, faces_dir, earlier_faces, device, reporter)
+    num_faces = {side: opened.store.num_faces for side, opened in faces.items()}
+    batch = batch_sizes.choose(config, num_faces, precision, lambda: free_bytes(device))
+    as_set, config = config, batch_sizes.with_batch_size(config, batch.size)
     if plan:
-        _check_later_stages(plan, config, faces, output_px, device)
+        _check_later_stages(plan, config, num_faces, output_px, device)
     is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
     kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
     model.to(device)
@@ -224,7 +279,10 @@ def _prepare(
     state = _restore(config, saved, update)
     _settle_state(state, saved, plan, rate_factor, config)
     schedule = begin_schedule(state, config, plan.rate_factor if plan else 1.0)
-    session = state.begin_session(config)
+    if batch.bound and state.sessions and state.session.batch_size != batch.size:
+        before = state.session.batch_size
+        reporter.notice(f"auto has chosen batch size {batch.size}; the last session had {before}")
+    session = state.begin_session(as_set, batch_size=batch.size)
     stores = {side: opened.store for side, opened in faces.items()}
     feed = Feed(
         stores,
@@ -275,10 +333,9 @@ def _prepare(
     )
     noise_seed = config.train.seed if model.is_noisy else None
     engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
-    folder.write_config(config)
+    folder.write_config(resolved.kept)
     saver = stack.enter_context(Saver(folder))
-    first_step = state.iterations + 1
-    log = _open_log(config, folder.path, session.number, first_step, reporter)
+    log = _open_log(config, folder.path, state, reporter)
     stack.callback(_close_log, log, reporter)
     events = folder.path / "logs" / f"session_{session.number}" / EVENTS
     reporter.keep_in(
@@ -286,17 +343,7 @@ def _prepare(
         log_file=Path(config.log.file) if config.log.file else None,
         level=config.log.level,
     )
-    chosen = engine.name == engine_name
-    engine_fact = f"{engine.name} ({engine_why if chosen else engine_name + ' cannot run here'})"
-    reporter.start(
-        _facts(config, state, saved, stores, update, precision, engine_fact, device, num_threads)
-        | {"learning_rate": str(schedule)}
-        | loaded
-        | ({"stage": str(plan)} if plan else {})
-        | _held_out_fact(faces, evaluation)
-        | _frozen_fact(config, model, update)
-    )
-    return Run(
+    run = Run(
         config=config,
         state=state,
         model=model,
@@ -313,17 +360,21 @@ def _prepare(
         evaluation=evaluation,
         device=device,
     )
+    engine_why = engine_why if engine.name == engine_name else f"{engine_name} cannot run here"
+    reporter.start(*start_report(run, faces, batch, engine_why, num_threads, loaded))
+    return run
 
 
-def _open_log(
-    config: Config, model_dir: Path, session: int, first_step: int, reporter: Reporter
-) -> Log:
+def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: Reporter) -> Log:
     """Where this session's scalars go; nowhere, and told, where the disk refuses."""
+    number, done = state.session.number, state.iterations
     try:
-        return open_log(model_dir, session, enabled=config.save.logs, first_step=first_step)
+        log = open_log(model_dir, number, enabled=config.save.logs, first_step=done + 1)
+        log.scalars({BATCH_SIZE_TAG: state.session.batch_size}, done)
     except LogError as error:
         reporter.warning(f"{error}; no events are written in this session")
         return NullLog()
+    return log
 
 
 def _close_log(log: Log, reporter: Reporter) -> None:
@@ -363,19 +414,8 @@ def choose_device(setting: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-_PATHS = {
-    "model": ("load_weights",),
-    "data": ("input_a", "input_b"),
-    "loss": ("lpips_weights",),
-    "log": ("file",),
-    "evaluate": ("held_out_a", "held_out_b", "landmark_model", "embedding_model"),
-    "preview": ("write_image", "timelapse_input_a", "timelapse_input_b", "timelapse_output"),
-}
-"""Settings that are paths, by section, less those of the model folder itself."""
-
-
-def _resolved(config: Config) -> Config:
-    """All options of the family written out; paths absolute, to resume from anywhere."""
+def _check_paths(config: Config) -> None:
+    """Refuse a run without faces, and half a time-lapse."""
     for side in SIDES:
         if not getattr(config.data, f"input_{side}"):
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER")
@@ -386,22 +426,6 @@ def _resolved(config: Config) -> Config:
             f"a time-lapse shows both sides, and preview.timelapse_input_{lacks} is not set; add "
             f"--timelapse-input-{lacks} FOLDER, or leave --timelapse-input-{given} out"
         )
-    options = models.options_of(config.model.trainer, config.model.options)
-    written_out = {"model": {"options": dataclasses.asdict(options)}}
-    return from_dict(merge(_with_absolute_paths(to_dict(config)), written_out))
-
-
-def _with_absolute_paths(values: dict[str, Any]) -> dict[str, Any]:
-    """The same settings, by section and key, with every path that is given absolute."""
-    paths = {
-        section: {
-            name: os.path.abspath(expanded(values[section][name]))
-            for name in names
-            if values.get(section, {}).get(name)
-        }
-        for section, names in _PATHS.items()
-    }
-    return merge(values, {section: found for section, found in paths.items() if found})
 
 
 def _open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
@@ -413,10 +437,8 @@ def _open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
     return window
 
 
-def _make_model(
-    config: Config, *, is_new: bool, is_aligned: bool
-) -> tuple[Autoencoder, dict[str, str]]:
-    """The model on the CPU, and what is to be told of weights that it began with."""
+def _make_model(config: Config, *, is_new: bool, is_aligned: bool) -> tuple[Autoencoder, str]:
+    """The model on the CPU, and what it began with, in words; empty where with nothing."""
     seed = config.train.seed if is_new else None  # else all weights come from the checkpoint
     options = models.options_of(config.model.trainer, config.model.options)
     source = config.model.load_weights
@@ -425,9 +447,7 @@ def _make_model(
     model = models.build(
         config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
     )
-    loaded = {}
-    if is_new and source:
-        loaded["loaded"] = load_weights(model, Path(source))
+    loaded = load_weights(model, Path(source)) if is_new and source else ""
     if is_aligned:
         model.align(MULTIPLE)
     if config.train.freeze_weights:
@@ -436,18 +456,22 @@ def _make_model(
 
 
 def _open_faces(
-    config: Config, size_px: int, device: torch.device, reporter: Reporter
+    config: Config,
+    size_px: int,
+    faces_dir: Path,
+    earlier_dir: Path | None,
+    device: torch.device,
+    reporter: Reporter,
 ) -> dict[str, SideFaces]:
     """Both sides' faces; tells of what had to be left out."""
     uses_mask = config.loss.penalized_mask_loss or config.loss.learn_mask
     data = config.data if uses_mask else dataclasses.replace(config.data, mask_type="none")
-    model_dir = expanded(config.save.model_dir)
-    store_dir = expanded(data.store_dir) if data.store_dir else model_dir / "faces"
     faces = open_sides(
         data,
         config.evaluate,
         size_px,
-        store_dir=store_dir,
+        store_dir=Path(data.store_dir or faces_dir),
+        earlier_dir=earlier_dir,
         device=device,
         progress=reporter.progress,
     )
@@ -460,35 +484,10 @@ def _open_faces(
     return faces
 
 
-def _with_batch_size(
-    config: Config, faces: dict[str, SideFaces], precision: Precision, device: torch.device
-) -> Config:
-    """The settings with a batch size that each side can fill: as set, or the most that fits."""
-    _check_batch_size(config, faces)
-    if config.train.batch_size:
-        return config
-    free = free_bytes(device)
-    largest = memory.footprint(config, precision).largest_batch(free)
-    if not largest:
-        raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))
-    return with_batch_size(config, min(largest, *(f.store.num_faces for f in faces.values())))
-
-
-def _check_batch_size(config: Config, faces: dict[str, SideFaces]) -> None:
-    batch_size = config.train.batch_size
-    for side, opened in faces.items():
-        if batch_size > opened.store.num_faces:
-            raise ValueError(
-                f"train.batch_size is {batch_size}, but side {side.upper()} has "
-                f"{opened.store.num_faces} faces; use --batch-size {opened.store.num_faces} or "
-                "less, or add faces"
-            )
-
-
 def _check_later_stages(
     plan: Plan,
     config: Config,
-    faces: dict[str, SideFaces],
+    num_faces: dict[str, int],
     output_px: Sequence[int],
     device: torch.device,
 ) -> None:
@@ -496,18 +495,13 @@ def _check_later_stages(
     for number in range(plan.place.stage + 1, len(plan.recipe.stages)):
         try:
             later = from_dict(merge(to_dict(config), plan.recipe.settings_of(number)))
-            _check_batch_size(later, faces)
+            batch_sizes.check(later, num_faces)
             engines.choose(later.train.engine, device)
             overlap.choose(later.optimizer, precisions.resolve(later.precision.mode, device))
             if later.loss != config.loss:
                 Loss(later.loss, output_px, "cpu")
         except ValueError as error:
             raise ValueError(f"stage {plan.recipe.stages[number].name}: {error}") from error
-
-
-def with_batch_size(config: Config, batch_size: int) -> Config:
-    """The same settings with another batch size."""
-    return from_dict(merge(to_dict(config), {"train": {"batch_size": batch_size}}))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -570,59 +564,3 @@ def _set_libraries(precision: Precision, *, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-
-def _facts(
-    config: Config,
-    state: TrainingState,
-    saved: Generation | None,
-    stores: dict[str, FaceStore],
-    update: Update,
-    precision: Precision,
-    engine: str,
-    device: torch.device,
-    num_threads: int,
-) -> dict[str, Any]:
-    """The start-up lines: what runs, and which path each part takes."""
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else "CPU"
-    parameters = update.num_parameters / 1e6
-    begin = f"resumes at iteration {state.iterations}" if saved else "is new"
-    facts = {
-        "mien": __version__,
-        "model": f"{config.model.trainer} ({parameters:.1f} M parameters) in "
-        f"{config.save.model_dir} {begin}",
-        "device": f"{name}, {num_threads} CPU threads",
-        "precision": f"{precision.name} ({precision.why})",
-        "engine": engine,
-        "augment": f"libmien, {'CUDA' if on_gpu else 'C++ threads'}",
-    }
-    for side, store in stores.items():
-        path = getattr(config.data, f"input_{side}")
-        facts[f"faces_{side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
-    return facts
-
-
-def _held_out_fact(faces: dict[str, SideFaces], evaluation: Evaluation | None) -> dict[str, str]:
-    """How many faces are never trained on, where there are any."""
-    if evaluation is None:
-        return {}
-    told = ", ".join(
-        f"{len(opened.held_out.faces)} of {side.upper()}" for side, opened in faces.items()
-    )
-    measured = " and ".join(str(len(each.inputs_nssc)) for each in evaluation.faces.values())
-    return {"held_out": f"{told}, never trained on; {measured} of them measured at every save"}
-
-
-def _frozen_fact(config: Config, model: Autoencoder, update: Update) -> dict[str, str]:
-    """What is left as it is, where that was asked for."""
-    if not config.train.freeze_weights:
-        return {}
-    if not model.frozen:
-        return {"frozen": f"nothing: {config.model.trainer} names no layers to freeze"}
-    parameters = update.frozen.num_parameters / 1e6
-    names = ", ".join(model.frozen)
-    return {
-        "frozen": f"{parameters:.1f} M parameters of {names}, "
-        "until --set train.freeze_weights=false"
-    }

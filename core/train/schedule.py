@@ -16,8 +16,7 @@ from typing import Any
 
 from ..config import Config, OptimizerConfig
 from ..run import saved_values
-from ..run.checkpoint import Generation
-from ..run.log import Reporter
+from ..run.log import Notice
 from ..run.session import TrainingState
 
 SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
@@ -155,34 +154,33 @@ def _saved_share(state: TrainingState, part: str, key: str) -> float | None:
 
 
 def settle_rate(
-    saved: Generation, saved_config: Config, given: dict[str, Any], reporter: Reporter
-) -> dict[str, Any]:
-    """The settings that are given at a resume, by name, with the finder off where it has no say.
+    found: float | None, saved: OptimizerConfig, given: dict[str, Any]
+) -> tuple[dict[str, Any], list[Notice]]:
+    """The settings that are given at a resume, by name, with the finder off where it has no say;
+    and why it has none.
 
     A found rate stays in use until `optimizer.learning_rate` is given. Given together with the
     finder, as a settings file does, it must differ from the saved one.
 
     Args:
-        saved: What is resumed.
-        saved_config: Its settings.
+        found: The rate that the finder found for the model; None: it was trained without.
+        saved: The settings of what is resumed.
         given: What the user set of the optimizer.
-        reporter: Is told why the finder has no say.
     """
-    if not given.get("use_lr_finder", saved_config.optimizer.use_lr_finder):
-        return given
-    found = found_rate(TrainingState.from_dict(saved.state))
-    rate = given.get("learning_rate", saved_config.optimizer.learning_rate)
+    if not given.get("use_lr_finder", saved.use_lr_finder):
+        return given, []
+    rate = given.get("learning_rate", saved.learning_rate)
+    without = given | {"use_lr_finder": False}
     if found is None:
-        reporter.warning(
+        why = (
             "optimizer.use_lr_finder does nothing here: it is for a new model, and this one was "
             f"trained without; the learning rate is {rate:g}, as set"
         )
-        return given | {"use_lr_finder": False}
-    is_changed = rate != saved_config.optimizer.learning_rate
-    if is_changed or ("learning_rate" in given and "use_lr_finder" not in given):
-        reporter.warning(
+        return without, [Notice(why, is_warning=True)]
+    if rate != saved.learning_rate or ("learning_rate" in given and "use_lr_finder" not in given):
+        why = (
             f"the learning rate is {rate:g}, as set, in place of {found:g}, as found; "
             "--use-lr-finder goes back to that"
         )
-        return given | {"use_lr_finder": False}
-    return given
+        return without, [Notice(why)]
+    return given, []

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from ..config import merge
 from ..recipes import Recipe
 from ..run.checkpoint import SaveError
 from ..run.log import Reporter
@@ -21,14 +20,15 @@ from ..run.stop import Interrupted, StopRequest
 from .loop import DONE, HALTED, MISTAKE, STOPPED, End, Loop
 from .lr_finder import find_rate, is_due
 from .prepare import Run, open_run
+from .resolve import Overrides
 from .schedule import rate_factor
 
 
-def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = None) -> int:
+def train(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> int:
     """Train or resume a model as the user's settings say; the exit code of `mien train`.
 
     Args:
-        given: What the user set, by section and key.
+        overrides: What the user set.
         reporter: Is told how it goes.
         recipe: Stages to train in; None: those that the model was saved with, if any.
     """
@@ -40,7 +40,7 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
         stop.when_noted.append(reporter.hurry)
         while True:
             with _told_of(reporter, iteration, is_later=until is not None), ExitStack() as stack:
-                opening = open_run(given, reporter, recipe, rate_factor=rollbacks.rate_factor)
+                opening = open_run(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
                 try:
                     with stop.at_once():
                         run = stack.enter_context(opening)
@@ -61,7 +61,7 @@ def train(given: dict[str, Any], reporter: Reporter, recipe: Recipe | None = Non
                 break
             tell = reporter.stage if end.back_at is None else reporter.warning
             tell(end.reason)
-            given = merge(given, _settled(with_found))
+            overrides = overrides.with_session(_settled(with_found))
     assert end is not None
     if end.goes_on:
         end = End(STOPPED, f"{stop.signal_name} received; the state is saved")

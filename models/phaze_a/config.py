@@ -69,7 +69,7 @@ class Config(Options):
     enc_load_weights: bool = option(True)
     """Start a known network from pretrained weights."""
 
-    enc_weights: str = option("", free=True)
+    enc_weights: str = option("", free=True, path=True)
     """File of pretrained weights, or a folder of such files; empty: the environment variable
     MIEN_BACKBONES names the folder."""
 

@@ -7,6 +7,7 @@ save, so that whatever a disturbed one has saved can be compared with it, bit fo
 import contextlib
 import copy
 import itertools
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ class Workshop:
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
+        os.environ["XDG_STATE_HOME"] = str(self.root / "state")
         for side in "ab":
             draw_folder(self.root / side, identity=side, count=NUM_FACES, size_px=96)
 

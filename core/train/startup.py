@@ -1,0 +1,210 @@
+"""What is reported before the first iteration: the settings that decide the result, and the path
+that each part takes; as fields for programs and as lines for people."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ... import __version__
+from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
+from ..data.sides import SideFaces
+from .batch_size import BatchSize
+
+if TYPE_CHECKING:
+    from .prepare import Run
+
+
+def start_report(
+    run: "Run",
+    faces: dict[str, SideFaces],
+    batch: BatchSize,
+    engine_why: str,
+    num_threads: int,
+    loaded: str,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields and the lines of the start.
+
+    Args:
+        run: Ready to go.
+        faces: Of each side.
+        batch: The batch size and why.
+        engine_why: How the engine was chosen.
+        num_threads: Threads that decode and augment.
+        loaded: What a new model began with, in words; empty where with nothing.
+    """
+    config = run.config
+    fields = {
+        **_fields_of_settings(config),
+        **_fields_of_run(run, faces, batch),
+        "num_threads": num_threads,
+        "load_weights": config.model.load_weights or None,
+    }
+    lines = {
+        "trainer": f"{config.model.trainer}, {fields['input_px']} px in, "
+        f"{', '.join(map(str, fields['output_px']))} px out",
+        "batch": f"{batch.size} a side ({batch.why})",
+        "losses": _losses(fields["losses"], config.loss),
+        "mask": _mask(config),
+        "crop": f"{config.data.centering}, coverage {config.data.coverage:g} %, vertical offset "
+        f"{config.data.vertical_offset} %",
+        "augment": _augmentation(config),
+        "optimizer": f"{config.optimizer.optimizer}, learning rate {run.schedule}",
+        "precision": f"{run.precision.name} ({run.precision.why})",
+        "saves": _saves(config),
+        **_lines_of_parts(run, faces, fields, engine_why),
+    }
+    return fields, lines | ({"loaded": loaded} if loaded else {})
+
+
+def _fields_of_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide the result, as they are set."""
+    data, loss, augment = config.data, config.loss, config.augment
+    return {
+        "trainer": config.model.trainer,
+        "options": config.model.options,
+        "mask_type": data.mask_type,
+        "penalized_mask_loss": loss.penalized_mask_loss,
+        "learn_mask": loss.learn_mask,
+        "eye_multiplier": loss.eye_multiplier,
+        "mouth_multiplier": loss.mouth_multiplier,
+        "centering": data.centering,
+        "coverage": data.coverage,
+        "vertical_offset": data.vertical_offset,
+        "warp": augment.warp,
+        "warp_to_landmarks": augment.warp_to_landmarks,
+        "flip": augment.flip,
+        "color": augment.color,
+        "optimizer": config.optimizer.optimizer,
+        "save_interval": config.save.save_interval,
+        "save_minutes": config.save.save_minutes,
+        "snapshot_interval": config.save.snapshot_interval,
+        "seed": config.train.seed,
+        "input_a": config.data.input_a,
+        "input_b": config.data.input_b,
+    }
+
+
+def _fields_of_run(run: "Run", faces: dict[str, SideFaces], batch: BatchSize) -> dict[str, Any]:
+    """What the run was found to be."""
+    loss, schedule, model = run.step.loss, run.schedule, run.model
+    held_out = run.evaluation and {
+        side: {
+            "count": len(opened.held_out.faces),
+            "measured": len(run.evaluation.faces[side].inputs_nssc),
+        }
+        for side, opened in faces.items()
+    }
+    return {
+        "mien": __version__,
+        "model_dir": run.config.save.model_dir,
+        "iteration": run.state.iterations,
+        "session": run.state.session.number,
+        "parameters": run.step.update.num_parameters,
+        "input_px": model.input_px,
+        "output_px": list(model.output_px),
+        "batch_size": batch.size,
+        "batch_size_bound": batch.bound,
+        "losses": [{"name": name, "weight": weight} for name, weight in loss.weights.items()],
+        "mask_loss": next(iter(loss.mask_weights), None),
+        "learning_rate": schedule.base_rate * schedule.factor,
+        "learning_rate_is_found": schedule.source == "found",
+        "warmup_steps": schedule.config.warmup_steps,
+        "schedule": schedule.config.schedule,
+        "precision": run.precision.name,
+        "device": run.device.type,
+        "device_name": _device_name(run.device),
+        "engine": run.engine.name,
+        "faces_a": faces["a"].store.num_faces,
+        "faces_b": faces["b"].store.num_faces,
+        "held_out": held_out,
+        "frozen": list(model.frozen),
+        "stage": run.plan
+        and {
+            "recipe": run.plan.recipe.name,
+            "name": run.plan.stage.name,
+            "number": run.plan.place.stage + 1,
+            "count": len(run.plan.recipe.stages),
+        },
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _losses(losses: list[dict[str, Any]], config: LossConfig) -> str:
+    words = [f"{loss['name']} {100 * loss['weight']:g} %" for loss in losses]
+    if config.penalized_mask_loss:
+        words.append(f"eyes x {config.eye_multiplier}, mouth x {config.mouth_multiplier}")
+    if config.learn_mask:
+        words.append(f"{config.mask_loss_function} of the mask")
+    return ", ".join(words)
+
+
+def _mask(config: Config) -> str:
+    uses = [
+        words
+        for is_on, words in (
+            (config.loss.penalized_mask_loss, "errors count only inside"),
+            (config.loss.learn_mask, "learned"),
+        )
+        if is_on
+    ]
+    return f"{config.data.mask_type} ({', '.join(uses) or 'not used'})"
+
+
+def _augmentation(config: Config) -> str:
+    augment = config.augment
+    switches = {
+        "warp": augment.warp,
+        "warp to landmarks": augment.warp and augment.warp_to_landmarks,
+        "flip": augment.flip,
+        "color": augment.color,
+    }
+    return ", ".join(f"{name} {'on' if is_on else 'off'}" for name, is_on in switches.items())
+
+
+def _saves(config: Config) -> str:
+    save = config.save
+    if save.save_minutes:
+        return f"every {save.save_minutes:g} minutes"
+    if save.save_interval:
+        return f"every {save.save_interval} iterations"
+    return f"every {SAVE_ITERATIONS} iterations, but at least {SAVE_SECONDS:g} s apart"
+
+
+def _lines_of_parts(
+    run: "Run", faces: dict[str, SideFaces], fields: dict[str, Any], engine_why: str
+) -> dict[str, str]:
+    """Which path each part takes."""
+    parameters, iterations = fields["parameters"] / 1e6, run.state.iterations
+    begin = f"resumes at iteration {iterations}" if iterations else "is new"
+    libmien = "CUDA" if run.device.type == "cuda" else "C++ threads"
+    lines = {
+        "mien": __version__,
+        "model": f"{parameters:.1f} M parameters in {fields['model_dir']}; it {begin}",
+        "device": f"{fields['device_name']}, {fields['num_threads']} CPU threads",
+        "engine": f"{run.engine.name} ({engine_why})",
+        "kernels": f"libmien, {libmien}",
+    }
+    for side, opened in faces.items():
+        store, path = opened.store, getattr(run.config.data, f"input_{side}")
+        lines[f"faces {side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
+    if run.plan:
+        lines["stage"] = str(run.plan)
+    if fields["held_out"]:
+        held_out = fields["held_out"]
+        counts = ", ".join(f"{held_out[side]['count']} of {side.upper()}" for side in held_out)
+        measured = " and ".join(str(each["measured"]) for each in held_out.values())
+        lines["held out"] = f"{counts}, never trained on; {measured} of them measured at every save"
+    if run.config.train.freeze_weights:
+        lines["frozen"] = _frozen(run)
+    return lines
+
+
+def _frozen(run: "Run") -> str:
+    """What is left as it is."""
+    if not run.model.frozen:
+        return f"nothing: {run.config.model.trainer} names no layers to freeze"
+    parameters = run.step.update.frozen.num_parameters / 1e6
+    return f"{parameters:.1f} M parameters of {', '.join(run.model.frozen)}"
