@@ -10,7 +10,7 @@ from .. import __version__
 from ..core.paths import refusals_told, require_working_folder
 from ..core.printable import printable
 from ..core.run.output import OutputLost, guarded_streams
-from .lines import complain
+from .lines import complain, require_reader
 
 COMMANDS = {
     "train": "Train a model, or resume one.",
@@ -67,11 +67,9 @@ def _run(argv: list[str], command: str | None) -> int:
         args, module = _parse(argv, command)
         require_working_folder()
         with refusals_told():
-            code = module.run(args)
-        sys.stdout.flush()
-        return code
+            return module.run(args)
     except SystemExit:  # argparse has printed what was asked for
-        sys.stdout.flush()
+        require_reader()
         raise
     except ValueError as error:  # the user's mistake; anything else is ours and keeps its trace
         complain(command, error)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.printable import printable
-from .lines import tell, tell_json
+from .lines import show, tell, tell_json
 
 if TYPE_CHECKING:
     from ..core.faces.check import Comparison, Progress, Report, Spread
@@ -221,7 +221,6 @@ def _print_rows(title: str, rows: dict[str, str]) -> None:
 def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True) -> None:
     """Cells in columns: a rich table on a terminal, plain text elsewhere."""
     if sys.stdout.isatty():
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -231,7 +230,7 @@ def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True)
             table.add_column(Text(printable(heading)) if has_heading else "")
         for row in rows[has_heading:]:
             table.add_row(*(Text(printable(cell)) for cell in row))
-        Console().print(table)
+        show(table)
         return
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]

@@ -527,7 +527,7 @@ class SaveConfig(_Checked):
     folder as `<model dir>_snapshot_<n>_iters`; 0 is off."""
 
     logs: bool = _setting(True, flag="-n --no-logs")
-    """Write TensorBoard events, and all that is reported as `events.jsonl`."""
+    """Write TensorBoard events, and what is reported as `events.jsonl`; both stay small."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -540,7 +540,8 @@ class LogConfig(_Checked):
     """How much must be amiss for a report to be printed; debug: every report is."""
 
     file: str = _setting("", flag="-F --logfile --log-file", path=True)
-    """File to which the same lines are added, each with its date."""
+    """File to which the same lines are added, each with its date; at 16 MiB it is put aside, and
+    four of those are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,12 +10,13 @@ import select
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from mien.cli import main
 from mien.core.run.log import Reporter
-from mien.core.run.output import Output, OutputLost
+from mien.core.run.output import Output, OutputLost, guarded_streams
 
 
 @pytest.fixture(autouse=True)
@@ -67,18 +68,29 @@ def test_any_refusal_of_an_output_means_that_its_reader_is_gone(tmp_path, error,
 
 @pytest.mark.parametrize("error", REFUSALS, ids=str)
 def test_what_a_command_was_called_for_is_missed(error):
-    output = Output(Refusing(error), is_needed=True)
+    output = Output(Refusing(error, after=1))
+    output.write("the figures")
+    output.require()
+    assert output.write("and more") == 8
     with pytest.raises(OutputLost) as told:
-        output.write("the figures")
+        output.require()
     assert str(told.value) == (getattr(error, "strerror", None) or str(error))
     assert told.value.reader_has_left == isinstance(error, BrokenPipeError)
-    assert output.write("and more") == 8, "told once"
 
 
 def test_a_program_without_an_output_writes_to_nobody():
     reporter = Reporter(None if sys.stdout is None else Output(None))
     reporter.step(iteration=1, **STEP)
     reporter.stop(iteration=1, reason="done", exit_code=0)
+
+
+def test_what_a_library_prints_to_nobody_ends_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Refusing(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(sys, "stderr", Refusing(OSError(errno.EIO, "Input/output error")))
+    with guarded_streams():
+        print("of a library")
+        print("of another", file=sys.stderr, flush=True)
+        warnings.warn("and a warning", UserWarning, stacklevel=1)
 
 
 def test_letters_that_an_output_has_not_are_escaped():

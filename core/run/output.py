@@ -29,14 +29,13 @@ class Output:
 
     Args:
         stream: None where the program was started without one (`>&-`).
-        is_needed: Raise `OutputLost` when the reader leaves, where else that is passed over.
     """
 
-    def __init__(self, stream: "TextIO | Output | None", *, is_needed: bool = False) -> None:
+    def __init__(self, stream: "TextIO | Output | None") -> None:
         # Not through another one, which would take the error for itself.
         self.stream: TextIO | None = stream.stream if isinstance(stream, Output) else stream
-        self._is_needed = is_needed
         self._is_lost = self.stream is None
+        self._why: OutputLost | None = None
         self._may_wait, self._is_writing = True, False
 
     def __getattr__(self, name: str) -> Any:
@@ -63,6 +62,16 @@ class Output:
         if self.stream is not None:
             self._attempt(self.stream.flush)
 
+    def require(self) -> None:
+        """Make sure that all that was written has been taken.
+
+        Raises:
+            OutputLost: It was not.
+        """
+        self.flush()
+        if self._why is not None:
+            raise self._why
+
     def hurry(self) -> None:
         """Wait no more for a reader that does not read, now and from now on.
 
@@ -82,9 +91,8 @@ class Output:
         try:
             action()
         except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._why = OutputLost(error)
             self._lose()
-            if self._is_needed:
-                raise OutputLost(error) from error
         finally:
             self._is_writing = False
 
@@ -111,14 +119,10 @@ class Output:
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Within, the program's own output and error output are such streams.
-
-    Its output is needed: it is what most commands are called for. Its errors are not: where nobody
-    reads them the exit code tells.
-    """
+    """Within, the program's own output and error output are such streams."""
     _open_missing()
     before = sys.stdout, sys.stderr
-    sys.stdout = Output(before[0], is_needed=True)
+    sys.stdout = Output(before[0])
     sys.stderr = Output(before[1])
     try:
         yield

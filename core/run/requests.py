@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Literal
 
 from .keyboard import Keyboard
+from .output import Output
 from .signals import Handlers
 from .stop import StopRequest
 
@@ -39,7 +40,7 @@ class Requests:
     def __enter__(self) -> "Requests":
         self.stop.__enter__()
         self._handlers.__enter__()
-        if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        if all(Output(stream).isatty() for stream in (sys.stdin, sys.stdout)):
             self._keyboard = Keyboard(sys.stdin.fileno())
             self._keyboard.__enter__()
             self.stop.when_noted.append(self._keyboard.restore)
