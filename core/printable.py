@@ -1,6 +1,7 @@
 """Text for people of what may hold anything: file names, headers, settings of a stranger."""
 
 import json
+import os
 from typing import Any
 
 
@@ -26,6 +27,6 @@ def _escape(letter: str) -> str:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Plain values as JSON, which holds nothing that a terminal would obey."""
-    text = json.dumps(value, indent=indent, allow_nan=False)
+    """Plain values and paths as JSON, which holds nothing that a terminal would obey."""
+    text = json.dumps(value, indent=indent, allow_nan=False, default=os.fspath)
     return text.replace("\x7f", "\\u007f")  # the one such character that JSON leaves as it is
