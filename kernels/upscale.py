@@ -48,6 +48,7 @@ _RUN = 64  # channels of a tile at most: 128 bytes of bf16, the length of a cach
 _PROGRAMS = 1056  # of a backward pass at most: 8 for each of 132 SMs. Fixed: sums depend on it
 _SUMMED = 8  # channels of a program that adds up partial sums: 32 bytes of each of their rows
 _VALUES = 512  # of a program of `to_image`
+_MOST = 2**30  # pixels, or values of `to_image`: kernels count them in 32 bits
 
 
 @triton.jit
@@ -372,7 +373,8 @@ def _activate(
     geometry = _geometry(x, factor, border)
     num_pixels = len(x) * geometry["frame_rows"] * geometry["frame_columns"]
     grid = (triton.cdiv(num_pixels, geometry["BLOCK_P"]) * _parts(geometry),)
-    _forward_kernel[grid](x, bias, residual, y, num_pixels, SLOPE=slope, **geometry)
+    with torch.cuda.device_of(x):
+        _forward_kernel[grid](x, bias, residual, y, num_pixels, SLOPE=slope, **geometry)
     return y
 
 
@@ -411,11 +413,12 @@ def _activate_backward(
     partial_nc = None
     if bias_dtype is not None:
         partial_nc = grad.new_empty(side_by_side, grad_x.shape[1], dtype=torch.float32)
-    _backward_kernel[(side_by_side * parts,)](
-        grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, SLOPE=slope, **geometry
-    )
-    if partial_nc is not None:
-        _launch_sum(partial_nc, grad_bias)
+    with torch.cuda.device_of(grad):
+        _backward_kernel[(side_by_side * parts,)](
+            grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, SLOPE=slope, **geometry
+        )
+        if partial_nc is not None:
+            _launch_sum(partial_nc, grad_bias)
     return grad_x, grad_bias
 
 
@@ -460,7 +463,8 @@ def _to_image(x: Tensor, bias: Tensor | None, channels: int) -> Tensor:
                 y[:, channel] += bias[channel].to(y.dtype)
         return y.sigmoid_()
     grid = (triton.cdiv(y.numel(), _VALUES),)
-    _image_kernel[grid](x, bias, y, y.numel(), x.shape[1], channels, BLOCK=_VALUES)
+    with torch.cuda.device_of(x):
+        _image_kernel[grid](x, bias, y, y.numel(), x.shape[1], channels, BLOCK=_VALUES)
     return y
 
 
@@ -493,12 +497,13 @@ def _to_image_backward(
     partial_nc = None
     if bias_dtype is not None:
         partial_nc = grad.new_empty(side_by_side, num_channels, dtype=torch.float32)
-    _image_backward_kernel[(side_by_side,)](
-        grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, num_channels, channels,
-        BLOCK_P=block_p, BLOCK_C=block_c,
-    )  # fmt: skip
-    if partial_nc is not None:
-        _launch_sum(partial_nc, grad_bias)
+    with torch.cuda.device_of(grad):
+        _image_backward_kernel[(side_by_side,)](
+            grad, y, grad_x, partial_nc, num_pixels, each, side_by_side, num_channels, channels,
+            BLOCK_P=block_p, BLOCK_C=block_c,
+        )  # fmt: skip
+        if partial_nc is not None:
+            _launch_sum(partial_nc, grad_bias)
     return grad_x, grad_bias
 
 
@@ -560,6 +565,7 @@ def activate(
         raise ValueError(
             f"border must be four numbers >= 0 (left, right, top, bottom), got {border}"
         )
+    _check_size(_framed_shape(x_bchw, 1, border), 1, "pixels of the result")
     return _activate(x_bchw, bias_c, residual_bchw, slope, 1, list(border))
 
 
@@ -588,6 +594,7 @@ def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int 
         raise ValueError(
             f"channels must be a multiple of factor^2 = {factor**2}, got {x_bchw.shape[1]}"
         )
+    _check_size(x_bchw.shape, 1, "pixels of x")
     return _activate(x_bchw, bias_c, None, slope, factor, [0, 0, 0, 0])
 
 
@@ -612,11 +619,19 @@ def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
         raise ValueError(
             f"channels must be 1 or 3 and at most x's {x_bchw.shape[1]}, got {channels}"
         )
+    _check_size(x_bchw.shape, channels, "values of the result")
     return _to_image(x_bchw, bias_c, channels)
 
 
 def _words(*facts: object) -> str:
     return " ".join(str(fact).removeprefix("torch.") for fact in facts)
+
+
+def _check_size(shape: Sequence[int], channels: int, name: str) -> None:
+    batch, _, rows, columns = shape
+    number = batch * rows * columns * channels
+    if number > _MOST:
+        raise ValueError(f"{name} must be at most 2^30, got {number}: use a smaller batch")
 
 
 def _check(x_bchw: Tensor, bias_c: Tensor | None, slope: float) -> None:
