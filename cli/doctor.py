@@ -79,13 +79,16 @@ def _gpu() -> list[Finding]:
         names = []
         for number in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(number)
-            names.append(f"{torch.cuda.get_device_name(number)} (sm_{major}{minor})")
+            name = torch.cuda.get_device_name(number)
+            names.append(f"cuda:{number} {name} (sm_{major}{minor})")
         cuda = Finding("cuda", f"{torch.version.cuda} of torch")
         return [Finding("gpu", ", ".join(names)), cuda]
     if torch.version.cuda is None:
         remedy = "for a GPU, install a CUDA build of torch 2.11 to 2.13"
         return [Finding("gpu", "none: this torch is a CPU build", remedy=remedy)]
     remedy = "check that `nvidia-smi` lists a GPU; the driver may be missing or too old"
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        remedy = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} may hide it: unset it"
     return [Finding("gpu", f"none usable by torch's CUDA {torch.version.cuda}", remedy=remedy)]
 
 

@@ -153,14 +153,20 @@ def _problem(value: Any, spec: Spec) -> str | None:
         value = float(value)
     if not isinstance(value, spec.type):
         return _kind(spec)
-    if spec.choices is not None and value not in spec.choices:
-        near = difflib.get_close_matches(str(value), spec.choices, n=1)
+    if spec.choices is not None and not any(_fits(value, choice) for choice in spec.choices):
+        whole = [choice for choice in spec.choices if "N" not in choice]
+        near = difflib.get_close_matches(str(value), whole, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         return f"one of {', '.join(spec.choices)}{hint}"
     number: Any = value
     too_low = spec.low is not None and not number >= spec.low
     too_high = spec.high is not None and not number <= spec.high
     return _kind(spec) if too_low or too_high else None
+
+
+def _fits(value: str, choice: str) -> bool:
+    """Whether a value is the choice; an N in that stands for a number."""
+    return bool(re.fullmatch(re.escape(choice).replace("N", "(0|[1-9][0-9]{0,2})"), value))
 
 
 def _kind(spec: Spec) -> str:
@@ -472,8 +478,9 @@ class TrainConfig(_Checked):
     freeze_weights: bool = _setting(False, flag="-f --freeze-weights")
     """Leave some of the model as it is, normally the encoder, and train the rest faster."""
 
-    device: str = _setting("auto", choices=("auto", "cpu", "cuda"), flag="--device")
-    """auto: the first GPU, else the CPU."""
+    device: str = _setting("auto", choices=("auto", "cpu", "cuda", "cuda:N"), flag="--device")
+    """auto: the first GPU, else the CPU; cuda:1: the second one. The environment variable
+    CUDA_VISIBLE_DEVICES chooses which GPUs there are, and numbers them from 0."""
 
     log_interval: int = _setting(0, low=0, high=4096)
     """Iterations between two status lines; 0: about one line a second."""

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .checks import check_memory, check_tensor
 
 FACE_PARAMS = np.dtype(
     [
@@ -64,6 +65,7 @@ MAX_SIDES = 2
 MAX_OUTPUTS = 8
 INPUT_CHANNELS = (3, 8)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WIDEST, _PIXEL_BYTES, _RECORD_ALIGNMENT = 16, 8, 8  # bytes that a GPU reads or writes at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,13 +202,15 @@ def draw(
     if not 0 <= ranges.color_clahe_max_size <= 8:
         raise ValueError(f"color_clahe_max_size must be 0 to 8, got {ranges.color_clahe_max_size}")
     if isinstance(first, Tensor):
-        _check(first, "first", (sides,), (torch.int64,), device)
+        check_tensor(first, "first", (sides,), (torch.int64,), device)
+        check_memory(first, "first")
     elif len(first) != sides or min(first) < 0:
         raise ValueError(f"first must be {sides} numbers, none negative, got {list(first)}")
     shape = (sides * count, FACE_PARAMS.itemsize)
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=device)
-    _check(out, "out", shape, (torch.uint8,), device)
+    check_tensor(out, "out", shape, (torch.uint8,), device)
+    check_memory(out, "out", alignment=_RECORD_ALIGNMENT)
 
     ffi, _ = native.library()
     given = ffi.new(
@@ -239,7 +243,7 @@ def draw(
     if device.type == "cpu":
         native.call("draw_cpu", given, job)
     else:
-        native.call("draw_cuda", given, job, _stream(ffi, device))
+        native.launch("draw", device, given, job)
     return out
 
 
@@ -293,7 +297,7 @@ def augment(
         target_dtype: The same, of the targets.
         out: Where to put everything, from `empty`; the dtypes are then its own.
         num_threads: CPU threads; 0: as many as the process has cores. The result is the same.
-        workspace: GPU only: uint8 tensor of at least `workspace_bytes`.
+        workspace: GPU only: tensor of at least `workspace_bytes`, aligned to 16 of them.
 
     Raises:
         ValueError: On shapes, dtypes or devices that do not fit.
@@ -301,7 +305,8 @@ def augment(
     device = params_nx.device
     count = params_nx.shape[0]
     size_px = _check_faces(faces, device)
-    _check(params_nx, "params", (count, FACE_PARAMS.itemsize), (torch.uint8,), device)
+    check_tensor(params_nx, "params", (count, FACE_PARAMS.itemsize), (torch.uint8,), device)
+    check_memory(params_nx, "params", alignment=_RECORD_ALIGNMENT)
     if count % len(faces):
         raise ValueError(f"params must have as many rows for each side, got {count} rows")
     gathered = num_faces is not None
@@ -376,8 +381,9 @@ def augment(
             f"workspace must have {needed} bytes on {device}, got {workspace.nbytes} on "
             f"{workspace.device}"
         )
+    check_memory(workspace, "workspace", alignment=_WIDEST)
     room = ffi.cast("void *", workspace.data_ptr())
-    native.call("augment_cuda", job, room, workspace.nbytes, _stream(ffi, device))
+    native.launch("augment", device, job, room, workspace.nbytes)
     return out
 
 
@@ -438,29 +444,6 @@ def _job(
     return job
 
 
-def _check(
-    tensor: Tensor,
-    name: str,
-    shape: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device | None,
-    *,
-    channels_last: bool = False,
-) -> None:
-    """Refuse a tensor that the library would misread."""
-    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name} must be {shape} {wanted}, got {tuple(tensor.shape)} {tensor.dtype}"
-        )
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
-    dense = tensor.permute(0, 2, 3, 1) if channels_last else tensor
-    if not dense.is_contiguous():
-        layout = "channels_last" if channels_last else "contiguous"
-        raise ValueError(f"{name} must be {layout}, got strides {tensor.stride()}")
-
-
 def _check_faces(faces: Sequence[Tensor], device: torch.device) -> int:
     """The edge S of the stores; refuse those that cannot be read from the device."""
     if not 1 <= len(faces) <= MAX_SIDES:
@@ -473,7 +456,8 @@ def _check_faces(faces: Sequence[Tensor], device: torch.device) -> int:
                 f"{faces_fssc.dtype} {tuple(faces_fssc.shape)}"
             )
         shape = (len(faces_fssc), size_px, size_px, 8)
-        _check(faces_fssc, "faces", shape, (torch.uint8,), None)
+        check_tensor(faces_fssc, "faces", shape, (torch.uint8,))
+        check_memory(faces_fssc, "faces", alignment=_PIXEL_BYTES)
         if faces_fssc.device != device and not (device.type == "cuda" and faces_fssc.is_pinned()):
             raise ValueError(
                 f"params on {device} but faces on {faces_fssc.device}: put them on one device, or "
@@ -492,8 +476,10 @@ def _check_landmarks(
         )
     for given, count in zip(landmarks, num_faces, strict=True):
         points = (count, NUM_LANDMARKS, 2)
-        _check(given.points_fl2, "landmarks", points, (torch.float32,), device)
-        _check(given.nearest_fk, "nearest", (count, NUM_NEAREST), (torch.int32,), device)
+        check_tensor(given.points_fl2, "landmarks", points, (torch.float32,), device)
+        check_memory(given.points_fl2, "landmarks")
+        check_tensor(given.nearest_fk, "nearest", (count, NUM_NEAREST), (torch.int32,), device)
+        check_memory(given.nearest_fk, "nearest")
 
 
 def _check_out(
@@ -512,15 +498,16 @@ def _check_out(
     if (out.mask_b1hw is not None) != learn_mask:
         raise ValueError("out must have a mask if, and only if, learn_mask is set")
     types, count = tuple(_TYPES), input_shape[0]
-    _check(out.input_bchw, "input", input_shape, types, device, channels_last=True)
+    check_tensor(out.input_bchw, "input", input_shape, types, device)
+    widest = _WIDEST if input_shape[1] == 8 else None  # those are stored 16 bytes at once
+    check_memory(out.input_bchw, "input", alignment=widest, channels_last=True)
     same = (out.targets_bchw[0].dtype,) if out.targets_bchw[0].dtype in types else types
     for edge, target, weight in zip(output_px, out.targets_bchw, out.weights_b1hw, strict=True):
-        _check(target, "target", (count, 3, edge, edge), same, device, channels_last=True)
-        _check(weight, "weight", (count, 1, edge, edge), (torch.float32,), device)
+        check_tensor(target, "target", (count, 3, edge, edge), same, device)
+        check_memory(target, "target", channels_last=True)
+        check_tensor(weight, "weight", (count, 1, edge, edge), (torch.float32,), device)
+        check_memory(weight, "weight")
     if out.mask_b1hw is not None:
         edge = output_px[-1]
-        _check(out.mask_b1hw, "mask", (count, 1, edge, edge), (torch.float32,), device)
-
-
-def _stream(ffi: Any, device: torch.device) -> Any:
-    return ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)
+        check_tensor(out.mask_b1hw, "mask", (count, 1, edge, edge), (torch.float32,), device)
+        check_memory(out.mask_b1hw, "mask")

@@ -26,6 +26,7 @@ _NHWC = torch.channels_last
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_FACTOR = 16  # the largest that a model asks for: 4 doublings of a code of few pixels
 
+_MOST = 2**30  # pixels of a result: kernels count them in 32 bits
 _TILE = 2048  # values of a program's tile: with 4 warps, 16 a thread; unmeasured on a GPU
 _RUN = 64  # channels of a tile at most: 128 bytes of bf16, the length of a cache line
 
@@ -140,7 +141,8 @@ def _enlarge(x: Tensor, factor: int) -> Tensor:
         y.copy_(F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False))
     elif y.numel():
         grid, sizes = _tiles(y)
-        _forward_kernel[grid](x, y, rows=rows, columns=columns, FACTOR=factor, **sizes)
+        with torch.cuda.device_of(x):
+            _forward_kernel[grid](x, y, rows=rows, columns=columns, FACTOR=factor, **sizes)
     return y
 
 
@@ -162,7 +164,8 @@ def _enlarge_backward(grad: Tensor, factor: int) -> Tensor:
         )
     elif grad_x.numel():
         grid, sizes = _tiles(grad_x)
-        _backward_kernel[grid](grad, grad_x, rows=rows, columns=columns, FACTOR=factor, **sizes)
+        with torch.cuda.device_of(grad):
+            _backward_kernel[grid](grad, grad_x, rows=rows, columns=columns, FACTOR=factor, **sizes)
     return grad_x
 
 
@@ -205,4 +208,9 @@ def enlarge(x_bchw: Tensor, factor: int = 2) -> Tensor:
         raise ValueError(f"x must be (B, C, H, W) of {names}, got {tuple(x_bchw.shape)} {dtype}")
     if not 2 <= factor <= _MAX_FACTOR:
         raise ValueError(f"factor must be 2 to {_MAX_FACTOR}, got {factor}")
+    num_pixels = len(x_bchw) * x_bchw.shape[2] * x_bchw.shape[3] * factor**2
+    if num_pixels > _MOST:
+        raise ValueError(
+            f"pixels of the result must be at most 2^30, got {num_pixels}: use a smaller batch"
+        )
     return _enlarge(x_bchw, factor)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .checks import check_alignment, check_tensor
 
 LOSSES = ("mae", "mse", "logcosh", "smooth_loss", "ssim")
 """Names of the losses; a name's place is its number in mien.h."""
@@ -66,6 +67,10 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, channels, height, width = pred_a.shape
     device = pred_a.device
+    pictures = {"pred_a": pred_a, "pred_b": pred_b, "target": target}
+    for name, tensor in (pictures | {"weight": weight, "scale": scale}).items():
+        if tensor is not None:
+            check_alignment(tensor, name)
     means = torch.empty((2, len(kinds)), dtype=torch.float32, device=device)
     gradient_a, gradient_b = _room_for_gradient(pred_a), _room_for_gradient(pred_b)
     ffi, lib = native.library()
@@ -99,8 +104,7 @@ def _op(
     if device.type == "cpu":
         native.call("face_loss_cpu", job, *room, torch.get_num_threads())
     else:
-        stream = ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)
-        native.call("face_loss_cuda", job, *room, stream)
+        native.launch("face_loss", device, job, *room)
     return means, gradient_a, gradient_b
 
 
@@ -187,15 +191,8 @@ def _check(
         ("weight", weight_n1hw, (both[0], 1, *shape[2:]), (torch.float32,)),
     ]
     for name, tensor, wanted_shape, dtypes in wanted:
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != wanted_shape or tensor.dtype not in dtypes:
-            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise ValueError(
-                f"{name} must be {wanted_shape} {names}, got {tuple(tensor.shape)} {tensor.dtype}"
-            )
-        if tensor.device != pred_a.device:
-            raise ValueError(f"{name} must be on {pred_a.device}, got {tensor.device}")
+        if tensor is not None:
+            check_tensor(tensor, name, wanted_shape, dtypes, pred_a.device)
     if scale is not None and (
         scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != pred_a.device
     ):

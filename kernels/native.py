@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cffi
+import torch
 
 _HERE = Path(__file__).parent
 _HEADER = _HERE / "csrc/include/mien.h"
@@ -53,3 +54,15 @@ def call(name: str, *args: object) -> None:
     ffi, lib = library()
     if getattr(lib, f"mien_{name}")(*args) != lib.MIEN_OK:
         raise NativeError(f"{name}: {ffi.string(lib.mien_last_error()).decode()}")
+
+
+def launch(operation: str, device: torch.device, *args: object) -> None:
+    """Call ``mien_<operation>_cuda`` on the current stream of ``device``, whichever is current.
+
+    Raises:
+        NativeError: The library refused the job or CUDA the launch.
+    """
+    ffi, _ = library()
+    with torch.cuda.device(device):
+        stream = ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)
+        call(f"{operation}_cuda", *args, stream)

@@ -40,6 +40,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import check_memory, check_tensor
 from .control import (
     FACTOR,
     GRADIENT_SIZE,
@@ -470,3 +471,7 @@ def _check(
             f"history_c goes with autoclip and nothing else, got clipping {clipping.kind} and "
             f"{'no history' if history_c is None else 'a history'}: use new_history"
         )
+    if history_c is not None:
+        shape = (max(history_c.numel(), 1),)
+        check_tensor(history_c, "history_c", shape, (torch.float64,), device)
+        check_memory(history_c, "history_c")

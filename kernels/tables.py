@@ -262,8 +262,11 @@ def finish_capture() -> None:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph is being captured on the current stream of the device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _check(name: str, tensor: Tensor, parameter: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -47,6 +47,7 @@ _TILE = 2048  # values of a program's tile: with 4 warps, 16 a thread
 _RUN = 64  # channels of a tile at most: 128 bytes of bf16, the length of a cache line
 _PROGRAMS = 1056  # of a backward pass at most: 8 for each of 132 SMs. Fixed: sums depend on it
 _VALUES = 512  # of a program of `to_image`
+_MOST = 2**30  # pixels, or values of `to_image`: kernels count them in 32 bits
 
 
 @triton.jit
@@ -464,7 +465,8 @@ def _activate(
     geometry = _geometry(x, factor, border, reflect)
     num_pixels = len(x) * geometry["frame_rows"] * geometry["frame_columns"]
     grid = (triton.cdiv(num_pixels, geometry["BLOCK_P"]) * _parts(geometry),)
-    _forward_kernel[grid](x, bias, residual, y, num_pixels, SLOPE=slope, **geometry)
+    with torch.cuda.device_of(x):
+        _forward_kernel[grid](x, bias, residual, y, num_pixels, SLOPE=slope, **geometry)
     return y
 
 
@@ -504,9 +506,10 @@ def _activate_backward(
     num_pixels, parts = len(grad_x) * geometry["rows"] * geometry["columns"], _parts(geometry)
     side_by_side, each = _shares(triton.cdiv(num_pixels, geometry["BLOCK_P"]), parts)
     sums = _sums(grad_bias, side_by_side)
-    _backward_kernel[(side_by_side * parts,)](
-        grad, y, grad_x, *sums, num_pixels, each, side_by_side, SLOPE=slope, **geometry
-    )
+    with torch.cuda.device_of(grad):
+        _backward_kernel[(side_by_side * parts,)](
+            grad, y, grad_x, *sums, num_pixels, each, side_by_side, SLOPE=slope, **geometry
+        )
     return grad_x, grad_bias
 
 
@@ -552,7 +555,8 @@ def _to_image(x: Tensor, bias: Tensor | None, channels: int) -> Tensor:
                 y[:, channel] += bias[channel].to(y.dtype)
         return y.sigmoid_()
     grid = (triton.cdiv(y.numel(), _VALUES),)
-    _image_kernel[grid](x, bias, y, y.numel(), x.shape[1], channels, BLOCK=_VALUES)
+    with torch.cuda.device_of(x):
+        _image_kernel[grid](x, bias, y, y.numel(), x.shape[1], channels, BLOCK=_VALUES)
     return y
 
 
@@ -583,10 +587,11 @@ def _to_image_backward(
     num_pixels = batch * rows * columns
     side_by_side, each = _shares(triton.cdiv(num_pixels, block_p), 1)
     sums = _sums(grad_bias, side_by_side)
-    _image_backward_kernel[(side_by_side,)](
-        grad, y, grad_x, *sums, num_pixels, each, side_by_side, num_channels, channels,
-        BLOCK_P=block_p, BLOCK_C=block_c,
-    )  # fmt: skip
+    with torch.cuda.device_of(grad):
+        _image_backward_kernel[(side_by_side,)](
+            grad, y, grad_x, *sums, num_pixels, each, side_by_side, num_channels, channels,
+            BLOCK_P=block_p, BLOCK_C=block_c,
+        )  # fmt: skip
     return grad_x, grad_bias
 
 
@@ -657,6 +662,7 @@ def activate(
             f"border must be smaller than the {rows} rows and {columns} columns that it reflects, "
             f"got {border}"
         )
+    _check_size(_framed_shape(x_bchw, 1, border), 1, "pixels of the result")
     return _activate(x_bchw, bias_c, residual_bchw, slope, 1, list(border), reflect)
 
 
@@ -685,6 +691,7 @@ def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int 
         raise ValueError(
             f"channels must be a multiple of factor^2 = {factor**2}, got {x_bchw.shape[1]}"
         )
+    _check_size(x_bchw.shape, 1, "pixels of x")
     return _activate(x_bchw, bias_c, None, slope, factor, [0, 0, 0, 0], False)
 
 
@@ -709,11 +716,19 @@ def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
         raise ValueError(
             f"channels must be 1 or 3 and at most x's {x_bchw.shape[1]}, got {channels}"
         )
+    _check_size(x_bchw.shape, channels, "values of the result")
     return _to_image(x_bchw, bias_c, channels)
 
 
 def _words(*facts: object) -> str:
     return " ".join(str(fact).removeprefix("torch.") for fact in facts)
+
+
+def _check_size(shape: Sequence[int], channels: int, name: str) -> None:
+    batch, _, rows, columns = shape
+    number = batch * rows * columns * channels
+    if number > _MOST:
+        raise ValueError(f"{name} must be at most 2^30, got {number}: use a smaller batch")
 
 
 def _check(x_bchw: Tensor, bias_c: Tensor | None, slope: float) -> None:

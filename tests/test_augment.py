@@ -4,6 +4,7 @@ Levels are compared exactly, as OpenCV 5 computes them. With OpenCV 4 only the r
 it then uses 5 bits of position, up to 4 levels away on up to 12 % of the values.
 """
 
+import dataclasses
 import os
 import re
 import shutil
@@ -810,6 +811,94 @@ def _lost(points):
 def test_refuses(change, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         augment(**_refused(change))
+
+
+def _after(tensor, bytes_past=1):
+    """The same tensor, so many bytes after where it could start."""
+    room = bytearray(tensor.nbytes + 64)
+    start = torch.frombuffer(room, dtype=torch.uint8).data_ptr()
+    offset = -start % 64 + bytes_past
+    moved = torch.frombuffer(room, dtype=tensor.dtype, offset=offset, count=tensor.numel())
+    return torch.as_strided(moved, tensor.shape, tensor.stride()).copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_past", "needed"),
+    [("faces", 4, 8), ("params", 4, 8), ("landmarks", 2, 4), ("nearest", 2, 4)]
+    + [("input", 8, 16), ("target", 1, 2), ("weight", 2, 4), ("mask", 2, 4)],
+)
+def test_refuses_memory_that_starts_within_a_word(name, bytes_past, needed):
+    given = _landmarks(lambda given: {})({"faces": [drawn_store(2, 16)]})
+    options = {"input_px": 16, "output_px": [16], "input_channels": 8, "learn_mask": True}
+    out = empty(4, target_dtype=torch.bfloat16, **options)
+    (a, b) = given["landmarks"]
+    if name == "faces":
+        given["faces"][1] = _after(given["faces"][1], bytes_past)
+    elif name == "params":
+        given["params_nx"] = _after(given["params_nx"], bytes_past)
+    elif name == "landmarks":
+        b = dataclasses.replace(b, points_fl2=_after(b.points_fl2, bytes_past))
+    elif name == "nearest":
+        b = dataclasses.replace(b, nearest_fk=_after(b.nearest_fk, bytes_past))
+    elif name == "input":
+        out.input_bchw = _after(out.input_bchw, bytes_past)
+    elif name == "target":
+        out.targets_bchw[0] = _after(out.targets_bchw[0], bytes_past)
+    elif name == "weight":
+        out.weights_b1hw[0] = _after(out.weights_b1hw[0], bytes_past)
+    else:
+        out.mask_b1hw = _after(out.mask_b1hw, bytes_past)
+    message = rf"^{name} must start at a multiple of {needed} bytes, got one that starts "
+    with pytest.raises(ValueError, match=rf"{message}{bytes_past} after: clone it$"):
+        augment(**given | {"landmarks": [a, b]}, out=out, **options)
+
+
+def test_memory_may_start_at_any_whole_word():
+    faces, params = drawn_store(3, 16), drawn_params(4, 3, 16)
+    options = {"input_px": 16, "output_px": [16]}
+    want = augment([faces], params, **options)
+    ours = augment([_after(faces, 8)], _after(params, 24), **options)
+    assert torch.equal(ours.input_bchw, want.input_bchw)
+
+
+@pytest.mark.parametrize("field", ["warp_noise", "matrix", "lab", "landmark_noise", "landmarks"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38])
+@pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
+def test_numbers_that_are_none_leave_other_faces_alone(field, value, single):
+    """A face whose parameters are broken is a picture of its own edge, and no error."""
+    faces = [drawn_store(2, 64), drawn_store(2, 64, seed=1)]
+    landmarks = drawn_landmarks((2, 2), 64)
+    params = both_sides(3, (2, 2), 64, warp_to_landmarks=True)
+    records = records_of(params)
+    records["warp"][:3], records["color"] = 1 if field == "warp_noise" else 2, 1
+    options = {"input_px": 64, "output_px": [64], "single_interpolation": single}
+    want = augment(faces, params, landmarks=landmarks, **options)
+    rows = [1]
+    if field == "landmarks":
+        landmarks[0].points_fl2[0] = value
+        rows = [row for row in range(3) if records["index"][row] == 0]
+        rows += [row for row in range(3, 6) if _is_warped_to(records[row], landmarks, 0)]
+    else:
+        records[field][1] = value
+    ours = augment(faces, params, landmarks=landmarks, **options)
+    others = [row for row in range(6) if row not in rows]
+    assert len(others) < 6
+    assert torch.equal(ours.input_bchw[others], want.input_bchw[others])
+    assert torch.equal(ours.targets_bchw[0][others], want.targets_bchw[0][others])
+    assert 0 <= ours.input_bchw.min() <= ours.input_bchw.max() <= 1
+
+
+def _is_warped_to(record, landmarks, face):
+    return int(landmarks[1].nearest_fk[record["index"], record["near"]]) == face
+
+
+@pytest.mark.slow
+def test_boxes_of_more_than_2_to_the_31_levels_have_a_mean():
+    """A store of 2,912 px whose output is one pixel: 255 * 2,912^2 is above 2^31."""
+    faces = torch.full((1, 2912, 2912, 8), 254, dtype=torch.uint8)
+    out = augment([faces], params_from_records(still(1)), input_px=1, output_px=[1])
+    assert torch.equal(out.targets_bchw[0], torch.full((1, 3, 1, 1), 254) / 255)
+    assert torch.equal(out.weights_b1hw[0], torch.full((1, 1, 1, 1), 254) / 255)
 
 
 def test_refuses_an_output_of_another_layout():

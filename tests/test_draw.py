@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mien.kernels.augment import WARP_LANDMARKS, Ranges, draw, records_of
+from mien.kernels.native import NativeError
 
 NUM = 20_000
 
@@ -262,6 +263,31 @@ def test_counters_are_read_and_moved_on():
         drawn_so = draw(Ranges(), first=counters, **options)
         assert torch.equal(drawn_so, draw(Ranges(), first=first, **options))
     assert counters.tolist() == [18, 28]
+
+
+def test_counters_begin_anew_behind_the_last_number():
+    options = {"seed": 3, "count": 4, "num_faces": [7], "size_px": 64}
+    counters = torch.tensor([2**63 - 2])
+    params = draw(Ranges(), first=counters, **options)
+    assert counters.tolist() == [2]
+    assert torch.equal(params[2:], draw(Ranges(), first=[0], **options)[:2])
+
+
+def test_negative_counters_are_refused():
+    counters = torch.tensor([3, -5])
+    with pytest.raises(NativeError, match="draw_cpu: counters must not be negative, got -5"):
+        draw(Ranges(), first=counters, seed=3, count=4, num_faces=[7, 9], size_px=64)
+    assert counters.tolist() == [3, -5]
+
+
+@pytest.mark.parametrize(
+    "name", ["zoom_amount", "rotation_range", "shift_range", "flip_chance", "color_lightness"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1001.0])
+def test_ranges_that_are_no_numbers_are_refused(name, value):
+    options = {"seed": 3, "count": 4, "num_faces": [7], "size_px": 64}
+    with pytest.raises(NativeError, match="draw_cpu: ranges must be within 1000, got "):
+        draw(Ranges(**{name: value}), first=[0], **options)
 
 
 @pytest.mark.gpu

@@ -324,6 +324,19 @@ def test_refusals():
         face_loss(pred_a, pred_b, target, weight, losses=[])
 
 
+@pytest.mark.parametrize("place", [0, 2, 3, 4])
+def test_refuses_memory_that_starts_within_a_word(place):
+    """Pictures, the weight and the scale; a view of bytes can begin anywhere."""
+    given = [*_pictures(8, 9), torch.ones(1)]
+    count = given[place].numel()
+    room = torch.zeros(count + 1).numpy().view(np.uint8)
+    moved = torch.frombuffer(room, dtype=torch.float32, offset=2, count=count)
+    given[place] = torch.as_strided(moved, given[place].shape, given[place].stride())
+    name = ["pred_a", "pred_b", "target", "weight", "scale"][place]
+    with _refused(rf"^{name} must start at a multiple of 4 bytes, got one that starts 2 after"):
+        face_loss(*given[:4], losses=ALL, scale=given[4])
+
+
 def test_numbers_agree_with_c():
     ffi, lib = native.library()
     assert lib.MIEN_MAX_LOSSES == MAX_LOSSES
@@ -344,6 +357,7 @@ def _job(**changes):
         ({"channels": 2}, "channels must be 1 or 3, got 2"),
         ({"batch": 0}, "batch must be at least 1, height and width 1..65536, got 0, 8, 8"),
         ({"width": 65537}, "height and width 1..65536, got 1, 8, 65537"),
+        ({"batch": 2**60}, "batch must be at most 1466015503701 of this size, got 11529215046"),
         ({"pred_type": 3}, "unknown type 3"),
         ({"num_losses": 0}, "num_losses must be 1..8, got 0"),
         ({"kinds": [5]}, "unknown loss 5"),

@@ -60,7 +60,7 @@ def test_a_missing_library_says_what_to_run(tmp_path, monkeypatch):
 
 
 def test_errors_carry_the_reason():
-    ffi, _ = native.library()
+    ffi, lib = native.library()
     job = ffi.new("mien_augment_job *", {"num_faces": [1, 0], "size_px": 5000})
     with pytest.raises(native.NativeError, match=r"augment_cpu: size_px must be 8\.\.4096, got"):
         native.call("augment_cpu", job, 1)
@@ -77,10 +77,35 @@ def test_errors_carry_the_reason():
     job.input_type, job.num_sides = 0, 3
     with pytest.raises(native.NativeError, match=r"num_sides must be 1\.\.2, got 3"):
         native.call("augment_cpu", job, 1)
+    job.num_sides, job.num_faces[0] = 1, 2**31
+    with pytest.raises(native.NativeError, match=r"num_faces must be 1\.\.2147483647, got 214748"):
+        native.call("augment_cpu", job, 1)
+    job.num_faces[0], job.count = 1, 2**62
+    with pytest.raises(native.NativeError, match=r"count must be 0\.\.2147483647, got 46116860"):
+        native.call("augment_cpu", job, 1)
+    assert lib.mien_augment_workspace_bytes(job) == 0
     ranges = ffi.new("mien_ranges *", {"clahe_max_size": 9})
     draw_job = ffi.new("mien_draw_job *", {"num_sides": 1, "num_faces": [1], "size_px": 64})
     with pytest.raises(native.NativeError, match=r"clahe_max_size must be 0\.\.8, got 9"):
         native.call("draw_cpu", ranges, draw_job)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("faces", 8), ("params", 8), ("input", 16), ("mask", 4), ("targets", 4), ("weights", 4)],
+)
+def test_pointers_within_a_word_are_refused(name, size):
+    ffi, _ = native.library()
+    fields = {"num_sides": 1, "num_faces": [1], "count": 1, "size_px": 8, "num_outputs": 1}
+    fields |= {"input_px": 8, "input_channels": 8, "output_px": [8]}
+    addresses = {"faces": 4096, "params": 4096, "input": 4096, "mask": 4096}
+    addresses |= {"targets": 4096, "weights": 4096, name: 4096 + size // 2}
+    for each, address in addresses.items():
+        pointer = ffi.cast("void *", address)  # of no memory: it is refused unread
+        fields[each] = [pointer] if each in ("faces", "targets", "weights") else pointer
+    job = ffi.new("mien_augment_job *", fields)
+    with pytest.raises(native.NativeError, match=f"{name} must be aligned to {size} bytes, got"):
+        native.call("augment_cpu", job, 1)
 
 
 def test_a_wrong_argument_is_a_type_error():

@@ -758,6 +758,11 @@ def test_other_refusals(device):
         ValueError, match="^history_c goes with autoclip .* autoclip and no history: use new_his"
     ):
         optimize(given, tables, control, ADAM, clipping=Clipping("autoclip", 10))
+    autoclip = Clipping("autoclip", 10)
+    history_c = new_history(device, 4)
+    for wrong_c in (history_c.float(), history_c[:0], history_c.to("meta"), history_c[::2]):
+        with pytest.raises(ValueError, match="^history_c must be "):
+            optimize(given, tables, control, ADAM, clipping=autoclip, history_c=wrong_c)
     lists["parameters"][1].data = lists["parameters"][1].clone()
     with pytest.raises(ValueError, match="^a tensor has moved since its Tables were made: make"):
         optimize(given, tables, control, ADAM)

@@ -485,6 +485,20 @@ def test_refusals(call, message):
         call(torch.zeros(2, 8, 3, 3), torch.zeros(8))
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: activate(x, None, slope=1, border=(0, 0, 1, 0)), "pixels of the result must be"),
+        (lambda x: upscale(x, None, slope=1), "pixels of x must be at most 2^30, got 1073774592: "),
+        (lambda x: to_image(x, None, channels=3), "values of the result must be at most 2^30, got"),
+    ],
+)
+def test_more_pixels_than_the_kernels_count_are_refused(call, message):
+    x = torch.empty(1, 4, 2**15, 2**15 + 1, device="meta")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(x)
+
+
 def test_float64_is_refused_by_the_kernels(triton_device):
     x = torch.zeros(1, 4, 2, 2, dtype=torch.float64, device=triton_device)
     with pytest.raises(ValueError, match="float16, got .* float64"):

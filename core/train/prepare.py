@@ -225,6 +225,8 @@ def _ready(
     config = resolved.config
     _check_paths(config)
     device = choose_device(config.train.device)
+    if device.type == "cuda":
+        stack.enter_context(torch.cuda.device(device))
     try:
         with reporting_crashes(folder.path, config, reporter):
             with refusals_told():
@@ -407,11 +409,28 @@ def _settle_state(
 
 
 def choose_device(setting: str) -> torch.device:
-    """The device that `train.device` leads to."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but no CUDA GPU is usable; `mien doctor` says why")
-    on_gpu = setting != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    """The device that `train.device` leads to.
+
+    Raises:
+        ValueError: There is no such GPU; says which there are.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if setting == "cpu" or (setting == "auto" and not num_gpus):
+        return torch.device("cpu")
+    kind, _, number = setting.partition(":")
+    index = int(number) if number else torch.cuda.current_device() if num_gpus else 0
+    if index < num_gpus:
+        return torch.device("cuda", index)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+    if not num_gpus:
+        raise ValueError(
+            f"train.device is {setting}, but no CUDA GPU is usable{why}; `mien doctor` says why"
+        )
+    raise ValueError(
+        f"train.device is {setting}, but the last GPU is cuda:{num_gpus - 1}{why}; "
+        f"use --device cuda:0 to cuda:{num_gpus - 1}"
+    )
 
 
 def _check_paths(config: Config) -> None:

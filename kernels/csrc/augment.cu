@@ -116,9 +116,11 @@ __device__ int64_t index_in(int64_t index, int64_t num_faces) {
     return index < 0 ? 0 : index < num_faces ? index : num_faces - 1;
 }
 
-// How a face is bent; not at all where that needs landmarks and the job has none.
+// How a face is bent; not at all where that needs landmarks and the job has none, or by a number
+// that is no mien_warp.
 __device__ int warp_of(const Call &call, const mien_face &face) {
-    return face.warp == MIEN_WARP_LANDMARKS && !call.landmarks[0] ? MIEN_NO_WARP : face.warp;
+    if (face.warp == MIEN_WARP_LANDMARKS && !call.landmarks[0]) return MIEN_NO_WARP;
+    return face.warp < MIEN_NO_WARP || face.warp > MIEN_WARP_LANDMARKS ? MIEN_NO_WARP : face.warp;
 }
 
 __device__ int tiles_of(const Call &call, const mien_face &face) {
@@ -134,9 +136,10 @@ __device__ void prepare_face(const Call &call, const mien_face &face, int64_t n)
         call.columns[n * size + at] = mien::column_steps(inverse, face.flip ? size - 1 - at : at);
         call.rows[n * size + at] = mien::row_steps(inverse, at);
     }
-    if (!face.warp) return;
+    const int warp = warp_of(call, face);
+    if (warp == MIEN_NO_WARP) return;
     if (threadIdx.x == 0) call.back[n] = mien::back_of(face, size);
-    if (face.warp != MIEN_WARP_GRID) return;
+    if (warp != MIEN_WARP_GRID) return;
     for (int at = static_cast<int>(threadIdx.x); at < size; at += kThreads) {
         const mien::GridSpan span = mien::grid_span(at, size);
         const int next = span.first < 4 ? span.first + 1 : 4;
@@ -506,7 +509,8 @@ __global__ void __launch_bounds__(kDrawThreads)
     for (int64_t row = threadIdx.x / 32; row < rows; row += kDrawThreads / 32)
         mien::draw_row(ranges, job, row, lane, 32);
     __syncthreads();
-    if (job.counters && threadIdx.x < job.num_sides) job.counters[threadIdx.x] += job.count;
+    if (job.counters && threadIdx.x < job.num_sides)
+        job.counters[threadIdx.x] = mien::serial_of(job.counters[threadIdx.x], job.count, 0);
 }
 
 mien_status launched(const char *what) {
@@ -541,10 +545,8 @@ mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace, int6
         return mien::fail(MIEN_INVALID_ARGUMENT, "count must be at most 65535, got %lld",
                           static_cast<long long>(job->count));
     const Layout layout = layout_of(*job);
-    if (!workspace || workspace_bytes < layout.bytes)
-        return mien::fail(MIEN_INVALID_ARGUMENT, "workspace must have %lld bytes, got %lld",
-                          static_cast<long long>(layout.bytes),
-                          static_cast<long long>(workspace ? workspace_bytes : 0));
+    if (const mien_status status = mien::check_workspace(workspace, workspace_bytes, layout.bytes))
+        return status;
     const auto at = [workspace](int64_t offset) { return static_cast<char *>(workspace) + offset; };
     Call call{};
     for (int side = 0; side < job->num_sides; ++side) {

@@ -33,13 +33,19 @@ struct Steps {
     int x, y;
 };
 
+// Of any affine, whatever its matrix holds: 2^20 px are far outside, and two of them have a sum.
+MIEN_HD int step_of(double position) {
+    constexpr double kFarthest = (1 << 30) - 32;
+    return round_int(clamp_number(position * 1024, -kFarthest, kFarthest));
+}
+
 MIEN_HD Steps column_steps(const Inverse &inverse, int column) {
-    return {round_int(inverse.x_by_x * column * 1024), round_int(inverse.y_by_x * column * 1024)};
+    return {step_of(inverse.x_by_x * column), step_of(inverse.y_by_x * column)};
 }
 
 MIEN_HD Steps row_steps(const Inverse &inverse, int row) {
-    return {round_int((inverse.x_by_y * row + inverse.x_add) * 1024) + 16,
-            round_int((inverse.y_by_y * row + inverse.y_add) * 1024) + 16};
+    return {step_of(inverse.x_by_y * row + inverse.x_add) + 16,
+            step_of(inverse.y_by_y * row + inverse.y_add) + 16};
 }
 
 MIEN_HD uint32_t even_levels(uint32_t word) { return word & 0x00FF00FFu; }
@@ -114,9 +120,7 @@ struct Place {
 };
 
 MIEN_HD Place place_of(float position, int size_px) {
-    const float last = static_cast<float>(size_px);
-    float inside = position < -2.0f ? -2.0f : position;
-    inside = inside > last ? last : inside;
+    const float inside = clamp_number(position, -2.0f, static_cast<float>(size_px));
     const float floor = floor_of(inside);
     return {static_cast<int>(floor), inside - floor};
 }
@@ -128,9 +132,7 @@ struct EdgePlace {
 };
 
 MIEN_HD EdgePlace edge_place_of(float position, int size_px) {
-    const float last = static_cast<float>(size_px - 1);
-    float inside = position < 0.0f ? 0.0f : position;
-    inside = inside > last ? last : inside;
+    const float inside = clamp_number(position, 0.0f, static_cast<float>(size_px - 1));
     const int first = static_cast<int>(inside);
     return {first, first < size_px - 1 ? first + 1 : first, inside - static_cast<float>(first)};
 }
@@ -216,8 +218,8 @@ MIEN_HD AreaSpan area_span(int at, int from_px, int to_px) {
     return span;
 }
 
-// Mean of `ratio` x `ratio` levels, from their sum.
-MIEN_HD int level_mean(int sum, int ratio) {
+// Mean of `ratio` x `ratio` levels, from their sum; 4096^2 of them have one below 2^32.
+MIEN_HD int level_mean(uint32_t sum, int ratio) {
     return round_int(static_cast<float>(sum) * (1.0f / static_cast<float>(ratio * ratio)));
 }
 
@@ -241,10 +243,11 @@ MIEN_HD uint32_t box_mean(const uint32_t *box, int stride, int ratio, Midway mid
         odd += midway == kUp ? 0x00020002u : 0x00010001u + ((odd >> 2) & 0x00010001u);
         return even_levels(even >> 2) | (even_levels(odd >> 2) << 8);
     }
-    int sums[4] = {};
+    uint32_t sums[4] = {};
     for (int y = 0; y < ratio; ++y)
         for (int x = 0; x < ratio; ++x)
-            for (int c = 0; c < 4; ++c) sums[c] += level_of(box[y * stride + x], c);
+            for (int c = 0; c < 4; ++c)
+                sums[c] += static_cast<uint32_t>(level_of(box[y * stride + x], c));
     uint32_t mean = 0;
     for (int c = 0; c < 4; ++c) mean |= static_cast<uint32_t>(level_mean(sums[c], ratio)) << 8 * c;
     return mean;

@@ -6,13 +6,14 @@
 namespace mien {
 
 constexpr int kMinSizePx = 8, kMaxSizePx = 4096, kMaxClaheSize = 8;
+constexpr float kMaxRange = 1000;  // percent or degrees
 
 mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job);
 
 // Sizes, counts and types.
 mien_status check_job(const mien_augment_job *job);
 
-// That no pointer is null; `mask` may be.
+// That no pointer is null, `mask` aside, and each is aligned to what it points to.
 mien_status check_pointers(const mien_augment_job *job);
 
 // Which kernels a GPU launches besides those of every job.

@@ -58,6 +58,45 @@ unsigned char *thread_scratch(size_t bytes) {
     return block.get();
 }
 
+// Faces are counted in 31 bits: `nearest` numbers them so, and no offset of a pixel then overflows.
+mien_status check_number(const char *name, int64_t number, int64_t least) {
+    if (number >= least && number <= INT32_MAX) return MIEN_OK;
+    return mien::fail(MIEN_INVALID_ARGUMENT, "%s must be %lld..%d, got %lld", name,
+                      static_cast<long long>(least), INT32_MAX, static_cast<long long>(number));
+}
+
+// Row `row` of a job, as it is read on a CPU.
+mien_status check_face(const mien_augment_job &job, int64_t row) {
+    using mien::fail;
+    const auto number = static_cast<long long>(row);
+    const mien_face &face = job.params[row];
+    const int side = mien::side_of(job, row);
+    if (face.index < 0 || face.index >= job.num_faces[side])
+        return fail(MIEN_INVALID_ARGUMENT, "face %lld: index must be 0..%lld, got %lld", number,
+                    static_cast<long long>(job.num_faces[side] - 1),
+                    static_cast<long long>(face.index));
+    const int max_tiles = mien::clahe_tiles(job.size_px, mien::kMaxClaheSize);
+    if (face.clahe_tiles < 0 || face.clahe_tiles > max_tiles)
+        return fail(MIEN_INVALID_ARGUMENT, "face %lld: clahe_tiles must be 0..%d, got %d", number,
+                    max_tiles, face.clahe_tiles);
+    const bool to_landmarks = face.warp == MIEN_WARP_LANDMARKS;
+    if (face.warp < MIEN_NO_WARP || face.warp > MIEN_WARP_LANDMARKS ||
+        (to_landmarks && !job.to_landmarks))
+        return fail(MIEN_INVALID_ARGUMENT,
+                    "face %lld: warp must be 0..%d (2 with landmarks alone), got %d", number,
+                    MIEN_WARP_LANDMARKS, face.warp);
+    if (!to_landmarks) return MIEN_OK;
+    if (face.near < 0 || face.near >= MIEN_NEAREST)
+        return fail(MIEN_INVALID_ARGUMENT, "face %lld: near must be 0..%d, got %d", number,
+                    MIEN_NEAREST - 1, face.near);
+    const int64_t last = job.num_faces[1 - side] - 1;
+    const int32_t other = job.nearest[side][face.index * MIEN_NEAREST + face.near];
+    if (other < 0 || other > last)
+        return fail(MIEN_INVALID_ARGUMENT, "face %lld: nearest must be 0..%lld, got %d", number,
+                    static_cast<long long>(last), other);
+    return MIEN_OK;
+}
+
 }  // namespace
 
 namespace mien {
@@ -71,9 +110,10 @@ mien_status check_job(const mien_augment_job *job) {
         return fail(MIEN_INVALID_ARGUMENT, "num_sides must be 1..%d, got %d", MIEN_MAX_SIDES,
                     job->num_sides);
     for (int side = 0; side < job->num_sides; ++side)
-        if (job->num_faces[side] < 1)
-            return fail(MIEN_INVALID_ARGUMENT, "num_faces must be at least 1");
-    if (job->count < 0 || job->count % job->num_sides != 0)
+        if (const mien_status status = check_number("num_faces", job->num_faces[side], 1))
+            return status;
+    if (const mien_status status = check_number("count", job->count, 0)) return status;
+    if (job->count % job->num_sides != 0)
         return fail(MIEN_INVALID_ARGUMENT, "count must be a multiple of %d (num_sides), got %lld",
                     job->num_sides, static_cast<long long>(job->count));
     if (job->num_outputs < 1 || job->num_outputs > MIEN_MAX_OUTPUTS)
@@ -104,9 +144,24 @@ mien_status check_pointers(const mien_augment_job *job) {
     for (int side = 0; job->to_landmarks && side < job->num_sides; ++side)
         given = given && job->landmarks[side] && job->nearest[side];
     if (!given) return fail(MIEN_INVALID_ARGUMENT, "null pointer");
-    if (job->input_channels == 8 && reinterpret_cast<uintptr_t>(job->input) % 16 != 0)
-        return fail(MIEN_INVALID_ARGUMENT, "an input of 8 channels must be aligned to 16 bytes");
-    return MIEN_OK;
+    mien_status status = MIEN_OK;
+    const auto check = [&status](const char *name, const void *pointer, size_t bytes) {
+        if (status == MIEN_OK) status = check_aligned(name, pointer, bytes);
+    };
+    check("params", job->params, alignof(mien_face));
+    check("input", job->input, job->input_channels == 8 ? 16 : bytes_of(job->input_type));
+    check("mask", job->mask, alignof(float));
+    for (int side = 0; side < job->num_sides; ++side) {
+        check("faces", job->faces[side], 8);  // a pixel
+        if (!job->to_landmarks) continue;
+        check("landmarks", job->landmarks[side], alignof(float));
+        check("nearest", job->nearest[side], alignof(int32_t));
+    }
+    for (int i = 0; i < job->num_outputs; ++i) {
+        check("targets", job->targets[i], bytes_of(job->target_type));
+        check("weights", job->weights[i], alignof(float));
+    }
+    return status;
 }
 
 Launches launches_of(const mien_augment_job &job) {
@@ -121,15 +176,20 @@ Launches launches_of(const mien_augment_job &job) {
 mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job) {
     if (!ranges || !job || (!job->params && job->count > 0))
         return fail(MIEN_INVALID_ARGUMENT, "null pointer");
-    if (job->count < 0) return fail(MIEN_INVALID_ARGUMENT, "count must not be negative");
+    if (const mien_status status = check_number("count", job->count, 0)) return status;
     if (job->num_sides < 1 || job->num_sides > MIEN_MAX_SIDES)
         return fail(MIEN_INVALID_ARGUMENT, "num_sides must be 1..%d, got %d", MIEN_MAX_SIDES,
                     job->num_sides);
     for (int side = 0; side < job->num_sides; ++side) {
-        if (job->num_faces[side] < 1)
-            return fail(MIEN_INVALID_ARGUMENT, "num_faces must be at least 1");
-        if (job->first[side] < 0) return fail(MIEN_INVALID_ARGUMENT, "first must not be negative");
+        if (const mien_status status = check_number("num_faces", job->num_faces[side], 1))
+            return status;
+        if (job->first[side] < 0)
+            return fail(MIEN_INVALID_ARGUMENT, "first must not be negative, got %lld",
+                        static_cast<long long>(job->first[side]));
     }
+    mien_status status = check_aligned("params", job->params, alignof(mien_face));
+    if (status == MIEN_OK) status = check_aligned("counters", job->counters, alignof(int64_t));
+    if (status != MIEN_OK) return status;
     if (job->size_px < kMinSizePx || job->size_px > kMaxSizePx)
         return fail(MIEN_INVALID_ARGUMENT, "size_px must be %d..%d, got %d", kMinSizePx, kMaxSizePx,
                     job->size_px);
@@ -139,6 +199,12 @@ mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job) {
     if (ranges->clahe_max_size < 0 || ranges->clahe_max_size > kMaxClaheSize)
         return fail(MIEN_INVALID_ARGUMENT, "clahe_max_size must be 0..%d, got %d", kMaxClaheSize,
                     ranges->clahe_max_size);
+    for (const float range : {ranges->zoom_percent, ranges->rotation_degrees, ranges->shift_percent,
+                              ranges->flip_percent, ranges->lightness_percent, ranges->ab_percent,
+                              ranges->clahe_chance_percent})
+        if (!(range >= -kMaxRange && range <= kMaxRange))
+            return fail(MIEN_INVALID_ARGUMENT, "ranges must be within %g, got %g", kMaxRange,
+                        range);
     return MIEN_OK;
 }
 
@@ -146,10 +212,14 @@ mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job) {
 
 mien_status mien_draw_cpu(const mien_ranges *ranges, const mien_draw_job *job) {
     if (const mien_status status = mien::check_draw(ranges, job)) return status;
+    for (int side = 0; job->counters && side < job->num_sides; ++side)
+        if (job->counters[side] < 0)
+            return mien::fail(MIEN_INVALID_ARGUMENT, "counters must not be negative, got %lld",
+                              static_cast<long long>(job->counters[side]));
     for (int64_t row = 0; row < job->num_sides * job->count; ++row)
         mien::draw_row(*ranges, *job, row, 0, 1);
     for (int side = 0; job->counters && side < job->num_sides; ++side)
-        job->counters[side] += job->count;
+        job->counters[side] = mien::serial_of(job->counters[side], job->count, 0);
     return MIEN_OK;
 }
 
@@ -164,34 +234,8 @@ mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads) {
     if (const mien_status status = mien::check_job(job)) return status;
     if (job->count == 0) return MIEN_OK;
     if (const mien_status status = mien::check_pointers(job)) return status;
-    const int max_tiles = mien::clahe_tiles(job->size_px, mien::kMaxClaheSize);
-    for (int64_t i = 0; i < job->count; ++i) {
-        const mien_face &face = job->params[i];
-        const int64_t num_faces = job->num_faces[mien::side_of(*job, i)];
-        if (face.index < 0 || face.index >= num_faces)
-            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: index must be 0..%lld, got %lld",
-                              static_cast<long long>(i), static_cast<long long>(num_faces - 1),
-                              static_cast<long long>(face.index));
-        if (face.clahe_tiles < 0 || face.clahe_tiles > max_tiles)
-            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: clahe_tiles must be 0..%d, got %d",
-                              static_cast<long long>(i), max_tiles, face.clahe_tiles);
-        const bool to_landmarks = face.warp == MIEN_WARP_LANDMARKS;
-        if (face.warp < MIEN_NO_WARP || face.warp > MIEN_WARP_LANDMARKS ||
-            (to_landmarks && !job->to_landmarks))
-            return mien::fail(MIEN_INVALID_ARGUMENT,
-                              "face %lld: warp must be 0..%d (2 with landmarks alone), got %d",
-                              static_cast<long long>(i), MIEN_WARP_LANDMARKS, face.warp);
-        if (!to_landmarks) continue;
-        if (face.near < 0 || face.near >= MIEN_NEAREST)
-            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: near must be 0..%d, got %d",
-                              static_cast<long long>(i), MIEN_NEAREST - 1, face.near);
-        const int side = mien::side_of(*job, i);
-        const int32_t other = job->nearest[side][face.index * MIEN_NEAREST + face.near];
-        if (other < 0 || other >= job->num_faces[1 - side])
-            return mien::fail(MIEN_INVALID_ARGUMENT, "face %lld: nearest must be 0..%lld, got %d",
-                              static_cast<long long>(i),
-                              static_cast<long long>(job->num_faces[1 - side] - 1), other);
-    }
+    for (int64_t i = 0; i < job->count; ++i)
+        if (const mien_status status = check_face(*job, i)) return status;
     static const mien::LevelTables levels = make_level_tables();
     static const mien::AugmentFace augment_face = best_build();
     const size_t bytes = mien::face_scratch_bytes(*job);

@@ -65,9 +65,7 @@ struct Point {
 };
 
 MIEN_HD int32_t fixed_of(float position) {
-    float near = position < -kFarthest ? -kFarthest : position;
-    near = near > kFarthest ? kFarthest : near;
-    return round_int(near * static_cast<float>(kUnit));
+    return round_int(clamp_number(position, -kFarthest, kFarthest) * static_cast<float>(kUnit));
 }
 
 // Twice the area of a, b, c; positive where c lies to the left of a -> b.

@@ -118,9 +118,9 @@ MIEN_HD uint32_t bgr_of(const ColorTables &t, Lab lab) {
                                  (t.gamma_encode[clamp_int(red, 0, 4095)] << 16));
 }
 
-// Move a level towards 255 or 0 by a part of the distance; truncated.
-MIEN_HD int shifted(int level, float part) {
-    const float value = static_cast<float>(level);
+// Move a level towards 255 or 0 by a part of the distance, at most all of it; truncated.
+MIEN_HD int shifted(int level, float change) {
+    const float value = static_cast<float>(level), part = clamp_number(change, -1.0f, 1.0f);
     return static_cast<int>(part >= 0 ? value + (255.0f - value) * part : value * (1.0f + part));
 }
 

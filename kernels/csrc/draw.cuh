@@ -106,6 +106,14 @@ MIEN_HD void draw_noise(const mien_ranges &ranges, uint64_t seed, int32_t side, 
     for (int i = 0; i < 4; ++i) landmarks[4 * number + i] = 0.0f;
 }
 
+// Serial number of a face; never negative, as a device counter cannot be refused: behind the last
+// number of 63 bits comes 0.
+MIEN_HD int64_t serial_of(int64_t first, int64_t counted, int64_t face) {
+    const uint64_t sum =
+        static_cast<uint64_t>(first) + static_cast<uint64_t>(counted) + static_cast<uint64_t>(face);
+    return static_cast<int64_t>(sum & INT64_MAX);
+}
+
 // Row `row` of a job, the first `count` rows being faces of a and those behind them of b. `worker`
 // of `num_workers` does its share: the first one the change, all of them the noise.
 MIEN_HD void draw_row(const mien_ranges &ranges, const mien_draw_job &job, int64_t row, int worker,
@@ -113,7 +121,8 @@ MIEN_HD void draw_row(const mien_ranges &ranges, const mien_draw_job &job, int64
     const int32_t side = row < job.count ? 0 : 1;
     const int64_t first = side == 0 ? job.first[0] : job.first[1];
     const int64_t num_faces = side == 0 ? job.num_faces[0] : job.num_faces[1];
-    const int64_t serial = first + (job.counters ? job.counters[side] : 0) + row - side * job.count;
+    const int64_t counted = job.counters ? job.counters[side] : 0;
+    const int64_t serial = serial_of(first, counted, row - side * job.count);
     mien_face *face = job.params + row;
     if (worker == 0) draw_change(ranges, job.seed, side, serial, num_faces, job.size_px, face);
     // From the last worker down, so that the first has the least noise besides.

@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kMaxNumbers = int64_t{1} << 48;  // of a side's pictures: no size overflows
 
 int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
@@ -33,6 +34,10 @@ mien_status check_job(const mien_face_loss_job *job) {
         return fail(MIEN_INVALID_ARGUMENT,
                     "batch must be at least 1, height and width 1..65536, got %lld, %d, %d",
                     static_cast<long long>(job->batch), job->height, job->width);
+    const int64_t most = kMaxNumbers / (int64_t{job->height} * job->width * job->channels);
+    if (job->batch > most)
+        return fail(MIEN_INVALID_ARGUMENT, "batch must be at most %lld of this size, got %lld",
+                    static_cast<long long>(most), static_cast<long long>(job->batch));
     for (const int32_t type : {job->pred_type, job->target_type})
         if (type < MIEN_FLOAT32 || type > MIEN_FLOAT16)
             return fail(MIEN_INVALID_ARGUMENT, "unknown type %d", type);
@@ -50,14 +55,26 @@ mien_status check_job(const mien_face_loss_job *job) {
     return MIEN_OK;
 }
 
-bool starts_at(const void *pointer, size_t bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+mien_status check_alignment(const mien_face_loss_job &job) {
+    mien_status status = MIEN_OK;
+    const auto check = [&status](const char *name, const void *pointer, size_t bytes) {
+        if (status == MIEN_OK) status = mien::check_aligned(name, pointer, bytes);
+    };
+    for (int side = 0; side < 2; ++side) {
+        check("preds", job.preds[side], mien::bytes_of(job.pred_type));
+        check("gradients", job.gradients[side], mien::bytes_of(job.pred_type));
+    }
+    check("target", job.target, mien::bytes_of(job.target_type));
+    check("weight", job.weight, alignof(float));
+    check("scale", job.scale, alignof(float));
+    check("means", job.means, alignof(float));
+    return status;
 }
 
 // Whether every run of 12 numbers, or the weights of its pixels, is whole aligned words of four.
 bool runs_are_wide(const mien_face_loss_job &job) {
     const auto aligned = [](const void *pointer, int32_t type) {
-        return starts_at(pointer, type == MIEN_FLOAT32 ? 16 : 8);
+        return mien::starts_at(pointer, type == MIEN_FLOAT32 ? 16 : 8);
     };
     bool wide = job.width % 4 == 0 && aligned(job.target, job.target_type) &&
                 aligned(job.weight, MIEN_FLOAT32);
@@ -97,14 +114,12 @@ mien_status prepare_face_loss(const mien_face_loss_job *job, void *workspace,
     bool given = job->target && job->means;
     for (int side = 0; side < 2; ++side) given = given && job->preds[side] && job->gradients[side];
     if (!given) return fail(MIEN_INVALID_ARGUMENT, "null pointer");
+    if (const mien_status status = check_alignment(*job)) return status;
     *call = LossCall{};
     Layout layout{};
     lay_out(*job, call, &layout);
-    if (!workspace || workspace_bytes < layout.bytes || !starts_at(workspace, 16))
-        return fail(MIEN_INVALID_ARGUMENT,
-                    "workspace must have %lld bytes and start at a whole 16, got %lld at %p",
-                    static_cast<long long>(layout.bytes),
-                    static_cast<long long>(workspace ? workspace_bytes : 0), workspace);
+    if (const mien_status status = check_workspace(workspace, workspace_bytes, layout.bytes))
+        return status;
     for (int side = 0; side < 2; ++side) {
         call->preds[side] = job->preds[side];
         call->gradients[side] = job->gradients[side];

@@ -31,6 +31,13 @@ MIEN_HD int clamp_int(int value, int low, int high) {
     return value < low ? low : value > high ? high : value;
 }
 
+// Within low ... high, also what a file or a device tensor holds besides numbers: NaN becomes low.
+template <class Number>
+MIEN_HD Number clamp_number(Number value, Number low, Number high) {
+    const Number above = value > low ? value : low;
+    return above < high ? above : high;
+}
+
 MIEN_HD float floor_of(float value) {
 #if defined(__CUDA_ARCH__)
     return floorf(value);
@@ -39,7 +46,7 @@ MIEN_HD float floor_of(float value) {
 #endif
 }
 
-// Round half to even, as the default rounding mode does.
+// Round half to even, as the default rounding mode does. The value must be within those of int.
 MIEN_HD int round_int(float value) {
 #if defined(__CUDA_ARCH__)
     return __float2int_rn(value);

@@ -15,6 +15,22 @@ mien_status fail(mien_status status, const char *format, ...) {
     va_end(args);
     return status;
 }
+
+mien_status check_workspace(const void *workspace, int64_t given_bytes, int64_t needed_bytes) {
+    if (workspace && given_bytes >= needed_bytes && starts_at(workspace, kWorkspaceAlignment))
+        return MIEN_OK;
+    return fail(MIEN_INVALID_ARGUMENT,
+                "workspace must have %lld bytes and start at a whole %zu, got %lld at %p",
+                static_cast<long long>(needed_bytes), kWorkspaceAlignment,
+                static_cast<long long>(workspace ? given_bytes : 0), workspace);
+}
+
+mien_status check_aligned(const char *name, const void *pointer, size_t bytes) {
+    if (starts_at(pointer, bytes)) return MIEN_OK;
+    return fail(MIEN_INVALID_ARGUMENT, "%s must be aligned to %zu bytes, got %p", name, bytes,
+                pointer);
+}
+
 }  // namespace mien
 
 const char *mien_header_hash(void) { return MIEN_HEADER_HASH; }

@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int kMaxThreads = 1024;
+
 struct Pool {
     std::mutex busy;  // held by the caller whose items the workers are on
     std::mutex mutex;
@@ -62,7 +64,7 @@ Pool &this_process_pool() {
 namespace mien {
 
 int resolve_threads(int32_t num_threads) {
-    if (num_threads > 0) return num_threads;
+    if (num_threads > 0) return num_threads < kMaxThreads ? num_threads : kMaxThreads;
     cpu_set_t allowed;
     if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
     const unsigned cores = std::thread::hardware_concurrency();

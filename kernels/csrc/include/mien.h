@@ -1,6 +1,7 @@
 /* The C ABI of libmien. kernels/native.py hands this same text to cffi: keep it to plain C
  * declarations. Every call returns a mien_status; no call prints, aborts or synchronizes.
- * Pointers are borrowed for the call; `stream` is a cudaStream_t (ignored by *_cpu calls). */
+ * Pointers are borrowed for the call, and each must be aligned to what it points to; memory of the
+ * sizes stated here may hold anything. `stream` is a cudaStream_t of the current device. */
 #ifndef MIEN_H
 #define MIEN_H
 
@@ -74,9 +75,10 @@ typedef struct {
     int32_t num_sides; /* 1 (a alone) or 2 */
     int32_t size_px;
     int64_t count;                     /* of each side */
-    int64_t num_faces[MIEN_MAX_SIDES]; /* in the stores */
+    int64_t num_faces[MIEN_MAX_SIDES]; /* in the stores; below 2^31, as is count */
     int64_t first[MIEN_MAX_SIDES];     /* serial number of each side's first face */
-    int64_t *counters; /* [num_sides] added to `first` when it runs, then moved on; or NULL */
+    int64_t *counters; /* [num_sides] added to `first` when it runs, then moved on; or NULL. A sum
+                          beyond 63 bits begins anew at 0. */
     mien_face *params; /* [num_sides * count] */
 } mien_draw_job;
 
@@ -84,8 +86,8 @@ typedef enum { MIEN_FLOAT32 = 0, MIEN_BFLOAT16 = 1, MIEN_FLOAT16 = 2 } mien_type
 
 /* One call of the augmentation, for one side or both. Pictures are NHWC, 0..1. */
 typedef struct {
-    /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0. With gathered,
-     * only the faces of this batch, in the order of its rows. */
+    /* Each side's store, [num_faces, size_px, size_px, 8]: B G R face eye mouth 0 0; aligned to a
+     * pixel of 8 bytes. With gathered, only the faces of this batch, in the order of its rows. */
     const uint8_t *faces[MIEN_MAX_SIDES];
     int64_t num_faces[MIEN_MAX_SIDES];
     /* With to_landmarks, for both sides: [num_faces, MIEN_LANDMARKS, 2] x and y in px of the store,
@@ -128,8 +130,9 @@ MIEN_API mien_status mien_draw_cuda(const mien_ranges *ranges, const mien_draw_j
  * result does not depend on num_threads. */
 MIEN_API mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads);
 
-/* The same on a GPU; every pointer must be readable by it. An index outside the store is moved to
- * its nearest end; a face that is to be warped to landmarks which the job lacks is not bent. */
+/* The same on a GPU; every pointer must be readable by it, and `workspace` start at a whole 16. An
+ * index outside the store is moved to its nearest end; a face that is to be warped to landmarks
+ * which the job lacks, or in a way that is no mien_warp, is not bent. */
 MIEN_API mien_status mien_augment_cuda(const mien_augment_job *job, void *workspace,
                                        int64_t workspace_bytes, void *stream);
 

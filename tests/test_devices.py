@@ -1,0 +1,175 @@
+"""Work runs on the device of its tensors, and of the session, whichever device is current."""
+
+import contextlib
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mien.core.config import Config, TrainConfig
+from mien.core.train import prepare as preparation
+from mien.kernels import activate, native, optimize, to_image, upscale
+from mien.kernels.augment import Ranges, draw
+from mien.kernels.control import new_control, new_history
+from mien.kernels.rules import CLIPPINGS, RULES, Clipping, Rule
+from mien.kernels.tables import Tables
+
+TRITON = [importlib.import_module(f"mien.kernels.{name}") for name in ("upscale", "control")]
+TRITON.append(importlib.import_module("mien.kernels.optimize"))  # the package has the function
+
+
+class Current:
+    """A current device, as torch.cuda has it, of as many GPUs as there are to be."""
+
+    def __init__(self, monkeypatch, num_gpus=2):
+        self.index = 0
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: self.index)
+        monkeypatch.setattr(torch.cuda, "device", self.change)
+        monkeypatch.setattr(torch.cuda, "current_stream", self.stream)
+
+    @contextlib.contextmanager
+    def change(self, device):
+        before, self.index = self.index, torch.device(device).index
+        try:
+            yield
+        finally:
+            self.index = before
+
+    def stream(self, device=None):
+        index = self.index if device is None else torch.device(device).index
+        return SimpleNamespace(cuda_stream=1000 + index)
+
+
+def test_a_native_launch_runs_on_the_current_stream_of_its_device(monkeypatch):
+    current, calls = Current(monkeypatch), []
+    ffi, _ = native.library()
+
+    def record(*args):
+        calls.append((current.index, *args[:-1], int(ffi.cast("intptr_t", args[-1]))))
+        return 0
+
+    lib = SimpleNamespace(MIEN_OK=0, mien_draw_cuda=record)
+    monkeypatch.setattr(native, "library", lambda: (ffi, lib))
+    native.launch("draw", torch.device("cuda:1"), "ranges", "job")
+    assert calls == [(1, "ranges", "job", 1001)]
+    assert current.index == 0
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """Kernels launched so far; a launch outside of `torch.cuda.device_of` fails."""
+    launched, guards = set(), []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        guards.append(tensor)
+        yield
+        guards.pop()
+
+    class Guarded:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            assert guards, f"{self.name} is launched on whichever device is current"
+            launched.add(self.name)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module in TRITON:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Guarded(name, getattr(module, name)))
+    return launched
+
+
+def test_every_triton_launch_runs_on_the_device_of_its_tensors(triton_device, guarded):
+    x = torch.randn(1, 8, 2, 2, device=triton_device, requires_grad=True)
+    bias = torch.randn(8, device=triton_device, requires_grad=True)
+    activate(x, bias, slope=0.1).sum().backward()
+    upscale(x, bias, slope=0.1).sum().backward()
+    to_image(x, bias, channels=3).sum().backward()
+    for kind in CLIPPINGS:
+        parameters = [torch.zeros(8, device=triton_device)]
+        rule = Rule(name=RULES[0])
+        moments = {kind: [torch.zeros_like(parameters[0])] for kind in rule.moments}
+        optimize(
+            [torch.ones(8, device=triton_device)],
+            Tables(parameters, moments),
+            new_control(triton_device, learning_rate=0.1),
+            rule,
+            clipping=Clipping(kind, 0.0 if kind == "none" else 1.0),
+            history_c=new_history(triton_device, 4) if kind == "autoclip" else None,
+        )
+    wanted = {name for module in TRITON for name in vars(module) if name.endswith("_kernel")}
+    assert guarded == wanted
+
+
+def test_no_other_module_launches_triton_kernels():
+    files = Path(native.__file__).parent.glob("*.py")
+    found = {file.stem for file in files if "@triton.jit" in file.read_text()}
+    assert found == {module.__name__.rpartition(".")[2] for module in TRITON}
+
+
+@pytest.mark.parametrize(
+    ("setting", "num_gpus", "wanted"),
+    [
+        ("auto", 0, "cpu"),
+        ("auto", 2, "cuda:0"),
+        ("cpu", 2, "cpu"),
+        ("cuda", 1, "cuda:0"),
+        ("cuda:0", 1, "cuda:0"),
+        ("cuda:1", 2, "cuda:1"),
+    ],
+)
+def test_the_setting_chooses_the_device(monkeypatch, setting, num_gpus, wanted):
+    Current(monkeypatch, num_gpus)
+    assert preparation.choose_device(setting) == torch.device(wanted)
+
+
+@pytest.mark.parametrize(
+    ("setting", "num_gpus", "visible", "message"),
+    [
+        ("cuda", 0, None, r"^train.device is cuda, but no CUDA GPU is usable; `mien doctor` says"),
+        ("cuda:1", 0, "", r"cuda:1, but no CUDA GPU is usable with CUDA_VISIBLE_DEVICES=; `mien"),
+        ("cuda:2", 2, None, r"cuda:2, but the last GPU is cuda:1; use --device cuda:0 to cuda:1$"),
+        ("cuda:1", 1, "3", r"the last GPU is cuda:0 with CUDA_VISIBLE_DEVICES=3; use --device "),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, setting, num_gpus, visible, message):
+    Current(monkeypatch, num_gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=message):
+        preparation.choose_device(setting)
+
+
+def test_a_session_makes_its_device_current(monkeypatch, tmp_path, sides):
+    current = Current(monkeypatch)
+    monkeypatch.setattr(preparation, "_prepare", lambda *_: current.index)
+    data = {"input_a": str(sides[0]), "input_b": str(sides[1])}
+    given = {"save": {"model_dir": str(tmp_path)}, "train": {"device": "cuda:1"}, "data": data}
+    reporter = SimpleNamespace(warning=pytest.fail)
+    with preparation.open_run(given, reporter) as index:
+        assert index == 1
+    assert current.index == 0
+
+
+def test_draw_refuses_a_result_on_another_device():
+    first, out = torch.zeros(1, dtype=torch.int64), torch.empty(1, 808, dtype=torch.uint8)
+    options = {"seed": 0, "count": 1, "num_faces": [3], "size_px": 64}
+    with pytest.raises(ValueError, match=r"^out must be on cpu, got meta$"):
+        draw(Ranges(), first=first, out=out.to("meta"), **options)
+    with pytest.raises(ValueError, match=r"^first must be on meta, got cpu$"):
+        draw(Ranges(), first=first, device="meta", **options)
+
+
+@pytest.mark.parametrize("setting", ["cuda:N", "cuda:", "cuda:01", "cuda:1000", "cuda:-1", "gpu"])
+def test_a_device_that_has_no_such_name_is_refused(setting):
+    assert Config(train=TrainConfig(device="cuda:12")).train.device == "cuda:12"
+    with pytest.raises(ValueError, match=r"^train.device must be one of auto, cpu, cuda, cuda:N"):
+        TrainConfig(device=setting)
