@@ -8,13 +8,14 @@ LOWEST_PAGE := $(VENV)/lowest-page
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick clean
+.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick clean FORCE
 
 setup: $(STAMP) kernels/libmien.so
 
+# The last target builds libmien for this machine; here it is built for the CPU, to be quick.
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	MIEN_CUDA=OFF $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 ifeq ($(CUDA),12)
 	$(BIN)/pip uninstall --quiet --yes nvidia-dali-cuda130
 	$(BIN)/pip install --quiet --disable-pip-version-check 'nvidia-dali-cuda120>=2.4,<2.5'
@@ -22,7 +23,11 @@ endif
 	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cmake>=3.25' ninja
 	touch $@
 
-kernels/libmien.so: $(NATIVE) $(STAMP)
+# Which compiler and which GPUs there are; changes where they do. Fetches nvcc where a GPU lacks it.
+build/native: FORCE | $(STAMP)
+	@$(BIN)/python kernels/toolkit.py $@
+
+kernels/libmien.so: $(NATIVE) $(STAMP) build/native kernels/toolkit.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 

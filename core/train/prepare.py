@@ -33,6 +33,7 @@ from ..run.window import PreviewWindow
 from . import divergence, memory, overlap, stages
 from . import engine as engines
 from . import precision as precisions
+from .device import choose_device
 from .engine import Engine
 from .evaluate import Evaluation, measured_at, open_evaluation
 from .losses import Loss
@@ -117,7 +118,7 @@ def open_run(
                 reporter.snapshot(iteration=saved.state["iterations"], path=path)
         _tell_warnings(folder, reporter)
         config = _resolved(config)
-        device = choose_device(config.train.device)
+        device = choose_device(config.train.device, reporter.warning)
         try:
             with reporting_crashes(folder.path, config, reporter):
                 with refusals_told():
@@ -219,7 +220,7 @@ def _prepare(
     is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
     kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
     model.to(device)
-    _set_libraries(precision, deterministic=config.train.deterministic)
+    _set_libraries(precision, device, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
     _settle_state(state, saved, plan, rate_factor, config)
@@ -353,14 +354,6 @@ def _settle_state(
         state.parts[ROLLBACK] = {"rate_factor": rate_factor}
     elif before.optimizer.learning_rate != config.optimizer.learning_rate:
         state.parts.pop(ROLLBACK, None)  # the user has chosen another rate
-
-
-def choose_device(setting: str) -> torch.device:
-    """The device that `train.device` leads to."""
-    if setting == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is cuda, but no CUDA GPU is usable; `mien doctor` says why")
-    on_gpu = setting != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 _PATHS = {
@@ -559,10 +552,10 @@ def _is_on(setting: str, automatic: bool) -> bool:
     return setting == "on" or (setting == "auto" and automatic)
 
 
-def _set_libraries(precision: Precision, *, deterministic: bool) -> None:
+def _set_libraries(precision: Precision, device: torch.device, *, deterministic: bool) -> None:
     """How CUDA's libraries are to work in this process, and from when memory is measured."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     precision.apply()
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
