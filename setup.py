@@ -36,7 +36,8 @@ class CMakeBuild(build_ext):
         if how.generations:
             options.append(f"-DMIEN_CUDA_ARCHS={';'.join(map(str, how.generations))}")
         # A folder for each way to build: CMake would keep a compiler, or the lack of one, for good.
-        kind = hashlib.sha256(f"{how} {options}".encode()).hexdigest()[:8]
+        given = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
+        kind = hashlib.sha256(f"{how} {options} {given}".encode()).hexdigest()[:8]
         build = Path(self.build_temp) / f"cmake-{kind}"
         build.mkdir(parents=True, exist_ok=True)
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
@@ -60,6 +61,7 @@ setup(
     package_dir={"mien": "."},
     packages=["mien"] + [f"mien.{name}" for name in find_packages(include=ROOMS)],
     package_data={
+        "mien.benchmarks": ["*.json"],
         "mien.cli.monitor": ["page.*"],
         "mien.kernels": ["csrc/include/*.h"],
         "mien.core.faces": ["*.npz"],

@@ -268,10 +268,10 @@ def main(record: Path) -> int:
     except ValueError as error:
         print(f"mien: {error}", file=sys.stderr)
         return 2
-    if not record.exists() or record.read_text() != str(build):
+    if not record.exists() or record.read_text() != f"{build}\n":
         _tell(f"builds libmien {build}")
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(str(build))
+        record.write_text(f"{build}\n")
     return 0
 
 
