@@ -32,9 +32,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         how = runpy.run_path(str(ROOT / "kernels/toolkit.py"))["choose"]()
-        options = [f"-DMIEN_CUDA={how.cuda}", f"-DMIEN_OUTPUT_DIR={out}"]
-        if how.generations:
-            options.append(f"-DMIEN_CUDA_ARCHS={';'.join(map(str, how.generations))}")
+        options = [*how.options(), f"-DMIEN_OUTPUT_DIR={out}"]
         # A folder for each way to build: CMake would keep a compiler, or the lack of one, for good.
         given = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
         kind = hashlib.sha256(f"{how} {options} {given}".encode()).hexdigest()[:8]

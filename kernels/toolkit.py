@@ -106,14 +106,21 @@ class Build:
     """How libmien is built."""
 
     cuda: str
-    """AUTO, ON or OFF, as CMake takes it."""
+    """AUTO, ON or OFF: what is done where the compiler does not work."""
 
     why: str = ""
-    """There are no CUDA kernels."""
+    """Why there are no CUDA kernels, where there is no compiler."""
 
     compiler: Path | None = None
     generations: tuple[int, ...] = ()
     """GPUs to build for; empty: all that mien supports."""
+
+    def options(self) -> list[str]:
+        """What CMake is told."""
+        cuda = "OFF" if self.cuda == "AUTO" and self.compiler is None else self.cuda
+        generations = ";".join(map(str, self.generations))
+        named = [f"-DMIEN_CUDA_ARCHS={generations}"] if generations else []
+        return [f"-DMIEN_CUDA={cuda}", *named]
 
     def environment(self) -> dict[str, str]:
         """Variables by which CMake finds the compiler, and the compiler its libraries."""
@@ -153,7 +160,8 @@ def choose() -> Build:
     compiler = next(fitting, next(iter(packaged), None))
     # With a GPU an nvcc that does not work is an error, not a reason to do without.
     is_needed = mode != "AUTO" or bool(here and compiler)
-    return Build("ON" if is_needed else mode, "there is no nvcc", compiler, tuple(wanted))
+    cuda = "ON" if is_needed else mode
+    return Build(cuda, "there is no nvcc that fits", compiler, tuple(wanted))
 
 
 def _mode() -> str:
@@ -235,7 +243,7 @@ def fetch_compiler() -> None:
         raise ValueError(f"PyPI has no nvcc for torch's CUDA {cuda}; {otherwise}")
     with (ROOT / "pyproject.toml").open("rb") as file:
         names = tomllib.load(file)["project"]["optional-dependencies"]["nvcc"]
-    _tell(f"fetches the compiler of CUDA {cuda} from PyPI (0.1 GB, once)")
+    _tell(f"fetches nvcc of CUDA {cuda} from PyPI, as none here fits (0.1 GB, once)")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     wanted = [f"{name.partition('>')[0]}=={cuda}.*" for name in names]
     if subprocess.run([*install, *wanted], check=False).returncode:

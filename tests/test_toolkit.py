@@ -55,13 +55,15 @@ def test_without_gpu_and_nvcc_it_is_the_cpu(machine):
     build = toolkit.choose()
     assert (build.cuda, build.compiler, build.generations) == ("AUTO", None, ())
     assert build.environment() == {}
-    assert str(build) == "for the CPU alone: there is no nvcc"
+    assert build.options() == ["-DMIEN_CUDA=OFF"]
+    assert str(build) == "for the CPU alone: there is no nvcc that fits"
 
 
 def test_without_gpu_an_nvcc_builds_for_all(machine):
     nvcc = make_nvcc(machine / "bin/nvcc")
     build = toolkit.choose()
     assert (build.cuda, build.compiler, build.generations) == ("AUTO", nvcc, ())
+    assert build.options() == ["-DMIEN_CUDA=AUTO"]
     assert "for every GPU from sm_80 on" in str(build)
 
 
@@ -87,6 +89,7 @@ def test_it_is_built_for_the_gpus_that_are_here(machine, monkeypatch):
     show(monkeypatch, HOPPER, ADA, ADA, TURING)
     build = toolkit.choose()
     assert (build.cuda, build.compiler, build.generations) == ("ON", nvcc, (89, 90))
+    assert build.options() == ["-DMIEN_CUDA=ON", "-DMIEN_CUDA_ARCHS=89;90"]
     assert "CUDA kernels for sm_89, sm_90" in str(build)
 
 
@@ -174,7 +177,7 @@ def test_the_compiler_is_fetched_for_a_gpu_once(machine, pip, monkeypatch, capsy
     for name in [*(f"nvidia-cuda-{each}" for each in packages), "nvidia-nvvm"]:
         assert f"{name}==13.0.*" in asked
     told = capsys.readouterr().out
-    assert "mien: fetches the compiler of CUDA 13.0 from PyPI" in told
+    assert "mien: fetches nvcc of CUDA 13.0 from PyPI" in told
     assert f"mien: builds libmien with CUDA kernels for sm_89, by {packaged(machine)}" in told
     assert record.read_text() != before
     written = record.stat().st_mtime_ns
