@@ -47,6 +47,7 @@ $(LOWEST_PAGE)/.installed: $(STAMP) tests/minimum.txt
 
 # The suite with the lowest version of every dependency that pyproject.toml allows, and with the newest
 # on the newest Python; each in a virtual environment of its own, which takes 6 GB and minutes to make.
+# What pip has built is for the CPU alone, so that libmien is made anew.
 MIN_PYTHON ?= python3.11
 MAX_PYTHON ?= python3.13
 test-min: .venv-min/.installed kernels/libmien.so
@@ -57,12 +58,14 @@ test-max: .venv-max/.installed kernels/libmien.so
 
 .venv-min/.installed: pyproject.toml setup.py tests/minimum.txt
 	test -x .venv-min/bin/python || $(MIN_PYTHON) -m venv .venv-min
-	.venv-min/bin/pip install --quiet --disable-pip-version-check -c tests/minimum.txt -e '.[dev]'
+	MIEN_CUDA=OFF .venv-min/bin/pip install --quiet --disable-pip-version-check -c tests/minimum.txt -e '.[dev]'
+	rm kernels/libmien.so
 	touch $@
 
 .venv-max/.installed: pyproject.toml setup.py
 	test -x .venv-max/bin/python || $(MAX_PYTHON) -m venv .venv-max
-	.venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	MIEN_CUDA=OFF .venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	rm kernels/libmien.so
 	touch $@
 
 lint: setup

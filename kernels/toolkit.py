@@ -2,7 +2,7 @@
 
 `make setup` runs this file, and setup.py reads it, before mien can be imported: it needs the
 standard library alone. The compiler is the user's own nvcc where that fits; on a machine with a GPU
-and none, it is that of Nvidia's packages on PyPI (the extra `nvcc` of pyproject.toml).
+and none, it is that of Nvidia's packages on PyPI (the group `nvcc` of pyproject.toml).
 
 The variable MIEN_CUDA chooses: AUTO; ON, which fails where CUDA kernels cannot be built; OFF;
 PYPI, which takes the packages even where an nvcc is installed, and builds without a GPU too.
@@ -242,10 +242,10 @@ def fetch_compiler() -> None:
     if int(cuda.partition(".")[0]) < 13:
         raise ValueError(f"PyPI has no nvcc for torch's CUDA {cuda}; {otherwise}")
     with (ROOT / "pyproject.toml").open("rb") as file:
-        names = tomllib.load(file)["project"]["optional-dependencies"]["nvcc"]
+        names = tomllib.load(file)["dependency-groups"]["nvcc"]
     _tell(f"fetches nvcc of CUDA {cuda} from PyPI, as none here fits (0.1 GB, once)")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    wanted = [f"{name.partition('>')[0]}=={cuda}.*" for name in names]
+    wanted = [f"{name}=={cuda}.*" for name in names]
     if subprocess.run([*install, *wanted], check=False).returncode:
         raise ValueError(f"nvcc could not be fetched from PyPI; {otherwise}")
 
