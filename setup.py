@@ -1,6 +1,8 @@
 """Build mien: the repository root is the package `mien`; CMake builds the native library."""
 
+import hashlib
 import os
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -29,15 +31,17 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp) / "cmake"
+        how = runpy.run_path(str(ROOT / "kernels/toolkit.py"))["choose"]()
+        options = [*how.options(), f"-DMIEN_OUTPUT_DIR={out}"]
+        # A folder for each way to build: CMake would keep a compiler, or the lack of one, for good.
+        given = [os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
+        kind = hashlib.sha256(f"{how} {options} {given}".encode()).hexdigest()[:8]
+        build = Path(self.build_temp) / f"cmake-{kind}"
         build.mkdir(parents=True, exist_ok=True)
-        cuda = os.environ.get("MIEN_CUDA", "AUTO")
         configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"]
-        options = [f"-DMIEN_CUDA={cuda}", f"-DMIEN_OUTPUT_DIR={out}"]
-        if architectures := os.environ.get("MIEN_CUDA_ARCHS"):  # "90": quicker, for one machine
-            options.append(f"-DMIEN_CUDA_ARCHS={architectures}")
-        subprocess.run([*configure, *options], check=True)
-        subprocess.run(["cmake", "--build", build, "--parallel"], check=True)
+        environment = {**os.environ, **how.environment()}
+        subprocess.run([*configure, *options], check=True, env=environment)
+        subprocess.run(["cmake", "--build", build, "--parallel"], check=True, env=environment)
 
 
 class PlatformWheel(bdist_wheel):
@@ -55,6 +59,7 @@ setup(
     package_dir={"mien": "."},
     packages=["mien"] + [f"mien.{name}" for name in find_packages(include=ROOMS)],
     package_data={
+        "mien.benchmarks": ["*.json"],
         "mien.cli.monitor": ["page.*"],
         "mien.kernels": ["csrc/include/*.h"],
         "mien.core.faces": ["*.npz"],

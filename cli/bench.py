@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from .. import kernels
     from ..benchmarks import compare, harness
     from ..core.run.files import write_output
+    from ..core.train.device import require_fit_gpu
 
     unknown = sorted(set(args.only) - set(kernels.OPERATIONS))
     if unknown and args.kind != "models":
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown and not args.compare:
         raise ValueError("--markdown writes a comparison: add --compare FILE")
     before = harness.read_results(args.compare) if args.compare else None
+    require_fit_gpu()
     here = harness.environment()
     if before:
         compare.require_same_device(before, here)

@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,36 +72,44 @@ def _machine() -> list[Finding]:
 
 
 def _gpu() -> list[Finding]:
+    """GPUs that torch can use, each with what keeps mien from it; or why there are none."""
     import torch
 
-    if torch.cuda.is_available():
-        names = []
-        for number in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(number)
-            name = torch.cuda.get_device_name(number)
-            names.append(f"cuda:{number} {name} (sm_{major}{minor})")
-        cuda = Finding("cuda", f"{torch.version.cuda} of torch")
-        return [Finding("gpu", ", ".join(names)), cuda]
-    if torch.version.cuda is None:
-        remedy = "for a GPU, install a CUDA build of torch 2.11 to 2.13"
-        return [Finding("gpu", "none: this torch is a CPU build", remedy=remedy)]
-    remedy = "check that `nvidia-smi` lists a GPU; the driver may be missing or too old"
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        remedy = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} may hide it: unset it"
-    return [Finding("gpu", f"none usable by torch's CUDA {torch.version.cuda}", remedy=remedy)]
+    from ..core.train.device import card_of, why_hidden, why_unfit
+    from ..kernels import toolkit
+
+    driver = toolkit.driver()
+    cuda = "none" if driver is None else f"runs CUDA {driver.cuda[0]}.{driver.cuda[1]}"
+    about = [Finding("driver", cuda), Finding("cuda", f"{torch.version.cuda or 'none'} of torch")]
+    hidden = why_hidden()
+    if hidden:
+        return [Finding("gpu", hidden.what, ok=False, remedy=hidden.remedy), *about]
+    if not torch.cuda.is_available():
+        remedy = "where there is one, install Nvidia's driver, or start the container with its GPUs"
+        return [Finding("gpu", "no Nvidia GPU is found", remedy=remedy), *about]
+    found = []
+    for number in range(torch.cuda.device_count()):
+        unfit = why_unfit(torch.device("cuda", number))
+        if unfit:
+            found.append(Finding("gpu", unfit.what, ok=False, remedy=unfit.remedy))
+        else:
+            found.append(
+                Finding("gpu", f"cuda:{number} {card_of(torch.device('cuda', number))[0]}")
+            )
+    return found + about
 
 
 def _native() -> list[Finding]:
-    from ..kernels import native
+    from ..kernels import native, toolkit
 
     try:
-        _, lib = native.library()
+        cuda, generations = native.cuda_build()
     except native.NativeError as error:
-        return [Finding("libmien", str(error), ok=False, remedy="run `make setup`")]
-    if lib.mien_has_cuda():
-        return [Finding("libmien", "CPU threads and CUDA kernels")]
-    remedy = "install the CUDA toolkit's nvcc and run `make setup` again to train on a GPU"
-    return [Finding("libmien", "CPU threads only (built without nvcc)", remedy=remedy)]
+        return [Finding("libmien", str(error), ok=False, remedy=toolkit.REBUILD)]
+    if generations:
+        kinds = ", ".join(f"sm_{kind.partition('-')[0]}" for kind in generations)
+        return [Finding("libmien", f"CPU threads; CUDA {cuda} kernels for {kinds}")]
+    return [Finding("libmien", "CPU threads only")]
 
 
 def _dali() -> list[Finding]:
@@ -119,20 +126,21 @@ def _paths() -> list[Finding]:
     import torch
 
     from ..core.train import engine
+    from ..core.train.device import choose_device
     from ..core.train.precision import resolve
-    from ..core.train.prepare import choose_device
+    from ..kernels import toolkit
 
-    device = choose_device("auto")
+    compiler = toolkit.choose().compiler
+    findings = [Finding("nvcc", str(compiler or "none"))]
+    try:
+        device = choose_device("auto", lambda reason: None)
+    except ValueError as error:
+        return [*findings, Finding("device", f"none: {error}", ok=False)]
     precision = resolve("auto", device)
     name, why = engine.choose("auto", device)
-    compiler = shutil.which("nvcc")
-    nvcc = "none"
-    if compiler:
-        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-        nvcc = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else "broken"
     on_gpu = device.type == "cuda"
     return [
-        Finding("nvcc", nvcc),
+        *findings,
         Finding("device", str(device)),
         Finding("precision", f"{precision.name} ({precision.why})"),
         Finding("engine", f"{name} ({why})"),

@@ -5,10 +5,11 @@ from typing import Any
 
 from ..core.config import Config
 from ..core.train import memory, precision
-from ..core.train.prepare import choose_device, free_bytes
+from ..core.train.device import choose_device
+from ..core.train.prepare import free_bytes
 from ..core.train.summary import Layer, Summary, summarize
 from ..core.train.work import meta_model, work_of
-from .lines import tell, tell_json
+from .lines import complain, tell, tell_json
 
 _USUAL_BATCH_SIZE = 16
 
@@ -17,7 +18,7 @@ def print_summary(config: Config, *, as_json: bool) -> None:
     """Tell what the configured model consists of and what training it takes."""
     model = meta_model(config)
     found = summarize(model)
-    device = choose_device(config.train.device)
+    device = choose_device(config.train.device, lambda text: complain("train", text))
     on_gpu = device.type == "cuda"
     mode = config.precision.mode
     policy = precision.resolve(mode, device) if on_gpu else precision.expected(mode)

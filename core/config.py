@@ -153,7 +153,7 @@ def _problem(value: Any, spec: Spec) -> str | None:
         value = float(value)
     if not isinstance(value, spec.type):
         return _kind(spec)
-    if spec.choices is not None and not any(_fits(value, choice) for choice in spec.choices):
+    if spec.choices is not None and not any(_fits(str(value), choice) for choice in spec.choices):
         whole = [choice for choice in spec.choices if "N" not in choice]
         near = difflib.get_close_matches(str(value), whole, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -13,6 +13,8 @@ from typing import Any
 import cffi
 import torch
 
+from .toolkit import REBUILD
+
 _HERE = Path(__file__).parent
 _HEADER = _HERE / "csrc/include/mien.h"
 
@@ -42,11 +44,35 @@ def library() -> tuple[Any, Any]:
     try:
         lib = ffi.dlopen(str(path))
     except OSError as error:
-        raise NativeError(f"cannot load {path}; build it with `make setup`") from error
+        raise NativeError(f"cannot load {path}; {REBUILD}") from error
     built_from = ffi.string(lib.mien_header_hash()).decode()
     if built_from != hashlib.sha256(_HEADER.read_bytes()).hexdigest():
-        raise NativeError(f"{path} was built from another mien.h; run `make setup` again")
+        raise NativeError(f"{path} was built from another mien.h; {REBUILD}")
     return ffi, lib
+
+
+def cuda_build() -> tuple[str, list[str]]:
+    """``(CUDA, generations)`` of libmien's CUDA kernels, such as ("13.0.88", ["80-real", "90"]).
+
+    Generations are as mien.h has them; there are none, and no CUDA, in a library for the CPU alone.
+    """
+    ffi, lib = library()
+    cuda, *generations = ffi.string(lib.mien_cuda_build()).decode().split() or [""]
+    return cuda, generations
+
+
+def runs_on(generation: int) -> bool:
+    """Whether libmien has CUDA kernels for a GPU of this generation (89: sm_89).
+
+    Machine code runs on later GPUs of the same major number, PTX on all later ones.
+    """
+    for kind in cuda_build()[1]:
+        made_for, _, form = kind.partition("-")
+        number = int(made_for)
+        is_compatible = form != "virtual" and number // 10 == generation // 10
+        if number <= generation and (is_compatible or form != "real"):
+            return True
+    return False
 
 
 def call(name: str, *args: object) -> None:

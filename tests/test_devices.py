@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mien.core.config import Config, TrainConfig
-from mien.core.train import prepare as preparation
-from mien.kernels import activate, native, optimize, to_image, upscale
+from mien.core.train import device as devices
+from mien.kernels import activate, enlarge, native, optimize, to_image, upscale
 from mien.kernels.augment import Ranges, draw
 from mien.kernels.control import new_control, new_history
 from mien.kernels.rules import CLIPPINGS, RULES, Clipping, Rule
 from mien.kernels.tables import Tables
 
-TRITON = [importlib.import_module(f"mien.kernels.{name}") for name in ("upscale", "control")]
+TRITON = [importlib.import_module(f"mien.kernels.{name}") for name in ("upscale", "control", "enlarge")]
 TRITON.append(importlib.import_module("mien.kernels.optimize"))  # the package has the function
 
 
@@ -92,6 +92,7 @@ def test_every_triton_launch_runs_on_the_device_of_its_tensors(triton_device, gu
     activate(x, bias, slope=0.1).sum().backward()
     upscale(x, bias, slope=0.1).sum().backward()
     to_image(x, bias, channels=3).sum().backward()
+    enlarge(x).sum().backward()
     for kind in CLIPPINGS:
         parameters = [torch.zeros(8, device=triton_device)]
         rule = Rule(name=RULES[0])
@@ -114,6 +115,14 @@ def test_no_other_module_launches_triton_kernels():
     assert found == {module.__name__.rpartition(".")[2] for module in TRITON}
 
 
+@pytest.fixture
+def fit(monkeypatch):
+    """Every GPU is one that mien can train on."""
+    monkeypatch.setattr(devices, "why_unfit", lambda device: None)
+    monkeypatch.setattr(devices, "why_hidden", lambda: None)
+
+
+@pytest.mark.usefixtures("fit")
 @pytest.mark.parametrize(
     ("setting", "num_gpus", "wanted"),
     [
@@ -127,14 +136,15 @@ def test_no_other_module_launches_triton_kernels():
 )
 def test_the_setting_chooses_the_device(monkeypatch, setting, num_gpus, wanted):
     Current(monkeypatch, num_gpus)
-    assert preparation.choose_device(setting) == torch.device(wanted)
+    assert devices.choose_device(setting, pytest.fail) == torch.device(wanted)
 
 
+@pytest.mark.usefixtures("fit")
 @pytest.mark.parametrize(
     ("setting", "num_gpus", "visible", "message"),
     [
-        ("cuda", 0, None, r"^train.device is cuda, but no CUDA GPU is usable; `mien doctor` says"),
-        ("cuda:1", 0, "", r"cuda:1, but no CUDA GPU is usable with CUDA_VISIBLE_DEVICES=; `mien"),
+        ("cuda", 0, None, r"^train.device is cuda, but there is no Nvidia GPU, or none is shown"),
+        ("cuda:1", 0, "", r"^train.device is cuda:1, but there is no Nvidia GPU, or none is shown"),
         ("cuda:2", 2, None, r"cuda:2, but the last GPU is cuda:1; use --device cuda:0 to cuda:1$"),
         ("cuda:1", 1, "3", r"the last GPU is cuda:0 with CUDA_VISIBLE_DEVICES=3; use --device "),
     ],
@@ -145,7 +155,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, setting, num_gpus, visi
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match=message):
-        preparation.choose_device(setting)
+        devices.choose_device(setting, pytest.fail)
 
 
 def test_a_session_makes_its_device_current(monkeypatch, tmp_path, sides):
@@ -168,7 +178,7 @@ def test_draw_refuses_a_result_on_another_device():
         draw(Ranges(), first=first, device="meta", **options)
 
 
-@pytest.mark.parametrize("setting", ["cuda:N", "cuda:", "cuda:01", "cuda:1000", "cuda:-1", "gpu"])
+@pytest.mark.parametrize("setting", ["cuda:N", "cuda:", "cuda:01", "cuda:1000", "cuda:-1"])
 def test_a_device_that_has_no_such_name_is_refused(setting):
     assert Config(train=TrainConfig(device="cuda:12")).train.device == "cuda:12"
     with pytest.raises(ValueError, match=r"^train.device must be one of auto, cpu, cuda, cuda:N"):

@@ -53,7 +53,7 @@ def test_a_missing_library_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_HERE", tmp_path)
     native.library.cache_clear()
     try:
-        with pytest.raises(native.NativeError, match="cannot load .* build it with `make setup`"):
+        with pytest.raises(native.NativeError, match="cannot load .*; run `make setup`"):
             native.library()
     finally:
         native.library.cache_clear()

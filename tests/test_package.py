@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -116,3 +117,63 @@ def test_every_kernel_has_a_reference_a_test_and_a_benchmark():
         assert hasattr(kernels.reference, name), f"kernels/reference.py lacks {name}"
         assert (ROOT / f"tests/test_{name}.py").exists()
         assert (ROOT / f"benchmarks/bench_{name}.py").exists()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder with mien as a wheel installs it; libmien is a link to that of the tree."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", folder]
+    subprocess.run(command, check=True, cwd=ROOT)
+    (folder / "mien/kernels/libmien.so").symlink_to(ROOT / "kernels/libmien.so")
+    return folder
+
+
+def test_a_wheel_holds_every_file_that_is_read(installed):
+    held = {path.relative_to(installed / "mien") for path in installed.rglob("*") if path.is_file()}
+    kept_out = {"csrc", "results", "__pycache__"}
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*"):
+            name = path.relative_to(ROOT)
+            if path.is_file() and not kept_out & set(name.parts):
+                assert name in held, f"setup.py leaves {name} out of the wheel"
+    assert Path("kernels/csrc/include/mien.h") in held
+    assert Path("setup.py") not in held
+    assert not any("results" in path.parts for path in held)
+
+
+def _run_installed(folder, *words, code=0):
+    """What `python ...` says in a folder of its own, where mien is only installed."""
+    away = folder / "work"
+    away.mkdir(exist_ok=True)
+    environment = {"PATH": os.environ["PATH"], "HOME": str(away), "PYTHONPATH": str(folder)}
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=away, env=environment
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["mien.cli", "doctor"], "ok  libmien"),
+        (["mien.cli", "preset", "show", "original"], "[model]"),
+        (["mien.cli", "recipe", "show", "standard"], "standard: Learn until"),
+        (["mien.cli.settings_page"], "# Settings"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_an_installed_mien_needs_no_source_tree(installed, words, told):
+    assert told in _run_installed(installed, "-m", *words)
+
+
+def test_an_installed_mien_reports_what_it_has_measured(installed):
+    report = ["-m", "mien.cli", "bench", "report"]
+    assert "mien bench: no results in" in _run_installed(installed, *report, code=2)
+    write = "from mien.benchmarks import harness, launches; harness.write_results([]); "
+    _run_installed(installed, "-c", write + "launches.read_budget()")
+    assert (installed / "work/benchmarks/results").is_dir()
+    assert "cores, torch" in _run_installed(installed, *report)

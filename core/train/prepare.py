@@ -36,6 +36,7 @@ from . import batch_size as batch_sizes
 from . import divergence, memory, overlap, stages
 from . import engine as engines
 from . import precision as precisions
+from .device import choose_device
 from .engine import Engine
 from .evaluate import Evaluation, measured_at, open_evaluation
 from .losses import Loss
@@ -224,7 +225,7 @@ def _ready(
     """The run, and what is told where it fails."""
     config = resolved.config
     _check_paths(config)
-    device = choose_device(config.train.device)
+    device = choose_device(config.train.device, reporter.warning)
     if device.type == "cuda":
         stack.enter_context(torch.cuda.device(device))
     try:
@@ -276,7 +277,7 @@ def _prepare(
     is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
     kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
     model.to(device)
-    _set_libraries(precision, deterministic=config.train.deterministic)
+    _set_libraries(precision, device, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
     _settle_state(state, saved, plan, rate_factor, config)
@@ -406,31 +407,6 @@ def _settle_state(
         state.parts[ROLLBACK] = {"rate_factor": rate_factor}
     elif before.optimizer.learning_rate != config.optimizer.learning_rate:
         state.parts.pop(ROLLBACK, None)  # the user has chosen another rate
-
-
-def choose_device(setting: str) -> torch.device:
-    """The device that `train.device` leads to.
-
-    Raises:
-        ValueError: There is no such GPU; says which there are.
-    """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if setting == "cpu" or (setting == "auto" and not num_gpus):
-        return torch.device("cpu")
-    kind, _, number = setting.partition(":")
-    index = int(number) if number else torch.cuda.current_device() if num_gpus else 0
-    if index < num_gpus:
-        return torch.device("cuda", index)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    why = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
-    if not num_gpus:
-        raise ValueError(
-            f"train.device is {setting}, but no CUDA GPU is usable{why}; `mien doctor` says why"
-        )
-    raise ValueError(
-        f"train.device is {setting}, but the last GPU is cuda:{num_gpus - 1}{why}; "
-        f"use --device cuda:0 to cuda:{num_gpus - 1}"
-    )
 
 
 def _check_paths(config: Config) -> None:
@@ -572,10 +548,10 @@ def _is_on(setting: str, automatic: bool) -> bool:
     return setting == "on" or (setting == "auto" and automatic)
 
 
-def _set_libraries(precision: Precision, *, deterministic: bool) -> None:
+def _set_libraries(precision: Precision, device: torch.device, *, deterministic: bool) -> None:
     """How CUDA's libraries are to work in this process, and from when memory is measured."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     precision.apply()
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic

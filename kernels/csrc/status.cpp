@@ -38,6 +38,8 @@ const char *mien_last_error(void) { return last_error; }
 
 #ifdef MIEN_WITH_CUDA
 int32_t mien_has_cuda(void) { return 1; }
+const char *mien_cuda_build(void) { return MIEN_CUDA_BUILD; }
 #else
 int32_t mien_has_cuda(void) { return 0; }
+const char *mien_cuda_build(void) { return ""; }
 #endif

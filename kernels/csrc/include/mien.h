@@ -30,6 +30,11 @@ MIEN_API const char *mien_last_error(void);
 /* 1 where the library holds CUDA kernels, else 0. */
 MIEN_API int32_t mien_has_cuda(void);
 
+/* The CUDA that its kernels were compiled with and the GPU generations that they are for, as in
+ * "13.0.88 80-real 90": -real is machine code alone, -virtual PTX alone, neither is both. Empty
+ * where the library holds none. */
+MIEN_API const char *mien_cuda_build(void);
+
 /* ---- Augmentation ------------------------------------------------------------------------- */
 
 #define MIEN_LANDMARKS 68

@@ -1,0 +1,186 @@
+"""Which device a run trains on, and what keeps a GPU that is here from being it."""
+
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...kernels import native, toolkit
+
+_DRIVERS = {12: "R525 or newer", 13: "R580 or newer"}
+"""Nvidia's drivers that run a CUDA of this major number."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What keeps a GPU from being used."""
+
+    what: str
+    remedy: str
+    """The command that mends it, or what else there is to do; a clause."""
+
+    is_final: bool = False
+    """Nothing can be done about it on this machine."""
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.remedy}"
+
+
+def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
+    """The device that `train.device` leads to.
+
+    Args:
+        setting: auto, cpu, cuda, or cuda:N.
+        warn: Is told where the CPU trains though an Nvidia GPU is here, and why.
+
+    Raises:
+        ValueError: A GPU is asked for, or was chosen, and cannot be used, or libmien cannot be
+            loaded; says what to do.
+    """
+    try:
+        native.library()
+    except native.NativeError as error:
+        raise ValueError(str(error)) from error
+    if setting == "cpu":
+        return torch.device("cpu")
+    if not _torch_has_gpu():
+        hidden = why_hidden()
+        if setting != "auto":
+            reason = hidden or "there is no Nvidia GPU, or none is shown to this process"
+            raise ValueError(f"train.device is {setting}, but {reason}")
+        if hidden:
+            warn(f"training runs on the CPU: {hidden}")
+        return torch.device("cpu")
+    device = _numbered(setting)
+    unfit = why_unfit(device)
+    if unfit and unfit.is_final and setting == "auto":
+        warn(f"training runs on the CPU: {unfit}")
+        return torch.device("cpu")
+    if unfit:
+        raise ValueError(f"{unfit}, or train on the CPU with --device cpu")
+    return device
+
+
+def _numbered(setting: str) -> torch.device:
+    """The GPU of cuda:N; of auto and cuda the current one."""
+    _, _, number = setting.partition(":")
+    index = int(number) if number else torch.cuda.current_device()
+    num_gpus = torch.cuda.device_count()
+    if index < num_gpus:
+        return torch.device("cuda", index)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+    raise ValueError(
+        f"train.device is {setting}, but the last GPU is cuda:{num_gpus - 1}{why}; "
+        f"use --device cuda:0 to cuda:{num_gpus - 1}"
+    )
+
+
+def require_fit_gpu() -> None:
+    """Refuse, with a ValueError, a GPU that torch would use and mien cannot."""
+    if _torch_has_gpu():
+        unfit = why_unfit(torch.device("cuda", torch.cuda.current_device()))
+        if unfit:
+            raise ValueError(str(unfit))
+
+
+def _torch_has_gpu() -> bool:
+    """Whether torch can use a GPU; what it warns of is what `why_hidden` says in one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.cuda.is_available()
+
+
+def why_hidden() -> Problem | None:
+    """Why torch cannot use the Nvidia GPU of this machine; None where it can, or there is none."""
+    if _torch_has_gpu() or not toolkit.has_gpu():
+        return None
+    driver, version = toolkit.driver(), torch.__version__
+    if torch.version.cuda is None:
+        command = f"{sys.executable} -m pip install --force-reinstall torch"
+        return Problem(
+            f"torch {version} is a build for CPUs, and this machine has an Nvidia GPU",
+            f"install one for CUDA: `{command}=={version.partition('+')[0]}`",
+        )
+    if driver is None:
+        return Problem(
+            "this machine has an Nvidia GPU, but no driver library libcuda.so.1 is found",
+            "install Nvidia's driver, or start the container with its GPUs (`--gpus all`)",
+        )
+    too_old = _too_old(driver, torch.version.cuda, f"torch {version}")
+    if too_old:
+        return too_old
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        given = os.environ["CUDA_VISIBLE_DEVICES"]
+        return Problem(
+            f"CUDA_VISIBLE_DEVICES={given!r} shows this process no GPU",
+            "`unset CUDA_VISIBLE_DEVICES`",
+        )
+    return Problem(
+        f"the Nvidia driver refuses (CUDA error {driver.error})",
+        "see what `nvidia-smi` says; after an update of the driver restart the machine",
+    )
+
+
+def card_of(device: torch.device) -> tuple[str, int]:
+    """``(name, generation)`` of a GPU: such as "NVIDIA L4 (sm_89)" and 89."""
+    major, minor = torch.cuda.get_device_capability(device)
+    generation = 10 * major + minor
+    return f"{torch.cuda.get_device_name(device)} (sm_{generation})", generation
+
+
+def why_unfit(device: torch.device) -> Problem | None:
+    """Why mien cannot train on this GPU, which torch can use; None where it can."""
+    card, generation = card_of(device)
+    if generation < toolkit.OLDEST:
+        return Problem(
+            f"the GPU {card} is older than mien supports",
+            f"it needs sm_{toolkit.OLDEST} (Ampere, such as an RTX 3060 or A100) or newer",
+            is_final=True,
+        )
+    try:
+        cuda, generations = native.cuda_build()
+    except native.NativeError as error:
+        return Problem(str(error).partition(";")[0], toolkit.REBUILD)
+    if not generations:
+        return Problem(f"libmien has no CUDA kernels for the GPU {card}", toolkit.REBUILD)
+    if not native.runs_on(generation):
+        made_for = ", ".join(f"sm_{kind.partition('-')[0]}" for kind in generations)
+        return Problem(
+            f"libmien's CUDA kernels are for {made_for}, the GPU is {card}", toolkit.REBUILD
+        )
+    # libmien brings a CUDA runtime of its own, so torch's may run where libmien's does not.
+    return _too_old(toolkit.driver(), cuda, "libmien") or _no_c_compiler()
+
+
+def _too_old(driver: toolkit.Driver | None, cuda: str, of: str) -> Problem | None:
+    """Whether a driver is older than the major number of the CUDA of a library."""
+    needed = int(cuda.partition(".")[0])
+    if driver is None or driver.cuda[0] >= needed:
+        return None
+    runs = ".".join(map(str, driver.cuda))
+    return Problem(
+        f"the Nvidia driver runs CUDA {runs}, and {of} is built for CUDA {cuda}",
+        f"install a driver for CUDA {needed} ({_DRIVERS.get(needed, 'the newest')})",
+    )
+
+
+def _no_c_compiler() -> Problem | None:
+    """Triton builds its launcher with a C compiler and Python's headers when it is first used."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return Problem("Triton finds no C compiler", "install one (`apt install gcc`)")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
+    if not header.exists():
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return Problem(
+            f"Triton needs {header}, which is not there",
+            f"install Python's headers (`apt install {version}-dev`)",
+        )
+    return None
