@@ -10,14 +10,18 @@ import torch
 
 from mien.core.config import Config, TrainConfig
 from mien.core.train import device as devices
+from mien.core.train import prepare
+from mien.core.train.resolve import Overrides
 from mien.kernels import activate, enlarge, native, optimize, to_image, upscale
 from mien.kernels.augment import Ranges, draw
 from mien.kernels.control import new_control, new_history
 from mien.kernels.rules import CLIPPINGS, RULES, Clipping, Rule
 from mien.kernels.tables import Tables
 
-TRITON = [importlib.import_module(f"mien.kernels.{name}") for name in ("upscale", "control", "enlarge")]
-TRITON.append(importlib.import_module("mien.kernels.optimize"))  # the package has the function
+TRITON = [  # by name, since the package has functions of some of these
+    importlib.import_module(f"mien.kernels.{name}")
+    for name in ("upscale", "control", "enlarge", "optimize")
+]
 
 
 class Current:
@@ -160,11 +164,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, setting, num_gpus, visi
 
 def test_a_session_makes_its_device_current(monkeypatch, tmp_path, sides):
     current = Current(monkeypatch)
-    monkeypatch.setattr(preparation, "_prepare", lambda *_: current.index)
+    monkeypatch.setattr(prepare, "_prepare", lambda *_: current.index)
+    monkeypatch.setattr(prepare, "_remember_paths", lambda *_: None)
     data = {"input_a": str(sides[0]), "input_b": str(sides[1])}
     given = {"save": {"model_dir": str(tmp_path)}, "train": {"device": "cuda:1"}, "data": data}
     reporter = SimpleNamespace(warning=pytest.fail)
-    with preparation.open_run(given, reporter) as index:
+    with prepare.open_run(Overrides(given), reporter) as index:
         assert index == 1
     assert current.index == 0
 
