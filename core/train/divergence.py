@@ -45,20 +45,29 @@ ABOVE = 400
 first of 401 losses is the lowest by chance once in 401 times, whatever the noise of a batch."""
 
 EXCESS = 80.0
-"""By how much those losses together must exceed the first, in units of it: 400 by a fifth each."""
+"""By how much those losses together must exceed the first, in units of it: 400 by a fifth each.
+
+Tiny models of the families, batches of four, drawn and filmed faces, on the CPU: with Lion and
+RMSprop at 0.01 a loss stays at 1.19 to 1.59 of the first; not that of phaze-a, and of one side of
+dlight (0.94 to 1.14), whose pictures tell. With Adam at 5e-5 it is at most 1.05 of it for some
+hundred iterations, by the chance of the first batches, and single losses are 0.75 to 0.9 of it.
+"""
 
 ZEROS = 25
 """Iterations in a row whose loss is exactly 0: with one face a batch, half of the masks empty, a
 chance of 1 in 30 million."""
 
 SAME = 0.025
-"""Share of the faces' own variety below which all pictures are the same one."""
+"""Share of the faces' own variety below which all pictures are the same one.
+
+Of the same models, after 100 iterations: 0.018 at most with Lion and RMSprop at 0.01, and 0.006
+where Adam at 0.01 ends so. Of those that learn, 0.053 at least with Adam at 0.01, 0.17 at 2e-4 and
+0.21 at 5e-5, also of the full-size original on filmed faces.
+"""
 
 PINNED = 0.95
-"""Share of the values at an end of their range above which a picture is none of a face.
-
-Of the same models: 0.00 with Adam at 5e-5 from the first iteration on, 1.00 of many at 0.01.
-"""
+"""Share of the values at an end of their range above which a picture is none of a face: 1.00 where
+those models turn black or neon, 0.00 to 0.15 where they learn, from the first iteration on."""
 
 _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
 _HOW_FACES_ARE_KEPT = ("decoder", "placement", "store_dir", "num_threads", "strict")
