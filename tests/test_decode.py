@@ -1,5 +1,6 @@
 """Crops decoded by DALI and by OpenCV: the same bytes, the right bytes, and what is no picture."""
 
+import os
 import re
 import shutil
 import threading
@@ -154,6 +155,9 @@ def damage(face, kind):
     content = face.path.read_bytes()
     if kind == "missing":
         face.path.unlink()
+    elif kind == "pipe":
+        face.path.unlink()
+        os.mkfifo(face.path)
     elif kind == "empty":
         face.path.write_bytes(b"")
     elif kind == "text":
@@ -183,6 +187,11 @@ def test_a_damaged_file_is_named_and_the_others_are_kept(own_faces, backend, kin
         else:
             np.testing.assert_array_equal(crop_bgr, wanted[number])
     assert not told
+
+
+def test_a_pipe_in_the_place_of_a_face_is_waited_for_by_nobody(own_faces):
+    damage(own_faces[0], "pipe")
+    assert isinstance(decode.decode_one(own_faces[0], CROPS[0]), png.FaceFileError)
 
 
 def test_every_file_damaged(own_faces):

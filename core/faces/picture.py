@@ -14,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..run.files import open_for_reading
 from .png import FaceFileError, edge_of, is_complete, max_file_bytes
 
 DECODING_BYTES = 512 * 1024**2
@@ -66,7 +67,8 @@ def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_budget.taken(decoding_bytes(path, edge_px)))
-            encoded = np.fromfile(path, np.uint8, max_file_bytes(edge_px))
+            file = stack.enter_context(open_for_reading(path, follows_links=True))
+            encoded = np.fromfile(file, np.uint8, max_file_bytes(edge_px))
         except OSError as error:
             raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
         yield _decoded(encoded, edge_px)
