@@ -168,7 +168,7 @@ def test_draw_refuses_a_result_on_another_device():
         draw(Ranges(), first=first, device="meta", **options)
 
 
-@pytest.mark.parametrize("setting", ["cuda:N", "cuda:", "cuda:01", "cuda:1000", "cuda:-1", "gpu"])
+@pytest.mark.parametrize("setting", ["cuda:N", "cuda:", "cuda:01", "cuda:1000", "cuda:-1"])
 def test_a_device_that_has_no_such_name_is_refused(setting):
     assert Config(train=TrainConfig(device="cuda:12")).train.device == "cuda:12"
     with pytest.raises(ValueError, match=r"^train.device must be one of auto, cpu, cuda, cuda:N"):
