@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import native
+from . import dispatch, native
 from .checks import check_memory, check_tensor
 
 FACE_PARAMS = np.dtype(
@@ -240,10 +240,10 @@ def draw(
     else:
         job.first = list(first)
     job.params = ffi.cast("mien_face *", out.data_ptr())
-    if device.type == "cpu":
-        native.call("draw_cpu", given, job)
-    else:
+    if dispatch.uses_cuda(device):
         native.launch("draw", device, given, job)
+    else:
+        native.call("draw_cpu", given, job)
     return out
 
 
@@ -370,7 +370,7 @@ def augment(
     job.eye_extra = eye_multiplier if eye_multiplier > 1 else 0
     job.mouth_extra = mouth_multiplier if mouth_multiplier > 1 else 0
 
-    if device.type == "cpu":
+    if not dispatch.uses_cuda(device):
         native.call("augment_cpu", job, num_threads)
         return out
     needed = lib.mien_augment_workspace_bytes(job)

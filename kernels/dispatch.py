@@ -1,8 +1,9 @@
-"""Which tensors a Triton kernel takes: those on a GPU; any, while a test interprets the kernels."""
+"""Which tensors a kernel takes: those on a GPU; any, while a test runs the kernels on a CPU."""
 
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 _interpreted = False
@@ -11,6 +12,11 @@ _interpreted = False
 def uses_triton(tensor: Tensor) -> bool:
     """Whether an operation on ``tensor`` launches its kernels; else it runs in plain PyTorch."""
     return tensor.is_cuda or _interpreted
+
+
+def uses_cuda(device: torch.device) -> bool:
+    """Whether an operation of libmien launches CUDA kernels; else it runs on threads of the CPU."""
+    return device.type == "cuda"
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
+from . import dispatch, native
 from .checks import check_alignment, check_tensor
 
 LOSSES = ("mae", "mse", "logcosh", "smooth_loss", "ssim")
@@ -101,10 +101,10 @@ def _op(
     num_bytes = lib.mien_face_loss_workspace_bytes(job)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     room = pointer(workspace), num_bytes
-    if device.type == "cpu":
-        native.call("face_loss_cpu", job, *room, torch.get_num_threads())
-    else:
+    if dispatch.uses_cuda(device):
         native.launch("face_loss", device, job, *room)
+    else:
+        native.call("face_loss_cpu", job, *room, torch.get_num_threads())
     return means, gradient_a, gradient_b
 
 

@@ -1,8 +1,10 @@
 """Shared by all tests. No tests/__init__.py: see CONTRIBUTING, 'one copy of the package'."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ if not torch.cuda.is_available():
     # Before mien.kernels is imported: without a GPU, tests interpret the Triton kernels.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from emulator import ORDERS, Emulator, build
+
 from mien import models
 from mien.core.faces.synthetic import draw_folder
 from mien.kernels import dispatch
 
 TESTS = Path(__file__).parent
+EMULATES_ALL = os.environ.get("MIEN_EMULATE") == "all"
 ROOT = TESTS.parent
 
 
@@ -159,6 +164,44 @@ def triton_device(device):
         return
     with dispatch.interpreted():
         yield device
+
+
+@pytest.fixture(scope="session")
+def emulator(pytestconfig) -> Emulator:
+    """mien's CUDA kernels on the CPU; built at the first use, and again when a source changes."""
+    return Emulator(build(pytestconfig.cache.mkdir("cuda_on_cpu")))
+
+
+@pytest.fixture
+def emulated(request):
+    """A context in which libmien's operations on tensors of the CPU run the emulated kernels.
+
+    The order of their threads is another from test to test.
+    """
+
+    @contextlib.contextmanager
+    def running():
+        emulator = request.getfixturevalue("emulator")
+        seed = zlib.crc32(request.node.nodeid.encode())
+        emulator.set_order(ORDERS[seed % len(ORDERS)], seed)
+        with emulator.running():
+            yield
+
+    return running
+
+
+@pytest.fixture(params=["threads", "emulated"])
+def processor(request, emulated):
+    """What runs libmien's operations on tensors of the CPU: its threads or the emulated kernels."""
+    with emulated() if request.param == "emulated" else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(params=["threads", "emulated"] if EMULATES_ALL else ["threads"])
+def processor_on_request(request, emulated):
+    """As `processor`, for tests that take the emulated kernels long: with MIEN_EMULATE=all."""
+    with emulated() if request.param == "emulated" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ from mien.kernels.augment import (
 )
 
 CSRC = Path(mien.__file__).parent / "kernels/csrc"
+each_processor = pytest.mark.usefixtures("processor")
+each_processor_on_request = pytest.mark.usefixtures("processor_on_request")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -121,6 +123,7 @@ def run_whole(faces, records, size_px):
     return levels(out.targets_bchw[0]), levels(out.input_bchw), levels(out.mask_b1hw)
 
 
+@each_processor_on_request
 @pytest.mark.oracle
 def test_each_stage_equals_the_oracle(oracle_dir):
     """Colour, affine of picture and masks, flip, warp: each from the oracle's random numbers."""
@@ -191,6 +194,7 @@ def _matrices(draws, size_px):
     return rows.astype(np.float32)
 
 
+@each_processor
 @pytest.mark.oracle
 def test_the_whole_chain_equals_the_oracle(oracle_dir):
     """From the store to input, targets and masks of every size, in the oracle's random numbers."""
@@ -255,6 +259,7 @@ def landmarks_of(points, nearest):
     )
 
 
+@each_processor_on_request
 @pytest.mark.oracle
 def test_warp_to_landmarks_equals_the_oracle(oracle_dir):
     """The oracle bends along the wrong axes: x and y are exchanged in its points.
@@ -294,13 +299,11 @@ CASES = [
     pytest.param(66, 66, [22], id="no-multiple-of-4"),
     pytest.param(37, 36, [1, 37], id="odd"),
     pytest.param(8, 8, [8, 4], id="smallest"),
-    pytest.param(384, 128, [384, 96], id="384"),
 ]
+LARGE = 384, 128, [384, 96]
 
 
-@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
-@pytest.mark.parametrize("rgb", [False, True], ids=["bgr", "rgb"])
-def test_equals_opencv(size_px, input_px, output_px, rgb):
+def _assert_equals_opencv(size_px, input_px, output_px, *, rgb):
     faces = drawn_store(5, size_px)
     params = drawn_params(7, 5, size_px)
     records = records_of(params)
@@ -316,6 +319,18 @@ def test_equals_opencv(size_px, input_px, output_px, rgb):
     for weight, wanted in zip(ours.weights_b1hw, want[2], strict=True):
         np.testing.assert_allclose(weight[:, 0].numpy(), wanted, rtol=5e-7)  # fp32 roundings
     assert np.array_equal(levels(ours.mask_b1hw)[..., 0], want[3])
+
+
+@each_processor
+@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
+@pytest.mark.parametrize("rgb", [False, True], ids=["bgr", "rgb"])
+def test_equals_opencv(size_px, input_px, output_px, rgb):
+    _assert_equals_opencv(size_px, input_px, output_px, rgb=rgb)
+
+
+@each_processor_on_request
+def test_large_faces_equal_opencv():
+    _assert_equals_opencv(*LARGE, rgb=True)
 
 
 def test_color_equals_opencv_for_every_color():
@@ -334,6 +349,7 @@ def test_color_equals_opencv_for_every_color():
             assert np.array_equal(picture, reference.vary_color(face[..., :3], record["lab"], 0))
 
 
+@each_processor_on_request
 @pytest.mark.parametrize("size_px", [64, 100, 256])
 @pytest.mark.parametrize("tiles", range(1, 11))
 def test_clahe_equals_opencv(size_px, tiles):
@@ -347,6 +363,7 @@ def test_clahe_equals_opencv(size_px, tiles):
         assert np.array_equal(picture, want)
 
 
+@each_processor
 @pytest.mark.parametrize("target_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("input_dtype", DTYPES, ids=str)
 def test_dtypes_are_rounded_once(input_dtype, target_dtype):
@@ -360,6 +377,7 @@ def test_dtypes_are_rounded_once(input_dtype, target_dtype):
         assert target.is_contiguous(memory_format=torch.channels_last)
 
 
+@each_processor
 def test_weights_follow_the_multipliers():
     faces = drawn_store(3, 32)
     params = params_from_records(still(3))
@@ -392,6 +410,7 @@ def test_same_bits_on_any_number_of_threads():
             assert torch.equal(ours, first)
 
 
+@each_processor
 def test_both_sides_go_into_one_batch():
     faces = [drawn_store(3, 32, seed=1), drawn_store(4, 32, seed=2)]
     sizes = {"input_px": 32, "output_px": [16]}
@@ -405,6 +424,7 @@ def test_both_sides_go_into_one_batch():
         assert torch.equal(both.weights_b1hw[0][half], alone.weights_b1hw[0])
 
 
+@each_processor
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_batch_can_bring_its_own_faces(device):
     """The faces that the rows name, in their order, in place of the stores."""
@@ -427,6 +447,7 @@ def test_a_batch_can_bring_its_own_faces(device):
         augment(faces, params, num_faces=(5, 7), **sizes)
 
 
+@each_processor
 def test_nothing_is_written_beyond_the_batch():
     faces, params = drawn_store(3, 32), drawn_params(2, 3, 32)
     whole = empty(3, input_px=32, output_px=[32], input_channels=8)
@@ -439,8 +460,7 @@ def test_nothing_is_written_beyond_the_batch():
         assert tensor[2].isnan().all()
 
 
-@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
-def test_single_interpolation_equals_opencv(size_px, input_px, output_px):
+def _assert_single_interpolation_equals_opencv(size_px, input_px, output_px):
     """Positions are float32 here and float64 there: a level may fall to its other neighbour."""
     faces, params = drawn_store(5, size_px), drawn_params(9, 5, size_px)
     records = records_of(params)
@@ -459,6 +479,18 @@ def test_single_interpolation_equals_opencv(size_px, input_px, output_px):
         assert torch.equal(one, other)
 
 
+@each_processor
+@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
+def test_single_interpolation_equals_opencv(size_px, input_px, output_px):
+    _assert_single_interpolation_equals_opencv(size_px, input_px, output_px)
+
+
+@each_processor_on_request
+def test_single_interpolation_of_large_faces_equals_opencv():
+    _assert_single_interpolation_equals_opencv(*LARGE)
+
+
+@each_processor_on_request
 def test_single_interpolation_is_sharper():
     faces, params = drawn_store(6, 128), drawn_params(6, 6, 128)
     rows = [
@@ -508,6 +540,7 @@ def landmark_pairs(records, landmarks):
     return pairs
 
 
+@each_processor
 @pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
 @pytest.mark.parametrize(("size_px", "input_px"), [(64, 64), (96, 48), (66, 22), (37, 30), (8, 8)])
 def test_warp_to_landmarks_equals_opencv(size_px, input_px, single):
@@ -528,6 +561,7 @@ def test_warp_to_landmarks_equals_opencv(size_px, input_px, single):
         assert np.count_nonzero(differ) <= 2 + 5e-4 * differ.size  # measured: 4.4e-4, full of grain
 
 
+@each_processor
 @pytest.mark.parametrize("on_edge", ["source", "destination", "neither"])
 def test_a_point_of_the_jaw_on_the_edge_of_the_features_is_dropped(on_edge):
     generator = np.random.default_rng(0)
@@ -567,6 +601,7 @@ def _landmark_case(kind, size_px):
     }[kind]
 
 
+@each_processor
 @pytest.mark.parametrize("size_px", [8, 37, 64])
 @pytest.mark.parametrize(
     "kind",
@@ -586,6 +621,7 @@ def test_landmarks_that_stay_move_nothing(kind, size_px):
     assert torch.equal(out.input_bchw, out.targets_bchw[0])
 
 
+@each_processor
 def test_landmarks_far_outside_are_no_error():
     faces = drawn_store(2, 64)
     points = np.tile(_landmark_case("far outside", 64), (2, 1, 1))
@@ -598,6 +634,7 @@ def test_landmarks_far_outside_are_no_error():
     assert 0 <= out.input_bchw.min() <= out.input_bchw.max() <= 1
 
 
+@each_processor
 @pytest.mark.parametrize("axis", [0, 1], ids=["x", "y"])
 def test_landmarks_pull_the_picture_along_their_own_axis(axis):
     """A feature goes where its landmark goes."""
@@ -626,6 +663,7 @@ def test_landmarks_pull_the_picture_along_their_own_axis(axis):
     np.testing.assert_allclose(centre, wanted, atol=0.1)
 
 
+@each_processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rgb", [False, True], ids=["bgr", "rgb"])
 def test_eight_channels_are_three_and_zeros(dtype, rgb):
@@ -654,6 +692,7 @@ def test_launches_follow_the_sizes():
     assert count(0, 64, [64]) == {"draw": 0, "augment": 0}
 
 
+@each_processor
 def test_no_faces_are_no_error():
     faces, params = drawn_store(2, 32), drawn_params(0, 2, 32)
     assert augment([faces], params, input_px=32, output_px=[32]).input_bchw.shape == (0, 3, 32, 32)
@@ -822,6 +861,7 @@ def _after(tensor, bytes_past=1):
     return torch.as_strided(moved, tensor.shape, tensor.stride()).copy_(tensor)
 
 
+@each_processor
 @pytest.mark.parametrize(
     ("name", "bytes_past", "needed"),
     [("faces", 4, 8), ("params", 4, 8), ("landmarks", 2, 4), ("nearest", 2, 4)]
@@ -853,6 +893,7 @@ def test_refuses_memory_that_starts_within_a_word(name, bytes_past, needed):
         augment(**given | {"landmarks": [a, b]}, out=out, **options)
 
 
+@each_processor
 def test_memory_may_start_at_any_whole_word():
     faces, params = drawn_store(3, 16), drawn_params(4, 3, 16)
     options = {"input_px": 16, "output_px": [16]}
@@ -861,35 +902,35 @@ def test_memory_may_start_at_any_whole_word():
     assert torch.equal(ours.input_bchw, want.input_bchw)
 
 
+NO_NUMBERS = [np.nan, np.inf, -np.inf, 3e38, -3e38]
+
+
+@each_processor
 @pytest.mark.parametrize("field", ["warp_noise", "matrix", "lab", "landmark_noise", "landmarks"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38])
 @pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])
-def test_numbers_that_are_none_leave_other_faces_alone(field, value, single):
-    """A face whose parameters are broken is a picture of its own edge, and no error."""
-    faces = [drawn_store(2, 64), drawn_store(2, 64, seed=1)]
-    landmarks = drawn_landmarks((2, 2), 64)
-    params = both_sides(3, (2, 2), 64, warp_to_landmarks=True)
+def test_numbers_that_are_none_leave_other_faces_alone(field, single):
+    """A face whose parameters are broken is some picture of the store, and no error."""
+    faces = [drawn_store(6, 40), drawn_store(6, 40, seed=1)]
+    landmarks = drawn_landmarks((6, 6), 40)
+    params = both_sides(6, (6, 6), 40, warp_to_landmarks=True)
     records = records_of(params)
-    records["warp"][:3], records["color"] = 1 if field == "warp_noise" else 2, 1
-    options = {"input_px": 64, "output_px": [64], "single_interpolation": single}
+    records["index"] = [*range(6), *range(6)]
+    records["color"], records["warp"] = 1, 1 if field == "warp_noise" else 2
+    for side in landmarks:  # the last of each side is warped to the other's last
+        side.nearest_fk[5] = 5
+    options = {"input_px": 40, "output_px": [40], "single_interpolation": single}
     want = augment(faces, params, landmarks=landmarks, **options)
-    rows = [1]
-    if field == "landmarks":
-        landmarks[0].points_fl2[0] = value
-        rows = [row for row in range(3) if records["index"][row] == 0]
-        rows += [row for row in range(3, 6) if _is_warped_to(records[row], landmarks, 0)]
-    else:
-        records[field][1] = value
+    for row, value in enumerate(NO_NUMBERS):
+        if field == "landmarks":
+            for side in landmarks:
+                side.points_fl2[row] = value
+        else:
+            records[field][[row, 6 + row]] = value
     ours = augment(faces, params, landmarks=landmarks, **options)
-    others = [row for row in range(6) if row not in rows]
-    assert len(others) < 6
-    assert torch.equal(ours.input_bchw[others], want.input_bchw[others])
-    assert torch.equal(ours.targets_bchw[0][others], want.targets_bchw[0][others])
     assert 0 <= ours.input_bchw.min() <= ours.input_bchw.max() <= 1
-
-
-def _is_warped_to(record, landmarks, face):
-    return int(landmarks[1].nearest_fk[record["index"], record["near"]]) == face
+    for row in (5, 11):
+        assert torch.equal(ours.input_bchw[row], want.input_bchw[row])
+        assert torch.equal(ours.targets_bchw[0][row], want.targets_bchw[0][row])
 
 
 @pytest.mark.slow
@@ -910,7 +951,9 @@ def test_refuses_an_output_of_another_layout():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("size_px", "input_px", "output_px"), CASES)
+@pytest.mark.parametrize(
+    ("size_px", "input_px", "output_px"), [*CASES, pytest.param(*LARGE, id="384")]
+)
 @pytest.mark.parametrize("channels", [3, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("single", [False, True], ids=["twice", "once"])

@@ -12,6 +12,9 @@ from mien.kernels.native import NativeError
 
 NUM = 20_000
 
+each_processor = pytest.mark.usefixtures("processor")
+each_processor_on_request = pytest.mark.usefixtures("processor_on_request")
+
 
 def drawn(first=0, count=NUM, *, seed=11, side=0, num_faces=997, size_px=64, **ranges):
     """Records of one side; the other side's numbers are others."""
@@ -37,6 +40,7 @@ def philox(counter, key):
     return c
 
 
+@each_processor
 def test_numbers_are_philox():
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = 0xFFFFFFFF
@@ -55,12 +59,14 @@ def test_numbers_are_philox():
         np.testing.assert_allclose(record["warp_noise"][0, 0, :2], noise, rtol=2e-6, atol=1e-6)
 
 
+@each_processor
 def test_a_face_does_not_depend_on_its_batch():
     whole = drawn(0, 50)
     assert np.array_equal(drawn(20, 30), whole[20:])
     assert np.array_equal(drawn(49, 1), whole[49:])
 
 
+@each_processor
 def test_a_side_alone_is_a():
     options = {"seed": 3, "count": 9, "size_px": 64}
     alone = draw(Ranges(), first=[4], num_faces=[7], **options)
@@ -68,6 +74,7 @@ def test_a_side_alone_is_a():
     assert torch.equal(alone, both[:9])
 
 
+@each_processor
 def test_numbers_can_come_from_a_tensor():
     options = {"seed": 3, "count": 4, "num_faces": [7, 5], "size_px": 64}
     seen = torch.tensor([2**40, 3])
@@ -76,6 +83,7 @@ def test_numbers_can_come_from_a_tensor():
     )
 
 
+@each_processor
 def test_sides_seeds_and_faces_differ():
     one = drawn(0, 100)
     for other in (drawn(0, 100, side=1), drawn(0, 100, seed=12), drawn(100, 100)):
@@ -84,6 +92,7 @@ def test_sides_seeds_and_faces_differ():
             assert not np.any(one[name] == other[name])
 
 
+@each_processor
 @pytest.mark.parametrize("num_faces", [1, 2, 3, 5, 16, 17, 25, 64, 257, 1000])
 def test_every_face_is_seen_before_one_repeats(num_faces):
     epochs = 6
@@ -101,6 +110,7 @@ def _chi_squared(counts):
     return (((counts - mean) ** 2 / mean).sum() - free) / math.sqrt(2 * free)
 
 
+@each_processor_on_request
 @pytest.mark.parametrize("num_faces", [5, 25, 100])
 def test_every_face_is_as_likely_at_every_place(num_faces):
     epochs = 2000
@@ -127,6 +137,7 @@ def _is_chance(hits, chance):
     return abs(np.mean(hits) - chance) < 4.5 * math.sqrt(chance * (1 - chance) / len(hits))
 
 
+@each_processor_on_request
 def test_color_distributions():
     records = drawn(color_lightness=40, color_ab=20, color_clahe_chance=30)
     assert np.all(records["color"] == 1)
@@ -137,6 +148,7 @@ def test_color_distributions():
     assert not drawn(color=False)["color"].any()
 
 
+@each_processor_on_request
 @pytest.mark.parametrize(
     ("size_px", "max_size", "tiles"),
     [
@@ -155,6 +167,7 @@ def test_clahe_grids(size_px, max_size, tiles):
         assert abs(_chi_squared(list(counts.values()))) < 5
 
 
+@each_processor_on_request
 @pytest.mark.parametrize("size_px", [64, 256])
 def test_affine_distributions(size_px):
     records = drawn(size_px=size_px, zoom_amount=20, rotation_range=25, shift_range=15)
@@ -175,6 +188,7 @@ def test_affine_distributions(size_px):
     assert np.abs(correlation).max() < 5 / math.sqrt(NUM)
 
 
+@each_processor_on_request
 def test_flip_chances():
     assert _is_chance(drawn(flip_chance=20)["flip"], 0.2)
     assert not drawn(flip_chance=0)["flip"].any()
@@ -182,6 +196,7 @@ def test_flip_chances():
     assert not drawn(flip=False, flip_chance=100)["flip"].any()
 
 
+@each_processor_on_request
 @pytest.mark.parametrize("size_px", [64, 256])
 def test_warp_noise_is_normal(size_px):
     records = drawn(count=4000, size_px=size_px)
@@ -196,6 +211,7 @@ def test_warp_noise_is_normal(size_px):
     assert not drawn(count=4, warp=False)["warp"].any()
 
 
+@each_processor_on_request
 @pytest.mark.parametrize("size_px", [64, 256])
 def test_noise_of_landmarks_is_normal(size_px):
     records = drawn(count=4000, size_px=size_px, warp_to_landmarks=True)
@@ -210,6 +226,7 @@ def test_noise_of_landmarks_is_normal(size_px):
     assert np.abs(correlation).max() < 5.5 / math.sqrt(4000)
 
 
+@each_processor_on_request
 def test_each_of_the_nearest_is_as_likely():
     records = drawn(warp_to_landmarks=True)
     counts = np.bincount(records["near"], minlength=10)
@@ -218,6 +235,7 @@ def test_each_of_the_nearest_is_as_likely():
     assert abs(np.corrcoef(records["near"], records["landmark_noise"][:, 0, 0])[0, 1]) < 0.035
 
 
+@each_processor
 def test_without_landmarks_nothing_else_changes():
     grid, landmarks = drawn(count=50), drawn(count=50, warp_to_landmarks=True)
     assert not grid["landmark_noise"].any()
@@ -229,11 +247,13 @@ def test_without_landmarks_nothing_else_changes():
     assert not off["landmark_noise"].any()
 
 
+@each_processor
 def test_no_variation_is_the_identity():
     records = drawn(count=100, zoom_amount=0, rotation_range=0, shift_range=0)
     assert np.array_equal(records["matrix"], np.tile(np.eye(2, 3, dtype=np.float32), (100, 1, 1)))
 
 
+@each_processor
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -256,6 +276,7 @@ def test_refuses(change, message):
         draw(ranges, seed=0, **given)
 
 
+@each_processor
 def test_counters_are_read_and_moved_on():
     options = {"seed": 3, "count": 4, "num_faces": [7, 9], "size_px": 64}
     counters = torch.tensor([10, 20])
@@ -265,6 +286,7 @@ def test_counters_are_read_and_moved_on():
     assert counters.tolist() == [18, 28]
 
 
+@each_processor
 def test_counters_begin_anew_behind_the_last_number():
     options = {"seed": 3, "count": 4, "num_faces": [7], "size_px": 64}
     counters = torch.tensor([2**63 - 2])

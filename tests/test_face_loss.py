@@ -13,12 +13,13 @@ ALL = [("ssim", 1.0), ("mae", 0.5), ("mse", 2.0), ("logcosh", 0.25), ("smooth_lo
 SIZES = [(6, 6), (7, 7), (33, 33), (64, 64), (97, 41), (16, 32), (6, 131)]
 
 
-@pytest.fixture(params=["cpu", "baseline", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
+@pytest.fixture(params=["cpu", "baseline", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch, emulated):
     """Where the losses run. The CPU's baseline build goes through a GPU's threads, one by one."""
     if request.param == "baseline":
         monkeypatch.setenv("MIEN_CPU", "baseline")
-    return "cuda" if request.param == "cuda" else "cpu"
+    with emulated() if request.param == "emulated" else contextlib.nullcontext():
+        yield "cuda" if request.param == "cuda" else "cpu"
 
 
 def _pictures(height, width, *, batch=2, channels=3, weight="random", device="cpu"):
