@@ -666,6 +666,26 @@ def test_a_loss_above_its_first_is_remembered_over_sessions_until_the_rate_chang
     assert state.parts[PART]["a"]["first_loss"] is None, "another loss does not compare"
 
 
+@pytest.mark.parametrize("at", [1, 3, 11, 30])
+def test_the_first_loss_of_a_resumed_run_is_that_of_an_undisturbed_one(at):
+    """A run that is killed while its weights are the first ones goes on to the same bits."""
+    losses = np.random.default_rng(0).random(40)
+
+    def trained(*ends):
+        state = TrainingState(trainer="original")
+        for end in ends:
+            settle(state, Config(), Config())
+            detector = _detector_of(state, rate=5e-5)
+            first, count = state.iterations + 1, end - state.iterations
+            seen = losses[first - 1 : end]
+            _check(detector, _side_losses(seen, seen), [count], first=first)
+            state.iterations = end
+            state.parts[PART] = json.loads(json.dumps(detector.to_dict()))
+        return state.parts[PART]
+
+    assert trained(at, 40) == trained(40)
+
+
 def test_weights_that_were_loaded_have_no_first_loss():
     state = TrainingState(trainer="original")
     settle(state, Config(), Config())

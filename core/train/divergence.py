@@ -269,8 +269,9 @@ class DivergenceDetector:
     Args:
         state: Of the run, after `settle`.
         not_finite: Looks for what is not finite.
-        rate: The rate of the iteration that follows so many, where the model began with weights
-            that know nothing, so that learning lowers its loss; None: it did not.
+        rate: The rate of the iteration that follows so many, where a new model begins with weights
+            that know nothing, so that learning lowers its loss; None: it does not. A resumed model
+            has begun so where it has a first loss.
     """
 
     def __init__(
@@ -281,9 +282,13 @@ class DivergenceDetector:
     ):
         self.sides = _sides_of(state)
         self.not_finite, self.jump = not_finite, Jump()
-        self.rate = rate if state.iterations == 0 else None
+        has_begun = all(side.first_loss is not None for side in self.sides.values())
+        self.rate = rate if state.iterations == 0 or has_begun else None
         self.moved = 0.0
         """Sum of the rates so far, while these are the first weights."""
+
+        if self.rate is not None:  # from the beginning, so that a resumed run goes on the same
+            self.moved = sum(map(self.rate, range(min(state.iterations, FIRST + 1))), 0.0)
 
     def check_losses(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
         """Raise TrainingDiverged where the losses of some iterations say so; as in `NotFinite`."""
