@@ -345,10 +345,10 @@ def test_a_snapshot_is_of_the_iteration_in_its_name_with_optimizer(sides, tmp_pa
 
 
 def test_a_snapshot_that_cannot_be_made_does_not_end_the_run(sides, tmp_path, monkeypatch, capsys):
-    def refused(source, target):
+    def refused(source, target, names):
         if "_snapshot_2_iters" in str(target):
             raise PermissionError(errno.EACCES, "Permission denied", str(target))
-        copy_files(source, target)
+        copy_files(source, target, names)
 
     monkeypatch.setattr("mien.core.run.checkpoint.copy_files", refused)
     assert _train(sides, tmp_path / "model", "-i", "3", "-I", "2", "--json") == 0
