@@ -4,8 +4,10 @@ The C header is the only list of signatures. cffi parses it, so a call with the 
 is a TypeError, and a library built from another header is refused.
 """
 
+import errno
 import functools
 import hashlib
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -38,17 +40,23 @@ def library() -> tuple[Any, Any]:
     Raises:
         NativeError: There is no build, or it was made from another header; says what to run.
     """
-    ffi = cffi.FFI()
-    ffi.cdef(_declarations())
     path = _HERE / "libmien.so"
     try:
+        ffi = cffi.FFI()  # which loads a library of its own
+        ffi.cdef(_declarations())
         lib = ffi.dlopen(str(path))
-    except OSError as error:
-        raise NativeError(f"cannot load {path}; {REBUILD}") from error
+    except (OSError, ImportError) as error:
+        reason = "raise `ulimit -n`" if _lacks_handles(error) else REBUILD
+        raise NativeError(f"cannot load {path}; {reason}") from error
     built_from = ffi.string(lib.mien_header_hash()).decode()
     if built_from != hashlib.sha256(_HEADER.read_bytes()).hexdigest():
         raise NativeError(f"{path} was built from another mien.h; {REBUILD}")
     return ffi, lib
+
+
+def _lacks_handles(error: OSError | ImportError) -> bool:
+    """Whether a file could not be opened since too many are open; a loader says so in words."""
+    return getattr(error, "errno", None) == errno.EMFILE or os.strerror(errno.EMFILE) in str(error)
 
 
 def cuda_build() -> tuple[str, list[str]]:

@@ -31,9 +31,10 @@ def test_python_calls_are_counted_exactly():
 
 @pytest.mark.budget
 def test_a_step_stays_within_its_python_calls():
-    """A bound a little above what was counted when written: 3,239 calls. A graph makes none."""
+    """A bound a little above what was counted when written: 3,452 calls, 213 of which came with the
+    checks of sizes and addresses and the device guard of every launch. A graph makes none."""
     step = bench_step.mien_step("lightweight", 1, "fp32", torch.device("cpu"))
-    assert bench_step.count_python_calls(step) <= 3400
+    assert bench_step.count_python_calls(step) <= 3600
 
 
 def test_measure_tells_wall_and_cpu_seconds():

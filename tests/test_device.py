@@ -199,7 +199,7 @@ def test_doctor_of_a_gpu_that_fits(machine, monkeypatch, capsys):
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
     for line in (
-        "ok  gpu                     RTX 4090 (sm_89)",
+        "ok  gpu                     cuda:0 RTX 4090 (sm_89)",
         "ok  driver                  runs CUDA 13.0",
         "ok  libmien                 CPU threads; CUDA 13.0.88 kernels for sm_80, sm_86, sm_89",
         "ok  device                  cuda:0",

@@ -162,6 +162,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, setting, num_gpus, visi
         devices.choose_device(setting, pytest.fail)
 
 
+@pytest.mark.usefixtures("fit")
 def test_a_session_makes_its_device_current(monkeypatch, tmp_path, sides):
     current = Current(monkeypatch)
     monkeypatch.setattr(prepare, "_prepare", lambda *_: current.index)
