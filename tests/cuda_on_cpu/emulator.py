@@ -145,6 +145,7 @@ def _kernel_unit(name: str) -> Unit:
 def _host_units() -> list[Unit]:
     header = hashlib.sha256((CSRC / "include/mien.h").read_bytes()).hexdigest()
     options = ["-DMIEN_WITH_CUDA=1", f'-DMIEN_HEADER_HASH="{header}"']
+    options.append('-DMIEN_CUDA_BUILD="0.0 emulated"')
     names = ("status", "threads", "augment_cpu", "face_loss_cpu")
     units = [(name, f"{name}.cpp", options) for name in names]
     wide = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
