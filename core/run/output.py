@@ -122,12 +122,15 @@ def guarded_streams() -> Iterator[None]:
     """Within, the program's own output and error output are such streams."""
     _open_missing()
     before = sys.stdout, sys.stderr
-    sys.stdout = Output(before[0])
-    sys.stderr = Output(before[1])
+    own = Output(before[0]), Output(before[1])
+    sys.stdout, sys.stderr = own
     try:
         yield
-    finally:
-        sys.stdout, sys.stderr = before
+    finally:  # whoever has put other streams in their place meanwhile keeps those
+        if sys.stdout is own[0]:
+            sys.stdout = before[0]
+        if sys.stderr is own[1]:
+            sys.stderr = before[1]
 
 
 def _open_missing() -> None:
