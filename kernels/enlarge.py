@@ -32,6 +32,18 @@ _RUN = 64  # channels of a tile at most: 128 bytes of bf16, the length of a cach
 
 
 @triton.jit
+def _tile(
+    num_pixels, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    # The pixels and channels of this program's tile of a result, and which of them there are.
+    num_chunks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
+    program = tl.program_id(0)
+    channels = program % num_chunks * BLOCK_C + tl.arange(0, BLOCK_C)
+    pixels = program // num_chunks * BLOCK_P + tl.arange(0, BLOCK_P)
+    return pixels, channels, (pixels < num_pixels)[:, None] & (channels < CHANNELS)[None, :]
+
+
+@triton.jit
 def _between(number, size, FACTOR: tl.constexpr):
     # The pixel before the centre of number ``number`` of the result, the one after, and its share.
     centre = tl.maximum((number.to(tl.float32) + 0.5) / FACTOR - 0.5, 0.0)
@@ -58,11 +70,7 @@ def _forward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    num_chunks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    program = tl.program_id(0)
-    channels = program % num_chunks * BLOCK_C + tl.arange(0, BLOCK_C)
-    pixels = program // num_chunks * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (pixels < num_pixels)[:, None] & (channels < CHANNELS)[None, :]
+    pixels, channels, mask = _tile(num_pixels, CHANNELS, BLOCK_P, BLOCK_C)
     line, column = pixels // (columns * FACTOR), pixels % (columns * FACTOR)
     first = (line // (rows * FACTOR) * rows).to(tl.int64)
     up, down, share_row = _between(line % (rows * FACTOR), rows, FACTOR)
@@ -92,11 +100,7 @@ def _backward_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    num_chunks: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    program = tl.program_id(0)
-    channels = program % num_chunks * BLOCK_C + tl.arange(0, BLOCK_C)
-    pixels = program // num_chunks * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (pixels < num_pixels)[:, None] & (channels < CHANNELS)[None, :]
+    pixels, channels, mask = _tile(num_pixels, CHANNELS, BLOCK_P, BLOCK_C)
     line, column = pixels // columns, pixels % columns
     row = line % rows
     first = (line // rows * (rows * FACTOR)).to(tl.int64)

@@ -90,16 +90,22 @@ def _compare(name, tensors, options):
         assert (difference <= bound).all(), (difference - bound).max()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize(("shape", "slope", "border"), ACTIVATE)
-def test_activate_equals_float64(place, shape, slope, border, with_residual, dtype):
+def _inputs(place, shape, with_residual, dtype):
+    """What `activate` takes: a picture, a bias and, where one is asked for, a residual."""
     tensors = {
         "x_bchw": _random(*shape, place=place, dtype=dtype),
         "bias_c": _random(shape[1], place=place, dtype=dtype),
     }
     if with_residual:
         tensors["residual_bchw"] = _random(*shape, place=place, dtype=dtype)
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("shape", "slope", "border"), ACTIVATE)
+def test_activate_equals_float64(place, shape, slope, border, with_residual, dtype):
+    tensors = _inputs(place, shape, with_residual, dtype)
     _compare("activate", tensors, {"slope": slope, "border": border})
 
 
@@ -108,12 +114,7 @@ def test_activate_equals_float64(place, shape, slope, border, with_residual, dty
 @pytest.mark.parametrize(("shape", "slope", "border"), REFLECTED)
 def test_reflections_equal_float64(place, shape, slope, border, with_residual, dtype):
     """A pixel's gradient is the sum over all places that show it."""
-    tensors = {
-        "x_bchw": _random(*shape, place=place, dtype=dtype),
-        "bias_c": _random(shape[1], place=place, dtype=dtype),
-    }
-    if with_residual:
-        tensors["residual_bchw"] = _random(*shape, place=place, dtype=dtype)
+    tensors = _inputs(place, shape, with_residual, dtype)
     _compare("activate", tensors, {"slope": slope, "border": border, "reflect": True})
 
 
