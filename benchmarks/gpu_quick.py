@@ -64,7 +64,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Place:
-    """Where parts run and leave what they find."""
+    """The place where parts run and leave what they find."""
 
     results: Path
     scratch: Path

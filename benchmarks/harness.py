@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).parents[1]
 IS_SOURCE_TREE = (_PACKAGE / "pyproject.toml").is_file()
 _OURS = (_PACKAGE if IS_SOURCE_TREE else Path()) / "benchmarks/results"
 RESULTS = Path(os.environ.get("MIEN_RESULTS") or _OURS)
-"""Where files of results lie: beside this code, or below the working folder where mien was
+"""Folder of the files of results: beside this code, or below the working folder where mien was
 installed as a wheel; MIEN_RESULTS names another folder, as on a machine that is lent."""
 
 SCHEMA = 2

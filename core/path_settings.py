@@ -13,7 +13,7 @@ _NO_SIGN = re.compile("[\ud800-\udfff]")
 """What stands in a name for a byte that is none of UTF-8."""
 
 Place = tuple[str, ...]
-"""Where a setting stands in nested settings: section and name; an option is three words deep."""
+"""Place of a setting in nested settings: section and name; an option is three words deep."""
 
 
 def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:

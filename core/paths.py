@@ -45,7 +45,7 @@ def refusal(error: OSError) -> str | None:
 
 @contextmanager
 def refusals_told() -> Iterator[None]:
-    """Within, such a refusal is a ValueError, as any other mistake in the input."""
+    """Make such a refusal, inside, a ValueError, as any other mistake in the input."""
     try:
         yield
     except OSError as error:

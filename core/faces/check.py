@@ -302,7 +302,7 @@ def _report(found: FaceFolder, measured: list[_Measured]) -> Report:
 
 
 def _empty_masks(pairs: list[tuple[str, _Measured]]) -> dict[str, dict[str, str]]:
-    """By mask the faces whose mask is empty, and why."""
+    """Faces whose mask is empty, and why, by mask."""
     found: dict[str, dict[str, str]] = {}
     for file, one in pairs:
         for name, reason in one.empty.items():

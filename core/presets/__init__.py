@@ -51,7 +51,7 @@ class Preset:
 
 
 def own_folder() -> Path:
-    """Where a user's own presets are; ValueError where the user has no home."""
+    """Folder of a user's own presets; ValueError where the user has no home."""
     return settings_folder() / "presets"
 
 

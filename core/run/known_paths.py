@@ -27,7 +27,7 @@ from .generation import read_json
 
 MAX_MODELS = 1000
 MAX_PATHS = 16
-"""Of one setting of one model."""
+"""Most paths that are remembered of one setting of one model."""
 
 
 class KnownPaths:
