@@ -668,14 +668,17 @@ def test_a_loss_above_its_first_is_remembered_over_sessions_until_the_rate_chang
 
 @pytest.mark.parametrize("at", [1, 3, 11, 30])
 def test_the_first_loss_of_a_resumed_run_is_that_of_an_undisturbed_one(at):
-    """A run that is killed while its weights are the first ones goes on to the same bits."""
+    """A run that is killed while its weights are the first ones goes on to the same bits.
+
+    What they have moved by is what earlier sessions have moved them, whatever their rates were.
+    """
     losses = np.random.default_rng(0).random(40)
 
-    def trained(*ends):
+    def trained(*ends, rates=(5e-5, 5e-5)):
         state = TrainingState(trainer="original")
-        for end in ends:
+        for end, rate in zip(ends, rates, strict=False):
             settle(state, Config(), Config())
-            detector = _detector_of(state, rate=5e-5)
+            detector = _detector_of(state, rate=rate)
             first, count = state.iterations + 1, end - state.iterations
             seen = losses[first - 1 : end]
             _check(detector, _side_losses(seen, seen), [count], first=first)
@@ -684,6 +687,8 @@ def test_the_first_loss_of_a_resumed_run_is_that_of_an_undisturbed_one(at):
         return state.parts[PART]
 
     assert trained(at, 40) == trained(40)
+    moved = trained(at, at + 1, rates=(1e-5, 4e-5))["moved"]
+    assert moved == pytest.approx(1e-5 * at + 4e-5)
 
 
 def test_weights_that_were_loaded_have_no_first_loss():
@@ -717,12 +722,14 @@ def test_a_side_without_any_loss_is_a_divergence_with_another_remedy():
         ({"good_until": None}, "divergence.b.good_until must be a whole number"),
         ({"has_varied": 1}, "divergence.b.has_varied must be true or false, got 1"),
         ({"x": 1}, "it has the unknown key parts.divergence.b.x"),
+        ({"moved": -1.0}, "divergence.moved must be a number from 0"),
     ],
 )
 def test_what_no_run_has_saved_of_it_is_refused(value, text):
     state = TrainingState(trainer="original", iterations=10)
-    sides = _detector().to_dict()
-    state.parts[PART] = {"a": sides["a"], "b": sides["b"] | value} if value else {}
+    part = _detector().to_dict()
+    (part if "moved" in value else part["b"]).update(value)
+    state.parts[PART] = part if value else {}
     with pytest.raises(ValueError, match="the saved state is not valid") as caught:
         settle(state, Config(), Config())
     assert text in str(caught.value)

@@ -742,13 +742,14 @@ class Saver:
 
 def _refuse_foreign(path: Path, *, read_only: bool) -> None:
     """Refuse a path that is no folder, and one that holds other things than a model, or links."""
-    is_folder = os.path.isdir(path)
-    if os.path.exists(path) and not is_folder:
-        raise ValueError(f"model folder {path} is a file; choose another --model-dir")
-    if read_only and not is_folder:
-        raise ValueError(f"model folder {path} does not exist")
-    try:
-        names = set(os.listdir(path)) - {"lost+found"} if is_folder else set()
+    try:  # in one call: another run may be making or removing the folder
+        names = set(os.listdir(path)) - {"lost+found"}
+    except NotADirectoryError as error:
+        raise ValueError(f"model folder {path} is a file; choose another --model-dir") from error
+    except FileNotFoundError as error:
+        if read_only:
+            raise ValueError(f"model folder {path} does not exist") from error
+        names = set()
     except OSError as error:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
     links = sorted(path / name for name in names if os.path.islink(path / name))

@@ -122,7 +122,8 @@ def holder_of(path: Path) -> str | None:
 def _try(path: Path) -> Lock | None:
     """The lock; None where its file went as it was taken: whoever had it removed the folder."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # in `mkdir`, too, where the folder goes meanwhile
+            path.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             return _taken(path, _open(path))
     except OSError as error:

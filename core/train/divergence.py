@@ -69,6 +69,9 @@ PINNED = 0.95
 """Share of the values at an end of their range above which a picture is none of a face: 1.00 where
 those models turn black or neon, 0.00 to 0.15 where they learn, from the first iteration on."""
 
+_MOVED = "moved"
+"""Under which name the part keeps the sum of the rates that counts up to `UNMOVED`."""
+
 _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
 _HOW_FACES_ARE_KEPT = ("decoder", "placement", "store_dir", "num_threads", "strict")
 _ENDS = 2  # levels
@@ -284,11 +287,7 @@ class DivergenceDetector:
         self.not_finite, self.jump = not_finite, Jump()
         has_begun = all(side.first_loss is not None for side in self.sides.values())
         self.rate = rate if state.iterations == 0 or has_begun else None
-        self.moved = 0.0
-        """Sum of the rates so far, while these are the first weights."""
-
-        if self.rate is not None:  # from the beginning, so that a resumed run goes on the same
-            self.moved = sum(map(self.rate, range(min(state.iterations, FIRST + 1))), 0.0)
+        self.moved = _moved_of(state)
 
     def check_losses(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
         """Raise TrainingDiverged where the losses of some iterations say so; as in `NotFinite`."""
@@ -334,7 +333,7 @@ class DivergenceDetector:
 
     def to_dict(self) -> dict[str, Any]:
         """The part of the training state, as plain values."""
-        return {key: asdict(side) for key, side in self.sides.items()}
+        return _part_of(self.sides, self.moved)
 
 
 def settle(state: TrainingState, before: Config, config: Config) -> None:
@@ -359,7 +358,7 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
         }
     elif before.optimizer != config.optimizer:
         sides = {key: replace(side, above=0, excess=0.0) for key, side in sides.items()}
-    state.parts[PART] = {key: asdict(side) for key, side in sides.items()}
+    state.parts[PART] = _part_of(sides, _moved_of(state))
 
 
 def _what_is_learnt(config: Config) -> tuple[Any, ...]:
@@ -374,13 +373,25 @@ def _sides_of(state: TrainingState) -> dict[str, Side]:
     if PART not in state.parts:
         return {key: Side(good_until=state.iterations) for key in SIDES}
     part, prefix = state.parts[PART], f"parts.{PART}."
-    saved_values.require_keys(part, SIDES, prefix)
+    saved_values.require_keys(part, {*SIDES, _MOVED}, prefix)
     return {
         key: Side.from_dict(
             saved_values.table(part, key, prefix), f"{prefix}{key}.", state.iterations
         )
         for key in SIDES
     }
+
+
+def _moved_of(state: TrainingState) -> float:
+    """The sum of the rates of a model's first weights."""
+    if PART not in state.parts:
+        return 0.0
+    return saved_values.number(state.parts[PART], _MOVED, f"parts.{PART}.", low=0)
+
+
+def _part_of(sides: Mapping[str, Side], moved: float) -> dict[str, Any]:
+    """What is saved of the sides and of the first weights, as plain values."""
+    return {key: asdict(side) for key, side in sides.items()} | {_MOVED: moved}
 
 
 def _pinned(pictures: np.ndarray) -> float:

@@ -123,6 +123,8 @@ def _start_on_damage(shop: Workshop, whole: Path, pattern: str, harm: str) -> st
     if outcome.code == 0:
         shop.compare(FP32, folder)
     else:
+        if harm == "a broken link":
+            path.unlink()  # it is what was refused, and by this reader too
         require(newest(folder).iterations >= SAVED, "the refusal cost a save")
     shutil.rmtree(folder.parent)
     return seen
