@@ -150,6 +150,21 @@ def test_the_place_of_the_model_is_no_difference():
     assert _told(_resolve(saved, save={"model_dir": "/here"})) == []
 
 
+def test_what_was_before_is_the_last_session_with_its_flags():
+    """Else the same line, given again, would count as a change: counts would begin anew."""
+    last = {"optimizer": {"warmup_steps": 6}, "augment": {"warp": False}}
+    resolved = _resolve(_saved(session=last), **last)
+    assert resolved.before.optimizer == resolved.config.optimizer != resolved.kept.optimizer
+    assert resolved.before.augment == resolved.config.augment != resolved.kept.augment
+    assert _resolve(**last).before is None, "of a new model"
+
+
+def test_before_a_session_that_is_not_valid_today_are_the_settings_of_the_model():
+    saved = _saved()
+    saved.state["sessions"][0]["settings"]["optimizer"]["warmup_steps"] = -1
+    assert _resolve(saved).before == from_dict(SAVED | {"model": saved.config["model"]})
+
+
 def test_a_strange_session_is_told_in_lines_that_cannot_harm():
     saved = _saved()
     settings = saved.state["sessions"][0]["settings"]

@@ -316,6 +316,23 @@ def test_the_lowered_rate_holds_until_a_rate_is_given(sides, tmp_path, monkeypat
     assert "rollback" not in _state(model_dir)[0]["parts"]
 
 
+def test_the_lowered_rate_and_the_first_loss_outlive_the_same_flags(sides, tmp_path, monkeypatch):
+    """A run that is started again with the line that began it goes on, whatever flags it has."""
+    model_dir = tmp_path / "model"
+    _poisoned(monkeypatch, iteration=3, times=1)
+    words = ("-s", "2", "--set", "train.nan_protection=rollback")
+    flags = ("--set", "optimizer.learning_rate=1e-2", "--warmup", "2", "--no-warp")
+    assert _train(sides, model_dir, "-i", "4", *words, *flags) == 0
+    before = _state(model_dir)[0]["parts"]
+    assert before["rollback"] == {"rate_factor": 0.5}
+    assert _train(sides, model_dir, "-i", "1", *words, *flags) == 0
+    after = _state(model_dir)[0]["parts"]
+    assert after["rollback"] == before["rollback"]
+    for side in "ab":
+        first_loss = before["divergence"][side]["first_loss"]
+        assert after["divergence"][side]["first_loss"] == first_loss is not None
+
+
 def test_a_stage_with_a_rate_of_its_own_leaves_the_lowered_one(sides, tmp_path, monkeypatch):
     path = tmp_path / "rates.toml"
     path.write_text(

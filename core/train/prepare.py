@@ -280,7 +280,7 @@ def _prepare(
     _set_libraries(precision, device, deterministic=config.train.deterministic)
     update = kind_of_update(model, config.optimizer, precision)
     state = _restore(config, saved, update)
-    _settle_state(state, saved, plan, rate_factor, config)
+    _settle_state(state, resolved.before or config, plan, rate_factor, config)
     schedule = begin_schedule(state, config, plan.rate_factor if plan else 1.0)
     if batch.bound and state.sessions and state.session.batch_size != batch.size:
         before = state.session.batch_size
@@ -389,7 +389,7 @@ def _close_log(log: Log, reporter: Reporter) -> None:
 
 def _settle_state(
     state: TrainingState,
-    saved: Generation | None,
+    before: Config,
     plan: Plan | None,
     rate_factor: float | None,
     config: Config,
@@ -399,7 +399,6 @@ def _settle_state(
         state.parts.pop(stages.PART, None)  # the recipe was left
     elif plan.is_entered and SCHEDULE_SETTINGS & plan.stage.set.get("optimizer", {}).keys():
         state.parts.pop(SCHEDULE, None)  # the same one again, from its beginning
-    before = from_dict(saved.config) if saved and saved.config else config
     if before.loss != config.loss:
         state.lowest_mean_loss = None  # of other losses: no later one compares with it
     divergence.settle(state, before, config)

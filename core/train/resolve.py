@@ -94,6 +94,9 @@ class Resolved:
     kept: Config
     """What the model keeps for the next."""
 
+    before: Config | None
+    """Of the last session, its flags among them; None: there was none."""
+
     plan: Plan | None
     """The recipe and the place in it."""
 
@@ -128,6 +131,7 @@ def resolve(
         resolved = Resolved(
             config=_whole(path_settings.with_absolute_paths(given, trainer)),
             kept=_whole(path_settings.with_absolute_paths(merge(kept, _OF_A_START), trainer)),
+            before=None,
             plan=plan,
             notices=[],
         )
@@ -176,7 +180,7 @@ def _resumed(
     last = _of_last_session(own, state)
     names = {".".join(place) for place in strange} | _NOT_COMPARED
     notices += [Notice(text) for text in _changes(last, own, to_dict(config), names)]
-    return Resolved(config, _whole(merge(own, kept)), plan, notices)
+    return Resolved(config, _whole(merge(own, kept)), _as_config(last, own), plan, notices)
 
 
 def _writable(resolved: Resolved) -> Resolved:
@@ -235,6 +239,14 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
         if not spec.locked and isinstance(table, dict) and spec.name in table:
             last.setdefault(spec.section, {})[spec.name] = table[spec.name]
     return merge(own, last)
+
+
+def _as_config(last: dict[str, Any], own: dict[str, Any]) -> Config:
+    """The last session's settings; the model's own where that session's cannot be used today."""
+    try:
+        return from_dict(last)
+    except ValueError:
+        return from_dict(own)
 
 
 def _refuse_locked(own: dict[str, Any], given: dict[str, Any]) -> None:
