@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -129,9 +130,19 @@ def _lock_up(shop: Workshop, place: tuple[str, str, int] | None) -> str:
 
 
 def _lock(disk: Path) -> None:
-    """Lay the same disk, read-only, over itself: files that are open stay writable."""
+    """Lay the same disk, read-only, over itself: files that are open stay writable.
+
+    Between the two steps a file of a save may have been opened, which the second one is refused
+    for until it is closed.
+    """
     subprocess.run(["mount", "--bind", disk, disk], check=True)
-    subprocess.run(["mount", "-o", "remount,ro,bind", disk], check=True)
+    remount = ["mount", "-o", "remount,ro,bind", str(disk)]
+    for _ in range(100):
+        done = subprocess.run(remount, capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return
+        time.sleep(0.01)
+    raise OSError(f"{disk} cannot be made read-only: {done.stderr.strip()}")
 
 
 def failing_fsync(shop: Workshop, count: int, seed: int) -> Cases:
