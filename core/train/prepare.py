@@ -36,6 +36,7 @@ from . import batch_size as batch_sizes
 from . import divergence, memory, overlap, stages
 from . import engine as engines
 from . import precision as precisions
+from .build import build_model, build_step, has_aligned_channels
 from .device import choose_device
 from .engine import Engine
 from .evaluate import Evaluation, measured_at, open_evaluation
@@ -44,13 +45,10 @@ from .optim import Update, check_weights
 from .pictures import Pictures
 from .precision import Precision
 from .resolve import Overrides, Resolved, resolve
-from .ring import LossRing
 from .schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS, Schedule, begin_schedule
 from .stages import Plan
 from .startup import start_report
 from .step import TrainStep
-from .transfer import load_weights
-from .work import meta_model, work_of
 
 _NUM_NAMED = 10
 
@@ -255,18 +253,13 @@ def _prepare(
     precision = precisions.resolve(config.precision.mode, device)
     overlap.choose(config.optimizer, precision)  # refuses what cannot be before faces are decoded
     engine_name, engine_why = engines.choose(config.train.engine, device)
-    options = models.options_of(config.model.trainer, config.model.options)
-    family = models.family(config.model.trainer)
-    input_px, output_px = family.sizes(options)
+    input_px, output_px = _sizes(config)
     loss = Loss(config.loss, output_px, device)
-    num_threads = thread_count(config.data.num_threads)
-    on_gpu = device.type == "cuda"
-    is_aligned = _is_on(config.precision.align_channels, on_gpu)
     if saved:  # before there is memory for weights that its settings may be far too large for
         with _fitting(saved):
             own = models.meta_model(config.model.trainer, **model_settings(config))
             check_weights(saved.model, own.state_dict())
-    model, loaded = _make_model(config, is_new=saved is None, is_aligned=is_aligned)
+    model, loaded = build_model(config, device, is_new=saved is None)
     size_px, faces_dir = max(input_px, *output_px), folder.path / "faces"
     faces = _open_faces(config, size_px, faces_dir, earlier_faces, device, reporter)
     num_faces = {side: opened.store.num_faces for side, opened in faces.items()}
@@ -274,31 +267,91 @@ def _prepare(
     as_set, config = config, batch_sizes.with_batch_size(config, batch.size)
     if plan:
         _check_later_stages(plan, config, num_faces, output_px, device)
-    is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
-    kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
-    model.to(device)
-    _set_libraries(precision, device, deterministic=config.train.deterministic)
-    update = kind_of_update(model, config.optimizer, precision)
-    state = _restore(config, saved, update)
+    _set_libraries(device, deterministic=config.train.deterministic)
+    step = build_step(config, model, device, loss=loss)
+    state = _restore(config, saved, step.update)
     _settle_state(state, resolved.before or config, plan, rate_factor, config)
     schedule = begin_schedule(state, config, plan.rate_factor if plan else 1.0)
+    _report_batch_size(state, batch, reporter)
+    state.begin_session(as_set, batch_size=batch.size)
+    feed = _open_feed(config, faces, device, precision, reporter)
+    stack.callback(feed.close)
+    pictures, evaluation = _open_pictures(config, model, faces, precision, folder, window, reporter)
+    noise_seed = config.train.seed if model.is_noisy else None
+    engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
+    folder.write_config(resolved.kept)
+    run = Run(
+        config=config,
+        state=state,
+        model=model,
+        step=step,
+        engine=engine,
+        precision=precision,
+        schedule=schedule,
+        feed=feed,
+        plan=plan,
+        folder=folder,
+        saver=stack.enter_context(Saver(folder)),
+        log=_open_logs(config, folder.path, state, reporter, stack),
+        pictures=pictures,
+        evaluation=evaluation,
+        device=device,
+    )
+    engine_why = engine_why if engine.name == engine_name else f"{engine_name} cannot run here"
+    threads = thread_count(config.data.num_threads)
+    reporter.start(*start_report(run, faces, batch, engine_why, threads, loaded))
+    return run
+
+
+def _sizes(config: Config) -> tuple[int, tuple[int, ...]]:
+    """Edges of the model's input and outputs, in px."""
+    options = models.options_of(config.model.trainer, config.model.options)
+    return models.family(config.model.trainer).sizes(options)
+
+
+def _report_batch_size(
+    state: TrainingState, batch: batch_sizes.BatchSize, reporter: Reporter
+) -> None:
+    """Say where auto has chosen another batch size than the last session's."""
     if batch.bound and state.sessions and state.session.batch_size != batch.size:
         before = state.session.batch_size
         reporter.notice(f"auto has chosen batch size {batch.size}; the last session had {before}")
-    session = state.begin_session(as_set, batch_size=batch.size)
-    stores = {side: opened.store for side, opened in faces.items()}
-    feed = Feed(
-        stores,
+
+
+def _open_feed(
+    config: Config,
+    faces: dict[str, SideFaces],
+    device: torch.device,
+    precision: Precision,
+    reporter: Reporter,
+) -> Feed:
+    """Where the batches come from."""
+    input_px, output_px = _sizes(config)
+    return Feed(
+        {side: opened.store for side, opened in faces.items()},
         config,
         input_px=input_px,
         output_px=output_px,
         device=device,
         dtype=precision.compute,
-        num_threads=num_threads,
-        input_channels=MULTIPLE if is_aligned else 3,
+        num_threads=thread_count(config.data.num_threads),
+        input_channels=MULTIPLE if has_aligned_channels(config, device) else 3,
         landmarks=_landmarks(config, faces, device, reporter),
     )
-    stack.callback(feed.close)
+
+
+def _open_pictures(
+    config: Config,
+    model: Autoencoder,
+    faces: dict[str, SideFaces],
+    precision: Precision,
+    folder: ModelFolder,
+    window: PreviewWindow | None,
+    reporter: Reporter,
+) -> tuple[Pictures, Evaluation | None]:
+    """The preview, and where faces are held out the measuring of the model by them."""
+    input_px, output_px = _sizes(config)
+    num_threads = thread_count(config.data.num_threads)
     pictures = Pictures(
         config,
         model,
@@ -323,49 +376,26 @@ def _prepare(
         num_threads=num_threads,
         warn=reporter.warning,
     )
-    streams, is_small = config.train.decoder_streams, config.train.batch_size <= 16
-    two_streams = streams == "two" or (streams == "auto" and is_small)
-    # torch.compile knows no streams.
-    side_stream = two_streams and on_gpu and engine_name != "compile"
-    step = TrainStep(
-        model,
-        loss,
-        update,
-        LossRing(loss.num_values, device),
-        side_stream=torch.cuda.Stream(device) if side_stream else None,
-    )
-    noise_seed = config.train.seed if model.is_noisy else None
-    engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
-    folder.write_config(resolved.kept)
-    saver = stack.enter_context(Saver(folder))
-    log = _open_log(config, folder.path, state, reporter)
+    return pictures, evaluation
+
+
+def _open_logs(
+    config: Config,
+    model_dir: Path,
+    state: TrainingState,
+    reporter: Reporter,
+    stack: ExitStack,
+) -> Log:
+    """Where this session's scalars go; its events and lines are kept in their files from now on."""
+    log = _open_log(config, model_dir, state, reporter)
     stack.callback(_close_log, log, reporter)
-    events = folder.path / "logs" / f"session_{session.number}" / EVENTS
+    events = model_dir / "logs" / f"session_{state.session.number}" / EVENTS
     reporter.keep_in(
         events=events if config.save.logs else None,
         log_file=Path(config.log.file) if config.log.file else None,
         level=config.log.level,
     )
-    run = Run(
-        config=config,
-        state=state,
-        model=model,
-        step=step,
-        engine=engine,
-        precision=precision,
-        schedule=schedule,
-        feed=feed,
-        plan=plan,
-        folder=folder,
-        saver=saver,
-        log=log,
-        pictures=pictures,
-        evaluation=evaluation,
-        device=device,
-    )
-    engine_why = engine_why if engine.name == engine_name else f"{engine_name} cannot run here"
-    reporter.start(*start_report(run, faces, batch, engine_why, num_threads, loaded))
-    return run
+    return log
 
 
 def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: Reporter) -> Log:
@@ -429,24 +459,6 @@ def _open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
     window = PreviewWindow(config.preview.preview_scale)
     stack.callback(window.close)
     return window
-
-
-def _make_model(config: Config, *, is_new: bool, is_aligned: bool) -> tuple[Autoencoder, str]:
-    """The model on the CPU, and what it began with, in words; empty where with nothing."""
-    seed = config.train.seed if is_new else None  # else all weights come from the checkpoint
-    options = models.options_of(config.model.trainer, config.model.options)
-    source = config.model.load_weights
-    # An encoder that comes from another model needs no file of pretrained weights.
-    pretrained = not (source and "encoder" in getattr(options, "load_layers", ()))
-    model = models.build(
-        config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
-    )
-    loaded = load_weights(model, Path(source)) if is_new and source else ""
-    if is_aligned:
-        model.align(MULTIPLE)
-    if config.train.freeze_weights:
-        model.freeze()
-    return model, loaded
 
 
 def _open_faces(
@@ -543,15 +555,10 @@ def _fitting(saved: Generation) -> Iterator[None]:
         ) from error
 
 
-def _is_on(setting: str, automatic: bool) -> bool:
-    return setting == "on" or (setting == "auto" and automatic)
-
-
-def _set_libraries(precision: Precision, device: torch.device, *, deterministic: bool) -> None:
+def _set_libraries(device: torch.device, *, deterministic: bool) -> None:
     """How CUDA's libraries are to work in this process, and from when memory is measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    precision.apply()
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
