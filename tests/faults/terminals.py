@@ -84,8 +84,8 @@ def _on_terminal(master: int, slave: int, ignores: bool) -> Sabotage:
         fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
         for handle in (0, 1, 2):
             os.dup2(slave, handle)
-        if ignores:
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        # Whatever this campaign itself was started with.
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignores else signal.SIG_DFL)
 
     return arm
 
