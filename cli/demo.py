@@ -39,15 +39,17 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
     from ..core.faces.synthetic import draw_folder
     from ..core.run.log import Reporter
+    from ..core.run.requests import Requests
     from ..core.train.resolve import Overrides
     from ..core.train.unattended import train
 
     for side in ("a", "b"):
         draw_folder(args.folder / f"faces_{side}", identity=side, count=FACES, size_px=SIZE_PX)
     overrides = Overrides(settings(args.folder, args.iterations))
-    code = train(overrides, Reporter(as_json=args.json))
-    if code == 0 and not args.json:
+    with Requests() as requests:
+        outcome = train(overrides, Reporter(as_json=args.json), requests=requests)
+    if outcome == 0 and not args.json:
         picture = os.path.abspath(args.folder / "model" / "preview.png")
         columns = "Columns: A, A by A, A by B (the swap); B likewise."
         tell("", f"Look at the swap: {picture}", columns)
-    return code
+    return outcome

@@ -170,14 +170,17 @@ def run(args: argparse.Namespace) -> int:
         return _dry_run(overrides, recipe, as_json="json" in args)
     from ..core.run.checkpoint import SaveError
     from ..core.run.log import Reporter
-    from ..core.train.loop import HALTED
+    from ..core.run.outcome import Outcome
+    from ..core.run.requests import Requests
     from ..core.train.unattended import train
 
+    reporter = Reporter(as_json="json" in args, level=given["log"].level)
     try:
-        return train(overrides, Reporter(as_json="json" in args, level=given["log"].level), recipe)
+        with Requests() as requests:
+            return train(overrides, reporter, recipe, requests)
     except SaveError as error:  # before the first step; later the loop tells of it
         complain("train", error)
-        return HALTED
+        return Outcome.HALTED
 
 
 def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None) -> int:

@@ -13,7 +13,8 @@ from conftest import assert_same_bits, tiny_options
 
 from mien.cli import main
 from mien.core.data.feed import Feed
-from mien.core.train import loop, lr_finder
+from mien.core.run.outcome import Outcome
+from mien.core.train import lr_finder
 from mien.core.train.lr_finder import LOWEST, STRENGTHS, Search, draw
 
 
@@ -353,7 +354,7 @@ def test_a_signal_ends_a_search_and_the_same_line_begins_it_anew(
 
     with monkeypatch.context() as patch:
         patch.setattr(lr_finder, "_losses", losses)
-        assert _train(sides, model, *words) == loop.STOPPED
+        assert _train(sides, model, *words) == Outcome.STOPPED
     events, _ = _events(capsys)
     assert events["stop"]["reason"] == f"{number.name} received before training began"
     assert "generations" not in _names(model)

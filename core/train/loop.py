@@ -13,6 +13,7 @@ from ..config import SAVE_ITERATIONS, SAVE_SECONDS
 from ..data.sides import SIDES
 from ..run.checkpoint import SaveError
 from ..run.log import LogError, NullLog, Reporter
+from ..run.outcome import Outcome
 from ..run.requests import Requests, Wish
 from . import divergence as divergences
 from . import evaluate as evaluations
@@ -23,8 +24,6 @@ from .pictures import Look
 from .prepare import Run
 from .ring import CAPACITY, to_host
 
-DONE, MISTAKE, HALTED, STOPPED = 0, 2, 3, 4
-
 _SECONDS_BETWEEN_LINES = 1.0
 _STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
 
@@ -33,8 +32,8 @@ _STEPS_AHEAD = 32  # enough to keep a GPU busy while the host writes a log
 class End:
     """How a loop ended."""
 
-    code: int
-    """The exit code, if nothing follows."""
+    outcome: Outcome
+    """How the training has ended, if nothing follows."""
 
     reason: str
     goes_on: bool = False
@@ -123,7 +122,8 @@ class Loop:
             self.r.saver.wait()
             self._report_saves()
         except SaveError as error:
-            end = End(HALTED, f"{self.divergence}; {error}" if self.divergence else str(error))
+            reason = f"{self.divergence}; {error}" if self.divergence else str(error)
+            end = End(Outcome.HALTED, reason)
         return end
 
     def _remaining(self) -> int:
@@ -150,8 +150,8 @@ class Loop:
                 self._show(wishes)
             self._report_saves()
         if self._remaining():
-            return End(STOPPED, f"{self.stop.signal_name} received; the state is saved")
-        return End(DONE, "all iterations are done")
+            return End(Outcome.STOPPED, f"{self.stop.signal_name} received; the state is saved")
+        return End(Outcome.DONE, "all iterations are done")
 
     def _end_of_stage(self) -> End | None:
         """How the loop ends, where the present stage of the recipe is over."""
@@ -164,30 +164,30 @@ class Loop:
         if why is None:
             return None
         if plan.is_last:
-            return End(DONE, f"recipe {plan.recipe.name} is done: {why}")
-        return End(DONE, f"stage {plan.stage.name} is over: {why}", goes_on=True)
+            return End(Outcome.DONE, f"recipe {plan.recipe.name} is done: {why}")
+        return End(Outcome.DONE, f"stage {plan.stage.name} is over: {why}", goes_on=True)
 
     def _recover(self, divergence: TrainingDiverged) -> End:
         """What follows when training must not go on: a way back, or the end."""
         folder, state = self.r.folder, self.r.state
         if divergence.remedy:
             self._save(is_last=True)
-            return End(HALTED, f"{divergence}. {divergence.remedy}")
+            return End(Outcome.HALTED, f"{divergence}. {divergence.remedy}")
         if divergence.good_until is None and self.policy == "halt":
             self._save(is_last=True)  # the weights are those before the step that failed
             reason = f"{divergence}; {self._untouched()}. {self._advice()}"
-            return End(HALTED, f"{reason}, and start again")
+            return End(Outcome.HALTED, f"{reason}, and start again")
         self.r.saver.wait()
         back_at = folder.go_back(
             state.iterations if divergence.good_until is None else divergence.good_until
         )
         if back_at is None:
             reason = f"{divergence}; no save from before is left. {self._advice()}"
-            return End(HALTED, f"{reason}, and begin a new model")
+            return End(Outcome.HALTED, f"{reason}, and begin a new model")
         if self.policy == "rollback":
-            return End(HALTED, str(divergence), goes_on=True, back_at=back_at)
+            return End(Outcome.HALTED, str(divergence), goes_on=True, back_at=back_at)
         reason = f"{divergence}; the model is back at iteration {back_at}. {self._advice()}"
-        return End(HALTED, f"{reason}, and start again")
+        return End(Outcome.HALTED, f"{reason}, and start again")
 
     def _advice(self) -> str:
         """What to do about a rate that was too high."""

@@ -15,58 +15,69 @@ import torch
 from ..recipes import Recipe
 from ..run.checkpoint import SaveError
 from ..run.log import Reporter
+from ..run.outcome import Outcome
 from ..run.requests import Requests
 from ..run.stop import Interrupted, StopRequest
-from .loop import DONE, HALTED, MISTAKE, STOPPED, End, Loop
+from .loop import End, Loop
 from .lr_finder import find_rate, is_due
 from .prepare import Run, open_run
 from .resolve import Overrides
 from .schedule import rate_factor
 
 
-def train(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> int:
-    """Train or resume a model as the user's settings say; the exit code of `mien train`.
+def train(
+    overrides: Overrides,
+    reporter: Reporter,
+    recipe: Recipe | None = None,
+    requests: Requests | None = None,
+) -> Outcome:
+    """Train or resume a model as the user's settings say.
 
     Args:
         overrides: What the user set.
         reporter: Is told how it goes.
         recipe: Stages to train in; None: those that the model was saved with, if any.
+        requests: What the user asks for meanwhile: entered, by signals and keys; None: nothing.
+
+    Raises:
+        ValueError: A setting or a folder cannot be used, and nothing has been trained.
+        SaveError: The model cannot be saved, and nothing has been trained.
     """
     until: int | None = None
     end: End | None = None
     iteration, rollbacks = 0, _Rollbacks()
-    with Requests() as requests:
-        stop = requests.stop
-        stop.when_noted.append(reporter.hurry)
-        while True:
-            with _told_of(reporter, iteration, is_later=until is not None), ExitStack() as stack:
-                opening = open_run(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
-                try:
-                    with stop.at_once():
-                        run = stack.enter_context(opening)
-                except Interrupted:
-                    if until is None:
-                        raise  # there is nothing to save
-                    break
+    requests = requests or Requests()
+    stop = requests.stop
+    stop.when_noted.append(reporter.hurry)
+    while True:
+        with _told_of(reporter, iteration, is_later=until is not None), ExitStack() as stack:
+            opening = open_run(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
+            try:
+                with stop.at_once():
+                    run = stack.enter_context(opening)
+            except Interrupted:
                 if until is None:
-                    until = run.state.iterations + run.config.train.iterations
-                end = _find_rate(run, reporter, stop) if is_due(run) else None
-                if end is None:
-                    end = rollbacks.meet(Loop(run, reporter, requests, until).run(), run)
-            iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
-            del run
-            _free_memory()
-            assert end is not None  # whatever is raised above leaves this function
-            if not end.goes_on or stop.signal_name:
+                    raise  # there is nothing to save
                 break
-            tell = reporter.stage if end.back_at is None else reporter.warning
-            tell(end.reason)
-            overrides = overrides.with_session(_settled(with_found))
+            if until is None:
+                until = run.state.iterations + run.config.train.iterations
+            end = _find_rate(run, reporter, stop) if is_due(run) else None
+            if end is None:
+                end = rollbacks.meet(Loop(run, reporter, requests, until).run(), run)
+        iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
+        del run
+        _free_memory()
+        assert end is not None  # whatever is raised above leaves this function
+        if not end.goes_on or stop.signal_name:
+            break
+        tell = reporter.stage if end.back_at is None else reporter.warning
+        tell(end.reason)
+        overrides = overrides.with_session(_settled(with_found))
     assert end is not None
     if end.goes_on:
-        end = End(STOPPED, f"{stop.signal_name} received; the state is saved")
-    reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.code)
-    return end.code
+        end = End(Outcome.STOPPED, f"{stop.signal_name} received; the state is saved")
+    reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.outcome)
+    return end.outcome
 
 
 @contextmanager
@@ -76,8 +87,8 @@ def _told_of(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[
         yield
     except (ValueError, SaveError) as error:
         if is_later:
-            code = HALTED if isinstance(error, SaveError) else MISTAKE
-            reporter.stop(iteration=iteration, reason=str(error), exit_code=code)
+            outcome = Outcome.HALTED if isinstance(error, SaveError) else Outcome.MISTAKE
+            reporter.stop(iteration=iteration, reason=str(error), exit_code=outcome)
         raise
 
 
@@ -96,9 +107,9 @@ def _find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> End | None:
     """Find a new model's learning rate; how it ends, where no training is to follow."""
     find_rate(run, reporter, stop)
     if stop.signal_name:
-        return End(STOPPED, f"{stop.signal_name} received before training began")
+        return End(Outcome.STOPPED, f"{stop.signal_name} received before training began")
     if run.config.optimizer.lr_finder_mode == "graph_and_exit":
-        return End(DONE, "the graph is drawn; no model was made")
+        return End(Outcome.DONE, "the graph is drawn; no model was made")
     return None
 
 
@@ -125,7 +136,7 @@ class _Rollbacks:
         self.rate_factor = rate_factor(run.state) * settings.rollback_factor
         if self.count > settings.rollback_limit:
             return End(
-                HALTED,
+                Outcome.HALTED,
                 f"{end.reason}; {settings.rollback_limit} rollbacks did not help, and the model is "
                 f"back at iteration {end.back_at}. Look at the faces and at the settings of the "
                 "loss, or lower optimizer.learning_rate much more, and start again",
