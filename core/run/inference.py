@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ... import models
 from ...models.autoencoder import Autoencoder, Side
+from ...models.options import shown
 from ..config import Config, from_dict, model_settings
 from .checkpoint import BACKUP, ModelFolder
 from .files import DamagedError, write_output
@@ -56,25 +57,14 @@ def write_inference(
         ValueError: There is no such save, or it is damaged or holds numbers that are none; the
             target is not allowed; the disk refuses.
     """
-    with ModelFolder(path, read_only=True) as folder:
-        source, manifest = folder.find(generation)
     _refuse_target(path, target, force=force)
-    try:
-        state, config_values = read_state(source, manifest)
-        saved = read_tensors(source, MODEL, manifest)
-    except DamagedError as damage:
-        raise ValueError(
-            f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
-        ) from damage
-    if config_values is None:
-        raise ValueError(f"{source} holds no config.toml, so its settings are unknown")
-    config = from_dict(config_values)
+    source, state, config, saved = read_model(path, generation)
     settings = model_settings(config)
     settings |= dataclasses.asdict(
         models.options_of(config.model.trainer, config.model.options)
     )  # written out, so that later defaults do not matter
     model = models.meta_model(config.model.trainer, **settings)
-    _refuse_other_tensors(model, saved, source)
+    refuse_misfit(source, model, shapes_of(saved))
     kept = _subnetworks_of(model, SIDES[side])
     tensors = {
         name: _cast(name, tensor, precision)
@@ -84,6 +74,32 @@ def write_inference(
     metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
     _write(target, tensors, metadata, force=force)
     return metadata
+
+
+def read_model(
+    path: Path, generation: str | None = None
+) -> tuple[Path, dict[str, Any], Config, dict[str, Tensor]]:
+    """A save of a model folder, which is only read: its place, state, settings and weights.
+
+    Args:
+        path: The model folder.
+        generation: Name of one, or `backup`; None: the newest.
+
+    Raises:
+        ValueError: There is no such save, or it is damaged, or its settings are unknown.
+    """
+    with ModelFolder(path, read_only=True) as folder:
+        source, manifest = folder.find(generation)
+    try:
+        state, values = read_state(source, manifest)
+        tensors = read_tensors(source, MODEL, manifest)
+    except DamagedError as damage:
+        raise ValueError(
+            f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
+        ) from damage
+    if values is None:
+        raise ValueError(f"{source} holds no config.toml, so its settings are unknown")
+    return source, state, from_dict(values), tensors
 
 
 def _metadata(
@@ -118,16 +134,40 @@ def _refuse_target(path: Path, target: Path, *, force: bool) -> None:
         raise ValueError(f"{target} exists; add --force to replace it")
 
 
-def _refuse_other_tensors(model: Autoencoder, saved: dict[str, Tensor], source: Path) -> None:
-    """Refuse weights that are not, by name and shape, those of the model that is told of."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in saved.items()}
+def shapes_of(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def refuse_misfit(
+    source: Path,
+    model: Autoencoder,
+    shapes: dict[str, tuple[int, ...]],
+    sides: tuple[Side, ...] | None = None,
+) -> None:
+    """Refuse weights that are not, by name and shape, those of the model that is told of.
+
+    Args:
+        source: Where the weights are.
+        model: On the meta device.
+        shapes: Of the weights, by name.
+        sides: As whom faces are to be decoded by them; None: they are of all there is.
+
+    Raises:
+        ValueError: One is missing, unknown or of another shape.
+    """
+    kept = None if sides is None else _subnetworks_of(model, sides)
+    own = {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if kept is None or name.partition(".")[0] in kept
+    }
     differing = sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+        name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name)
     )
     if differing:
         raise ValueError(
-            f"{source} does not fit its own settings: {differing[0]!r} is not the tensor that "
+            f"{source} does not fit its own settings: {shown(differing[0])} is not the tensor that "
             f"{model.Config.family} has; restore another save"
         )
 

@@ -213,7 +213,11 @@ class Reporter:
         terminal: bool | None = None,
         clock: Callable[[], float] = time.time,
         level: str = "info",
+        listener: Callable[[str], None] | None = None,
     ) -> None:
+        self._listener = listener
+        """Given every report, as a line of JSON."""
+
         self._stream = Output(sys.stdout if stream is None else stream)
         self._as_json = as_json
         self._clock = clock
@@ -473,6 +477,8 @@ class Reporter:
 
     def _show(self, report: Report) -> None:
         self.latest.append(report.line)
+        if self._listener is not None:
+            self._listener(report.line)
         if report.is_worth(self._level):
             self._print(report.event, report.line if self._as_json else report.text)
 

@@ -26,10 +26,14 @@ _KEYS: dict[str, Wish] = {"s": "save", "r": "preview", "m": "redraw"}
 
 
 class Requests:
-    """While entered, signals and keys are noted, until the run asks for them."""
+    """While entered, signals and keys are noted, until the run asks for them.
 
-    def __init__(self) -> None:
-        self.stop = StopRequest()
+    Args:
+        stop: Asks the run to end, by other ways than these; None: a new one.
+    """
+
+    def __init__(self, stop: StopRequest | None = None) -> None:
+        self.stop = StopRequest() if stop is None else stop
         self.mask_is_toggled = False
         """The tint is to be shown where it is set not to be, and the other way round."""
 

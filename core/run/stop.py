@@ -21,11 +21,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """While entered, a signal is noted in `signal_name`; a second one ends the process."""
+    """A wish that training ends after its present step, and a save.
+
+    While entered, a signal is noted as one in `signal_name`; a second one ends the process.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        """Also the name of a key, where one was pressed to stop."""
+        """Also the name of a key, where one was pressed to stop, or "a request"."""
 
         self.when_noted: list[Callable[[], None]] = []
         """Called at every signal: what must not be left undone if another one follows."""
@@ -39,6 +42,10 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         self._handlers.__exit__()
+
+    def request(self) -> None:
+        """Ask for it, from any thread."""
+        self.signal_name = self.signal_name or "a request"
 
     @contextmanager
     def at_once(self) -> Iterator[None]:

@@ -1,0 +1,19 @@
+"""How a training ends."""
+
+from enum import IntEnum
+
+
+class Outcome(IntEnum):
+    """How a training has ended; the value is the exit code of `mien train`."""
+
+    DONE = 0
+    """All iterations, or all stages, are done."""
+
+    MISTAKE = 2
+    """A setting or a folder cannot be used."""
+
+    HALTED = 3
+    """Training must not go on: it has diverged, or the disk takes no more."""
+
+    STOPPED = 4
+    """The user has asked for it; the state is saved."""
