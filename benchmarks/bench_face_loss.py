@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.losses import MADE_FOR_A_SIZE
-from ..core.train.precision import exact_products
+from ..core.precision import exact_products
 from ..kernels import face_loss, reference
 
 SIZES = ((8, 64), (16, 64), (16, 128), (16, 256))

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from ..core.config import from_dict
-from ..core.train import memory
-from ..core.train.precision import Precision
+from ..core.precision import Precision
+from ..core.training import memory
 from ..models.alignment import MULTIPLE
 from ..models.batch_norm import norms_of, remember
 from . import launches

@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core import precision as precisions
 from ..core.config import LossConfig, OptimizerConfig
 from ..core.data.feed import Batch
-from ..core.train import engine as engines
-from ..core.train import precision as precisions
-from ..core.train.losses import Loss, Losses
-from ..core.train.optim import Update
-from ..core.train.overlap import OverlappedUpdate
-from ..core.train.ring import LossRing
-from ..core.train.step import TrainStep
+from ..core.losses.weighted import Loss, Losses
+from ..core.optim.optimizer import Update
+from ..core.optim.overlap import OverlappedUpdate
+from ..core.training import engine as engines
+from ..core.training.loss_buffer import LossRing
+from ..core.training.step import TrainStep
 from ..kernels import reference
 from ..kernels.augment import launches as augment_launches
 from ..models import blocks

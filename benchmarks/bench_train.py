@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from ..core.console.reporter import Reporter
 from ..core.faces.synthetic import draw_folder
-from ..core.run.log import Reporter
-from ..core.train.resolve import Overrides
-from ..core.train.unattended import train
+from ..core.training.resolve import Overrides
+from ..core.training.unattended import train
 from .bench_step import CASES, GPU_CASES
 from .harness import rounded
 from .variants import variant

@@ -14,9 +14,9 @@ import torch
 
 from mien.benchmarks import bench_step
 from mien.benchmarks.variants import variant
+from mien.core import precision as precisions
 from mien.core.config import from_dict
-from mien.core.train import memory
-from mien.core.train import precision as precisions
+from mien.core.training import memory
 
 PLAIN = [("original", 16, "bf16", "graph", "")]
 LEVERS = [("original", 16, "bf16", "graph", lever) for lever in bench_step.LEVERS]
@@ -49,7 +49,7 @@ def measure_steps(folder: Path, device: torch.device) -> None:
 
 
 def planned_mib(name: str, batch_size: int, mode: str, device: torch.device) -> int:
-    """What `core.train.memory` foresees for such a run, faces not counted."""
+    """What `core.training.memory` foresees for such a run, faces not counted."""
     model = {"trainer": variant(name).trainer, "options": variant(name).options}
     config = from_dict({"model": model, "train": {"batch_size": batch_size}})
     precision = precisions.resolve(mode, device)

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..core.run.files import replace_file
+from ..core.system.durable_files import replace_file
 
 _PACKAGE = Path(__file__).parents[1]
 IS_SOURCE_TREE = (_PACKAGE / "pyproject.toml").is_file()

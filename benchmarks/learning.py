@@ -1,8 +1,8 @@
 """Does training learn as fast as the reference implementation? Curves of equal settings.
 
-Each (precision, seed) is one real training run through `mien.core.train`; its losses are read back
-from the TensorBoard events. The reference is a JSON file with both losses at every iteration and
-``windows`` of their means. A run passes where each of its window means, from the first compared
+Each (precision, seed) is one real training run through `mien.core.training`; its losses are read
+back from the TensorBoard events. The reference is a JSON file with both losses at every iteration
+and ``windows`` of their means. A run passes where each of its window means, from the first compared
 iteration on, lies within a share of the reference's.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..core.config import merge
-from ..core.run.log import Reporter
+from ..core.console.reporter import Reporter
 from . import harness
 
 FIRST_COMPARED, LAST_COMPARED, ALLOWED_SHARE = 101, 650, 0.10
@@ -66,8 +66,8 @@ def run_once(reference: Reference, precision: str, seed: int, keep: Path | None 
     result = RESULTS / f"{reference.name}-{precision}-seed{seed}.json"
     if result.exists():
         return result
-    from ..core.train.resolve import Overrides
-    from ..core.train.unattended import train
+    from ..core.training.resolve import Overrides
+    from ..core.training.unattended import train
 
     folder = keep or Path(tempfile.mkdtemp(prefix="mien-learning-"))
     given = merge(

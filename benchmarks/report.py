@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..core.run.files import replace_file
+from ..core.system.durable_files import replace_file
 from .ceilings import card_of
 from .compare import name as name_of
 from .harness import all_results, identity

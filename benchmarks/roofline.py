@@ -1,6 +1,6 @@
 """How fast a training step can be: its FLOPs and bytes against what a card can do.
 
-Both are read from the model's own graph (see `core.train.work`). *Ceiling*: each product, with the
+Both are read from the model's own graph (`core.estimate.flops`). *Ceiling*: each product, with the
 pointwise pass that belongs to it, takes the longer of FLOPs / tensor peak and bytes / copy
 bandwidth; the products and the update follow one another. *Stretch*: with what the best libraries
 reach (`_product_s`), the pointwise passes apart, and a gap after every kernel.
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.train.work import UPDATE_BYTES, Product, Work, work_of
+from ..core.estimate.flops import UPDATE_BYTES, Product, Work, work_of
 from .harness import rounded
 from .variants import names, variant
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .. import models
-from ..core import presets
+from ..core.config import presets
 from ..models.autoencoder import Autoencoder
 
 

@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..core.paths import refusals_told, require_working_folder
-from ..core.printable import printable
-from ..core.run.output import OutputLost, guarded_streams
+from ..core.system.output import OutputLost, guarded_streams
+from ..core.system.paths import refusals_told, require_working_folder
+from ..core.system.printable import printable
 from .lines import complain, require_reader
 
 COMMANDS = {

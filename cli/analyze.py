@@ -13,8 +13,8 @@ from .lines import complain, tell, tell_json
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..core.run.history import History
-    from ..core.run.statistics import Figures
+    from ..core.history.history import History
+    from ..core.history.statistics import Figures
 
 _HEADINGS = ("session", "start", "end", "elapsed", "batch", "iterations", "EG/s")
 _MOST_NAMED = 20  # sessions, in an error
@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table, and write what is asked for."""
     _check(args)
-    from ..core.run import history as histories
-    from ..core.run.statistics import total_figures
+    from ..core.history import history as histories
+    from ..core.history.statistics import total_figures
 
     history = histories.read_history(args.model, _is_wanted(args))
     for sentence in history.warnings:
@@ -153,7 +153,7 @@ def _range(args: argparse.Namespace) -> tuple[int, int | None]:
 
 def _is_wanted(args: argparse.Namespace) -> "Callable[[str], bool]":
     """Whether a logged value of this name is to be drawn."""
-    from ..core.run.graph import Tag
+    from ..core.history.plots import Tag
 
     def is_wanted(name: str) -> bool:
         tag = Tag.parse(name)
@@ -180,7 +180,7 @@ def _only_sessions(history: "History", args: argparse.Namespace) -> "History":
 
 
 def _graph(history: "History", args: argparse.Namespace) -> bytes:
-    from ..core.run.graph import Drawing, Tag, draw_losses, draw_rate
+    from ..core.history.plots import Drawing, Tag, draw_losses, draw_rate
 
     if not any(len(session.times_n) for session in history.sessions):
         raise ValueError(
@@ -207,7 +207,7 @@ def _graph(history: "History", args: argparse.Namespace) -> bytes:
 
 def _row(figures: "Figures") -> list[str]:
     """What the table says of one session, or of all."""
-    from ..core.run.statistics import elapsed_text
+    from ..core.history.statistics import elapsed_text
 
     def moment(seconds: float | None) -> str:
         if seconds is None:
@@ -240,7 +240,7 @@ def _print_table(rows: list[list[str]]) -> None:
 
 
 def _write(path: Path, content: bytes, flag: str, *, force: bool) -> None:
-    from ..core.run.files import write_output
+    from ..core.system.durable_files import write_output
 
     try:
         write_output(path, content, force=force)

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
         return _report()
     from .. import kernels
     from ..benchmarks import compare, harness
-    from ..core.run.files import write_output
-    from ..core.train.device import require_fit_gpu
+    from ..core.system.durable_files import write_output
+    from ..core.training.devices import require_fit_gpu
 
     unknown = sorted(set(args.only) - set(kernels.OPERATIONS))
     if unknown and args.kind != "models":

@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> int:
     """Draw what is missing, train, and name the picture."""
     if args.iterations < 1:
         raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
+    from ..core.console.reporter import Reporter
+    from ..core.console.requests import Requests
     from ..core.faces.synthetic import draw_folder
-    from ..core.run.log import Reporter
-    from ..core.run.requests import Requests
-    from ..core.train.resolve import Overrides
-    from ..core.train.unattended import train
+    from ..core.training.resolve import Overrides
+    from ..core.training.unattended import train
 
     for side in ("a", "b"):
         draw_folder(args.folder / f"faces_{side}", identity=side, count=FACES, size_px=SIZE_PX)

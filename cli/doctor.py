@@ -75,7 +75,7 @@ def _gpu() -> list[Finding]:
     """GPUs that torch can use, each with what keeps mien from it; or why there are none."""
     import torch
 
-    from ..core.train.device import card_of, why_hidden, why_unfit
+    from ..core.training.devices import card_of, why_hidden, why_unfit
     from ..kernels import toolkit
 
     driver = toolkit.driver()
@@ -125,9 +125,9 @@ def _dali() -> list[Finding]:
 def _paths() -> list[Finding]:
     import torch
 
-    from ..core.train import engine
-    from ..core.train.device import choose_device
-    from ..core.train.precision import resolve
+    from ..core.precision import resolve
+    from ..core.training import engine
+    from ..core.training.devices import choose_device
     from ..kernels import toolkit
 
     compiler = toolkit.choose().compiler

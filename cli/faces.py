@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.printable import printable
+from ..core.system.printable import printable
 from .lines import show, tell, tell_json
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
     from ..core.faces.inspect import contact_sheet, inspect
     from ..core.faces.png import FaceFileError
-    from ..core.run.files import write_output
+    from ..core.system.durable_files import write_output
 
     try:
         facts = inspect(args.file)

@@ -6,8 +6,8 @@ It is what most commands are called for: where nobody can read it, `OutputLost` 
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..core.printable import printable, to_json
-from ..core.run.output import Output
+from ..core.system.output import Output
+from ..core.system.printable import printable, to_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..core.paths import expanded
+from ..core.system.paths import expanded
 from .lines import tell, tell_json
 
 _MIB = 2**20
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
-    from ..core.run.inspection import facts_of
+    from ..core.checkpoint.verify import facts_of
 
     facts = facts_of(args.model)
     if args.json:
@@ -102,7 +102,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..core.run.inspection import verify
+    from ..core.checkpoint.verify import verify
 
     verdicts = verify(args.model)
     damaged = [verdict for verdict in verdicts if verdict.damage]
@@ -130,7 +130,7 @@ def _remedy(model: Path, verdicts: list[Any]) -> str:
 
 
 def _restore(args: argparse.Namespace) -> int:
-    from ..core.run.restore import restore
+    from ..core.history.restore import restore
 
     snapshot = expanded(args.snapshot) if args.snapshot else None
     done = restore(args.model, generation=args.generation, snapshot=snapshot, force=args.force)
@@ -148,7 +148,7 @@ def _restore(args: argparse.Namespace) -> int:
 
 
 def _nan_scan(args: argparse.Namespace) -> int:
-    from ..core.run.inspection import nan_scan
+    from ..core.checkpoint.verify import nan_scan
 
     name, num_tensors, found = nan_scan(args.model, args.generation)
     if args.json:
@@ -171,7 +171,7 @@ def _nan_scan(args: argparse.Namespace) -> int:
 
 
 def _inference(args: argparse.Namespace) -> int:
-    from ..core.run.inference import write_inference
+    from ..core.checkpoint.inference import write_inference
 
     target = expanded(args.output)
     metadata = write_inference(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import config as settings
-from ..core import presets
+from ..core.config import presets
 from .lines import tell, tell_json
 from .settings_file import read_settings
 
@@ -93,8 +93,8 @@ def _save(args: argparse.Namespace) -> int:
 
 def _settings_of_model(source: Path) -> dict[str, Any]:
     """The settings in a model's folder, less the paths: it may come from a stranger."""
-    from ..core.path_settings import paths_in, with_paths
-    from ..core.run.generation import read_settings as settings_in
+    from ..core.checkpoint.format import read_settings as settings_in
+    from ..core.config.path_settings import paths_in, with_paths
 
     values = settings_in(source)
     if values is None:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..core import recipes
+from ..core.config import recipes
 from .lines import tell, tell_json
 
 

@@ -4,11 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core import presets, recipes
-from ..core.config import from_dict, read_toml
-from ..core.faceswap_ini import read_ini
-from ..core.paths import expanded
-from ..core.run.log import Reporter
+from ..core.config import from_dict, presets, read_toml, recipes
+from ..core.config.faceswap_ini import read_ini
+from ..core.console.reporter import Reporter
+from ..core.system.paths import expanded
 
 
 def read_settings(path: Path, given: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def _trainer(given: dict[str, Any]) -> str:
     config = from_dict(said)
     if "model" in said or "save" not in said:
         return config.model.trainer
-    from ..core.run.generation import read_settings as settings_in
+    from ..core.checkpoint.format import read_settings as settings_in
 
     saved = settings_in(expanded(config.save.model_dir))
     return from_dict(saved or {}).model.trainer

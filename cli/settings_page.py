@@ -7,7 +7,7 @@ from ..core.config import SECTIONS, Spec, fields_of
 
 _HEAD = """# Settings
 
-Written by `make docs` from `core/config.py`.
+Written by `make docs` from `core/config/sections.py`.
 
 A setting is given as `--set section.name=value`, in a file (`--configfile`) whose tables are the
 sections, or by its flag. *Locked*: fixed when the model is made. *Free*: may change at every

@@ -3,12 +3,13 @@
 from dataclasses import asdict
 from typing import Any
 
+from ..core import precision
 from ..core.config import Config
-from ..core.train import memory, precision
-from ..core.train.device import choose_device
-from ..core.train.prepare import free_bytes
-from ..core.train.summary import Layer, Summary, summarize
-from ..core.train.work import meta_model, work_of
+from ..core.estimate.flops import meta_model, work_of
+from ..core.estimate.summary import Layer, Summary, summarize
+from ..core.training import memory
+from ..core.training.devices import choose_device
+from ..core.training.prepare import free_bytes
 from .lines import complain, tell, tell_json
 
 _USUAL_BATCH_SIZE = 16

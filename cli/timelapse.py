@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ..core.paths import expanded
+from ..core.system.paths import expanded
 from .lines import complain, tell, tell_json
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {output}: there is no folder {output.parent}; make it first")
     if output.exists() and not args.force:
         raise ValueError(f"{output} is there already; choose another name, or add --force")
-    from ..core.run.film import find_pictures, make_film
+    from ..core.preview.timelapse_video import find_pictures, make_film
 
     film = make_film(find_pictures(folder), output, fps=args.fps, last_seconds=args.last_seconds)
     for path in film.unreadable:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from .. import models
 from ..core import config as settings
-from ..core import presets, recipes
+from ..core.config import presets, recipes
 from .lines import complain, tell, tell_json
 from .settings_file import read_settings, stages_in
 
 if TYPE_CHECKING:
-    from ..core.train.resolve import Overrides, Resolved
-    from ..core.train.stages import Plan
+    from ..core.training.recipe_progress import Plan
+    from ..core.training.resolve import Overrides, Resolved
 
 
 _EPILOG = (
@@ -122,7 +122,7 @@ def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe
 
     Weight, lowest first: preset, recipe, file, ``--set``, flags. What a stage sets comes on top.
     """
-    from ..core.train.resolve import Overrides
+    from ..core.training.resolve import Overrides
 
     preset = presets.load(args.preset) if "preset" in args else None
     recipe = _recipe(args)
@@ -168,11 +168,11 @@ def run(args: argparse.Namespace) -> int:
         return _summary(overrides, recipe, as_json="json" in args)
     if "dry_run" in args:
         return _dry_run(overrides, recipe, as_json="json" in args)
-    from ..core.run.checkpoint import SaveError
-    from ..core.run.log import Reporter
-    from ..core.run.outcome import Outcome
-    from ..core.run.requests import Requests
-    from ..core.train.unattended import train
+    from ..core.checkpoint.model_folder import SaveError
+    from ..core.console.outcome import Outcome
+    from ..core.console.reporter import Reporter
+    from ..core.console.requests import Requests
+    from ..core.training.unattended import train
 
     reporter = Reporter(as_json="json" in args, level=given["log"].level)
     try:
@@ -205,8 +205,8 @@ def _summary(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: boo
 
 def _settings_of(overrides: "Overrides", recipe: recipes.Recipe | None) -> "Resolved":
     """The settings that training would have; what there is to tell of them goes to stderr."""
-    from ..core.run.log import Reporter
-    from ..core.train.prepare import settings_of, tell
+    from ..core.console.reporter import Reporter
+    from ..core.training.prepare import settings_of, tell
 
     found = settings_of(overrides, recipe)
     tell(Reporter(sys.stderr), found.notices)
@@ -233,10 +233,10 @@ def _options(trainer: str, as_json: bool) -> int:
 def _dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: bool) -> int:
     """Parameters, memory, two steps, and what the card's roofline allows."""
     from ..benchmarks import ceilings, harness, roofline
-    from ..core.run.log import Reporter
-    from ..core.train.dry_run import rehearse
-    from ..core.train.memory import describe
-    from ..core.train.work import meta_model
+    from ..core.console.reporter import Reporter
+    from ..core.estimate.flops import meta_model
+    from ..core.training.dry_run import rehearse
+    from ..core.training.memory import describe
 
     found = rehearse(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
     model, batch_size = found.config.model, found.config.train.batch_size

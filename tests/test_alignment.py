@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mien import models
+from mien.core import precision as precisions
 from mien.core.config import OptimizerConfig
-from mien.core.train import precision as precisions
-from mien.core.train.optim import Update
+from mien.core.optim.optimizer import Update
 from mien.models.alignment import axes_of, axis, crop, pad
 
 CPU = torch.device("cpu")

@@ -17,18 +17,18 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mien.cli import main
-from mien.core.run.checkpoint import ModelFolder
-from mien.core.run.graph import Tag, _thinned
-from mien.core.run.history import (
+from mien.core.checkpoint.model_folder import ModelFolder
+from mien.core.checkpoint.state import Session, TrainingState
+from mien.core.console.reporter import TensorBoardLog
+from mien.core.history.history import (
     BATCH_SIZE_TAG,
     _EventFile,
     _leave_out_undone,
     _sessions,
     read_history,
 )
-from mien.core.run.log import TensorBoardLog
-from mien.core.run.session import Session, TrainingState
-from mien.core.run.statistics import rate_per_iteration, total_figures
+from mien.core.history.plots import Tag, _thinned
+from mien.core.history.statistics import rate_per_iteration, total_figures
 
 
 def _analyze(capsys, *words):
@@ -484,7 +484,7 @@ def test_logs_that_lack_iterations_are_told_of(tmp_path, capsys):
 
 
 def test_events_that_stand_for_several_iterations_count_as_such(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mien.core.run.log._FINENESS", 10)
+    monkeypatch.setattr("mien.core.console.reporter._FINENESS", 10)
     model = tmp_path / "model"
     _save(model, 60, 30)
     _log(model, 1, range(1, 66))  # crashed at 65, the last save was of 60

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from mien import __version__
+from mien.core.checkpoint import format as manifests
+from mien.core.checkpoint.model_folder import ModelFolder, SaveError, Saver
+from mien.core.checkpoint.state import TrainingState
 from mien.core.config import Config, from_dict, to_dict
-from mien.core.run import files as file_access
-from mien.core.run import generation as manifests
-from mien.core.run.checkpoint import ModelFolder, SaveError, Saver
-from mien.core.run.session import TrainingState
+from mien.core.system import durable_files as file_access
 
 RUN_ID = "0123456789abcdef" * 2
 FILES = {"config.toml", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"}

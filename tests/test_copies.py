@@ -9,11 +9,11 @@ import threading
 import pytest
 import torch
 
+from mien.core.checkpoint import model_folder as checkpoint
+from mien.core.checkpoint.model_folder import ModelFolder, Saver
+from mien.core.checkpoint.state import TrainingState
 from mien.core.config import Config
-from mien.core.run import checkpoint
-from mien.core.run.checkpoint import ModelFolder, Saver
-from mien.core.run.restore import restore
-from mien.core.run.session import TrainingState
+from mien.core.history.restore import restore
 
 RUN_ID = "0123456789abcdef" * 2
 

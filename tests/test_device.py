@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mien.cli import main
-from mien.core.train import device as devices
+from mien.core.training import devices
 from mien.kernels import native, toolkit
 
 ALL = "80-real 86-real 89-real 90-real 100-real 120"

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from mien.core.config import Config, TrainConfig
-from mien.core.train import device as devices
-from mien.core.train import prepare
-from mien.core.train.resolve import Overrides
+from mien.core.training import devices, prepare
+from mien.core.training.resolve import Overrides
 from mien.kernels import activate, enlarge, native, optimize, to_image, upscale
 from mien.kernels.augment import Ranges, draw
 from mien.kernels.control import new_control, new_history

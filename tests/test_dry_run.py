@@ -8,11 +8,11 @@ import torch
 
 from mien.benchmarks import harness
 from mien.cli import main
+from mien.core import precision as precisions
 from mien.core.config import from_dict
-from mien.core.train import precision as precisions
-from mien.core.train import prepare
-from mien.core.train.batch_size import choose
-from mien.core.train.step import TrainStep
+from mien.core.training import prepare
+from mien.core.training.batch_size import choose
+from mien.core.training.step import TrainStep
 
 
 @pytest.fixture(scope="session")

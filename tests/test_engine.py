@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 
 from mien import models
+from mien.core import precision as precisions
 from mien.core.config import from_dict
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
-from mien.core.train import engine as engines
-from mien.core.train import precision as precisions
-from mien.core.train.losses import Loss
-from mien.core.train.optim import Update
-from mien.core.train.ring import LossRing
-from mien.core.train.step import TrainStep
+from mien.core.losses.weighted import Loss
+from mien.core.optim.optimizer import Update
+from mien.core.training import engine as engines
+from mien.core.training.loss_buffer import LossRing
+from mien.core.training.step import TrainStep
 from mien.models.batch_norm import BatchNorm, remember
 
 CPU = torch.device("cpu")

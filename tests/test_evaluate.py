@@ -23,14 +23,14 @@ from mien.core.data.held_out import HeldOutFaces, hold_out, is_held_out, load_he
 from mien.core.data.landmarks import store_landmarks
 from mien.core.data.sides import open_sides
 from mien.core.data.store import open_store
+from mien.core.evaluate.evaluate import Evaluation, evaluate, masked_psnr, masked_ssim
+from mien.core.evaluate.onnx_network import Network
+from mien.core.evaluate.swap_metrics import IdentityJudge, PoseJudge, aligned
 from mien.core.faces.folder import MINIMUM_FACES, read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.synthetic import draw_folder
-from mien.core.train import loop
-from mien.core.train.evaluate import Evaluation, evaluate, masked_psnr, masked_ssim
-from mien.core.train.judges import IdentityJudge, PoseJudge, aligned
-from mien.core.train.network import Network
-from mien.core.train.precision import resolve
+from mien.core.precision import resolve
+from mien.core.training import loop
 from mien.kernels.augment import draw, records_of
 
 CPU = torch.device("cpu")

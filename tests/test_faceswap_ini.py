@@ -12,7 +12,7 @@ import tomli_w
 from mien import models
 from mien.cli import main
 from mien.core.config import from_dict, to_dict
-from mien.core.faceswap_ini import MAX_BYTES, read_ini
+from mien.core.config.faceswap_ini import MAX_BYTES, read_ini
 
 INIS = Path(__file__).parent / "faceswap_ini"
 PRESENT = (INIS / "present.ini").read_text()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mien.core.run.files import (
+from mien.core.system.durable_files import (
     OddFileError,
     copy_file,
     discard,
@@ -207,7 +207,7 @@ def test_a_kill_while_a_file_is_written_leaves_nothing(tmp_path):
     code = (
         "import os, sys\n"
         "from pathlib import Path\n"
-        "from mien.core.run.files import write_output\n"
+        "from mien.core.system.durable_files import write_output\n"
         "fsync = os.fsync\n"
         "def wait(handle):\n"
         "    fsync(handle)\n"

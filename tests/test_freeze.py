@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from mien import models
 from mien.benchmarks.bench_step import make_batch
 from mien.cli import main
+from mien.core import precision as precisions
 from mien.core.config import LossConfig, OptimizerConfig, from_dict
-from mien.core.train import memory, overlap
-from mien.core.train import precision as precisions
-from mien.core.train.losses import Loss
-from mien.core.train.ring import LossRing
-from mien.core.train.step import TrainStep
+from mien.core.losses.weighted import Loss
+from mien.core.optim import overlap
+from mien.core.training import memory
+from mien.core.training.loss_buffer import LossRing
+from mien.core.training.step import TrainStep
 from mien.models.batch_norm import BatchNorm, norms_of, remember
 
 CPU = torch.device("cpu")

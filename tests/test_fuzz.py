@@ -24,25 +24,24 @@ from hypothesis import strategies as st
 
 from mien import models
 from mien.cli import main
-from mien.core import presets, recipes
-from mien.core.config import Config, from_dict, parse_toml, to_dict
+from mien.core.checkpoint import format as manifests
+from mien.core.checkpoint.model_folder import ModelFolder, read_weights
+from mien.core.checkpoint.state import TrainingState
+from mien.core.checkpoint.verify import facts_of, nan_scan, verify
+from mien.core.config import Config, from_dict, parse_toml, presets, recipes, to_dict
+from mien.core.config.faceswap_ini import read_ini
 from mien.core.data.store import _is_of, _read_raw
+from mien.core.evaluate.evaluate import measured_at
 from mien.core.faces import png
 from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop, crop_landmarks
 from mien.core.faces.masks import training_masks
 from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
 from mien.core.faces.synthetic import draw_folder
-from mien.core.faceswap_ini import read_ini
-from mien.core.run import generation as manifests
-from mien.core.run.checkpoint import ModelFolder, read_weights
-from mien.core.run.inspection import facts_of, nan_scan, verify
-from mien.core.run.restore import restore
-from mien.core.run.session import TrainingState
-from mien.core.train.divergence import DivergenceDetector, NotFinite, TrainingDiverged, settle
-from mien.core.train.evaluate import measured_at
-from mien.core.train.schedule import begin_schedule, found_rate, rate_factor
-from mien.core.train.stages import Place, Plan, find_place
+from mien.core.history.restore import restore
+from mien.core.optim.lr_schedule import begin_schedule, found_rate, rate_factor
+from mien.core.training.divergence import DivergenceDetector, NotFinite, TrainingDiverged, settle
+from mien.core.training.recipe_progress import Place, Plan, find_place
 
 CASES = int(os.environ.get("MIEN_FUZZ", "0"))
 MAX_SECONDS = 3.0

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mien.cli import main
+from mien.core.checkpoint import known_paths
+from mien.core.checkpoint.known_paths import KnownPaths
+from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.config import all_settings, from_dict, merge, to_dict
-from mien.core.run import known_paths
-from mien.core.run.checkpoint import ModelFolder
-from mien.core.run.film import find_pictures
-from mien.core.run.known_paths import KnownPaths
+from mien.core.preview.timelapse_video import find_pictures
 
 RUN = "a" * 32
 

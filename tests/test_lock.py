@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mien.core.run import lock as locks
-from mien.core.run import owner as owners
-from mien.core.run.checkpoint import ModelFolder, SaveError
-from mien.core.run.holder import holder
-from mien.core.run.lock import LOCK, acquire, holder_of
-from mien.core.run.owner import OWNER, Owner, read_owner
-from mien.core.run.session import TrainingState
+from mien.core.checkpoint import lock as locks
+from mien.core.checkpoint import owner as owners
+from mien.core.checkpoint.holder import holder
+from mien.core.checkpoint.lock import LOCK, acquire, holder_of
+from mien.core.checkpoint.model_folder import ModelFolder, SaveError
+from mien.core.checkpoint.owner import OWNER, Owner, read_owner
+from mien.core.checkpoint.state import TrainingState
 
 
 def _save(folder: ModelFolder, iterations: int) -> Path:
@@ -70,7 +70,7 @@ def test_a_folder_is_removed_only_with_the_lock_file_that_is_held(tmp_path):
 RACE = """
 import os, sys
 from pathlib import Path
-from mien.core.run.checkpoint import ModelFolder
+from mien.core.checkpoint.model_folder import ModelFolder
 
 path, marker, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 held = 0

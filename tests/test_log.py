@@ -11,8 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mien.core.run.log import LogError, NullLog, Reporter, TensorBoardLog, duration, open_log
-from mien.core.run.report_files import older_file
+from mien.core.console.event_files import older_file
+from mien.core.console.reporter import (
+    LogError,
+    NullLog,
+    Reporter,
+    TensorBoardLog,
+    duration,
+    open_log,
+)
 
 STEP = {
     "iteration": 12,
@@ -125,7 +132,7 @@ def test_a_terminal_keeps_one_status_line(monkeypatch):
 def test_a_reader_that_leaves_does_not_stop_the_run():
     code = (
         "import sys, time\n"
-        "from mien.core.run.log import Reporter\n"
+        "from mien.core.console.reporter import Reporter\n"
         "reporter = Reporter(as_json=True)\n"
         "for step in range(200):\n"
         "    reporter.warning('x' * 2000)\n"
@@ -143,7 +150,8 @@ def test_a_reader_that_leaves_does_not_stop_the_run():
 
 def test_neither_torch_nor_rich_is_imported_for_reports():
     code = (
-        "import sys; from mien.core.run.log import Reporter; Reporter(as_json=True).warning('');"
+        "import sys; from mien.core.console.reporter import Reporter;"
+        "Reporter(as_json=True).warning('');"
         "sys.exit(any(name in sys.modules for name in ('torch', 'rich', 'tensorboard')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
@@ -178,7 +186,7 @@ def test_tensorboard_events_hold_the_scalars(tmp_path):
 def test_the_events_of_a_long_training_are_means(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr("mien.core.run.log._FINENESS", 10)
+    monkeypatch.setattr("mien.core.console.reporter._FINENESS", 10)
     log = TensorBoardLog(tmp_path, 1)
     for step in range(1, 45):
         log.scalars({"batch_total": float(step), "learning_rate": 1e-4}, step, 1000.0 + step)
@@ -197,7 +205,7 @@ def test_the_events_of_a_long_training_are_means(tmp_path, monkeypatch):
 
 
 def test_a_flush_leaves_no_iteration_waiting(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.run.log._FINENESS", 10)
+    monkeypatch.setattr("mien.core.console.reporter._FINENESS", 10)
     log = TensorBoardLog(tmp_path, 1, 101)
     (path,) = log.folder.iterdir()
     sizes = []
@@ -245,7 +253,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capfd):
 
 
 def test_events_reach_the_disk_without_being_flushed(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.run.log._SECONDS_BETWEEN_FLUSHES", 0.0)
+    monkeypatch.setattr("mien.core.console.reporter._SECONDS_BETWEEN_FLUSHES", 0.0)
     log = TensorBoardLog(tmp_path, 1)
     log.scalars({"batch_total": 1.0}, 1)
     (path,) = log.folder.iterdir()
@@ -320,7 +328,7 @@ def _numbered(path):
 
 @pytest.mark.parametrize("name", ["events.jsonl", "run.log"])
 def test_files_of_reports_stay_small_and_keep_the_newest(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 2000)
+    monkeypatch.setattr("mien.core.console.event_files._MOST_BYTES", 2000)
     reporter = Reporter(io.StringIO())
     reporter.keep_in(events=tmp_path / "events.jsonl", log_file=tmp_path / "run.log", level="info")
     for number in range(500):
@@ -334,7 +342,7 @@ def test_files_of_reports_stay_small_and_keep_the_newest(tmp_path, monkeypatch, 
 
 
 def test_a_log_file_that_another_program_put_aside_is_begun_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 130)
+    monkeypatch.setattr("mien.core.console.event_files._MOST_BYTES", 130)
     path = tmp_path / "run.log"
     reporter = Reporter(io.StringIO())
     reporter.keep_in(events=None, log_file=path, level="info")
@@ -349,7 +357,7 @@ def test_a_log_file_that_another_program_put_aside_is_begun_anew(tmp_path, monke
 
 
 def test_a_log_file_may_be_a_device_or_a_link_and_is_not_put_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 100)
+    monkeypatch.setattr("mien.core.console.event_files._MOST_BYTES", 100)
     (tmp_path / "logs").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "logs/run.log")
     (tmp_path / "null").symlink_to("/dev/null")

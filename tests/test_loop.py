@@ -18,12 +18,12 @@ from conftest import assert_same_bits, saved_tensors
 
 from mien import models
 from mien.cli import main
+from mien.core.checkpoint.model_folder import ModelFolder, SaveError
+from mien.core.console.reporter import LogError, TensorBoardLog
 from mien.core.data.feed import Feed
-from mien.core.data.preview_faces import PreviewLoader
 from mien.core.faces.png import read_header, write_face
-from mien.core.run.checkpoint import ModelFolder, SaveError
-from mien.core.run.log import LogError, TensorBoardLog
-from mien.core.train.loop import Loop
+from mien.core.preview.faces import PreviewLoader
+from mien.core.training.loop import Loop
 
 
 def _words(sides, model_dir, *more):
@@ -229,7 +229,7 @@ def test_what_is_not_the_model_may_fail_to_be_written(sides, tmp_path, monkeypat
     def broken_log(self, *_: object) -> None:
         raise LogError("cannot write logs")
 
-    monkeypatch.setattr("mien.core.train.pictures.save_png", full)
+    monkeypatch.setattr("mien.core.preview.previewer.save_png", full)
     monkeypatch.setattr(TensorBoardLog, "flush", broken_log)
     monkeypatch.setattr(TensorBoardLog, "close", broken_log)
     capsys.readouterr()
@@ -405,7 +405,7 @@ def test_the_loop_stays_readable():
     """step() <= 40 lines, run() <= 60."""
     import inspect
 
-    from mien.core.train.step import TrainStep
+    from mien.core.training.step import TrainStep
 
     assert len(inspect.getsource(TrainStep.__call__).splitlines()) <= 40
     assert len(inspect.getsource(Loop.run).splitlines()) <= 60

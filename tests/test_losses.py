@@ -9,7 +9,7 @@ import torch
 
 from mien.core.config import LossConfig
 from mien.core.data.feed import Batch
-from mien.core.train.losses import Loss
+from mien.core.losses.weighted import Loss
 from mien.kernels import reference
 
 DEFINED_OTHERWISE = {"gmsd", "l_inf_norm", "pixel_gradient_diff"}

@@ -12,10 +12,10 @@ import pytest
 from conftest import assert_same_bits, tiny_options
 
 from mien.cli import main
+from mien.core.console.outcome import Outcome
 from mien.core.data.feed import Feed
-from mien.core.run.outcome import Outcome
-from mien.core.train import lr_finder
-from mien.core.train.lr_finder import LOWEST, STRENGTHS, Search, draw
+from mien.core.training import lr_finder
+from mien.core.training.lr_finder import LOWEST, STRENGTHS, Search, draw
 
 
 @pytest.mark.oracle

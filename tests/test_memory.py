@@ -8,8 +8,8 @@ from conftest import tiny_options
 
 from mien import models
 from mien.core.config import from_dict
-from mien.core.train import memory
-from mien.core.train.precision import Precision
+from mien.core.precision import Precision
+from mien.core.training import memory
 
 BF16 = Precision("bf16", torch.bfloat16, "as set")
 FP32 = Precision("fp32", torch.float32, "as set")

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from mien.cli import main
+from mien.core.checkpoint.lock import LOCK
+from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.config import from_dict
+from mien.core.console.crash_report import reporting_crashes
+from mien.core.console.reporter import Reporter
 from mien.core.faces.synthetic import draw_folder
-from mien.core.run.checkpoint import ModelFolder
-from mien.core.run.crash import reporting_crashes
-from mien.core.run.lock import LOCK
-from mien.core.run.log import Reporter
 
 LONG = "n" * 300
 NO_HOME = "~nosuchuser/x"

@@ -17,14 +17,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mien import models
 from mien.cli import main
 from mien.cli.monitor.watch import Watch
+from mien.core.checkpoint.model_folder import ModelFolder
+from mien.core.checkpoint.state import TrainingState
+from mien.core.checkpoint.verify import facts_of, verify
 from mien.core.config import Config, from_dict, model_settings
-from mien.core.run import restore as restoring
-from mien.core.run.checkpoint import ModelFolder
-from mien.core.run.history import read_history
-from mien.core.run.inspection import facts_of, verify
-from mien.core.run.log import Reporter, TensorBoardLog
-from mien.core.run.restore import restore
-from mien.core.run.session import TrainingState
+from mien.core.console.reporter import Reporter, TensorBoardLog
+from mien.core.history import restore as restoring
+from mien.core.history.history import read_history
+from mien.core.history.restore import restore
 
 RUN_ID, OTHER_RUN_ID = "0123456789abcdef" * 2, "f" * 32
 CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "link")
@@ -203,7 +203,7 @@ def test_verify_sees_a_pointer_to_nothing(model):
 
 
 def test_verify_passes_over_what_a_run_puts_away_meanwhile(model, monkeypatch):
-    from mien.core.run import inspection
+    from mien.core.checkpoint import verify as inspection
 
     check = inspection.check_generation
 

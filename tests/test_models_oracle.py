@@ -9,7 +9,7 @@ import torch
 from conftest import ORACLE, oracle_face, oracle_weight
 
 from mien import models
-from mien.core.train.work import work_of
+from mien.core.estimate.flops import work_of
 from mien.models.keras_weights import keras_entries
 
 pytestmark = pytest.mark.oracle

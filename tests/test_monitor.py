@@ -23,10 +23,10 @@ from mien import cli
 from mien.cli.monitor import journal, watch
 from mien.cli.monitor.access import COOKIE, Access
 from mien.cli.monitor.server import make_app
-from mien.core.run.checkpoint import ModelFolder
-from mien.core.run.holder import RequestError, ask, holder
-from mien.core.run.log import Reporter, TensorBoardLog
-from mien.core.run.preview import save_png
+from mien.core.checkpoint.holder import RequestError, ask, holder
+from mien.core.checkpoint.model_folder import ModelFolder
+from mien.core.console.reporter import Reporter, TensorBoardLog
+from mien.core.preview.grid import save_png
 
 TOKEN = "a-token-of-the-tests"
 BATCH_SIZE = 8

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mien.cli import main
+from mien.core import precision as precisions
 from mien.core.config import OPTIMIZERS, OptimizerConfig
-from mien.core.train import precision as precisions
-from mien.core.train.optim import Update
+from mien.core.optim.optimizer import Update
 from mien.kernels.control import LEARNING_RATE
 
 CPU = torch.device("cpu")

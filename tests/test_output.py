@@ -15,8 +15,8 @@ import warnings
 import pytest
 
 from mien.cli import main
-from mien.core.run.log import Reporter
-from mien.core.run.output import Output, OutputLost, guarded_streams
+from mien.core.console.reporter import Reporter
+from mien.core.system.output import Output, OutputLost, guarded_streams
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def test_letters_that_an_output_has_not_are_escaped():
 def test_what_was_written_before_reaches_nobody_when_the_program_ends():
     code = (
         "import sys\n"
-        "from mien.core.run.log import Reporter\n"
+        "from mien.core.console.reporter import Reporter\n"
         "reporter = Reporter(as_json=True)\n"
         "sys.stdout.write('in a buffer')\n"
         "reporter.warning('x')\n"
@@ -157,7 +157,7 @@ def test_a_mistake_is_told_by_the_exit_code_where_nobody_reads_the_line():
 
 HANDLES = """
 import os, sys
-from mien.core.run.output import guarded_streams
+from mien.core.system.output import guarded_streams
 with guarded_streams():
     opened = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
     os.write(1, b"of a library")

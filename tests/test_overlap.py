@@ -11,16 +11,16 @@ from mien import models
 from mien.benchmarks.bench_step import OneBatch, make_batch
 from mien.benchmarks.variants import variant
 from mien.cli import main
+from mien.core import precision as precisions
 from mien.core.config import LossConfig, OptimizerConfig
 from mien.core.data.feed import Feed
+from mien.core.estimate.flops import work_of
 from mien.core.faces.synthetic import draw_folder
-from mien.core.train import engine as engines
-from mien.core.train import overlap
-from mien.core.train import precision as precisions
-from mien.core.train.losses import Loss
-from mien.core.train.ring import LossRing
-from mien.core.train.step import TrainStep
-from mien.core.train.work import work_of
+from mien.core.losses.weighted import Loss
+from mien.core.optim import overlap
+from mien.core.training import engine as engines
+from mien.core.training.loss_buffer import LossRing
+from mien.core.training.step import TrainStep
 from mien.kernels.control import STEP
 
 CPU = torch.device("cpu")

@@ -15,32 +15,44 @@ import mien
 
 ROOT = Path(mien.__file__).parent
 ROOMS = ["cli", "benchmarks", "core", "models", "kernels"]  # imports run down this list only
+CORE = [  # and so they do inside core
+    *("swapping", "training", "history", "preview", "evaluate", "optim", "losses", "estimate"),
+    *("data", "faces", "console", "checkpoint", "precision", "config", "system"),
+]
 
 
 def _modules(room):
     return sorted((ROOT / room).rglob("*.py"))
 
 
-def _imported_rooms(path):
-    """Rooms that a module imports from, by relative or absolute import."""
-    package = path.relative_to(ROOT).with_suffix("").parts
-    package = package if path.name != "__init__.py" else package[:-1] + ("__init__",)
-    found = set()
+def _imports(path):
+    """What a module imports of mien, relatively or absolutely, as the parts of dotted names."""
+    package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
+            base = tuple((node.module or "").split(".")) if node.module else ()
             if node.level:
-                base = package[: len(package) - node.level]
-                target = (*base, *(node.module or "").split("."))
-                targets = [target] if node.module else [(*base, a.name) for a in node.names]
+                base = package[: len(package) - node.level + 1] + base
+            elif base[0] != "mien":
+                continue
             else:
-                targets = [tuple((node.module or "").split("."))[1:]]
-                if (node.module or "").split(".")[0] != "mien":
-                    continue
-            found |= {t[0] for t in targets if t and t[0] in ROOMS}
+                base = base[1:]
+            yield from (base + (alias.name,) for alias in node.names)
         elif isinstance(node, ast.Import):
-            names = [a.name.split(".") for a in node.names]
-            found |= {n[1] for n in names if n[0] == "mien" and len(n) > 1 and n[1] in ROOMS}
-    return found
+            for alias in node.names:
+                first, *rest = alias.name.split(".")
+                if first == "mien":
+                    yield tuple(rest)
+
+
+def _imported_rooms(path):
+    """Rooms that a module imports from."""
+    return {name[0] for name in _imports(path) if name and name[0] in ROOMS}
+
+
+def _imported_rooms_of_core(path):
+    """Rooms of core, and modules beside them, that a module imports from."""
+    return {name[1] for name in _imports(path) if name[0:1] == ("core",) and len(name) > 1}
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -51,9 +63,24 @@ def test_imports_run_one_way(room):
         assert not upward, f"{path.relative_to(ROOT)} imports from {sorted(upward)}"
 
 
+@pytest.mark.parametrize("room", CORE)
+def test_imports_run_one_way_inside_core(room):
+    below = set(CORE[CORE.index(room) :])
+    files = _modules(f"core/{room}") or [ROOT / f"core/{room}.py"]
+    for path in files:
+        upward = _imported_rooms_of_core(path) - below
+        assert not upward, f"{path.relative_to(ROOT)} imports from {sorted(upward)}"
+
+
+def test_every_room_of_core_has_its_place():
+    paths = [path for path in (ROOT / "core").iterdir() if path.name not in ("__pycache__",)]
+    assert sorted(path.stem for path in paths) == sorted([*CORE, "__init__"])
+
+
 def test_the_import_check_sees_imports():
+    assert "losses" in _imported_rooms_of_core(ROOT / "core/training/step.py")
     assert "core" in _imported_rooms(ROOT / "cli/train.py")
-    assert "models" in _imported_rooms(ROOT / "core/train/step.py")
+    assert "models" in _imported_rooms(ROOT / "core/training/step.py")
 
 
 def test_nothing_dangerous_is_called():

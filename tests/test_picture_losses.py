@@ -13,16 +13,16 @@ from safetensors.torch import save_file
 from mien import models
 from mien.benchmarks.bench_step import make_batch
 from mien.core import losses
+from mien.core import precision as precisions
 from mien.core.config import LOSSES, LossConfig, OptimizerConfig, from_dict
 from mien.core.data.feed import Batch
 from mien.core.losses import lpips, planes, pyramids
-from mien.core.train import precision as precisions
-from mien.core.train.losses import Loss
-from mien.core.train.optim import Update
-from mien.core.train.prepare import open_run
-from mien.core.train.resolve import Overrides
-from mien.core.train.ring import LossRing
-from mien.core.train.step import TrainStep
+from mien.core.losses.weighted import Loss
+from mien.core.optim.optimizer import Update
+from mien.core.training.loss_buffer import LossRing
+from mien.core.training.prepare import open_run
+from mien.core.training.resolve import Overrides
+from mien.core.training.step import TrainStep
 from mien.kernels import reference
 
 CPU = torch.device("cpu")

@@ -10,8 +10,7 @@ import tomli_w
 
 from mien import models
 from mien.cli import main
-from mien.core import presets
-from mien.core.config import from_dict, read_toml, to_dict
+from mien.core.config import from_dict, presets, read_toml, to_dict
 
 NAMES = """clipfaker128 clipfaker256 clipfaker448 dfaker dfl-h128 dfl-sae-df dfl-sae-liae
 dfl-saehd-df dfl-saehd-liae dny1024 dny256 dny512 iae lightweight original stojo sym384""".split()

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mien.core.run import preview
+from mien.core.preview import grid as preview
 
 
 def _arrays(faces: int = 2, out_px: int = 24, full_px: int = 32, channels: int = 4):

@@ -8,10 +8,10 @@ import pytest
 import tomli_w
 
 from mien.cli import main
-from mien.core import recipes
-from mien.core.recipes import NONE, Recipe
-from mien.core.run.session import TrainingState
-from mien.core.train.stages import PART, Place, Plan, find_place
+from mien.core.checkpoint.state import TrainingState
+from mien.core.config import recipes
+from mien.core.config.recipes import NONE, Recipe
+from mien.core.training.recipe_progress import PART, Place, Plan, find_place
 
 LEARN = {"name": "learn", "iterations": 10, "set": {"augment": {"flip": False}}}
 FINISH = {"name": "finish", "rate_factor": 0.5, "set": {"augment": {"warp": False}}}

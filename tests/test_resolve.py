@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from mien import models
+from mien.core.checkpoint.format import Generation
+from mien.core.checkpoint.state import TrainingState
 from mien.core.config import (
     Config,
     all_settings,
@@ -16,12 +18,10 @@ from mien.core.config import (
     to_dict,
     to_toml,
 )
-from mien.core.path_settings import paths_in, with_paths
-from mien.core.recipes import NONE, Recipe
-from mien.core.run.generation import Generation
-from mien.core.run.session import TrainingState
-from mien.core.train.resolve import Overrides, resolve
-from mien.core.train.schedule import LR_FINDER
+from mien.core.config.path_settings import paths_in, with_paths
+from mien.core.config.recipes import NONE, Recipe
+from mien.core.optim.lr_schedule import LR_FINDER
+from mien.core.training.resolve import Overrides, resolve
 from mien.models.options import Options, option
 
 SAVED = {

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mien.core.train import ring
-from mien.core.train.ring import LossRing
+from mien.core.training import loss_buffer as ring
+from mien.core.training.loss_buffer import LossRing
 
 
 def test_rows_come_back_in_order(monkeypatch, device):

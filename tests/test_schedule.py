@@ -9,11 +9,11 @@ from conftest import assert_same_bits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mien.cli import main
+from mien.core import precision as precisions
+from mien.core.checkpoint.state import TrainingState
 from mien.core.config import OptimizerConfig, from_dict
-from mien.core.run.session import TrainingState
-from mien.core.train import overlap
-from mien.core.train import precision as precisions
-from mien.core.train.schedule import Schedule, begin_schedule
+from mien.core.optim import overlap
+from mien.core.optim.lr_schedule import Schedule, begin_schedule
 from mien.kernels.control import LEARNING_RATE
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from mien.core.checkpoint.state import SCHEMA, TrainingState
 from mien.core.config import Config, all_settings, from_dict
-from mien.core.run.session import SCHEMA, TrainingState
 
 
 def trained_state() -> TrainingState:

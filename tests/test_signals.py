@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from mien.cli import main
+from mien.core.console.keyboard import Keyboard
+from mien.core.console.requests import Requests
+from mien.core.console.stop import Interrupted, StopRequest
 from mien.core.data.feed import Feed
 from mien.core.data.sides import open_sides
-from mien.core.run.keyboard import Keyboard
-from mien.core.run.requests import Requests
-from mien.core.run.stop import Interrupted, StopRequest
 
 SIX = [
     *(signal.SIGINT, signal.SIGTERM, signal.SIGHUP),
@@ -85,7 +85,7 @@ def test_before_training_a_signal_ends_at_once_and_the_same_line_begins_anew(
         pytest.fail("it goes on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mien.core.train.prepare.open_sides", decode)
+        patch.setattr("mien.core.training.prepare.open_sides", decode)
         assert _train(sides, tmp_path / "model", "-i", "1") == 4
     assert capsys.readouterr().err == f"mien train: {number.name} received before training began\n"
     assert not list(tmp_path.glob("model/crash_report_*"))
@@ -107,7 +107,7 @@ def test_in_a_change_of_stages_a_signal_ends_at_once_with_the_stage_saved(
             pytest.fail("it goes on")
         return open_sides(*given, **named)
 
-    monkeypatch.setattr("mien.core.train.prepare.open_sides", opening)
+    monkeypatch.setattr("mien.core.training.prepare.open_sides", opening)
     assert _train(sides, tmp_path / "model", *words) == 4
     captured = capsys.readouterr()
     stop = json.loads(captured.out.splitlines()[-1])
@@ -119,7 +119,7 @@ def test_in_a_change_of_stages_a_signal_ends_at_once_with_the_stage_saved(
 
 ASKED = """
 import sys
-from mien.core.run.stop import Interrupted, StopRequest
+from mien.core.console.stop import Interrupted, StopRequest
 with StopRequest() as stop:
     stop.when_noted.append(lambda: print(stop.signal_name, flush=True))
     print("ready", flush=True)

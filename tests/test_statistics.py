@@ -5,7 +5,7 @@ import ast
 import numpy as np
 import pytest
 
-from mien.core.run.statistics import (
+from mien.core.history.statistics import (
     Figures,
     elapsed_text,
     flatten_outliers,

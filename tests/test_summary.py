@@ -8,9 +8,9 @@ import torch
 
 from mien import models
 from mien.cli import main
+from mien.core.estimate.flops import work_of
+from mien.core.estimate.summary import summarize
 from mien.core.faces.synthetic import draw_folder
-from mien.core.train.summary import summarize
-from mien.core.train.work import work_of
 
 
 def _counted_twice(case):

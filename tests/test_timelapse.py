@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mien.cli import main
-from mien.core.run.film import find_pictures, make_film
+from mien.core.preview.timelapse_video import find_pictures, make_film
 
 GREYS = {"9.jpg": 40, "10.jpg": 80, "10-2.jpg": 120, "10-10.jpg": 160}
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from mien import models
 from mien.cli import main
-from mien.core.train.transfer import load_weights
+from mien.core.checkpoint.warm_start import load_weights
 
 
 @pytest.fixture(scope="session")

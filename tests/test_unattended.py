@@ -12,13 +12,14 @@ from conftest import assert_same_bits
 from safetensors.torch import load_file
 
 from mien.cli import main
+from mien.core.checkpoint.model_folder import ModelFolder, SaveError
+from mien.core.checkpoint.state import TrainingState
 from mien.core.config import Config, from_dict
 from mien.core.data.feed import Feed
-from mien.core.run.checkpoint import ModelFolder, SaveError
-from mien.core.run.session import TrainingState
-from mien.core.train import loop as loops
-from mien.core.train import unattended
-from mien.core.train.divergence import (
+from mien.core.optim.lr_schedule import Schedule
+from mien.core.training import loop as loops
+from mien.core.training import unattended
+from mien.core.training.divergence import (
     JUMP,
     PART,
     STAYED,
@@ -29,8 +30,7 @@ from mien.core.train.divergence import (
     TrainingDiverged,
     settle,
 )
-from mien.core.train.lr_finder import Search
-from mien.core.train.schedule import Schedule
+from mien.core.training.lr_finder import Search
 
 RECIPE = """
 description = "Three short stages."
@@ -410,7 +410,7 @@ def test_off_a_plateau_takes_no_loss_that_is_no_number(sides, tmp_path, monkeypa
 
 def _collapsed_after(monkeypatch, iteration, windows_px=4):
     """Losses that jump after an iteration and stay, seen in short windows."""
-    monkeypatch.setattr("mien.core.train.divergence.WINDOW", windows_px)
+    monkeypatch.setattr("mien.core.training.divergence.WINDOW", windows_px)
     original = loops.Loop._check
 
     def check(self, named, asked):
@@ -455,8 +455,8 @@ def test_a_collapse_rolls_back_to_the_backup_where_newer_saves_are_bad(
 
 def test_a_rate_that_is_far_too_high_is_noticed_and_named(sides, tmp_path, monkeypatch, capsys):
     """Within 660 iterations at the real bounds, where each of these is a second."""
-    monkeypatch.setattr("mien.core.train.divergence.ABOVE", 40)
-    monkeypatch.setattr("mien.core.train.divergence.EXCESS", 8.0)
+    monkeypatch.setattr("mien.core.training.divergence.ABOVE", 40)
+    monkeypatch.setattr("mien.core.training.divergence.EXCESS", 8.0)
     model_dir = tmp_path / "model"
     rate = ("--set", "optimizer.optimizer=lion", "--set", "optimizer.learning_rate=0.01")
     words = ("-i", "400", "-s", "400", *rate, "--set", "save.keep_generations=9")

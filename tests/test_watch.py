@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mien.cli.monitor.journal import Journal
 from mien.cli.monitor.watch import Watch
-from mien.core.run.checkpoint import ModelFolder
-from mien.core.run.holder import holder
-from mien.core.run.lock import LOCK
-from mien.core.run.log import Reporter
+from mien.core.checkpoint.holder import holder
+from mien.core.checkpoint.lock import LOCK
+from mien.core.checkpoint.model_folder import ModelFolder
+from mien.core.console.reporter import Reporter
 
 
 def _told(folder: Path, session: int) -> Reporter:
@@ -62,7 +62,7 @@ def test_a_time_that_no_clock_shows_is_no_event(tmp_path):
 
 
 def test_a_journal_is_followed_when_its_file_is_put_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 2000)
+    monkeypatch.setattr("mien.core.console.event_files._MOST_BYTES", 2000)
     reporter = _told(tmp_path, 1)
     seen = Journal(tmp_path)
     for number in range(100):
@@ -83,7 +83,7 @@ def test_a_journal_is_followed_when_its_file_is_put_aside(tmp_path, monkeypatch)
 
 
 def test_of_what_was_put_aside_no_more_is_read_than_of_one_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.run.report_files._MOST_BYTES", 2000)
+    monkeypatch.setattr("mien.core.console.event_files._MOST_BYTES", 2000)
     monkeypatch.setattr("mien.cli.monitor.journal._MAX_BYTES", 1000)
     reporter = _told(tmp_path, 1)
     while not (tmp_path / "logs/session_1/events.jsonl.1").exists():

@@ -16,17 +16,17 @@ import torch
 from conftest import saved_tensors
 
 from mien.cli import main
+from mien.core.checkpoint.model_folder import ModelFolder, Saver
 from mien.core.config import DataConfig
+from mien.core.console.requests import Requests
 from mien.core.data.decode import decode_one
 from mien.core.data.feed import Feed
-from mien.core.data.preview_faces import drawn, spread
 from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.png import read_header, write_face
-from mien.core.run.checkpoint import ModelFolder, Saver
-from mien.core.run.files import copy_files
-from mien.core.run.requests import Requests
-from mien.core.run.window import PreviewWindow
+from mien.core.preview.faces import drawn, spread
+from mien.core.preview.window import PreviewWindow
+from mien.core.system.durable_files import copy_files
 
 
 def _words(sides, model_dir, *more):
@@ -236,7 +236,7 @@ print("ended", job.wait() == -signal.SIGTERM, flush=True)
 """
 JOB = """
 import time
-from mien.core.run.requests import Requests
+from mien.core.console.requests import Requests
 with Requests() as requests:
     while True:
         requests.take()
@@ -350,7 +350,7 @@ def test_a_snapshot_that_cannot_be_made_does_not_end_the_run(sides, tmp_path, mo
             raise PermissionError(errno.EACCES, "Permission denied", str(target))
         copy_files(source, target, names)
 
-    monkeypatch.setattr("mien.core.run.checkpoint.copy_files", refused)
+    monkeypatch.setattr("mien.core.checkpoint.model_folder.copy_files", refused)
     assert _train(sides, tmp_path / "model", "-i", "3", "-I", "2", "--json") == 0
     events = _events(capsys.readouterr().out)
     (warning,) = [event["message"] for event in events if event["event"] == "warning"]
@@ -454,7 +454,7 @@ def test_a_time_lapse_of_few_faces_never_overwrites(sides, tmp_path, monkeypatch
     for path in sorted(sides[0].iterdir())[:3]:
         (few / path.name).write_bytes(path.read_bytes())
     (few / "0.png").write_text("no face")
-    monkeypatch.setattr("mien.core.train.pictures.time.time", lambda: 1000.5)
+    monkeypatch.setattr("mien.core.preview.previewer.time.time", lambda: 1000.5)
     words = ("--timelapse-input-a", str(few), "--timelapse-input-b", str(sides[1]))
     more = ("--timelapse-output", str(output), "-i", "3", "-s", "1")
     assert _train(sides, tmp_path / "model", *words, *more) == 0

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mien.core.run import window
-from mien.core.run.window import PreviewWindow
+from mien.core.preview import window
+from mien.core.preview.window import PreviewWindow
 
 
 class Screen(types.ModuleType):

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from ...core.run.history import History
-from ...core.run.statistics import rate_per_iteration
+from ...core.history.history import History
+from ...core.history.statistics import rate_per_iteration
 
 _SECONDS_A_POINT = 2.0  # shorter ones show the beat of log lines and saves, not the speed
 

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ...core.run.files import open_for_reading
-from ...core.run.log import EVENTS
-from ...core.run.report_files import older_file
-from ...core.run.session import session_number
+from ...core.checkpoint.state import session_number
+from ...core.console.event_files import older_file
+from ...core.console.reporter import EVENTS
+from ...core.system.durable_files import open_for_reading
 
 KINDS = ("start", "step", "save", "preview", "stop", "crash", "restore")
 """Events whose latest one is looked at by itself."""

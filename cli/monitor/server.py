@@ -28,7 +28,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from ...core.run.holder import REQUESTS, RequestError, ask
+from ...core.checkpoint.holder import REQUESTS, RequestError, ask
 from .access import COOKIE, HEADER, Access
 from .watch import Watch
 

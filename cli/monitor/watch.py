@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...core.run.checkpoint import PREVIEW, STATE
-from ...core.run.files import DamagedError, read_regular
-from ...core.run.history import History, event_files, read_history
-from ...core.run.holder import holder
-from ...core.run.statistics import total_figures
+from ...core.checkpoint.holder import holder
+from ...core.checkpoint.model_folder import PREVIEW, STATE
+from ...core.history.history import History, event_files, read_history
+from ...core.history.statistics import total_figures
+from ...core.system.durable_files import DamagedError, read_regular
 from .graphs import loss_points, speed_points
 from .journal import Journal
 

@@ -41,13 +41,13 @@ import cv2
 import numpy as np
 import torch
 
+from ..checkpoint.lock import NO_FLOCK
 from ..config import DataConfig
 from ..faces import masks
 from ..faces.folder import Face, FaceFolder, Rejected
 from ..faces.geometry import Crop, crop_landmarks
 from ..faces.png import FaceFileError
-from ..run.files import open_for_reading, sync_folder
-from ..run.lock import NO_FLOCK
+from ..system.durable_files import open_for_reading, sync_folder
 from .decode import choose_backend, decode_crops, thread_count
 
 SCHEMA = "mien.faces/1"

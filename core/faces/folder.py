@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..paths import expanded
+from ..system.paths import expanded
 from .geometry import PADDING_RATIO, Alignment, Crop, CropBox, align, crop_box
 from .listing import PassedOver, list_pictures, name_of, passed_over
 from .masks import named_mask

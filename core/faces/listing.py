@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..paths import expanded
+from ..system.paths import expanded
 
 _NUM_NAMED = 5
 _MAX_ENTRIES = 20_000

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..run.files import open_for_reading
+from ..system.durable_files import open_for_reading
 from .png import FaceFileError, edge_of, is_complete, max_file_bytes
 
 DECODING_BYTES = 512 * 1024**2

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO, NoReturn
 import cv2
 import numpy as np
 
-from ..run.files import open_plain, set_permissions
+from ..system.durable_files import open_plain, set_permissions
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEYWORD = b"faceswap"

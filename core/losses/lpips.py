@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.weight_files import SUFFIXES, read_tensors
-from ..paths import expanded
+from ..system.paths import expanded
 from .picture import PictureLoss
 
 _LEAST_LENGTH = 1e-10

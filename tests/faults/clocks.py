@@ -54,7 +54,7 @@ def _at_iteration_3(name: str, seconds: float) -> Sabotage:
         setattr(time, name, lambda: clock() + seconds)
 
     def arm() -> None:
-        from mien.core.run.log import Reporter
+        from mien.core.console.reporter import Reporter
 
         defaults = Reporter.__init__.__kwdefaults__
         defaults["clock"] = lambda: time.time()  # the one that jumps

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from trial import Outcome, Sabotage, Trial, count_calls
 
+from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.faces.synthetic import draw_folder
-from mien.core.run.checkpoint import ModelFolder
 
 NUM_FACES = 28
 """Of each side: three more than a side needs."""
@@ -229,7 +229,7 @@ def newest(model_dir: Path) -> Saved | None:
 
 def all_saves(model_dir: Path) -> list[Saved]:
     """Every save in the folder, and its backup."""
-    from mien.core.run.generation import read_generation, read_manifest
+    from mien.core.checkpoint.format import read_generation, read_manifest
 
     found = []
     names = [path for path in (model_dir / "generations").iterdir() if path.name[0] != "."]

@@ -27,17 +27,17 @@ FROM_LIBRARIES = ("libpng ", "[ WARN:", "Error in cpuinfo")
 """How lines begin that libpng, OpenCV and PyTorch print by themselves."""
 
 _MOMENTS = {
-    "at the first save": ("mien.core.run.checkpoint:ModelFolder", "save", 1),
-    "at a later save": ("mien.core.run.checkpoint:ModelFolder", "save", 4),
-    "at a generation's manifest": ("mien.core.run.checkpoint", "write_manifest", 3),
-    "at the pointer": ("mien.core.run.checkpoint", "_pointer_to", 3),
-    "at a backup": ("mien.core.run.checkpoint:ModelFolder", "back_up", 1),
-    "at a snapshot": ("mien.core.run.checkpoint:ModelFolder", "snapshot", 2),
-    "at the settings": ("mien.core.run.checkpoint:ModelFolder", "write_config", 1),
-    "at the event file": ("mien.core.run.log:TensorBoardLog", "__init__", 1),
-    "at an event": ("mien.core.run.log:TensorBoardLog", "scalars", 3),
-    "at the events' flush": ("mien.core.run.log:TensorBoardLog", "flush", 3),
-    "at the preview": ("mien.core.train.pictures", "save_png", 3),
+    "at the first save": ("mien.core.checkpoint.model_folder:ModelFolder", "save", 1),
+    "at a later save": ("mien.core.checkpoint.model_folder:ModelFolder", "save", 4),
+    "at a generation's manifest": ("mien.core.checkpoint.model_folder", "write_manifest", 3),
+    "at the pointer": ("mien.core.checkpoint.model_folder", "_pointer_to", 3),
+    "at a backup": ("mien.core.checkpoint.model_folder:ModelFolder", "back_up", 1),
+    "at a snapshot": ("mien.core.checkpoint.model_folder:ModelFolder", "snapshot", 2),
+    "at the settings": ("mien.core.checkpoint.model_folder:ModelFolder", "write_config", 1),
+    "at the event file": ("mien.core.console.reporter:TensorBoardLog", "__init__", 1),
+    "at an event": ("mien.core.console.reporter:TensorBoardLog", "scalars", 3),
+    "at the events' flush": ("mien.core.console.reporter:TensorBoardLog", "flush", 3),
+    "at the preview": ("mien.core.preview.previewer", "save_png", 3),
     "at the faces of A": ("mien.core.data.store:_RawFile", "__init__", 1),
     "at the faces of B": ("mien.core.data.store:_RawFile", "keep", 2),
 }

@@ -114,10 +114,10 @@ def while_running(shop: Workshop, count: int, seed: int) -> Cases:
         "before decoding": lambda act: before("mien.core.data.store", "_decode_into", act),
         "while decoding": lambda act: before("mien.core.data.decode", "decode_one", act, 9),
         "before the preview's faces": lambda act: before(
-            "mien.core.data.preview_faces:PreviewLoader", "load", act
+            "mien.core.preview.faces:PreviewLoader", "load", act
         ),
         "between the pictures and the masks of the preview": lambda act: before(
-            "mien.core.data.preview_faces", "configured_masks", act
+            "mien.core.preview.faces", "configured_masks", act
         ),
     }
     cases = [(moment, change) for moment in moments for change in CHANGES]

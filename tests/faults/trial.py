@@ -39,7 +39,7 @@ def warm_up() -> None:
     from mien import models
     from mien.cli import train  # noqa: F401
     from mien.core.config import all_settings
-    from mien.core.train import unattended  # noqa: F401
+    from mien.core.training import unattended  # noqa: F401
 
     all_settings()  # reads its own sources
     models.family("lightweight")
@@ -268,7 +268,7 @@ def when(event: str, iteration: int, act: Callable[[], None]) -> Sabotage:
     later one is told."""
 
     def arm() -> None:
-        from mien.core.run.log import Reporter
+        from mien.core.console.reporter import Reporter
 
         tell, done = getattr(Reporter, event), False
 

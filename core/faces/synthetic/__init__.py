@@ -18,8 +18,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ...paths import expanded
-from ...run.files import set_permissions
+from ...system.durable_files import set_permissions
+from ...system.paths import expanded
 from ..geometry import Crop, align, crop_matrix, transform
 from ..png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
 from .head import (

@@ -1,0 +1,1 @@
+"""The model folder: saves, their format, the lock, what is read of one."""

@@ -1,0 +1,339 @@
+"""One complete save of a model: its files, and its manifest that vouches for them."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ... import __version__
+from ..config import MAX_TOML_BYTES, is_deeper, parse_toml
+from ..system.durable_files import (
+    DamagedError,
+    hash_regular,
+    open_for_reading,
+    read_regular,
+    set_permissions,
+    sync_file,
+    write_file,
+)
+
+MANIFEST_SCHEMA = 1
+MODEL, OPTIMIZER, STATE, CONFIG = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.toml",
+)
+MANIFEST = "manifest.json"
+MAX_JSON_BYTES = 16 << 20
+MAX_JSON_DEPTH = 32
+MAX_COUNT = 10**12 - 1
+
+MAX_TENSOR_NAME = 256
+
+# The library checks header, offsets and sizes before it makes anything; of a number format that
+# torch does not have, or an edge beyond its integers, it says the other two.
+_NO_TENSORS = (SafetensorError, KeyError, TypeError)
+_NUMBER_FORMATS = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One complete save, read back and verified."""
+
+    name: str
+    path: Path
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor] | None
+    state: dict[str, Any]
+    config: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    name: str
+    sequence: int
+    iterations: int
+    trainer: str
+    run_id: str
+    mien_version: str
+    files: dict[str, tuple[int, str]]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file and flush it to the disk.
+
+    Raises:
+        ValueError: A reader would refuse a name or a number format.
+        OSError: The disk refuses.
+    """
+    try:
+        _refuse_odd(tensors)
+    except DamagedError as error:
+        raise ValueError(f"{path.name} could not be read again: {error}") from error
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    try:
+        safetensors.torch.save_file(plain, path, metadata=metadata)
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+    # The library lets only the owner read it.
+    set_permissions(path, path.parent.stat().st_mode & 0o666)
+    sync_file(path)
+
+
+def metadata_of(state: dict[str, Any]) -> dict[str, str]:
+    """What every tensor file says about itself."""
+    for key in ("run_id", "trainer", "iterations"):
+        if key not in state:
+            raise ValueError(f"the state to save has no {key}")
+    return {
+        "format": "pt",
+        "mien_version": __version__,
+        "run_id": state["run_id"],
+        "kind": "synthetic face model",
+        "trainer": state["trainer"],
+        "iterations": str(state["iterations"]),
+    }
+
+
+def write_manifest(
+    folder: Path, state: dict[str, Any], file_names: frozenset[str], sequence: int
+) -> None:
+    """Write down the size and SHA-256 of a generation's files, and its place in the order."""
+    body = {
+        "schema": MANIFEST_SCHEMA,
+        "mien_version": __version__,
+        "sequence": sequence,
+        "iterations": state["iterations"],
+        "run_id": state["run_id"],
+        "trainer": state["trainer"],
+        "files": {
+            name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+            for name in sorted(file_names)
+        },
+    }
+    content = body | {"digest": digest_of(body)}
+    write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
+
+
+def sha256_of(path: Path) -> str:
+    with open_for_reading(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+# Reading: everything may be damaged or made by a stranger
+
+
+def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a safetensors file, and the family that it names.
+
+    Raises:
+        DamagedError: It is none.
+        OSError: The disk refuses.
+    """
+    try:
+        tensors, trainer = _mapped_tensors(path)
+    except OSError:  # the disk maps no files, or is one that the next call tells of
+        with open_for_reading(path, follows_links=True) as stream:
+            content = stream.read()
+        tensors = _parse_tensors(path.name, content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        trainer = header.get("__metadata__", {}).get("trainer")
+    _refuse_odd(tensors)
+    return tensors, trainer if _is_word(trainer) else None
+
+
+def _mapped_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The same by way of the file's pages, so that it is not in memory twice."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            return tensors, (stream.metadata() or {}).get("trainer")
+    except _NO_TENSORS as error:
+        raise DamagedError("it is not a valid safetensors file") from error
+
+
+def _parse_tensors(name: str, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except _NO_TENSORS as error:
+        raise DamagedError(f"{name} is not a valid safetensors file") from error
+
+
+def parse_json(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{name} is not valid JSON") from error
+    if not isinstance(values, dict):
+        raise DamagedError(f"{name} is not a JSON object")
+    if is_deeper(values, MAX_JSON_DEPTH):
+        raise DamagedError(f"{name} is not one of mien's: it is nested too deeply")
+    return values
+
+
+def _parse_toml(content: bytes) -> dict[str, Any]:
+    try:
+        return parse_toml(content)
+    except ValueError as error:
+        raise DamagedError(f"{CONFIG} is not valid TOML: {error}") from error
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The settings in a model folder, as they are written there; None where there are none.
+
+    Raises:
+        ValueError: What is there is not valid.
+    """
+    path = folder / CONFIG
+    if not os.path.lexists(path):
+        return None
+    try:
+        return _parse_toml(read_regular(path, MAX_TOML_BYTES))
+    except DamagedError as damage:
+        raise ValueError(f"{damage}, in {folder}; mend or remove it") from damage
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; mend that first") from error
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; DamagedError where there is none."""
+    return parse_json(path.name, read_regular(path, MAX_JSON_BYTES))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a generation, checked against its own digest."""
+    body = read_json(folder / MANIFEST)
+    if body.pop("digest", None) != digest_of(body):
+        raise DamagedError(f"{MANIFEST} does not match its own SHA-256")
+    schema = body.get("schema")
+    if isinstance(schema, int) and schema > MANIFEST_SCHEMA:
+        raise ValueError(
+            f"{folder} was saved by a newer version of mien ({body.get('mien_version')}, this is "
+            f"{__version__}); update mien"
+        )
+    files, rest = body.get("files"), (body.get("sequence"), body.get("iterations"))
+    known = {MODEL, OPTIMIZER, STATE, CONFIG}
+    good = (
+        schema == MANIFEST_SCHEMA
+        and isinstance(files, dict)
+        and {MODEL, STATE} <= files.keys() <= known
+        and all(_is_file_entry(entry) for entry in files.values())
+        and all(type(number) is int and 0 <= number <= MAX_COUNT for number in rest)
+        and all(_is_word(body.get(key)) for key in ("trainer", "run_id", "mien_version"))
+    )
+    if not good:
+        raise DamagedError(f"{MANIFEST} is not one of mien's")
+    return Manifest(
+        name=folder.name,
+        sequence=body["sequence"],
+        iterations=body["iterations"],
+        trainer=body["trainer"],
+        run_id=body["run_id"],
+        mien_version=body["mien_version"],
+        files={name: (entry["size"], entry["sha256"]) for name, entry in body["files"].items()},
+    )
+
+
+def _is_word(value: Any, max_characters: int = 64) -> bool:
+    """Whether it is a short text that can stand in a line."""
+    return isinstance(value, str) and len(value) <= max_characters and value.isprintable()
+
+
+def _is_file_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("size")) is int
+        and entry["size"] >= 0
+        and isinstance(entry.get("sha256"), str)
+        and _SHA256.fullmatch(entry["sha256"]) is not None
+    )
+
+
+def _read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
+    """The bytes of one file, equal in size and SHA-256 to what was written."""
+    size, sha256 = manifest.files[name]
+    content = read_regular(folder / name, size)
+    if len(content) != size:
+        raise DamagedError(f"{name} has {len(content)} bytes of {size}")
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DamagedError(f"{name} does not match its SHA-256")
+    return content
+
+
+def read_tensors(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
+    tensors = _parse_tensors(name, _read_verified(folder, name, manifest))
+    _refuse_odd(tensors)
+    return tensors
+
+
+def _refuse_odd(tensors: dict[str, Tensor]) -> None:
+    """Names stand in messages and in files; packed numbers are nothing that a model has."""
+    if not all(tensor.dtype in _NUMBER_FORMATS for tensor in tensors.values()):
+        raise DamagedError("it holds a tensor in a number format that no model has")
+    if not all(_is_word(name, MAX_TENSOR_NAME) for name in tensors):
+        raise DamagedError("it names a tensor by more than a line of text")
+
+
+def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The state and, where it was saved, the settings of a generation."""
+    state = parse_json(STATE, _read_verified(folder, STATE, manifest))
+    if CONFIG not in manifest.files:
+        return state, None
+    return state, _parse_toml(_read_verified(folder, CONFIG, manifest))
+
+
+def read_generation(folder: Path, manifest: Manifest) -> Generation:
+    """All of a generation, the small files first."""
+    state, config = read_state(folder, manifest)
+    optimizer = None
+    if OPTIMIZER in manifest.files:
+        optimizer = read_tensors(folder, OPTIMIZER, manifest)
+    return Generation(
+        name=manifest.name,
+        path=folder,
+        model=read_tensors(folder, MODEL, manifest),
+        optimizer=optimizer,
+        state=state,
+        config=config,
+    )
+
+
+def check_generation(folder: Path, manifest: Manifest) -> None:
+    """Compare every file with the manifest, holding none of the tensors in memory.
+
+    Raises:
+        DamagedError: At the first file that is not what was written.
+    """
+    read_state(folder, manifest)
+    for name, (size, sha256) in manifest.files.items():
+        found_size, found_sha256 = hash_regular(folder / name, size)
+        if found_size != size:
+            raise DamagedError(f"{name} has {found_size} bytes of {size}")
+        if found_sha256 != sha256:
+            raise DamagedError(f"{name} does not match its SHA-256")

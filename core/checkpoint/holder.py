@@ -1,0 +1,135 @@
+"""The process that trains a model, seen from outside: whether there is one, and asking it for work.
+
+It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it; on a disk
+without flock it has an owner file there. It is asked by a signal. One that a process does not
+listen for would end it without a save, and a number that has been given to another process would
+hit that one: so the lock, the host and the caught signals are looked at first, with the process
+held by a handle that no other can take over.
+"""
+
+import fcntl
+import os
+import re
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..system.durable_files import open_plain
+from .lock import LOCK, NO_FLOCK
+from .owner import read_owner
+
+REQUESTS = {"save": signal.SIGUSR1, "preview": signal.SIGUSR2, "stop": signal.SIGTERM}
+
+
+class RequestError(RuntimeError):
+    """A request that no process can take; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has last locked a model folder."""
+
+    pid: int
+    host: str
+    is_running: bool
+    """It holds the lock now; of a process on another host this cannot be seen and is False."""
+
+    @property
+    def is_here(self) -> bool:
+        """True where it ran, or runs, on this host."""
+        return self.host == socket.gethostname()
+
+
+def holder(model_dir: Path) -> Holder | None:
+    """Who has last locked the folder; None where nobody has, or a run is just starting."""
+    owner = read_owner(model_dir)  # of a disk without flock
+    if owner is not None and (owner.is_running or not owner.is_here):
+        return Holder(owner.pid, owner.host, owner.is_running)
+    try:
+        handle = open_plain(model_dir / LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        words = os.pread(handle, 300, 0).decode(errors="replace").split()
+        if len(words) != 2 or not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
+            return None
+        pid, host = int(words[0]), words[1]
+        # A free lock is tried only if the process is there: else the trial could refuse a new run.
+        is_running = host == socket.gethostname() and _exists(pid) and _is_locked(handle)
+        return Holder(pid, host, is_running)
+    finally:
+        os.close(handle)
+
+
+def ask(model_dir: Path, request: str) -> Holder:
+    """Ask the process that trains the model to save, to draw a preview, or to save and stop.
+
+    Args:
+        model_dir: The model folder.
+        request: One of `REQUESTS`.
+
+    Returns:
+        The process that was asked.
+
+    Raises:
+        RequestError: Where none holds the folder on this host, or it does not listen for this.
+    """
+    number = REQUESTS[request]
+    found = holder(model_dir)
+    if found is None or (found.is_here and not found.is_running):
+        raise RequestError(f"no run to {request}: nothing trains {model_dir} now")
+    if not found.is_here:
+        raise RequestError(
+            f"the run is on host {found.host}, this is {socket.gethostname()}; ask there"
+        )
+    try:
+        process = os.pidfd_open(found.pid)
+    except OSError as error:
+        raise RequestError(f"process {found.pid} cannot be asked: {error.strerror}") from error
+    try:
+        if holder(model_dir) != found:
+            raise RequestError("the run has just ended or another one began; look again")
+        if not _listens(found.pid, number):
+            raise RequestError(
+                f"process {found.pid} does not listen for a {request} now: it is starting, or "
+                "stopping already; try again in a moment"
+            )
+        signal.pidfd_send_signal(process, number)
+    except PermissionError as error:
+        raise RequestError(
+            f"process {found.pid} belongs to another user; start mien monitor as that one"
+        ) from error
+    except (ProcessLookupError, FileNotFoundError) as error:
+        raise RequestError(f"process {found.pid} has just ended") from error
+    finally:
+        os.close(process)
+    return found
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return True
+
+
+def _is_locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in NO_FLOCK
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    return False
+
+
+def _listens(pid: int, number: signal.Signals) -> bool:
+    """True where the process catches the signal; unhandled, it would end it."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        name, _, mask = line.partition(":")
+        if name == "SigCgt":
+            return bool(int(mask, 16) >> (number - 1) & 1)
+    return False

@@ -1,0 +1,214 @@
+"""The lock of a model folder: one run at a time.
+
+`.lock` is locked by flock, which ends with the process, and holds "<pid> <host>" for people and for
+`holder`. A disk that refuses flock, as some network disks do, has an owner file instead (`owner`).
+"""
+
+import errno
+import fcntl
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ..system.durable_files import open_plain
+from .owner import OWNER, InUseError, OwnerFile, read_owner, told_of
+
+LOCK = ".lock"
+
+NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
+"""How a disk says that it has no flock."""
+
+_TRIES, _PAUSE_SECONDS = 5, 0.02
+
+
+class Lock:
+    """A model folder that is this process's until `release`; made by `acquire`."""
+
+    def __init__(self, folder: Path, handle: int, owner: OwnerFile | None) -> None:
+        self._folder, self._handle, self._owner = folder, handle, owner
+
+    @property
+    def notice(self) -> str:
+        """What the user should know of how the folder is held; empty where nothing is unusual."""
+        if self._owner is None:
+            return ""
+        return (
+            f"the disk of {self._folder} has no flock: {OWNER} in the folder marks this run "
+            "instead; one of another host that is not renewed for 5 minutes counts as left behind"
+        )
+
+    def confirm(self) -> None:
+        """Make sure that the folder is still this process's.
+
+        Raises:
+            InUseError: Another run has taken it, since its lock file was removed or, on a disk
+                without flock, not renewed for minutes.
+            OSError: The disk refuses.
+        """
+        if self._owner is not None:
+            self._owner.confirm()
+        elif not _is_in_place(self._handle, self._folder):
+            handle = _open(self._folder)
+            try:
+                _lock(handle)
+                _sign(handle)
+            except OSError as error:
+                holder = _told_by(handle)
+                os.close(handle)
+                if not isinstance(error, BlockingIOError):
+                    raise
+                raise InUseError(holder) from error
+            os.close(self._handle)
+            self._handle = handle
+
+    def remove_folder(self) -> None:
+        """Remove the folder where it holds nothing but its lock."""
+        names = {LOCK, OWNER} if self._owner is not None else {LOCK}
+        if set(os.listdir(self._folder)) <= names and _is_in_place(self._handle, self._folder):
+            (self._folder / LOCK).unlink()
+            if self._owner is not None:
+                self._owner.release()
+            self._folder.rmdir()
+
+    def release(self) -> None:
+        """Let another run have the folder."""
+        if self._owner is not None:
+            self._owner.release()
+        with suppress(OSError):  # a disk without flock
+            fcntl.flock(self._handle, fcntl.LOCK_UN)  # for children that hold a copy of the handle
+        os.close(self._handle)
+
+
+def acquire(path: Path) -> Lock:
+    """The lock of a folder, which is made where there is none.
+
+    Raises:
+        ValueError: Another run has it, or the disk refuses; one line says which.
+    """
+    for _ in range(_TRIES):
+        lock = _try(path)
+        if lock is not None:
+            return lock
+    raise ValueError(
+        f"model folder {path} is being made or removed by other runs; try again, or choose another "
+        "--model-dir"
+    )
+
+
+def holder_of(path: Path) -> str | None:
+    """Who holds the lock of a folder now, in words; None where nobody does."""
+    owner = read_owner(path)
+    if owner is not None and (owner.is_running or not owner.is_here):
+        return told_of(owner.pid, owner.host)
+    try:
+        handle = open_plain(path / LOCK, os.O_RDONLY)
+    except PermissionError:
+        raise
+    except OSError:  # there is none, or none that a run could hold
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        return _told_by(handle)
+    except OSError:  # a disk without flock
+        return None
+    finally:
+        os.close(handle)
+
+
+def _try(path: Path) -> Lock | None:
+    """The lock; None where its file went as it was taken: whoever had it removed the folder."""
+    try:
+        with suppress(FileExistsError):  # in `mkdir`, too, where the folder goes meanwhile
+            path.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            return _taken(path, _open(path))
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to model folder {path}: {error.strerror}; make it writable, or choose "
+            "another --model-dir"
+        ) from error
+    return None
+
+
+def _taken(path: Path, handle: int) -> Lock | None:
+    """The lock by a handle of its file, which is closed where it is none."""
+    owner, is_held = None, False
+    try:
+        owner = _lock_or_own(handle, path)
+        is_held = _is_in_place(handle, path)
+        if is_held:
+            _sign(handle)
+            return Lock(path, handle, owner)
+        return None
+    except FileNotFoundError:  # the folder itself went
+        return None
+    except (BlockingIOError, InUseError) as error:
+        holder = str(error) if isinstance(error, InUseError) else _told_by(handle)
+        raise ValueError(
+            f"model folder {path} is in use by {holder}; stop that run, or choose another "
+            "--model-dir"
+        ) from error
+    except OSError as error:
+        is_held = False
+        raise ValueError(
+            f"cannot lock model folder {path}: {error.strerror}; choose a --model-dir on a local "
+            "disk with free space"
+        ) from error
+    finally:
+        if not is_held:
+            if owner is not None:
+                owner.release()
+            os.close(handle)
+
+
+def _open(folder: Path) -> int:
+    return open_plain(folder / LOCK, os.O_RDWR | os.O_CREAT)
+
+
+def _lock_or_own(handle: int, folder: Path) -> OwnerFile | None:
+    """Take the folder by flock, or by the owner file that comes back where there is no flock."""
+    try:
+        _lock(handle)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return OwnerFile(folder)
+    owner = read_owner(folder)
+    if owner is not None and owner.is_running:  # it came by a way to this disk that has no flock
+        raise InUseError(told_of(owner.pid, owner.host))
+    return None
+
+
+def _lock(handle: int) -> None:
+    """Take the lock; whoever only asks for its holder has it for a moment and is waited for."""
+    for _ in range(_TRIES - 1):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(_PAUSE_SECONDS)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_in_place(handle: int, folder: Path) -> bool:
+    """Whether a handle is of the folder's lock file, and not of one that was removed."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.lstat(folder / LOCK))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(handle: int) -> None:
+    """Write down who holds the lock."""
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+
+def _told_by(handle: int) -> str:
+    """The process, and the host where it is another, that a lock file names."""
+    pid, _, host = os.pread(handle, 300, 0).decode(errors="replace").strip().partition(" ")
+    return told_of(pid, host)

@@ -1,0 +1,207 @@
+"""The owner file of a model folder, on a disk that has no flock: one run at a time there too.
+
+`.owner` is made by whoever finds none, in one step (O_EXCL), and removed at the end of its run. It
+holds "<pid> <host> <machine> <start>": the machine is its boot and the space of its process numbers
+(a container has its own), the start tells a process from a later one of the same number. The run
+writes it again every 15 s, its heartbeat.
+
+One that was left behind is taken over:
+
+    of this machine     when its process is gone
+    of another one      when its last heartbeat is older than 5 minutes, by the disk's own clock
+
+A run whose file was taken over, after a pause of minutes, notices before its next save and ends.
+"""
+
+import os
+import re
+import socket
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..system.durable_files import DamagedError, discard, open_plain, read_regular
+
+OWNER = ".owner"
+RENEW_SECONDS, STALE_SECONDS = 15.0, 300.0
+
+_MAX_BYTES = 1000
+_TRIES = 5
+_LINE = re.compile(r"([1-9]\d{0,9}) (\S{1,255}) (\S{1,255}) (\d{1,20})\n", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that uses, or has used, a model folder."""
+
+    pid: int
+    host: str
+    machine: str
+    start: int
+    """When the process began, in ticks since the machine did."""
+
+    @classmethod
+    def of_this_process(cls) -> "Owner":
+        """What this process writes of itself."""
+        pid = os.getpid()
+        return cls(pid, socket.gethostname(), _machine(), _start_of(pid) or 0)
+
+    @property
+    def line(self) -> bytes:
+        """What an owner file holds."""
+        return f"{self.pid} {self.host} {self.machine} {self.start}\n".encode()
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its process can be looked for."""
+        return self.machine == _machine()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its process is there; of another machine this cannot be seen and is False."""
+        return self.is_here and _start_of(self.pid) == self.start
+
+
+class InUseError(Exception):
+    """The folder is another run's; the message names its process."""
+
+
+def read_owner(folder: Path) -> Owner | None:
+    """Who the owner file of a folder names; None where there is none, or none of mien's."""
+    return _owner_in(folder / OWNER)
+
+
+def _owner_in(path: Path) -> Owner | None:
+    try:
+        found = _LINE.fullmatch(read_regular(path, _MAX_BYTES).decode(errors="replace"))
+    except (OSError, DamagedError):
+        return None
+    return Owner(int(found[1]), found[2], found[3], int(found[4])) if found else None
+
+
+def told_of(pid: int | str, host: str) -> str:
+    """A process in words, with its host where that is another one."""
+    elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
+    words = f"process {pid or 'unknown'}{elsewhere}"
+    return words if words.isprintable() else "an unknown process"
+
+
+class OwnerFile:
+    """The owner file of this process in a folder, renewed by a thread until `release`.
+
+    Raises:
+        InUseError: Another run has the folder.
+        OSError: The file cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / OWNER
+        self._line = Owner.of_this_process().line
+        self._take()
+        self._ended = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="mien-owner", daemon=True)
+        self._heart.start()
+
+    def confirm(self) -> None:
+        """Renew the file; InUseError where another run has taken the folder over meanwhile."""
+        try:
+            handle = open_plain(self._path, os.O_RDWR)
+        except FileNotFoundError:  # removed by hand, and nobody has begun since
+            self._take()
+            return
+        try:
+            if os.pread(handle, _MAX_BYTES, 0) != self._line:
+                raise InUseError(_in_words(read_owner(self._path.parent)))
+            os.pwrite(handle, self._line, 0)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def release(self) -> None:
+        """End the heartbeat, and remove the file where it is still this process's; once."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._heart.join()
+        with suppress(OSError, DamagedError):
+            if read_regular(self._path, _MAX_BYTES) == self._line:
+                self._path.unlink()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(RENEW_SECONDS):
+            with suppress(OSError, InUseError):  # a save, which matters, tells of both
+                self.confirm()
+
+    def _take(self) -> None:
+        for _ in range(_TRIES):
+            with suppress(FileExistsError):
+                handle = open_plain(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                try:
+                    os.write(handle, self._line)
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+                return
+            found = read_owner(self._path.parent)
+            if not self._is_stale(found):
+                raise InUseError(_in_words(found))
+            self._clear_away(found)
+        raise InUseError("another process that is just starting")
+
+    def _is_stale(self, owner: Owner | None) -> bool:
+        if owner is not None and owner.is_here:
+            return not owner.is_running
+        try:
+            renewed = os.lstat(self._path).st_mtime
+        except FileNotFoundError:
+            return True
+        return self._now() - renewed > STALE_SECONDS
+
+    def _now(self) -> float:
+        """The time by the disk's clock, which need not be this machine's."""
+        probe = self._own_name("now")
+        discard(probe)
+        try:
+            os.close(open_plain(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+            return os.lstat(probe).st_mtime
+        finally:
+            discard(probe)
+
+    def _clear_away(self, stale: Owner | None) -> None:
+        """Remove a stale file; not one that another process, as fast as this, has put there."""
+        aside = self._own_name("stale")
+        discard(aside)
+        try:
+            os.rename(self._path, aside)
+        except FileNotFoundError:
+            return
+        if _owner_in(aside) == stale:
+            discard(aside)
+        else:
+            os.rename(aside, self._path)
+
+    def _own_name(self, purpose: str) -> Path:
+        return self._path.with_name(f"{OWNER}.{socket.gethostname()}.{os.getpid()}.{purpose}")
+
+
+def _in_words(owner: Owner | None) -> str:
+    return "an unknown process" if owner is None else told_of(owner.pid, owner.host)
+
+
+def _machine() -> str:
+    """What tells where process numbers mean the same: the boot, and the space of the numbers."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process of this machine began, in ticks since the boot; None where it is gone."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else int(fields[18])

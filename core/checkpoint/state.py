@@ -1,0 +1,233 @@
+"""Where a run stands, beside its tensors: counters, sessions, lowest loss.
+
+A *session* is one start of the training program on a model. The state is written with every save as
+plain JSON and is read back strictly: a wrong type, a missing or an unknown key is refused.
+
+The table of sessions does not grow for ever. The newest 1,000 have an entry each, and the newest
+100 of them their settings; the first entry stands for all sessions up to its number together: their
+iterations added up, the start of the first, the mean of their batch sizes.
+"""
+
+import dataclasses
+import math
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import Config, all_settings, to_dict
+from ..system import saved_values
+from ..system.saved_values import MAX_COUNT, MAX_SECONDS, require, require_keys
+
+SCHEMA = 1
+
+_MOST_SESSIONS, _MOST_WITH_SETTINGS = 1000, 100  # 0.4 MiB of JSON, of the 16 that are read
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_LOGS = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
+
+
+@dataclass(kw_only=True)
+class Session:
+    """One start of the training program."""
+
+    number: int
+    started: float
+    """Seconds since 1970."""
+    batch_size: int
+    logs: bool
+    iterations: int = 0
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The free settings, by section, as they were in this session; empty for an old one."""
+
+
+@dataclass(kw_only=True)
+class TrainingState:
+    """All that is saved of a run besides tensors and settings."""
+
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    trainer: str
+    iterations: int = 0
+    """Of all sessions together."""
+    faces_seen: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
+    """Of each side; also the serial number of the next face, which fixes its random numbers."""
+    lowest_mean_loss: float | None = None
+    """The lowest mean, between two saves, of loss A + loss B; None before the first save."""
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Plain values that parts of the run keep under their names, such as the loss scaler's."""
+    sessions: list[Session] = field(default_factory=list)
+
+    _loss_sum: float = field(default=0.0, repr=False, compare=False)
+    _loss_count: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def session(self) -> Session:
+        """The present session."""
+        return self.sessions[-1]
+
+    def begin_session(
+        self, config: Config, started: float | None = None, *, batch_size: int | None = None
+    ) -> Session:
+        """The new session, entered in the list; its number is the highest so far + 1.
+
+        Args:
+            config: Its settings.
+            started: Seconds since 1970; None: now.
+            batch_size: What auto has chosen; None: as set.
+
+        Raises:
+            ValueError: The state is of another family, or its counts would pass what can be saved.
+        """
+        if config.model.trainer != self.trainer:
+            raise ValueError(f"the state is of {self.trainer}, not of {config.model.trainer}")
+        values = to_dict(config)
+        settings: dict[str, dict[str, Any]] = {}
+        for spec in all_settings():
+            if not spec.locked:
+                settings.setdefault(spec.section, {})[spec.name] = values[spec.section][spec.name]
+        now = time.time() if started is None else started
+        session = Session(
+            number=max((old.number for old in self.sessions), default=0) + 1,
+            started=min(max(now, 0.0), MAX_SECONDS),
+            batch_size=config.train.batch_size if batch_size is None else batch_size,
+            logs=config.save.logs,
+            settings=settings,
+        )
+        self._refuse_to_pass_the_counts(session, config.train.iterations)
+        self.sessions = _folded([*self.sessions, session])
+        return session
+
+    def _refuse_to_pass_the_counts(self, session: Session, iterations: int) -> None:
+        """Refuse what could not be saved before anything is trained."""
+        faces = max(self.faces_seen.values()) + iterations * session.batch_size
+        if max(self.iterations + iterations, faces, session.number) > MAX_COUNT:
+            raise ValueError(
+                f"the model counts {self.iterations} iterations, {self.faces_seen['a']} faces and "
+                f"{session.number - 1} sessions, and {iterations} more iterations would pass the "
+                f"largest count, {MAX_COUNT}; give fewer --iterations, or begin a new model"
+            )
+
+    def advance(self, iterations: int = 1) -> None:
+        """Count iterations of the present session, and the faces that they showed."""
+        self.iterations += iterations
+        self.session.iterations += iterations
+        for side in self.faces_seen:
+            self.faces_seen[side] += iterations * self.session.batch_size
+
+    def add_losses(self, total: float, count: int = 1) -> None:
+        """Take in the sum of (loss A + loss B) over ``count`` iterations."""
+        self._loss_sum += total
+        self._loss_count += count
+
+    def close_interval(self) -> tuple[float | None, bool]:
+        """Mean of (loss A + loss B) since the last call, and whether a backup is due.
+
+        To be called before each save, so that the saved state holds the new lowest mean. The first
+        mean of a model is only recorded; a later one that is lower is worth a backup.
+        """
+        if self._loss_count == 0:
+            return None, False
+        mean = self._loss_sum / self._loss_count
+        self._loss_sum, self._loss_count = 0.0, 0
+        if not math.isfinite(mean):
+            return mean, False
+        lowest = self.lowest_mean_loss
+        if lowest is None or mean < lowest:
+            self.lowest_mean_loss = mean
+        return mean, lowest is not None and mean < lowest
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; sessions without an iteration are left out."""
+        return {
+            "schema": SCHEMA,
+            "run_id": self.run_id,
+            "trainer": self.trainer,
+            "iterations": self.iterations,
+            "faces_seen": dict(self.faces_seen),
+            "lowest_mean_loss": self.lowest_mean_loss,
+            "parts": {name: dict(values) for name, values in self.parts.items()},
+            "sessions": [
+                dataclasses.asdict(session) for session in self.sessions if session.iterations
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainingState":
+        """The state that `to_dict` gave.
+
+        Raises:
+            ValueError: On an unknown schema (made by a newer version) or any value out of order.
+        """
+        schema = values.get("schema")
+        if type(schema) is int and schema > SCHEMA:
+            raise ValueError(
+                f"the saved state has schema {schema}, this version of mien reads {SCHEMA}: it "
+                "was made by a newer version; update mien"
+            )
+        require(type(schema) is int and schema == SCHEMA, "schema", str(SCHEMA), schema)
+        expected = {"schema", *(item.name for item in dataclasses.fields(cls) if item.repr)}
+        require_keys(values, expected, "")
+        sessions = values["sessions"]
+        require(isinstance(sessions, list), "sessions", "a list", sessions)
+        state = cls(
+            run_id=saved_values.text(values, "run_id"),
+            trainer=saved_values.text(values, "trainer"),
+            iterations=saved_values.count(values, "iterations"),
+            faces_seen=saved_values.table(values, "faces_seen"),
+            lowest_mean_loss=saved_values.optional_number(values, "lowest_mean_loss"),
+            parts=saved_values.table(values, "parts"),
+            sessions=[_session(item, f"sessions[{i}].") for i, item in enumerate(sessions)],
+        )
+        is_a_name = len(state.trainer) <= 64 and state.trainer.isprintable()
+        require(is_a_name, "trainer", "a name", state.trainer)
+        require(_RUN_ID.fullmatch(state.run_id), "run_id", "32 hex digits", state.run_id)
+        require_keys(state.faces_seen, {"a", "b"}, "faces_seen.")
+        for side in state.faces_seen:
+            saved_values.count(state.faces_seen, side, "faces_seen.")
+        for name, part in state.parts.items():
+            require(isinstance(part, dict), f"parts.{name}", "an object", part)
+        numbers = [session.number for session in state.sessions]
+        require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
+        state.sessions = _folded(state.sessions)
+        return state
+
+
+def session_number(folder: str) -> int | None:
+    """The number of the session that has a folder of logs of this name; None where none has."""
+    found = _LOGS.fullmatch(folder)
+    return int(found[1]) if found else None
+
+
+def _folded(sessions: list[Session]) -> list[Session]:
+    """The same sessions in a table of bounded size; see the top of this file."""
+    for old in sessions[:-_MOST_WITH_SETTINGS]:
+        old.settings = {}
+    early, recent = sessions[: 1 - _MOST_SESSIONS], sessions[1 - _MOST_SESSIONS :]
+    if len(early) < 2:
+        return sessions
+    iterations = sum(old.iterations for old in early)
+    faces = sum(old.iterations * old.batch_size for old in early)
+    together = Session(
+        number=early[-1].number,
+        started=early[0].started,
+        batch_size=max(round(faces / iterations), 1) if iterations else early[-1].batch_size,
+        logs=any(old.logs for old in early),
+        iterations=min(iterations, MAX_COUNT),
+    )
+    return [together, *recent]
+
+
+def _session(values: Any, prefix: str) -> Session:
+    require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
+    require_keys(values, {item.name for item in dataclasses.fields(Session)}, prefix)
+    logs = values["logs"]
+    require(isinstance(logs, bool), f"{prefix}logs", "true or false", logs)
+    return Session(
+        number=saved_values.count(values, "number", prefix, low=1),
+        started=saved_values.number(values, "started", prefix, low=0, high=MAX_SECONDS),
+        batch_size=saved_values.count(values, "batch_size", prefix, low=1),
+        logs=logs,
+        iterations=saved_values.count(values, "iterations", prefix),
+        settings=saved_values.table(values, "settings", prefix),
+    )

@@ -1,0 +1,63 @@
+"""Sub-networks of a new model taken from another one of its family."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...models.autoencoder import Autoencoder
+from .model_folder import read_weights
+
+
+def load_weights(model: Autoencoder, path: Path) -> str:
+    """What was taken, in words: the model's `load_layers` get the numbers that they have in a save.
+
+    Args:
+        model: New, in fp32, not aligned.
+        path: A model folder, one generation of it, or a model.safetensors.
+
+    Raises:
+        ValueError: There are no such weights, or they do not fit; then nothing was taken.
+    """
+    tensors, family = read_weights(path)
+    own_family = model.Config.family
+    if family not in (None, own_family):
+        raise ValueError(
+            f"{path} holds a model of {family}, not of {own_family}; load from another"
+        )
+    taken: dict[str, Tensor] = {}
+    for part in model.load_layers:
+        model.subnetwork(part)
+        taken |= {name: t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        _check(model, part, taken, path)
+    if not taken:
+        raise ValueError(
+            "model.options.load_layers names no sub-network of this model, so nothing of "
+            f"{path} would be taken; name one of "
+            f"{', '.join(name for name, _ in model.named_children())}"
+        )
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in taken.items():
+            own[name].copy_(tensor)
+    count = sum(tensor.numel() for tensor in taken.values())
+    return f"{count / 1e6:.1f} M parameters of {', '.join(model.load_layers)} from {path}"
+
+
+def _check(model: Autoencoder, part: str, tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuse a sub-network whose tensors are not, by name and shape, those of the model."""
+    theirs = {name: t.shape for name, t in tensors.items() if name.startswith(f"{part}.")}
+    if not theirs:
+        raise ValueError(f"{path} holds no weights of {part}; load from another model")
+    ours = {name: t.shape for name, t in model.state_dict().items() if name.startswith(f"{part}.")}
+    for name in sorted(theirs.keys() | ours.keys()):
+        there, here = (_shown(shapes.get(name)) for shapes in (theirs, ours))
+        if there != here:
+            raise ValueError(
+                f"{part} of {path} does not fit: {name} is {there} there and {here} here; give "
+                "the new model the options of that one, or load from another"
+            )
+
+
+def _shown(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else str(tuple(shape))

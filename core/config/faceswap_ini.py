@@ -1,0 +1,237 @@
+"""A faceswap `train.ini` as settings of mien.
+
+Two layouts are read: the present one, and that of August 2023, where the optimizer's keys stand in
+`[global]` and those of the augmentation in `[trainer.original]`. Of a key that both have, the
+present one counts. The file does not name the trainer, and holds the options of all; those of one
+are read. As in faceswap, a word may be written in capitals.
+"""
+
+import configparser
+import dataclasses
+import io
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from ... import models
+from ..system.durable_files import open_for_reading
+from . import SECTIONS, decoded, fields_of
+
+MAX_BYTES = 1 << 20
+"""Largest file that is read; one with every help text has a tenth of it."""
+
+_Place = tuple[str, str]
+"""Section and name of a setting of mien."""
+
+
+def _named_alike(section: str, names: str) -> dict[str, _Place]:
+    return {name: (section, name) for name in names.split()}
+
+
+_OPTIMIZER = {
+    **_named_alike(
+        "optimizer",
+        "optimizer learning_rate epsilon_exponent gradient_clipping clipping_value "
+        "autoclip_history weight_decay gradient_accumulation ada_beta_1 ada_beta_2 ada_amsgrad",
+    ),
+    **_named_alike("save", "save_optimizer"),
+}
+_GLOBAL = {
+    **_named_alike("data", "centering coverage vertical_offset"),
+    **_named_alike("model", "icnr_init conv_aware_init reflect_padding"),
+    **_named_alike("optimizer", "lr_finder_iterations lr_finder_mode lr_finder_strength"),
+    **_named_alike("train", "nan_protection"),
+    "mixed_precision": ("precision", "mode"),
+    "autoclip": ("optimizer", "gradient_clipping"),
+}
+_LOSS = {
+    **_named_alike(
+        "loss",
+        "loss_function loss_function_2 loss_weight_2 loss_function_3 loss_weight_3 "
+        "loss_function_4 loss_weight_4 mask_loss_function eye_multiplier mouth_multiplier "
+        "penalized_mask_loss learn_mask",
+    ),
+    **_named_alike("data", "mask_type mask_dilation mask_blur_kernel mask_threshold"),
+}
+_AUGMENTATION = {
+    **_named_alike("preview", "preview_images mask_opacity mask_color"),
+    **_named_alike(
+        "augment",
+        "zoom_amount rotation_range shift_range flip_chance color_lightness color_ab "
+        "color_clahe_chance color_clahe_max_size",
+    ),
+}
+_SECTIONS: dict[str, dict[str, _Place]] = {  # of the old layout first: what is read later counts
+    "global": _GLOBAL | _OPTIMIZER,
+    "global.optimizer": _OPTIMIZER,
+    "global.loss": _LOSS,
+    "trainer.original": _AUGMENTATION,
+    "trainer.augmentation": _AUGMENTATION,
+    "trainer.loader": {},
+}
+_SWITCHES = {  # true or false there, words here
+    "autoclip": {True: "autoclip", False: "none"},
+    "mixed_precision": {True: "auto", False: "fp32"},
+    "nan_protection": {True: "halt", False: "off"},
+}
+_DIFFERENCES = {  # what a value means here, where that is not quite the same
+    ("global", "mixed_precision", True): (
+        "bf16 where the GPU has it, which needs no loss scaling; fp16 is what it was"
+    ),
+    ("global", "mixed_precision", False): (
+        "nothing is rounded, to tf32 either; auto is faster on a GPU"
+    ),
+    ("global", "nan_protection", False): "a step that is not finite is still left out",
+    ("global", "optimizer", "rms-prop"): (
+        "its memory of the square is 0.99, as in newer faceswap; the older had 0.9"
+    ),
+}
+_NOT_HERE = {
+    "allow_growth": "GPU memory is taken as it is needed",
+    "convert_batchsize": "converting is not for mien",
+    "num_processes": "threads make the batches; data.num_threads says how many",
+    "pre_fetch": "the next batch is made ahead in any case",
+}
+
+
+def read_ini(path: Path, trainer: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The settings of a `train.ini` by section and key, and what there is to know of the rest.
+
+    Args:
+        path: The file.
+        trainer: Family whose options are read; it stands in the settings too.
+
+    Returns:
+        The settings, each valid, not necessarily with the others; one line for each key that is
+        left out or means something else here, with the reason.
+
+    Raises:
+        ValueError: The file cannot be read or is of another kind; a value breaks its rule; there is
+            no such trainer.
+    """
+    file = _parsed(path)
+    settings: dict[str, dict[str, Any]] = {"model": {"trainer": trainer}}
+    report: list[str] = []
+    read_from: dict[_Place, str] = {}
+    for section, places in _SECTIONS.items():
+        for key, text in file[section].items() if section in file else ():
+            source = f"[{section}] {key}"
+            if key not in places:
+                report.append(f"{source}: left out; {_NOT_HERE.get(key, 'no such key is known')}")
+                continue
+            place = places[key]
+            if place in read_from:
+                report.append(f"{read_from[place]}: left out; {source} counts")
+            read_from[place] = source
+            meant, value = _value_of(key, text, place)
+            _check(place, value, f"{path}, {source}")
+            settings.setdefault(place[0], {})[place[1]] = value
+            if (section, key, meant) in _DIFFERENCES:
+                name = ".".join(place)
+                report.append(
+                    f"{source} = {meant}: {name} is {value}; {_DIFFERENCES[section, key, meant]}"
+                )
+    options = _options(file, path, trainer, report)
+    if options:
+        settings["model"]["options"] = options
+    report += _other_sections(file, trainer)
+    return settings, report
+
+
+def _parsed(path: Path) -> configparser.ConfigParser:
+    try:
+        with open_for_reading(path, follows_links=True) as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"{path} must be a train.ini of at most 1 MiB, and is larger")
+    # No text but a section's own is anyone's default, and `%` is a sign like others.
+    file = configparser.ConfigParser(interpolation=None, default_section="")
+    try:
+        text = decoded(content)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text):
+            raise ValueError(f"{path} is not text: it holds control characters")
+        text = re.sub(r"(?<=\S)[^\S\n]{2,}", " ", text)  # the parser takes time by their square
+        file.read_file(io.StringIO(text, newline=None), source=path.name)
+    except configparser.Error as error:
+        raise ValueError(
+            f"{path} is not a valid ini: {textwrap.shorten(str(error), 200)}"
+        ) from error
+    if not any(section in _SECTIONS for section in file.sections()):
+        raise ValueError(
+            f"{path} has no section of a faceswap train.ini, such as [global]; settings of mien "
+            "are in a file *.toml"
+        )
+    return file
+
+
+def _value_of(key: str, text: str, place: _Place) -> tuple[Any, Any]:
+    """What the file says, and the same as a value of mien's setting."""
+    section, name = place
+    if key not in _SWITCHES:
+        value = _typed(text, fields_of(SECTIONS[section])[name].type)
+        return value, value
+    meant = _typed(text, bool)
+    return meant, _SWITCHES[key].get(meant, meant)
+
+
+def _typed(text: str, kind: Any) -> Any:
+    """The value; text that is none stays as it is, for the setting's own check to refuse."""
+    text = text.lower()
+    if kind is bool:
+        return configparser.ConfigParser.BOOLEAN_STATES.get(text, text)
+    if kind == tuple[str, ...]:
+        return re.findall(r"[^\s,'\"\[\]]+", text)  # with commas, quotes and brackets, or without
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _check(place: _Place, value: Any, source: str) -> None:
+    """Refuse what breaks the rule of one setting, naming its source."""
+    section, name = place
+    try:
+        SECTIONS[section](**{name: value})
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _section_of(trainer: str) -> str:
+    return f"model.{trainer.replace('-', '_')}"
+
+
+def _options(
+    file: configparser.ConfigParser, path: Path, trainer: str, report: list[str]
+) -> dict[str, Any]:
+    """The options of the family, checked together; the report gets the keys that are none."""
+    kinds = {item.name: item.type for item in dataclasses.fields(models.family(trainer).Config)}
+    section = _section_of(trainer)
+    options = {}
+    for key, text in file[section].items() if section in file else ():
+        if key in kinds:
+            options[key] = _typed(text, kinds[key])
+        else:
+            report.append(f"[{section}] {key}: left out; {trainer} has no such option")
+    try:
+        models.options_of(trainer, options)
+    except ValueError as error:
+        raise ValueError(f"{path}, [{section}]: {error}") from error
+    return options
+
+
+def _other_sections(file: configparser.ConfigParser, trainer: str) -> list[str]:
+    """One line for the sections of all other families, and one for each that is unknown."""
+    of_families = {_section_of(name) for name in models.available()}
+    unread = [
+        name for name in file.sections() if name not in _SECTIONS and name != _section_of(trainer)
+    ]
+    others = [f"[{name}]" for name in unread if name in of_families]
+    lines = [f"{', '.join(others)}: left out; the trainer is {trainer}"] if others else []
+    unknown = [name for name in unread if name not in of_families]
+    return lines + [f"[{name}]: left out; no such section is known" for name in unknown]

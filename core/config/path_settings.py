@@ -1,0 +1,73 @@
+"""Settings that are paths: those declared so in a section, and those of a family's options."""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from ... import models
+from ..system.paths import expanded
+from . import SECTIONS, fields_of, merge
+
+_NO_SIGN = re.compile("[\ud800-\udfff]")
+"""What stands in a name for a byte that is none of UTF-8."""
+
+Place = tuple[str, ...]
+"""Place of a setting in nested settings: section and name; an option is three words deep."""
+
+
+def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
+    """Every path that valid nested settings give, by its place; those left empty are none.
+
+    Args:
+        values: By section and key.
+        trainer: Family whose options they hold.
+    """
+    places = [
+        (section, name)
+        for section, kind in SECTIONS.items()
+        for name, spec in fields_of(kind).items()
+        if spec.is_path and values.get(section, {}).get(name)
+    ]
+    found: dict[Place, str] = {place: values[place[0]][place[1]] for place in places}
+    options = values.get("model", {}).get("options", {})
+    kind = models.family(trainer).Config
+    for item in dataclasses.fields(kind):
+        path = options.get(item.name)
+        if item.metadata["path"] and path and isinstance(path, str):
+            found["model", "options", item.name] = path
+    return found
+
+
+def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any]:
+    """The same settings with these paths in their places."""
+    for place, path in paths.items():
+        nested: Any = path
+        for key in reversed(place):
+            nested = {key: nested}
+        values = merge(values, nested)
+    return values
+
+
+def with_absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
+    """The same settings with every path absolute, to mean the same from every folder."""
+    paths = {place: absolute(path) for place, path in paths_in(values, trainer).items()}
+    return with_paths(values, paths)
+
+
+def absolute(path: str) -> str:
+    """The path from the root, `~` written out; ValueError where there is no such home."""
+    return os.path.abspath(expanded(path))
+
+
+def unwritable(values: dict[str, Any], trainer: str) -> dict[Place, str]:
+    """Every path in valid nested settings whose name is no UTF-8, so that no TOML can hold it."""
+    paths = paths_in(values, trainer)
+    return {place: path for place, path in paths.items() if _NO_SIGN.search(path)}
+
+
+def way_to_give(place: Place) -> str:
+    """What a user writes before the path on the command line: a flag, or `--set` with the name."""
+    if len(place) == 2:
+        return fields_of(SECTIONS[place[0]])[place[1]].way_to_give
+    return f"--set {'.'.join(place)}="

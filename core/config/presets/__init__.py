@@ -1,0 +1,158 @@
+"""Settings under a name: those that come with mien, in this folder, and a user's own.
+
+A preset is a TOML file of settings as `--configfile` takes it, with a line that describes it. It
+weighs less than all else that a user gives, and more than the defaults.
+"""
+
+import difflib
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ....models.options import shown
+from ...system.durable_files import write_output
+from ...system.user_folders import settings_folder
+from .. import all_settings, from_dict, read_toml, to_dict
+
+PACKAGED = Path(__file__).parent
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_OF_A_RUN = {  # what says where one run's files are, or what it began with
+    "model": {"load_weights"},
+    "data": {"input_a", "input_b", "store_dir"},
+    "evaluate": {"held_out_a", "held_out_b"},
+    "save": {"model_dir"},
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings under a name."""
+
+    name: str
+    path: Path
+    description: str
+    settings: dict[str, dict[str, Any]]
+    """By section and key."""
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a user saved it."""
+        return self.path.parent != PACKAGED
+
+    @property
+    def trainer(self) -> str:
+        """The model family that it is for; empty where it is for any."""
+        return self.settings.get("model", {}).get("trainer", "")
+
+
+def own_folder() -> Path:
+    """Folder of a user's own presets; ValueError where the user has no home."""
+    return settings_folder() / "presets"
+
+
+def available() -> list[Preset]:
+    """Every preset, by name; one that cannot be read says why in its description."""
+    return [_readable(path) for _, path in sorted(_paths().items())]
+
+
+def _readable(path: Path) -> Preset:
+    try:
+        return read(path)
+    except ValueError as error:
+        return Preset(path.stem, path, f"cannot be used: {error}", {})
+
+
+def load(name: str) -> Preset:
+    """The preset of this name; ValueError naming the nearest where there is none."""
+    paths = _paths()
+    if name not in paths:
+        near = difflib.get_close_matches(name, paths, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"no preset {name!r}{hint}; there are: {', '.join(sorted(paths))}")
+    return read(paths[name])
+
+
+def read(path: Path) -> Preset:
+    """The settings in a file, under its name; ValueError where it holds anything else."""
+    values = read_toml(path)
+    description = values.pop("description", "")
+    if not isinstance(description, str):
+        raise ValueError(f"description in {path} must be text, got {shown(description)}")
+    try:
+        from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{error}, in {path}") from error
+    return Preset(path.stem, path, description, values)
+
+
+def save(
+    name: str, settings: dict[str, dict[str, Any]], *, description: str = "", force: bool = False
+) -> Preset:
+    """The user's own new preset, written. What belongs to one run, as its folders, is left out.
+
+    Args:
+        name: Letters, digits, dots, dashes and underscores.
+        settings: By section and key; of a whole config only what differs from the defaults stays.
+        description: One line.
+        force: Put it in the place of one of the same name.
+
+    Raises:
+        ValueError: The name or a setting is not valid, the name is taken, or there is nothing to
+            save.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"a preset's name must be up to 64 letters, digits, '.', '-' and '_', got {name!r}"
+        )
+    if (PACKAGED / f"{name}.toml").exists():
+        raise ValueError(f"{name} is one of mien's own presets; choose another name")
+    path = own_folder() / f"{name}.toml"
+    if path.exists() and not force:
+        raise ValueError(f"preset {name} exists ({path}); add --force to replace it")
+    kept = _worth_keeping(settings)
+    if not kept:
+        raise ValueError("there is nothing to save; give --from, --trainer or --set")
+    content = _as_toml({"description": description} | kept)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_output(path, content, force=force)
+    except OSError as error:
+        raise ValueError(f"cannot write preset {path}: {error.strerror}") from error
+    return Preset(name, path, description, kept)
+
+
+def _as_toml(values: dict[str, Any]) -> bytes:
+    text = tomli_w.dumps(values)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        line = text[: error.start].count("\n")
+        raise ValueError(
+            f"a preset cannot hold {text.splitlines()[line]}: the name is no UTF-8; rename it"
+        ) from None
+
+
+def _paths() -> dict[str, Path]:
+    """Files by the names of their presets; a user's own never stand for mien's."""
+    folders = [PACKAGED]
+    with suppress(ValueError):  # who has no home has no presets in it
+        folders.insert(0, own_folder())
+    return {path.stem: path for folder in folders for path in folder.glob("[!.]*.toml")}
+
+
+def _worth_keeping(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings that are not the defaults and not of one run, but always the trainer."""
+    resolved = to_dict(from_dict(settings))
+    kept: dict[str, dict[str, Any]] = {}
+    for spec in all_settings():
+        value = resolved[spec.section][spec.name]
+        is_of_a_run = spec.name in _OF_A_RUN.get(spec.section, ())
+        is_worthy = value != spec.default or spec.name == "trainer"
+        if spec.name in settings.get(spec.section, {}) and is_worthy and not is_of_a_run:
+            kept.setdefault(spec.section, {})[spec.name] = value
+    return kept

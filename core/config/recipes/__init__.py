@@ -1,0 +1,316 @@
+"""Recipes: a training run in stages that follow one another unattended.
+
+A recipe is a TOML file of settings, as `--configfile` takes it, with a list of stages:
+
+    description = "One line."
+
+    [[stage]]
+    name = "shapes"
+    plateau = { window = 5000, patience = 4, improvement = 1.0 }
+
+    [[stage]]
+    name = "finish"
+    iterations = 20_000
+    rate_factor = 0.5
+    set.augment.warp = false
+
+A stage lasts until the first of its ends: so many iterations, a total iteration, minutes, or a
+figure that no longer improves. One without an end lasts as long as the run. What a stage sets holds
+until a later one sets it again, and weighs more than all else that a user gives.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ....models.options import shown
+from ...system.paths import expanded
+from .. import all_settings, from_dict, merge, read_toml
+
+PACKAGED = Path(__file__).parent
+
+FALLING = ("loss", "loss_a", "loss_b", "pose_swap", "identity_b")
+"""What a plateau may watch, the lower the better; those after the losses as `evaluate` has them."""
+
+RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
+"""The higher the better."""
+
+MAX_STAGES = 100
+_LARGEST = 1e12
+_LOSSES = ("loss", "loss_a", "loss_b")
+_NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
+    *("train.iterations", "train.device", "model.options", "optimizer.use_lr_finder"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plateau:
+    """A figure that no longer improves."""
+
+    metric: str = "loss"
+    """The loss of both sides or one, or a figure that is measured at saves."""
+
+    window: int = 1000
+    """Iterations whose mean loss counts as one value. What is measured counts by itself."""
+
+    patience: int = 5
+    """Values in a row that were no better than the best one before."""
+
+    improvement: float = 1.0
+    """Percent by which a value must be better than the best one to count as better."""
+
+    @property
+    def is_loss(self) -> bool:
+        return self.metric in _LOSSES
+
+    def is_better(self, value: float, best: float) -> bool:
+        """Whether a value improves on the best one so far."""
+        step = abs(best) * self.improvement / 100
+        return value > best + step if self.metric in RISING else value < best - step
+
+    def __str__(self) -> str:
+        values = f"means of {self.window:,} iterations" if self.is_loss else "values"
+        return (
+            f"{self.metric} has not improved by {self.improvement:g} % in {self.patience} {values}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of a run."""
+
+    name: str
+    set: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Free settings, by section and key."""
+
+    rate_factor: float | None = None
+    """What the learning rate is multiplied with; None: the same as in the stage before."""
+
+    iterations: int | None = None
+    """Iterations of this stage."""
+
+    until_iteration: int | None = None
+    """Total iteration."""
+
+    minutes: float | None = None
+    """Of training, however often it was interrupted."""
+
+    plateau: Plateau | None = None
+    snapshot: bool = True
+    """Copy the model, as it was before the stage, to a folder beside its own."""
+
+    @property
+    def ends(self) -> list[str]:
+        """When it ends, in words; whichever comes first."""
+        return [
+            words
+            for value, words in (
+                (self.iterations, f"after {self.iterations or 0:,} iterations"),
+                (self.until_iteration, f"at iteration {self.until_iteration or 0:,}"),
+                (self.minutes, f"after {self.minutes or 0:g} minutes"),
+                (self.plateau, f"when {self.plateau}"),
+            )
+            if value is not None
+        ]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages under a name."""
+
+    name: str
+    description: str
+    settings: dict[str, dict[str, Any]]
+    """What holds from the start, by section and key."""
+
+    stages: tuple[Stage, ...]
+
+    def settings_of(self, number: int) -> dict[str, dict[str, Any]]:
+        """What the stages up to this one have set."""
+        return merge(*(stage.set for stage in self.stages[: number + 1]))
+
+    def rate_factor_of(self, number: int) -> float:
+        """What the learning rate is multiplied with in this stage."""
+        factors = [stage.rate_factor for stage in self.stages[: number + 1]]
+        return next((factor for factor in reversed(factors) if factor is not None), 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `from_dict` takes them."""
+        stages = [
+            {key: value for key, value in dataclasses.asdict(stage).items() if value is not None}
+            for stage in self.stages
+        ]
+        return {"name": self.name, "description": self.description, "stage": stages}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Recipe":
+        """The recipe in plain values; ValueError where they are not one."""
+        values = dict(values)
+        name, description = values.pop("name", ""), values.pop("description", "")
+        for key, text in (("name", name), ("description", description)):
+            if not isinstance(text, str):
+                raise ValueError(f"{key} must be text, got {shown(text)}")
+        stages = tuple(_stages(values.pop("stage", [])))
+        from_dict(values)
+        return cls(name, description, values, stages)
+
+
+NONE = Recipe("none", "", {}, ())
+"""What leaves the recipe of a model: no stages at all."""
+
+
+def available() -> list[Recipe]:
+    """Those that come with mien, by name."""
+    return [read(path) for path in sorted(PACKAGED.glob("*.toml"))]
+
+
+def load(name: str) -> Recipe:
+    """The recipe of this name, or in this file; ValueError where there is none."""
+    if name == NONE.name:
+        return NONE
+    path = expanded(name)
+    if path.suffix == ".toml" or path.is_file():
+        return read(path)
+    packaged = {path.stem: path for path in PACKAGED.glob("*.toml")}
+    if name not in packaged:
+        near = difflib.get_close_matches(name, packaged, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(
+            f"no recipe {name!r}{hint}; give a .toml file, none, or one of "
+            f"{', '.join(sorted(packaged))}"
+        )
+    return read(packaged[name])
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a file, named after it; ValueError where there are no stages in it."""
+    values = read_toml(path)
+    if "stage" not in values:
+        raise ValueError(f"{path} lists no stages: add [[stage]] tables")
+    try:
+        return Recipe.from_dict(values | {"name": path.stem})
+    except ValueError as error:
+        raise ValueError(f"{error}, in {path}") from error
+
+
+def describe(recipe: Recipe) -> list[str]:
+    """A line for each stage: its name, what it sets, when it ends."""
+    lines = []
+    for number, stage in enumerate(recipe.stages, 1):
+        changes = [
+            f"{section}.{key} = {json.dumps(value)}"
+            for section, table in stage.set.items()
+            for key, value in table.items()
+        ]
+        if stage.rate_factor is not None:
+            changes.insert(0, f"{stage.rate_factor:g} times the learning rate")
+        ends = f"ends {' or '.join(stage.ends)}" if stage.ends else "ends with the run"
+        words = "; ".join([*changes, ends])
+        lines.append(f"{number} {stage.name}: {words}")
+    return lines
+
+
+def _stages(values: Any) -> Iterator[Stage]:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"stage must be a list of tables, [[stage]], got {shown(values)}")
+    if len(values) > MAX_STAGES:
+        raise ValueError(f"a recipe has at most {MAX_STAGES} stages, got {len(values)}")
+    names: set[str] = set()
+    for number, table in enumerate(values, 1):
+        stage = _stage(table, f"stage {number}")
+        if stage.name in names:
+            raise ValueError(f"stage {number} has the name {stage.name!r} of an earlier one")
+        if not stage.ends and number < len(values):
+            raise ValueError(
+                f"stage {number}, {stage.name}, has no end, so the next is never reached: give it "
+                "iterations, until_iteration, minutes or plateau"
+            )
+        names.add(stage.name)
+        yield stage
+
+
+def _stage(table: Any, place: str) -> Stage:
+    values = _known(table, Stage, place)
+    name = values.get("name", place)
+    if not isinstance(name, str) or not name.strip() or len(name) > 100 or not name.isprintable():
+        raise ValueError(f"{place}.name must be text, got {shown(name)}")
+    for key in ("iterations", "until_iteration"):
+        _check_number(values, key, place, whole=True, low=1)
+    _check_number(values, "minutes", place, low=0)
+    _check_number(values, "rate_factor", place, low=0, high=100)
+    if not isinstance(values.get("snapshot", True), bool):
+        raise ValueError(f"{place}.snapshot must be true or false, got {shown(values['snapshot'])}")
+    if "plateau" in values:
+        values["plateau"] = _plateau(values["plateau"], f"{place}.plateau")
+    _check_settings(values.get("set", {}), place)
+    return Stage(**(values | {"name": name}))
+
+
+def _plateau(table: Any, place: str) -> Plateau:
+    values = _known(table, Plateau, place)
+    metric = values.get("metric", "loss")
+    if metric not in FALLING + RISING:
+        raise ValueError(
+            f"{place}.metric must be one of {', '.join(FALLING + RISING)}, got {shown(metric)}"
+        )
+    for key in ("window", "patience"):
+        _check_number(values, key, place, whole=True, low=1)
+    _check_number(values, "improvement", place, low=0, high=100)
+    return Plateau(**values)
+
+
+def _known(table: Any, kind: type, place: str) -> dict[str, Any]:
+    """A copy of the table, if all its keys are fields of ``kind``."""
+    if not isinstance(table, dict):
+        raise ValueError(f"{place} must be a table, got {shown(table)}")
+    names = [item.name for item in dataclasses.fields(kind)]
+    for key in table:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; it may be {', '.join(names)}"
+            name = key if key.isprintable() and len(key) <= 100 else shown(key)
+            raise ValueError(f"unknown key {name} of {place}{hint}")
+    return dict(table)
+
+
+def _check_number(
+    values: dict[str, Any],
+    key: str,
+    place: str,
+    *,
+    whole: bool = False,
+    low: float,
+    high: float = math.inf,
+) -> None:
+    if key not in values:
+        return
+    value = values[key]
+    kinds = (int,) if whole else (int, float)
+    holds = type(value) in kinds and low <= value <= min(high, _LARGEST)
+    if not holds:
+        kind = "a whole number" if whole else "a number"
+        upper = f" to {high:g}" if high < math.inf else ", or more"
+        raise ValueError(f"{place}.{key} must be {kind} from {low:g}{upper}, got {shown(value)}")
+
+
+def _check_settings(values: Any, place: str) -> None:
+    """Refuse what is no setting, what a model fixes, and what belongs to the run as a whole."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}.set must be a table of settings, got {shown(values)}")
+    try:
+        from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{place}.set: {error}") from error
+    for spec in all_settings():
+        if spec.name not in values.get(spec.section, {}):
+            continue
+        name = spec.full_name
+        if spec.locked:
+            raise ValueError(f"{place}.set: {name} is fixed when a model is made; leave it out")
+        if spec.is_path or name in _NOT_IN_A_STAGE:
+            raise ValueError(f"{place}.set: {name} is for the whole run; leave it out")

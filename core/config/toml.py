@@ -1,0 +1,139 @@
+"""Settings as TOML: read from a file or a `--set`, written, and laid over one another."""
+
+import codecs
+import re
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..system.durable_files import open_for_reading
+from .sections import Config, all_settings, to_dict
+
+MAX_TOML_BYTES = 1 << 20
+MAX_TOML_DEPTH = 32
+"""Tables and lists inside one another."""
+
+MAX_TOML_DOTS = 32
+"""In one line: the parser takes time by the square of a dotted key's parts."""
+
+_WINDOWS_PATHS = "; put Windows paths in single quotes, or use / in them"
+_SPOILT_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\b\t\n\f\r\x1b]")
+"""What becomes of the path of a drive, such as "C:\\faces", whose backslash made an escape."""
+
+
+def to_toml(config: Config) -> str:
+    """The whole config as TOML, with words in the place of the numbers that they stand for."""
+    import tomli_w
+
+    values = to_dict(config)
+    for spec in all_settings():
+        values[spec.section][spec.name] = spec.word_for(values[spec.section][spec.name])
+    return tomli_w.dumps(values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The plain values of a TOML file; ValueError where it cannot be read."""
+    try:
+        with open_for_reading(path, follows_links=True) as file:
+            content = file.read(MAX_TOML_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        return parse_toml(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """The plain values of TOML that may be a stranger's; ValueError where it is none, or one that
+    is too large, too deep or too slow to read."""
+    if len(content) > MAX_TOML_BYTES:
+        raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
+    text = decoded(content)
+    if any(line.count(b".") > MAX_TOML_DOTS for line in content.splitlines()):
+        raise ValueError(f"a line has more than {MAX_TOML_DOTS} dots")
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except tomllib.TOMLDecodeError as error:
+        problem = textwrap.shorten(str(error), 200)
+        raise ValueError(f"{problem}{_advice(text, str(error))}") from None
+    if is_deeper(values, MAX_TOML_DEPTH):
+        raise ValueError(f"it is nested deeper than {MAX_TOML_DEPTH}")
+    if any(_SPOILT_WINDOWS_PATH.match(word) for word in _texts(values)):
+        raise ValueError(f"a backslash in double quotes begins an escape{_WINDOWS_PATHS}")
+    return values
+
+
+def decoded(content: bytes) -> str:
+    """The text of a file of settings, without the byte order mark that some editors put before it;
+    ValueError where it is not UTF-8."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:2]:
+        raise ValueError("it is UTF-16 text; save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def _advice(text: str, problem: str) -> str:
+    """What to do about a line that is not valid, where it holds a path as Windows writes it."""
+    place = re.search(r"at line (\d+)", problem)
+    line = text.split("\n")[int(place[1]) - 1] if place else ""
+    return _WINDOWS_PATHS if re.search(r'"[^"]*\\', line) else ""
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in plain values that are not nested deeply."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inside)
+
+
+def is_deeper(value: Any, depth: int) -> bool:
+    """Whether plain values lie further inside one another than ``depth``."""
+    level = [value]
+    for _ in range(depth + 1):
+        inside = (list(v.values()) if isinstance(v, dict) else v for v in level)
+        level = [v for values in inside if isinstance(values, list) for v in values]
+        if not level:
+            return False
+    return True
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """``section.key=value`` as nested values; the value is TOML, else plain text.
+
+    Raises:
+        ValueError: It is none of that, or its quotes hold what TOML does not allow.
+    """
+    path, equals, raw = text.partition("=")
+    keys = [key.strip() for key in path.split(".")]
+    if not equals or len(keys) < 2 or not all(keys):
+        raise ValueError(f"--set takes section.key=value, got {text!r}")
+    try:
+        nested = parse_toml(f"value = {raw}".encode())["value"]
+    except ValueError as error:
+        nested = raw.strip()
+        if nested.startswith('"'):
+            raise ValueError(f"--set {path.strip()} is not valid TOML: {error}") from None
+    for key in reversed(keys):
+        nested = {key: nested}
+    return nested
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of all layers; a later layer wins."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(merged.get(key), dict):
+                merged[key] = merge(merged[key], value)
+            else:
+                merged[key] = dict(value) if isinstance(value, dict) else value
+    return merged

@@ -1,0 +1,104 @@
+"""The report of a failure of mien itself, for whoever is to find its cause.
+
+It holds the traceback, versions, settings and the latest events. Of the faces it names the folders
+and no file.
+"""
+
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from ... import __version__
+from ..checkpoint.model_folder import SaveError
+from ..config import Config, to_toml
+from ..system.durable_files import replace_file
+from .reporter import LogError, Reporter
+
+_PACKAGES = ("triton", "numpy", "opencv-python-headless", "nvidia-dali-cuda130", "safetensors")
+_EXPECTED = (ValueError, SaveError, LogError, torch.OutOfMemoryError)
+"""What is told in one line where it happens."""
+
+
+@contextmanager
+def reporting_crashes(model_dir: Path, config: Config, reporter: Reporter) -> Iterator[None]:
+    """What fails unexpectedly inside leaves a report in the model folder, and fails on."""
+    try:
+        yield
+    except _EXPECTED:
+        raise
+    except Exception as error:
+        path = _free_path(model_dir)
+        try:
+            text = crash_report(error, config, list(reporter.latest))
+            replace_file(path, text.encode(errors="backslashreplace"))
+        except OSError:
+            raise error from None  # what failed first is what there is to be mended
+        reporter.crash(error=f"{type(error).__name__}", path=path)
+        if isinstance(error, OSError):  # else it would be taken for a mistake in the input
+            raise RuntimeError(str(error)) from error
+        raise
+
+
+def crash_report(error: Exception, config: Config, events: list[str]) -> str:
+    """The text of the report.
+
+    Args:
+        error: What was raised.
+        config: The settings of the run.
+        events: The latest ones as JSON lines.
+    """
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    parts = {
+        "traceback": "".join(traceback.format_exception(error)),
+        "versions": "\n".join(
+            [
+                f"mien {__version__}, Python {platform.python_version()}, torch "
+                f"{torch.__version__}, CUDA {torch.version.cuda}, GPU {gpu}",
+                f"{platform.platform()}, {os.cpu_count()} cores",
+                ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
+                f"command {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
+            ]
+        ),
+        "settings": to_toml(config),
+        "latest events": "\n".join(events),
+    }
+    text = "\n".join(f"== {title} ==\n{content.rstrip()}\n" for title, content in parts.items())
+    return _without_faces(text, config)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _without_faces(text: str, config: Config) -> str:
+    """The same with the name of no file in a folder of faces."""
+    data, measured, preview = config.data, config.evaluate, config.preview
+    folders = {
+        *(data.input_a, data.input_b, measured.held_out_a, measured.held_out_b),
+        *(preview.timelapse_input_a, preview.timelapse_input_b),
+    }
+    for folder in sorted(folders - {""}, key=len, reverse=True):
+        inside = re.compile(re.escape(folder.rstrip("/")) + r"/[^\n\"]*?\.png", re.IGNORECASE)
+        text = inside.sub(f"{folder}/(a face)", text)
+    return text
+
+
+def _free_path(model_dir: Path) -> Path:
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    path, number = model_dir / f"crash_report_{stamp}.txt", 1
+    while path.exists():
+        number += 1
+        path = model_dir / f"crash_report_{stamp}-{number}.txt"
+    return path

@@ -1,0 +1,79 @@
+"""What the user asks of a run while it goes on: by signals, and by keys on terminal or window.
+
+SIGINT, SIGTERM, SIGHUP, Enter    finish the step, save and stop (`stop`)
+SIGUSR1, s                        save now; with it comes a preview
+SIGUSR2, r                        a preview now
+m                                 the preview with its mask's tint, or without
+
+A signal that was ignored when the program started stays so.
+"""
+
+import signal
+import sys
+from types import FrameType
+from typing import Literal
+
+from ..system.output import Output
+from ..system.signals import Handlers
+from .keyboard import Keyboard
+from .stop import StopRequest
+
+Wish = Literal["save", "preview", "redraw"]
+"""To save, to look at the present model, to draw what was seen last once more."""
+
+_SIGNALS: dict[signal.Signals, Wish] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
+_KEYS: dict[str, Wish] = {"s": "save", "r": "preview", "m": "redraw"}
+
+
+class Requests:
+    """While entered, signals and keys are noted, until the run asks for them.
+
+    Args:
+        stop: Asks the run to end, by other ways than these; None: a new one.
+    """
+
+    def __init__(self, stop: StopRequest | None = None) -> None:
+        self.stop = StopRequest() if stop is None else stop
+        self.mask_is_toggled = False
+        """The tint is to be shown where it is set not to be, and the other way round."""
+
+        self._wishes: set[Wish] = set()
+        self._keyboard: Keyboard | None = None
+        self._handlers = Handlers(dict.fromkeys(_SIGNALS, self._note))
+
+    def __enter__(self) -> "Requests":
+        self.stop.__enter__()
+        self._handlers.__enter__()
+        if all(Output(stream).isatty() for stream in (sys.stdin, sys.stdout)):
+            self._keyboard = Keyboard(sys.stdin.fileno())
+            self._keyboard.__enter__()
+            self.stop.when_noted.append(self._keyboard.restore)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._keyboard is not None:
+            self._keyboard.__exit__()
+        self._handlers.__exit__()
+        self.stop.__exit__()
+
+    def take(self) -> set[Wish]:
+        """What was asked for since this was last called."""
+        if self._keyboard is not None:
+            self.press(self._keyboard.keys())
+        if not self._wishes:
+            return set()
+        # A signal between these two names adds to the set that is handed out.
+        wishes, self._wishes = self._wishes, set()
+        return wishes
+
+    def press(self, keys: str) -> None:
+        """Take in keys; those that mean nothing do nothing."""
+        for key in keys.lower():
+            if key in "\r\n":
+                self.stop.signal_name = self.stop.signal_name or "Enter"
+            elif key in _KEYS:
+                self._wishes.add(_KEYS[key])
+                self.mask_is_toggled ^= key == "m"
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._wishes.add(_SIGNALS[signal.Signals(number)])

@@ -1,0 +1,73 @@
+"""Being told to stop: the present step is finished and saved; told twice, the process ends.
+
+A terminal that is closed (SIGHUP) asks but once, however often: shells and session managers send
+it several times, and the save that the first one asked for must not be cut short by the next.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ..system.signals import Handlers
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INSISTENT = (signal.SIGINT, signal.SIGTERM)
+"""Those of which a second one ends the process."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """What a signal raises while there is nothing to finish and nothing to save."""
+
+
+class StopRequest:
+    """A wish that training ends after its present step, and a save.
+
+    While entered, a signal is noted as one in `signal_name`; a second one ends the process.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        """Also the name of a key, where one was pressed to stop, or "a request"."""
+
+        self.when_noted: list[Callable[[], None]] = []
+        """Called at every signal: what must not be left undone if another one follows."""
+
+        self._handlers = Handlers(dict.fromkeys(SIGNALS, self._note))
+        self._is_abrupt = False
+
+    def __enter__(self) -> "StopRequest":
+        self._handlers.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handlers.__exit__()
+
+    def request(self) -> None:
+        """Ask for it, from any thread."""
+        self.signal_name = self.signal_name or "a request"
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, a signal raises `Interrupted`, even out of a call that would wait for ever."""
+        self._is_abrupt = True
+        try:
+            if self.signal_name:
+                raise Interrupted(self._why())
+            yield
+        finally:
+            self._is_abrupt = False
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number in _INSISTENT:
+            for each in _INSISTENT:
+                self._handlers.set(each, signal.SIG_DFL)
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        for action in self.when_noted:
+            action()
+        if self._is_abrupt:
+            self._is_abrupt = False  # the clean-up that follows is let finish
+            raise Interrupted(self._why())
+
+    def _why(self) -> str:
+        return f"{self.signal_name} received before training began"

@@ -1,0 +1,1 @@
+"""What a model costs, without running it: layers, products and bytes."""

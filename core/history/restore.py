@@ -1,0 +1,255 @@
+"""Going back, by hand, to a save that is kept: the backup, a generation, or another copy.
+
+The order makes a kill at any moment leave the old or the restored state in use, and loses nothing:
+
+    1. what will be replaced gets a second name (a copy, where the disk has no hard links) in
+       `archived_<time>/`, which gets its own name when it is whole
+    2. a copy of the restored save is written as the newest generation; its name is the moment of
+       change
+    3. the logs are told what is undone (see `undone`); the preview, the generations that are
+       archived now, and logs that the restored state does not know, leave
+
+The same command again finishes what a kill interrupted.
+"""
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.format import (
+    CONFIG,
+    MAX_JSON_BYTES,
+    STATE,
+    Manifest,
+    check_generation,
+    read_json,
+    read_state,
+)
+from ..checkpoint.model_folder import BACKUP, PREVIEW, ModelFolder
+from ..checkpoint.owner import InUseError
+from ..checkpoint.state import TrainingState, session_number
+from ..system.durable_files import (
+    DamagedError,
+    discard,
+    link_file,
+    link_files,
+    read_regular,
+    replace_file,
+    sync_folder,
+)
+from .undone import mark_undone
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What was done."""
+
+    iterations: int
+    generation: str
+    """Name of the one in use now."""
+
+    archive: Path | None
+    """Where that is which was replaced; None where nothing was."""
+
+    archived: list[str]
+    """Names of what is in it."""
+
+
+def restore(
+    path: Path, *, generation: str = BACKUP, snapshot: Path | None = None, force: bool = False
+) -> Restored:
+    """Have another save be the one in use.
+
+    Args:
+        path: The model folder.
+        generation: Name of one of its generations, or `backup`.
+        snapshot: A snapshot of the model, or another copy of its folder, in place of those.
+        force: Even where the copy is of another run.
+
+    Raises:
+        ValueError: The save is missing, damaged, or of another model; a run holds the folder; the
+            disk refuses. The state in use is then whole: as it was, or restored.
+    """
+    if not path.is_dir():
+        raise ValueError(f"model folder {path} does not exist")
+    try:
+        with ModelFolder(path) as folder:
+            source, manifest = _source(folder, generation, snapshot)
+            state = _whole(source, manifest)
+            _refuse_other_model(folder, source, manifest, force=force)
+            return _restored(folder, source, manifest, state)
+    except OSError as error:
+        raise ValueError(
+            f"cannot restore in {path}: {error.strerror or error}; mend that and give the same "
+            "command again"
+        ) from error
+    except InUseError as error:
+        raise ValueError(f"model folder {path} was taken by {error}; stop that run") from error
+
+
+def _source(folder: ModelFolder, name: str, snapshot: Path | None) -> tuple[Path, Manifest]:
+    if snapshot is not None:
+        with ModelFolder(snapshot, read_only=True) as other:
+            return other.find()
+    if name == BACKUP and not (folder.path / BACKUP).exists():
+        raise ValueError(
+            f"model folder {folder.path} has no backup yet; give --generation NAME or --snapshot "
+            "FOLDER"
+        )
+    return folder.find(name)
+
+
+def _whole(source: Path, manifest: Manifest) -> TrainingState:
+    """The state of a save that is whole; ValueError where it is damaged."""
+    try:
+        check_generation(source, manifest)
+        values, _ = read_state(source, manifest)
+    except DamagedError as damage:
+        raise ValueError(
+            f"{source} is damaged ({damage}) and cannot be restored; choose another by "
+            "--generation NAME or --snapshot FOLDER"
+        ) from damage
+    return TrainingState.from_dict(values)
+
+
+def _refuse_other_model(
+    folder: ModelFolder, source: Path, manifest: Manifest, *, force: bool
+) -> None:
+    held = _identity(folder)
+    if held is None:
+        return
+    trainer, run_id = held
+    if manifest.trainer != trainer:
+        raise ValueError(
+            f"{source} is a model of {manifest.trainer}, and {folder.path} holds one of {trainer}; "
+            "choose a copy of this model"
+        )
+    if manifest.run_id != run_id and not force:
+        raise ValueError(
+            f"{source} is of another run ({manifest.run_id}) than {folder.path} ({run_id}); choose "
+            "a copy of this model, or add --force"
+        )
+
+
+def _identity(folder: ModelFolder) -> tuple[str, str] | None:
+    """Trainer and run of the model in a folder; None where nothing in it can tell."""
+    manifests = folder.manifests([])
+    if manifests:
+        return manifests[0].trainer, manifests[0].run_id
+    try:
+        pointer = read_json(folder.path / STATE)
+    except DamagedError:
+        return None
+    trainer, run_id = pointer.get("trainer"), pointer.get("run_id")
+    return (trainer, run_id) if isinstance(trainer, str) and isinstance(run_id, str) else None
+
+
+def _restored(
+    folder: ModelFolder, source: Path, manifest: Manifest, state: TrainingState
+) -> Restored:
+    generations = folder.path / "generations"
+    kept = folder.manifests([])
+    in_use = kept[0] if kept and _is_copy(generations, kept[0], manifest) else None
+    replaced = [other.name for other in kept if other.sequence > manifest.sequence]
+    if kept and in_use is None:
+        replaced = sorted({*replaced, kept[0].name})
+    if in_use is not None and in_use.name in replaced:
+        replaced.remove(in_use.name)
+    unreadable = sorted(set(folder.names()) - {other.name for other in kept})
+    logs = _unknown_logs(folder.path / "logs", state)
+    archive = None
+    if replaced or unreadable or logs or in_use is None:
+        archive = _archive(folder.path, replaced)
+    if in_use is None:
+        name = folder.save_again(source, manifest, state.to_dict())
+    else:
+        name = in_use.name
+        folder.point_to(name, state.to_dict())
+    pictures: list[str] = []
+    if archive is not None:
+        pictures = _move_preview(folder.path, archive)
+        mark_undone(folder.path, state)
+        _move_out(generations, replaced, unreadable, archive)
+        _move_logs(logs, archive)
+    if CONFIG in manifest.files:
+        replace_file(
+            folder.path / CONFIG, read_regular(generations / name / CONFIG, MAX_JSON_BYTES)
+        )
+    archived = [*replaced, *unreadable, *(f"logs/{log.name}" for log in logs), *pictures]
+    return Restored(manifest.iterations, name, archive, archived)
+
+
+def _is_copy(generations: Path, newest: Manifest, manifest: Manifest) -> bool:
+    """Whether the generation in use is whole and the same save as another."""
+    if newest.files != manifest.files:
+        return False
+    try:
+        check_generation(generations / newest.name, newest)
+    except DamagedError:
+        return False
+    return True
+
+
+def _archive(path: Path, names: list[str]) -> Path:
+    """A new folder in the model's with a copy of its generations of these names, durable."""
+    for leftover in path.glob(".archived_*.tmp"):
+        discard(leftover)
+    stem = time.strftime("archived_%Y%m%d_%H%M%S")
+    archive, number = path / stem, 1
+    while archive.exists():
+        number += 1
+        archive = path / f"{stem}-{number}"
+    part = path / f".{archive.name}.tmp"
+    (part / "generations").mkdir(parents=True)
+    for name in names:
+        link_files(path / "generations" / name, part / "generations" / name)
+    for name in (STATE, CONFIG):
+        if (path / name).is_file() and not (path / name).is_symlink():
+            link_file(path / name, part / name)
+    sync_folder(part / "generations")
+    sync_folder(part)
+    os.rename(part, archive)
+    sync_folder(path)
+    return archive
+
+
+def _move_out(generations: Path, replaced: list[str], unreadable: list[str], archive: Path) -> None:
+    """Take generations away that are archived; one that cannot be read moves there as it is."""
+    for name in replaced:
+        trash = generations / f".{name}.trash"
+        os.rename(generations / name, trash)  # a half-deleted one must not look whole
+        shutil.rmtree(trash)
+    for name in unreadable:
+        os.rename(generations / name, archive / "generations" / name)
+    sync_folder(archive / "generations")
+    sync_folder(generations)
+
+
+def _move_preview(path: Path, archive: Path) -> list[str]:
+    """Take the preview away, which shows what is undone; its name, where there is one."""
+    if not (path / PREVIEW).is_file():
+        return []
+    os.rename(path / PREVIEW, archive / PREVIEW)
+    return [PREVIEW]
+
+
+def _unknown_logs(logs: Path, state: TrainingState) -> list[Path]:
+    """The log folders of sessions that a state does not know."""
+    if not logs.is_dir():
+        return []
+    known = {session.number for session in state.sessions}
+    first = min(known, default=0)  # it stands for all sessions up to it
+    numbered = ((session_number(entry.name), entry) for entry in sorted(logs.iterdir()))
+    return [
+        entry
+        for number, entry in numbered
+        if number is not None and number > first and number not in known
+    ]
+
+
+def _move_logs(logs: list[Path], archive: Path) -> None:
+    for log in logs:
+        (archive / "logs").mkdir(exist_ok=True)
+        os.rename(log, archive / "logs" / log.name)

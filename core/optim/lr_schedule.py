@@ -1,0 +1,186 @@
+"""The learning rate of every update: it warms up, then stays, falls along a cosine or in steps.
+
+    rate(i) = base * factor * min(1, (u + 1) / warmup_steps) * fall(i)
+    constant:  fall(i) = 1
+    cosine:    fall(i) = f + (1 - f) * (1 + cos(pi * min(1, i / n))) / 2
+    step:      fall(i) = f ^ floor(i / n)
+
+i counts the iterations since the schedule began, u the updates that they made; n is
+`schedule_iterations`, f `schedule_factor`. The cosine is one fall of those of Loshchilov and
+Hutter, 2017. The first update of a warm-up moves the weights already.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.state import TrainingState
+from ..config import Config, OptimizerConfig
+from ..console.reporter import Notice
+from ..system import saved_values
+
+SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
+"""Names of the parts of a training state: where the schedule began, the rate that was found, and
+what rollbacks have multiplied the rate with."""
+
+_LEAST_SHARE = 1e-12
+
+SCHEDULE_SETTINGS = {"warmup_steps", "schedule", "schedule_iterations", "schedule_factor"}
+"""Where one of these is changed, or set by a stage, the schedule begins anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The rate of every iteration."""
+
+    config: OptimizerConfig
+    base_rate: float
+    """What the warm-up rises to."""
+
+    source: str
+    """Where the base rate comes from, in words."""
+
+    begun: int = 0
+    """Total iterations before its first one."""
+
+    factor: float = 1.0
+    """Scales every rate."""
+
+    def rate(self, iterations: int) -> float:
+        """The rate of the iteration that follows so many of the model."""
+        since = iterations - self.begun
+        return self.base_rate * self.factor * self._warmth(since) * self._fall(since)
+
+    def _warmth(self, since: int) -> float:
+        updates = since // self.config.gradient_accumulation
+        return min(1.0, (updates + 1) / max(1, self.config.warmup_steps))
+
+    def _fall(self, since: int) -> float:
+        config = self.config
+        length, factor = config.schedule_iterations, config.schedule_factor
+        if config.schedule == "cosine":
+            share = min(since, length) / length
+            return factor + (1 - factor) * (1 + math.cos(math.pi * share)) / 2
+        return factor ** (since // length) if config.schedule == "step" else 1.0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether every iteration has the same rate."""
+        return self.config.schedule == "constant" and self.config.warmup_steps <= 1
+
+    def __str__(self) -> str:
+        """The rate, where it comes from and what becomes of it, for people."""
+        config = self.config
+        share = "" if self.factor == 1 else f"{self.factor:g} times {self.base_rate:.4g}, "
+        words = [f"{self.base_rate * self.factor:.4g} ({share}{self.source})"]
+        if config.warmup_steps > 1:
+            words.append(f"warm-up over {config.warmup_steps} updates")
+        kinds = {
+            "constant": "constant",
+            "cosine": f"falls along a cosine to {config.schedule_factor:g} of it in "
+            f"{config.schedule_iterations} iterations",
+            "step": f"falls to {config.schedule_factor:g} of itself every "
+            f"{config.schedule_iterations} iterations",
+        }
+        words.append(kinds[config.schedule])
+        since = "" if self.is_constant else f"; begun at iteration {self.begun}"
+        return ", ".join(words) + since
+
+
+def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1.0) -> Schedule:
+    """The schedule of a run; it goes on where it was, unless one of its settings has changed.
+
+    Args:
+        state: Of the run; is told where the schedule begins.
+        config: Settings of the run.
+        stage_factor: What the stage multiplies the rate with.
+    """
+    optimizer = config.optimizer
+    settings = {name: getattr(optimizer, name) for name in sorted(SCHEDULE_SETTINGS)}
+    begun = _begun(state, settings)
+    state.parts[SCHEDULE] = {"begun": begun, "settings": settings}
+    rate, source = optimizer.learning_rate, "as set"
+    found = found_rate(state)
+    if optimizer.use_lr_finder and found is not None:
+        rate, source = found, "found"
+    elif optimizer.use_lr_finder:
+        source = "until the finder has run"
+    return Schedule(
+        config=optimizer,
+        base_rate=rate,
+        source=source,
+        begun=begun,
+        factor=stage_factor * rate_factor(state),
+    )
+
+
+def _begun(state: TrainingState, settings: dict[str, Any]) -> int:
+    """Total iterations before the saved schedule's first one; now, where it has other settings."""
+    if SCHEDULE not in state.parts:
+        return state.iterations
+    part, prefix = state.parts[SCHEDULE], f"parts.{SCHEDULE}."
+    saved_values.require_keys(part, {"begun", "settings"}, prefix)
+    begun = saved_values.count(part, "begun", prefix, high=state.iterations)
+    is_same = saved_values.table(part, "settings", prefix) == settings
+    return begun if is_same else state.iterations
+
+
+def found_rate(state: TrainingState) -> float | None:
+    """The learning rate that the finder has found for the model; None where it has not run.
+
+    Raises:
+        ValueError: The state holds no such number.
+    """
+    return _saved_share(state, LR_FINDER, "rate")
+
+
+def rate_factor(state: TrainingState) -> float:
+    """What rollbacks have multiplied the learning rate with, so far.
+
+    Raises:
+        ValueError: The state holds no such number.
+    """
+    factor = _saved_share(state, ROLLBACK, "rate_factor")
+    return 1.0 if factor is None else factor
+
+
+def _saved_share(state: TrainingState, part: str, key: str) -> float | None:
+    """The number above 0, at most 1, that is all of a part; None where there is no such part."""
+    if part not in state.parts:
+        return None
+    prefix = f"parts.{part}."
+    saved_values.require_keys(state.parts[part], {key}, prefix)
+    return saved_values.number(state.parts[part], key, prefix, low=_LEAST_SHARE, high=1)
+
+
+def settle_rate(
+    found: float | None, saved: OptimizerConfig, given: dict[str, Any]
+) -> tuple[dict[str, Any], list[Notice]]:
+    """The settings that are given at a resume, by name, with the finder off where it has no say;
+    and why it has none.
+
+    A found rate stays in use until `optimizer.learning_rate` is given. Given together with the
+    finder, as a settings file does, it must differ from the saved one.
+
+    Args:
+        found: The rate that the finder found for the model; None: it was trained without.
+        saved: The settings of what is resumed.
+        given: What the user set of the optimizer.
+    """
+    if not given.get("use_lr_finder", saved.use_lr_finder):
+        return given, []
+    rate = given.get("learning_rate", saved.learning_rate)
+    without = given | {"use_lr_finder": False}
+    if found is None:
+        why = (
+            "optimizer.use_lr_finder does nothing here: it is for a new model, and this one was "
+            f"trained without; the learning rate is {rate:g}, as set"
+        )
+        return without, [Notice(why, is_warning=True)]
+    if rate != saved.learning_rate or ("learning_rate" in given and "use_lr_finder" not in given):
+        why = (
+            f"the learning rate is {rate:g}, as set, in place of {found:g}, as found; "
+            "--use-lr-finder goes back to that"
+        )
+        return without, [Notice(why)]
+    return given, []

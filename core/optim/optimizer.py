@@ -1,0 +1,319 @@
+"""How the weights are moved: sum up, unscale, check, clip and the optimizer's rule, on the device.
+
+The optimizer keeps the fp32 weights; where the network computes in 16 bits, its parameters are the
+low-precision copies that each update writes. A step whose gradient is not finite changes nothing
+but the count of such steps; with fp16 it also halves the loss scale. With gradient accumulation
+every n-th iteration makes a step, by the mean of n gradients; one that is not finite leaves the
+other n - 1 out as well.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.control import (
+    ACCUMULATED,
+    BETA_1_POWER,
+    BETA_2_POWER,
+    GOOD_STEPS,
+    LEARNING_RATE,
+    MOMENTUM_PRODUCT,
+    SCALE,
+    SKIPPED,
+    STEP,
+    in_order,
+    load_history,
+    new_control,
+    new_history,
+)
+from ...kernels.optimize import optimize
+from ...kernels.rules import Clipping, Rule
+from ...kernels.tables import Tables
+from ...models.alignment import axes_of, crop, pad
+from ..config import OptimizerConfig
+from ..precision import Precision
+from . import optimizer_state
+from .frozen import Frozen
+
+_FIRST_SCALE = 65536.0
+_SAVED = {  # what a resume needs of the control numbers, by name
+    "step": STEP,
+    "beta_1_power": BETA_1_POWER,
+    "beta_2_power": BETA_2_POWER,
+    "scale": SCALE,
+    "good_steps": GOOD_STEPS,
+}
+_COUNTS = ("step", "beta_1_power", "beta_2_power")
+_LONGEST_HISTORY = 100_000
+_RMS_MEMORY = 0.99
+"""Of RMSprop's square."""
+
+
+def rule_of(config: OptimizerConfig) -> Rule:
+    """The rule that the settings describe."""
+    return Rule(
+        name=config.optimizer,
+        beta_1=config.ada_beta_1,
+        beta_2=_RMS_MEMORY if config.optimizer == "rms-prop" else config.ada_beta_2,
+        epsilon=10.0**config.epsilon_exponent,
+        weight_decay=config.weight_decay,
+        amsgrad=config.ada_amsgrad,
+    )
+
+
+def clipping_of(config: OptimizerConfig) -> Clipping:
+    """The clipping that the settings describe."""
+    if config.gradient_clipping == "autoclip":
+        return Clipping("autoclip", int(10 * config.clipping_value))
+    return Clipping(config.gradient_clipping, config.clipping_value)
+
+
+def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not those of a model.
+
+    Args:
+        tensors: By name, as they were saved.
+        own: The model's, of which the numbers do not matter.
+
+    Raises:
+        ValueError: A tensor is missing, unknown, or of another shape or number format.
+    """
+    if tensors.keys() != own.keys():
+        raise ValueError(f"{min(tensors.keys() ^ own.keys())} is in only one of them")
+    for name, like in own.items():
+        if tensors[name].shape != like.shape:
+            raise ValueError(f"{name} has another shape")
+        if tensors[name].dtype != like.dtype:
+            raise ValueError(f"{name} has another number format, {tensors[name].dtype}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters that are moved together, with a finite check and a count of steps of their own."""
+
+    numbers: list[int]
+    """Which they are, of the model's."""
+
+    tables: Tables
+    control: Tensor
+
+
+class Update:
+    """The optimizer of one model and, with fp16, the loss scale.
+
+    Takes over the model's weights: where the precision is of 16 bits, the model's parameters become
+    copies in it. Parameters that require no gradient are left as they are.
+    """
+
+    is_whole = True
+    """Whether a step that is not finite moves nothing at all."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        precision: Precision,
+    ):
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        others = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        self.model, self.precision = model, precision
+        self.frozen = Frozen(others, precision.compute)
+        self.names, self.parameters = list(named), list(named.values())
+        self.masters = [parameter.detach() for parameter in self.parameters]
+        self.copies: list[Tensor] = []
+        if precision.compute is not torch.float32:
+            for parameter in self.parameters:
+                parameter.data = parameter.data.to(precision.compute)
+            self.copies = [parameter.detach() for parameter in self.parameters]
+        self.rule, self.clipping = rule_of(config), clipping_of(config)
+        self.accumulation = config.gradient_accumulation
+        self.moments = {kind: self._zeros() for kind in self.rule.moments}
+        self.accumulators = self._zeros() if self.accumulation > 1 else []
+        device = self.masters[0].device
+        self.history_c: Tensor | None = None
+        """Past norms, of autoclip."""
+
+        if self.clipping.kind == "autoclip":
+            self.history_c = new_history(device, config.autoclip_history or _LONGEST_HISTORY)
+        control = new_control(
+            device,
+            learning_rate=config.learning_rate,
+            scale=_FIRST_SCALE if precision.scales_loss else 1.0,
+        )
+        self.parts = [self._part(list(range(len(self.parameters))), control)]
+        self.rate = config.learning_rate
+
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        """Move the weights by the gradients of the (scaled) loss, one of each parameter; or keep
+        their sum until as many are there as `optimizer.gradient_accumulation` says."""
+        self._move(self.parts[0], gradients)
+
+    def beside_backward(self) -> AbstractContextManager[None]:
+        """Wherein the backward pass is to run; here nothing is done beside it."""
+        return nullcontext()
+
+    @property
+    def scale(self) -> Tensor | None:
+        """What the loss's gradient is multiplied with, on the device; None: nothing."""
+        return self.parts[0].control[SCALE].float() if self.precision.scales_loss else None
+
+    def set_rate(self, rate: float) -> None:
+        """Have the next update take this rate; nothing is read from the device."""
+        if rate != self.rate:
+            self.rate = rate
+            for part in self.parts:
+                part.control[LEARNING_RATE].fill_(rate)
+
+    @property
+    def skipped(self) -> Tensor:
+        """Steps of this session that were not finite, of the part with the most; on the device."""
+        return torch.stack([part.control[SKIPPED] for part in self.parts]).amax()
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in `weights`."""
+        return sum(tensor.numel() for tensor in self.weights().values())
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state in fp32, as a checkpoint holds it."""
+        state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return state | self._cropped(self.masters) | self.frozen.weights
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `weights` gave.
+
+        Raises:
+            ValueError: A tensor is missing, unknown, or of another shape or number format.
+        """
+        check_weights(tensors, self.weights())
+        masters = dict(zip(self.names, self.masters, strict=True))
+        state = self.model.state_dict()
+        for name, tensor in tensors.items():
+            if name in masters:
+                masters[name].copy_(self._padded(name, tensor))
+            elif name in self.frozen.weights:
+                self.frozen.load_weight(name, tensor)
+            else:
+                state[name].copy_(tensor)
+        for copy, master in zip(self.copies, self.masters, strict=False):
+            copy.copy_(master)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `.largest` as the
+        rule has them, `step`, `scale`.., of an accumulation `accumulated` and
+        `<parameter>.accumulator`, of autoclip `history`, its newest norm last."""
+        controls_pc = torch.stack([part.control for part in self.parts])
+        furthest = controls_pc[:, STEP].argmax(0, keepdim=True)
+        control = controls_pc.index_select(0, furthest)[0]
+        found = {name: control[index] for name, index in self._saved.items()}
+        for kind, tensors in self._by_kind().items():
+            found |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
+        if self.history_c is not None:
+            found["history"] = in_order(self.history_c, control)
+        return found | self.frozen.state
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `tensors` gave; the settings stay as configured now.
+
+        A parameter of which there is nothing was frozen until now, and begins at zero. Then the
+        count of steps begins anew for all, for Adam's correction of young means needs it: with the
+        old count the first steps of such a parameter would be several times the rate. The others
+        take shorter steps for some hundred iterations.
+
+        What was accumulated goes on, if all of it is there and there is still accumulation; of
+        autoclip's history as many of the newest norms are kept as it now has room for.
+
+        Raises:
+            ValueError: A tensor is missing, has another shape or number format, or holds a number
+                that no optimizer does.
+        """
+        own = self.tensors()
+        thawed = self._zeros_of_thawed(tensors)
+        counts = [*_COUNTS, *(["momentum_product"] if self.rule.name == "nadam" else [])]
+        fresh = {name: own[name] for name in counts} if thawed else {}
+        tensors = thawed | tensors | fresh
+        if any(f"{name}.accumulator" not in tensors for name in self.names):
+            begun = {f"{name}.accumulator" for name in self.names} | {"accumulated"}
+            tensors |= {name: torch.zeros_like(own[name]) for name in begun & own.keys()}
+        history = tensors.get("history")
+        for name, tensor in own.items():
+            if name != "history" or history is not None:
+                optimizer_state.check(name, tensors.get(name), tensor)
+        for name, index in self._saved.items():
+            is_scale = name in ("scale", "good_steps")
+            if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
+                for part in self.parts:
+                    part.control[index] = tensors[name].to(part.control)
+        for kind, own_tensors in self._by_kind().items():
+            for name, tensor in zip(self.names, own_tensors, strict=True):
+                tensor.copy_(self._padded(name, tensors[f"{name}.{kind}"]))
+        if self.history_c is not None and history is not None:
+            load_history(self.history_c, self.parts[0].control, history)
+        self.frozen.load_state(tensors)
+
+    @property
+    def _saved(self) -> dict[str, int]:
+        """What a resume needs of the control numbers, by name."""
+        saved = dict(_SAVED)
+        if self.rule.name == "nadam":
+            saved["momentum_product"] = MOMENTUM_PRODUCT
+        if self.accumulators:
+            saved["accumulated"] = ACCUMULATED
+        return saved
+
+    def _by_kind(self) -> dict[str, list[Tensor]]:
+        """Moments and accumulators, by the last part of their names in a checkpoint."""
+        return self.moments | ({"accumulator": self.accumulators} if self.accumulators else {})
+
+    def _zeros(self) -> list[Tensor]:
+        return [torch.zeros_like(master) for master in self.masters]
+
+    def _zeros_of_thawed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Moments of the parameters of which these tensors hold none."""
+        return {
+            f"{name}.{kind}": torch.zeros_like(master)
+            for name, master in self._cropped(self.masters).items()
+            if not any(f"{name}.{kind}" in tensors for kind in self.moments)
+            for kind in self.moments
+        }
+
+    def _part(self, numbers: list[int], control: Tensor) -> Part:
+        def own(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[number] for number in numbers] if tensors else []
+
+        # Biases and norms have one dimension, or a name that says so.
+        decays = [self.masters[n].ndim > 1 and not self.names[n].endswith("bias") for n in numbers]
+        moments = {kind: own(tensors) for kind, tensors in self.moments.items()}
+        copies, accumulators = own(self.copies), own(self.accumulators)
+        tables = Tables(own(self.masters), moments, copies, accumulators, decays=decays)
+        return Part(numbers, tables, control)
+
+    def _split(self, groups: list[list[int]]) -> None:
+        """Have each group of parameters be a part, where there was one for all."""
+        control = self.parts[0].control
+        self.parts = [self._part(numbers, control.clone()) for numbers in groups]
+
+    def _move(self, part: Part, gradients: Sequence[Tensor]) -> None:
+        optimize(
+            gradients,
+            part.tables,
+            part.control,
+            self.rule,
+            clipping=self.clipping,
+            history_c=self.history_c,
+            accumulation=self.accumulation,
+            dynamic_scale=self.precision.scales_loss,
+        )
+
+    def _cropped(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """By parameter, without the channels that alignment added."""
+        return {
+            name: crop(tensor, axes_of(parameter)) if axes_of(parameter) else tensor
+            for name, parameter, tensor in zip(self.names, self.parameters, tensors, strict=True)
+        }
+
+    def _padded(self, name: str, tensor: Tensor) -> Tensor:
+        return pad(tensor, axes_of(self.parameters[self.names.index(name)]))

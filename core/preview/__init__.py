@@ -1,0 +1,1 @@
+"""Pictures of a training: previews, the window, time-lapse videos."""

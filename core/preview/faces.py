@@ -1,0 +1,103 @@
+"""The faces of pictures: some of each side, as the network sees them and as they are shown.
+
+Shape letters: n faces of one side, S edge of the network's input, F edge of the shown picture.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import DataConfig
+from ..data.decode import decode_crops
+from ..data.store import configured_masks
+from ..faces import geometry
+from ..faces.folder import Face
+from ..faces.png import FaceFileError
+
+
+@dataclass(frozen=True)
+class PreviewFaces:
+    """What the network is shown and what is drawn around its answer."""
+
+    inputs: np.ndarray
+    """(2 sides, n, S, S, 3) uint8 BGR: crops at the trained coverage."""
+
+    targets: np.ndarray
+    """(2 sides, n, F, F, 4) uint8: crops at full coverage, BGR and face mask; without the mask
+    where none is trained with."""
+
+
+def full_size_px(output_px: int, coverage: float) -> int:
+    """Edge of a full-coverage picture whose covered part is ``output_px`` wide."""
+    return 2 * round(output_px / coverage / 2)
+
+
+@dataclass(frozen=True)
+class PreviewLoader:
+    """Reads faces as the pictures of one model need them."""
+
+    data: DataConfig
+    has_mask: bool
+    """The model trains with a mask."""
+
+    input_px: int
+    output_px: int
+    num_threads: int
+
+    def load(self, faces: dict[str, list[Face]]) -> PreviewFaces:
+        """The faces of each side that can be used, in their order, as many as both sides have.
+
+        Raises:
+            ValueError: A side has none.
+        """
+        coverage, offset = self.data.coverage / 100, self.data.vertical_offset / 100
+        process_px = max(self.input_px, self.output_px)
+        seen = geometry.Crop(self.data.centering, coverage, offset, process_px)
+        shown = geometry.Crop(
+            self.data.centering, 1.0, offset, full_size_px(self.output_px, coverage)
+        )
+        sides = [self._usable(side, seen, shown) for side in faces.values()]
+        for usable, given in zip(sides, faces.values(), strict=True):
+            if not usable:
+                raise ValueError(
+                    f"none of {len(given)} faces of {given[0].path.parent} can be shown: they are "
+                    f"damaged, or lack the mask {self.data.mask_type}; extract them again"
+                )
+        least = min(len(side) for side in sides)
+        return PreviewFaces(
+            np.array([[small for small, _ in side[:least]] for side in sides]),
+            np.array([[full for _, full in side[:least]] for side in sides]),
+        )
+
+    def _usable(
+        self, faces: list[Face], seen: geometry.Crop, shown: geometry.Crop
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The network's input and the target of each face of which there are both."""
+        crops = []
+        for crop in (seen, shown):
+            decoded = decode_crops(faces, crop, backend="opencv", num_threads=self.num_threads)
+            crops.append([found for _, found in decoded])
+        usable = []
+        for face, small, full in zip(faces, *crops, strict=True):
+            if isinstance(small, FaceFileError) or isinstance(full, FaceFileError):
+                continue
+            if self.has_mask:
+                try:
+                    full = np.dstack((full, configured_masks(face, shown, self.data)[..., 0]))
+                except FaceFileError:
+                    continue
+            usable.append((geometry.resize(small, self.input_px), full))
+        return usable
+
+
+def spread(faces: list[Face], count: int) -> list[Face]:
+    """Up to ``count`` faces, evenly spread over all."""
+    places = np.linspace(0, len(faces) - 1, min(count, len(faces))).round().astype(int)
+    return [faces[place] for place in places]
+
+
+def drawn(faces: list[Face], count: int, *numbers: int) -> list[Face]:
+    """Up to ``count`` faces, the same for the same ``numbers``, in the order of the folder."""
+    generator = np.random.default_rng(numbers)
+    places = generator.choice(len(faces), min(count, len(faces)), replace=False)
+    return [faces[place] for place in sorted(places)]

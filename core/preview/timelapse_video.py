@@ -1,0 +1,218 @@
+"""A film of the pictures that a time-lapse has left."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ..checkpoint.known_paths import KnownPaths
+from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.state import TrainingState
+from ..system.durable_files import DamagedError, read_regular, write_output
+
+_MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
+_LONGEST_PX = 8190
+"""Edge of a frame: the even number below what MPEG-4 counts in 13 bits."""
+
+_MOST_PIXELS = 1 << 28
+"""Pixels of a picture: 16 faces of the largest model, with what is around them, take fewer."""
+
+_MOST_PROGRESSIVE = 1 << 25
+"""Pixels of a picture whose decoder holds all of it at once, in 6 bytes each."""
+
+_MOST_BYTES = 64 << 20
+_MOST_SEGMENTS = 1000
+_BASELINE, _EXTENDED, _PROGRESSIVE = b"\xc0", b"\xc1", b"\xc2"
+_READ_AS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
+"""How a JPEG is decoded, by what its edges are divided by on the way."""
+
+_NAME = re.compile(r"(\d{1,12})(?:-(\d{1,6}))?\.jpg")
+
+
+@dataclass(frozen=True)
+class Film:
+    """A film that was made."""
+
+    path: Path
+    num_pictures: int
+    seconds: float
+    width_px: int
+    height_px: int
+    unreadable: list[Path]
+    """Pictures that were left out."""
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures of a time-lapse, in order of time.
+
+    Args:
+        folder: A folder of them, or that of a model that was trained with a time-lapse.
+
+    Raises:
+        ValueError: There are none, or there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: give a model's, or one of time-lapse pictures")
+    for place in _places(folder):
+        named = [(_NAME.fullmatch(path.name), path) for path in place.iterdir()]
+        dated = [(int(name[1]), int(name[2] or 1), path) for name, path in named if name]
+        if dated:
+            return [path for _, _, path in sorted(dated)]
+    raise ValueError(
+        f"{folder} holds no time-lapse: train with --timelapse-input-a and --timelapse-input-b, or "
+        "give the folder of its pictures (<seconds>.jpg)"
+    )
+
+
+def _places(folder: Path) -> Iterator[Path]:
+    """The folders where a time-lapse may be."""
+    for place in (*_named_places(folder), folder / "timelapse", folder):
+        if os.path.isdir(place):  # false, too, of a name that no disk can hold
+            yield place
+
+
+def _named_places(folder: Path) -> Iterator[Path]:
+    """Where the sessions of a model have put their pictures, the latest first; what its folder
+    names counts only where it is known to this user."""
+    if not (folder / "generations").is_dir():
+        return
+    with ModelFolder(folder, read_only=True) as opened:
+        values = opened.newest_state()
+    if values is None:
+        return
+    state = TrainingState.from_dict(values)
+    known = KnownPaths(folder, state.run_id)
+    for session in reversed(state.sessions):
+        preview = session.settings.get("preview")
+        place = preview.get("timelapse_output") if isinstance(preview, dict) else None
+        if isinstance(place, str) and place and known.trust("preview.timelapse_output", place):
+            yield Path(place)
+
+
+def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: float = 0.0) -> Film:
+    """Write an MPEG-4 film of the pictures; it has its name only once it is whole.
+
+    All have the size of the first one; others are scaled to fit, on black.
+
+    Args:
+        pictures: JPEG files, in order.
+        output: The film, a name in .mp4; an older one is replaced.
+        fps: Pictures in a second.
+        last_seconds: How much longer the last picture stays.
+
+    Raises:
+        ValueError: No picture can be read, or the film cannot be written.
+    """
+    unreadable: list[Path] = []
+    images = _readable(pictures, unreadable)
+    first = next(images, None)
+    if first is None:
+        raise ValueError(f"none of {len(pictures)} pictures can be read, {pictures[0]} the first")
+    frame = _even(first)
+    height_px, width_px = frame.shape[:2]
+    num_frames = 1
+    with tempfile.TemporaryDirectory(prefix="mien-") as folder:
+        part = Path(folder) / "film.mp4"
+        writer = cv2.VideoWriter(str(part), _MPEG4, fps, (width_px, height_px))
+        writer.write(frame)
+        for image in images:
+            frame = _fitted(image, width_px, height_px)
+            writer.write(frame)
+            num_frames += 1
+        for _ in range(round(last_seconds * fps)):
+            writer.write(frame)
+            num_frames += 1
+        writer.release()
+        content = part.read_bytes() if part.is_file() else b""
+    if not content:
+        raise ValueError(
+            f"{output} cannot be written; check the free space in {tempfile.gettempdir()}, where "
+            "it is made"
+        )
+    try:
+        write_output(output, content, force=True)
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
+    num_pictures = len(pictures) - len(unreadable)
+    return Film(output, num_pictures, num_frames / fps, width_px, height_px, unreadable)
+
+
+def _readable(pictures: list[Path], unreadable: list[Path]) -> Iterator[np.ndarray]:
+    """Each picture, (H, W, 3) BGR uint8; those that cannot be read go into the list."""
+    for path in pictures:
+        image = _read(path)
+        if image is None:
+            unreadable.append(path)
+        else:
+            yield image
+
+
+def _read(path: Path) -> np.ndarray | None:
+    """The picture in a plain JPEG file, in a size that a film can have; None where there is none.
+
+    A header that asks for more memory than any picture of a time-lapse takes is not followed.
+    """
+    try:
+        content = read_regular(path, _MOST_BYTES)
+    except (DamagedError, OSError):
+        return None
+    coding, height_px, width_px = _frame_header(content)
+    most = _MOST_PROGRESSIVE if coding == _PROGRESSIVE else _MOST_PIXELS
+    if coding is None or not 0 < height_px * width_px <= most:
+        return None
+    longest_px = max(height_px, width_px)
+    divisor = next((each for each in _READ_AS if longest_px <= each * _LONGEST_PX), None)
+    if divisor is None:
+        return None
+    try:
+        return cv2.imdecode(np.frombuffer(content, np.uint8), _READ_AS[divisor])
+    except cv2.error:
+        return None
+
+
+def _frame_header(content: bytes) -> tuple[bytes | None, int, int]:
+    """(coding, height in px, width in px) as a JPEG says them itself; no coding where it is none.
+
+    A JPEG is a list of segments: a marker of 2 bytes, then what has its own length in front.
+    """
+    at = 2 if content.startswith(b"\xff\xd8") else len(content)
+    for _ in range(_MOST_SEGMENTS):
+        marker, length = content[at : at + 2], int.from_bytes(content[at + 2 : at + 4])
+        if marker[:1] != b"\xff" or length < 2:
+            break
+        if marker[1:] in (_BASELINE, _EXTENDED, _PROGRESSIVE):
+            height_px = int.from_bytes(content[at + 5 : at + 7])
+            return marker[1:], height_px, int.from_bytes(content[at + 7 : at + 9])
+        at += 2 + length
+    return None, 0, 0
+
+
+def _even(image: np.ndarray) -> np.ndarray:
+    """Less a row or column where their number is odd, which MPEG-4 cannot hold."""
+    height_px, width_px = image.shape[:2]
+    return image[: height_px - height_px % 2, : width_px - width_px % 2]
+
+
+def _fitted(image: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
+    """A picture in the size of the film: cut as the first one, or scaled to fit on black."""
+    cut = _even(image)
+    if cut.shape[:2] == (height_px, width_px):
+        return cut
+    scale = min(width_px / image.shape[1], height_px / image.shape[0])
+    fit_px = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    small = cv2.resize(image, fit_px, interpolation=how)
+    frame = np.zeros((height_px, width_px, 3), np.uint8)
+    top, left = (height_px - fit_px[1]) // 2, (width_px - fit_px[0]) // 2
+    frame[top : top + fit_px[1], left : left + fit_px[0]] = small
+    return frame

@@ -1,0 +1,1 @@
+"""Training: from the settings to the loop, and what watches over it."""

@@ -1,0 +1,70 @@
+"""The batch size: as set, or the one that auto chooses, and why that."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..config import Config, from_dict, merge, to_dict
+from ..precision import Precision
+from . import memory
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Faces of each side in one iteration."""
+
+    size: int
+    bound: str | None = None
+    """What kept auto from a larger one: faces, limit or memory; None where the size is set."""
+
+    why: str = "as set"
+
+
+def choose(
+    config: Config,
+    num_faces: dict[str, int],
+    precision: Precision,
+    free_bytes: Callable[[], int],
+) -> BatchSize:
+    """The batch size of a run.
+
+    Args:
+        config: All settings.
+        num_faces: Of each side.
+        precision: What `precision.mode` was resolved to.
+        free_bytes: Asked for the memory that is there for the run.
+
+    Raises:
+        ValueError: A side has fewer faces than are set, or no batch size fits.
+    """
+    check(config, num_faces)
+    if config.train.batch_size:
+        return BatchSize(config.train.batch_size)
+    limit, free = config.train.auto_batch_limit, free_bytes()
+    fits = memory.footprint(config, precision).largest_batch(free, limit)
+    if not fits:
+        raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))
+    side = min(num_faces, key=num_faces.__getitem__)
+    if num_faces[side] <= fits:
+        why = f"auto: all faces of side {side.upper()}"
+        return BatchSize(num_faces[side], "faces", why)
+    if fits == max(size for size in memory.batch_sizes() if size <= limit):
+        wider = f"; -b auto:{4 * limit} would allow more" if limit <= 64 else ""
+        return BatchSize(fits, "limit", f"auto: it goes no further than {limit}{wider}")
+    room = f"{memory.USABLE_SHARE:.0%} of {free / memory.MIB:,.0f} MiB free"
+    return BatchSize(fits, "memory", f"auto: the most that fits in {room}")
+
+
+def check(config: Config, num_faces: dict[str, int]) -> None:
+    """Refuse, by ValueError, a batch that a side cannot fill."""
+    batch_size = config.train.batch_size
+    for side, count in num_faces.items():
+        if batch_size > count:
+            raise ValueError(
+                f"train.batch_size is {batch_size}, but side {side.upper()} has {count} faces; "
+                f"use --batch-size {count} or less, or add faces"
+            )
+
+
+def with_batch_size(config: Config, batch_size: int) -> Config:
+    """The same settings with another batch size."""
+    return from_dict(merge(to_dict(config), {"train": {"batch_size": batch_size}}))

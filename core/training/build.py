@@ -1,0 +1,107 @@
+"""The model of a run and the training step that moves it, built from the settings."""
+
+from pathlib import Path
+
+import torch
+
+from ... import models
+from ...models.alignment import MULTIPLE
+from ...models.autoencoder import Autoencoder
+from .. import precision as precisions
+from ..checkpoint.warm_start import load_weights
+from ..config import Config, model_settings
+from ..estimate.flops import meta_model, work_of
+from ..losses.weighted import Loss
+from ..optim import overlap
+from ..optim.optimizer import Update
+from . import engine as engines
+from .loss_buffer import LossRing
+from .step import TrainStep
+
+_SMALL_BATCH = 16
+"""Faces of a side up to which one decoder leaves a GPU room for the other beside it. Chosen from
+the sizes of the products; unmeasured on a GPU."""
+
+
+def build_model(
+    config: Config, device: torch.device, *, is_new: bool = True
+) -> tuple[Autoencoder, str]:
+    """The model, on the CPU, as it is trained on a device; and what it began with, in words.
+
+    Args:
+        config: Settings of the run.
+        device: Where it is going to be trained.
+        is_new: Whether it begins with weights of its own, or those of another model, and not with
+            those of a save.
+
+    Returns:
+        The model, and the weights that it has from another model; empty where it has none.
+
+    Raises:
+        ValueError: The other model cannot be read or does not fit; one line says why.
+    """
+    seed = config.train.seed if is_new else None  # else all weights come from the checkpoint
+    options = models.options_of(config.model.trainer, config.model.options)
+    source = config.model.load_weights
+    # An encoder that comes from another model needs no file of pretrained weights.
+    pretrained = not (source and "encoder" in getattr(options, "load_layers", ()))
+    model = models.build(
+        config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
+    )
+    loaded = load_weights(model, Path(source)) if is_new and source else ""
+    if has_aligned_channels(config, device):
+        model.align(MULTIPLE)
+    if config.train.freeze_weights:
+        model.freeze()
+    return model, loaded
+
+
+def has_aligned_channels(config: Config, device: torch.device) -> bool:
+    """Whether channels are padded to what tensor cores take."""
+    setting = config.precision.align_channels
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
+
+
+def build_step(
+    config: Config,
+    model: Autoencoder,
+    device: torch.device,
+    *,
+    loss: Loss | None = None,
+    kind_of_update: type[Update] | None = None,
+) -> TrainStep:
+    """The training step of a model, on its device, and the precision of this process with it.
+
+    Args:
+        config: Settings of the run; its batch size is a number, not auto.
+        model: Trained in place; moved to the device.
+        device: Where it is trained.
+        loss: What is minimised; None: what the settings lead to.
+        kind_of_update: What moves the weights; None: what the settings lead to.
+
+    Raises:
+        ValueError: The settings do not go together, or not with the device; one line says why.
+    """
+    precision = precisions.resolve(config.precision.mode, device)
+    precision.apply()
+    model.to(device)
+    if kind_of_update is None:
+        on_gpu = device.type == "cuda"
+        is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
+        kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
+    update = kind_of_update(model, config.optimizer, precision)
+    loss = loss or Loss(config.loss, model.output_px, device)
+    stream = torch.cuda.Stream(device) if _has_two_streams(config, device) else None
+    return TrainStep(model, loss, update, LossRing(loss.num_values, device), stream)
+
+
+def _has_two_streams(config: Config, device: torch.device) -> bool:
+    """Whether B's decoder runs beside A's."""
+    streams, is_small = config.train.decoder_streams, config.train.batch_size <= _SMALL_BATCH
+    is_wanted = streams == "two" or (streams == "auto" and is_small)
+    # torch.compile knows no streams.
+    return (
+        is_wanted
+        and device.type == "cuda"
+        and engines.choose(config.train.engine, device)[0] != "compile"
+    )

@@ -1,0 +1,409 @@
+"""Whether training has diverged: losses and gradients that are no numbers, a loss that does not
+fall, pictures that tell nothing of the faces.
+
+A model that has diverged seldom recovers; a lower learning rate from before does. Everything here
+is computed on the host, of numbers and pictures that were fetched for the log and the preview.
+
+What must be known again at a resume is the part `divergence` of the training state: a run that has
+diverged and is started again is recognised, and one that is told in many short sessions too.
+
+Letters: N iterations, n faces, S and F edges of a picture in px, C channels.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.state import TrainingState
+from ..config import Config, DataConfig
+from ..data.sides import SIDES
+from ..system import saved_values
+
+PART = "divergence"
+"""Under which name the state keeps what is known of earlier iterations."""
+
+WINDOW = 100
+"""Iterations whose mean loss counts as one value; pictures count from so many in a session on."""
+
+JUMP = 2.0
+"""A mean of so many times the lowest one is no noise."""
+
+STAYED = 3
+"""Means in a row, that high, that count as a jump."""
+
+UNMOVED = 5e-4
+"""Sum of the rates up to which a new model's losses are those of its first weights: one iteration
+at 0.01, eleven at 5e-5. No weight has moved by more, whatever the optimizer."""
+
+FIRST = 100
+"""Iterations whose losses are taken for that, at most."""
+
+ABOVE = 400
+"""Iterations in a row with a higher loss than the first weights had. Where nothing is learnt, the
+first of 401 losses is the lowest by chance once in 401 times, whatever the noise of a batch."""
+
+EXCESS = 80.0
+"""By how much those losses together must exceed the first, in units of it: 400 by a fifth each.
+
+Tiny models of the families, batches of four, drawn and filmed faces, on the CPU: with Lion and
+RMSprop at 0.01 a loss stays at 1.19 to 1.59 of the first; not that of phaze-a, and of one side of
+dlight (0.94 to 1.14), whose pictures tell. With Adam at 5e-5 it is at most 1.05 of it for some
+hundred iterations, by the chance of the first batches, and single losses are 0.75 to 0.9 of it.
+"""
+
+ZEROS = 25
+"""Iterations in a row whose loss is exactly 0: with one face a batch, half of the masks empty, a
+chance of 1 in 30 million."""
+
+SAME = 0.025
+"""Share of the faces' own variety below which all pictures are the same one.
+
+Of the same models, after 100 iterations: 0.018 at most with Lion and RMSprop at 0.01, and 0.006
+where Adam at 0.01 ends so. Of those that learn, 0.053 at least with Adam at 0.01, 0.17 at 2e-4 and
+0.21 at 5e-5, also of the full-size original on filmed faces.
+"""
+
+PINNED = 0.95
+"""Share of the values at an end of their range above which a picture is none of a face: 1.00 where
+those models turn black or neon, 0.00 to 0.15 where they learn, from the first iteration on."""
+
+_MOVED = "moved"
+"""Under which name the part keeps the sum of the rates that counts up to `UNMOVED`."""
+
+_FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
+_HOW_FACES_ARE_KEPT = ("decoder", "placement", "store_dir", "num_threads", "strict")
+_ENDS = 2  # levels
+_LEAST_VARIETY = 4.0  # levels: mean standard deviation over faces, of 255; a still has less
+_LEARNT_SHARE = 0.25  # of the faces' own deviation: more than noise, and than one colour early on
+_SURELY_LEARNT = 5000  # iterations after which a network shows more than one colour
+_OVERFLOWS = 50
+"""Iterations in a row that moved nothing with fp16: no loss scale helps any more."""
+
+
+class TrainingDiverged(Exception):
+    """Training must not go on like this.
+
+    Args:
+        cause: What happened, in a few words.
+        good_until: Last total iteration whose saves are good; None: all are.
+        remedy: What helps, where neither a lower rate does nor an earlier save.
+    """
+
+    def __init__(self, cause: str, good_until: int | None = None, remedy: str | None = None):
+        super().__init__(cause)
+        self.good_until, self.remedy = good_until, remedy
+
+
+class NotFinite:
+    """Looks for losses and gradients that are not numbers.
+
+    Args:
+        scales_loss: With fp16 single steps whose gradient overflows only lower the loss scale.
+        accumulation: Iterations of a step.
+    """
+
+    def __init__(self, scales_loss: bool, accumulation: int = 1):
+        self.scales_loss, self.accumulation = scales_loss, accumulation
+        self.skipped = 0
+        self.overflows = 0
+        """Iterations in a row, at least, whose steps were left out."""
+
+    def check(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
+        """Raise TrainingDiverged where one of some iterations was not finite.
+
+        Args:
+            named: Losses by name, (N,).
+            first: Total iteration of the first of them.
+            skipped: Steps of the session whose gradient was not finite, after the last of them.
+        """
+        count = len(named["batch_total"])
+        new, self.skipped = skipped - self.skipped, skipped
+        were_all = new > 0 and new * self.accumulation >= count
+        self.overflows = self.overflows + count if were_all else 0
+        bad = {name: ~np.isfinite(values) for name, values in named.items()}
+        bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
+        if len(bad_rows):
+            row = bad_rows[0]
+            names = ", ".join(name for name in bad if bad[name][row])
+            raise TrainingDiverged(f"not a number at iteration {first + int(row)} ({names})")
+        if new > 0 and not self.scales_loss:
+            raise TrainingDiverged("not a number at the gradient")
+        if self.overflows >= _OVERFLOWS:
+            raise TrainingDiverged(
+                f"the gradients of the last {self.overflows} iterations were too large for fp16"
+            )
+
+
+class Jump:
+    """Looks for a loss that jumped and stayed, within a session."""
+
+    def __init__(self) -> None:
+        self.lowest: float | None = None
+        self.high = 0
+        """Means in a row that were high."""
+
+        self.loss_sum, self.loss_count = 0.0, 0
+
+    def check(self, totals: np.ndarray, first: int) -> None:
+        """Take in the summed losses (N,) of iterations from ``first``; raise TrainingDiverged."""
+        for i, total in enumerate(totals.tolist()):
+            self.loss_sum += total
+            self.loss_count += 1
+            if self.loss_count == WINDOW:
+                self._take(self.loss_sum / WINDOW, first + i)
+                self.loss_sum, self.loss_count = 0.0, 0
+
+    def _take(self, mean: float, iteration: int) -> None:
+        if self.lowest is None or mean < self.lowest:
+            self.lowest = mean
+        self.high = self.high + 1 if mean > JUMP * self.lowest else 0
+        if self.high == STAYED:
+            begun = iteration - STAYED * WINDOW
+            raise TrainingDiverged(
+                f"the loss jumped from {self.lowest:.4f} to {mean:.4f} after iteration {begun} and "
+                "stayed",
+                good_until=begun,
+            )
+
+
+@dataclass(kw_only=True)
+class Side:
+    """What is known of one side, over all sessions with the same faces and losses."""
+
+    first_loss: float | None = None
+    """Of the first weights of a model that knew nothing; None: of no such one."""
+
+    above: int = 0
+    """Iterations in a row, to the last one, whose loss was higher."""
+
+    excess: float = 0.0
+    """By how much they were, together, in units of the first one."""
+
+    zeros: int = 0
+    """Iterations in a row, to the last one, whose faces had a loss of exactly 0."""
+
+    good_until: int = 0
+    """Total iteration up to which saves show different faces, as far as it was seen."""
+
+    has_varied: bool = False
+    """Whether they have been seen to."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], prefix: str, iterations: int) -> "Side":
+        """The side that was saved after so many iterations; ValueError where it is none."""
+        saved_values.require_keys(values, {item.name for item in fields(cls)}, prefix)
+        first_loss = saved_values.optional_number(values, "first_loss", prefix)
+        is_above_0 = first_loss is None or first_loss > 0
+        saved_values.require(is_above_0, f"{prefix}first_loss", "above 0", first_loss)
+        has_varied = values["has_varied"]
+        is_bool = isinstance(has_varied, bool)
+        saved_values.require(is_bool, f"{prefix}has_varied", "true or false", has_varied)
+        return cls(
+            first_loss=first_loss,
+            above=saved_values.count(values, "above", prefix, high=iterations),
+            excess=saved_values.number(values, "excess", prefix),
+            zeros=saved_values.count(values, "zeros", prefix, high=iterations),
+            good_until=saved_values.count(values, "good_until", prefix, high=iterations),
+            has_varied=has_varied,
+        )
+
+    def check_loss(self, name: str, loss: float, iteration: int) -> None:
+        """Take in the loss of a total iteration; raise TrainingDiverged."""
+        if self.first_loss is None:
+            return
+        self.above = self.above + 1 if loss > self.first_loss else 0
+        self.excess = self.excess + loss / self.first_loss - 1 if self.above else 0.0
+        if self.above >= ABOVE and self.excess >= EXCESS:
+            mean = self.first_loss * (1 + self.excess / self.above)
+            raise TrainingDiverged(
+                f"the loss of {name} has been above that of the first iteration, "
+                f"{self.first_loss:.4f}, for {self.above} iterations, {mean:.4f} on average",
+                # The first of these losses is of the weights that the iteration before has made.
+                good_until=max(iteration - self.above - 1, 0),
+            )
+
+    def check_zero(self, name: str, loss: float) -> None:
+        """Take in the loss of the faces alone; raise TrainingDiverged."""
+        self.zeros = self.zeros + 1 if loss == 0 else 0
+        if self.zeros >= ZEROS:
+            raise TrainingDiverged(
+                f"the loss of {name} has been exactly 0 for {self.zeros} iterations",
+                remedy=f"The masks of {name} leave nothing to learn from: look at them with `mien "
+                "faces check FOLDER`, put faces with whole masks in the place of those that it "
+                "names, or begin a new model with another data.mask_type",
+            )
+
+    def check_pictures(
+        self, name: str, predictions: np.ndarray, targets: np.ndarray, done: int, begun: int
+    ) -> None:
+        """Look at the side's faces as they are re-created; raise TrainingDiverged.
+
+        Args:
+            name: Of the side.
+            predictions: (n, S, S, 3) uint8.
+            targets: (n, F, F, 3) uint8.
+            done: Iterations in total.
+            begun: Those of earlier sessions.
+        """
+        is_judged = done - begun >= WINDOW
+        contrast, wanted = _contrast(predictions), _contrast(targets)
+        if is_judged and _pinned(predictions) >= PINNED > _pinned(targets):
+            raise self._shows(name, "pure colours")
+        if contrast < _FLAT_LEVELS and wanted > _VARIED_LEVELS:
+            if self.has_varied or done - begun >= _SURELY_LEARNT:
+                raise self._shows(name, "one colour")
+        elif contrast >= _VARIED_LEVELS and _variety(targets) >= _LEAST_VARIETY:
+            share = _variety(predictions) / contrast / (_variety(targets) / wanted)
+            if share >= SAME:
+                self.good_until = done
+                self.has_varied |= contrast >= _LEARNT_SHARE * wanted
+            elif is_judged:
+                raise self._shows(name, "the same picture")
+
+    def _shows(self, name: str, what: str) -> TrainingDiverged:
+        return TrainingDiverged(f"every face of {name} has become {what}", self.good_until)
+
+
+class DivergenceDetector:
+    """All that is looked for in a session.
+
+    Args:
+        state: Of the run, after `settle`.
+        not_finite: Looks for what is not finite.
+        rate: The rate of the iteration that follows so many, where a new model begins with weights
+            that know nothing, so that learning lowers its loss; None: it does not. A resumed model
+            has begun so where it has a first loss.
+    """
+
+    def __init__(
+        self,
+        state: TrainingState,
+        not_finite: NotFinite,
+        rate: Callable[[int], float] | None = None,
+    ):
+        self.sides = _sides_of(state)
+        self.not_finite, self.jump = not_finite, Jump()
+        has_begun = all(side.first_loss is not None for side in self.sides.values())
+        self.rate = rate if state.iterations == 0 or has_begun else None
+        self.moved = _moved_of(state)
+
+    def check_losses(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
+        """Raise TrainingDiverged where the losses of some iterations say so; as in `NotFinite`."""
+        self.not_finite.check(named, first, skipped)
+        faces = {
+            key: np.sum([named[n] for n in named if n.startswith(f"batch_face_{key}")], axis=0)
+            for key in self.sides
+        }
+        for i, iteration in enumerate(range(first, first + len(named["batch_total"]))):
+            losses = {key: float(named[f"loss_{key}"][i]) for key in self.sides}
+            self._take_first(losses, iteration)
+            for key, side in self.sides.items():
+                side.check_zero(key.upper(), float(faces[key][i]))
+                side.check_loss(key.upper(), losses[key], iteration)
+        self.jump.check(named["batch_total"], first)
+
+    def _take_first(self, losses: dict[str, float], iteration: int) -> None:
+        """Have the first loss of each side be the mean of all while the weights are the first."""
+        if self.rate is None:
+            return
+        if self.moved > UNMOVED or iteration > FIRST:
+            self.rate = None
+            return
+        self.moved += self.rate(iteration - 1)
+        for key, side in self.sides.items():
+            before = side.first_loss or 0.0
+            side.first_loss = before + (losses[key] - before) / iteration or None
+
+    def check_pictures(
+        self, predictions: np.ndarray, targets: np.ndarray, done: int, begun: int
+    ) -> None:
+        """Raise TrainingDiverged where the preview shows it.
+
+        Args:
+            predictions: (2 sides, n, S, S, C) uint8, each side's faces re-created.
+            targets: (2 sides, n, F, F, C) uint8.
+            done: Iterations in total.
+            begun: Those of earlier sessions.
+        """
+        shown = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
+        for (key, side), faces, wanted in shown:
+            side.check_pictures(key.upper(), faces, wanted, done, begun)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part of the training state, as plain values."""
+        return _part_of(self.sides, self.moved)
+
+
+def settle(state: TrainingState, before: Config, config: Config) -> None:
+    """Have the part of a state be that of a session that begins.
+
+    Losses of other faces, or of others' kind, do not compare; with another optimizer's settings
+    those that were too high get another chance.
+
+    Args:
+        state: Of the run.
+        before: The settings of the session before.
+        config: Those of this one.
+
+    Raises:
+        ValueError: The part that was saved is not valid.
+    """
+    sides = _sides_of(state)
+    if _what_is_learnt(before) != _what_is_learnt(config):
+        sides = {
+            key: Side(good_until=side.good_until, has_varied=side.has_varied)
+            for key, side in sides.items()
+        }
+    elif before.optimizer != config.optimizer:
+        sides = {key: replace(side, above=0, excess=0.0) for key, side in sides.items()}
+    state.parts[PART] = _part_of(sides, _moved_of(state))
+
+
+def _what_is_learnt(config: Config) -> tuple[Any, ...]:
+    """The settings of faces and losses, less those of where and how the faces are kept."""
+    usual = DataConfig()
+    kept = {name: getattr(usual, name) for name in _HOW_FACES_ARE_KEPT}
+    return config.loss, config.augment, replace(config.data, **kept)
+
+
+def _sides_of(state: TrainingState) -> dict[str, Side]:
+    """What a state holds of each side; of a model that nobody looked at, that it is good."""
+    if PART not in state.parts:
+        return {key: Side(good_until=state.iterations) for key in SIDES}
+    part, prefix = state.parts[PART], f"parts.{PART}."
+    saved_values.require_keys(part, {*SIDES, _MOVED}, prefix)
+    return {
+        key: Side.from_dict(
+            saved_values.table(part, key, prefix), f"{prefix}{key}.", state.iterations
+        )
+        for key in SIDES
+    }
+
+
+def _moved_of(state: TrainingState) -> float:
+    """The sum of the rates of a model's first weights."""
+    if PART not in state.parts:
+        return 0.0
+    return saved_values.number(state.parts[PART], _MOVED, f"parts.{PART}.", low=0)
+
+
+def _part_of(sides: Mapping[str, Side], moved: float) -> dict[str, Any]:
+    """What is saved of the sides and of the first weights, as plain values."""
+    return {key: asdict(side) for key, side in sides.items()} | {_MOVED: moved}
+
+
+def _pinned(pictures: np.ndarray) -> float:
+    """The share of values that are all there is of a colour, or nothing, but for 2 levels."""
+    return float(((pictures <= _ENDS) | (pictures >= 255 - _ENDS)).mean())
+
+
+def _contrast(pictures: np.ndarray) -> float:
+    """The largest standard deviation over the pixels of any picture and channel, in levels."""
+    return float(pictures.astype(np.float32).std(axis=(1, 2)).max())
+
+
+def _variety(pictures: np.ndarray) -> float:
+    """The standard deviation over pictures (n, S, S, 3), mean of all pixels, in levels."""
+    return float(pictures.astype(np.float32).std(axis=0).mean())

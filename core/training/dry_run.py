@@ -1,0 +1,106 @@
+"""A rehearsal: everything that training does up to the second step, and nothing of it kept."""
+
+import resource
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import Config
+from ..config.recipes import Recipe
+from ..console.reporter import Reporter
+from . import memory
+from .engine import WARM_UP
+from .prepare import Run, free_bytes, open_rehearsal
+from .recipe_progress import Plan
+from .resolve import Overrides
+
+STEPS = 2
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What a run with these settings is like."""
+
+    config: Config
+    """All settings, the batch size among them."""
+
+    iterations: int
+    """That the model has been trained for; 0: a new one."""
+
+    learning_rate: float
+    """Of the next iteration."""
+
+    plan: Plan | None
+    """The stages, where there are any."""
+
+    precision: str
+    device: torch.device
+    num_parameters: int
+    memory: memory.Memory | None
+    """Estimated, of a GPU; None on a CPU."""
+
+    free_bytes: int
+    """Memory that was there for it."""
+
+    losses: list[dict[str, float]]
+    """Of the steps that were run: `loss_a`, `loss_b`."""
+
+    step_s: float
+    """Of the last of them; first steps are slow."""
+
+    peak_mib: float
+    """Measured: what was taken of the GPU's memory, on a CPU what the process was resident in."""
+
+
+def rehearse(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> Rehearsal:
+    """Run two steps of what the settings describe: of the model in the folder, where there is one,
+    as its next two would be. It is only read.
+
+    Faces that an earlier start decoded are used; those decoded now are not kept.
+
+    Raises:
+        ValueError: As training would raise it.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch,
+        open_rehearsal(overrides, reporter, recipe, Path(scratch)) as run,
+    ):
+        return _rehearsed(run)
+
+
+def _rehearsed(run: Run) -> Rehearsal:
+    begun_at, free, losses = run.state.iterations, free_bytes(run.device), []
+    on_gpu = run.device.type == "cuda"
+    steps = WARM_UP + STEPS if run.engine.name == "graph" else STEPS  # the last ones are replays
+    for _ in range(steps):
+        begin = time.perf_counter()
+        run.set_rate()
+        run.engine(run.state.faces_seen)
+        run.state.advance()
+        named = run.step.loss.named(run.step.ring.fetch(1)())
+        step_s = time.perf_counter() - begin
+        losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
+    need = memory.footprint(run.config, run.precision) if on_gpu else None
+    return Rehearsal(
+        config=run.config,
+        iterations=begun_at,
+        learning_rate=run.schedule.rate(begun_at),
+        plan=run.plan,
+        precision=run.precision.name,
+        device=run.device,
+        num_parameters=run.step.update.num_parameters,
+        memory=None if need is None else need.at(run.config.train.batch_size),
+        free_bytes=free,
+        losses=losses,
+        step_s=step_s,
+        peak_mib=_peak_bytes(run.device) / 2**20,
+    )
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,235 @@
+"""The search for a learning rate: the rate of a new model rises until the loss diverges.
+
+Update i = 1..N is made at the rate 1e-10 * g^(i - 1), g^N = 1e9. Of the losses L, with a = 0.98,
+
+    average = a * average + (1 - a) * L          smoothed = average / (1 - a^i)
+
+is noted beside the rate 1e-10 * g^i. The search ends when it is more than four times the lowest so
+far, or when a loss is not finite. The rate to train with is that at which it was lowest, divided by
+what the strength says. After Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
+
+The model that is searched on is the one that will be trained: all that moved is put back.
+"""
+
+import io
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from ..console.reporter import Reporter
+from ..console.stop import StopRequest
+from ..data.sides import SIDES
+from ..optim.lr_schedule import LR_FINDER
+from ..optim.optimizer import Update
+from ..system.durable_files import replace_file
+from .prepare import Run
+
+LOWEST, HIGHEST = 1e-10, 1e-1
+"""Rates between which the search moves."""
+
+STRENGTHS = {"default": 10.0, "aggressive": 5.0, "extreme": 2.5}
+"""What the rate at which the loss was lowest is divided by."""
+
+_MEMORY, _DIVERGED = 0.98, 4.0
+_LEAST_RATE = 1e-9
+_LEAST_UPDATES = 100
+_STEPS_AHEAD = 32  # enough to keep a GPU busy while the host looks at the losses
+_NOT_DRAWN = 10  # first points, whose average is young
+_COLORS = {"default": "green", "aggressive": "gold", "extreme": "red"}
+
+
+class Search:
+    """The rates to try and what was seen at each, without the model."""
+
+    def __init__(self, num_updates: int):
+        self.growth = (HIGHEST / LOWEST) ** (1 / num_updates)
+        self.rates: list[float] = []
+        self.smoothed: list[float] = []
+        """The smoothed loss at each of these rates."""
+
+        self.lowest = math.inf
+        self._average = 0.0
+
+    def rate(self, updates: int) -> float:
+        """The rate of the update that follows so many."""
+        return LOWEST * self.growth**updates
+
+    def add(self, loss: float) -> bool:
+        """Take in the loss of one more update; whether the search goes on."""
+        if not math.isfinite(loss):
+            return False
+        count = len(self.rates) + 1
+        self._average = _MEMORY * self._average + (1 - _MEMORY) * loss
+        smoothed = self._average / (1 - _MEMORY**count)
+        self.rates.append(self.rate(count))
+        self.smoothed.append(smoothed)
+        has_diverged = smoothed > _DIVERGED * self.lowest
+        self.lowest = min(self.lowest, smoothed)
+        return not has_diverged
+
+    def found(self) -> dict[str, float]:
+        """The rate to train with, by strength.
+
+        Raises:
+            ValueError: No loss was finite.
+        """
+        if not self.rates:
+            raise ValueError("no learning rate was found: the first loss is not a number")
+        best = self.rates[self.smoothed.index(self.lowest)]
+        return {strength: best / divisor for strength, divisor in STRENGTHS.items()}
+
+
+def is_due(run: Run) -> bool:
+    """Whether the run is of a new model whose rate has yet to be found."""
+    is_new = run.state.iterations == 0 and LR_FINDER not in run.state.parts
+    return run.config.optimizer.use_lr_finder and is_new
+
+
+def find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> None:
+    """Find the rate of a new model and have its schedule begin with it; nothing else changes.
+
+    If the user wants to stop, nothing is found.
+
+    Raises:
+        ValueError: No usable rate was found, or too few updates are to find one.
+    """
+    config = run.config.optimizer
+    per_update, iterations = config.gradient_accumulation, config.lr_finder_iterations
+    if iterations // per_update < _LEAST_UPDATES:
+        raise ValueError(
+            f"optimizer.lr_finder_iterations must be at least {_LEAST_UPDATES * per_update} "
+            f"({_LEAST_UPDATES} updates) with optimizer.gradient_accumulation {per_update}, got "
+            f"{iterations}"
+        )
+    search = Search(iterations // per_update)
+    put_back = _keep(run.step.update)
+    _search(run, search, reporter, stop)
+    put_back()
+    if stop.signal_name:
+        return
+    picture = None
+    if config.lr_finder_mode != "set" and len(search.rates) > _NOT_DRAWN + 1:
+        now = time.strftime("%Y-%m-%d_%H.%M.%S")
+        picture = run.folder.path / f"learning_rate_finder_{now}.png"
+        picture = _drawn(search, picture, reporter)
+    rates = _usable(search, config.lr_finder_strength, iterations)
+    reporter.found_rates(rates, chosen=config.lr_finder_strength, picture=picture)
+    rate = rates[config.lr_finder_strength]
+    run.state.parts[LR_FINDER] = {"rate": rate}
+    run.schedule = replace(run.schedule, base_rate=rate, source="found")
+
+
+def _drawn(search: Search, picture: Path, reporter: Reporter) -> Path | None:
+    """The picture; None where the disk refuses it, which is told."""
+    try:
+        draw(search, picture)
+    except OSError as error:
+        reporter.warning(f"cannot write {picture}: {error.strerror or error}; it is left out")
+        return None
+    return picture
+
+
+def _usable(search: Search, strength: str, iterations: int) -> dict[str, float]:
+    """The rates that were found, if that of the strength is one that anything can learn at."""
+    remedy = "leave --use-lr-finder out and give optimizer.learning_rate"
+    try:
+        rates = search.found()
+    except ValueError as error:
+        raise ValueError(f"{error}; {remedy}, or choose other losses or faces") from error
+    if rates[strength] < _LEAST_RATE:
+        raise ValueError(
+            f"no learning rate was found: that of optimizer.lr_finder_strength {strength} would be "
+            f"{rates[strength]:.2g}, below {_LEAST_RATE:g}; raise optimizer.lr_finder_iterations "
+            f"from {iterations}, or {remedy}"
+        )
+    return rates
+
+
+def _search(run: Run, search: Search, reporter: Reporter, stop: StopRequest) -> None:
+    """Train at rising rates until the search is over, or the user wants to stop."""
+    per_update = run.config.optimizer.gradient_accumulation
+    num_updates = run.config.optimizer.lr_finder_iterations // per_update
+    with reporter.progress("Learning rate finder, updates") as tell:
+        for done, loss in enumerate(_losses(run, search, num_updates), 1):
+            tell(done, num_updates)
+            if stop.signal_name or not search.add(loss):
+                return
+
+
+def _losses(run: Run, search: Search, num_updates: int) -> Iterator[float]:
+    """Loss A + loss B of every update, the mean over its iterations.
+
+    On a GPU the host asks for those of some updates at once and goes on, so more updates are made
+    than were looked at.
+    """
+    on_gpu = run.device.type == "cuda"
+    per_update = run.config.optimizer.gradient_accumulation
+    block = max(1, _STEPS_AHEAD // per_update) if on_gpu else 1
+    asked: deque[Callable[[], np.ndarray]] = deque()
+    for first in range(0, num_updates, block):
+        updates = range(first, min(first + block, num_updates))
+        for update in updates:
+            run.step.update.set_rate(search.rate(update))
+            for iteration in range(update * per_update, (update + 1) * per_update):
+                seen = iteration * run.config.train.batch_size
+                run.engine(dict.fromkeys(SIDES, seen))
+        asked.append(run.step.ring.fetch(len(updates) * per_update))
+        if len(asked) > (1 if on_gpu else 0):
+            yield from _means(run, asked.popleft()(), per_update)
+    for rows in asked:
+        yield from _means(run, rows(), per_update)
+
+
+def _means(run: Run, rows_nv: np.ndarray, per_update: int) -> list[float]:
+    totals_n = run.step.loss.named(rows_nv)["batch_total"].astype(np.float64)
+    return totals_n.reshape(-1, per_update).mean(1).tolist()
+
+
+def _keep(update: Update) -> Callable[[], None]:
+    """A function that puts weights, running estimates and the optimizer's state back to now."""
+    weights, state = _on_host(update.weights()), _on_host(update.tensors())
+    control, rate = update.parts[0].control.clone(), update.rate
+
+    def put_back() -> None:
+        update.load_weights(weights)
+        update.load(state)
+        update.set_rate(rate)
+        for part in update.parts:  # also what no checkpoint holds: the count of skipped steps
+            part.control.copy_(control)
+
+    return put_back
+
+
+def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that take no memory of a GPU."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def draw(search: Search, picture: Path) -> None:
+    """The smoothed loss against the rate, with the found rate of every strength as a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rates, smoothed = search.rates[_NOT_DRAWN:-1], search.smoothed[_NOT_DRAWN:-1]
+    figure, axis = pyplot.subplots(figsize=(9, 5))
+    axis.plot(rates, smoothed, color="tab:blue")
+    for strength, rate in search.found().items():
+        loss = np.interp(math.log(rate), np.log(rates), smoothed)
+        color = _COLORS[strength]
+        axis.scatter(rate, loss, color=color, zorder=3, label=f"{strength}: {rate:.2e}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel="smoothed loss A + loss B")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110)
+    pyplot.close(figure)
+    replace_file(picture, stream.getvalue())

@@ -1,0 +1,244 @@
+"""Where a run stands in its recipe: which stage, since when, and whether that one is over.
+
+The recipe and the place in it are saved with every generation, so an interrupted run goes on inside
+its stage. Each stage is a session of its own: the run is closed with a save and opened again with
+the settings of the next one, as though a user had stopped and resumed it.
+"""
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint.state import TrainingState
+from ..config import Config, merge
+from ..config.recipes import NONE, Recipe, Stage
+from ..system import saved_values
+from ..system.saved_values import MAX_SECONDS, count, number
+
+PART = "recipe"
+"""Under which name the state keeps the place."""
+
+_PREFIX = f"parts.{PART}."
+
+
+@dataclass
+class Place:
+    """What is known of the present stage."""
+
+    stage: int = 0
+    begun: int = 0
+    """Total iteration before its first one."""
+
+    seconds: float = 0.0
+    """Of training in it."""
+
+    best: float | None = None
+    """The best value of what its plateau watches."""
+
+    stale: int = 0
+    """Values since that were no better."""
+
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    """Of the window that is not full yet."""
+
+    measured: int = 0
+    """Total iteration of the last measurement that was taken in."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], num_stages: int, iterations: int) -> "Place":
+        """The place that was saved after so many iterations, in a recipe of so many stages.
+
+        Raises:
+            ValueError: A value is missing, unknown, of another type or out of range.
+        """
+        prefix = f"{_PREFIX}place."
+        saved_values.require_keys(values, {item.name for item in fields(cls)}, prefix)
+        return cls(
+            stage=count(values, "stage", prefix, high=num_stages - 1),
+            begun=count(values, "begun", prefix, high=iterations),
+            seconds=number(values, "seconds", prefix, low=0, high=MAX_SECONDS),
+            best=saved_values.optional_number(values, "best", prefix),
+            stale=count(values, "stale", prefix),
+            loss_sum=number(values, "loss_sum", prefix),
+            loss_count=count(values, "loss_count", prefix, high=iterations),
+            measured=count(values, "measured", prefix, high=iterations),
+        )
+
+
+@dataclass
+class Plan:
+    """A recipe and the place in it."""
+
+    recipe: Recipe
+    place: Place = field(default_factory=Place)
+    is_entered: bool = True
+    """Whether the present stage begins with this session."""
+
+    @property
+    def stage(self) -> Stage:
+        return self.recipe.stages[self.place.stage]
+
+    @property
+    def is_last(self) -> bool:
+        return self.place.stage == len(self.recipe.stages) - 1
+
+    @property
+    def rate_factor(self) -> float:
+        """What the learning rate is multiplied with."""
+        return self.recipe.rate_factor_of(self.place.stage)
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What holds now, of all that stages have set; a rate of theirs replaces a found one."""
+        settings = self.recipe.settings_of(self.place.stage)
+        if "learning_rate" not in settings.get("optimizer", {}):
+            return settings
+        return merge(settings, {"optimizer": {"use_lr_finder": False}})
+
+    def closes_window(self, iterations: int) -> bool:
+        """Whether the plateau needs every loss up to this total iteration now."""
+        plateau = self.stage.plateau
+        done = iterations - self.place.begun
+        return plateau is not None and plateau.is_loss and done % plateau.window == 0
+
+    def take_losses(self, named: dict[str, np.ndarray]) -> None:
+        """Take in the losses of some iterations, `loss_a`, `loss_b` and `batch_total` (N,)."""
+        plateau = self.stage.plateau
+        if plateau is None or not plateau.is_loss:
+            return
+        values = named["batch_total" if plateau.metric == "loss" else plateau.metric]
+        values = values[np.isfinite(values)]  # others would make a sum that no file can hold
+        while len(values):
+            # A window that an edited recipe has made shorter may be full already.
+            room = max(plateau.window - self.place.loss_count, 0)
+            self.place.loss_sum += math.fsum(values[:room])
+            self.place.loss_count += len(values[:room])
+            values = values[room:]
+            if self.place.loss_count >= plateau.window:
+                self._take(self.place.loss_sum / self.place.loss_count)
+                self.place.loss_sum, self.place.loss_count = 0.0, 0
+
+    def take_figures(self, iteration: int, figures: dict[str, float]) -> None:
+        """Take in what was measured at a save; the same iteration only once."""
+        plateau = self.stage.plateau
+        if plateau is None or plateau.metric not in figures or iteration <= self.place.measured:
+            return
+        self.place.measured = iteration
+        self._take(figures[plateau.metric])
+
+    def end(self, iterations: int, seconds: float = 0.0) -> str | None:
+        """Why the stage is over, given the total iteration and the seconds of this session."""
+        stage, place = self.stage, self.place
+        done = iterations - place.begun
+        if stage.iterations is not None and done >= stage.iterations:
+            return f"{stage.iterations:,} iterations are done"
+        if stage.until_iteration is not None and iterations >= stage.until_iteration:
+            return f"iteration {stage.until_iteration:,} is reached"
+        if stage.minutes is not None and place.seconds + seconds >= 60 * stage.minutes:
+            return f"{stage.minutes:g} minutes have passed"
+        if stage.plateau is not None and place.stale >= stage.plateau.patience:
+            return str(stage.plateau)
+        return None
+
+    def iterations_left(self, iterations: int, *, at_most: int) -> int:
+        """Iterations to the end of the stage as far as one is known, else ``at_most``."""
+        stage, place = self.stage, self.place
+        ends = [at_most + iterations]
+        if stage.iterations is not None:
+            ends.append(place.begun + stage.iterations)
+        if stage.until_iteration is not None:
+            ends.append(stage.until_iteration)
+        return max(min(ends) - iterations, 0)
+
+    def advance(self, iterations: int) -> None:
+        """Enter the stage that this total iteration belongs to; the last one is never left."""
+        while self.end(iterations) and not self.is_last:
+            self.place = Place(stage=self.place.stage + 1, begun=iterations)
+            self.is_entered = True
+
+    def to_dict(self, seconds: float = 0.0) -> dict[str, Any]:
+        """Plain values, with the seconds of this session added."""
+        place = asdict(self.place) | {"seconds": self.place.seconds + seconds}
+        return {"recipe": self.recipe.to_dict(), "place": place}
+
+    def __str__(self) -> str:
+        number, count = self.place.stage + 1, len(self.recipe.stages)
+        ends = " or ".join(self.stage.ends) or "with the run"
+        return f"{number} of {count} of {self.recipe.name}: {self.stage.name}, which ends {ends}"
+
+    def _take(self, value: float) -> None:
+        plateau, place = self.stage.plateau, self.place
+        assert plateau is not None
+        if place.best is None or plateau.is_better(value, place.best):
+            place.best, place.stale = value, 0
+        else:
+            place.stale += 1
+
+
+def find_place(saved: dict[str, Any] | None, recipe: Recipe | None) -> Plan | None:
+    """The plan of a run that begins or resumes; None where it has no stages.
+
+    Args:
+        saved: The state of the model, as saved; None for a new one.
+        recipe: What the user gave; None: nothing, so a saved recipe goes on. `NONE` leaves it. One
+            that was edited goes on in the stage of the same name.
+
+    Raises:
+        ValueError: The saved state, or the place in it, is not valid.
+    """
+    if recipe == NONE:
+        return None
+    state = TrainingState.from_dict(saved) if saved else None
+    iterations = state.iterations if state else 0
+    plan = _saved_plan(state) if state else None
+    if recipe is not None:
+        names = [stage.name for stage in recipe.stages]
+        if plan is None or plan.recipe.name != recipe.name or plan.stage.name not in names:
+            plan = Plan(recipe, Place(begun=iterations))
+        else:
+            plan.place.stage = names.index(plan.stage.name)
+            plan.recipe = recipe
+    if plan is not None:
+        plan.advance(iterations)
+    return plan
+
+
+def _saved_plan(state: TrainingState) -> Plan | None:
+    """The plan in a saved state; None where it holds none."""
+    values = state.parts.get(PART)
+    if values is None:
+        return None
+    try:
+        saved_values.require_keys(values, {"recipe", "place"}, _PREFIX)
+        recipe = Recipe.from_dict(saved_values.table(values, "recipe", _PREFIX))
+        plain = saved_values.table(values, "place", _PREFIX)
+        place = Place.from_dict(plain, len(recipe.stages), state.iterations)
+    except ValueError as error:
+        raise ValueError(f"{error}; go on without the recipe: --recipe none") from error
+    return Plan(recipe, place, is_entered=False)
+
+
+def settings_of_stage(given: dict[str, Any], plan: Plan | None) -> dict[str, Any]:
+    """What the user gave, with what the stages set on top."""
+    return given if plan is None else merge(given, plan.settings())
+
+
+def check_figures(plan: Plan | None, config: Config) -> None:
+    """Refuse a recipe that watches what is not measured."""
+    for stage in plan.recipe.stages if plan else ():
+        plateau, measured = stage.plateau, config.evaluate
+        if plateau is None or plateau.is_loss:
+            continue
+        metric = plateau.metric
+        if not (measured.held_out or measured.held_out_a or measured.held_out_b):
+            raise ValueError(
+                f"stage {stage.name} watches {metric}, but nothing is measured; keep faces for "
+                "that: --set evaluate.held_out=20"
+            )
+        for start, setting in (("pose", "landmark_model"), ("identity", "embedding_model")):
+            if metric.startswith(start) and not getattr(measured, setting):
+                raise ValueError(
+                    f"stage {stage.name} watches {metric}, which needs evaluate.{setting}"
+                )

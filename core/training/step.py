@@ -1,0 +1,84 @@
+"""One training step: both sides through the shared encoder at once, losses, gradients, update.
+
+Shape letters: N faces, first those of A, then as many of B; H rows, W columns; S edge in px.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...models.autoencoder import Autoencoder, Outputs
+from ...models.batch_norm import norms_of, remember
+from ..data.feed import Batch
+from ..losses.weighted import Loss
+from ..optim.optimizer import Update
+from .loss_buffer import LossRing
+
+_NOTHING = nullcontext()
+
+
+class TrainStep:
+    """Moves the weights by one batch; nothing in it waits for the device.
+
+    Args:
+        model: Trained in place.
+        loss: What is minimised.
+        update: Moves the weights.
+        ring: Takes the losses.
+        side_stream: Where B's decoder runs beside A's; None: after it.
+    """
+
+    def __init__(
+        self,
+        model: Autoencoder,
+        loss: Loss,
+        update: Update,
+        ring: LossRing,
+        side_stream: torch.cuda.Stream | None = None,
+    ):
+        self.network: Callable[..., Any] = model
+        """What computes the outputs: the model, or the model compiled."""
+
+        self.norms = norms_of(model)
+        self.parameters = update.parameters
+        self.loss, self.update, self.ring, self.side_stream = loss, update, ring, side_stream
+
+    def __call__(
+        self, batch: Batch, beside_backward: AbstractContextManager[object] = _NOTHING
+    ) -> None:
+        """Train on one batch; the backward pass runs within ``beside_backward``."""
+        outputs = self.forward(batch.input_nchw)
+        losses = self.loss(outputs, batch, self.update.scale)
+        with beside_backward:
+            gradients = self.backward(outputs, losses.gradients)
+        self.update(gradients)
+        self.ring.push(losses.row_v)
+
+    def forward(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
+        """What the decoders of A and B make of their halves of the batch; norms remember it."""
+        outputs = self.outputs(input_nchw)
+        # What B's norms have seen on the side stream lives on until their backward pass.
+        remember(self.norms)
+        return outputs
+
+    def outputs(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
+        """Those outputs alone: no running estimate moves."""
+        if self.side_stream is None:
+            return self.network(input_nchw)
+        return self.network(input_nchw, self.side_stream)
+
+    def backward(
+        self, outputs: tuple[Outputs, Outputs], gradients: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        """The gradient of every trained parameter, given those of the outputs.
+
+        Meanwhile an update with overlap moves the weights whose gradients are there.
+        """
+        pairs = zip((*outputs[0], *outputs[1]), gradients, strict=True)
+        # An output has no history where all that leads to it is frozen.
+        roots, slopes = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        with self.update.beside_backward():
+            return torch.autograd.grad(roots, self.parameters, slopes)

@@ -1,0 +1,148 @@
+"""A run from its start to its end: stage after stage of its recipe, and back after a divergence.
+
+A stage and a rollback end a session: the run is closed, and opened again from its last save as if
+the user had started it again, so that nothing of what follows depends on what was in memory.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..checkpoint.model_folder import SaveError
+from ..config.recipes import Recipe
+from ..console.outcome import Outcome
+from ..console.reporter import Reporter
+from ..console.requests import Requests
+from ..console.stop import Interrupted, StopRequest
+from ..optim.lr_schedule import rate_factor
+from .loop import End, Loop
+from .lr_finder import find_rate, is_due
+from .prepare import Run, open_run
+from .resolve import Overrides
+
+
+def train(
+    overrides: Overrides,
+    reporter: Reporter,
+    recipe: Recipe | None = None,
+    requests: Requests | None = None,
+) -> Outcome:
+    """Train or resume a model as the user's settings say.
+
+    Args:
+        overrides: What the user set.
+        reporter: Is told how it goes.
+        recipe: Stages to train in; None: those that the model was saved with, if any.
+        requests: What the user asks for meanwhile: entered, by signals and keys; None: nothing.
+
+    Raises:
+        ValueError: A setting or a folder cannot be used, and nothing has been trained.
+        SaveError: The model cannot be saved, and nothing has been trained.
+    """
+    until: int | None = None
+    end: End | None = None
+    iteration, rollbacks = 0, _Rollbacks()
+    requests = requests or Requests()
+    stop = requests.stop
+    stop.when_noted.append(reporter.hurry)
+    while True:
+        with _told_of(reporter, iteration, is_later=until is not None), ExitStack() as stack:
+            opening = open_run(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
+            try:
+                with stop.at_once():
+                    run = stack.enter_context(opening)
+            except Interrupted:
+                if until is None:
+                    raise  # there is nothing to save
+                break
+            if until is None:
+                until = run.state.iterations + run.config.train.iterations
+            end = _find_rate(run, reporter, stop) if is_due(run) else None
+            if end is None:
+                end = rollbacks.meet(Loop(run, reporter, requests, until).run(), run)
+        iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
+        del run
+        _free_memory()
+        assert end is not None  # whatever is raised above leaves this function
+        if not end.goes_on or stop.signal_name:
+            break
+        tell = reporter.stage if end.back_at is None else reporter.warning
+        tell(end.reason)
+        overrides = overrides.with_session(_settled(with_found))
+    assert end is not None
+    if end.goes_on:
+        end = End(Outcome.STOPPED, f"{stop.signal_name} received; the state is saved")
+    reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.outcome)
+    return end.outcome
+
+
+@contextmanager
+def _told_of(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[None]:
+    """Within, a mistake or a full disk that ends a later session is told as the run's end too."""
+    try:
+        yield
+    except (ValueError, SaveError) as error:
+        if is_later:
+            outcome = Outcome.HALTED if isinstance(error, SaveError) else Outcome.MISTAKE
+            reporter.stop(iteration=iteration, reason=str(error), exit_code=outcome)
+        raise
+
+
+def _settled(with_found: bool) -> dict[str, Any]:
+    """What the first session has settled, where the user is not to be understood anew."""
+    return {"model": {"load_weights": ""}, "optimizer": {"use_lr_finder": with_found}}
+
+
+def _free_memory() -> None:
+    """Give back what a closed run held of a GPU: there may be no room for another beside it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> End | None:
+    """Find a new model's learning rate; how it ends, where no training is to follow."""
+    find_rate(run, reporter, stop)
+    if stop.signal_name:
+        return End(Outcome.STOPPED, f"{stop.signal_name} received before training began")
+    if run.config.optimizer.lr_finder_mode == "graph_and_exit":
+        return End(Outcome.DONE, "the graph is drawn; no model was made")
+    return None
+
+
+class _Rollbacks:
+    """The times that this start of the program had to go back."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.rate_factor: float | None = None
+        """What the learning rate is to be multiplied with in the next session; None: as saved."""
+
+        self.lowest: float | None = None
+        """The lowest mean loss at the last of them."""
+
+    def meet(self, end: End, run: Run) -> End:
+        """The end of a loop: the same, or where the model has gone back, whether it tries again."""
+        if end.back_at is None:
+            self.rate_factor = None
+            return end
+        settings, lowest = run.config.train, run.state.lowest_mean_loss
+        if self.lowest is not None and lowest is not None and lowest < self.lowest:
+            self.count = 0  # training got further than ever in between
+        self.count, self.lowest = self.count + 1, lowest
+        self.rate_factor = rate_factor(run.state) * settings.rollback_factor
+        if self.count > settings.rollback_limit:
+            return End(
+                Outcome.HALTED,
+                f"{end.reason}; {settings.rollback_limit} rollbacks did not help, and the model is "
+                f"back at iteration {end.back_at}. Look at the faces and at the settings of the "
+                "loss, or lower optimizer.learning_rate much more, and start again",
+            )
+        return replace(
+            end,
+            reason=f"{end.reason}; rollback {self.count} of {settings.rollback_limit}: back to "
+            f"iteration {end.back_at}, with {self.rate_factor:g} times the learning rate",
+        )
