@@ -1,0 +1,41 @@
+"""mien from Python: train a model, and swap faces with it.
+
+    from mien.core import load_model, swap, train
+
+    train({"data": {"input_a": "faces/a", "input_b": "faces/b"}, "save": {"model_dir": "out"}})
+    faces_of_b = swap(load_model("out"), faces_of_a)
+
+What is named here is loaded when it is first used, so that the import costs no PyTorch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .console.outcome import Outcome
+    from .console.stop import StopRequest
+    from .swapping import SwapModel, load_model, swap
+    from .training.fit import train
+
+__all__ = ["Config", "Outcome", "StopRequest", "SwapModel", "load_model", "swap", "train"]
+
+_PLACES = {
+    "Config": ".config",
+    "Outcome": ".console.outcome",
+    "StopRequest": ".console.stop",
+    "SwapModel": ".swapping",
+    "load_model": ".swapping",
+    "swap": ".swapping",
+    "train": ".training.fit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

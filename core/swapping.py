@@ -37,7 +37,7 @@ class SwapModel:
     coverage: float
     """Share of such a crop that it sees, in percent."""
 
-    vertical_offset: float
+    vertical_offset: int
     """How far the crop is moved down, in percent of its edge."""
 
     @property
@@ -148,13 +148,13 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
                     "data": {
                         "centering": metadata["centering"],
                         "coverage": float(metadata["coverage"]),
-                        "vertical_offset": float(metadata["vertical_offset"]),
+                        "vertical_offset": int(metadata["vertical_offset"]),
                     }
                 }
             ).data
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    except (KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error
     plain = {name: _as_fp32(tensor) for name, tensor in tensors.items()}
     network = _built(metadata["trainer"], options, plain).to(device)

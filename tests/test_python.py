@@ -1,0 +1,190 @@
+"""The door for Python: `mien.core` trains, stops and swaps; the page about it is true."""
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mien import core
+from mien.cli import main
+from mien.core import Config, Outcome, StopRequest, load_model, swap, train
+from mien.core.config import from_dict
+from mien.core.faces.synthetic import draw_folder
+
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faces")
+    for side in "ab":
+        draw_folder(folder / side, identity=side, count=26, size_px=96)
+    return folder
+
+
+def _settings(faces, model_dir, iterations=3):
+    return {
+        "model": {"trainer": "lightweight", "options": {"width": 8}},
+        "data": {f"input_{side}": str(faces / side) for side in "ab"},
+        "train": {"batch_size": 4, "iterations": iterations},
+        "save": {"model_dir": str(model_dir), "save_interval": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def model_dir(faces, tmp_path_factory):
+    """A trained model, and the events of its training."""
+    path = tmp_path_factory.mktemp("model") / "m"
+    events = []
+    assert train(_settings(faces, path), on_event=events.append) is Outcome.DONE
+    return path, events
+
+
+def _crops(count=3, edge_px=64):
+    return np.random.default_rng(0).integers(0, 256, (count, edge_px, edge_px, 3), np.uint8)
+
+
+def test_the_import_loads_no_torch():
+    code = "import sys, mien.core; dir(mien.core); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not hasattr(core, "nothing_of_this_name")
+
+
+def test_the_page_is_true(faces, tmp_path):
+    """All its examples, one after another, in a folder with faces."""
+    (tmp_path / "faces").symlink_to(faces)
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    assert len(examples) == 4
+    paths = [str(path) for path in sorted((faces / "a").iterdir())[:3]]
+    script = tmp_path / "page.py"
+    script.write_text(
+        "\n".join([f"paths = {paths}", *examples, "assert losses[-1][0] == 6, losses"])
+    )
+    done = subprocess.run(
+        [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert load_model(tmp_path / "out").sides == ("a", "b")
+
+
+def test_events_are_those_of_the_command_and_nothing_is_printed(model_dir, capfd):
+    _, events = model_dir
+    kinds = [event["event"] for event in events]
+    assert kinds[-1] == "stop"
+    assert {"start", "step", "save", "preview"} <= set(kinds)
+    assert events[-1]["exit_code"] == Outcome.DONE
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_config_of_what_is_set_leaves_the_rest_to_the_model(faces, model_dir, tmp_path):
+    """A resumed model keeps its own width and batch size, which are no defaults."""
+    path, _ = model_dir
+    copied = tmp_path / "m"
+    shutil.copytree(path, copied)
+    inputs = {f"input_{side}": str(faces / side) for side in "ab"}
+    config = from_dict(
+        {"data": inputs, "save": {"model_dir": str(copied)}, "train": {"iterations": 1}}
+    )
+    events = []
+    assert train(config, on_event=events.append) is Outcome.DONE
+    assert events[-1]["iteration"] == 4
+    assert next(event for event in events if event["event"] == "start")["batch_size"] == 4
+
+
+def test_a_request_from_another_thread_stops_after_a_save(faces, tmp_path):
+    stop, reached = StopRequest(), threading.Event()
+    ended = []
+
+    def on_event(event):
+        if event["event"] == "save":
+            reached.set()
+
+    def run():
+        settings = _settings(faces, tmp_path / "m", iterations=100_000)
+        ended.append(train(settings, on_event=on_event, stop=stop))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert reached.wait(120)
+    stop.request()
+    thread.join(120)
+    assert ended == [Outcome.STOPPED]
+    assert load_model(tmp_path / "m").network is not None
+
+
+def test_mistakes_are_value_errors_of_one_line(tmp_path):
+    with pytest.raises(ValueError, match="no model folder given"):
+        train(Config())
+    with pytest.raises(ValueError, match="train.batch_size must be"):
+        train({"train": {"batch_size": -3}, "save": {"model_dir": str(tmp_path / "m")}})
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_swap_is_what_the_network_gives(model_dir, side):
+    model = load_model(model_dir[0])
+    crops = _crops(edge_px=model.input_px)
+    inputs = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        wanted = model.network.swap(inputs, side)[-1].permute(0, 2, 3, 1) * 255
+    swapped = swap(model, crops, side, batch_size=2)
+    assert swapped.shape == (3, model.output_px, model.output_px, 3)
+    assert np.abs(swapped - wanted.numpy()).max() < 0.51
+    assert swap(model, crops[:0], side).shape == (0, model.output_px, model.output_px, 3)
+
+
+def test_other_edges_are_resized(model_dir):
+    model = load_model(model_dir[0])
+    large = _crops(edge_px=4 * model.input_px)
+    small = np.stack(
+        [cv2.resize(crop, (model.input_px,) * 2, interpolation=cv2.INTER_AREA) for crop in large]
+    )
+    assert np.array_equal(swap(model, large), swap(model, small))
+
+
+@pytest.mark.parametrize("side", ["a", "b", "both"])
+def test_a_file_for_inference_swaps_like_its_model(model_dir, tmp_path, side):
+    path, _ = model_dir
+    target = tmp_path / "m.safetensors"
+    assert main(["model", "inference", str(path), "-o", str(target), "--side", side]) == 0
+    model, of_file = load_model(path), load_model(target)
+    assert (of_file.centering, of_file.coverage) == (model.centering, model.coverage)
+    for each in "ab":
+        if each in side or side == "both":
+            assert np.array_equal(swap(of_file, _crops(), each), swap(model, _crops(), each))
+        else:
+            with pytest.raises(ValueError, match=f"side must be one of {side}"):
+                swap(of_file, _crops(), each)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((1, 64, 64, 3), np.float32),
+        np.zeros((64, 64, 3), np.uint8),
+        np.zeros((1, 64, 32, 3), np.uint8),
+        np.zeros((1, 64, 64, 4), np.uint8),
+    ],
+)
+def test_pictures_of_another_form_are_refused(model_dir, images):
+    with pytest.raises(ValueError, match="images must be"):
+        swap(load_model(model_dir[0]), images)
+
+
+def test_what_is_no_model_is_refused_in_one_line(model_dir, tmp_path):
+    (tmp_path / "empty").mkdir()
+    text = tmp_path / "text.safetensors"
+    text.write_text("no tensors")
+    for path in (tmp_path / "none", tmp_path / "empty", text):
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="no generation 'x'"):
+        load_model(model_dir[0], generation="x")
