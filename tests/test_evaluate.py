@@ -30,7 +30,7 @@ from mien.core.faces.folder import MINIMUM_FACES, read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.synthetic import draw_folder
 from mien.core.precision import resolve
-from mien.core.training import loop
+from mien.core.training import checkpointing
 from mien.kernels.augment import draw, records_of
 
 CPU = torch.device("cpu")
@@ -628,7 +628,9 @@ def test_a_model_that_is_measured_is_bit_for_bit_the_one_that_is_not(
 def test_a_figure_that_is_no_number_is_told_and_does_not_stop_the_save(
     sides, apart, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(loop, "evaluate", lambda *_: {"ssim_a": 0.5, "pose_swap": float("nan")})
+    monkeypatch.setattr(
+        checkpointing, "evaluate", lambda *_: {"ssim_a": 0.5, "pose_swap": float("nan")}
+    )
     pairs = [(f"evaluate.held_out_{s}", path) for s, path in zip("ab", apart, strict=True)]
     assert main(_words(sides, tmp_path / "model", "-i", "1", "--json", *_sets(*pairs))) == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -23,7 +23,7 @@ from mien.core.console.reporter import LogError, TensorBoardLog
 from mien.core.data.feed import Feed
 from mien.core.faces.png import read_header, write_face
 from mien.core.preview.faces import PreviewLoader
-from mien.core.training.loop import Loop
+from mien.core.training.trainer import Trainer
 
 
 def _words(sides, model_dir, *more):
@@ -166,13 +166,13 @@ def _as_on_a_gpu(monkeypatch):
         def synchronize(self):
             pass
 
-    original = Loop.__init__
+    original = Trainer.__init__
 
     def init(self, *args):
         original(self, *args)
-        self.on_gpu = True
+        self.on_gpu = self.metrics.is_late = True
 
-    monkeypatch.setattr(Loop, "__init__", init)
+    monkeypatch.setattr(Trainer, "__init__", init)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 0)
 
@@ -408,7 +408,7 @@ def test_the_loop_stays_readable():
     from mien.core.training.step import TrainStep
 
     assert len(inspect.getsource(TrainStep.__call__).splitlines()) <= 40
-    assert len(inspect.getsource(Loop.run).splitlines()) <= 60
+    assert len(inspect.getsource(Trainer.run).splitlines()) <= 60
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from mien.core.checkpoint.state import TrainingState
 from mien.core.config import Config, from_dict
 from mien.core.data.feed import Feed
 from mien.core.optim.lr_schedule import Schedule
-from mien.core.training import loop as loops
 from mien.core.training import unattended
 from mien.core.training.divergence import (
     JUMP,
@@ -31,6 +30,7 @@ from mien.core.training.divergence import (
     settle,
 )
 from mien.core.training.lr_finder import Search
+from mien.core.training.trainer import Trainer
 
 RECIPE = """
 description = "Three short stages."
@@ -411,14 +411,14 @@ def test_off_a_plateau_takes_no_loss_that_is_no_number(sides, tmp_path, monkeypa
 def _collapsed_after(monkeypatch, iteration, windows_px=4):
     """Losses that jump after an iteration and stay, seen in short windows."""
     monkeypatch.setattr("mien.core.training.divergence.WINDOW", windows_px)
-    original = loops.Loop._check
+    original = Trainer._check
 
     def check(self, named, asked):
         numbers = asked.first + np.arange(asked.count)
         jumped = np.where(numbers > iteration, 10 * JUMP, 1.0)
         original(self, named | {"batch_total": named["batch_total"] * jumped}, asked)
 
-    monkeypatch.setattr(loops.Loop, "_check", check)
+    monkeypatch.setattr(Trainer, "_check", check)
 
 
 def test_a_collapse_halts_with_the_model_back_before_it(sides, tmp_path, monkeypatch, capsys):

@@ -19,10 +19,10 @@ from ..console.reporter import Reporter
 from ..console.requests import Requests
 from ..console.stop import Interrupted, StopRequest
 from ..optim.lr_schedule import rate_factor
-from .loop import End, Loop
 from .lr_finder import find_rate, is_due
 from .prepare import Run, open_run
 from .resolve import Overrides
+from .trainer import End, Trainer
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
                 until = run.state.iterations + run.config.train.iterations
             end = _find_rate(run, reporter, stop) if is_due(run) else None
             if end is None:
-                end = rollbacks.meet(Loop(run, reporter, requests, until).run(), run)
+                end = rollbacks.meet(Trainer(run, reporter, requests, until).run(), run)
         iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
         del run
         _free_memory()

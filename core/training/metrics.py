@@ -1,0 +1,160 @@
+"""Losses on their way from the device to the log, and the status lines that report them."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..console.reporter import LogError, NullLog, Reporter
+from ..data.sides import SIDES
+from .loss_buffer import CAPACITY, to_host
+from .prepare import Run
+
+_SECONDS_BETWEEN_LINES = 1.0
+
+Losses = dict[str, np.ndarray]
+"""Losses by name, (N,) each, of N iterations."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Some iterations in a row, whose losses are on their way to the host."""
+
+    rows: Callable[[], np.ndarray]
+    skipped: Callable[[], list[np.ndarray]]
+    first: int
+    count: int
+    seconds: float
+    """Seconds that they took."""
+
+    waited_s: float
+    """Seconds of these that were spent waiting for data."""
+
+    ended_at: float
+    """Time at which they ended, in seconds since 1970."""
+
+    @property
+    def last(self) -> int:
+        """Total iteration of the last of them."""
+        return self.first + self.count - 1
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the session, up to their end, whose gradient was not finite."""
+        return int(self.skipped()[0])
+
+    def wall_time(self, i: int) -> float:
+        """Time at which iteration ``first + i`` ended, taking all as equally long; since 1970."""
+        return self.ended_at - self.seconds * (1 - (i + 1) / self.count)
+
+
+class MetricsLogger:
+    """Fetches losses at every interval, writes them as events and reports the status line.
+
+    On a GPU losses are reported one interval late, so that the host need not wait for the device.
+
+    Args:
+        run: Whose losses they are.
+        reporter: Shows the status line.
+        until: Total iteration at which the run is to end.
+        take: Called with the losses of each interval, once they are on the host.
+    """
+
+    def __init__(
+        self, run: Run, reporter: Reporter, until: int, take: Callable[[Losses, Interval], None]
+    ):
+        self.r, self.reporter, self.until, self.take = run, reporter, until, take
+        self.is_late = run.device.type == "cuda"
+        self.unlogged = 0
+        """Iterations whose losses have not been asked for."""
+
+        self.on_their_way: deque[Interval] = deque()
+        self.began_at = self.asked_at = time.monotonic()
+        self.waited_s = run.feed.waited_s
+        self.saving_s, self.drawing_s = 0.0, 0.0
+        """Seconds of the session for which saves, and the pictures beside them, held it up."""
+
+    def step(self) -> None:
+        """Count an iteration that was just started, and log where that is due."""
+        self.unlogged += 1
+        if self._is_due():
+            self.log()
+
+    def _is_due(self) -> bool:
+        """Whether to log: at the first iteration, then at every interval, else once a second."""
+        interval = self.r.config.train.log_interval
+        if self.r.state.session.iterations == 1 or self.unlogged == (interval or CAPACITY):
+            return True
+        return not interval and time.monotonic() - self.asked_at >= _SECONDS_BETWEEN_LINES
+
+    def log(self, wait: bool = False) -> None:
+        """Fetch the losses since the last time; report those that are there, or wait for all."""
+        if self.unlogged:
+            now, ended_at, waited_s = time.monotonic(), time.time(), self.r.feed.waited_s
+            self.on_their_way.append(
+                Interval(
+                    rows=self.r.step.ring.fetch(self.unlogged),
+                    skipped=to_host(self.r.step.update.skipped),
+                    first=self.r.state.iterations - self.unlogged + 1,
+                    count=self.unlogged,
+                    seconds=max(now - self.asked_at, 1e-9),
+                    waited_s=waited_s - self.waited_s,
+                    ended_at=ended_at,
+                )
+            )
+            self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
+        while len(self.on_their_way) > (1 if self.is_late and not wait else 0):
+            self._report(self.on_their_way.popleft())
+
+    def record(
+        self, scalars: Mapping[str, float], iteration: int, wall_time: float | None = None
+    ) -> None:
+        """Write an event."""
+        self._write(lambda: self.r.log.scalars(dict(scalars), iteration, wall_time))
+
+    def flush(self) -> None:
+        """Have all events so far be in their file."""
+        self._write(lambda: self.r.log.flush())
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Do something with the log; what cannot be written is reported once."""
+        try:
+            write()
+        except LogError as error:
+            self.reporter.warning(f"{error}; no more events are written in this session")
+            self.r.log = NullLog()
+
+    def _report(self, interval: Interval) -> None:
+        named, schedule = self.r.step.loss.named(interval.rows()), self.r.schedule
+        for i in range(interval.count):
+            scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
+            if not schedule.is_constant:
+                scalars["learning_rate"] = schedule.rate(interval.first + i - 1)
+            self.record(scalars, interval.first + i, interval.wall_time(i))
+        self._status(named, interval)
+        self.take(named, interval)
+
+    def _status(self, named: Losses, interval: Interval) -> None:
+        faces = len(SIDES) * self.r.config.train.batch_size * interval.count
+        memory = torch.cuda.max_memory_allocated(self.r.device) / 2**20 if self.is_late else None
+        state, elapsed_s = self.r.state, time.monotonic() - self.began_at
+        behind, left = state.iterations - interval.last, max(self.until - state.iterations, 0)
+        if self.r.plan:
+            left = self.r.plan.iterations_left(state.iterations, at_most=left)
+        self.reporter.step(
+            iteration=interval.last,
+            loss_a=float(named["loss_a"].mean()),
+            loss_b=float(named["loss_b"].mean()),
+            eg_per_s=faces / interval.seconds,
+            data_wait=min(interval.waited_s / interval.seconds, 1.0),
+            memory_mib=memory,
+            learning_rate=self.r.schedule.rate(interval.last - 1),
+            session_iterations=state.session.iterations - behind,
+            elapsed_s=elapsed_s,
+            saving=self.saving_s / elapsed_s,
+            drawing=self.drawing_s / elapsed_s,
+            seconds_left=(left + behind) * interval.seconds / interval.count,
+        )

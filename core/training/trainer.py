@@ -1,0 +1,215 @@
+"""The training loop: step, log, save, until an end of one kind or another."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..checkpoint.model_folder import SaveError
+from ..console.outcome import Outcome
+from ..console.reporter import Reporter
+from ..console.requests import Requests, Wish
+from ..preview.previewer import Look
+from . import divergence as divergences
+from . import recipe_progress as stages
+from .checkpointing import Checkpointer
+from .divergence import DivergenceDetector, NotFinite, TrainingDiverged
+from .metrics import Interval, Losses, MetricsLogger
+from .prepare import Run
+
+_STEPS_AHEAD = 32
+"""Steps that the host runs ahead of a GPU at most: enough to keep it busy while a log is written.
+Chosen on the CPU, unmeasured on a GPU."""
+
+
+@dataclass(frozen=True)
+class End:
+    """How a loop ended."""
+
+    outcome: Outcome
+    """How the training has ended, if nothing follows."""
+
+    reason: str
+    goes_on: bool = False
+    """Another loop follows: of the next stage, or after a rollback."""
+
+    back_at: int | None = None
+    """The model has gone back to the save of this iteration, to try again."""
+
+
+class Trainer:
+    """Drives one run to its end.
+
+    On a GPU the host runs a few steps ahead of the device.
+
+    Args:
+        run: What is trained.
+        reporter: Told how it goes.
+        requests: What the user asks for meanwhile.
+        until: Total iteration at which it ends.
+    """
+
+    def __init__(self, run: Run, reporter: Reporter, requests: Requests, until: int):
+        self.r, self.requests, self.until = run, requests, until
+        self.stop = requests.stop
+        self.on_gpu = run.device.type == "cuda"
+        self.ahead: deque[torch.cuda.Event] = deque()
+        """The ends of the steps that the device has not been seen to reach."""
+
+        self.policy = run.config.train.nan_protection
+        accumulation = run.config.optimizer.gradient_accumulation
+        self.detector = DivergenceDetector(
+            run.state,
+            NotFinite(run.precision.scales_loss, accumulation),
+            rate=None if run.config.model.load_weights else run.schedule.rate,
+        )
+        self.divergence: TrainingDiverged | None = None
+        """Why this training must not go on; then nothing more is looked for."""
+
+        self.metrics = MetricsLogger(run, reporter, until, self._take)
+        self.checkpointer = Checkpointer(
+            run, reporter, requests, self.metrics, self._check_pictures, self._parts
+        )
+        self.began_at = time.monotonic()
+        self.seconds = 0.0
+        """To the end of the last iteration, so that two saves of one iteration are the same."""
+
+    def run(self) -> End:
+        """Train to iteration ``until``, the end of the stage, a signal or a failure."""
+        try:
+            try:
+                end = self._train()
+                # The next stage goes on with the optimizer's state, whether it is to stay or not.
+                with_optimizer = end.goes_on or self.checkpointer.snapshot_is_due()
+                self.checkpointer.save(is_last=True, with_optimizer=with_optimizer)
+            except TrainingDiverged as divergence:
+                self.divergence = divergence
+                end = self._recover(divergence)
+            self.r.saver.wait()
+            self.checkpointer.report()
+        except SaveError as error:
+            reason = f"{self.divergence}; {error}" if self.divergence else str(error)
+            end = End(Outcome.HALTED, reason)
+        return end
+
+    def _remaining(self) -> int:
+        return max(self.until - self.r.state.iterations, 0)
+
+    def _train(self) -> End:
+        state = self.r.state
+        while self._remaining() and not self.stop.signal_name:
+            end = self._end_of_stage()
+            if end:
+                return end
+            self.r.set_rate()
+            self.r.engine(state.faces_seen)
+            state.advance()
+            self.seconds = time.monotonic() - self.began_at
+            self._wait_for_device()
+            self.metrics.step()
+            self.checkpointer.step(self._wishes())
+        if self._remaining():
+            return End(Outcome.STOPPED, f"{self.stop.signal_name} received; the state is saved")
+        return End(Outcome.DONE, "all iterations are done")
+
+    def _end_of_stage(self) -> End | None:
+        """How the loop ends, where the present stage of the recipe is over."""
+        plan, iterations = self.r.plan, self.r.state.iterations
+        if plan is None:
+            return None
+        if plan.closes_window(iterations):
+            self.metrics.log(wait=True)
+        why = plan.end(iterations, self.seconds)
+        if why is None:
+            return None
+        if plan.is_last:
+            return End(Outcome.DONE, f"recipe {plan.recipe.name} is done: {why}")
+        return End(Outcome.DONE, f"stage {plan.stage.name} is over: {why}", goes_on=True)
+
+    def _recover(self, divergence: TrainingDiverged) -> End:
+        """What follows when training must not go on: a way back, or the end."""
+        folder, state = self.r.folder, self.r.state
+        if divergence.remedy:
+            self._save_as_it_is()
+            return End(Outcome.HALTED, f"{divergence}. {divergence.remedy}")
+        if divergence.good_until is None and self.policy == "halt":
+            self._save_as_it_is()  # the weights are those before the step that failed
+            reason = f"{divergence}; {self._untouched()}. {self._advice()}"
+            return End(Outcome.HALTED, f"{reason}, and start again")
+        self.r.saver.wait()
+        back_at = folder.go_back(
+            state.iterations if divergence.good_until is None else divergence.good_until
+        )
+        if back_at is None:
+            reason = f"{divergence}; no save from before is left. {self._advice()}"
+            return End(Outcome.HALTED, f"{reason}, and begin a new model")
+        if self.policy == "rollback":
+            return End(Outcome.HALTED, str(divergence), goes_on=True, back_at=back_at)
+        reason = f"{divergence}; the model is back at iteration {back_at}. {self._advice()}"
+        return End(Outcome.HALTED, f"{reason}, and start again")
+
+    def _advice(self) -> str:
+        """What to do about a rate that was too high."""
+        rate = self.r.schedule.rate(self.r.state.iterations)
+        return (
+            f"Lower optimizer.learning_rate, which is {rate:g}, or set optimizer.epsilon_exponent "
+            "to -5 or -4 with bf16 or fp16"
+        )
+
+    def _untouched(self) -> str:
+        if self.r.step.update.is_whole:
+            return "no weight was touched by it"
+        return "with optimizer.overlap some other weights may have moved"
+
+    def _wait_for_device(self) -> None:
+        """Stay only some steps ahead, so that a signal is obeyed soon and times are true."""
+        if not self.on_gpu:
+            return
+        end = torch.cuda.Event(blocking=True)
+        end.record()
+        self.ahead.append(end)
+        if len(self.ahead) > _STEPS_AHEAD:
+            self.ahead.popleft().synchronize()
+
+    def _wishes(self) -> set[Wish]:
+        """What the user has asked for since the last step."""
+        self.requests.press(self.r.pictures.keys())
+        return self.requests.take()
+
+    def _save_as_it_is(self) -> None:
+        """Save a training that has diverged, so that it can be looked at."""
+        self.checkpointer.save(is_last=True, is_good=False)
+
+    def _take(self, named: Losses, interval: Interval) -> None:
+        """Take in the losses of some iterations; raise TrainingDiverged."""
+        if self.divergence:
+            return
+        self._check(named, interval)
+        self.r.state.add_losses(float(named["batch_total"].sum()), interval.count)
+        if self.r.plan:
+            self.r.plan.take_losses(named)
+
+    def _check(self, named: Losses, interval: Interval) -> None:
+        """Raise TrainingDiverged where the losses say that training must not go on."""
+        if self.policy != "off":
+            self.detector.check_losses(named, interval.first, interval.skipped_steps)
+
+    def _check_pictures(self, look: Look) -> None:
+        """Raise TrainingDiverged where the pictures say that training must not go on."""
+        state = self.r.state
+        if not self.divergence and self.policy != "off":
+            self.detector.check_pictures(
+                look.predictions[:, 0],
+                look.faces.targets,
+                done=state.iterations,
+                begun=state.iterations - state.session.iterations,
+            )
+
+    def _parts(self) -> dict[str, dict[str, Any]]:
+        """What the state keeps of the watch on divergence and of the recipe."""
+        parts = {divergences.PART: self.detector.to_dict()}
+        if self.r.plan:
+            parts[stages.PART] = self.r.plan.to_dict(self.seconds)
+        return parts
