@@ -1,12 +1,14 @@
 """The `mien` command. A subcommand's module is imported only when it is the one that runs."""
 
 import argparse
+import difflib
 import importlib
 import sys
 from types import ModuleType
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..core.config import all_settings
 from ..core.system.output import OutputLost, guarded_streams
 from ..core.system.paths import refusals_told, require_working_folder
 from ..core.system.printable import printable
@@ -43,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**settings | {"allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        self.exit(2, f"{self.prog}: {printable(message)}; see `{self.prog} --help`\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,6 +81,28 @@ def _run(argv: list[str], command: str | None) -> int:
         return 4
 
 
+def _unknown(word: str, command: str, module: ModuleType | None) -> str:
+    """What is wrong with a word that no parser takes, and what may have been meant."""
+    if not word.startswith("-"):
+        return f"unexpected argument {word}"
+    name, flags = word.partition("=")[0], _flags_of(command, module)
+    near = difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
+    hint = f"; did you mean `{flags[near[0]]}`?" if near else ""
+    return f"unknown flag {name}{hint}"
+
+
+def _flags_of(command: str, module: ModuleType | None) -> dict[str, str]:
+    """How what a flag may be called is given to a command."""
+    parser = _Parser()
+    assert module is not None  # argparse has refused everything else
+    module.add_arguments(parser)
+    flags = {flag: flag for action in parser._actions for flag in action.option_strings}
+    if command == "train":
+        by_set = (spec for spec in all_settings() if not spec.flags)
+        flags |= {f"--{spec.name.replace('_', '-')}": spec.way_to_give for spec in by_set}
+    return flags
+
+
 def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, ModuleType]:
     """The arguments, and the module of the subcommand."""
     parser = _Parser(
@@ -95,6 +119,8 @@ def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, Mo
         if name == command:
             module = importlib.import_module(f".{name}", __package__)
             module.add_arguments(sub)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        subparsers.choices[args.command].error(_unknown(unknown[0], args.command, module))
     assert module is not None  # argparse has refused everything else
     return args, module

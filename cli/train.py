@@ -1,7 +1,11 @@
 """mien train: train a model from two folders of faces, or resume one."""
 
 import argparse
+import contextlib
+import functools
 import json
+import os
+import select
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +17,7 @@ from .lines import complain, tell, tell_json
 from .settings_file import read_settings, stages_in
 
 if TYPE_CHECKING:
+    from ..core.console.stop import StopRequest
     from ..core.training.recipe_progress import Plan
     from ..core.training.resolve import Overrides, Resolved
 
@@ -97,13 +102,7 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
             options["action"], opposite = opposite, options["action"]
             options["help"] = f"Turn this off: {options['help']}"
     else:
-        # A word that stands for a number is understood by the settings themselves.
-        words = spec.words
-        options["type"] = (
-            (lambda text: text if text.partition(":")[0] in words else int(text))
-            if words
-            else spec.type
-        )
+        options["type"] = functools.partial(_value, spec)
         options["metavar"] = spec.name.upper()
         if spec.default != "":
             options["help"] += f" (default: {spec.default})"
@@ -115,6 +114,16 @@ def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
     if spec.type is bool:
         options |= {"action": opposite, "help": f"The opposite of {spec.flags[-1]}."}
         parser.add_argument(spec.opposite, **options)
+
+
+def _value(spec: settings.Spec, text: str) -> Any:
+    """The value of a flag; a word that stands for a number is left to the settings themselves."""
+    if spec.type is str or text.partition(":")[0] in spec.words:
+        return text
+    try:
+        return spec.type(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {spec.rule}, got {text!r}") from None
 
 
 def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe | None]":
@@ -177,10 +186,27 @@ def run(args: argparse.Namespace) -> int:
     reporter = Reporter(as_json="json" in args, level=given["log"].level)
     try:
         with Requests() as requests:
+            requests.stop.when_noted.append(lambda: _acknowledge(requests.stop))
             return train(overrides, reporter, recipe, requests)
     except SaveError as error:  # before the first step; later the loop tells of it
         complain("train", error)
         return Outcome.HALTED
+
+
+def _acknowledge(stop: "StopRequest") -> None:
+    """Say at once that a signal was heard: the save that follows may take a while."""
+    if stop.is_abrupt:  # a line of its own follows
+        return
+    line = (
+        f"mien train: {stop.signal_name} received: the step is finished and saved, please wait; "
+        "the same again ends at once, without a save\n"
+    )
+    # Nothing that might wait may be done within a handler.
+    writable = select.poll()
+    with contextlib.suppress(OSError, ValueError):
+        writable.register(sys.__stderr__.fileno() if sys.__stderr__ else 2, select.POLLOUT)
+        if any(state & select.POLLOUT for _, state in writable.poll(0)):
+            os.write(2, line.encode())
 
 
 def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None) -> int:
@@ -224,7 +250,10 @@ def _options(trainer: str, as_json: bool) -> int:
     for each in found:
         kept = "free" if each["free"] else "locked"
         default = json.dumps(each["default"])
-        tell(f"{each['name']} = {default}  ({kept}: {each['rule']})", f"    {each['doc']}")
+        tell(
+            f"{each['name']} = {default}  ({kept}: {each['rule']})",
+            "    " + each["doc"].replace("``", "`"),
+        )
     if not found:
         tell(f"{trainer} has no options")
     return 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_refusals(values, message):
 
 def _printed(capsys, *words):
     assert main(["train", *words, "--print-config"]) == 0
-    return settings.tomllib.loads(capsys.readouterr().out)
+    return tomllib.loads(capsys.readouterr().out)
 
 
 def test_order_of_weight(capsys, tmp_path):

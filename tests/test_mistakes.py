@@ -165,9 +165,38 @@ def test_words_that_nobody_knows_do_nothing(capsys):
     with pytest.raises(SystemExit) as left:
         main(["faces", "check", "a", "b", NAME])
     assert left.value.code == 2
-    told = capsys.readouterr().err.splitlines()
-    assert told[-1].endswith(f"unrecognized arguments: {SHOWN}")
-    assert all(line.isprintable() for line in told)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"mien faces: unexpected argument {SHOWN}")
+    assert told.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train -b many", "-b/--batch-size: must be auto or a whole number from 0 to 4096, got 'm"),
+        ("train -i 1.5", "-i/--iterations: must be a whole number from 1 to 1000000000, got"),
+        ("train --lerning-rate 3", "did you mean `--set optimizer.learning_rate=`?"),
+        ("train --itterations=3", "unknown flag --itterations; did you mean `--iterations`?"),
+        ("train --qqqq", "unknown flag --qqqq; see `mien train --help`"),
+        ("train extra", "unexpected argument extra; see `mien train --help`"),
+        ("bench nosuch", "invalid choice: 'nosuch'"),
+        ("tain", "invalid choice: 'tain'"),
+        ("model info", "required: "),
+    ],
+)
+def test_a_mistaken_word_is_one_line_with_what_was_meant(capsys, words, said):
+    with pytest.raises(SystemExit) as left:
+        main(words.split())
+    assert left.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert said in told
+    assert " --help`" in told
+
+
+def test_a_model_folder_that_is_not_there_is_told_where_faces_lack(tmp_path, capsys):
+    assert main(["train", "-m", str(tmp_path / "typo")]) == 2
+    assert f"{tmp_path / 'typo'} holds no model yet" in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
 
 
 def test_names_of_faces_do_nothing(tmp_path, monkeypatch, capsys):

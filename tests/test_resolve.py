@@ -150,6 +150,15 @@ def test_the_place_of_the_model_is_no_difference():
     assert _told(_resolve(saved, save={"model_dir": "/here"})) == []
 
 
+def test_the_folders_of_the_last_session_swapped_are_refused():
+    """A would be trained as B, and the model would be spoilt before anybody looks."""
+    swapped = {"input_a": "/old/b", "input_b": "/old/a"}
+    with pytest.raises(ValueError, match="the model knows '/old/a' as A and '/old/b' as B"):
+        _resolve(_saved(), data=swapped)
+    assert _resolve(_saved(), data={"input_a": "/old/b", "input_b": "/new/b"}).config
+    assert _resolve(data=swapped).config, "of a new model"
+
+
 def test_what_was_before_is_the_last_session_with_its_flags():
     """Else the same line, given again, would count as a change: counts would begin anew."""
     last = {"optimizer": {"warmup_steps": 6}, "augment": {"warp": False}}

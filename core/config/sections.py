@@ -121,6 +121,11 @@ class Spec:
         return next((word for word, number in self.words.items() if number == value), value)
 
     @property
+    def rule(self) -> str:
+        """The kind and range of its values, in words."""
+        return _kind(self)
+
+    @property
     def way_to_give(self) -> str:
         """What a user writes before the setting's value on the command line."""
         return self.flags[-1] if self.flags else f"--set {self.full_name}="
@@ -156,9 +161,10 @@ def _kind(spec: Spec) -> str:
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     text = words[spec.type]
     text = " or ".join([*spec.words, text])
+    digits = "" if spec.type is int else "g"
     if spec.low is not None and spec.high is not None:
-        return f"{text} from {spec.low:g} to {spec.high:g}"
-    return text if spec.low is None else f"{text}, at least {spec.low:g}"
+        return f"{text} from {spec.low:{digits}} to {spec.high:{digits}}"
+    return text if spec.low is None else f"{text}, at least {spec.low:{digits}}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,7 +34,8 @@ class StopRequest:
         """Called at every signal: what must not be left undone if another one follows."""
 
         self._handlers = Handlers(dict.fromkeys(SIGNALS, self._note))
-        self._is_abrupt = False
+        self.is_abrupt = False
+        """Whether a signal raises `Interrupted` now."""
 
     def __enter__(self) -> "StopRequest":
         self._handlers.__enter__()
@@ -50,13 +51,13 @@ class StopRequest:
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Within, a signal raises `Interrupted`, even out of a call that would wait for ever."""
-        self._is_abrupt = True
+        self.is_abrupt = True
         try:
             if self.signal_name:
                 raise Interrupted(self._why())
             yield
         finally:
-            self._is_abrupt = False
+            self.is_abrupt = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in _INSISTENT:
@@ -65,8 +66,8 @@ class StopRequest:
         self.signal_name = self.signal_name or signal.Signals(number).name
         for action in self.when_noted:
             action()
-        if self._is_abrupt:
-            self._is_abrupt = False  # the clean-up that follows is let finish
+        if self.is_abrupt:
+            self.is_abrupt = False  # the clean-up that follows is let finish
             raise Interrupted(self._why())
 
     def _why(self) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ..checkpoint.format import (
     CONFIG,
+    MANIFEST,
     MAX_JSON_BYTES,
     STATE,
     Manifest,
@@ -91,6 +92,11 @@ def restore(
 
 def _source(folder: ModelFolder, name: str, snapshot: Path | None) -> tuple[Path, Manifest]:
     if snapshot is not None:
+        if (snapshot / MANIFEST).is_file():
+            raise ValueError(
+                f"{snapshot} is one save, and --snapshot takes a copy of a whole model folder; of "
+                "this model's own saves --generation NAME chooses one"
+            )
         with ModelFolder(snapshot, read_only=True) as other:
             return other.find()
     if name == BACKUP and not (folder.path / BACKUP).exists():

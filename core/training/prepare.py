@@ -137,7 +137,7 @@ def open_rehearsal(
         saved, resolved = _read_model(overrides, recipe)
         tell(reporter, resolved.notices)
         config = resolved.config
-        _check_paths(config)
+        _check_paths(config, is_new=saved is None)
         decoded = Path(config.data.store_dir or Path(config.save.model_dir or scratch, "faces"))
         trial = {
             "data": {"store_dir": ""},
@@ -224,7 +224,7 @@ def _ready(
 ) -> Iterator[Run]:
     """The run, and what is told where it fails."""
     config = resolved.config
-    _check_paths(config)
+    _check_paths(config, is_new=saved is None)
     device = choose_device(config.train.device, reporter.warning)
     if device.type == "cuda":
         stack.enter_context(torch.cuda.device(device))
@@ -440,11 +440,12 @@ def _settle_state(
         state.parts.pop(ROLLBACK, None)  # the user has chosen another rate
 
 
-def _check_paths(config: Config) -> None:
+def _check_paths(config: Config, *, is_new: bool) -> None:
     """Refuse a run without faces, and half a time-lapse."""
     for side in SIDES:
         if not getattr(config.data, f"input_{side}"):
-            raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER")
+            where = f"; {config.save.model_dir} holds no model yet" if is_new else ""
+            raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER{where}")
     preview = config.preview
     if bool(preview.timelapse_input_a) != bool(preview.timelapse_input_b):
         given, lacks = ("a", "b") if preview.timelapse_input_a else ("b", "a")

@@ -21,6 +21,7 @@ from ..checkpoint.format import Generation
 from ..checkpoint.state import TrainingState
 from ..config import (
     Config,
+    DataConfig,
     OptimizerConfig,
     all_settings,
     from_dict,
@@ -178,6 +179,7 @@ def _resumed(
     _refuse_locked(own, given)
     config = _whole(merge(own, given))
     last = _of_last_session(own, state)
+    _refuse_swapped(last["data"], config.data)
     names = {".".join(place) for place in strange} | _NOT_COMPARED
     notices += [Notice(text) for text in _changes(last, own, to_dict(config), names)]
     return Resolved(config, _whole(merge(own, kept)), _as_config(last, own), plan, notices)
@@ -239,6 +241,16 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
         if not spec.locked and isinstance(table, dict) and spec.name in table:
             last.setdefault(spec.section, {})[spec.name] = table[spec.name]
     return merge(own, last)
+
+
+def _refuse_swapped(last: dict[str, Any], data: DataConfig) -> None:
+    """Refuse the folders of the last session the other way round: A would be trained as B."""
+    if data.input_a and data.input_b:
+        if (data.input_a, data.input_b) == (last["input_b"], last["input_a"]):
+            raise ValueError(
+                f"the folders are swapped: the model knows {shown(data.input_b)} as A and "
+                f"{shown(data.input_a)} as B; give -A and -B as before, or begin a new model"
+            )
 
 
 def _as_config(last: dict[str, Any], own: dict[str, Any]) -> Config:

@@ -179,10 +179,11 @@ def _lines_of_parts(
     """Which path each part takes."""
     parameters, iterations = fields["parameters"] / 1e6, run.state.iterations
     begin = f"resumes at iteration {iterations}" if iterations else "is new"
+    place = f" in {fields['model_dir']}" if fields["model_dir"] else ""
     libmien = "CUDA" if run.device.type == "cuda" else "C++ threads"
     lines = {
         "mien": __version__,
-        "model": f"{parameters:.1f} M parameters in {fields['model_dir']}; it {begin}",
+        "model": f"{parameters:.1f} M parameters{place}; it {begin}",
         "device": f"{fields['device_name']}, {fields['num_threads']} CPU threads",
         "engine": f"{run.engine.name} ({engine_why})",
         "kernels": f"libmien, {libmien}",
