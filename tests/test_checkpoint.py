@@ -17,7 +17,8 @@ import torch
 
 from mien import __version__
 from mien.core.checkpoint import format as manifests
-from mien.core.checkpoint.model_folder import ModelFolder, SaveError, Saver
+from mien.core.checkpoint.model_folder import ModelFolder, SaveError
+from mien.core.checkpoint.saver import Saver
 from mien.core.checkpoint.state import TrainingState
 from mien.core.config import Config, from_dict, to_dict
 from mien.core.system import durable_files as file_access

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mien.core.checkpoint import model_folder as checkpoint
-from mien.core.checkpoint.model_folder import ModelFolder, Saver
+from mien.core.checkpoint.model_folder import ModelFolder
+from mien.core.checkpoint.saver import Saver
 from mien.core.checkpoint.state import TrainingState
 from mien.core.config import Config
 from mien.core.history.restore import restore

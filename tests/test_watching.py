@@ -16,7 +16,8 @@ import torch
 from conftest import saved_tensors
 
 from mien.cli import main
-from mien.core.checkpoint.model_folder import ModelFolder, Saver
+from mien.core.checkpoint.model_folder import ModelFolder
+from mien.core.checkpoint.saver import Saver
 from mien.core.config import DataConfig
 from mien.core.console.requests import Requests
 from mien.core.data.decode import decode_one

@@ -16,7 +16,8 @@ from ...models.autoencoder import Autoencoder
 from .. import precision as precisions
 from ..checkpoint.format import Generation
 from ..checkpoint.known_paths import KnownPaths
-from ..checkpoint.model_folder import ModelFolder, Saver
+from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.saver import Saver
 from ..checkpoint.state import TrainingState
 from ..config import Config, from_dict, merge, model_settings, to_dict
 from ..config.path_settings import paths_in

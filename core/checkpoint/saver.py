@@ -1,0 +1,178 @@
+"""Saves beside the training: copies of the tensors at once, the writing on a thread of its own."""
+
+import copy
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .format import MODEL, OPTIMIZER
+from .model_folder import ModelFolder
+
+_SPARE_GPU_BYTES = 1 << 30
+"""Bytes of GPU memory that a save leaves free when it duplicates the tensors there. Chosen on the
+CPU, unmeasured on a GPU."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One finished save, for the record."""
+
+    path: Path
+    iterations: int
+    seconds: float
+    snapshot: Path | None = None
+    """A copy of it that was asked for; None where the disk refused that."""
+
+
+class Saver:
+    """Saves while training goes on: copies on the caller's thread, writes on one of its own.
+
+    The copies live in buffers that every save uses again (pinned host memory where the tensors are
+    on a GPU), so two saves never overlap: a save waits for the one before it.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mien-save")
+        self._pending: Future[Saved] | None = None
+        self._finished: list[Saved] = []
+        self._buffers: dict[str, Tensor] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor] | None,
+        state: dict[str, Any],
+        *,
+        is_best: bool = False,
+        with_snapshot: bool = False,
+    ) -> float:
+        """Seconds that the caller had to wait for the save before this one.
+
+        The best one so far becomes the backup too, and a snapshot is made where it is wanted. When
+        this returns the tensors may change: what is written is what they held at the call (on a
+        GPU: what the work queued on the current stream until then makes of them).
+
+        Raises:
+            SaveError: Where the save *before* failed; this one has then not begun.
+        """
+        started = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - started
+        labelled = {f"{MODEL}/{name}": tensor for name, tensor in model.items()}
+        labelled |= {f"{OPTIMIZER}/{name}": tensor for name, tensor in (optimizer or {}).items()}
+        in_flight = self._snapshot(labelled)
+        model_copy = {name: self._buffers[f"{MODEL}/{name}"] for name in model}
+        optimizer_copy = (
+            None
+            if optimizer is None
+            else {name: self._buffers[f"{OPTIMIZER}/{name}"] for name in optimizer}
+        )
+        self._pending = self._pool.submit(
+            self._write,
+            in_flight,
+            model_copy,
+            optimizer_copy,
+            copy.deepcopy(state),
+            is_best,
+            with_snapshot,
+        )
+        return waited
+
+    def wait(self) -> None:
+        """Return when no save is under way; raise what the last one raised."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._finished.append(pending.result())
+
+    def finished(self) -> list[Saved]:
+        """The saves that ended since this was last asked, without waiting; raises as `wait`."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        done, self._finished = self._finished, []
+        return done
+
+    def close(self) -> None:
+        """Finish the save that is under way and end the thread; raises as `wait`."""
+        self._pool.shutdown(wait=True)
+        self._buffers.clear()
+        self.wait()
+
+    def _write(
+        self,
+        in_flight: list[tuple[torch.cuda.Event, list[Tensor]]],
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor] | None,
+        state: dict[str, Any],
+        is_best: bool,
+        with_snapshot: bool,
+    ) -> Saved:
+        started = time.monotonic()
+        for event, sources in in_flight:
+            event.synchronize()
+            sources.clear()  # the GPU memory of the staged copies goes back only now
+        path = self._folder.save(model, optimizer, state)
+        if is_best:
+            self._folder.back_up(path)
+        snapshot = self._folder.snapshot() if with_snapshot else None
+        return Saved(path, state["iterations"], time.monotonic() - started, snapshot)
+
+    def _snapshot(self, tensors: dict[str, Tensor]) -> list[tuple[torch.cuda.Event, list[Tensor]]]:
+        """Copy into the buffers; for each GPU, what tells when its copies have arrived."""
+        by_device: dict[torch.device, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            by_device.setdefault(tensor.device, {})[name] = tensor.detach()
+            kept = self._buffers.get(name)
+            if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+                self._buffers[name] = torch.empty(
+                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                )
+        in_flight = []
+        for device, group in by_device.items():
+            if device.type == "cuda":
+                in_flight.append(self._copy_from_gpu(device, group))
+            else:
+                for name, tensor in group.items():
+                    self._buffers[name].copy_(tensor)
+        return in_flight
+
+    def _copy_from_gpu(
+        self, device: torch.device, tensors: dict[str, Tensor]
+    ) -> tuple[torch.cuda.Event, list[Tensor]]:
+        """Queue the copies on a stream of their own, beside the training.
+
+        Where the GPU has room, the tensors are first duplicated on it (at memory speed, in the
+        training's own stream), so the next step need not wait for PCIe. Where it has none, the
+        training's stream waits until the copies have left.
+        """
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        side = self._streams[device]
+        training = torch.cuda.current_stream(device)
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        has_room = torch.cuda.mem_get_info(device)[0] > num_bytes + _SPARE_GPU_BYTES
+        if has_room:
+            tensors = {
+                name: tensor.clone(memory_format=torch.contiguous_format)
+                for name, tensor in tensors.items()
+            }
+        side.wait_stream(training)
+        with torch.cuda.stream(side):
+            for name, tensor in tensors.items():
+                self._buffers[name].copy_(tensor, non_blocking=True)
+            event = side.record_event()
+        if not has_room:
+            training.wait_event(event)
+        return event, list(tensors.values())
