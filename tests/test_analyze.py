@@ -112,7 +112,7 @@ def test_json_and_csv_tell_the_same(trained, tmp_path, capsys):
         assert row[0] == str(one["session"] or "total")
         assert row[4] == ",".join(map(str, one["batch_sizes"]))
         assert row[5] == str(one["iterations"])
-        assert row[6] == f"{one['eg_per_s']:.1f}"
+        assert row[6] == ("-" if one["eg_per_s"] is None else f"{one['eg_per_s']:.1f}")
         assert one["elapsed_s"] == int(one["end"] - one["start"]) or one["session"] is None
     assert facts["total"]["start"] == facts["sessions"][0]["start"]
 

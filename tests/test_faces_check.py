@@ -234,6 +234,15 @@ def set_version(path: Path, version) -> None:
     write_face(path, cv2.imread(str(path)), header)
 
 
+@pytest.mark.parametrize("version", ["1.0.0", "new", "a" * 10**6, [1.0], True, 10**400, "1e400"])
+def test_a_version_that_is_no_number_is_not_taken_for_a_late_one(faces, version):
+    """The crop depends on it: a face from before 2.0 would train at another zoom, in silence."""
+    path = sorted(faces.iterdir())[0]
+    set_version(path, version)
+    with pytest.raises(FaceFileError, match="alignments version that is no number"):
+        read_header(path)
+
+
 def test_versions_are_counted_and_mixed_crops_are_no_side(faces, capsys):
     for path in sorted(faces.iterdir()):
         set_version(path, 1.0)

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mien import models
 from mien.cli import main
 from mien.cli.monitor.watch import Watch
+from mien.core.checkpoint.format import digest_of
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import TrainingState
 from mien.core.checkpoint.verify import facts_of, verify
@@ -180,6 +181,23 @@ def test_verify_names_what_is_damaged(model, capsys, file):
     assert code == 2
     damage = {verdict["name"]: verdict["damage"] for verdict in json.loads(told.out)}
     assert [name for name, said in damage.items() if said] == ["generations/6"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "config.toml", "model.safetensors"])
+def test_a_file_of_holes_is_refused_before_it_is_read(model, capsys, name):
+    """It takes no room on the disk, and a stranger's manifest may name any size."""
+    folder = model / "generations" / str(_in_use(model))
+    os.truncate(folder / name, 1 << 40)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("digest")
+    manifest["files"][name]["size"] = 1 << 40
+    manifest["digest"] = digest_of(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    code, told = _run(capsys, "verify", model)
+    assert code == 2
+    assert f"DAMAGED: {name} has {1 << 40} bytes, more than the" in told.out
+    with ModelFolder(model, read_only=True) as opened:
+        assert opened.load().state["iterations"] == 4, "the save before it"
 
 
 def test_verify_says_that_the_backup_helps(model, capsys):

@@ -100,3 +100,12 @@ def test_the_oldest_of_too_many_are_dropped(connect, monkeypatch):
     assert connect(STATUS).recv(1 << 16).startswith(b"HTTP/1.1 200")
     half_open[-1].sendall(STATUS.removeprefix(b"GET /"))
     assert half_open[-1].recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_leaves_before_its_request_ends_is_no_failure(connect, capfd, caplog):
+    for _ in range(3):
+        connect(FORM).close()
+    for _ in range(3):  # answered after those
+        assert connect(STATUS).recv(1 << 16).startswith(b"HTTP/1.1 200")
+    assert "Traceback" not in capfd.readouterr().err
+    assert not [record for record in caplog.records if record.exc_info]

@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
@@ -160,10 +160,13 @@ def _opened(access: Access) -> Response:
 async def _form_token(request: Request) -> str | None:
     """The token of a plain form; a body that is larger than one with a token is not read."""
     body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > _MAX_FORM_BYTES:
-            return None
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > _MAX_FORM_BYTES:
+                return None
+    except ClientDisconnect:  # whoever asked has left before the end
+        return None
     return parse_qs(body.decode(errors="replace")).get("token", [None])[0]
 
 

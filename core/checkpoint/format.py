@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ... import __version__
-from ..config import MAX_TOML_BYTES, is_deeper, parse_toml
+from ... import __version__, models
+from ..config import MAX_TOML_BYTES, from_dict, is_deeper, model_settings, parse_toml
 from ..system.durable_files import (
     DamagedError,
     hash_regular,
@@ -38,6 +38,11 @@ MAX_JSON_DEPTH = 32
 MAX_COUNT = 10**12 - 1
 
 MAX_TENSOR_NAME = 256
+_MAX_TENSOR_BYTES = 64 << 30
+"""Bytes of a file of tensors where nothing tells how large the model is."""
+
+_HEADER_BYTES = 100 << 20
+"""Bytes that names and shapes take at most: the library reads no longer header."""
 
 # The library checks header, offsets and sizes before it makes anything; of a number format that
 # torch does not have, or an edge beyond its integers, it says the other two.
@@ -275,9 +280,10 @@ def _is_file_entry(entry: Any) -> bool:
     )
 
 
-def _read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
+def _read_verified(folder: Path, name: str, manifest: Manifest, max_bytes: int) -> bytes:
     """The bytes of one file, equal in size and SHA-256 to what was written."""
     size, sha256 = manifest.files[name]
+    _refuse_large(name, size, max_bytes)
     content = read_regular(folder / name, size)
     if len(content) != size:
         raise DamagedError(f"{name} has {len(content)} bytes of {size}")
@@ -286,10 +292,47 @@ def _read_verified(folder: Path, name: str, manifest: Manifest) -> bytes:
     return content
 
 
-def read_tensors(folder: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
-    tensors = _parse_tensors(name, _read_verified(folder, name, manifest))
+def _refuse_large(name: str, size: int, max_bytes: int) -> None:
+    """Refuse a size that no save has, before anything of that size is read: a file of holes takes
+    no room on a disk."""
+    if size > max_bytes:
+        raise DamagedError(f"{name} has {size} bytes, more than the {max_bytes} that it can need")
+
+
+def read_tensors(
+    folder: Path, name: str, manifest: Manifest, config: dict[str, Any] | None
+) -> dict[str, Tensor]:
+    """The tensors in a file of a generation.
+
+    Args:
+        folder: The generation's.
+        name: `MODEL` or `OPTIMIZER`.
+        manifest: The generation's.
+        config: The settings that it was saved with, which say how large it can be.
+
+    Raises:
+        DamagedError: The file is not what was written, or nothing that such a model has.
+    """
+    limit = _most_tensor_bytes(config)
+    tensors = _parse_tensors(name, _read_verified(folder, name, manifest, limit))
     _refuse_odd(tensors)
     return tensors
+
+
+def _most_tensor_bytes(config: dict[str, Any] | None) -> int:
+    """Bytes of the largest file of tensors that a model with these settings can have.
+
+    No optimizer keeps more than three numbers a parameter beside the sums of accumulation. Settings
+    that are not valid here, of another version of mien maybe, tell nothing.
+    """
+    try:
+        if config is None:
+            return _MAX_TENSOR_BYTES
+        known = from_dict(config)
+        model = models.meta_model(known.model.trainer, **model_settings(known))
+    except ValueError:
+        return _MAX_TENSOR_BYTES
+    return _HEADER_BYTES + 4 * sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
 def _refuse_odd(tensors: dict[str, Tensor]) -> None:
@@ -302,10 +345,10 @@ def _refuse_odd(tensors: dict[str, Tensor]) -> None:
 
 def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The state and, where it was saved, the settings of a generation."""
-    state = parse_json(STATE, _read_verified(folder, STATE, manifest))
+    state = parse_json(STATE, _read_verified(folder, STATE, manifest, MAX_JSON_BYTES))
     if CONFIG not in manifest.files:
         return state, None
-    return state, _parse_toml(_read_verified(folder, CONFIG, manifest))
+    return state, _parse_toml(_read_verified(folder, CONFIG, manifest, MAX_TOML_BYTES))
 
 
 def read_generation(folder: Path, manifest: Manifest) -> Generation:
@@ -313,11 +356,11 @@ def read_generation(folder: Path, manifest: Manifest) -> Generation:
     state, config = read_state(folder, manifest)
     optimizer = None
     if OPTIMIZER in manifest.files:
-        optimizer = read_tensors(folder, OPTIMIZER, manifest)
+        optimizer = read_tensors(folder, OPTIMIZER, manifest, config)
     return Generation(
         name=manifest.name,
         path=folder,
-        model=read_tensors(folder, MODEL, manifest),
+        model=read_tensors(folder, MODEL, manifest, config),
         optimizer=optimizer,
         state=state,
         config=config,
@@ -330,8 +373,10 @@ def check_generation(folder: Path, manifest: Manifest) -> None:
     Raises:
         DamagedError: At the first file that is not what was written.
     """
-    read_state(folder, manifest)
+    _, config = read_state(folder, manifest)
+    limit = _most_tensor_bytes(config)
     for name, (size, sha256) in manifest.files.items():
+        _refuse_large(name, size, limit)
         found_size, found_sha256 = hash_regular(folder / name, size)
         if found_size != size:
             raise DamagedError(f"{name} has {found_size} bytes of {size}")

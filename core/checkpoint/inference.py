@@ -92,7 +92,7 @@ def read_model(
         source, manifest = folder.find(generation)
     try:
         state, values = read_state(source, manifest)
-        tensors = read_tensors(source, MODEL, manifest)
+        tensors = read_tensors(source, MODEL, manifest, values)
     except DamagedError as damage:
         raise ValueError(
             f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"

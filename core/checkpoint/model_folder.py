@@ -660,7 +660,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
             return read_tensor_file(path)
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
-            return read_tensors(path, MODEL, manifest), manifest.trainer
+            config = read_state(path, manifest)[1]
+            return read_tensors(path, MODEL, manifest, config), manifest.trainer
     except (OSError, DamagedError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot read weights from {path}: {reason}") from error

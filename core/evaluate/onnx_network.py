@@ -19,6 +19,8 @@ from ..system.paths import expanded
 
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 _VARINT_BYTES = 10
+_MAX_BYTES = 2**31 - 1
+"""Bytes of the largest message that protobuf has."""
 
 
 class Network:
@@ -81,7 +83,9 @@ def _input_shape(path: Path, name: str) -> tuple[int, ...]:
     """The shape of the network's one input; 0 where a size is not fixed."""
     try:
         with open_for_reading(path, follows_links=True) as file:
-            content = memoryview(file.read())
+            content = memoryview(file.read(_MAX_BYTES + 1))
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"{name} is larger than {_MAX_BYTES} bytes, which no ONNX file is")
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
     try:

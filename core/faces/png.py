@@ -55,6 +55,7 @@ _OTHER_FORMATS = {
     b"II*\x00": "a TIFF",
     b"MM\x00*": "a TIFF",
 }
+_VERSION = "alignments_version"
 _AGAIN = "extract the face again"
 _CUT_SHORT = "the file is cut short: copy it or extract the face again"
 
@@ -141,14 +142,18 @@ class FaceHeader:
     @property
     def version(self) -> float | None:
         """Alignments version of the extraction; None where the file tells none."""
-        value = self.source.get("alignments_version")
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            return None
-        try:
-            version = float(value)
-        except (ValueError, OverflowError):
-            return None
-        return version if math.isfinite(version) else None
+        return _version_in(self.source)
+
+
+def _version_in(source: dict[str, Any]) -> float | None:
+    value = source.get(_VERSION)
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        version = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return version if math.isfinite(version) else None
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
@@ -464,11 +469,14 @@ def _header_from(content: Any) -> FaceHeader:
     alignments = content["alignments"]
     landmarks_l2 = _landmarks_from(alignments.get("landmarks_xy"))
     source = content.get("source")
+    source = source if isinstance(source, dict) else {}
+    if source.get(_VERSION) is not None and _version_in(source) is None:  # the crop depends on it
+        _refuse("names an alignments version that is no number")
     return FaceHeader(
         landmarks_l2=landmarks_l2,
         masks=_masks_from(alignments.get("mask")),
         box=_box_from(alignments, landmarks_l2),
-        source=source if isinstance(source, dict) else {},
+        source=source,
     )
 
 

@@ -166,5 +166,6 @@ def _finite(values_n: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, 0.0)
 
 
-def _rate(faces_a_side: int, elapsed_s: int) -> float:
-    return _NUM_SIDES * faces_a_side / elapsed_s if elapsed_s else 0.0
+def _rate(faces_a_side: int, elapsed_s: int) -> float | None:
+    """Faces of both sides per second; None where less than a second is known to have passed."""
+    return _NUM_SIDES * faces_a_side / elapsed_s if elapsed_s else None
