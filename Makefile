@@ -58,13 +58,13 @@ test-max: .venv-max/.installed kernels/libmien.so
 
 .venv-min/.installed: pyproject.toml setup.py tests/minimum.txt
 	test -x .venv-min/bin/python || $(MIN_PYTHON) -m venv .venv-min
-	MIEN_CUDA=OFF .venv-min/bin/pip install --quiet --disable-pip-version-check -c tests/minimum.txt -e '.[dev]'
+	MIEN_CUDA=OFF .venv-min/bin/pip install --quiet --disable-pip-version-check -c tests/minimum.txt -e '.[dev]' 'setuptools>=77'
 	rm kernels/libmien.so
 	touch $@
 
 .venv-max/.installed: pyproject.toml setup.py
 	test -x .venv-max/bin/python || $(MAX_PYTHON) -m venv .venv-max
-	MIEN_CUDA=OFF .venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]'
+	MIEN_CUDA=OFF .venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]' 'setuptools>=77'
 	rm kernels/libmien.so
 	touch $@
 

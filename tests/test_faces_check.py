@@ -234,7 +234,7 @@ def set_version(path: Path, version) -> None:
     write_face(path, cv2.imread(str(path)), header)
 
 
-@pytest.mark.parametrize("version", ["1.0.0", "new", "a" * 10**6, [1.0], True, 10**400, "1e400"])
+@pytest.mark.parametrize("version", ["1.0.0", "new", "a" * 1000, [1.0], True, 10**400, "1e400"])
 def test_a_version_that_is_no_number_is_not_taken_for_a_late_one(faces, version):
     """The crop depends on it: a face from before 2.0 would train at another zoom, in silence."""
     path = sorted(faces.iterdir())[0]
