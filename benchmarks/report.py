@@ -175,7 +175,7 @@ def _loop(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _ablation(rows: list[dict[str, Any]]) -> Iterable[str]:
-    """Each row that leaves something out, beside the same row that leaves nothing out."""
+    """Rows that leave something out, each beside the same row that leaves nothing out."""
     whole = {identity(row): row for row in rows if "without" not in row}
     body = []
     for row in rows:

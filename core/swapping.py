@@ -26,10 +26,10 @@ class SwapModel:
     """A trained model, ready to decode faces."""
 
     network: Autoencoder
-    """In evaluation mode, on its device."""
+    """Network in evaluation mode, on its device."""
 
     sides: tuple[Side, ...]
-    """As whom it decodes faces."""
+    """Sides as whom it decodes faces."""
 
     centering: str
     """What the crops of the faces that it was trained on are centred on: face, head or legacy."""

@@ -92,7 +92,8 @@ class Ranges:
     flip: bool = True
     warp: bool = True
     warp_to_landmarks: bool = False
-    """Where faces are bent, bend them to landmarks of the other side instead of at random."""
+    """Whether faces, where they are bent, are bent to landmarks of the other side, not at
+    random."""
 
 
 @dataclass(frozen=True, kw_only=True)

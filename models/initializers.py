@@ -56,7 +56,7 @@ def glorot_uniform(weight: Tensor, generator: torch.Generator) -> None:
 
 
 def he_normal(weight: Tensor, generator: torch.Generator) -> None:
-    """For dense layers that a LeakyReLU follows."""
+    """Initialize dense layers that a LeakyReLU follows."""
     deviation = math.sqrt(2 / _fans(weight)[0]) / _CUT_DEVIATION
     nn.init.trunc_normal_(
         weight, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator

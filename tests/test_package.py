@@ -20,6 +20,12 @@ CORE = [  # and so they do inside core
     *("data", "faces", "console", "checkpoint", "precision", "config", "system"),
 ]
 
+FRAGMENTS = """
+    Of That In To Also By From At As On For With Without Within While When Where Wherein Which Who
+    Whom Whose Why Given Those These This It Its No None Nothing Nobody Between Over Under Above
+    Below After Before Until Since If Because So Less And Or But There They
+""".split()  # a docstring that begins so is no sentence, and names nothing
+
 
 def _modules(room):
     return sorted((ROOT / room).rglob("*.py"))
@@ -94,6 +100,30 @@ def test_nothing_dangerous_is_called():
                     assert "pickle" not in {a.name for a in node.names}, f"{path}:{node.lineno}"
                 if isinstance(node, ast.ImportFrom):
                     assert node.module != "pickle", f"{path}:{node.lineno}"
+
+
+def _texts(tree):
+    """Docstrings of modules, classes, functions and attributes, with their line numbers."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                yield node.lineno, node.value.value.strip()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_docstrings_are_sentences_or_name_something(room):
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for path in _modules(room)
+        for line, text in _texts(ast.parse(path.read_text()))
+        if re.match(r"\w*", text)[0] in FRAGMENTS
+    ]
+    assert not found, "a docstring begins with a noun or a verb:\n" + "\n".join(found)
+
+
+def test_the_docstring_check_sees_attributes():
+    code = '''"""A module."""\nclass A:\n    seconds: float\n    """That they took."""\n'''
+    assert list(_texts(ast.parse(code))) == [(1, "A module."), (4, "That they took.")]
 
 
 def test_help_is_light():

@@ -191,7 +191,7 @@ def _manifest_or_none(folder: Path) -> Manifest | None:
 
 
 def _verdict(path: Path, name: str) -> Verdict | None:
-    """Of a generation or the backup; None where a run has put it away meanwhile."""
+    """Verdict on a generation or the backup; None where a run has put it away meanwhile."""
     folder = path / name
     for _ in range(_TRIES):
         before = _number_of(folder)

@@ -69,7 +69,7 @@ class LogError(RuntimeError):
 
 
 class Log(Protocol):
-    """Where scalars go."""
+    """Destination of scalars."""
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration; those with `ITERATION` may wait for the next ones.
@@ -193,7 +193,7 @@ class TensorBoardLog:
 
 
 def open_log(model_dir: Path, session: int, *, enabled: bool, first_step: int = 1) -> Log:
-    """Where this session's scalars go."""
+    """Destination of this session's scalars."""
     return TensorBoardLog(model_dir, session, first_step) if enabled else NullLog()
 
 
@@ -216,7 +216,7 @@ class Reporter:
         listener: Callable[[str], None] | None = None,
     ) -> None:
         self._listener = listener
-        """Given every report, as a line of JSON."""
+        """Function that is given every report, as a line of JSON."""
 
         self._stream = Output(sys.stdout if stream is None else stream)
         self._as_json = as_json

@@ -52,7 +52,7 @@ class Restored:
     """Name of the one in use now."""
 
     archive: Path | None
-    """Where that is which was replaced; None where nothing was."""
+    """Path of the archive of what was replaced; None where nothing was."""
 
     archived: list[str]
     """Names of what is in it."""

@@ -113,7 +113,7 @@ class Pictures:
         return self._window.keys() if self._window is not None else ""
 
     def _fresh_faces(self, iteration: int) -> PreviewFaces:
-        """Others than before; the same where files have gone since the run began."""
+        """Load other faces than before; the same where files have gone since the run began."""
         seed, count = self._config.train.seed, self._settings.preview_images
         chosen = {
             side: drawn(faces, count, seed, iteration, number)

@@ -30,11 +30,11 @@ _KINDS = {
 
 
 class DamagedError(Exception):
-    """Why a file or generation cannot be used."""
+    """Reason that a file or generation cannot be used."""
 
 
 class OddFileError(OSError):
-    """Something else is in the place of a plain file; its ``strerror`` names it."""
+    """Error of a plain file whose place something else takes; its ``strerror`` names that."""
 
 
 def discard(path: Path) -> None:

@@ -30,7 +30,7 @@ from ..precision import Precision
 MIB = 2**20
 
 USABLE_SHARE = 0.9
-"""Of the free memory; the allocator's blocks and other programs take the rest."""
+"""Share of the free memory to use; the allocator's blocks and other programs take the rest."""
 
 _CONTEXT_BYTES = 500 * MIB  # driver, kernels of PyTorch and of the libraries
 _LIBRARY_BYTES = 256 * MIB  # workspaces of cuBLAS (32 MiB a stream) and of cuDNN's convolutions
@@ -182,7 +182,8 @@ def _model_of(config: Config, precision: Precision) -> Autoencoder:
 
 
 def _bytes_of_a_parameter(config: Config, compute: torch.dtype) -> dict[str, int]:
-    """By what it is for; in 16 bits the optimizer keeps fp32 weights besides the network's."""
+    """Bytes of a parameter by purpose; in 16 bits the optimizer keeps fp32 weights besides the
+    network's."""
     return {
         "weights": 4,
         "lowered weights": 0 if compute is torch.float32 else compute.itemsize,

@@ -176,7 +176,7 @@ def _saves(config: Config) -> str:
 def _lines_of_parts(
     run: "Run", faces: dict[str, SideFaces], fields: dict[str, Any], engine_why: str
 ) -> dict[str, str]:
-    """Which path each part takes."""
+    """Path that each part takes."""
     parameters, iterations = fields["parameters"] / 1e6, run.state.iterations
     begin = f"resumes at iteration {iterations}" if iterations else "is new"
     place = f" in {fields['model_dir']}" if fields["model_dir"] else ""

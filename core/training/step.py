@@ -65,7 +65,7 @@ class TrainStep:
         return outputs
 
     def outputs(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
-        """Those outputs alone: no running estimate moves."""
+        """Outputs of both decoders for their halves of the batch; no running estimate moves."""
         if self.side_stream is None:
             return self.network(input_nchw)
         return self.network(input_nchw, self.side_stream)

@@ -18,7 +18,7 @@ Branches = list[nn.Module]
 def upscales(
     config: Config, build: Build, inputs: Runs, *, levels: range, num_branches: int, sides: int
 ) -> tuple[list[Branches], Runs]:
-    """Some of the upscales between a code and a face, and the channels of the last.
+    """Build some of the upscales between a code and a face; also gives the channels of the last.
 
     Where they include the first, what goes before all comes before it.
 

@@ -37,7 +37,7 @@ class Preset:
     path: Path
     description: str
     settings: dict[str, dict[str, Any]]
-    """By section and key."""
+    """Values by section and key."""
 
     @property
     def is_own(self) -> bool:
