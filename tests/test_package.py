@@ -20,6 +20,7 @@ CORE = [  # and so they do inside core
     *("data", "faces", "console", "checkpoint", "precision", "config", "system"),
 ]
 
+PAGES = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
 FRAGMENTS = """
     Of That In To Also By From At As On For With Without Within While When Where Wherein Which Who
     Whom Whose Why Given Those These This It Its No None Nothing Nobody Between Over Under Above
@@ -124,6 +125,26 @@ def test_docstrings_are_sentences_or_name_something(room):
 def test_the_docstring_check_sees_attributes():
     code = '''"""A module."""\nclass A:\n    seconds: float\n    """That they took."""\n'''
     assert list(_texts(ast.parse(code))) == [(1, "A module."), (4, "That they took.")]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(PAGES)])
+def test_links_and_pictures_of_a_page_are_there(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), f"{page} links to {target}, which is not there"
+
+
+def test_the_readme_is_short_and_names_files_that_are_there():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 900, "what is longer has a page of its own in docs"
+    room, numbers = "", []
+    for line in text.partition("## The code")[2].partition("##")[0].splitlines():
+        if found := re.match(r"    (\w+/)  ", line):
+            room = found[1]
+        elif found := re.match(r"      ([\w/.]+) +(\d)  ", line):
+            assert (ROOT / room / found[1]).is_file(), f"README.md names {room}{found[1]}"
+            numbers.append(found[2])
+    assert sorted(numbers) == list("12345")
 
 
 def test_help_is_light():

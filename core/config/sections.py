@@ -325,7 +325,7 @@ class LossConfig(_Checked):
     """Percent of the fourth loss."""
 
     lpips_weights: str = _setting("", path=True)
-    """Folder with the weights of the lpips losses, which cannot be shipped: see the README."""
+    """Folder with the weights of the lpips losses, which are not shipped: see docs/learning.md."""
 
     mask_loss_function: str = _setting("mse", choices=("mae", "mse"))
     """Loss of the predicted mask, with `learn_mask`."""
