@@ -203,7 +203,7 @@ def maps_before(
 
 
 def _shrunk(picture: np.ndarray, edge: int) -> np.ndarray:
-    """Resized by area; a picture of more than four channels one by one where OpenCV refuses it."""
+    """Picture resized by area; more than four channels one by one where OpenCV refuses them."""
     if picture.shape[0] == edge:
         return picture
     if picture.shape[2] > 4 and picture.shape[0] % edge:
@@ -278,16 +278,16 @@ def optimize(
     """`mien.kernels.optimize` for one step that is number ``step`` of the finite ones, from 1.
 
     Args:
-        parameters: Before the step.
-        gradients: Of the scaled loss, or the mean of several.
-        moments: Those of the rule.
+        parameters: Parameters before the step.
+        gradients: Gradients of the scaled loss, or the mean of several.
+        moments: Moments of the rule.
         rule: How the weights are moved.
-        learning_rate: Of this step.
-        step: Its number.
+        learning_rate: Learning rate of this step.
+        step: Number of the step.
         clipping: How gradients are bound.
         norms: Past ones, of autoclip.
         scale: What the loss was multiplied with.
-        decays: Which parameters the weight decay moves; default: all.
+        decays: Whether the weight decay moves each parameter; default: all.
 
     Returns:
         Parameters and moments after the step, in their own dtype; what came in, if a gradient is

@@ -60,13 +60,13 @@ class Tables:
 
         Args:
             parameters: fp32, contiguous or channels_last, all on one device.
-            moments: Those of `MOMENTS` that the rule keeps; fp32, each tensor of the shape and the
-                strides of its parameter, zeros at the start.
+            moments: Moments among `MOMENTS` that the rule keeps; fp32, each tensor of the shape and
+                the strides of its parameter, zeros at the start.
             copies: The weights that the network computes with: the same, but all bf16 or all fp16;
                 none where it computes in fp32.
-            accumulators: Where gradients of several backward passes are summed, laid out as the
+            accumulators: Tensors that sum gradients of several backward passes, laid out as the
                 parameters, fp32; none where each one makes a step.
-            decays: Which parameters the weight decay moves; default: all.
+            decays: Whether the weight decay moves each parameter; default: all.
 
         Raises:
             ValueError: On a tensor that does not fit.

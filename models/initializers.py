@@ -125,7 +125,7 @@ def initialize(
     Args:
         module: The model. A module in it that has a method ``draw_weights(generator)`` fills all
             that it holds by itself.
-        generator: Where all numbers come from.
+        generator: Generator from which all numbers come.
         icnr_init: Draw convolutions before a shuffle by `icnr`.
         conv_aware_init: Draw convolutions by `convolution_aware`, but for Glorot-uniform ones.
     """

@@ -103,12 +103,18 @@ def test_nothing_dangerous_is_called():
                     assert node.module != "pickle", f"{path}:{node.lineno}"
 
 
+ARGUMENTS = re.compile(r"^ *Args:\n(.*?)(?=\n *(?:Raises|Returns|Yields):|\Z)", re.M | re.S)
+
+
 def _texts(tree):
-    """Docstrings of modules, classes, functions and attributes, with their line numbers."""
+    """Docstrings of modules, classes, functions, attributes, arguments, with their line numbers."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             if isinstance(node.value.value, str):
                 yield node.lineno, node.value.value.strip()
+                for arguments in ARGUMENTS.findall(node.value.value):
+                    for text in re.findall(r"^ *\w+: (\S.*)", arguments, re.M):
+                        yield node.lineno, text
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -122,9 +128,13 @@ def test_docstrings_are_sentences_or_name_something(room):
     assert not found, "a docstring begins with a noun or a verb:\n" + "\n".join(found)
 
 
-def test_the_docstring_check_sees_attributes():
+def test_the_docstring_check_sees_attributes_and_arguments():
     code = '''"""A module."""\nclass A:\n    seconds: float\n    """That they took."""\n'''
     assert list(_texts(ast.parse(code))) == [(1, "A module."), (4, "That they took.")]
+    code = (
+        '"""F.\n\nArgs:\n    a: Of it.\n    b: Two,\n        of it.\n\nRaises:\n    E: At c.\n"""'
+    )
+    assert [text for _, text in _texts(ast.parse(code))][1:] == ["Of it.", "Two,"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(PAGES)])

@@ -35,7 +35,7 @@ class KnownPaths:
 
     Args:
         model_dir: The model folder.
-        run_id: Of the model.
+        run_id: Identity of the model's run.
     """
 
     def __init__(self, model_dir: Path, run_id: str) -> None:

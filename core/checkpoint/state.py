@@ -72,7 +72,7 @@ class TrainingState:
         """The new session, entered in the list; its number is the highest so far + 1.
 
         Args:
-            config: Its settings.
+            config: Settings of the session.
             started: Seconds since 1970; None: now.
             batch_size: What auto has chosen; None: as set.
 

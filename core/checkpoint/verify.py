@@ -81,7 +81,7 @@ def nan_scan(path: Path, name: str | None = None) -> tuple[str, int, list[NotFin
 
     Args:
         path: A model folder.
-        name: Of the generation, or `backup`; None: the newest.
+        name: Name of the generation, or `backup`; None: the newest.
 
     Raises:
         ValueError: There is no such generation, or it is damaged.

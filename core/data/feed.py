@@ -190,7 +190,7 @@ class _Room:
     """The tensors that a batch is made in: its parameters, itself, and on a GPU a workspace.
 
     Args:
-        feed: Whose batches they are for.
+        feed: Feed whose batches they are for.
         beside: A set that is never in use at the same moment for anything but its result, and lends
             parameters and workspace; None: there is none.
     """

@@ -106,11 +106,11 @@ def open_sides(
 
     Args:
         data: The folders, and how faces are cut out of them.
-        evaluate: Which faces are held out.
+        evaluate: Settings of the faces that are held out.
         size_px: Processing size: the largest of the model's inputs and outputs.
         store_dir: Folder that keeps the decoded faces; None keeps none.
         earlier_dir: Folder of decoded faces that are read too, and left alone.
-        device: Where training runs.
+        device: Device on which training runs.
         progress: Called with a title; gives what is to be told ``(done, total)``.
 
     Raises:

@@ -87,7 +87,7 @@ class Work:
 
     @property
     def pointwise_bytes(self) -> int:
-        """Read and written by the one pass back over each forward result."""
+        """Bytes read and written by the one pass back over each forward result."""
         return sum(p.pointwise_bytes for p in self.products)
 
     @property

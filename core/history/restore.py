@@ -1,4 +1,4 @@
-"""Going back, by hand, to a save that is kept: the backup, a generation, or another copy.
+"""Return, by hand, to a save that is kept: the backup, a generation, or another copy.
 
 The order makes a kill at any moment leave the old or the restored state in use, and loses nothing:
 

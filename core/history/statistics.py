@@ -117,9 +117,9 @@ def session_figures(
     """The figures of a session.
 
     Args:
-        session: Its number.
-        times_n: When its iterations ended, at least one; seconds since 1970.
-        batch_size: None where it is not known.
+        session: Number of the session.
+        times_n: Times at which its iterations ended, at least one; seconds since 1970.
+        batch_size: Faces a side; None where it is not known.
         iterations: How many it had, where not the end of each is known.
         pauses_s: Seconds in between that were not spent on it.
     """

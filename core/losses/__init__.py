@@ -33,7 +33,7 @@ def picture_losses(
     """Losses by name for each size, on the CPU; their dtypes are to be made one by ``.to``.
 
     Args:
-        names: Of `MADE_FOR_A_SIZE` or `TRUNKS`.
+        names: Names in `MADE_FOR_A_SIZE` or `TRUNKS`.
         sizes_px: Edges of the pictures.
         lpips_weights: Folder with the weights of lpips losses.
 

@@ -145,7 +145,7 @@ class Lpips(PictureLoss):
     """lpips_*: of pictures of any size from the trunk's smallest; map of 1 channel.
 
     Args:
-        name: Of `TRUNKS`.
+        name: Name in `TRUNKS`.
         folder: Holds the weights; see `_tensors`.
 
     Raises:

@@ -91,7 +91,7 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
     """The schedule of a run; it goes on where it was, unless one of its settings has changed.
 
     Args:
-        state: Of the run; is told where the schedule begins.
+        state: State of the run; it keeps where the schedule begins.
         config: Settings of the run.
         stage_factor: What the stage multiplies the rate with.
     """

@@ -75,7 +75,7 @@ def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
     """Refuse weights that are not those of a model.
 
     Args:
-        tensors: By name, as they were saved.
+        tensors: Tensors by name, as they were saved.
         own: The model's, of which the numbers do not matter.
 
     Raises:

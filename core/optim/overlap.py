@@ -50,7 +50,7 @@ def choose(
 
     Args:
         config: Settings of the optimizer.
-        precision: As it was resolved.
+        precision: Precision as it was resolved.
         is_worth: Whether auto leads to an overlapped update where nothing forbids it: on a GPU, by
             `pays`.
 

@@ -42,7 +42,7 @@ class Pictures:
         model: The model in training.
         precision: What it computes in.
         loader: Reads faces as the model needs them.
-        faces: Those that are trained on, by side.
+        faces: Faces that are trained on, by side.
         folder: The model folder.
         window: Shows the preview too.
         warn: Told, in one line, of what cannot be read or written.

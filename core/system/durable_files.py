@@ -225,9 +225,9 @@ def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> 
 
     Args:
         path: The file.
-        flags: Those of `os.open`.
-        follows_links: For a file that the user has named. What a folder holds may be a stranger's
-            link to anywhere.
+        flags: Flags of `os.open`.
+        follows_links: True for a file that the user has named. What a folder holds may be a
+            stranger's link to anywhere.
 
     Raises:
         OSError: OddFileError where something else is in its place, or the disk refuses.

@@ -28,7 +28,7 @@ class Output:
     """A text stream whose reader may leave; in all else it is like the stream that it writes to.
 
     Args:
-        stream: None where the program was started without one (`>&-`).
+        stream: Stream to guard; None where the program was started without one (`>&-`).
     """
 
     def __init__(self, stream: "TextIO | Output | None") -> None:

@@ -100,7 +100,8 @@ class NotFinite:
     """Looks for losses and gradients that are not numbers.
 
     Args:
-        scales_loss: With fp16 single steps whose gradient overflows only lower the loss scale.
+        scales_loss: Whether the loss is scaled: with fp16 single steps whose gradient overflows
+            only lower the scale.
         accumulation: Iterations of a step.
     """
 
@@ -241,11 +242,11 @@ class Side:
         """Look at the side's faces as they are re-created; raise TrainingDiverged.
 
         Args:
-            name: Of the side.
+            name: Name of the side.
             predictions: (n, S, S, 3) uint8.
             targets: (n, F, F, 3) uint8.
             done: Iterations in total.
-            begun: Those of earlier sessions.
+            begun: Iterations of earlier sessions.
         """
         is_judged = done - begun >= WINDOW
         contrast, wanted = _contrast(predictions), _contrast(targets)
@@ -270,7 +271,7 @@ class DivergenceDetector:
     """Detector of divergence during a session.
 
     Args:
-        state: Of the run, after `settle`.
+        state: State of the run, after `settle`.
         not_finite: Looks for what is not finite.
         rate: The rate of the iteration that follows so many, where a new model begins with weights
             that know nothing, so that learning lowers its loss; None: it does not. A resumed model
@@ -325,7 +326,7 @@ class DivergenceDetector:
             predictions: (2 sides, n, S, S, C) uint8, each side's faces re-created.
             targets: (2 sides, n, F, F, C) uint8.
             done: Iterations in total.
-            begun: Those of earlier sessions.
+            begun: Iterations of earlier sessions.
         """
         shown = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
         for (key, side), faces, wanted in shown:
@@ -343,9 +344,9 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
     those that were too high get another chance.
 
     Args:
-        state: Of the run.
+        state: State of the run.
         before: The settings of the session before.
-        config: Those of this one.
+        config: Settings of this session.
 
     Raises:
         ValueError: The part that was saved is not valid.

@@ -40,7 +40,7 @@ class Rehearsal:
     device: torch.device
     num_parameters: int
     memory: memory.Memory | None
-    """Estimated, of a GPU; None on a CPU."""
+    """Estimate for a GPU; None on a CPU."""
 
     free_bytes: int
     """Memory that was there for it."""

@@ -65,11 +65,11 @@ def make(
     """The engine of this name.
 
     Args:
-        name: As `choose` gives it.
+        name: Name as `choose` gives it.
         step: Trains on a batch.
-        feed: Where batches come from.
+        feed: Source of batches.
         warn: Is told where the engine falls back, and why.
-        noise_seed: Of a model that draws random numbers: fixes those of every iteration.
+        noise_seed: Seed of a model that draws random numbers: fixes those of every iteration.
     """
     kinds = {"eager": Engine, "compile": Compiled, "graph": Graphed}
     return kinds[name](step, feed, warn, noise_seed)

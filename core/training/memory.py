@@ -81,7 +81,7 @@ class Footprint:
         """The largest batch size of `batch_sizes` that fits in 90 % of the free memory; 0: none.
 
         Args:
-            free_bytes: As it is before the run takes any.
+            free_bytes: Free memory, as it is before the run takes any.
             at_most: Larger ones are passed over.
         """
         room = USABLE_SHARE * free_bytes
@@ -103,7 +103,7 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
     Args:
         config: All settings; the batch size is not read.
         precision: What `precision.mode` was resolved to.
-        store_bytes: Of the decoded faces of both sides, where they are kept on the GPU.
+        store_bytes: Bytes of the decoded faces of both sides, where they are kept on the GPU.
     """
     model = _model_of(config, precision)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -130,9 +130,9 @@ def advice(config: Config, precision: Precision, free_bytes: int, *, store_bytes
 
     Args:
         config: The settings of the run.
-        precision: As `footprint` takes it.
+        precision: Same as for `footprint`.
         free_bytes: Free before the run took any.
-        store_bytes: As `footprint` takes it.
+        store_bytes: Same as for `footprint`.
     """
     batch_size = config.train.batch_size
     need = footprint(config, precision, store_bytes=store_bytes)

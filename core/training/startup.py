@@ -26,7 +26,7 @@ def start_report(
 
     Args:
         run: Ready to go.
-        faces: Of each side.
+        faces: Faces of each side.
         batch: The batch size and why.
         engine_why: How the engine was chosen.
         num_threads: Threads that decode and augment.

@@ -28,7 +28,7 @@ class TrainStep:
         loss: What is minimised.
         update: Moves the weights.
         ring: Takes the losses.
-        side_stream: Where B's decoder runs beside A's; None: after it.
+        side_stream: Stream on which B's decoder runs beside A's; None: after it.
     """
 
     def __init__(

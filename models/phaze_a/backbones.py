@@ -296,7 +296,7 @@ def backbone(
         mobilenet_width: Multiplies the channels of every MobileNet; they stay multiples of 8.
         mobilenet_depth: Filters for each channel in the depthwise convolutions of mobilenet.
         mobilenet_minimalistic: MobileNet v3 without 5x5 kernels, hard-swish, squeeze and excite.
-        normalize: In which of the two manners the network is made and scales its input.
+        normalize: Manner, of the two, in which the network is made and scales its input.
 
     Raises:
         ValueError: There is no such backbone, or the pictures are too small for it.

@@ -24,11 +24,11 @@ def upscales(
 
     Args:
         config: The options of the model.
-        build: Its settings beside them.
+        build: Settings of the model beside its options.
         inputs: Channels of what is to be scaled up.
         levels: Numbers of the upscales.
         num_branches: 1, or 2 where there is a mask.
-        sides: Of a batch; see `BatchNorm`.
+        sides: Number of sides in a batch; see `BatchNorm`.
     """
     reflect, steps = build.reflect_padding, list[Branches]()
     if levels.start == 0:
