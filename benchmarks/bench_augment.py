@@ -23,7 +23,7 @@ SIZES = ((64, (64,)), (128, (128,)), (128, (256,)), (64, (32, 64, 128)))
 """Input and outputs in px; the store has the largest."""
 
 _STORE_BYTES = 64 * 2**20
-"""Of each side, so that no face is still in the cache of a GPU when it comes again."""
+"""Bytes of each side, so that no face is still in the cache of a GPU when it comes again."""
 
 
 def step(

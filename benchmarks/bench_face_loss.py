@@ -150,7 +150,7 @@ def _by_msssim(
 
 
 def _pictures(batch: int, edge: int, dtype: torch.dtype, device: str) -> list[list[Tensor]]:
-    """As many sets of predictions, targets and weights as outgrow a GPU's cache."""
+    """Sets of predictions, targets and weights, as many as outgrow a GPU's cache."""
 
     def picture(count: int) -> Tensor:
         random = torch.rand(count, 3, edge, edge, device=device, dtype=dtype)

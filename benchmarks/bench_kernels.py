@@ -34,7 +34,7 @@ def rows(ceilings: dict[str, Any], only: tuple[str, ...] = ()) -> Iterator[dict[
     """One row a case and variant; a row with ``error`` is of a case that failed.
 
     Args:
-        ceilings: Of this card, as `ceilings.measure_ceilings` gives them.
+        ceilings: Peaks of this card, as `ceilings.measure_ceilings` gives them.
         only: Operations; all, if none is named.
     """
     for name in kernels.OPERATIONS:

@@ -124,7 +124,7 @@ def _figures(
 
 
 def _share(what: dict[str, Any], eg_per_s: float, ceilings: dict[str, Any] | None) -> float | None:
-    """Of what the roofline of this card allows; it is drawn for bf16."""
+    """Share of what the roofline of this card allows; it is drawn for bf16."""
     if ceilings is None or what["precision"] != "bf16":
         return None
     work = work_of(variant(what["model"]).meta_model(), what["batch_size"])
@@ -164,7 +164,7 @@ class OneBatch:
         return self.only
 
     def seek(self, _faces_seen: dict[str, int]) -> None:
-        """There is nowhere to go."""
+        """Do nothing: there is one batch."""
 
     def batch(self, turn: int = 0) -> Batch:
         """The batch."""
@@ -181,7 +181,7 @@ class _PlainLoss(Loss):
     def __call__(
         self, outputs: tuple[Outputs, Outputs], batch: Batch, scale: Tensor | None
     ) -> Losses:
-        """As the fused losses, of a model with one output."""
+        """Compute what the fused losses do, of a model with one output."""
         means, *gradients = reference.face_loss(
             outputs[0][0],
             outputs[1][0],
@@ -198,7 +198,8 @@ class _PlainUpdate(Update):
     """The optimizer as PyTorch has it: upcast gradients, fused Adam, copies."""
 
     def __call__(self, gradients: Any) -> None:
-        """As the fused update, but for clipping and the check for numbers that are not finite."""
+        """Do what the fused update does, but for clipping and the check for numbers that are not
+        finite."""
         if not hasattr(self, "torch_adam"):
             on_gpu = self.masters[0].is_cuda
             self.torch_adam = torch.optim.Adam(

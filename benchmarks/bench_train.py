@@ -52,7 +52,7 @@ def rows(modes: tuple[str, ...] = ("fp32", "bf16")) -> Iterator[dict[str, Any]]:
 
 
 def _iterations(mode: str, batch_size: int) -> int:
-    """So many that a run takes some 15 seconds on a fast GPU; a few on the CPU."""
+    """Iterations with which a run takes some 15 seconds on a fast GPU; a few on the CPU."""
     if not torch.cuda.is_available():
         return 8
     return (1_000 if mode == "fp32" else 5_000) * 16 // batch_size

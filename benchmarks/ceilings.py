@@ -21,7 +21,7 @@ from .roofline import Card
 from .variants import variant
 
 _MODELS = ("lightweight", "original", "dfaker-256", "dfl-h128")
-"""Whose convolutions are measured: those whose speed has a goal."""
+"""Models whose convolutions are measured: those whose speed has a goal."""
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GPU_MODES, _CPU_MODES = ("bf16", "fp16", "tf32"), ("bf16", "fp32")
@@ -75,7 +75,7 @@ def ceiling_s(
 
 
 def _num_sms(device: torch.device) -> int:
-    """Of a GPU; a CPU's threads."""
+    """Number of multiprocessors of a GPU; a CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return torch.get_num_threads()

@@ -36,7 +36,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """Verdict in words."""
         if self.exceeds_spread is None:
             return "spread unknown"
         if not self.exceeds_spread:
@@ -94,7 +94,7 @@ _NAMED = frozenset(
 
 
 def lines(found: Iterable[Change]) -> Iterable[str]:
-    """For the terminal."""
+    """Lines for the terminal."""
     for change in found:
         yield (
             f"{change.what}: {change.figure} {change.old:g} -> {change.new:g} "

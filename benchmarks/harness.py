@@ -208,7 +208,7 @@ def spread_ms(figures: dict[str, float]) -> dict[str, float]:
 
 
 def rounded(value: float, digits: int = 4) -> float:
-    """To so many significant digits."""
+    """Round to so many significant digits."""
     return float(f"{value:.{digits}g}")
 
 

@@ -1,4 +1,4 @@
-"""Does training learn as fast as the reference implementation? Curves of equal settings.
+"""Comparison of learning with the reference implementation: curves of equal settings.
 
 Each (precision, seed) is one real training run through `mien.core.training`; its losses are read
 back from the TensorBoard events. The reference is a JSON file with both losses at every iteration

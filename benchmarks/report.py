@@ -1,4 +1,4 @@
-"""The README's figures, and all others in docs/figures.md, from the newest results of each card.
+"""Every figure in docs/figures.md, and one a card in the README, from each card's newest results.
 
 Nothing is typed in by hand. Run: ``mien bench report``.
 """
@@ -23,23 +23,48 @@ def newest_results() -> list[dict[str, Any]]:
     return list({content["card"]: content for content in all_results()}.values())
 
 
-def render(*, brief: bool = False) -> str:
-    """All tables as Markdown; ``brief``: steps and the whole loop alone."""
-    return "\n".join(part for content in newest_results() for part in _card(content, brief))
+def render() -> str:
+    """All tables as Markdown."""
+    return "\n".join(part for content in newest_results() for part in _card(content))
 
 
-def _card(content: dict[str, Any], brief: bool) -> Iterable[str]:
+def _title(content: dict[str, Any]) -> str:
     dirty = ", with uncommitted changes" if content["dirty"] else ""
-    yield (
+    return (
         f"**{content['card']}**, {content['cores']} cores, torch {content['torch']}, commit "
-        f"{content['commit']}{dirty}\n"
+        f"{content['commit']}{dirty}"
     )
+
+
+def _headline(content: dict[str, Any]) -> str:
+    """The card with its fastest training step, and what plain PyTorch did in the same run."""
+    steps = [
+        row
+        for row in content["rows"]
+        if row["kind"] == "step" and "without" not in row and row.get("eg_per_s")
+    ]
+    ours = [row for row in steps if row["engine"].startswith("mien-")]
+    if not ours:
+        return _title(content)
+    best = max(ours, key=lambda row: row["eg_per_s"])
+    same = ("model", "batch_size", "precision")
+    plain = [
+        f"; plain PyTorch in the same run: {row['eg_per_s']}"
+        for row in steps
+        if row["engine"] == "plain-torch" and all(row[key] == best[key] for key in same)
+    ]
+    return (
+        f"{_title(content)}:\na training step of `{best['model']}`, batch {best['batch_size']}, "
+        f"{best['precision']}: {best['eg_per_s']} EG/s{''.join(plain[:1])}"
+    )
+
+
+def _card(content: dict[str, Any]) -> Iterable[str]:
+    yield f"{_title(content)}\n"
     rows = [row for row in content["rows"] if "error" not in row]
     whole = [row for row in rows if "without" not in row]
     yield from _steps([row for row in whole if row["kind"] == "step"])
     yield from _loop([row for row in whole if row["kind"] == "train"])
-    if brief:
-        return
     yield from _ceilings(content.get("ceilings"))
     yield from _kernels([row for row in rows if row["kind"] == "kernel"])
     yield from _data([row for row in rows if row["kind"] == "data"])
@@ -175,7 +200,7 @@ def _loop(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _ablation(rows: list[dict[str, Any]]) -> Iterable[str]:
-    """Each row that leaves something out, beside the same row that leaves nothing out."""
+    """Rows that leave something out, each beside the same row that leaves nothing out."""
     whole = {identity(row): row for row in rows if "without" not in row}
     body = []
     for row in rows:
@@ -277,7 +302,8 @@ def update(readme: Path, docs: Path) -> None:
     picture, everything = docs / "figures.png", docs / "figures.md"
     text = f"# Figures\n\nWritten by `mien bench report`.\n\n{render()}"
     replace_file(everything, text.encode())
-    figures = render(brief=True) + f"\nAll figures: [{everything}]({everything}).\n"
+    headlines = "\n\n".join(map(_headline, newest_results()))
+    figures = f"{headlines}\n\nAll figures: [{everything}]({everything}).\n"
     if draw(newest_results(), picture):
         figures = f"![EG/s and the roofline's ceiling]({picture})\n\n{figures}"
     replace_file(readme, f"{before}{BEGIN}\n\n{figures}\n{END}{after}".encode())

@@ -18,16 +18,16 @@ from .harness import rounded
 from .variants import names, variant
 
 _GEMM_SHARE = 0.72
-"""Of the tensor peak, that a well-shaped product of cuDNN or cuBLAS reaches."""
+"""Share of the tensor peak that a well-shaped product of cuDNN or cuBLAS reaches."""
 
 _WEIGHT_GRADIENT_SHARE = 0.85
-"""Of that, where the product is a weight gradient."""
+"""Share of that which a weight gradient reaches."""
 
 _COPY_SHARE = 0.825
-"""Of the copy bandwidth, that kernels with several streams reach."""
+"""Share of the copy bandwidth that kernels with several streams reach."""
 
 _GAP_S = 1e-6
-"""Between two kernels of a graph, that nothing hides."""
+"""Seconds between two kernels of a graph that nothing hides."""
 
 _TILE, _SMALL_TILE = 128, 64
 _MIN_DEPTH, _MAX_SPLITS = 512, 32  # a product is split along its depth into parts no thinner

@@ -43,7 +43,7 @@ _PRESETS = (
 
 
 def names() -> list[str]:
-    """Of all variants."""
+    """Names of all variants."""
     return [*models.available(), *_OPTIONS, *(f"phaze-a:{preset}" for preset in _PRESETS)]
 
 

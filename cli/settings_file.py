@@ -41,7 +41,7 @@ def _is_ini(path: Path) -> bool:
 
 
 def _trainer(given: dict[str, Any]) -> str:
-    """As given, else of the model that is there, else the default."""
+    """Family of the model: as given, else of the model that is there, else the default."""
     places = (("model", "trainer"), ("save", "model_dir"))
     said = {
         section: {name: given[section][name]}

@@ -127,7 +127,7 @@ def _value(spec: settings.Spec, text: str) -> Any:
 
 
 def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe | None]":
-    """Only what the user gave, and the recipe.
+    """Settings that the user gave, without defaults, and the recipe.
 
     Weight, lowest first: preset, recipe, file, ``--set``, flags. What a stage sets comes on top.
     """

@@ -1,4 +1,4 @@
-"""In which number format the network computes. Weights, statistics and losses stay fp32."""
+"""Number format in which the network computes. Weights, statistics and losses stay fp32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +31,8 @@ class Precision:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Within it the inputs of fp32 products are not rounded, whatever the precision."""
+    """Compute fp32 products inside the context without rounding their inputs, in every
+    precision."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False

@@ -26,10 +26,10 @@ class SwapModel:
     """A trained model, ready to decode faces."""
 
     network: Autoencoder
-    """In evaluation mode, on its device."""
+    """Network in evaluation mode, on its device."""
 
     sides: tuple[Side, ...]
-    """As whom it decodes faces."""
+    """Sides as whom it decodes faces."""
 
     centering: str
     """What the crops of the faces that it was trained on are centred on: face, head or legacy."""
@@ -58,8 +58,8 @@ def load_model(
 
     Args:
         path: A model folder, which is only read, or a file of `mien model inference`.
-        generation: Of a folder, the name of a save, or `backup`; None: the newest.
-        device: Where it is to compute.
+        generation: Name of a save of the folder, or `backup`; None: the newest.
+        device: Device on which it is to compute.
 
     Raises:
         ValueError: There is no model, it is damaged, or it does not fit its own settings; one line
@@ -79,9 +79,9 @@ def swap(
     """Decode faces as one side: those of the other are swapped, its own re-created.
 
     Args:
-        model: From `load_model`.
+        model: Model from `load_model`.
         images: (N, E, E, 3) uint8, BGR: crops as the model was trained on, of any edge.
-        side: As whom the faces are decoded.
+        side: Side as whom the faces are decoded.
         batch_size: Faces that are computed at a time.
 
     Returns:

@@ -92,7 +92,8 @@ class Ranges:
     flip: bool = True
     warp: bool = True
     warp_to_landmarks: bool = False
-    """Where faces are bent, bend them to landmarks of the other side instead of at random."""
+    """Whether faces, where they are bent, are bent to landmarks of the other side, not at
+    random."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,8 +182,8 @@ def draw(
         count: How many of each side.
         num_faces: Faces in each side's store: one number for A alone, or two.
         size_px: The stores' edge S.
-        device: Where to draw; default: where ``first`` lies, the CPU for numbers.
-        out: Where to put them.
+        device: Device to draw on; default: that of ``first``, the CPU for numbers.
+        out: Tensor to put them in.
 
     Raises:
         ValueError: On a number out of range.
@@ -275,12 +276,12 @@ def augment(
     Args:
         faces: Each side's store, uint8 (F, S, S, 8): B, G, R, face, eye, mouth, 0, 0. The first
             half of the rows are faces of the first, the others of the second; S is the same.
-        params_nx: From `draw` or `params_from_records`.
+        params_nx: Records from `draw` or `params_from_records`.
         input_px: Edge of the input, at most S.
         output_px: Edge of each output, at most S.
         num_faces: Faces of each side's whole store, where ``faces`` holds only those of this batch,
             in the order of the rows.
-        landmarks: Of both sides, where faces may be warped to landmarks; on the device.
+        landmarks: Landmarks of both sides, where faces may be warped to them; on the device.
         input_channels: 3, or 8 for an input whose channels 3 to 7 are zeros, as tensor cores
             want multiples of 8.
         penalize_mask: Weigh by the masks; else every weight is 1.
@@ -295,7 +296,7 @@ def augment(
         rgb: Write R, G, B instead of B, G, R.
         input_dtype: float32, bfloat16 or float16; of the input.
         target_dtype: The same, of the targets.
-        out: Where to put everything, from `empty`; the dtypes are then its own.
+        out: Tensors to put everything in, from `empty`; the dtypes are then its own.
         num_threads: CPU threads; 0: as many as the process has cores. The result is the same.
         workspace: GPU only: tensor of at least `workspace_bytes`, aligned to 16 of them.
 

@@ -44,7 +44,7 @@ from .tables import ACCUMULATOR, COLUMNS, FIRST_CHUNK, NUM_CHUNKS, Tables
     ROOT_SIZE,
     OFFSET,
 ) = range(17)
-"""Where the control holds what: see `new_control`."""
+"""Positions of the values in the control: see `new_control`."""
 
 NUM_CONTROLS = 17
 
@@ -155,7 +155,7 @@ def _record_kernel(
 
 @triton.jit
 def _percentile(sorted_ptr, recorded, capacity, PERCENT: tl.constexpr):
-    """Of as many numbers as are there, linear between the two next to it."""
+    """Percentile of as many numbers as are there, linear between the two next to it."""
     last = tl.minimum(recorded, capacity) - 1
     place = last * (PERCENT / 100)
     below = place.to(tl.int64)
@@ -394,7 +394,8 @@ def _plain_norm(
     control: Tensor,
     tensors_tc: Tensor,
 ) -> None:
-    """As the kernel, with the sum of a whole tensor in the place of its first chunk."""
+    """Compute what the kernel does, with the sum of a whole tensor in the place of its first
+    chunk."""
     if accumulators:
         own = list(accumulators)
         if control[ACCUMULATED] == 0:
@@ -409,7 +410,8 @@ def _plain_norm(
 
 
 def _sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Of each tensor, float64. In rows: PyTorch's norm of 16 M numbers at once is 1e-3 off."""
+    """Sum of squares of each tensor, float64. In rows: PyTorch's norm of 16 M numbers at once is
+    1e-3 off."""
     flats = [each.as_strided((each.numel(),), (1,)).float() for each in tensors]
     ends = [each.numel() // _ROW * _ROW for each in flats]
     rows = [each[:end].view(-1, _ROW) for each, end in zip(flats, ends, strict=True) if end]
@@ -522,7 +524,8 @@ def new_control(device: torch.device | str, *, learning_rate: float, scale: floa
 
 
 def new_history(device: torch.device | str, capacity: int) -> Tensor:
-    """No past norms: float64 (C,), infinite where there is none, so those are sorted last."""
+    """History without norms: float64 (C,), infinite where there is none, so those are sorted
+    last."""
     return torch.full((capacity,), math.inf, dtype=torch.float64, device=device)
 
 

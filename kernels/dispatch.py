@@ -1,4 +1,4 @@
-"""Which tensors a kernel takes: those on a GPU; any, while a test runs the kernels on a CPU."""
+"""Tensors that a kernel takes: those on a GPU; any, while a test runs the kernels on a CPU."""
 
 import contextlib
 from collections.abc import Iterator

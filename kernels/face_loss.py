@@ -51,7 +51,7 @@ class FaceLoss(NamedTuple):
     means_2k: Tensor
     """fp32 (2, K): of each side (a, b) and loss, in the order of ``losses``; without shares."""
     gradient_a: Tensor
-    """As ``pred_a``, channels_last."""
+    """Gradient by ``pred_a``, with its shape and dtype, channels_last."""
     gradient_b: Tensor
 
 

@@ -411,11 +411,11 @@ def optimize(
     one of them that is not finite makes that not finite, so all of them are left out.
 
     Args:
-        gradients: Of the scaled loss, one a parameter; fp32, bf16 or fp16, all of one type. One in
-            another layout than its parameter's is copied into that first.
+        gradients: Gradients of the scaled loss, one a parameter; fp32, bf16 or fp16, all of one
+            type. One in another layout than its parameter's is copied into that first.
         tables: Parameters, the moments of the rule, copies and accumulators. They are made before a
             CUDA graph is captured.
-        control: From `new_control`.
+        control: Control from `new_control`.
         rule: How the weights are moved.
         clipping: How the mean gradient is bound, after the loss scale is undone.
         history_c: Past norms from `new_history`, of autoclip.

@@ -112,7 +112,7 @@ def vary_color(picture_ssc: np.ndarray, lab: np.ndarray, clahe_tiles: int) -> np
 
 
 def warp_maps(noise: np.ndarray, size_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel of the random warp comes from: x (S, S) and y (S, S), float32."""
+    """Positions from which each pixel of the random warp comes: x (S, S) and y (S, S), float32."""
     points = np.linspace(0, size_px, 5, dtype=np.float32)
     stretched = int(1.25 * size_px)
     begin = stretched // 10
@@ -126,7 +126,8 @@ def warp_maps(noise: np.ndarray, size_px: int) -> tuple[np.ndarray, np.ndarray]:
 def landmark_maps(
     record: np.ndarray, source_l2: np.ndarray, destination_l2: np.ndarray, size_px: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each pixel of the warp to landmarks comes from: x (S, S) and y (S, S), float32."""
+    """Positions from which each pixel of the warp to landmarks comes: x (S, S) and y (S, S),
+    float32."""
     source = _turned(source_l2, record, size_px)
     destination = _turned(destination_l2, record, size_px) + record["landmark_noise"]
     inner = np.concatenate([source[17:], destination[17:]]).astype(int).astype(np.float32)
@@ -193,7 +194,7 @@ def _turned(landmarks_l2: np.ndarray, record: np.ndarray, size_px: int) -> np.nd
 def maps_before(
     x_ss: np.ndarray, y_ss: np.ndarray, matrix: np.ndarray, flip: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where positions of the turned and mirrored picture lie in the picture before, float32."""
+    """Positions in the picture before of those in the turned and mirrored one, float32."""
     x = x_ss.shape[0] - 1 - x_ss.astype(np.float64) if flip else x_ss.astype(np.float64)
     whole = np.vstack([matrix.astype(np.float64), [0, 0, 1]])
     inverse = np.linalg.inv(whole)[:2]
@@ -202,7 +203,7 @@ def maps_before(
 
 
 def _shrunk(picture: np.ndarray, edge: int) -> np.ndarray:
-    """Resized by area; a picture of more than four channels one by one where OpenCV refuses it."""
+    """Picture resized by area; more than four channels one by one where OpenCV refuses them."""
     if picture.shape[0] == edge:
         return picture
     if picture.shape[2] > 4 and picture.shape[0] % edge:
@@ -277,16 +278,16 @@ def optimize(
     """`mien.kernels.optimize` for one step that is number ``step`` of the finite ones, from 1.
 
     Args:
-        parameters: Before the step.
-        gradients: Of the scaled loss, or the mean of several.
-        moments: Those of the rule.
+        parameters: Parameters before the step.
+        gradients: Gradients of the scaled loss, or the mean of several.
+        moments: Moments of the rule.
         rule: How the weights are moved.
-        learning_rate: Of this step.
-        step: Its number.
+        learning_rate: Learning rate of this step.
+        step: Number of the step.
         clipping: How gradients are bound.
         norms: Past ones, of autoclip.
         scale: What the loss was multiplied with.
-        decays: Which parameters the weight decay moves; default: all.
+        decays: Whether the weight decay moves each parameter; default: all.
 
     Returns:
         Parameters and moments after the step, in their own dtype; what came in, if a gradient is

@@ -56,7 +56,7 @@ class Rule:
 
     @property
     def moments(self) -> tuple[str, ...]:
-        """Those of `MOMENTS` that the rule keeps."""
+        """Names among `MOMENTS` that the rule keeps."""
         kept = _KEPT.get(self.name, ("mean", "square"))
         return (*kept, "largest") if self.has_largest_square else kept
 
@@ -89,7 +89,7 @@ class Clipping:
     kind: str = "none"
 
     bound: float = 0.0
-    """Above 0; with autoclip the percentile, 0 to 100; without clipping it is not read."""
+    """Bound above 0; with autoclip the percentile, 0 to 100; without clipping it is not read."""
 
     def __post_init__(self) -> None:
         if self.kind not in CLIPPINGS:

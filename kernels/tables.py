@@ -1,4 +1,4 @@
-"""Where the tensors of an optimizer lie: what lets one launch update all of them.
+"""Addresses of the tensors of an optimizer: what lets one launch update all of them.
 
 A kernel over many tensors reads their addresses from tables on the device. Weights and moments
 never move, so theirs are written once. Gradients move from step to step, except inside a CUDA
@@ -60,13 +60,13 @@ class Tables:
 
         Args:
             parameters: fp32, contiguous or channels_last, all on one device.
-            moments: Those of `MOMENTS` that the rule keeps; fp32, each tensor of the shape and the
-                strides of its parameter, zeros at the start.
+            moments: Moments among `MOMENTS` that the rule keeps; fp32, each tensor of the shape and
+                the strides of its parameter, zeros at the start.
             copies: The weights that the network computes with: the same, but all bf16 or all fp16;
                 none where it computes in fp32.
-            accumulators: Where gradients of several backward passes are summed, laid out as the
+            accumulators: Tensors that sum gradients of several backward passes, laid out as the
                 parameters, fp32; none where each one makes a step.
-            decays: Which parameters the weight decay moves; default: all.
+            decays: Whether the weight decay moves each parameter; default: all.
 
         Raises:
             ValueError: On a tensor that does not fit.
@@ -104,7 +104,7 @@ class Tables:
         """int64: of each tensor, what the names of columns above say."""
 
         self.partials_n = torch.zeros(len(chunks), dtype=torch.float64, device=device)
-        """Of the last gradients, the sum of squares of each chunk."""
+        """Sum of squares of each chunk of the last gradients."""
 
         self.factors_t = torch.ones(num_tensors, device=device)
         """What the gradient of each tensor is multiplied with where each is clipped by itself."""
@@ -137,11 +137,11 @@ class Tables:
         return fitted
 
     def gradient_row(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Where gradients from `fitted` lie: int64 (T,) on the device; ask once a step."""
+        """Addresses of gradients from `fitted`: int64 (T,) on the device; ask once a step."""
         return self._gradient_rows.find(tuple(map(Tensor.data_ptr, gradients)))
 
     def _addresses(self) -> list[list[int]]:
-        """Those of the columns from PARAMETER to ACCUMULATOR."""
+        """Addresses in the columns from PARAMETER to ACCUMULATOR."""
         moments = [self.moments.get(kind, []) for kind in MOMENTS]
         lists = (self.parameters, *moments, self.copies, self.accumulators)
         none = [0] * len(self.parameters)

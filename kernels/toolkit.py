@@ -35,7 +35,7 @@ OLDEST = 80
 """The first generation that the kernels are written for: sm_80, Ampere."""
 
 DEFAULT_CUDA = "13.0"
-"""Of the compiler that is fetched where the installed torch is a build for CPUs."""
+"""Version of the compiler that is fetched where the installed torch is a build for CPUs."""
 
 _SYSTEM = "/usr/local/cuda"
 _DEVICE = Path("/dev/nvidiactl")
@@ -48,7 +48,7 @@ class Card:
 
     name: str
     generation: int
-    """Of its compute capability: 89 for sm_89."""
+    """Number of its compute capability: 89 for sm_89."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Build:
     """AUTO, ON or OFF: what is done where the compiler does not work."""
 
     why: str = ""
-    """Why there are no CUDA kernels, where there is no compiler."""
+    """Reason that there are no CUDA kernels, where there is no compiler."""
 
     compiler: Path | None = None
     generations: tuple[int, ...] = ()

@@ -376,7 +376,7 @@ def _places(y_bchw: Tensor, factor: int, border: Sequence[int]) -> Tensor:
 def _activate_plain(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, slope: float, y: Tensor
 ) -> None:
-    """On the CPU, in as few passes as torch has; x, residual and y are (B, H, W, R, L)."""
+    """Run on the CPU, in as few passes as torch has; x, residual and y are (B, H, W, R, L)."""
     wide = torch.float32 if x.dtype.itemsize == 2 else x.dtype
     addend = 0 if bias is None else bias.to(wide).view(x.shape[3:])
     if x.dtype == wide:

@@ -28,7 +28,7 @@ class Axis:
     """(numbers of the axis,) int64, ascending."""
 
     length: int
-    """Of the padded axis."""
+    """Length of the padded axis."""
 
 
 Axes = tuple[Axis, ...]

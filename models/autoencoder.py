@@ -114,7 +114,7 @@ class Autoencoder(nn.Module, abc.ABC):
         return self.decode(self.mix(codes, side), side)
 
     def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
-        """Any faces, decoded as ``side``: its own faces are re-created, the other's swapped."""
+        """Decode any faces as ``side``: its own faces are re-created, the other's swapped."""
         return self._as_side(self.encode(faces_bchw), side)
 
     def subnetwork(self, path: str) -> nn.Module:

@@ -109,7 +109,7 @@ def remember(norms: Sequence[BatchNorm]) -> None:
 
 
 def _move(norms: Sequence[BatchNorm], eps: float, momentum: float) -> None:
-    """Do so for norms with equal settings and sides, and let go of what they have seen."""
+    """Update the estimates of norms with equal settings and sides; drop what they have seen."""
     running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
     estimates_2c = torch.cat(running).view(2, -1)
     seen: list[Tensor] = []

@@ -53,7 +53,7 @@ class _Enlarged(nn.Module):
         self.factor, self.channels = factor, (channels,)
 
     def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Where the face begins and, if two are asked for, the mask."""
+        """Inputs of the face's branch and, if two are asked for, of the mask's."""
         return (enlarge(x_bchw, self.factor),) * count
 
 
@@ -61,7 +61,7 @@ class _Hybrid(HybridUpscale):
     """A stem: the code, scaled up by `HybridUpscale`."""
 
     def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Where the face begins and, if two are asked for, the mask."""
+        """Inputs of the face's branch and, if two are asked for, of the mask's."""
         return self.branches(x_bchw, *((0.2, 0.2), (0.1, 0.1))[:count])
 
 
@@ -69,7 +69,7 @@ class _Shuffled(Upscale):
     """A stem: the code, scaled up by `Upscale`."""
 
     def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
-        """Where the face begins and, if two are asked for, the mask."""
+        """Inputs of the face's branch and, if two are asked for, of the mask's."""
         return (self(x_bchw),) * count
 
 

@@ -56,7 +56,7 @@ def glorot_uniform(weight: Tensor, generator: torch.Generator) -> None:
 
 
 def he_normal(weight: Tensor, generator: torch.Generator) -> None:
-    """For dense layers that a LeakyReLU follows."""
+    """Initialize dense layers that a LeakyReLU follows."""
     deviation = math.sqrt(2 / _fans(weight)[0]) / _CUT_DEVIATION
     nn.init.trunc_normal_(
         weight, std=deviation, a=-2 * deviation, b=2 * deviation, generator=generator
@@ -125,7 +125,7 @@ def initialize(
     Args:
         module: The model. A module in it that has a method ``draw_weights(generator)`` fills all
             that it holds by itself.
-        generator: Where all numbers come from.
+        generator: Generator from which all numbers come.
         icnr_init: Draw convolutions before a shuffle by `icnr`.
         conv_aware_init: Draw convolutions by `convolution_aware`, but for Glorot-uniform ones.
     """

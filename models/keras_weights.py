@@ -21,7 +21,7 @@ class Entry:
     """One array of another program and what puts it into its place."""
 
     shape: tuple[int, ...]
-    """In Keras's layout."""
+    """Shape in Keras's layout."""
 
     load: Callable[[np.ndarray], None]
     """Takes an array of that shape."""

@@ -34,8 +34,8 @@ class InstanceNorm(nn.Module):
 
 
 class AdaptiveInstanceNorm(nn.Module):
-    """Each channel of a face by itself, then gain and bias from elsewhere (Huang and Belongie
-    2017): ``gain * (x - mean) / (deviation + 0.001) + bias``."""
+    """Normalisation of each channel of a face by itself, then gain and bias from elsewhere (Huang
+    and Belongie 2017): ``gain * (x - mean) / (deviation + 0.001) + bias``."""
 
     def forward(self, x_bchw: Tensor, gain_bc11: Tensor, bias_bc11: Tensor) -> Tensor:
         x = _wide(x_bchw)
@@ -45,7 +45,8 @@ class AdaptiveInstanceNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Over 32 groups of consecutive channels of one face (Wu and He 2018); epsilon 1e-6."""
+    """Normalisation over 32 groups of consecutive channels of one face (Wu and He 2018); epsilon
+    1e-6."""
 
     def __init__(self, channels: int | Runs):
         super().__init__()
@@ -63,12 +64,12 @@ class GroupNorm(nn.Module):
         return nn.functional.group_norm(x, 32, weight, bias, 1e-6).to(x_bchw.dtype)
 
     def keras_shape(self) -> tuple[int, ...]:
-        """Under which both parameters are stored elsewhere."""
+        """Shape under which both parameters are stored elsewhere."""
         return 1, 1, 1, len(self.weight)
 
 
 class LayerNorm(nn.Module):
-    """Over the channels of each pixel (Ba et al. 2016); epsilon 1e-3."""
+    """Normalisation over the channels of each pixel (Ba et al. 2016); epsilon 1e-3."""
 
     def __init__(self, channels: int | Runs):
         super().__init__()

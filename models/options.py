@@ -112,7 +112,8 @@ def field_docs(kind: type) -> dict[str, str]:
 
 
 def describe(kind: type[Options]) -> list[dict[str, Any]]:
-    """Of every option: name, default, rule in words, whether it is free, and what it does."""
+    """Descriptions of all options: name, default, rule in words, whether it is free, and what it
+    does."""
     docs = field_docs(kind)
     return [
         {

@@ -79,8 +79,8 @@ def build(
     """A model on the CPU, in channels_last; its weights are a pure function of the arguments.
 
     Args:
-        name: Of the family.
-        seed: None leaves the weights unfilled, for a checkpoint to bring them.
+        name: Name of the family.
+        seed: Seed of the weights; None leaves them unfilled, for a checkpoint to bring them.
         pretrained: Take up pretrained weights where the options ask for it.
         settings: Fields of `Build` and of the family's ``Config``.
     """

@@ -20,6 +20,13 @@ CORE = [  # and so they do inside core
     *("data", "faces", "console", "checkpoint", "precision", "config", "system"),
 ]
 
+PAGES = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
+FRAGMENTS = """
+    Of That In To Also By From At As On For With Without Within While When Where Wherein Which Who
+    Whom Whose Why Given Those These This It Its No None Nothing Nobody Between Over Under Above
+    Below After Before Until Since If Because So Less And Or But There They
+""".split()  # a docstring that begins so is no sentence, and names nothing
+
 
 def _modules(room):
     return sorted((ROOT / room).rglob("*.py"))
@@ -94,6 +101,60 @@ def test_nothing_dangerous_is_called():
                     assert "pickle" not in {a.name for a in node.names}, f"{path}:{node.lineno}"
                 if isinstance(node, ast.ImportFrom):
                     assert node.module != "pickle", f"{path}:{node.lineno}"
+
+
+ARGUMENTS = re.compile(r"^ *Args:\n(.*?)(?=\n *(?:Raises|Returns|Yields):|\Z)", re.M | re.S)
+
+
+def _texts(tree):
+    """Docstrings of modules, classes, functions, attributes, arguments, with their line numbers."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            if isinstance(node.value.value, str):
+                yield node.lineno, node.value.value.strip()
+                for arguments in ARGUMENTS.findall(node.value.value):
+                    for text in re.findall(r"^ *\w+: (\S.*)", arguments, re.M):
+                        yield node.lineno, text
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_docstrings_are_sentences_or_name_something(room):
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for path in _modules(room)
+        for line, text in _texts(ast.parse(path.read_text()))
+        if re.match(r"\w*", text)[0] in FRAGMENTS
+    ]
+    assert not found, "a docstring begins with a noun or a verb:\n" + "\n".join(found)
+
+
+def test_the_docstring_check_sees_attributes_and_arguments():
+    code = '''"""A module."""\nclass A:\n    seconds: float\n    """That they took."""\n'''
+    assert list(_texts(ast.parse(code))) == [(1, "A module."), (4, "That they took.")]
+    code = (
+        '"""F.\n\nArgs:\n    a: Of it.\n    b: Two,\n        of it.\n\nRaises:\n    E: At c.\n"""'
+    )
+    assert [text for _, text in _texts(ast.parse(code))][1:] == ["Of it.", "Two,"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(PAGES)])
+def test_links_and_pictures_of_a_page_are_there(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text()):
+        assert (path.parent / target).exists(), f"{page} links to {target}, which is not there"
+
+
+def test_the_readme_is_short_and_names_files_that_are_there():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) < 900, "what is longer has a page of its own in docs"
+    room, numbers = "", []
+    for line in text.partition("## The code")[2].partition("##")[0].splitlines():
+        if found := re.match(r"    (\w+/)  ", line):
+            room = found[1]
+        elif found := re.match(r"      ([\w/.]+) +(\d)  ", line):
+            assert (ROOT / room / found[1]).is_file(), f"README.md names {room}{found[1]}"
+            numbers.append(found[2])
+    assert sorted(numbers) == list("12345")
 
 
 def test_help_is_light():

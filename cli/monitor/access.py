@@ -1,4 +1,4 @@
-"""Who may see the page and who may ask the run for work.
+"""Access: who may see the page and who may ask the run for work.
 
 A page of another site, opened in the same browser, must get nothing out of this one and nothing
 into it: so the Host header must name this machine (else any name could be made to lead here), a

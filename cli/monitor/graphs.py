@@ -14,7 +14,7 @@ def loss_points(history: History, first: int | None, last: int | None, most: int
     """Means over equally many events each, at most ``most``; None where nothing was logged.
 
     Args:
-        history: With the losses to be drawn.
+        history: History with the losses to be drawn.
         first: Iteration to begin with; None: the first of all.
         last: Iteration to end with; None: the last of all.
         most: Number of points.

@@ -147,7 +147,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _told_at(events: str) -> int:
-    """When something was added last to a session's events, in ns; 0 where it has none."""
+    """Time at which something was added last to a session's events, in ns; 0 where it has none."""
     # They may be put aside at this moment.
     return _changed_at(events) or _changed_at(older_file(Path(events), 1))
 

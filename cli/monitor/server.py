@@ -56,7 +56,7 @@ def make_app(model_dir: Path, access: Access) -> Starlette:
 
     Args:
         model_dir: The model folder; it may be empty, or be made later.
-        access: Who may do what.
+        access: Rules of who may do what.
     """
     watch = Watch(model_dir, may_ask=access.allows)
     files = {name: _File(*_page_file(name)) for name in ("page.html", "page.css", "page.js")}

@@ -47,7 +47,7 @@ class Watch:
         self._seen: dict[str, tuple[int, int]] | None = None
 
     def status(self) -> dict[str, Any]:
-        """Where the run stands, and its last events."""
+        """State of the run, and its last events."""
         with self._journal_lock:
             self._journal.update()
             latest, events = dict(self._journal.latest), self._journal.events

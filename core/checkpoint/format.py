@@ -352,7 +352,7 @@ def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[s
 
 
 def read_generation(folder: Path, manifest: Manifest) -> Generation:
-    """All of a generation, the small files first."""
+    """Read a whole generation, the small files first."""
     state, config = read_state(folder, manifest)
     optimizer = None
     if OPTIMIZER in manifest.files:

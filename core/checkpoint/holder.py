@@ -28,12 +28,13 @@ class RequestError(RuntimeError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has last locked a model folder."""
+    """Process that has last locked a model folder."""
 
     pid: int
     host: str
     is_running: bool
-    """It holds the lock now; of a process on another host this cannot be seen and is False."""
+    """Whether it holds the lock now; False for a process on another host, where it cannot be
+    seen."""
 
     @property
     def is_here(self) -> bool:
@@ -42,7 +43,7 @@ class Holder:
 
 
 def holder(model_dir: Path) -> Holder | None:
-    """Who has last locked the folder; None where nobody has, or a run is just starting."""
+    """Process that has last locked the folder; None where none has, or a run is just starting."""
     owner = read_owner(model_dir)  # of a disk without flock
     if owner is not None and (owner.is_running or not owner.is_here):
         return Holder(owner.pid, owner.host, owner.is_running)

@@ -50,7 +50,7 @@ def write_inference(
         target: A file *.safetensors outside the saves.
         generation: Name of one, or `backup`; None: the newest.
         precision: Number format of the weights.
-        side: As whom faces are to be decoded.
+        side: Side as whom faces are to be decoded.
         force: Replace the file where there is one.
 
     Raises:
@@ -148,10 +148,10 @@ def refuse_misfit(
     """Refuse weights that are not, by name and shape, those of the model that is told of.
 
     Args:
-        source: Where the weights are.
-        model: On the meta device.
-        shapes: Of the weights, by name.
-        sides: As whom faces are to be decoded by them; None: they are of all there is.
+        source: Path of the weights, for the error.
+        model: Model on the meta device.
+        shapes: Shapes of the weights, by name.
+        sides: Sides as whom faces are to be decoded by them; None: they are of all there is.
 
     Raises:
         ValueError: One is missing, unknown or of another shape.

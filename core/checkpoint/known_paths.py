@@ -27,7 +27,7 @@ from .format import read_json
 
 MAX_MODELS = 1000
 MAX_PATHS = 16
-"""Most paths that are remembered of one setting of one model."""
+"""Largest number of paths that are remembered of one setting of one model."""
 
 
 class KnownPaths:
@@ -35,7 +35,7 @@ class KnownPaths:
 
     Args:
         model_dir: The model folder.
-        run_id: Of the model.
+        run_id: Identity of the model's run.
     """
 
     def __init__(self, model_dir: Path, run_id: str) -> None:
@@ -83,7 +83,7 @@ class KnownPaths:
         )
 
     def _file(self) -> Path:
-        """Where this user's paths are; ValueError where the user has no home."""
+        """File with this user's paths; ValueError where the user has no home."""
         return state_folder() / "models" / self._name
 
     def _read(self) -> dict[str, list[str]]:

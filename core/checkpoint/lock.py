@@ -98,7 +98,7 @@ def acquire(path: Path) -> Lock:
 
 
 def holder_of(path: Path) -> str | None:
-    """Who holds the lock of a folder now, in words; None where nobody does."""
+    """Process that holds the lock of a folder now, in words; None where none does."""
     owner = read_owner(path)
     if owner is not None and (owner.is_running or not owner.is_here):
         return told_of(owner.pid, owner.host)

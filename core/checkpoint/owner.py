@@ -39,7 +39,7 @@ class Owner:
     host: str
     machine: str
     start: int
-    """When the process began, in ticks since the machine did."""
+    """Start of the process, in ticks since the machine was booted."""
 
     @classmethod
     def of_this_process(cls) -> "Owner":
@@ -68,7 +68,8 @@ class InUseError(Exception):
 
 
 def read_owner(folder: Path) -> Owner | None:
-    """Who the owner file of a folder names; None where there is none, or none of mien's."""
+    """Process that the owner file of a folder names; None where there is none, or none of
+    mien's."""
     return _owner_in(folder / OWNER)
 
 
@@ -199,7 +200,7 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process of this machine began, in ticks since the boot; None where it is gone."""
+    """Start of a process of this machine, in ticks since the boot; None where it is gone."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

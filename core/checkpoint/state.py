@@ -1,4 +1,4 @@
-"""Where a run stands, beside its tensors: counters, sessions, lowest loss.
+"""State of a run, beside its tensors: counters, sessions, lowest loss.
 
 A *session* is one start of the training program on a model. The state is written with every save as
 plain JSON and is read back strictly: a wrong type, a missing or an unknown key is refused.
@@ -44,14 +44,14 @@ class Session:
 
 @dataclass(kw_only=True)
 class TrainingState:
-    """All that is saved of a run besides tensors and settings."""
+    """State that is saved of a run besides tensors and settings."""
 
     run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     trainer: str
     iterations: int = 0
-    """Of all sessions together."""
+    """Iterations of all sessions together."""
     faces_seen: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
-    """Of each side; also the serial number of the next face, which fixes its random numbers."""
+    """Faces seen of each side; also the number of the next face, which fixes its random numbers."""
     lowest_mean_loss: float | None = None
     """The lowest mean, between two saves, of loss A + loss B; None before the first save."""
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class TrainingState:
         """The new session, entered in the list; its number is the highest so far + 1.
 
         Args:
-            config: Its settings.
+            config: Settings of the session.
             started: Seconds since 1970; None: now.
             batch_size: What auto has chosen; None: as set.
 

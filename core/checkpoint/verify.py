@@ -81,7 +81,7 @@ def nan_scan(path: Path, name: str | None = None) -> tuple[str, int, list[NotFin
 
     Args:
         path: A model folder.
-        name: Of the generation, or `backup`; None: the newest.
+        name: Name of the generation, or `backup`; None: the newest.
 
     Raises:
         ValueError: There is no such generation, or it is damaged.
@@ -191,7 +191,7 @@ def _manifest_or_none(folder: Path) -> Manifest | None:
 
 
 def _verdict(path: Path, name: str) -> Verdict | None:
-    """Of a generation or the backup; None where a run has put it away meanwhile."""
+    """Verdict on a generation or the backup; None where a run has put it away meanwhile."""
     folder = path / name
     for _ in range(_TRIES):
         before = _number_of(folder)

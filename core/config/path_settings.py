@@ -20,7 +20,7 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
     """Every path that valid nested settings give, by its place; those left empty are none.
 
     Args:
-        values: By section and key.
+        values: Values by section and key.
         trainer: Family whose options they hold.
     """
     places = [

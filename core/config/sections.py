@@ -169,7 +169,7 @@ def _kind(spec: Spec) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig(_Checked):
-    """Which network is trained."""
+    """Network that is trained."""
 
     trainer: str = _setting("original", locked=True, flag="-t --trainer")
     """Model family."""
@@ -193,7 +193,7 @@ class ModelConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(_Checked):
-    """Where the faces are, how they are cut out and where they are kept."""
+    """Folders of the faces, how faces are cut out of them and where they are kept."""
 
     input_a: str = _setting("", flag="-A --input-a", stays=True, path=True)
     """Folder of face PNGs of side A: the person in the film."""
@@ -226,7 +226,8 @@ class DataConfig(_Checked):
     """What decodes the PNGs: DALI where it is installed (auto), or one of the two by name."""
 
     placement: str = _setting("auto", choices=("auto", "gpu", "host", "file"))
-    """Where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped file."""
+    """Place where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped
+    file."""
 
     store_dir: str = _setting("", path=True)
     """Folder that keeps the decoded faces for the next start; default: `faces` in the model's."""
@@ -324,7 +325,7 @@ class LossConfig(_Checked):
     """Percent of the fourth loss."""
 
     lpips_weights: str = _setting("", path=True)
-    """Folder with the weights of the lpips losses, which cannot be shipped: see the README."""
+    """Folder with the weights of the lpips losses, which are not shipped: see docs/learning.md."""
 
     mask_loss_function: str = _setting("mse", choices=("mae", "mse"))
     """Loss of the predicted mask, with `learn_mask`."""
@@ -378,7 +379,7 @@ class OptimizerConfig(_Checked):
     """Memory of the gradient's square; of the mean, with lion."""
 
     ada_amsgrad: bool = _setting(False, locked=True)
-    """Never let the memory of the square shrink; of adam and adamw."""
+    """Keep the memory of the square from ever shrinking; of adam and adamw."""
 
     weight_decay: float = _setting(0.0, low=0.0, high=1.0)
     """How strongly weights are drawn to 0; biases and the weights of norms are left alone."""
@@ -392,7 +393,7 @@ class OptimizerConfig(_Checked):
     smallest norm."""
 
     autoclip_history: int = _setting(10_000, low=0, high=100_000)
-    """Past norms that autoclip looks at; 0: the last 100,000."""
+    """Number of past norms that autoclip looks at; 0: the last 100,000."""
 
     gradient_accumulation: int = _setting(1, low=1, high=100)
     """Iterations whose mean gradient makes one update; if one of them is not finite, none of them
@@ -424,7 +425,7 @@ class OptimizerConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig(_Checked):
-    """In which number format the network computes; weights, statistics and losses stay fp32."""
+    """Number format in which the network computes; weights, statistics and losses stay fp32."""
 
     mode: str = _setting(
         "auto", choices=("auto", "bf16", "fp16", "tf32", "fp32"), flag="--precision"
@@ -493,7 +494,7 @@ class TrainConfig(_Checked):
 
 
 SAVE_ITERATIONS, SAVE_SECONDS = 250, 60.0
-"""When saves are due where neither iterations nor minutes are set: both have to be over."""
+"""Iterations and seconds after which a save is due where neither is set: both have to be over."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -510,8 +511,8 @@ class SaveConfig(_Checked):
     """Minutes between two saves, in place of iterations; 0 is off."""
 
     save_optimizer: str = _setting("always", choices=("never", "always", "exit"))
-    """When the optimizer's state is saved: exit, with the last save only. Without it a resumed
-    model begins with an empty optimizer, and what follows a crash is not bit for bit the same."""
+    """Saves that hold the optimizer's state: exit, the last one only. Without it a resumed model
+    begins with an empty optimizer, and what follows a crash is not bit for bit the same."""
 
     keep_generations: int = _setting(2, low=1, high=100)
     """How many complete saves are kept."""
@@ -697,7 +698,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def sections_of(values: dict[str, Any]) -> dict[str, Any]:
-    """Each section by its name, of nested plain values that may be a part of what will be set.
+    """Sections by name, of nested plain values that may be a part of what will be set.
 
     Raises:
         ValueError: On an unknown section or key (the nearest known one is named) or a bad value.

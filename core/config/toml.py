@@ -16,7 +16,7 @@ MAX_TOML_DEPTH = 32
 """Tables and lists inside one another."""
 
 MAX_TOML_DOTS = 32
-"""In one line: the parser takes time by the square of a dotted key's parts."""
+"""Most dots in one line: the parser takes time by the square of a dotted key's parts."""
 
 _WINDOWS_PATHS = "; put Windows paths in single quotes, or use / in them"
 _SPOILT_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\b\t\n\f\r\x1b]")

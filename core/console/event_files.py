@@ -28,10 +28,10 @@ class Report:
 
     level: str
     text: str
-    """For people, of one or more lines."""
+    """Text for people, of one or more lines."""
 
     line: str
-    """For programs, a JSON object."""
+    """JSON object for programs, in one line."""
 
     def is_worth(self, level: str) -> bool:
         """Whether a reader who wants reports from this level on wants this one."""
@@ -113,7 +113,7 @@ class ReportFile:
 
 
 def older_file(path: Path, number: int) -> Path:
-    """Where a file that has grown is put; 0: the file itself, 1: the one before."""
+    """Path to which a file that has grown is moved; 0: the file itself, 1: the one before."""
     return path.with_name(f"{path.name}.{number}") if number else path
 
 

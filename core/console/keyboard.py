@@ -19,12 +19,12 @@ _SECONDS_BETWEEN_LOOKS = 0.1
 
 
 class Keyboard:
-    """While entered, the terminal behind a handle gives single keys."""
+    """Make the terminal behind a handle give single keys, while entered."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
         self._original: list | None = None
-        """How the terminal was; None while it is so."""
+        """Attributes that the terminal had before; None while it has them."""
 
         self._is_over = False
         self._looked_at = 0.0

@@ -69,15 +69,15 @@ class LogError(RuntimeError):
 
 
 class Log(Protocol):
-    """Where scalars go."""
+    """Destination of scalars."""
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration; those with `ITERATION` may wait for the next ones.
 
         Args:
-            values: By name, as above.
+            values: Values by name, as above.
             step: Total iteration.
-            wall_time: When it ended, seconds since 1970; now, where it is not given.
+            wall_time: Time at which it ended, in seconds since 1970; now, where it is not given.
         """
 
     def flush(self) -> None:
@@ -193,7 +193,7 @@ class TensorBoardLog:
 
 
 def open_log(model_dir: Path, session: int, *, enabled: bool, first_step: int = 1) -> Log:
-    """Where this session's scalars go."""
+    """Destination of this session's scalars."""
     return TensorBoardLog(model_dir, session, first_step) if enabled else NullLog()
 
 
@@ -216,7 +216,7 @@ class Reporter:
         listener: Callable[[str], None] | None = None,
     ) -> None:
         self._listener = listener
-        """Given every report, as a line of JSON."""
+        """Function that is given every report, as a line of JSON."""
 
         self._stream = Output(sys.stdout if stream is None else stream)
         self._as_json = as_json
@@ -237,8 +237,8 @@ class Reporter:
         """Keep reports in files, those told so far in the first ones of all; print from a level on.
 
         Args:
-            events: For every report as a JSON line; None: for none.
-            log_file: For what is printed; None: for none.
+            events: File for every report as a JSON line; None: for none.
+            log_file: File for what is printed; None: for none.
             level: Lowest level of what is printed.
 
         Raises:
@@ -276,8 +276,8 @@ class Reporter:
         """Tell what is about to run.
 
         Args:
-            fields: For programs: numbers, words, lists.
-            lines: For people: model, folders, chosen paths; None: the fields, one a line.
+            fields: Numbers, words and lists for programs.
+            lines: Model, folders and chosen paths for people; None: the fields, one a line.
         """
         if lines is None:
             lines = {name.replace("_", " "): str(value) for name, value in fields.items()}
@@ -310,12 +310,12 @@ class Reporter:
             eg_per_s: Faces trained per second, both sides.
             data_wait: Share of the time that the step waited for data, 0 to 1.
             memory_mib: Peak memory of the device.
-            learning_rate: Of that iteration.
-            session_iterations: Of these, those of this session.
-            elapsed_s: Since the session's first iteration.
+            learning_rate: Learning rate of that iteration.
+            session_iterations: Number of these that are of this session.
+            elapsed_s: Seconds since the session's first iteration.
             saving: Share of that time for which saves held training up, 0 to 1.
             drawing: The same of the pictures and figures that are made with them.
-            seconds_left: Until the last iteration of the session or of its stage.
+            seconds_left: Seconds until the last iteration of the session or of its stage.
         """
         fields = {
             "iteration": iteration,

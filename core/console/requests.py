@@ -19,14 +19,14 @@ from .keyboard import Keyboard
 from .stop import StopRequest
 
 Wish = Literal["save", "preview", "redraw"]
-"""To save, to look at the present model, to draw what was seen last once more."""
+"""Kinds of request: to save, to preview the present model, to redraw what was seen last."""
 
 _SIGNALS: dict[signal.Signals, Wish] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
 _KEYS: dict[str, Wish] = {"s": "save", "r": "preview", "m": "redraw"}
 
 
 class Requests:
-    """While entered, signals and keys are noted, until the run asks for them.
+    """Note signals and keys while entered, until the run asks for them.
 
     Args:
         stop: Asks the run to end, by other ways than these; None: a new one.

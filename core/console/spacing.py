@@ -50,7 +50,7 @@ class Means:
     def __init__(self) -> None:
         self.count = 0
         self.step, self.wall_time = 0, 0.0
-        """Of the last of them."""
+        """Total iteration of the last of them, and its time in seconds since 1970."""
 
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Being told to stop: the present step is finished and saved; told twice, the process ends.
+"""Stop of a run: the present step is finished and saved; asked twice, the process ends.
 
 A terminal that is closed (SIGHUP) asks but once, however often: shells and session managers send
 it several times, and the save that the first one asked for must not be cut short by the next.
@@ -13,7 +13,7 @@ from ..system.signals import Handlers
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INSISTENT = (signal.SIGINT, signal.SIGTERM)
-"""Those of which a second one ends the process."""
+"""Signals of which a second one ends the process."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -28,10 +28,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
-        """Also the name of a key, where one was pressed to stop, or "a request"."""
+        """Name of the signal, or of the key that was pressed to stop, or "a request"."""
 
         self.when_noted: list[Callable[[], None]] = []
-        """Called at every signal: what must not be left undone if another one follows."""
+        """Functions called at every signal, for what must not be left undone if another one
+        follows."""
 
         self._handlers = Handlers(dict.fromkeys(SIGNALS, self._note))
         self.is_abrupt = False
@@ -50,7 +51,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, a signal raises `Interrupted`, even out of a call that would wait for ever."""
+        """Raise `Interrupted` at a signal inside, even out of a call that would wait for ever."""
         self.is_abrupt = True
         try:
             if self.signal_name:

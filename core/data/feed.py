@@ -77,7 +77,7 @@ class Feed:
         self.single_interpolation = augment_settings.pop("single_interpolation")
         self.ranges = Ranges(**augment_settings)
         self.landmarks = landmarks
-        """Of both sides, where faces are warped to landmarks."""
+        """Landmarks of both sides, where faces are warped to landmarks."""
 
         self.seen = torch.zeros(len(SIDES), dtype=torch.int64, device=device)
         """Faces of each side before the next batch, on the device; `batch` moves it on."""
@@ -190,7 +190,7 @@ class _Room:
     """The tensors that a batch is made in: its parameters, itself, and on a GPU a workspace.
 
     Args:
-        feed: Whose batches they are for.
+        feed: Feed whose batches they are for.
         beside: A set that is never in use at the same moment for anything but its result, and lends
             parameters and workspace; None: there is none.
     """
@@ -232,12 +232,12 @@ def _scratch(feed: Feed) -> tuple[Tensor, Tensor | None]:
 
 
 def _numbers(faces_seen: dict[str, int]) -> list[int]:
-    """In the order of the sides."""
+    """Faces seen, in the order of the sides."""
     return [faces_seen[side] for side in SIDES]
 
 
 def _chosen(faces: list[Tensor], params_nx: Tensor) -> list[Tensor]:
-    """Of each side's faces those that the rows name, in their order."""
+    """Faces of each side that the rows name, in their order."""
     rows = torch.from_numpy(records_of(params_nx)["index"].copy()).reshape(len(SIDES), -1)
     return [
         faces_fssc.index_select(0, chosen.to(faces_fssc.device))

@@ -120,7 +120,7 @@ def load_held_out(
     output_px: tuple[int, ...],
     num_threads: int,
 ) -> HeldOutFaces:
-    """Up to ``count`` faces, evenly spread over the folder's, cut out as those trained on are.
+    """Load up to ``count`` faces, evenly spread over the folder's, cut out as those trained on are.
 
     Raises:
         ValueError: None of them can be used; or one cannot, and data.strict is set.

@@ -1,4 +1,4 @@
-"""Both sides' faces, from the folders' names to decoded pictures."""
+"""Faces of both sides, from the folders' names to decoded pictures."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +28,7 @@ class SideFaces:
     """The faces of one side."""
 
     folder: FaceFolder
-    """Less those that are held out."""
+    """Faces of the folder, less those that are held out."""
 
     store: FaceStore
     crop: Crop
@@ -102,15 +102,15 @@ def open_sides(
     device: torch.device,
     progress: Callable[[str], AbstractContextManager[Tell]] = _no_progress,
 ) -> dict[str, SideFaces]:
-    """Both sides' faces at the processing size; B's headers are read while A is decoded.
+    """Open both sides' faces at the processing size; B's headers are read while A is decoded.
 
     Args:
         data: The folders, and how faces are cut out of them.
-        evaluate: Which faces are held out.
+        evaluate: Settings of the faces that are held out.
         size_px: Processing size: the largest of the model's inputs and outputs.
         store_dir: Folder that keeps the decoded faces; None keeps none.
         earlier_dir: Folder of decoded faces that are read too, and left alone.
-        device: Where training runs.
+        device: Device on which training runs.
         progress: Called with a title; gives what is to be told ``(done, total)``.
 
     Raises:

@@ -60,7 +60,8 @@ DISK_RESERVE_BYTES = 256 * 1024**2
 MASKS_IN_TASK = 8
 TASKS_AHEAD = 6
 CONTENT_VERSION = 2
-"""Raised where the same files and settings give other pixels, or more is told of them."""
+"""Version that is raised where the same files and settings give other pixels, or more is told of
+them."""
 
 COPY_BYTES = 256 * 1024**2
 
@@ -235,7 +236,7 @@ def open_store(
 
 
 def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tuple[str, str]:
-    """Where so many bytes of faces are kept (gpu, host or file), and why, as a sentence.
+    """Place where so many bytes of faces are kept (gpu, host or file), and why, as a sentence.
 
     auto: the GPU where they fit in half of its free memory, else the host where they fit in half
     of its available memory, else a file. Raises ValueError where the place asked for has no room.
@@ -424,7 +425,7 @@ class _Masks(NamedTuple):
 def _masks_ahead(
     pool: ThreadPoolExecutor, faces: list[Face], crop: Crop, data: DataConfig
 ) -> Iterator[_Masks | FaceFileError]:
-    """Each face's masks, or why there are none."""
+    """Masks of each face, or why there are none."""
 
     def make(face: Face) -> _Masks | FaceFileError:
         try:

@@ -32,7 +32,8 @@ VALUE_BYTES = 2
 """A bf16 number."""
 
 UPDATE_BYTES = 28
-"""Of a parameter: weight, mean, square in fp32 both ways, gradient and weight in bf16 one way."""
+"""Bytes that an update moves for a parameter: weight, mean and square in fp32 both ways, gradient
+and weight in bf16 one way."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Product:
 
     @property
     def pointwise_bytes(self) -> int:
-        """Of the pass back over a forward result: its gradient read and written."""
+        """Bytes of the pass back over a forward result: its gradient read and written."""
         return 2 * VALUE_BYTES * self.output_values if self.phase == "forward" else 0
 
     @property
@@ -73,31 +74,31 @@ class Work:
     """What one training step has to do, without data, loss and logging."""
 
     num_faces: int
-    """Of both sides."""
+    """Faces of both sides together."""
 
     num_parameters: int
-    """Of those that are trained."""
+    """Number of parameters that are trained."""
 
     products: tuple[Product, ...]
 
     def flops(self, *phases: str) -> int:
-        """Of the named phases; of all, if none is named."""
+        """FLOP count of the named phases; of all, if none is named."""
         return sum(p.flops for p in self.products if not phases or p.phase in phases)
 
     @property
     def pointwise_bytes(self) -> int:
-        """Read and written by the one pass back over each forward result."""
+        """Bytes read and written by the one pass back over each forward result."""
         return sum(p.pointwise_bytes for p in self.products)
 
     @property
     def activation_bytes(self) -> int:
-        """Of activations and their gradients, read or written by anything."""
+        """Bytes of activations and their gradients, read or written by anything."""
         moved = sum(p.input_values + p.output_values for p in self.products)
         return VALUE_BYTES * moved + self.pointwise_bytes
 
     @property
     def weight_bytes(self) -> int:
-        """Of weights, their gradients and the optimizer's state, read or written."""
+        """Bytes of weights, their gradients and the optimizer's state, read or written."""
         return (3 * VALUE_BYTES + UPDATE_BYTES) * self.num_parameters
 
 

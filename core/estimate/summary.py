@@ -23,11 +23,12 @@ class Layer:
 
     subnetwork: str
     name: str
-    """Its path in the sub-network; empty of the whole."""
+    """Path in the sub-network; empty for the whole."""
 
     kind: str
     shape: tuple[int, ...]
-    """Of its output for one face, as channels, rows and columns, or the length of a vector."""
+    """Shape of its output for one face, as channels, rows and columns, or the length of a
+    vector."""
 
     parameters: int
     macs: int
@@ -47,7 +48,7 @@ class Summary:
 
     num_parameters: int
     num_frozen: int
-    """Of these, that are not trained."""
+    """Number of these parameters that are not trained."""
 
 
 def summarize(model: Autoencoder) -> Summary:
@@ -84,12 +85,12 @@ class _Call:
 
     shape: tuple[int, ...] = ()
     macs: int = 0
-    """By itself, without the modules inside."""
+    """Multiply-accumulates of the module itself, without the modules inside."""
 
 
 @contextmanager
 def _watched(model: Autoencoder) -> Iterator[dict[str, _Call]]:
-    """By path, what the modules do that run inside."""
+    """Record, by path, what the modules do that run inside the context."""
     calls: dict[str, _Call] = {}
     running = [""]
     recorder = Recorder(model)
@@ -125,7 +126,7 @@ def _watched(model: Autoencoder) -> Iterator[dict[str, _Call]]:
 
 
 def _parameters_of(model: nn.Module, calls: dict[str, _Call]) -> dict[str, int]:
-    """By path, the parameters of the modules that ran, with those of modules that did not."""
+    """Parameters, by path, of the modules that ran, with those of modules that did not."""
     found: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]

@@ -28,7 +28,7 @@ from .onnx_network import Network
 from .swap_metrics import IdentityJudge, Judge, PoseJudge
 
 PART = "evaluate"
-"""Under which name the state keeps the latest figures, with the total iteration they are of."""
+"""Name under which the state keeps the latest metrics, with the total iteration they are of."""
 
 _MOST_FACES_AT_ONCE = 16  # a GPU may be filled by training; the preview takes as many
 _LEAST_ERROR = 1e-10  # 100 dB; none at all would be infinitely many
@@ -39,7 +39,7 @@ class Evaluation:
     """What a model is measured with."""
 
     faces: dict[str, HeldOutFaces]
-    """By side."""
+    """Held-out faces by side."""
 
     judges: tuple[Judge, ...]
     """What is told of the swaps."""

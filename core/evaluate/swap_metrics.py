@@ -14,7 +14,7 @@ from ..faces import geometry
 from .onnx_network import Network
 
 Judge = Callable[[np.ndarray], dict[str, float]]
-"""From A's held-out faces as decoded by B, (n, f, f, 3) uint8, to named figures."""
+"""Metric: from A's held-out faces as decoded by B, (n, f, f, 3) uint8, to values by name."""
 
 NUM_LANDMARKS = 68
 _OUTER_EYE_CORNERS = 36, 45

@@ -232,8 +232,8 @@ def _measure(face: Face) -> _Measured | Rejected:
 
 
 def _mask_problems(face: Face, header: FaceHeader, crop: Crop) -> tuple[str, dict[str, str]]:
-    """Why the first damaged mask of a face cannot be used, empty where none is; and by mask, why
-    it leaves (almost) nothing inside the crop."""
+    """Reason that the first damaged mask of a face cannot be used, empty where none is; and, by
+    mask, why it leaves (almost) nothing inside the crop."""
     damaged = ""
     empty = {}
     landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)

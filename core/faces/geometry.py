@@ -1,4 +1,4 @@
-"""Where the face lies in its PNG: alignment, pose, crops.
+"""Position of the face in its PNG: alignment, pose, crops.
 
 The inner landmarks are fitted to a mean face by a similarity (least squares with scale, proper
 rotation; Umeyama 1991, here in its closed form for two dimensions). A point of the source frame
@@ -202,7 +202,7 @@ def stored_box(alignment: Alignment, size_px: int, stored_centering: str, crop: 
 
 
 def _centre_shift(alignment: Alignment, from_centering: str, crop: Crop) -> tuple[float, float]:
-    """From the centre of one patch to that of the crop, normalised."""
+    """Vector from the centre of one patch to that of the crop, normalised."""
     here, there = alignment.offsets[from_centering], alignment.offsets[crop.centering]
     x, y = (there - here).tolist()
     return x, y - crop.vertical_offset

@@ -18,11 +18,11 @@ from ..system.durable_files import open_for_reading
 from .png import FaceFileError, edge_of, is_complete, max_file_bytes
 
 DECODING_BYTES = 512 * 1024**2
-"""Chosen on the CPU: 16 threads at 2048 px."""
+"""Limit chosen on the CPU: 16 threads at 2048 px."""
 
 _READ_FLAGS = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 _BYTES_PER_PIXEL = 6
-"""Measured at 16384 px: OpenCV decodes a PNG into a frame of its own, and copies that."""
+"""Bytes measured at 16384 px: OpenCV decodes a PNG into a frame of its own, and copies that."""
 
 
 class _Budget:

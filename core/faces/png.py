@@ -81,7 +81,7 @@ _parsing = threading.Lock()
 
 
 class FaceFileError(ValueError):
-    """Why a file cannot be used as a face, in one line without its path."""
+    """Reason that a file cannot be used as a face, in one line without its path."""
 
     def alone(self) -> "FaceFileError":
         """The same, to be kept: without the frames that it was raised in, which hold the file."""
@@ -89,7 +89,7 @@ class FaceFileError(ValueError):
 
 
 class NotExtractedError(FaceFileError):
-    """Why a file is none that extraction wrote."""
+    """Reason that a file is none that extraction wrote."""
 
 
 @dataclass
@@ -215,8 +215,8 @@ def insert_header(png: bytes, header: FaceHeader) -> bytes:
 
 
 def max_file_bytes(edge_px: int) -> int:
-    """More than a face of that edge can need: its pixels unpacked and as many again, two headers
-    and some."""
+    """Bytes that no face of that edge can exceed: its pixels unpacked and as many again, two
+    headers and some."""
     return 2 * 3 * edge_px**2 + 3 * MAX_HEADER_BYTES
 
 

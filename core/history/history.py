@@ -59,7 +59,7 @@ class SessionHistory:
 
     number: int
     saved: Session | None
-    """As the newest save tells of it."""
+    """Session as the newest save has it; None where that knows it not."""
 
     batch_size: int | None
     iterations_n: np.ndarray
@@ -69,13 +69,13 @@ class SessionHistory:
     """How many iterations each event stands for."""
 
     times_n: np.ndarray
-    """When each ended, seconds since 1970."""
+    """Time at which each event ended, in seconds since 1970."""
 
     losses: dict[str, np.ndarray]
     """(n,) means of each tag that was asked for; NaN where it was not logged."""
 
     pauses_s: float = 0.0
-    """Between the sessions, where it stands for several."""
+    """Seconds between the sessions, where it stands for several."""
 
     @property
     def num_logged(self) -> int:
@@ -83,7 +83,7 @@ class SessionHistory:
         return int(self.counts_n.sum())
 
     def figures(self) -> statistics.Figures:
-        """By the events; by the save where there are none."""
+        """Statistics by the events; by the save where there are none."""
         if len(self.times_n) or self.saved is None:
             return statistics.session_figures(
                 self.number,
@@ -105,16 +105,16 @@ class SessionHistory:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """All that is known of a model's training."""
+    """Training of a model, as far as it is known."""
 
     trainer: str | None
-    """None before the first save."""
+    """Family of the model; None before the first save."""
 
     sessions: list[SessionHistory]
-    """In the order of training."""
+    """Sessions in the order of training."""
 
     tags: list[str]
-    """All that were logged, sorted."""
+    """Tags that were logged, sorted."""
 
     warnings: list[str]
     """Sentences for the user."""
@@ -151,7 +151,7 @@ class _EventFile:
 
     session: int
     is_mark: bool
-    """Written by a restore: it holds no iterations."""
+    """Whether a restore wrote it: then it holds no iterations."""
 
     began_at: float = 0.0
     first_iteration: int | None = None
@@ -161,13 +161,13 @@ class _EventFile:
     losses: dict[str, array] = field(default_factory=dict)
     batch_size: int | None = None
     tags: set[str] = field(default_factory=set)
-    """All, also those that are not kept."""
+    """Tags of all values, also of those that are not kept."""
 
     num_values: int = -1
-    """Of the last event; a change of it has the tags looked for again."""
+    """Number of values in the last event; a change of it has the tags looked for again."""
 
     places: dict[str, int] = field(default_factory=dict)
-    """Where in an event each kept tag is."""
+    """Position of each kept tag in an event."""
 
     num_unusable: int = 0
     """Events of no time or no iteration that there can be."""

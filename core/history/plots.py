@@ -60,7 +60,7 @@ class Tag:
 
     @classmethod
     def parse(cls, name: str) -> "Tag | None":
-        """None for what is no loss."""
+        """Parse the name of a logged loss; None for a name of anything else."""
         found = _TAG.fullmatch(name)
         if found is None:
             return None
@@ -70,7 +70,7 @@ class Tag:
 
     @property
     def line(self) -> str:
-        """Which line of its panel it is."""
+        """Name of its line in its panel."""
         return "both sides" if self.side is None else self.side.upper()
 
     @property
@@ -215,7 +215,7 @@ def _panels(count: int, title: str, drawing: Drawing) -> tuple["Figure", list["A
 
 
 def _legend(drawing: Drawing) -> str:
-    """Which kind of line is what."""
+    """Legend: which kind of line shows what."""
     words = ["line: every iteration"]
     if drawing.smoothing:
         words = [
@@ -291,7 +291,7 @@ def _dark(color: str) -> tuple[float, ...]:
 
 
 def _mark_sessions(axis: "Axes", history: History, iterations_n: np.ndarray) -> None:
-    """Where sessions begin, if there are several in the picture."""
+    """Mark where sessions begin, if there are several in the picture."""
     starts = [
         (one.number, max(one.iterations_n[0], iterations_n[0]))
         for one in history.sessions

@@ -1,4 +1,4 @@
-"""Going back, by hand, to a save that is kept: the backup, a generation, or another copy.
+"""Return, by hand, to a save that is kept: the backup, a generation, or another copy.
 
 The order makes a kill at any moment leave the old or the restored state in use, and loses nothing:
 
@@ -52,7 +52,7 @@ class Restored:
     """Name of the one in use now."""
 
     archive: Path | None
-    """Where that is which was replaced; None where nothing was."""
+    """Path of the archive of what was replaced; None where nothing was."""
 
     archived: list[str]
     """Names of what is in it."""

@@ -86,20 +86,20 @@ def rate_per_iteration(
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of one session, or of several together. None is what is not known without logs."""
+    """Statistics of one session, or of several together. None is what is not known without logs."""
 
     session: int | None
-    """None: of several."""
+    """Number of the session; None: of several."""
 
     start: float | None
-    """When the first iteration ended; seconds since 1970."""
+    """Time at which the first iteration ended, in seconds since 1970."""
 
     end: float | None
-    """When the last one did."""
+    """Time at which the last iteration ended, in seconds since 1970."""
 
     elapsed_s: int | None
     batch_sizes: tuple[int, ...]
-    """Each once, in the order of the sessions."""
+    """Batch sizes, each once, in the order of the sessions."""
 
     iterations: int
     eg_per_s: float | None
@@ -117,9 +117,9 @@ def session_figures(
     """The figures of a session.
 
     Args:
-        session: Its number.
-        times_n: When its iterations ended, at least one; seconds since 1970.
-        batch_size: None where it is not known.
+        session: Number of the session.
+        times_n: Times at which its iterations ended, at least one; seconds since 1970.
+        batch_size: Faces a side; None where it is not known.
         iterations: How many it had, where not the end of each is known.
         pauses_s: Seconds in between that were not spent on it.
     """
@@ -139,7 +139,7 @@ def session_figures(
 
 
 def total_figures(sessions: Sequence[Figures]) -> Figures:
-    """Of all sessions together, at least one; time and rate are of those where they are known."""
+    """Sum up all sessions, at least one; time and rate are of those where they are known."""
     timed = [one for one in sessions if one.elapsed_s is not None and one.batch_sizes]
     faces = sum(size * one.iterations for one in timed for size in one.batch_sizes)
     known = [one.elapsed_s for one in sessions if one.elapsed_s is not None]

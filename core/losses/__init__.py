@@ -19,7 +19,7 @@ MADE_FOR_A_SIZE: dict[str, Callable[[int], PictureLoss]] = {
     "ms_ssim": MultiScaleSsim,
     "pixel_gradient_diff": PixelGradientDifference,
 }
-"""By name, what makes the loss of pictures with an edge of so many px."""
+"""Makers of losses by name, for pictures with an edge of so many px."""
 
 MIN_PX = {"laploss": MIN_LAPLACIAN_PX, "ms_ssim": MIN_MS_SSIM_PX} | {
     name: trunk.min_px for name, trunk in TRUNKS.items()
@@ -30,10 +30,10 @@ MIN_PX = {"laploss": MIN_LAPLACIAN_PX, "ms_ssim": MIN_MS_SSIM_PX} | {
 def picture_losses(
     names: Sequence[str], sizes_px: Sequence[int], *, lpips_weights: str = ""
 ) -> list[dict[str, PictureLoss]]:
-    """For each size the losses by name, on the CPU; their dtypes are to be made one by ``.to``.
+    """Losses by name for each size, on the CPU; their dtypes are to be made one by ``.to``.
 
     Args:
-        names: Of `MADE_FOR_A_SIZE` or `TRUNKS`.
+        names: Names in `MADE_FOR_A_SIZE` or `TRUNKS`.
         sizes_px: Edges of the pictures.
         lpips_weights: Folder with the weights of lpips losses.
 

@@ -9,21 +9,21 @@ from .picture import PictureLoss
 from .planes import Separable, filtered
 
 PIXELS_PER_DEGREE = 3840 * math.pi / 180
-"""Of a screen 3840 px wide, seen from as far away as it is wide."""
+"""Pixels per degree of a screen 3840 px wide, seen from as far away as it is wide."""
 
 _TO_XYZ = (
     (10135552 / 24577794, 8788810 / 24577794, 4435075 / 24577794),
     (2613072 / 12288897, 8788810 / 12288897, 887015 / 12288897),
     (1425312 / 73733382, 8788810 / 73733382, 70074185 / 73733382),
 )
-"""Of linear RGB; the sums of the rows are the white of CIE's illuminant D65."""
+"""Matrix from linear RGB to XYZ; the sums of the rows are the white of CIE's illuminant D65."""
 
 _CONTRAST = (((1, 0.0047),), ((1, 0.0053),), ((34.1, 0.04), (13.5, 0.025)))
 """Amplitudes and spreads of the eye's filters for luminance, red-green and blue-yellow."""
 
 _COLOR_EXPONENT, _FEATURE_EXPONENT = 0.7, 0.5
 _KNEE_ERROR, _KNEE = 0.4, 0.95
-"""This share of the largest colour error is mapped to that share of the range."""
+"""Share of the largest colour error, and the share of the range to which it is mapped."""
 
 _EDGE_DEGREES = 0.082
 _LEAST_SQUARE = 1e-15
@@ -86,7 +86,7 @@ class Flip(PictureLoss):
         return torch.where(error < knee, error * (_KNEE / knee), above)
 
     def _largest_color_error(self) -> float:
-        """Between pure green and pure blue."""
+        """Distance between pure green and pure blue."""
         green, blue = torch.eye(3, dtype=torch.float64)[1:, None, :, None, None]
         lab = [_hunt_lab(_mixed(self.to_white, color)) for color in (green, blue)]
         return float(_hyab(*lab))
@@ -144,7 +144,7 @@ def _mixed(matrix_33: Tensor, x_bchw: Tensor) -> Tensor:
 
 
 def _linear(rgb: Tensor) -> Tensor:
-    """Without the gamma of sRGB."""
+    """Linear RGB of sRGB, in 0..1: its gamma undone."""
     return torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).pow(2.4), rgb / 12.92)
 
 
@@ -168,7 +168,7 @@ def _hyab(lab_x: Tensor, lab_y: Tensor) -> Tensor:
 
 
 def _length(x_bchw: Tensor) -> Tensor:
-    """Of the vector of channels, (B, 1, H, W); where it is 0, so is the slope."""
+    """Length of the vector of channels, (B, 1, H, W); where it is 0, so is its gradient."""
     square = x_bchw.square().sum(dim=1, keepdim=True)
     is_zero = square == 0
     return square.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)

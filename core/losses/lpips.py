@@ -89,7 +89,7 @@ class Trunk:
     """A network that looks at pictures, and what is taken of it."""
 
     make: Callable[[], nn.Sequential]
-    """Its convolutional part, up to the last layer that is taken."""
+    """Convolutional part of the network, up to the last layer that is taken."""
 
     file: str
     """Torchvision's name of it, with which the file of its weights begins."""
@@ -101,7 +101,7 @@ class Trunk:
     """Layers whose outputs are compared."""
 
     channels: tuple[int, ...]
-    """Of these outputs."""
+    """Channels of these outputs."""
 
     rims: tuple[int, ...]
     """Pixels to leave out around each of them, where features come of the padding."""
@@ -145,7 +145,7 @@ class Lpips(PictureLoss):
     """lpips_*: of pictures of any size from the trunk's smallest; map of 1 channel.
 
     Args:
-        name: Of `TRUNKS`.
+        name: Name in `TRUNKS`.
         folder: Holds the weights; see `_tensors`.
 
     Raises:

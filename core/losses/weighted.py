@@ -35,7 +35,7 @@ class Losses:
     """The unweighted means, in the order that `Loss.named` knows."""
 
     gradients: tuple[Tensor, ...]
-    """Of the total, by every output of A, then of B."""
+    """Gradients of the total, by every output of A, then of B."""
 
 
 class Loss:
@@ -132,7 +132,7 @@ class Loss:
         weight_n1hw: Tensor,
         scale: Tensor | None,
     ) -> FaceLoss:
-        """As `face_loss` gives them, of the other losses, with gradients in fp32."""
+        """Compute the other losses as `face_loss` gives its own, with gradients in fp32."""
         pred = torch.cat((pred_a.detach(), pred_b.detach())).float().contiguous().requires_grad_()
         target = target_nchw.float().contiguous()
         means, total = [], torch.zeros_like(pred)
@@ -157,7 +157,7 @@ class Loss:
         }
 
     def _named_terms(self) -> dict[str, list[tuple[int, float]]]:
-        """For each logged name the columns of a row that make it up, each with its weight."""
+        """Columns of a row that make up each logged name, each with its weight."""
         terms: dict[str, list[tuple[int, float]]] = {f"loss_{side}": [] for side in SIDES}
         terms["batch_total"] = []
         column = 0

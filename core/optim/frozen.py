@@ -28,10 +28,11 @@ class Frozen:
             name: crop(parameter.detach(), axes_of(parameter)).to("cpu", copy=True)
             for name, parameter in parameters.items()
         }
-        """In fp32, without the channels that alignment added."""
+        """Weights in fp32, without the channels that alignment added."""
 
         self.state: dict[str, Tensor] = {}
-        """Of an earlier session's optimizer, whichever it was: `<parameter>.mean`, `.square`.."""
+        """State of an earlier session's optimizer, whichever it was: `<parameter>.mean`,
+        `.square`.."""
 
         for parameter in parameters.values():
             parameter.data = parameter.data.to(compute)

@@ -26,7 +26,7 @@ what rollbacks have multiplied the rate with."""
 _LEAST_SHARE = 1e-12
 
 SCHEDULE_SETTINGS = {"warmup_steps", "schedule", "schedule_iterations", "schedule_factor"}
-"""Where one of these is changed, or set by a stage, the schedule begins anew."""
+"""Settings of which a change, also by a stage, begins the schedule anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Schedule:
     """What the warm-up rises to."""
 
     source: str
-    """Where the base rate comes from, in words."""
+    """Origin of the base rate, in words."""
 
     begun: int = 0
     """Total iterations before its first one."""
@@ -91,7 +91,7 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
     """The schedule of a run; it goes on where it was, unless one of its settings has changed.
 
     Args:
-        state: Of the run; is told where the schedule begins.
+        state: State of the run; it keeps where the schedule begins.
         config: Settings of the run.
         stage_factor: What the stage multiplies the rate with.
     """

@@ -49,7 +49,7 @@ _SAVED = {  # what a resume needs of the control numbers, by name
 _COUNTS = ("step", "beta_1_power", "beta_2_power")
 _LONGEST_HISTORY = 100_000
 _RMS_MEMORY = 0.99
-"""Of RMSprop's square."""
+"""Decay rate of RMSprop's mean square."""
 
 
 def rule_of(config: OptimizerConfig) -> Rule:
@@ -75,7 +75,7 @@ def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
     """Refuse weights that are not those of a model.
 
     Args:
-        tensors: By name, as they were saved.
+        tensors: Tensors by name, as they were saved.
         own: The model's, of which the numbers do not matter.
 
     Raises:
@@ -95,7 +95,7 @@ class Part:
     """Parameters that are moved together, with a finite check and a count of steps of their own."""
 
     numbers: list[int]
-    """Which they are, of the model's."""
+    """Indices of them among the model's parameters."""
 
     tables: Tables
     control: Tensor
@@ -134,7 +134,7 @@ class Update:
         self.accumulators = self._zeros() if self.accumulation > 1 else []
         device = self.masters[0].device
         self.history_c: Tensor | None = None
-        """Past norms, of autoclip."""
+        """Norms of past gradients, for autoclip."""
 
         if self.clipping.kind == "autoclip":
             self.history_c = new_history(device, config.autoclip_history or _LONGEST_HISTORY)
@@ -152,7 +152,7 @@ class Update:
         self._move(self.parts[0], gradients)
 
     def beside_backward(self) -> AbstractContextManager[None]:
-        """Wherein the backward pass is to run; here nothing is done beside it."""
+        """Context manager for the backward pass; here nothing is done beside it."""
         return nullcontext()
 
     @property
@@ -309,7 +309,7 @@ class Update:
         )
 
     def _cropped(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """By parameter, without the channels that alignment added."""
+        """Tensors by parameter, without the channels that alignment added."""
         return {
             name: crop(tensor, axes_of(parameter)) if axes_of(parameter) else tensor
             for name, parameter, tensor in zip(self.names, self.parameters, tensors, strict=True)

@@ -32,9 +32,10 @@ def check(name: str, tensor: Tensor | None, like: Tensor) -> None:
     """Refuse a tensor of an optimizer's state that is not as the model's own.
 
     Args:
-        name: In the checkpoint.
+        name: Name of the tensor in the checkpoint.
         tensor: What it holds; None: nothing.
-        like: Of the shape and number format that it must have. A history may have any length.
+        like: Tensor of the shape and number format that it must have. A history may have any
+            length.
 
     Raises:
         ValueError: It has another shape or number format, or holds a number out of range.

@@ -25,13 +25,13 @@ little is left to do when the backward pass has ended."""
 
 
 FLOPS_PER_BYTE = 184
-"""Of a card, the bf16 products that it computes in the time in which it copies a byte: 790 TFLOP/s
+"""Number of bf16 operations that a card computes in the time in which it copies a byte: 790 TFLOP/s
 by 4.3 TB/s of an H200 (an H100 has 263, an RTX 4090 174). Figures of other people's measurements;
 not measured by mien."""
 
 LEAST_SHARE = 0.1
-"""Of a step, the share of the update from which it is to run beside the backward pass: no more than
-that can be hidden, and its launches cost some 10 microseconds. Unmeasured on a GPU."""
+"""Share of a step that the update must take to run beside the backward pass: no more than that can
+be hidden, and its launches cost some 10 microseconds. Unmeasured on a GPU."""
 
 
 def pays(work: Work) -> bool:
@@ -50,7 +50,7 @@ def choose(
 
     Args:
         config: Settings of the optimizer.
-        precision: As it was resolved.
+        precision: Precision as it was resolved.
         is_worth: Whether auto leads to an overlapped update where nothing forbids it: on a GPU, by
             `pays`.
 
@@ -68,7 +68,8 @@ def choose(
 
 
 def _obstacle(config: OptimizerConfig, precision: Precision) -> str | None:
-    """Why an update cannot run beside the backward pass, and what to change; None: it can."""
+    """Reason that an update cannot run beside the backward pass, and what to change; None: it
+    can."""
     needs_all = "which needs every gradient before the first update"
     if precision.scales_loss:
         return f"precision {precision.name} scales the loss, {needs_all}; use --precision bf16"
@@ -110,14 +111,14 @@ class OverlappedUpdate(Update):
         """Gradients by the number of their parameter, in the order in which they came."""
 
         self.came_on: list[set[torch.cuda.Stream]] = []
-        """By part, the streams on which its gradients came; none without a GPU."""
+        """Streams on which the gradients of each part came; none without a GPU."""
 
         self.moved: set[int] = set()
         """Parts that the backward pass has moved and `__call__` is not to move again."""
 
     @contextmanager
     def beside_backward(self) -> Iterator[None]:
-        """Within, a backward pass moves the weights; afterwards the current stream waits for them.
+        """Update the weights during the backward pass inside; afterwards the current stream waits.
 
         The gradients must live as long as the context.
         """

@@ -91,13 +91,14 @@ class PreviewLoader:
 
 
 def spread(faces: list[Face], count: int) -> list[Face]:
-    """Up to ``count`` faces, evenly spread over all."""
+    """Choose up to ``count`` faces, evenly spread over all."""
     places = np.linspace(0, len(faces) - 1, min(count, len(faces))).round().astype(int)
     return [faces[place] for place in places]
 
 
 def drawn(faces: list[Face], count: int, *numbers: int) -> list[Face]:
-    """Up to ``count`` faces, the same for the same ``numbers``, in the order of the folder."""
+    """Choose up to ``count`` faces, the same for the same ``numbers``, in the order of the
+    folder."""
     generator = np.random.default_rng(numbers)
     places = generator.choice(len(faces), min(count, len(faces)), replace=False)
     return [faces[place] for place in sorted(places)]

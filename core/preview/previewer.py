@@ -42,7 +42,7 @@ class Pictures:
         model: The model in training.
         precision: What it computes in.
         loader: Reads faces as the model needs them.
-        faces: Those that are trained on, by side.
+        faces: Faces that are trained on, by side.
         folder: The model folder.
         window: Shows the preview too.
         warn: Told, in one line, of what cannot be read or written.
@@ -113,7 +113,7 @@ class Pictures:
         return self._window.keys() if self._window is not None else ""
 
     def _fresh_faces(self, iteration: int) -> PreviewFaces:
-        """Others than before; the same where files have gone since the run began."""
+        """Load other faces than before; the same where files have gone since the run began."""
         seed, count = self._config.train.seed, self._settings.preview_images
         chosen = {
             side: drawn(faces, count, seed, iteration, number)

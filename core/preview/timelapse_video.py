@@ -82,8 +82,8 @@ def _places(folder: Path) -> Iterator[Path]:
 
 
 def _named_places(folder: Path) -> Iterator[Path]:
-    """Where the sessions of a model have put their pictures, the latest first; what its folder
-    names counts only where it is known to this user."""
+    """Folders where the sessions of a model have put their pictures, the latest first; what its
+    folder names counts only where it is known to this user."""
     if not (folder / "generations").is_dir():
         return
     with ModelFolder(folder, read_only=True) as opened:
@@ -148,7 +148,7 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
 
 
 def _readable(pictures: list[Path], unreadable: list[Path]) -> Iterator[np.ndarray]:
-    """Each picture, (H, W, 3) BGR uint8; those that cannot be read go into the list."""
+    """Read each picture, (H, W, 3) BGR uint8; those that cannot be read go into the list."""
     for path in pictures:
         image = _read(path)
         if image is None:
@@ -198,7 +198,7 @@ def _frame_header(content: bytes) -> tuple[bytes | None, int, int]:
 
 
 def _even(image: np.ndarray) -> np.ndarray:
-    """Less a row or column where their number is odd, which MPEG-4 cannot hold."""
+    """Drop a row or column where their number is odd, which MPEG-4 cannot hold."""
     height_px, width_px = image.shape[:2]
     return image[: height_px - height_px % 2, : width_px - width_px % 2]
 

@@ -30,11 +30,11 @@ _KINDS = {
 
 
 class DamagedError(Exception):
-    """Why a file or generation cannot be used."""
+    """Reason that a file or generation cannot be used."""
 
 
 class OddFileError(OSError):
-    """Something else is in the place of a plain file; its ``strerror`` names it."""
+    """Error of a plain file whose place something else takes; its ``strerror`` names that."""
 
 
 def discard(path: Path) -> None:
@@ -225,9 +225,9 @@ def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> 
 
     Args:
         path: The file.
-        flags: Those of `os.open`.
-        follows_links: For a file that the user has named. What a folder holds may be a stranger's
-            link to anywhere.
+        flags: Flags of `os.open`.
+        follows_links: True for a file that the user has named. What a folder holds may be a
+            stranger's link to anywhere.
 
     Raises:
         OSError: OddFileError where something else is in its place, or the disk refuses.

@@ -17,7 +17,7 @@ _STANDARD = (1, 2)
 
 
 class OutputLost(Exception):
-    """Nobody reads the output any more, and it is what the command was called for."""
+    """Loss of an output that nobody reads any more, and for which the command was called."""
 
     def __init__(self, error: OSError | ValueError) -> None:
         super().__init__(getattr(error, "strerror", None) or str(error))
@@ -28,7 +28,7 @@ class Output:
     """A text stream whose reader may leave; in all else it is like the stream that it writes to.
 
     Args:
-        stream: None where the program was started without one (`>&-`).
+        stream: Stream to guard; None where the program was started without one (`>&-`).
     """
 
     def __init__(self, stream: "TextIO | Output | None") -> None:
@@ -119,7 +119,7 @@ class Output:
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """Within, the program's own output and error output are such streams."""
+    """Make the program's own output and error output such streams, inside the context."""
     _open_missing()
     before = sys.stdout, sys.stderr
     own = Output(before[0]), Output(before[1])

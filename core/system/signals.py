@@ -8,7 +8,7 @@ Handler = Callable[[int, FrameType | None], None]
 
 
 class Handlers:
-    """While entered, each signal calls its handler; one that was ignored before stays ignored.
+    """Call a handler at each signal while entered; one that was ignored before stays ignored.
 
     `nohup`, `trap '' HUP` and a script's `&` leave a signal ignored in what they start, which is
     then meant to outlive it.

@@ -5,12 +5,12 @@ from pathlib import Path
 
 
 def settings_folder() -> Path:
-    """Where a user's own settings are; ValueError where the user has no home."""
+    """Folder of a user's own settings; ValueError where the user has no home."""
     return _folder("XDG_CONFIG_HOME", ".config")
 
 
 def state_folder() -> Path:
-    """Where programs remember what they have seen; ValueError likewise."""
+    """Folder where programs remember what they have seen; ValueError where the user has no home."""
     return _folder("XDG_STATE_HOME", ".local/state")
 
 

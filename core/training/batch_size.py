@@ -29,7 +29,7 @@ def choose(
 
     Args:
         config: All settings.
-        num_faces: Of each side.
+        num_faces: Number of faces of each side.
         precision: What `precision.mode` was resolved to.
         free_bytes: Asked for the memory that is there for the run.
 

@@ -30,7 +30,7 @@ def build_model(
 
     Args:
         config: Settings of the run.
-        device: Where it is going to be trained.
+        device: Device on which it is going to be trained.
         is_new: Whether it begins with weights of its own, or those of another model, and not with
             those of a save.
 
@@ -75,7 +75,7 @@ def build_step(
     Args:
         config: Settings of the run; its batch size is a number, not auto.
         model: Trained in place; moved to the device.
-        device: Where it is trained.
+        device: Device on which it is trained.
         loss: What is minimised; None: what the settings lead to.
         kind_of_update: What moves the weights; None: what the settings lead to.
 

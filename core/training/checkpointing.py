@@ -87,7 +87,7 @@ class Checkpointer:
         """Measure the model, queue a save of the present state, write the pictures beside it.
 
         Args:
-            is_last: Nothing follows in this session.
+            is_last: Whether nothing follows in this session.
             is_good: The losses so far are those of a training that has not diverged.
             with_optimizer: Save its state even where the settings leave it out.
             with_snapshot: Keep a copy beside the model folder.

@@ -1,4 +1,4 @@
-"""Which device a run trains on, and what keeps a GPU that is here from being it."""
+"""Device that a run trains on, and what keeps a GPU that is here from being it."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ class Problem:
     """The command that mends it, or what else there is to do; a clause."""
 
     is_final: bool = False
-    """Nothing can be done about it on this machine."""
+    """Whether nothing can be done about it on this machine."""
 
     def __str__(self) -> str:
         return f"{self.what}; {self.remedy}"
@@ -98,7 +98,8 @@ def _torch_has_gpu() -> bool:
 
 
 def why_hidden() -> Problem | None:
-    """Why torch cannot use the Nvidia GPU of this machine; None where it can, or there is none."""
+    """Problem that keeps torch from the Nvidia GPU of this machine; None: it can use it, or there
+    is none."""
     if _torch_has_gpu() or not toolkit.has_gpu():
         return None
     driver, version = toolkit.driver(), torch.__version__
@@ -136,7 +137,7 @@ def card_of(device: torch.device) -> tuple[str, int]:
 
 
 def why_unfit(device: torch.device) -> Problem | None:
-    """Why mien cannot train on this GPU, which torch can use; None where it can."""
+    """Problem that keeps mien from training on this GPU, which torch can use; None: it can."""
     card, generation = card_of(device)
     if generation < toolkit.OLDEST:
         return Problem(

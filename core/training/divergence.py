@@ -22,7 +22,7 @@ from ..data.sides import SIDES
 from ..system import saved_values
 
 PART = "divergence"
-"""Under which name the state keeps what is known of earlier iterations."""
+"""Name under which the state keeps what is known of earlier iterations."""
 
 WINDOW = 100
 """Iterations whose mean loss counts as one value; pictures count from so many in a session on."""
@@ -45,7 +45,7 @@ ABOVE = 400
 first of 401 losses is the lowest by chance once in 401 times, whatever the noise of a batch."""
 
 EXCESS = 80.0
-"""By how much those losses together must exceed the first, in units of it: 400 by a fifth each.
+"""Excess of those losses over the first, summed in units of it: 400 by a fifth each.
 
 Tiny models of the families, batches of four, drawn and filmed faces, on the CPU: with Lion and
 RMSprop at 0.01 a loss stays at 1.19 to 1.59 of the first; not that of phaze-a, and of one side of
@@ -70,7 +70,7 @@ PINNED = 0.95
 those models turn black or neon, 0.00 to 0.15 where they learn, from the first iteration on."""
 
 _MOVED = "moved"
-"""Under which name the part keeps the sum of the rates that counts up to `UNMOVED`."""
+"""Name under which the part keeps the sum of the rates that counts up to `UNMOVED`."""
 
 _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
 _HOW_FACES_ARE_KEPT = ("decoder", "placement", "store_dir", "num_threads", "strict")
@@ -100,7 +100,8 @@ class NotFinite:
     """Looks for losses and gradients that are not numbers.
 
     Args:
-        scales_loss: With fp16 single steps whose gradient overflows only lower the loss scale.
+        scales_loss: Whether the loss is scaled: with fp16 single steps whose gradient overflows
+            only lower the scale.
         accumulation: Iterations of a step.
     """
 
@@ -173,13 +174,13 @@ class Side:
     """What is known of one side, over all sessions with the same faces and losses."""
 
     first_loss: float | None = None
-    """Of the first weights of a model that knew nothing; None: of no such one."""
+    """Loss of the first weights of a model that knew nothing; None: of no such one."""
 
     above: int = 0
     """Iterations in a row, to the last one, whose loss was higher."""
 
     excess: float = 0.0
-    """By how much they were, together, in units of the first one."""
+    """Excess of these losses over the first one, summed, in units of it."""
 
     zeros: int = 0
     """Iterations in a row, to the last one, whose faces had a loss of exactly 0."""
@@ -241,11 +242,11 @@ class Side:
         """Look at the side's faces as they are re-created; raise TrainingDiverged.
 
         Args:
-            name: Of the side.
+            name: Name of the side.
             predictions: (n, S, S, 3) uint8.
             targets: (n, F, F, 3) uint8.
             done: Iterations in total.
-            begun: Those of earlier sessions.
+            begun: Iterations of earlier sessions.
         """
         is_judged = done - begun >= WINDOW
         contrast, wanted = _contrast(predictions), _contrast(targets)
@@ -267,10 +268,10 @@ class Side:
 
 
 class DivergenceDetector:
-    """All that is looked for in a session.
+    """Detector of divergence during a session.
 
     Args:
-        state: Of the run, after `settle`.
+        state: State of the run, after `settle`.
         not_finite: Looks for what is not finite.
         rate: The rate of the iteration that follows so many, where a new model begins with weights
             that know nothing, so that learning lowers its loss; None: it does not. A resumed model
@@ -325,7 +326,7 @@ class DivergenceDetector:
             predictions: (2 sides, n, S, S, C) uint8, each side's faces re-created.
             targets: (2 sides, n, F, F, C) uint8.
             done: Iterations in total.
-            begun: Those of earlier sessions.
+            begun: Iterations of earlier sessions.
         """
         shown = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
         for (key, side), faces, wanted in shown:
@@ -343,9 +344,9 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
     those that were too high get another chance.
 
     Args:
-        state: Of the run.
+        state: State of the run.
         before: The settings of the session before.
-        config: Those of this one.
+        config: Settings of this session.
 
     Raises:
         ValueError: The part that was saved is not valid.

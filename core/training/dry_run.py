@@ -28,10 +28,10 @@ class Rehearsal:
     """All settings, the batch size among them."""
 
     iterations: int
-    """That the model has been trained for; 0: a new one."""
+    """Iterations that the model has been trained for; 0: a new one."""
 
     learning_rate: float
-    """Of the next iteration."""
+    """Learning rate of the next iteration."""
 
     plan: Plan | None
     """The stages, where there are any."""
@@ -40,19 +40,19 @@ class Rehearsal:
     device: torch.device
     num_parameters: int
     memory: memory.Memory | None
-    """Estimated, of a GPU; None on a CPU."""
+    """Estimate for a GPU; None on a CPU."""
 
     free_bytes: int
     """Memory that was there for it."""
 
     losses: list[dict[str, float]]
-    """Of the steps that were run: `loss_a`, `loss_b`."""
+    """Losses of the steps that were run: `loss_a`, `loss_b`."""
 
     step_s: float
-    """Of the last of them; first steps are slow."""
+    """Seconds that the last of them took; first steps are slow."""
 
     peak_mib: float
-    """Measured: what was taken of the GPU's memory, on a CPU what the process was resident in."""
+    """Peak that was measured: GPU memory taken, or on a CPU the resident memory of the process."""
 
 
 def rehearse(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> Rehearsal:

@@ -21,7 +21,7 @@ WARM_UP = 3
 
 
 class Source(Protocol):
-    """Where batches come from: a `Feed`."""
+    """Source of batches: a `Feed`."""
 
     is_capturable: bool
     """Whether `batch` leaves the host out."""
@@ -65,11 +65,11 @@ def make(
     """The engine of this name.
 
     Args:
-        name: As `choose` gives it.
+        name: Name as `choose` gives it.
         step: Trains on a batch.
-        feed: Where batches come from.
+        feed: Source of batches.
         warn: Is told where the engine falls back, and why.
-        noise_seed: Of a model that draws random numbers: fixes those of every iteration.
+        noise_seed: Seed of a model that draws random numbers: fixes those of every iteration.
     """
     kinds = {"eager": Engine, "compile": Compiled, "graph": Graphed}
     return kinds[name](step, feed, warn, noise_seed)
@@ -153,7 +153,7 @@ class Graphed(Engine):
     ):
         super().__init__(step, feed, warn, noise_seed)
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        """By the set of tensors that they train on."""
+        """Graphs by the set of tensors that they train on."""
 
         self.batches: list[Batch | None] = [None, None]
         self.turn = 0
@@ -192,7 +192,8 @@ class Graphed(Engine):
 
     @contextmanager
     def _making_the_next(self) -> Iterator[None]:
-        """Within, the next batch is made on a stream of its own; afterwards it is there."""
+        """Make the next batch on a stream of its own, beside what runs inside; afterwards it is
+        there."""
         other = 1 - self.turn
         self.batch_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.batch_stream):

@@ -30,7 +30,8 @@ def train(
     determinism are the process's.
 
     Args:
-        settings: By section, as in a file of settings; of a `Config` those that are no defaults.
+        settings: Values by section, as in a file of settings; of a `Config` those that are no
+            defaults.
         recipe: The name or file of stages to train in; None: those that the model was saved with,
             if any.
         on_event: Called with each report, which has the form of a line of `--json`, in the thread

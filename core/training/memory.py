@@ -30,7 +30,7 @@ from ..precision import Precision
 MIB = 2**20
 
 USABLE_SHARE = 0.9
-"""Of the free memory; the allocator's blocks and other programs take the rest."""
+"""Share of the free memory to use; the allocator's blocks and other programs take the rest."""
 
 _CONTEXT_BYTES = 500 * MIB  # driver, kernels of PyTorch and of the libraries
 _LIBRARY_BYTES = 256 * MIB  # workspaces of cuBLAS (32 MiB a stream) and of cuDNN's convolutions
@@ -81,7 +81,7 @@ class Footprint:
         """The largest batch size of `batch_sizes` that fits in 90 % of the free memory; 0: none.
 
         Args:
-            free_bytes: As it is before the run takes any.
+            free_bytes: Free memory, as it is before the run takes any.
             at_most: Larger ones are passed over.
         """
         room = USABLE_SHARE * free_bytes
@@ -103,7 +103,7 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
     Args:
         config: All settings; the batch size is not read.
         precision: What `precision.mode` was resolved to.
-        store_bytes: Of the decoded faces of both sides, where they are kept on the GPU.
+        store_bytes: Bytes of the decoded faces of both sides, where they are kept on the GPU.
     """
     model = _model_of(config, precision)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -130,9 +130,9 @@ def advice(config: Config, precision: Precision, free_bytes: int, *, store_bytes
 
     Args:
         config: The settings of the run.
-        precision: As `footprint` takes it.
+        precision: Same as for `footprint`.
         free_bytes: Free before the run took any.
-        store_bytes: As `footprint` takes it.
+        store_bytes: Same as for `footprint`.
     """
     batch_size = config.train.batch_size
     need = footprint(config, precision, store_bytes=store_bytes)
@@ -182,7 +182,8 @@ def _model_of(config: Config, precision: Precision) -> Autoencoder:
 
 
 def _bytes_of_a_parameter(config: Config, compute: torch.dtype) -> dict[str, int]:
-    """By what it is for; in 16 bits the optimizer keeps fp32 weights besides the network's."""
+    """Bytes of a parameter by purpose; in 16 bits the optimizer keeps fp32 weights besides the
+    network's."""
     return {
         "weights": 4,
         "lowered weights": 0 if compute is torch.float32 else compute.itemsize,

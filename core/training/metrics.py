@@ -57,7 +57,7 @@ class MetricsLogger:
     On a GPU losses are reported one interval late, so that the host need not wait for the device.
 
     Args:
-        run: Whose losses they are.
+        run: Run whose losses they are.
         reporter: Shows the status line.
         until: Total iteration at which the run is to end.
         take: Called with the losses of each interval, once they are on the host.

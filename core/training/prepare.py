@@ -1,4 +1,4 @@
-"""From settings to everything that a training loop needs, checked in the order a user would."""
+"""Prepare a run: from settings to all that its loop needs, checked in the order a user would."""
 
 import dataclasses
 import os
@@ -328,7 +328,7 @@ def _open_feed(
     precision: Precision,
     reporter: Reporter,
 ) -> Feed:
-    """Where the batches come from."""
+    """Open the feed, from which the batches come."""
     input_px, output_px = _sizes(config)
     return Feed(
         {side: opened.store for side, opened in faces.items()},
@@ -389,7 +389,7 @@ def _open_logs(
     reporter: Reporter,
     stack: ExitStack,
 ) -> Log:
-    """Where this session's scalars go; its events and lines are kept in their files from now on."""
+    """Open this session's log; its events and lines are kept in their files from now on."""
     log = _open_log(config, model_dir, state, reporter)
     stack.callback(_close_log, log, reporter)
     events = model_dir / "logs" / f"session_{state.session.number}" / EVENTS
@@ -402,7 +402,7 @@ def _open_logs(
 
 
 def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: Reporter) -> Log:
-    """Where this session's scalars go; nowhere, and told, where the disk refuses."""
+    """Open the log of scalars; where the disk refuses, a warning is given and none are kept."""
     number, done = state.session.number, state.iterations
     try:
         log = open_log(model_dir, number, enabled=config.save.logs, first_step=done + 1)
@@ -457,7 +457,7 @@ def _check_paths(config: Config, *, is_new: bool) -> None:
 
 
 def _open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
-    """Where the preview is shown, if it is asked for."""
+    """Open the window that shows the preview, if it is asked for."""
     if not config.preview.window:
         return None
     window = PreviewWindow(config.preview.preview_scale)
@@ -473,7 +473,7 @@ def _open_faces(
     device: torch.device,
     reporter: Reporter,
 ) -> dict[str, SideFaces]:
-    """Both sides' faces; tells of what had to be left out."""
+    """Open both sides' faces, and report what had to be left out."""
     uses_mask = config.loss.penalized_mask_loss or config.loss.learn_mask
     data = config.data if uses_mask else dataclasses.replace(config.data, mask_type="none")
     faces = open_sides(

@@ -1,4 +1,4 @@
-"""Where a run stands in its recipe: which stage, since when, and whether that one is over.
+"""Progress of a run in its recipe: which stage, since when, and whether that one is over.
 
 The recipe and the place in it are saved with every generation, so an interrupted run goes on inside
 its stage. Each stage is a session of its own: the run is closed with a save and opened again with
@@ -18,7 +18,7 @@ from ..system import saved_values
 from ..system.saved_values import MAX_SECONDS, count, number
 
 PART = "recipe"
-"""Under which name the state keeps the place."""
+"""Name under which the state keeps the progress."""
 
 _PREFIX = f"parts.{PART}."
 
@@ -32,7 +32,7 @@ class Place:
     """Total iteration before its first one."""
 
     seconds: float = 0.0
-    """Of training in it."""
+    """Seconds of training in it."""
 
     best: float | None = None
     """The best value of what its plateau watches."""
@@ -42,7 +42,7 @@ class Place:
 
     loss_sum: float = 0.0
     loss_count: int = 0
-    """Of the window that is not full yet."""
+    """Number of losses in the window that is not full yet."""
 
     measured: int = 0
     """Total iteration of the last measurement that was taken in."""
@@ -129,7 +129,8 @@ class Plan:
         self._take(figures[plateau.metric])
 
     def end(self, iterations: int, seconds: float = 0.0) -> str | None:
-        """Why the stage is over, given the total iteration and the seconds of this session."""
+        """Reason that the stage is over, given the total iteration and the seconds of this
+        session."""
         stage, place = self.stage, self.place
         done = iterations - place.begun
         if stage.iterations is not None and done >= stage.iterations:

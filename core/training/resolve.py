@@ -49,14 +49,14 @@ class Overrides:
     """What a user has set, by section and key."""
 
     lasting: dict[str, Any] = field(default_factory=dict)
-    """By preset, recipe, file and `--set`: the model keeps it."""
+    """Values by preset, recipe, file and `--set`: the model keeps them."""
 
     session: dict[str, Any] = field(default_factory=dict)
-    """By flags: it holds for this session."""
+    """Values by flags: they hold for this session."""
 
     @property
     def given(self) -> dict[str, Any]:
-        """All of it."""
+        """Values of both kinds merged; those of the session win."""
         return merge(self.lasting, self.session)
 
     @property
@@ -90,13 +90,13 @@ class Resolved:
     """The settings of a run."""
 
     config: Config
-    """Of this session."""
+    """Settings of this session."""
 
     kept: Config
     """What the model keeps for the next."""
 
     before: Config | None
-    """Of the last session, its flags among them; None: there was none."""
+    """Settings of the last session, its flags among them; None: there was none."""
 
     plan: Plan | None
     """The recipe and the place in it."""

@@ -26,7 +26,7 @@ def start_report(
 
     Args:
         run: Ready to go.
-        faces: Of each side.
+        faces: Faces of each side.
         batch: The batch size and why.
         engine_why: How the engine was chosen.
         num_threads: Threads that decode and augment.
@@ -176,7 +176,7 @@ def _saves(config: Config) -> str:
 def _lines_of_parts(
     run: "Run", faces: dict[str, SideFaces], fields: dict[str, Any], engine_why: str
 ) -> dict[str, str]:
-    """Which path each part takes."""
+    """Path that each part takes."""
     parameters, iterations = fields["parameters"] / 1e6, run.state.iterations
     begin = f"resumes at iteration {iterations}" if iterations else "is new"
     place = f" in {fields['model_dir']}" if fields["model_dir"] else ""

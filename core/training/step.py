@@ -28,7 +28,7 @@ class TrainStep:
         loss: What is minimised.
         update: Moves the weights.
         ring: Takes the losses.
-        side_stream: Where B's decoder runs beside A's; None: after it.
+        side_stream: Stream on which B's decoder runs beside A's; None: after it.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TrainStep:
         return outputs
 
     def outputs(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
-        """Those outputs alone: no running estimate moves."""
+        """Outputs of both decoders for their halves of the batch; no running estimate moves."""
         if self.side_stream is None:
             return self.network(input_nchw)
         return self.network(input_nchw, self.side_stream)

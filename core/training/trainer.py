@@ -33,7 +33,7 @@ class End:
 
     reason: str
     goes_on: bool = False
-    """Another loop follows: of the next stage, or after a rollback."""
+    """Whether another trainer follows: of the next stage, or after a rollback."""
 
     back_at: int | None = None
     """The model has gone back to the save of this iteration, to try again."""
@@ -66,7 +66,7 @@ class Trainer:
             rate=None if run.config.model.load_weights else run.schedule.rate,
         )
         self.divergence: TrainingDiverged | None = None
-        """Why this training must not go on; then nothing more is looked for."""
+        """Reason that this training must not go on; then nothing more is looked for."""
 
         self.metrics = MetricsLogger(run, reporter, until, self._take)
         self.checkpointer = Checkpointer(
@@ -74,7 +74,7 @@ class Trainer:
         )
         self.began_at = time.monotonic()
         self.seconds = 0.0
-        """To the end of the last iteration, so that two saves of one iteration are the same."""
+        """Seconds to the end of the last iteration: two saves of one iteration are the same."""
 
     def run(self) -> End:
         """Train to iteration ``until``, the end of the stage, a signal or a failure."""

@@ -82,7 +82,7 @@ def train(
 
 @contextmanager
 def _told_of(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[None]:
-    """Within, a mistake or a full disk that ends a later session is told as the run's end too."""
+    """Report a mistake or a full disk that ends a later session as the run's end too."""
     try:
         yield
     except (ValueError, SaveError) as error:

@@ -110,8 +110,9 @@ class PhazeA(Autoencoder):
             load_pretrained(cast(Backbone, self.encoder.backbone), path)
 
     def encode(self, faces_nchw: Tensor) -> Codes:
-        """Where a side has a network of its own, ``(the encoder's output, the shared code)``, else
-        ``(code,)``; then the style, unless it has been used. What the model lacks is left out."""
+        """Codes: where a side has a network of its own, ``(the encoder's output, the shared
+        code)``, else ``(code,)``; then the style, unless it has been used. What the model lacks is
+        left out."""
         config, found = self.config, self.encoder(faces_nchw)
         style = (self.fc_gblock(found),) if config.enable_gblock else ()
         if config.split_fc:

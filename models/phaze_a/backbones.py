@@ -41,13 +41,13 @@ class Spec:
     ImageNet's pictures, by their deviation."""
 
     eps: float | None = None
-    """Of the reference's batch norms; None: as timm's."""
+    """Epsilon of the reference's batch norms; None: as timm's."""
 
     momentum: float = 0.01
-    """Of the reference's batch norms: the step of their running estimates."""
+    """Step of the running estimates of the reference's batch norms."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
-    """For timm's constructor."""
+    """Arguments of timm's constructor."""
 
     same_padding: bool = False
     """timm pads on both ends alike unless told to."""
@@ -212,7 +212,7 @@ class Backbone(nn.Module):
     std: Tensor
 
     channels: int
-    """Of the output."""
+    """Channels of the output."""
 
     output_px: int
     """Edge of the output; 1 where it is a vector."""
@@ -271,7 +271,7 @@ class Backbone(nn.Module):
             nn.init.xavier_uniform_(part, generator=generator)
 
     def keras_entries(self) -> Iterable[Entry]:
-        """Where each array of the reference's network goes; see `keras_order`."""
+        """Positions of the arrays of the reference's network; see `keras_order`."""
         return keras_order.entries(self)
 
 
@@ -296,7 +296,7 @@ def backbone(
         mobilenet_width: Multiplies the channels of every MobileNet; they stay multiples of 8.
         mobilenet_depth: Filters for each channel in the depthwise convolutions of mobilenet.
         mobilenet_minimalistic: MobileNet v3 without 5x5 kernels, hard-swish, squeeze and excite.
-        normalize: In which of the two manners the network is made and scales its input.
+        normalize: Manner, of the two, in which the network is made and scales its input.
 
     Raises:
         ValueError: There is no such backbone, or the pictures are too small for it.

@@ -128,10 +128,10 @@ class Config(Options):
     """Length of its last layer's vector."""
 
     fc_gblock_filter_slope: float = option(-0.5, low=-0.99, high=0.99)
-    """As ``fc_filter_slope``."""
+    """Same as ``fc_filter_slope``, for these layers."""
 
     fc_gblock_dropout: float = option(0.0, low=0.0, high=0.99, free=True)
-    """As ``fc_dropout``."""
+    """Same as ``fc_dropout``, for these layers."""
 
     dec_upscale_method: str = option("subpixel", choices=(*_UPSCALES, "upscale_dny"))
     """How the decoder doubles the picture."""
@@ -165,7 +165,7 @@ class Config(Options):
     """Add noise after each upscale of the face, in training."""
 
     dec_skip_last_residual: bool = option(True)
-    """No residual blocks after the last upscale of a network."""
+    """Leave out residual blocks after the last upscale of a network."""
 
     freeze_layers: tuple[str, ...] = option(
         ("keras_encoder",), choices=(*NETWORKS, "keras_encoder"), free=True
@@ -195,7 +195,7 @@ class Config(Options):
     """Filters for each channel in the depthwise convolutions of mobilenet."""
 
     mobilenet_dropout: float = option(0.001, low=0.001, high=2.0)
-    """Of mobilenet's classifier, which is not there: without effect."""
+    """Dropout of mobilenet's classifier, which is not there: without effect."""
 
     mobilenet_minimalistic: bool = option(False)
     """A MobileNet v3 of plain parts."""
@@ -253,7 +253,7 @@ class Config(Options):
 
     @property
     def fc_channels(self) -> int:
-        """Of the picture that the last dense layer makes."""
+        """Channels of the picture that the last dense layer makes."""
         return self.fitted(self.fc_max_filters)
 
     @property
@@ -350,7 +350,7 @@ def _conflicts_of_nodes(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _start_channels(config: Config) -> int:
-    """Of the picture with which the decoder's upscales begin."""
+    """Channels of the picture with which the decoder's upscales begin."""
     channels = config.fc_channels
     if config.fc_has_filters:
         channels = config.fitted(config.fc_upsample_filters)
@@ -360,7 +360,8 @@ def _start_channels(config: Config) -> int:
 
 
 def _conflicts_of_reflection(config: Config) -> Iterator[tuple[str, str]]:
-    """As `_conflicts`: a convolution mirrors no more pixels than lie behind the first."""
+    """Conflicts of reflect padding: a convolution mirrors no more pixels than lie behind the
+    first."""
     deepest, size_px = 1, -(-config.input_px // 2)
     while size_px > 2:  # of which an odd size mirrors 2, as an even one
         deepest, size_px = deepest + 1, -(-size_px // 2)

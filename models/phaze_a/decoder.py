@@ -18,17 +18,17 @@ Branches = list[nn.Module]
 def upscales(
     config: Config, build: Build, inputs: Runs, *, levels: range, num_branches: int, sides: int
 ) -> tuple[list[Branches], Runs]:
-    """Some of the upscales between a code and a face, and the channels of the last.
+    """Build some of the upscales between a code and a face; also gives the channels of the last.
 
     Where they include the first, what goes before all comes before it.
 
     Args:
         config: The options of the model.
-        build: Its settings beside them.
+        build: Settings of the model beside its options.
         inputs: Channels of what is to be scaled up.
         levels: Numbers of the upscales.
         num_branches: 1, or 2 where there is a mask.
-        sides: Of a batch; see `BatchNorm`.
+        sides: Number of sides in a batch; see `BatchNorm`.
     """
     reflect, steps = build.reflect_padding, list[Branches]()
     if levels.start == 0:

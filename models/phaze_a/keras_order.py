@@ -1,4 +1,4 @@
-"""Where the ordered Keras arrays of a backbone of the reference go.
+"""Places of the ordered Keras arrays of a backbone of the reference.
 
 An array that the network here has no place for is folded in, so that it computes the same outside
 training: a bias before a batch norm is taken off the norm's running mean, and EfficientNet's own

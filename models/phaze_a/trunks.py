@@ -51,9 +51,9 @@ def make_trunk(
     Args:
         timm_name: The name under which timm has it, "mobilenetv1" and "mobilenetv2" with a
             ``width`` among the arguments, or "nasnetamobile", which timm lacks.
-        arguments: For timm's constructor.
-        eps: Of every batch norm; None: timm's own.
-        momentum: Of every batch norm: the step of its running estimates.
+        arguments: Arguments of timm's constructor.
+        eps: Epsilon of every batch norm; None: timm's own.
+        momentum: Step of the running estimates of every batch norm.
         unused: Modules that only the classifier needs.
     """
     import_timm()

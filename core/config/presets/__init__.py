@@ -37,7 +37,7 @@ class Preset:
     path: Path
     description: str
     settings: dict[str, dict[str, Any]]
-    """By section and key."""
+    """Values by section and key."""
 
     @property
     def is_own(self) -> bool:
@@ -97,7 +97,8 @@ def save(
 
     Args:
         name: Letters, digits, dots, dashes and underscores.
-        settings: By section and key; of a whole config only what differs from the defaults stays.
+        settings: Values by section and key; of a whole config only what differs from the defaults
+            stays.
         description: One line.
         force: Put it in the place of one of the same name.
 

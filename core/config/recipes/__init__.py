@@ -98,7 +98,7 @@ class Stage:
     """Total iteration."""
 
     minutes: float | None = None
-    """Of training, however often it was interrupted."""
+    """Minutes of training, however often it was interrupted."""
 
     plateau: Plateau | None = None
     snapshot: bool = True
@@ -106,7 +106,7 @@ class Stage:
 
     @property
     def ends(self) -> list[str]:
-        """When it ends, in words; whichever comes first."""
+        """Ends of the stage, in words; whichever comes first counts."""
         return [
             words
             for value, words in (
@@ -165,7 +165,7 @@ NONE = Recipe("none", "", {}, ())
 
 
 def available() -> list[Recipe]:
-    """Those that come with mien, by name."""
+    """Recipes that come with mien, sorted by name."""
     return [read(path) for path in sorted(PACKAGED.glob("*.toml"))]
 
 

@@ -134,7 +134,7 @@ def _holds_this_set(folder: Path, names: list[str], identity: str, size_px: int,
 
 
 def _source(identity: str, number: int, size_px: int, seed: int) -> dict[str, Any]:
-    """Where a face 'came from', with the keys that extraction writes."""
+    """Origin of a face, made up, with the keys that extraction writes."""
     frame_px = round(_FRAME_EDGE * size_px)
     return {
         "alignments_version": _ALIGNMENTS_VERSION,
