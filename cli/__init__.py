@@ -34,6 +34,7 @@ EXIT_CODES = """exit codes:
   2  a mistake in the input or the settings; one line says what to do
   3  training halted itself; the state is saved as far as it was good
   4  stopped by a signal; the state is saved
+  130, 143  ended at once by a second Ctrl-C or SIGTERM; the last save stays whole
 """
 
 
