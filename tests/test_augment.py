@@ -460,6 +460,36 @@ def test_nothing_is_written_beyond_the_batch():
         assert tensor[2].isnan().all()
 
 
+AREAS = {
+    "none": [],
+    "a corner": [(0, 0)],
+    "the last pixel": [(-1, -1)],
+    "both ends of a row": [(20, 0), (20, -1)],
+    "far apart": [(3, 30), (35, 9)],
+}
+
+
+@pytest.mark.parametrize("size_px", [37, 40])
+@pytest.mark.parametrize("places", AREAS.values(), ids=AREAS)
+def test_areas_count_wherever_they_lie(size_px, places):
+    """Few and at the ends, turned, mirrored and moved out of the picture, where it is repeated."""
+    faces = drawn_store(6, size_px)
+    faces[..., 4:6] = 0
+    for row, column in places:
+        faces[:, row, column, 4:6] = 255
+    params = drawn_params(12, 6, size_px)
+    records = records_of(params)
+    records["flip"] = [0, 1] * 6
+    records["matrix"][::3, :, 2] += 0.6 * size_px
+    records["matrix"][1::3, :, 2] -= 0.6 * size_px
+    sizes = {"input_px": size_px, "output_px": [size_px, size_px // 2]}
+    masks = {"eye_multiplier": 3, "mouth_multiplier": 2}
+    ours = augment([faces], params, **sizes, **masks)
+    want = reference.augment(faces.numpy(), records, **sizes, **masks)[2]
+    for got, expected in zip(ours.weights_b1hw, want, strict=True):
+        np.testing.assert_allclose(got[:, 0].numpy(), expected, rtol=5e-7)
+
+
 def _assert_single_interpolation_equals_opencv(size_px, input_px, output_px):
     """Positions are float32 here and float64 there: a level may fall to its other neighbour."""
     faces, params = drawn_store(5, size_px), drawn_params(9, 5, size_px)
@@ -854,7 +884,7 @@ def test_refuses(change, message):
 
 def _after(tensor, bytes_past=1):
     """The same tensor, so many bytes after where it could start."""
-    room = bytearray(tensor.nbytes + 64)
+    room = bytearray(tensor.nbytes + 64 + bytes_past)
     start = torch.frombuffer(room, dtype=torch.uint8).data_ptr()
     offset = -start % 64 + bytes_past
     moved = torch.frombuffer(room, dtype=tensor.dtype, offset=offset, count=tensor.numel())

@@ -237,14 +237,17 @@ def test_number_of_threads_does_not_matter(faces):
 def test_large_pictures_make_small_batches(faces):
     edges = [1000, 8000, 100, 100, 5000, 16000, *[64] * 40]
     large = [Face(faces[0].path, e, faces[0].landmarks_l2, faces[0].alignment) for e in edges]
-    batches, for_opencv = decode._batches(large)
-    assert [n for batch in batches for n in batch] == list(range(len(large)))
+    batches = list(decode._batches(large))
+    assert [face for batch in batches for face in batch.faces] == large
+    first = 0
     for batch in batches:
-        num_bytes = sum(6 * edges[number] ** 2 for number in batch)
-        assert 1 <= len(batch) <= BATCH_SIZE
-        assert batch.start in for_opencv or num_bytes <= decode.MAX_BATCH_BYTES
-    assert for_opencv == {1, 5}
-    assert decode._batches([]) == ([], set())
+        assert batch.first == first
+        first += len(batch.faces)
+        num_bytes = sum(6 * face.edge_px**2 for face in batch.faces)
+        assert 1 <= len(batch.faces) <= BATCH_SIZE
+        assert batch.is_for_dali == (num_bytes <= decode.MAX_BATCH_BYTES)
+    assert [batch.first for batch in batches if not batch.is_for_dali] == [1, 5]
+    assert list(decode._batches([])) == []
 
 
 @pytest.mark.parametrize("smallest_px", [0, 256])
@@ -269,7 +272,8 @@ def test_a_file_far_longer_than_its_picture_is_left_to_opencv(own_faces):
     """DALI reads files whole; OpenCV is handed no more than a face can need."""
     with own_faces[3].path.open("ab") as file:
         file.truncate(2 * decode.MAX_BATCH_BYTES)  # a hole: it takes no room on the disk
-    assert decode._batches(own_faces)[1] == {3}
+    left = [batch for batch in decode._batches(own_faces) if not batch.is_for_dali]
+    assert [batch.faces for batch in left] == [[own_faces[3]]]
     crops = crops_of(own_faces, CROPS[0], "dali")
     for face, crop_bgr in zip(own_faces, crops, strict=True):
         if face is not own_faces[3]:

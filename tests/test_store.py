@@ -137,7 +137,7 @@ def test_the_next_start_reads_the_raw_file(folder, store_dir, placement, monkeyp
     def refuse(*arguments, **options):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(store, "decode_crops", refuse)
+    monkeypatch.setattr(store, "decoding", refuse)
     monkeypatch.setattr(store, "choose_backend", refuse)
     ticks = []
     second = opened(

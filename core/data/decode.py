@@ -23,7 +23,7 @@ Letters: s = edge of the crop at the processing size, px; c = 3 colours.
 import importlib
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ def choose_backend(setting: str) -> tuple[str, str]:
 
 
 def decode_crops(
-    faces: list[Face],
+    faces: Iterable[Face],
     crop: geometry.Crop,
     *,
     backend: str,
@@ -92,9 +92,10 @@ def decode_crops(
 ) -> Generator[tuple[int, Result], None, None]:
     """Number of each face and its crop, in order; an error in place of a crop that there is not.
 
-    Each crop is (s, s, 3) uint8 BGR and the caller's own. num_threads: 0 for as many as there are
-    cores. device: "cuda" (or "cuda:1") lets DALI decode on the GPU. warn: told, in one line, where
-    the rest is decoded by OpenCV because DALI fails on files that are sound.
+    faces: taken as there is work for them, a few batches ahead. Each crop is (s, s, 3) uint8 BGR
+    and the caller's own. num_threads: 0 for as many as there are cores. device: "cuda" (or
+    "cuda:1") lets DALI decode on the GPU. warn: told, in one line, where the rest is decoded by
+    OpenCV because DALI fails on files that are sound.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -114,18 +115,18 @@ def decode_one(face: Face, crop: geometry.Crop) -> Result:
 
 
 def _decode_opencv(
-    faces: list[Face],
+    faces: Iterable[Face],
     crop: geometry.Crop,
     threads: int,
     device: str,
     warn: Callable[[str], None],
     first: int = 0,
 ) -> Generator[tuple[int, Result], None, None]:
-    """Crops from face number `first` on; a few more than there are threads are under way."""
+    """Crops numbered from `first` on; a few more than there are threads are under way."""
     waiting: deque[tuple[int, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for number in range(first, len(faces)):
-            waiting.append((number, pool.submit(decode_one, faces[number], crop)))
+        for number, face in enumerate(faces, first):
+            waiting.append((number, pool.submit(decode_one, face, crop)))
             if len(waiting) > 4 * threads:
                 number, future = waiting.popleft()
                 yield number, future.result()
@@ -134,73 +135,65 @@ def _decode_opencv(
 
 
 def _decode_dali(
-    faces: list[Face],
+    faces: Iterable[Face],
     crop: geometry.Crop,
     threads: int,
     device: str,
     warn: Callable[[str], None],
 ) -> Generator[tuple[int, Result], None, None]:
     """Crops of all faces. DALI decodes the next batches while the last one is resized."""
-    boxes = [face.crop_box(crop) for face in faces]
-    parts = [_inside(box, face.edge_px) for box, face in zip(boxes, faces, strict=True)]
-
-    batches, for_opencv = _batches(faces)
+    schedule = _Schedule(_batches(faces), crop)
     try:
-        for_dali = [batch for batch in batches if batch.start not in for_opencv]
-        pipeline = _pipeline(faces, parts, for_dali, threads, device)
+        pipeline = _pipeline(schedule, threads, device)
     except RuntimeError as error:
         warn(f"DALI cannot start, OpenCV decodes the faces: {_cause(error)}")
-        yield from _decode_opencv(faces, crop, threads, device, warn)
+        yield from _decode_opencv(schedule.rest(), crop, threads, device, warn)
         return
     failures = 0
     on_gpu = device.startswith("cuda")
     decoded = on_host = None
     with ThreadPoolExecutor(threads) as pool:
-        for batch in batches:
-            if batch.start in for_opencv:
-                yield batch.start, decode_one(faces[batch.start], crop)
+        while batch := schedule.next():
+            if not batch.is_for_dali:
+                yield batch.first, decode_one(batch.faces[0], crop)
                 continue
             try:
                 pipeline.schedule_run()
                 (decoded,) = pipeline.share_outputs()
             except RuntimeError as error:
-                crops = list(pool.map(lambda number: decode_one(faces[number], crop), batch))
-                yield from zip(batch, crops, strict=True)
+                crops = list(pool.map(lambda face: decode_one(face, crop), batch.faces))
+                yield from enumerate(crops, batch.first)
                 failures += not any(isinstance(result, FaceFileError) for result in crops)
                 if failures == MAX_UNEXPLAINED_FAILURES:
                     warn(f"DALI fails on sound files, OpenCV decodes the rest: {_cause(error)}")
-                    yield from _decode_opencv(faces, crop, threads, device, warn, batch.stop)
+                    first = batch.first + len(crops)
+                    yield from _decode_opencv(schedule.rest(), crop, threads, device, warn, first)
                     return
                 continue
             on_host = decoded.as_cpu() if on_gpu else decoded
             # One task a thread: a task for each face would cost as much as the face's resize.
-            step = -(-len(batch) // threads)
+            places = list(enumerate(batch.places))
+            step = -(-len(places) // threads)
             tasks = [
-                pool.submit(_cut_out, on_host, boxes, parts, batch, part, crop.size_px)
-                for part in (batch[first : first + step] for first in range(0, len(batch), step))
+                pool.submit(_cut_out, on_host, places[first : first + step], crop.size_px)
+                for first in range(0, len(places), step)
             ]
             finished = [crop_bgr for task in tasks for crop_bgr in task.result()]
             pipeline.release_outputs()
-            yield from zip(batch, finished, strict=True)
+            yield from enumerate(finished, batch.first)
     if on_gpu:
         pipeline = decoded = on_host = None
         importlib.import_module("nvidia.dali.backend").ReleaseUnusedMemory()
 
 
 def _cut_out(
-    decoded: Any,
-    boxes: list[CropBox],
-    parts: list[_Part],
-    batch: range,
-    numbers: range,
-    size_px: int,
+    decoded: Any, places: list[tuple[int, tuple[CropBox, _Part]]], size_px: int
 ) -> list[np.ndarray]:
     """Crops of some faces of a batch, BGR, from what DALI has decoded of it."""
     crops = []
-    for number in numbers:
-        box, part = boxes[number], parts[number]
+    for number, (box, part) in places:
         square = CropBox(box.left - part.left, box.top - part.top, box.side)
-        cut_rgb = geometry.cut(decoded.at(number - batch.start), square)
+        cut_rgb = geometry.cut(decoded.at(number), square)
         crops.append(cv2.cvtColor(geometry.resize(cut_rgb, size_px), cv2.COLOR_RGB2BGR))
     return crops
 
@@ -212,22 +205,77 @@ def _inside(box: CropBox, edge_px: int) -> _Part:
     return _Part(left, top, max(right - left, 1), max(bottom - top, 1))
 
 
-def _batches(faces: list[Face]) -> tuple[list[range], set[int]]:
-    """Runs of faces: at most BATCH_SIZE, fewer where the pictures are large; and the faces that
-    are a batch of their own because a batch has no room for them."""
-    batches = []
-    too_large = set()
+class _Batch(NamedTuple):
+    """Faces that are decoded together.
+
+    first: number of the first among all. is_for_dali: false for a single face that a batch has no
+    room for. places: square and decoded part of each face, once DALI has been handed them.
+    """
+
+    first: int
+    faces: list[Face]
+    is_for_dali: bool
+    places: list[tuple[CropBox, _Part]]
+
+
+def _batches(faces: Iterable[Face]) -> Iterator[_Batch]:
+    """Runs of faces: at most BATCH_SIZE, fewer where the pictures are large."""
     first, num_bytes = 0, 0
-    for number, face in enumerate(faces):
+    batch: list[Face] = []
+    for face in faces:
         picture_bytes = _bytes_of(face)
-        full = number - first == BATCH_SIZE or num_bytes + picture_bytes > MAX_BATCH_BYTES
-        if number > first and full:
-            batches.append(range(first, number))
-            first, num_bytes = number, 0
+        if batch and (len(batch) == BATCH_SIZE or num_bytes + picture_bytes > MAX_BATCH_BYTES):
+            yield _Batch(first, batch, num_bytes <= MAX_BATCH_BYTES, [])
+            first, num_bytes, batch = first + len(batch), 0, []
+        batch.append(face)
         num_bytes += picture_bytes
-        if picture_bytes > MAX_BATCH_BYTES:
-            too_large.add(number)
-    return ([*batches, range(first, len(faces))] if faces else []), too_large
+    if batch:
+        yield _Batch(first, batch, num_bytes <= MAX_BATCH_BYTES, [])
+
+
+class _Schedule:
+    """Batches in their order: DALI is handed each some time before its crops are asked for."""
+
+    def __init__(self, batches: Iterator[_Batch], crop: geometry.Crop) -> None:
+        self._batches = batches
+        self._crop = crop
+        self._due: deque[_Batch] = deque()
+        self._for_dali: deque[_Batch] = deque()
+
+    def next(self) -> _Batch | None:
+        """The batch whose crops come next; None behind the last one."""
+        return self._due.popleft() if self._due or self._take() else None
+
+    def rest(self) -> Iterator[Face]:
+        """The faces of all batches that are still to come."""
+        while batch := self.next():
+            yield from batch.faces
+
+    def source(self) -> Iterator[tuple[list[np.ndarray], ...]]:
+        """Names, corners and shapes of each batch, as DALI takes them."""
+        while self._for_dali or self._take():
+            if not self._for_dali:
+                continue
+            batch = self._for_dali.popleft()
+            for face in batch.faces:
+                box = face.crop_box(self._crop)
+                batch.places.append((box, _inside(box, face.edge_px)))
+            parts = [part for _, part in batch.places]
+            yield (
+                [np.frombuffer(os.fsencode(face.path), np.uint8) for face in batch.faces],
+                [np.array([part.top, part.left], np.int32) for part in parts],
+                [np.array([part.height, part.width], np.int32) for part in parts],
+            )
+
+    def _take(self) -> bool:
+        """Whether there is one more batch; it is put where it is due."""
+        batch = next(self._batches, None)
+        if batch is None:
+            return False
+        self._due.append(batch)
+        if batch.is_for_dali:
+            self._for_dali.append(batch)
+        return True
 
 
 def _bytes_of(face: Face) -> int:
@@ -238,26 +286,10 @@ def _bytes_of(face: Face) -> int:
         return 0
 
 
-def _pipeline(
-    faces: list[Face],
-    parts: list[_Part],
-    batches: list[range],
-    threads: int,
-    device: str,
-) -> Any:
+def _pipeline(schedule: _Schedule, threads: int, device: str) -> Any:
     """The DALI graph that gives each batch's parts, (height, width, 3) RGB, in order."""
     dali = importlib.import_module("nvidia.dali")
     on_gpu = device.startswith("cuda")
-
-    def source() -> Iterator[tuple[list[np.ndarray], ...]]:
-        for batch in batches:
-            chosen = parts[batch.start : batch.stop]
-            yield (
-                [np.frombuffer(os.fsencode(faces[number].path), np.uint8) for number in batch],
-                [np.array([part.top, part.left], np.int32) for part in chosen],
-                [np.array([part.height, part.width], np.int32) for part in chosen],
-            )
-
     pipeline = dali.Pipeline(
         batch_size=BATCH_SIZE,
         num_threads=threads,
@@ -265,7 +297,7 @@ def _pipeline(
         prefetch_queue_depth=PREFETCH_BATCHES,
     )
     with pipeline:
-        path, corner, shape = dali.fn.external_source(source=source(), num_outputs=3)
+        path, corner, shape = dali.fn.external_source(source=schedule.source(), num_outputs=3)
         pipeline.set_outputs(
             dali.fn.decoders.image_slice(
                 dali.fn.io.file.read(path),

@@ -21,7 +21,7 @@ from ..faces.folder import MINIMUM_FACES, Face, FaceFolder, Rejected, read_folde
 from ..faces.listing import overlap
 from ..faces.png import FaceFileError
 from .decode import decode_crops
-from .store import configured_masks
+from .pipeline import configured_masks
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ def is_held_out(name: str, one_in: int) -> bool:
     return int.from_bytes(digest, "big") % one_in == 0
 
 
+def is_trained_on(name: str, evaluate: EvaluateConfig) -> bool:
+    """Whether the face file of this name, in the folder of a side, is one to train on."""
+    return not (evaluate.held_out and is_held_out(name, evaluate.held_out))
+
+
 def hold_out(
     folder: FaceFolder, evaluate: EvaluateConfig, *, side: str, strict: bool, centering: str
 ) -> tuple[FaceFolder, FaceFolder]:
@@ -67,10 +72,10 @@ def hold_out(
             raise ValueError(f"evaluate.held_out_{side}: {error}") from None
     if not evaluate.held_out:
         return folder, FaceFolder(folder.path, [])
-    chosen = [is_held_out(face.path.name, evaluate.held_out) for face in folder.faces]
+    chosen = [is_trained_on(face.path.name, evaluate) for face in folder.faces]
     pairs = list(zip(folder.faces, chosen, strict=True))
-    measured = [face for face, held_out in pairs if held_out]
-    trained = [face for face, held_out in pairs if not held_out]
+    measured = [face for face, is_trained in pairs if not is_trained]
+    trained = [face for face, is_trained in pairs if is_trained]
     setting = f"side {side.upper()}: evaluate.held_out = {evaluate.held_out}"
     if not measured:
         raise ValueError(

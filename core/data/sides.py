@@ -1,7 +1,8 @@
 """Faces of both sides, from the folders' names to decoded pictures."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from ..config import DataConfig, EvaluateConfig, LossConfig
 from ..faces.folder import Face, FaceFolder, Rejected, named, read_folder, uneven
 from ..faces.geometry import Crop
 from ..faces.listing import list_pictures, overlap
-from .held_out import check_held_out, hold_out
+from ..system.paths import expanded
+from .held_out import check_held_out, hold_out, is_trained_on
 from .landmarks import store_landmarks
-from .store import FaceStore, open_store
+from .pipeline import FaceDecoder
+from .store import FaceStore, is_decoded, open_store
 
 SIDES: tuple[Side, Side] = ("a", "b")
 
@@ -102,7 +105,7 @@ def open_sides(
     device: torch.device,
     progress: Callable[[str], AbstractContextManager[Tell]] = _no_progress,
 ) -> dict[str, SideFaces]:
-    """Open both sides' faces at the processing size; B's headers are read while A is decoded.
+    """Open both sides' faces at the processing size; headers are read while faces are decoded.
 
     Args:
         data: The folders, and how faces are cut out of them.
@@ -126,20 +129,10 @@ def open_sides(
     check_held_out(data, evaluate)
     crop = Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
     opened = {}
-    with ThreadPoolExecutor(1) as reader:
-        coming = {
-            side: reader.submit(
-                read_folder, path, strict=data.strict, side=side, centering=data.centering
-            )
-            for side, path in paths.items()
-        }
-        for side in SIDES:
+    with _reading(paths, data, evaluate, crop, (store_dir, earlier_dir), device) as coming:
+        for side, (found, decoder) in coming.items():
             folder, held_out = hold_out(
-                coming[side].result(),
-                evaluate,
-                side=side,
-                strict=data.strict,
-                centering=data.centering,
+                found.result(), evaluate, side=side, strict=data.strict, centering=data.centering
             )
             with progress(f"Decoding faces of {side.upper()}") as tell:
                 store = open_store(
@@ -149,8 +142,50 @@ def open_sides(
                     store_dir=store_dir,
                     earlier_dir=earlier_dir,
                     device=device,
+                    decoder=decoder,
                     progress=tell,
                 )
             _refuse_empty_masks(side, store)
             opened[side] = SideFaces(folder, store, crop, held_out)
     return {str(side): faces for side, faces in opened.items()}
+
+
+@contextlib.contextmanager
+def _reading(
+    paths: dict[Side, str],
+    data: DataConfig,
+    evaluate: EvaluateConfig,
+    crop: Crop,
+    raw_dirs: tuple[Path | None, Path | None],
+    device: torch.device,
+) -> Iterator[dict[Side, tuple[Future[FaceFolder], FaceDecoder | None]]]:
+    """Each side's folder being read, and what decodes its faces meanwhile, one side at a time.
+
+    Nothing is decoded of a folder that was before: its faces may be in a file that fits, which is
+    known when all headers are read.
+    """
+
+    def read(side: Side, decoder: FaceDecoder | None) -> FaceFolder:
+        def found(face: Face) -> None:
+            if decoder and is_trained_on(face.path.name, evaluate):
+                decoder.add(face)
+
+        try:
+            return read_folder(
+                paths[side], strict=data.strict, side=side, centering=data.centering, found=found
+            )
+        finally:
+            if decoder:
+                decoder.end()
+
+    with contextlib.ExitStack() as stack:
+        reader = stack.enter_context(ThreadPoolExecutor(1))
+        worker = stack.enter_context(ThreadPoolExecutor(1))
+        coming = {}
+        for side, path in paths.items():
+            decoder = None
+            if not is_decoded(expanded(path), *raw_dirs):
+                decoder = FaceDecoder(crop, data, device, worker)
+                stack.callback(decoder.close)
+            coming[side] = reader.submit(read, side, decoder), decoder
+        yield coming

@@ -29,13 +29,12 @@ import os
 import shutil
 import tempfile
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -45,10 +44,11 @@ from ..checkpoint.lock import NO_FLOCK
 from ..config import DataConfig
 from ..faces import masks
 from ..faces.folder import Face, FaceFolder, Rejected
-from ..faces.geometry import Crop, crop_landmarks
+from ..faces.geometry import Crop
 from ..faces.png import FaceFileError
 from ..system.durable_files import open_for_reading, sync_folder
-from .decode import choose_backend, decode_crops, thread_count
+from .decode import choose_backend
+from .pipeline import FaceDecoder, decoding
 
 SCHEMA = "mien.faces/1"
 BYTES_PER_PIXEL = 8
@@ -57,8 +57,6 @@ MAX_HEADER_BYTES = 256 * 1024**2
 MINIMUM_FACES = 25
 ROOM_SHARE = 0.5
 DISK_RESERVE_BYTES = 256 * 1024**2
-MASKS_IN_TASK = 8
-TASKS_AHEAD = 6
 CONTENT_VERSION = 2
 """Version that is raised where the same files and settings give other pixels, or more is told of
 them."""
@@ -181,13 +179,15 @@ def open_store(
     store_dir: Path | None,
     earlier_dir: Path | None = None,
     device: torch.device,
+    decoder: FaceDecoder | None = None,
     progress: Callable[[int, int], None] | None = None,
     minimum: int = MINIMUM_FACES,
 ) -> FaceStore:
     """The folder's faces, from the raw file in store_dir where one fits, else decoded now.
 
     store_dir: None keeps no file. earlier_dir: a folder whose files are read too, and left alone.
-    progress: called with (faces done, faces in all).
+    decoder: what has begun to decode these faces; the caller closes it. progress: called with
+    (faces done, faces in all).
 
     Raises ValueError, one line, where fewer than `minimum` faces are usable, where a face is not
     and data.strict is set, or where the faces do not fit in the place that is asked for.
@@ -207,16 +207,16 @@ def open_store(
         decoded_by = f"faces were decoded at an earlier start, they are read from {path}"
         tell(len(folder.faces), len(folder.faces))
     else:
-        backend, decoded_by = choose_backend(data.decoder)
+        _, decoded_by = choose_backend(data.decoder)
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
-        with _Build(facts, path, placement, device) as build:
-            decoded = _decode_into(
-                build.pixels_fssc, folder.faces, crop, data, backend, device, tell, build.warnings
-            )
+        with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:
+            if not decoder:
+                decoder = stack.enter_context(decoding(folder.faces, crop, data, device))
+            decoded = _decode_into(build.pixels_fssc, folder.faces, decoder, data.strict, tell)
             facts = dataclasses.replace(facts, **decoded)
             _check_usable(facts, folder, data.strict, minimum)
             faces_fssc = build.end(facts)
-        warnings, path = build.warnings, build.path
+        warnings, path = build.warnings + decoder.warnings, build.path
         if not build.path:
             why += f"; not kept for the next start ({build.obstacle})"
     return FaceStore(
@@ -233,6 +233,12 @@ def open_store(
         empty=[Rejected(folder.path / name, reason) for name, reason in facts.empty],
         areas_outside=facts.areas_outside,
     )
+
+
+def is_decoded(folder: Path, *raw_dirs: Path | None) -> bool:
+    """Whether the faces of a folder were decoded at some earlier start, be it otherwise."""
+    raw_files = chain.from_iterable(raw.glob("*.faces") for raw in raw_dirs if raw)
+    return any(_is_of(path, str(folder.resolve())) for path in raw_files)
 
 
 def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tuple[str, str]:
@@ -318,7 +324,11 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
         if data.mask_type not in masks.LANDMARK_MASKS:
             mask |= {"blur_kernel": data.mask_blur_kernel, "threshold": data.mask_threshold}
     settings = {"crop": dataclasses.asdict(crop), "mask": mask, "opencv": cv2.__version__}
-    files = [[face.path.name, *_size_and_time(face.path)] for face in folder.faces]
+    # Of a file that is gone, zeros: decoding rejects it, and it may come back as it was.
+    files = [
+        [face.path.name, *(face.size_and_time if face.path.exists() else (0, 0))]
+        for face in folder.faces
+    ]
     text = json.dumps([SCHEMA, CONTENT_VERSION, settings, files], sort_keys=True)
     return _Facts(
         key=hashlib.sha256(text.encode()).hexdigest()[:32],
@@ -328,15 +338,6 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
         names=[face.path.name for face in folder.faces],
         rejected=[],
     )
-
-
-def _size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes and time of change of a file; zeros where it is gone (it is rejected at decoding)."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
 
 
 def _check_usable(facts: _Facts, folder: FaceFolder, strict: bool, minimum: int) -> None:
@@ -354,100 +355,32 @@ def _check_usable(facts: _Facts, folder: FaceFolder, strict: bool, minimum: int)
 def _decode_into(
     pixels_fssc: np.ndarray,
     faces: list[Face],
-    crop: Crop,
-    data: DataConfig,
-    backend: str,
-    device: torch.device,
+    decoder: FaceDecoder,
+    strict: bool,
     tell: Callable[[int, int], None],
-    warnings: list[str],
 ) -> dict[str, Any]:
-    """Fill the rows, one for each usable face; what `_Facts` says of these and of the others.
-
-    Masks are made in threads, a little ahead of the decoding.
-    """
+    """Fill the rows, one for each usable face; what `_Facts` says of these and of the others."""
     names: list[str] = []
     rejected: list[list[str]] = []
     empty: list[list[str]] = []
     areas_outside = dict.fromkeys(masks.AREAS, 0)
-    threads = thread_count(data.num_threads)
-    crops = decode_crops(
-        faces,
-        crop,
-        backend=backend,
-        num_threads=threads,
-        device=str(device),
-        warn=warnings.append,
-    )
-    with contextlib.closing(crops), ThreadPoolExecutor(threads) as pool:
-        made = _masks_ahead(pool, faces, crop, data)
-        for made_masks, (number, crop_bgr) in zip(made, crops, strict=True):
-            name = faces[number].path.name
-            if isinstance(crop_bgr, FaceFileError) or isinstance(made_masks, FaceFileError):
-                error = crop_bgr if isinstance(crop_bgr, FaceFileError) else made_masks
-                rejected.append([name, str(error)])
-                if data.strict:
-                    break
-            else:
-                row = [pixels_fssc[len(names)]]
-                cv2.mixChannels([crop_bgr, made_masks.masks_ssc], row, _TO_PIXEL)
-                names.append(name)
-                if made_masks.why_empty:
-                    empty.append([name, made_masks.why_empty])
-                for area in made_masks.areas_outside:
-                    areas_outside[area] += 1
-            tell(number + 1, len(faces))
+    for number, (face, (crop_bgr, made)) in enumerate(zip(faces, decoder, strict=True)):
+        name = face.path.name
+        if isinstance(crop_bgr, FaceFileError) or isinstance(made, FaceFileError):
+            error = crop_bgr if isinstance(crop_bgr, FaceFileError) else made
+            rejected.append([name, str(error)])
+            if strict:
+                break
+        else:
+            row = [pixels_fssc[len(names)]]
+            cv2.mixChannels([crop_bgr, made.masks_ssc], row, _TO_PIXEL)
+            names.append(name)
+            if made.why_empty:
+                empty.append([name, made.why_empty])
+            for area in made.areas_outside:
+                areas_outside[area] += 1
+        tell(number + 1, len(faces))
     return {"names": names, "rejected": rejected, "empty": empty, "areas_outside": areas_outside}
-
-
-def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
-    """(s, s, 3) uint8: the face mask, eyes and mouth, as the settings want them.
-
-    Raises FaceFileError where the face lacks the mask that is set.
-    """
-    return masks.training_masks(
-        face,
-        crop,
-        mask_type=data.mask_type,
-        dilation=data.mask_dilation,
-        blur_kernel=data.mask_blur_kernel,
-        threshold=data.mask_threshold,
-    )
-
-
-class _Masks(NamedTuple):
-    """A face's masks, (s, s, 3) uint8; why the first is empty, if it is; areas outside the crop."""
-
-    masks_ssc: np.ndarray
-    why_empty: str
-    areas_outside: list[str]
-
-
-def _masks_ahead(
-    pool: ThreadPoolExecutor, faces: list[Face], crop: Crop, data: DataConfig
-) -> Iterator[_Masks | FaceFileError]:
-    """Masks of each face, or why there are none."""
-
-    def make(face: Face) -> _Masks | FaceFileError:
-        try:
-            masks_ssc = configured_masks(face, crop, data)
-            is_empty = masks.is_empty(masks_ssc[..., 0])
-            reason = masks.why_empty(face, data.mask_type) if is_empty else ""
-        except FaceFileError as error:
-            return error.alone()
-        landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
-        return _Masks(masks_ssc, reason, masks.areas_outside(landmarks_l2, crop.size_px))
-
-    def make_all(part: list[Face]) -> list[_Masks | FaceFileError]:
-        return [make(face) for face in part]
-
-    waiting: deque[Future[list[_Masks | FaceFileError]]] = deque()
-    for first in range(0, len(faces), MASKS_IN_TASK):
-        part = faces[first : first + MASKS_IN_TASK]
-        waiting.append(pool.submit(make_all, part))
-        if len(waiting) > TASKS_AHEAD:
-            yield from waiting.popleft().result()
-    while waiting:
-        yield from waiting.popleft().result()
 
 
 def _host_tensor(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -12,7 +12,7 @@ Letters: l = landmark (68), 2 = (x, y).
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,8 @@ class Face:
     """A usable face: its file, and what of its header training needs.
 
     landmarks_l2: (68, 2) float32, px of the source frame. version: alignments version of its
-    extraction, None where the file tells none.
+    extraction, None where the file tells none. size_and_time: bytes of the file, and when it was
+    changed in ns, just before it was read.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Face:
     landmarks_l2: np.ndarray
     alignment: Alignment
     version: float | None = None
+    size_and_time: tuple[int, int] = (0, 0)
 
     @property
     def centering(self) -> str:
@@ -96,13 +98,14 @@ def read_folder(
     side: str | None = None,
     most: int | None = None,
     centering: str | None = None,
+    found: Callable[[Face], None] | None = None,
 ) -> FaceFolder:
     """The faces of a folder; sub-folders and files that are not named .png are passed over.
 
     strict: refuse the folder at the first file that is no usable face. minimum: faces that a side
     needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts. most: faces
     after which the rest of the folder is not read. centering: of the crop that they are for; None
-    for none, then pictures of any kind come back.
+    for none, then pictures of any kind come back. found: called with each face when it is read.
     Raises ValueError, one line, where the folder is missing, holds no faces or too few, or faces
     that show another crop.
     """
@@ -114,6 +117,8 @@ def read_folder(
         result = _read(file)
         if isinstance(result, Face):
             faces.append(result)
+            if found:
+                found(result)
             if len(faces) == most:
                 break
             continue
@@ -132,11 +137,13 @@ def read_face(path: Path) -> tuple[Face, FaceHeader]:
 
     Raises FaceFileError where the file is no usable face.
     """
+    size_and_time = _size_and_time(path)
     edge_px, header = read_header(path)
     alignment = align(header.landmarks_l2)
     if not all(np.isfinite(offset).all() for offset in alignment.offsets.values()):
         raise FaceFileError("has landmarks that fit no head: extract the face again")
-    return Face(path, edge_px, header.landmarks_l2, alignment, header.version), header
+    face = Face(path, edge_px, header.landmarks_l2, alignment, header.version, size_and_time)
+    return face, header
 
 
 def native_px(face: Face) -> float:
@@ -174,6 +181,15 @@ def uneven(name_a: str, count_a: int, name_b: str, count_b: int) -> str | None:
         f"{larger} has {large} faces and {smaller} {small}: the smaller side is repeated more "
         "often; bring them nearer to each other"
     )
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes and time of change of a file; zeros where it is gone, which reading it tells of."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def _read(path: Path) -> Face | Rejected:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import DataConfig
 from ..data.decode import decode_crops
-from ..data.store import configured_masks
+from ..data.pipeline import configured_masks
 from ..faces import geometry
 from ..faces.folder import Face
 from ..faces.png import FaceFileError

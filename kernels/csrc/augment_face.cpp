@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "augment.cuh"
+#include "augment_avx2.h"
 #include "augment_landmarks.cuh"
 #include "draw.cuh"
 
@@ -14,9 +15,14 @@ using mien::FaceCall;
 
 constexpr int kBorder = 2;  // zeros round the picture that the warp reads
 
+// Pixels of a row: from begin on, end excluded.
+struct Run {
+    int begin, end;
+};
+
 // Scratch of one thread, carved from one block.
 struct Scratch {
-    uint32_t *colored;       // [S, S]
+    uint32_t *colored;       // [S, S] B G R face, with its colour varied
     uint32_t *bordered;      // [S + 4, S + 4] B G R face, turned and mirrored
     uint32_t *picture;       // its pixel (0, 0)
     uint32_t *areas;         // [S, S] eye mouth, turned and mirrored
@@ -25,7 +31,10 @@ struct Scratch {
     uint8_t *lab[3];         // [S, S]
     uint8_t *tile_levels;    // [tiles, tiles, 256]
     mien::ClaheSpan *tiles;  // [S]
-    mien::Steps *columns;    // [S]
+    float *tile_parts;       // [S] part of each of them
+    int *columns[2];         // [S] x and y of each column's steps
+    uint32_t *area_columns;  // [S] all areas of each column of the store
+    Run *area_runs[2];       // [S] pixels of each row that may have an area; the same, resized
     float *grid[2];          // [5, S]
     float *place[2];         // [S] x and y that a row of the warp comes from
     mien::AreaSpan *spans;   // [S]
@@ -61,7 +70,10 @@ Scratch carve(int size, unsigned char *block, size_t *bytes) {
     for (auto &plane : s.lab) plane = carver.take<uint8_t>(area);
     s.tile_levels = carver.take<uint8_t>(tiles * tiles * 256);
     s.tiles = carver.take<mien::ClaheSpan>(edge);
-    s.columns = carver.take<mien::Steps>(edge);
+    s.tile_parts = carver.take<float>(edge);
+    for (auto &line : s.columns) line = carver.take<int>(edge);
+    s.area_columns = carver.take<uint32_t>(edge);
+    for (auto &runs : s.area_runs) runs = carver.take<Run>(edge);
     for (auto &lines : s.grid) lines = carver.take<float>(5 * edge);
     for (auto &line : s.place) line = carver.take<float>(edge);
     s.spans = carver.take<mien::AreaSpan>(edge);
@@ -106,33 +118,72 @@ void clahe_tables(const uint8_t *light, int size, const mien::ClaheTiles &tiles,
     }
 }
 
+// From `at` on, how far the pixels lie between the same two tiles.
+int end_of_span(const mien::ClaheSpan *tiles, int at, int size) {
+    int end = at + 1;
+    while (end < size && tiles[end].first == tiles[at].first &&
+           tiles[end].second == tiles[at].second)
+        ++end;
+    return end;
+}
+
+// The levels of four tiles, a word for each level before: near and far of the upper two tiles, then
+// of the lower two.
+void join_levels(const uint8_t *upper, const uint8_t *lower, const mien::ClaheSpan &column,
+                 uint32_t *__restrict joined) {
+    const int near = column.first * 256, far = column.second * 256;
+    for (int level = 0; level < 256; ++level)
+        joined[level] = upper[near + level] | (uint32_t{upper[far + level]} << 8) |
+                        (uint32_t{lower[near + level]} << 16) |
+                        (uint32_t{lower[far + level]} << 24);
+}
+
+void equalise_row(const uint32_t *__restrict joined, const float *__restrict parts,
+                  const mien::ClaheSpan &row, int count, uint8_t *__restrict line) {
+    for (int x = 0; x < count; ++x) {
+        const uint32_t word = joined[line[x]];
+        line[x] = static_cast<uint8_t>(mien::clahe_blend(
+            mien::ClaheSpan{0, 0, parts[x]}, row, mien::level_of(word, 0), mien::level_of(word, 1),
+            mien::level_of(word, 2), mien::level_of(word, 3)));
+    }
+}
+
 void equalise(uint8_t *light, int size, int num_tiles, const Scratch &s) {
     const mien::ClaheTiles tiles = mien::clahe_of(num_tiles, size);
     clahe_tables(light, size, tiles, s.tile_levels);
-    for (int at = 0; at < size; ++at) s.tiles[at] = mien::clahe_span(tiles, at);
-    for (int y = 0; y < size; ++y) {
-        const mien::ClaheSpan row = s.tiles[y];
-        const uint8_t *upper = s.tile_levels + row.first * tiles.count * 256;
-        const uint8_t *lower = s.tile_levels + row.second * tiles.count * 256;
-        uint8_t *line = light + y * size;
-        for (int x = 0; x < size; ++x) {
-            const mien::ClaheSpan column = s.tiles[x];
-            const int near = column.first * 256 + line[x], far = column.second * 256 + line[x];
-            line[x] = static_cast<uint8_t>(
-                mien::clahe_blend(column, row, upper[near], upper[far], lower[near], lower[far]));
+    for (int at = 0; at < size; ++at) {
+        s.tiles[at] = mien::clahe_span(tiles, at);
+        s.tile_parts[at] = s.tiles[at].part;
+    }
+    for (int top = 0, bottom; top < size; top = bottom) {
+        bottom = end_of_span(s.tiles, top, size);
+        const uint8_t *upper = s.tile_levels + s.tiles[top].first * tiles.count * 256;
+        const uint8_t *lower = s.tile_levels + s.tiles[top].second * tiles.count * 256;
+        for (int left = 0, right; left < size; left = right) {
+            right = end_of_span(s.tiles, left, size);
+            uint32_t joined[256];
+            join_levels(upper, lower, s.tiles[left], joined);
+            for (int y = top; y < bottom; ++y)
+                equalise_row(joined, s.tile_parts + left, s.tiles[y], right - left,
+                             light + y * size + left);
         }
     }
 }
 
-void to_lab(const mien::ColorTables &tables, const int32_t moved[3][256],
-            const uint32_t *__restrict source, int area, uint8_t *__restrict light,
-            uint8_t *__restrict a, uint8_t *__restrict b) {
-    for (int i = 0; i < area; ++i) {
+void to_lab(const mien::ColorTables &tables, const uint32_t *__restrict source, int count,
+            uint8_t *__restrict light, uint8_t *__restrict a, uint8_t *__restrict b) {
+    for (int i = 0; i < count; ++i) {
         const mien::Lab lab = mien::lab_of(tables, source[2 * i]);
-        light[i] = static_cast<uint8_t>(moved[0][lab.l]);
-        a[i] = static_cast<uint8_t>(moved[1][lab.a]);
-        b[i] = static_cast<uint8_t>(moved[2][lab.b]);
+        light[i] = static_cast<uint8_t>(lab.l);
+        a[i] = static_cast<uint8_t>(lab.a);
+        b[i] = static_cast<uint8_t>(lab.b);
     }
+}
+
+// A loop for each channel, as compilers give up on one with three choices.
+void shift_levels(float change, int count, uint8_t *__restrict levels) {
+    for (int i = 0; i < count; ++i)
+        levels[i] = static_cast<uint8_t>(mien::shifted(levels[i], change));
 }
 
 void to_bgr(const mien::ColorTables &tables, const uint32_t *__restrict source, int area,
@@ -145,42 +196,107 @@ void to_bgr(const mien::ColorTables &tables, const uint32_t *__restrict source, 
 
 void vary_color(const FaceCall &call, const mien_face &face, const uint32_t *source,
                 const Scratch &s) {
-    const int size = call.job->size_px;
-    int32_t moved[3][256];
-    for (int channel = 0; channel < 3; ++channel)
-        for (int level = 0; level < 256; ++level)
-            moved[channel][level] = mien::shifted(level, face.lab[channel]);
-    to_lab(*call.colors, moved, source, size * size, s.lab[0], s.lab[1], s.lab[2]);
+    const int size = call.job->size_px, area = size * size;
+    if (!face.color) {
+        for (int i = 0; i < area; ++i) s.colored[i] = source[2 * i];
+        return;
+    }
+    for (int at = 0; at < area; at += size) {  // by rows, which stay in the nearest cache
+        to_lab(*call.colors, source + 2 * at, size, s.lab[0] + at, s.lab[1] + at, s.lab[2] + at);
+        for (int channel = 0; channel < 3; ++channel)
+            shift_levels(face.lab[channel], size, s.lab[channel] + at);
+    }
     if (face.clahe_tiles > 0) equalise(s.lab[0], size, face.clahe_tiles, s);
-    to_bgr(*call.colors, source, size * size, s.lab[0], s.lab[1], s.lab[2], s.colored);
+    to_bgr(*call.colors, source, area, s.lab[0], s.lab[1], s.lab[2], s.colored);
 }
 
 // ---- affine and flip --------------------------------------------------------------------------
 
-// One row of one word of every pixel; `step` words from pixel to pixel of the source.
+// Pixels begin ... end - 1 of a row of one word of every pixel; `step` words from pixel to pixel of
+// the source.
 template <int step>
 void transform_row(const uint32_t *__restrict source, mien::Steps row,
-                   const mien::Steps *__restrict columns, int size, uint32_t *__restrict out) {
-    for (int x = 0; x < size; ++x) {
-        const mien::Taps taps = mien::affine_taps(row, columns[x], size);
+                   const int *__restrict columns_x, const int *__restrict columns_y, int size,
+                   Run run, uint32_t *__restrict out) {
+    for (int x = run.begin; x < run.end; ++x) {
+        const mien::Taps taps = mien::affine_taps(row, {columns_x[x], columns_y[x]}, size);
         out[x] = mien::blend_words(source[step * taps.top_left], source[step * taps.top_right],
                                    source[step * taps.bottom_left],
                                    source[step * taps.bottom_right], taps.right, taps.down);
     }
 }
 
+// The smallest box that holds all areas of the store's pixels; where there are none, one whose
+// right end lies left of its left one.
+mien::Box area_box(const uint32_t *source, int size, uint32_t *__restrict columns) {
+    mien::Box box{size, size, -1, -1};
+    memset(columns, 0, size * sizeof(uint32_t));
+    for (int y = 0; y < size; ++y) {
+        const uint32_t *areas = source + int64_t{2} * y * size + 1;
+        uint32_t any = 0;
+        for (int x = 0; x < size; ++x) {
+            any |= areas[2 * x];
+            columns[x] |= areas[2 * x];
+        }
+        if (!any) continue;
+        box.top = y < box.top ? y : box.top;
+        box.bottom = y;
+    }
+    for (int x = 0; x < size; ++x) {
+        if (!columns[x]) continue;
+        box.left = x < box.left ? x : box.left;
+        box.right = x;
+    }
+    return box;
+}
+
+// Whether any tap of the pixels between two, which lie in one row, falls between low and high.
+bool reaches(int first, int last, int low, int high, int size) {
+    const int nearest = (first < last ? first : last) >> 10;
+    const int farthest = ((first < last ? last : first) >> 10) + 1;
+    return mien::clamp_int(farthest, 0, size - 1) >= low &&
+           mien::clamp_int(nearest, 0, size - 1) <= high;
+}
+
+// The pixels of a row of the affine that may come out of the box, by blocks of sixteen.
+Run area_run(const mien::Box &box, mien::Steps row, const Scratch &s, int size) {
+    constexpr int kBlock = 16;
+    Run run{size, 0};
+    for (int begin = 0; begin < size; begin += kBlock) {
+        const int end = begin + kBlock < size ? begin + kBlock : size;
+        const int *x = s.columns[0], *y = s.columns[1];
+        if (!reaches(row.x + x[begin], row.x + x[end - 1], box.left, box.right, size) ||
+            !reaches(row.y + y[begin], row.y + y[end - 1], box.top, box.bottom, size))
+            continue;
+        run.begin = begin < run.begin ? begin : run.begin;
+        run.end = end;
+    }
+    return run.begin < run.end ? run : Run{0, 0};
+}
+
 void transform(const mien_face &face, const uint32_t *source, bool with_areas, int size,
                const Scratch &s) {
     const mien::Inverse inverse = mien::inverse_of(face.matrix);
-    for (int x = 0; x < size; ++x)
-        s.columns[x] = mien::column_steps(inverse, face.flip ? size - 1 - x : x);
+    for (int x = 0; x < size; ++x) {
+        const mien::Steps steps = mien::column_steps(inverse, face.flip ? size - 1 - x : x);
+        s.columns[0][x] = steps.x;
+        s.columns[1][x] = steps.y;
+    }
+    const mien::Box box = with_areas ? area_box(source, size, s.area_columns) : mien::Box{};
     for (int y = 0; y < size; ++y) {
         const mien::Steps row = mien::row_steps(inverse, y);
-        if (face.color)
-            transform_row<1>(s.colored, row, s.columns, size, s.picture + y * s.stride);
-        else
-            transform_row<2>(source, row, s.columns, size, s.picture + y * s.stride);
-        if (with_areas) transform_row<2>(source + 1, row, s.columns, size, s.areas + y * size);
+        uint32_t *picture = s.picture + y * s.stride;
+        int done = 0;
+#ifdef __AVX2__
+        done = mien::blend_row(s.colored, row, s.columns[0], s.columns[1], size, picture);
+#endif
+        transform_row<1>(s.colored, row, s.columns[0], s.columns[1], size, {done, size}, picture);
+        const Run run = s.area_runs[0][y] = with_areas ? area_run(box, row, s, size) : Run{0, 0};
+        if (!with_areas) continue;
+        uint32_t *areas = s.areas + y * size;
+        memset(areas, 0, run.begin * sizeof(uint32_t));
+        transform_row<2>(source + 1, row, s.columns[0], s.columns[1], size, run, areas);
+        memset(areas + run.end, 0, (size - run.end) * sizeof(uint32_t));
     }
 }
 
@@ -263,7 +379,11 @@ void map_landmarks(const mien_augment_job &job, const mien_face &face, int side,
 void sample_bordered(const uint32_t *__restrict picture, int stride,
                      const float *__restrict place_x, const float *__restrict place_y, int size,
                      uint32_t *__restrict out) {
-    for (int x = 0; x < size; ++x) {
+    int x = 0;
+#ifdef __AVX2__
+    x = mien::sample_row(picture, stride, place_x, place_y, size, out);
+#endif
+    for (; x < size; ++x) {
         const mien::Place column = mien::place_of(place_x[x], size);
         const mien::Place row = mien::place_of(place_y[x], size);
         const int at = row.first * stride + column.first;
@@ -272,8 +392,7 @@ void sample_bordered(const uint32_t *__restrict picture, int stride,
     }
 }
 
-// One row out of a picture whose edge is repeated; `step` words from pixel to pixel.
-template <int step>
+// One row out of a picture whose edge is repeated.
 void sample_repeated(const uint32_t *__restrict picture, int stride,
                      const float *__restrict place_x, const float *__restrict place_y, int size,
                      uint32_t *__restrict out) {
@@ -281,10 +400,9 @@ void sample_repeated(const uint32_t *__restrict picture, int stride,
         const mien::EdgePlace column = mien::edge_place_of(place_x[x], size);
         const mien::EdgePlace row = mien::edge_place_of(place_y[x], size);
         const int upper = row.first * stride, lower = row.second * stride;
-        out[x] = mien::mix_words(picture[step * (upper + column.first)],
-                                 picture[step * (upper + column.second)],
-                                 picture[step * (lower + column.first)],
-                                 picture[step * (lower + column.second)], column.part, row.part);
+        out[x] = mien::mix_words(picture[upper + column.first], picture[upper + column.second],
+                                 picture[lower + column.first], picture[lower + column.second],
+                                 column.part, row.part);
     }
 }
 
@@ -305,9 +423,8 @@ void stretch_grid(const mien_face &face, int size, const Scratch &s) {
     }
 }
 
-// `source`: the store's pixels; `side`: of the face.
-void warp(const mien_augment_job &job, const mien_face &face, int side, const uint32_t *source,
-          const Scratch &s) {
+// `side`: of the face.
+void warp(const mien_augment_job &job, const mien_face &face, int side, const Scratch &s) {
     const int size = job.size_px;
     const bool to_landmarks = face.warp == MIEN_WARP_LANDMARKS;
     const mien::Back back = mien::back_of(face, size);
@@ -331,12 +448,9 @@ void warp(const mien_augment_job &job, const mien_face &face, int side, const ui
         uint32_t *out = s.warped + y * size;
         if (job.single_interpolation) {
             place_back(back, size, place_x, place_y);
-            if (face.color)
-                sample_repeated<1>(s.colored, size, place_x, place_y, size, out);
-            else
-                sample_repeated<2>(source, size, place_x, place_y, size, out);
+            sample_repeated(s.colored, size, place_x, place_y, size, out);
         } else if (to_landmarks) {
-            sample_repeated<1>(s.picture, s.stride, place_x, place_y, size, out);
+            sample_repeated(s.picture, s.stride, place_x, place_y, size, out);
         } else {
             sample_bordered(s.picture, s.stride, place_x, place_y, size, out);
         }
@@ -416,17 +530,21 @@ void store_mask_row(const uint32_t *__restrict picture, int count, float *__rest
     for (int x = 0; x < count; ++x) out[x] = mien::unit_level(mien::level_of(picture[x], 3));
 }
 
-void store_weights(const mien_augment_job &job, bool with_areas, const uint32_t *picture,
-                   int stride, const uint32_t *areas, int edge, float *out) {
+// `runs`: the pixels of each row that may have an area.
+void store_weights(const mien_augment_job &job, const uint32_t *picture, int stride,
+                   const uint32_t *areas, const Run *runs, int edge, float *out) {
     for (int y = 0; y < edge; ++y) {
+        const uint32_t *row = picture + y * stride;
         float *line = out + y * edge;
-        if (!job.penalize)
+        if (!job.penalize) {
             for (int x = 0; x < edge; ++x) line[x] = 1.0f;
-        else if (with_areas)
-            store_weight_row(job.eye_extra, job.mouth_extra, picture + y * stride, areas + y * edge,
-                             edge, line);
-        else
-            store_mask_row(picture + y * stride, edge, line);
+            continue;
+        }
+        const Run run = runs[y];
+        store_mask_row(row, run.begin, line);
+        store_weight_row(job.eye_extra, job.mouth_extra, row + run.begin,
+                         areas + y * edge + run.begin, run.end - run.begin, line + run.begin);
+        store_mask_row(row + run.end, edge - run.end, line + run.end);
     }
 }
 
@@ -453,24 +571,27 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
     const int64_t at = job.gathered ? n - side * (job.count / job.num_sides) : face.index;
     const uint32_t *source =
         reinterpret_cast<const uint32_t *>(job.faces[side]) + at * (int64_t{2} * size * size);
-    if (face.color) vary_color(call, face, source, s);
+    vary_color(call, face, source, s);
     transform(face, source, with_areas, size, s);
 
     const mien::Midway midway = with_areas ? mien::kToEven : mien::kUp;
     for (int i = 0; i < job.num_outputs; ++i) {
         const int edge = job.output_px[i];
         const uint32_t *picture = s.picture, *areas = s.areas;
+        const Run *runs = s.area_runs[0];
         int stride = s.stride;
         if (edge != size) {
             resize(picture, stride, size, edge, midway, s.small[0], s);
             if (with_areas) resize(areas, size, size, edge, midway, s.small[1], s);
+            for (int y = 0; y < edge; ++y) s.area_runs[1][y] = {0, with_areas ? edge : 0};
             picture = s.small[0];
             areas = s.small[1];
+            runs = s.area_runs[1];
             stride = edge;
         }
         store_picture<3>(call, job.target_type, picture, stride, edge, n, job.targets[i]);
         const int64_t start = n * edge * edge;
-        store_weights(job, with_areas, picture, stride, areas, edge, job.weights[i] + start);
+        store_weights(job, picture, stride, areas, runs, edge, job.weights[i] + start);
         if (job.mask && i == job.num_outputs - 1)
             for (int y = 0; y < edge; ++y)
                 store_mask_row(picture + y * stride, edge, job.mask + start + y * edge);
@@ -479,7 +600,7 @@ void MIEN_AUGMENT_FACE(const FaceCall &call, int64_t n, unsigned char *scratch) 
     const uint32_t *input = s.picture;
     int stride = s.stride;
     if (face.warp) {
-        warp(job, face, side, source, s);
+        warp(job, face, side, s);
         input = s.warped;
         stride = size;
     }

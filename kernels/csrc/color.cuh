@@ -35,8 +35,7 @@ struct ColorTables {
     // 32-bit entries, though fewer bits would do: that is what vector units gather.
     int32_t linear[256];         // byte -> linear light * 2040
     int32_t cube_root[2041];     // linear light * 2040 -> f * 2^15
-    int32_t light_y[256];        // L -> Y * 2^14
-    int32_t light_f[256];        // L -> f(Y) * 2^14
+    int32_t light[256];          // L -> Y * 2^14, and above its 16 bits f(Y) * 2^14
     int32_t gamma_encode[4096];  // linear light * 4096 -> byte
 };
 
@@ -48,8 +47,8 @@ constexpr ColorTables make_color_tables() {
         t.linear[i] = rounded(2040 * (x <= 0.04045 ? x / 12.92 : square * root(square, 5)));
         const double light = i * 100 / 255.0, f = (light + 16) / 116;
         const double y = light <= 8 ? light / 903.3 : f * f * f;
-        t.light_y[i] = rounded(16384 * y);
-        t.light_f[i] = rounded(16384 * (light <= 8 ? 7.787 * y + 16.0 / 116 : f));
+        t.light[i] =
+            rounded(16384 * y) | (rounded(16384 * (light <= 8 ? 7.787 * y + 16.0 / 116 : f)) << 16);
     }
     for (int i = 0; i <= 2040; ++i) {
         const double x = i / 2040.0;
@@ -107,7 +106,7 @@ MIEN_HD int cube_of(int f) {
 }
 
 MIEN_HD uint32_t bgr_of(const ColorTables &t, Lab lab) {
-    const int y = t.light_y[lab.l], f = t.light_f[lab.l];
+    const int light = t.light[lab.l], y = light & 0xFFFF, f = light >> 16;
     const int x = cube_of(f + ((5 * lab.a * 53687 + 128) >> 13) - 4194);
     const int z = cube_of(f - (((lab.b * 41943 + 16) >> 9) - 10484));
     const int blue = (217 * x + -836 * y + 4715 * z + 8192) >> 14;

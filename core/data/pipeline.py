@@ -1,0 +1,182 @@
+"""Crops and masks of one side's faces, made on all cores while its headers are still being read.
+
+Reading headers is Python's own work, so one thread does it for both sides; decoding and drawing are
+OpenCV's and DALI's, which run beside it. What is ready waits in a queue of bounded size, since only
+the last header tells how many faces there are, whether they are to be used, and where to put them.
+
+Letters: s = edge of the crop at the processing size, px; c = 3.
+"""
+
+import contextlib
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..config import DataConfig
+from ..faces import masks
+from ..faces.folder import Face
+from ..faces.geometry import Crop, crop_landmarks
+from ..faces.png import FaceFileError
+from .decode import Result, choose_backend, decode_crops, thread_count
+
+AHEAD_BYTES = 128 * 1024**2
+"""Decoded faces that wait. Chosen on the CPU: 5,400 of 64 px, 340 of 256 px."""
+
+MASKS_IN_TASK = 8
+TASKS_AHEAD = 6
+
+_BYTES_PER_PIXEL = 6
+
+
+class Masks(NamedTuple):
+    """A face's masks, (s, s, 3) uint8; why the first is empty, if it is; areas outside the crop."""
+
+    masks_ssc: np.ndarray
+    why_empty: str
+    areas_outside: list[str]
+
+
+class Decoded(NamedTuple):
+    """A face's crop, (s, s, 3) uint8 BGR, and its masks; an error in place of what there is not."""
+
+    crop_bgr: Result
+    masks: Masks | FaceFileError
+
+
+class FaceDecoder:
+    """Faces being decoded by a thread, from the first one that it is told of.
+
+    Iterating it, once, gives a `Decoded` for each, in order; it ends after `end`. warnings: what
+    went wrong without stopping anything.
+    """
+
+    def __init__(
+        self, crop: Crop, data: DataConfig, device: torch.device, worker: ThreadPoolExecutor
+    ) -> None:
+        self.warnings: list[str] = []
+        self._faces: SimpleQueue[Face | None] = SimpleQueue()
+        self._decoded: SimpleQueue[Decoded | None] = SimpleQueue()
+        face_bytes = _BYTES_PER_PIXEL * crop.size_px**2
+        self._room = threading.Semaphore(max(1, AHEAD_BYTES // face_bytes))
+        self._is_closed = threading.Event()
+        self._work = worker.submit(self._decode, crop, data, device)
+
+    def add(self, face: Face) -> None:
+        """Decode this face, too."""
+        self._faces.put(face)
+
+    def end(self) -> None:
+        """Say that there are no more faces."""
+        self._faces.put(None)
+
+    def close(self) -> None:
+        """Let the thread end early, as soon as it has what it is at, and `end` was called."""
+        self._is_closed.set()
+        self._work.cancel()
+        self._room.release()
+
+    def __iter__(self) -> Iterator[Decoded]:
+        while decoded := self._decoded.get():
+            self._room.release()
+            yield decoded
+        self._work.result()
+
+    def _decode(self, crop: Crop, data: DataConfig, device: torch.device) -> None:
+        faces = iter(self._faces.get, None)
+        decoding = _decoded(faces, crop, data, str(device), self.warnings.append)
+        try:
+            with contextlib.closing(decoding):
+                for decoded in decoding:
+                    self._room.acquire()
+                    if self._is_closed.is_set():
+                        return
+                    self._decoded.put(decoded)
+        finally:
+            self._decoded.put(None)
+
+
+@contextlib.contextmanager
+def decoding(
+    faces: Iterable[Face], crop: Crop, data: DataConfig, device: torch.device
+) -> Iterator[FaceDecoder]:
+    """A decoder of faces that are all known."""
+    with ThreadPoolExecutor(1) as worker:
+        with contextlib.closing(FaceDecoder(crop, data, device, worker)) as decoder:
+            for face in faces:
+                decoder.add(face)
+            decoder.end()
+            yield decoder
+
+
+def configured_masks(face: Face, crop: Crop, data: DataConfig) -> np.ndarray:
+    """(s, s, 3) uint8: the face mask, eyes and mouth, as the settings want them.
+
+    Raises FaceFileError where the face lacks the mask that is set.
+    """
+    return masks.training_masks(
+        face,
+        crop,
+        mask_type=data.mask_type,
+        dilation=data.mask_dilation,
+        blur_kernel=data.mask_blur_kernel,
+        threshold=data.mask_threshold,
+    )
+
+
+def _decoded(
+    faces: Iterator[Face],
+    crop: Crop,
+    data: DataConfig,
+    device: str,
+    warn: Callable[[str], None],
+) -> Generator[Decoded, None, None]:
+    """Each face's crop and masks. Masks are made in threads, a little ahead of the decoding."""
+    threads = thread_count(data.num_threads)
+    for_crops, for_masks = itertools.tee(faces)
+    crops = decode_crops(
+        for_crops,
+        crop,
+        backend=choose_backend(data.decoder)[0],
+        num_threads=threads,
+        device=device,
+        warn=warn,
+    )
+    with contextlib.closing(crops), ThreadPoolExecutor(threads) as pool:
+        made = _masks_ahead(pool, for_masks, crop, data)
+        for (_, crop_bgr), made_masks in zip(crops, made, strict=True):
+            yield Decoded(crop_bgr, made_masks)
+
+
+def _masks_ahead(
+    pool: ThreadPoolExecutor, faces: Iterator[Face], crop: Crop, data: DataConfig
+) -> Iterator[Masks | FaceFileError]:
+    """Each face's masks, or why there are none."""
+
+    def make_all(part: list[Face]) -> list[Masks | FaceFileError]:
+        return [_masks_of(face, crop, data) for face in part]
+
+    waiting: deque[Future[list[Masks | FaceFileError]]] = deque()
+    while part := list(itertools.islice(faces, MASKS_IN_TASK)):
+        waiting.append(pool.submit(make_all, part))
+        if len(waiting) > TASKS_AHEAD:
+            yield from waiting.popleft().result()
+    while waiting:
+        yield from waiting.popleft().result()
+
+
+def _masks_of(face: Face, crop: Crop, data: DataConfig) -> Masks | FaceFileError:
+    try:
+        masks_ssc = configured_masks(face, crop, data)
+        is_empty = masks.is_empty(masks_ssc[..., 0])
+        reason = masks.why_empty(face, data.mask_type) if is_empty else ""
+    except FaceFileError as error:
+        return error.alone()
+    landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
+    return Masks(masks_ssc, reason, masks.areas_outside(landmarks_l2, crop.size_px))
