@@ -189,6 +189,31 @@ def test_a_damaged_file_is_named_and_the_others_are_kept(own_faces, backend, kin
     assert not told
 
 
+def _with_profile(path, name):
+    """Give a PNG a colour profile that is none, under a name that libpng puts into its warning."""
+    content, profile = path.read_bytes(), bytearray(np.random.default_rng(0).bytes(600))
+    profile[:4] = (600).to_bytes(4, "big")
+    data = name + b"\0\0" + zlib.compress(bytes(profile))
+    crc = zlib.crc32(b"iCCP" + data).to_bytes(4, "big")
+    chunk = len(data).to_bytes(4, "big") + b"iCCP" + data + crc
+    path.write_bytes(content[:33] + chunk + content[33:])
+
+
+@pytest.mark.parametrize("backend", ["dali", "opencv"])
+def test_what_libraries_print_of_a_file_reaches_no_terminal(own_faces, backend, capfd):
+    """A stranger's words would do as they like there; and each damaged file would have a line."""
+    for face in own_faces[:5]:
+        _with_profile(face.path, b"\x1b[31mEVIL\r\nmien: all is well")
+    damage(own_faces[6], "garbled")
+    expected(own_faces[0], CROPS[0])
+    assert "EVIL" in capfd.readouterr().err, "by itself OpenCV prints it"
+    found = crops_of(own_faces, CROPS[0], backend)
+    assert sum(isinstance(crop, png.FaceFileError) for crop in found) == 1
+    assert capfd.readouterr() == ("", "")
+    os.write(2, b"ours")
+    assert capfd.readouterr().err == "ours", "it is heard again afterwards"
+
+
 def test_a_pipe_in_the_place_of_a_face_is_waited_for_by_nobody(own_faces):
     damage(own_faces[0], "pipe")
     assert isinstance(decode.decode_one(own_faces[0], CROPS[0]), png.FaceFileError)

@@ -35,6 +35,7 @@ from ..faces.folder import Face
 from ..faces.geometry import CropBox
 from ..faces.picture import decoding_bytes, open_picture
 from ..faces.png import FaceFileError
+from ..system.output import silent_libraries
 
 BACKENDS = ("dali", "opencv")
 BATCH_SIZE = 16
@@ -152,7 +153,7 @@ def _decode_dali(
     failures = 0
     on_gpu = device.startswith("cuda")
     decoded = on_host = None
-    with ThreadPoolExecutor(threads) as pool:
+    with silent_libraries(), ThreadPoolExecutor(threads) as pool:
         while batch := schedule.next():
             if not batch.is_for_dali:
                 yield batch.first, decode_one(batch.faces[0], crop)

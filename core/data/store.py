@@ -207,6 +207,7 @@ def open_store(
         decoded_by = f"faces were decoded at an earlier start, they are read from {path}"
         tell(len(folder.faces), len(folder.faces))
     else:
+        _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
         _, decoded_by = choose_backend(data.decoder)
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:

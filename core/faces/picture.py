@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from ..system.durable_files import open_for_reading
+from ..system.output import silent_libraries
 from .png import FaceFileError, edge_of, is_complete, max_file_bytes
 
 DECODING_BYTES = 512 * 1024**2
@@ -77,7 +78,7 @@ def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
 def _decoded(encoded: np.ndarray, edge_px: int) -> np.ndarray:
     image_bgr = None
     if edge_of(encoded) == edge_px and is_complete(encoded.data):
-        with contextlib.suppress(cv2.error):
+        with contextlib.suppress(cv2.error), silent_libraries():
             image_bgr = cv2.imdecode(encoded, _READ_FLAGS)
     if image_bgr is None or image_bgr.shape != (edge_px, edge_px, 3):
         raise FaceFileError(

@@ -14,6 +14,7 @@ from ..checkpoint.known_paths import KnownPaths
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import TrainingState
 from ..system.durable_files import DamagedError, read_regular, write_output
+from ..system.output import silent_libraries
 
 _MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
 _LONGEST_PX = 8190
@@ -175,7 +176,8 @@ def _read(path: Path) -> np.ndarray | None:
     if divisor is None:
         return None
     try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), _READ_AS[divisor])
+        with silent_libraries():
+            return cv2.imdecode(np.frombuffer(content, np.uint8), _READ_AS[divisor])
     except cv2.error:
         return None
 

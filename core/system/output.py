@@ -8,6 +8,7 @@ import errno
 import os
 import select
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
@@ -131,6 +132,46 @@ def guarded_streams() -> Iterator[None]:
             sys.stdout = before[0]
         if sys.stderr is own[1]:
             sys.stderr = before[1]
+
+
+class _Silence:
+    """Error output of the process that leads nowhere while at least one thread wants it so."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        self._kept: int | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._count += 1
+            if self._count == 1:
+                with suppress(OSError):  # the process has none
+                    self._kept = os.dup(2)
+                    _lead_nowhere(2)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0 and self._kept is not None:
+                os.dup2(self._kept, 2)
+                os.close(self._kept)
+                self._kept = None
+
+
+_silence = _Silence()
+
+
+@contextmanager
+def silent_libraries() -> Iterator[None]:
+    """Keep what libraries print by themselves on the error output from the user, meanwhile.
+
+    libpng names what it finds in a stranger's file there, control characters and all, and has a
+    line for every damaged one; what is wrong comes back as an error, too. Nothing of mien's own is
+    to be printed there at the same time.
+    """
+    with _silence:
+        yield
 
 
 def _open_missing() -> None:
