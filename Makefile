@@ -8,7 +8,7 @@ LOWEST_PAGE := $(VENV)/lowest-page
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test test-min test-max lint format docs bench gpu gpu-quick wheel clean FORCE
+.PHONY: setup demo test test-min test-max aot lint format docs bench gpu gpu-quick wheel clean FORCE
 
 setup: $(STAMP) kernels/libmien.so
 
@@ -67,6 +67,12 @@ test-max: .venv-max/.installed kernels/libmien.so
 	MIEN_CUDA=OFF .venv-max/bin/pip install --quiet --disable-pip-version-check --upgrade -e '.[dev]' 'setuptools>=77'
 	rm kernels/libmien.so
 	touch $@
+
+# Lists every form of the Triton kernels that training on a GPU asks for, and compiles each for every
+# generation: an hour at first, and minutes from Triton's cache.
+aot: setup
+	$(BIN)/python tests/aot/walk.py
+	$(BIN)/python tests/aot/compile_forms.py 80 89 90 100 120 < tests/aot/forms.jsonl
 
 lint: setup
 	$(BIN)/ruff check $(SOURCES)

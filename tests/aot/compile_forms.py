@@ -1,0 +1,151 @@
+"""Compile forms of the Triton kernels for GPUs that are not here, and hold them to their bounds.
+
+    python tests/aot/compile_forms.py 80 90 < tests/aot/forms.jsonl      forms, one a line
+
+Tells of each form and target that breaks a bound, then what the compiler made of each kernel, and
+ends with 1 where something broke one. None has a stack or spills. What is compiled lies in Triton's
+cache: a call that was stopped goes on from where it was.
+"""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from forms import ALIGNED, Form
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9_.]+)", re.M)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a form of a kernel may cost."""
+
+    most_registers: int
+    """Of a thread."""
+
+    least_wide_loads: int = 0
+    """Instructions that load 8 or 16 bytes, where every run of channels is a multiple of 8."""
+
+    least_wide_stores: int = 0
+
+
+BOUNDS = {
+    "control._norm_kernel": Bounds(64, 6, 1),
+    "control._record_kernel": Bounds(96, 10, 1),
+    "control._control_kernel": Bounds(96, 17, 13),
+    "control._factors_kernel": Bounds(48, 17),
+    "enlarge._forward_kernel": Bounds(80, 1, 1),
+    "enlarge._backward_kernel": Bounds(80, 1, 1),
+    "optimize._update_kernel": Bounds(64, 14, 2),
+    "upscale._forward_kernel": Bounds(64, 2, 2),
+    "upscale._backward_kernel": Bounds(96, 2, 2),
+    "upscale._image_kernel": Bounds(64, 0, 1),
+    "upscale._image_backward_kernel": Bounds(72, 0, 2),
+}
+
+RUNS = ("CHANNELS", "LENGTH", "NUM_CHANNELS")
+"""Arguments that say how many values lie together."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the compiler made of a form."""
+
+    registers: int
+    stack_bytes: int
+    wide_loads: int
+    wide_stores: int
+
+    def broken(self, form: Form) -> str:
+        """The bounds that it breaks, in words; empty where it keeps them."""
+        bounds = BOUNDS[form.kernel]
+        found = {
+            f"{self.stack_bytes} bytes of stack": self.stack_bytes > 0,
+            f"{self.registers} registers": self.registers > bounds.most_registers,
+        }
+        if _has_whole_runs(form):
+            found[f"{self.wide_loads} wide loads"] = self.wide_loads < bounds.least_wide_loads
+            found[f"{self.wide_stores} wide stores"] = self.wide_stores < bounds.least_wide_stores
+        return ", ".join(words for words, is_broken in found.items() if is_broken)
+
+
+def _function(form: Form) -> Any:
+    module, _, name = form.kernel.partition(".")
+    return getattr(importlib.import_module(f"mien.kernels.{module}"), name)
+
+
+def _has_whole_runs(form: Form) -> bool:
+    named = zip(_function(form).arg_names, form.arguments, strict=True)
+    return all(value % 8 == 0 for name, value in named if name in RUNS)
+
+
+def compiled(form: Form, target: int) -> Usage:
+    """The form, compiled for sm_``target``."""
+    function = _function(form)
+    signature, constants, attributes = {}, {}, {}
+    for index, (param, value) in enumerate(zip(function.params, form.arguments, strict=True)):
+        if param.is_constexpr or not isinstance(value, str):
+            signature[param.name], constants[index,] = "constexpr", value
+            continue
+        signature[param.name] = value.removesuffix(ALIGNED)
+        if value.endswith(ALIGNED):
+            attributes[index,] = [["tt.divisibility", 16]]
+    kernel = triton.compile(
+        ASTSource(function, signature, constants, attributes),
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": form.num_warps, "num_stages": form.num_stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        instructions = INSTRUCTION.findall(_tool("cuobjdump", "-sass", file.name))
+    return Usage(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        # Where registers spill, or a value has an address, there is a stack.
+        stack_bytes=int(re.search(r"STACK:(\d+)", usage)[1]),
+        wide_loads=_count(instructions, r"LDG\..*(64|128)"),
+        wide_stores=_count(instructions, r"STG\..*(64|128)"),
+    )
+
+
+def _tool(*words: str) -> str:
+    command = [str(TOOLS / words[0]), *words[1:]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _count(instructions: list[str], pattern: str) -> int:
+    return sum(bool(re.match(pattern, each)) for each in instructions)
+
+
+def main(targets: list[int], forms: list[Form]) -> int:
+    """Compile every form for every target; 1 where a bound is broken, else 0."""
+    num_broken = 0
+    for target in targets:
+        registers = defaultdict(list)
+        for form in forms:
+            usage = compiled(form, target)
+            registers[form.kernel].append(usage.registers)
+            if broken := usage.broken(form):
+                num_broken += 1
+                print(f"sm_{target}: {broken}: {form}", flush=True)
+        for kernel, numbers in sorted(registers.items()):
+            print(f"sm_{target} {kernel}: {len(numbers)} forms, {max(numbers)} registers at most")
+    print(f"{len(forms)} forms for {len(targets)} targets, {num_broken} break a bound")
+    return min(num_broken, 1)
+
+
+if __name__ == "__main__":
+    assert "TRITON_INTERPRET" not in os.environ, "unset TRITON_INTERPRET"
+    sys.exit(main([*map(int, sys.argv[1:])], [*map(Form.read, sys.stdin)]))
