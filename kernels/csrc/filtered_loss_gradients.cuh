@@ -34,7 +34,7 @@ MIEN_HD void pixel_gradient_diff(const FilteredCall &call, const Team &team,
     const int size = call.size;
     const int64_t area = int64_t{size} * size;
     const Filter &first = call.filters[0], &second = call.filters[1];
-    Lanes *difference = room, *by_row = room + area, *value = room + 2 * area;
+    Lanes *difference = room, *buffer = room + area, *value = room + 2 * area;
     Lanes *slopes = room + 3 * area, *totals = room + 8 * area;
     enum { kRow, kColumn, kRows, kColumns, kBoth };
     for_pixels(team, size, size, [&](int y) {
@@ -43,18 +43,23 @@ MIEN_HD void pixel_gradient_diff(const FilteredCall &call, const Team &team,
             difference[at] = load(planes.pred, at) - load(planes.target, at);
         };
     });
-    filter_columns(team, first.forward, difference, size, by_row);
-    for_pixels(team, size, size, [&](int y) {
+    const auto differences_by_row = [&](int y) {
+        const Line line = line_of(first.forward, y);
+        Lanes *by_row = buffer + kept_row(y, size);
+        return [=](int x) { by_row[x] = product(line, difference + x, size); };
+    };
+    for_rows(team, size, size, differences_by_row, size, [&](int y) {
         const Line rows = line_of(second.forward, y);
+        const Lanes *by_row = buffer + kept_row(y, size);
         const int64_t start = int64_t{y} * size;
         return [=, &first, &second](int x) {
             const int64_t at = start + x;
             const Line one = line_of(first.forward, x), two = line_of(second.forward, x);
-            const Robust<Lanes> row = robust(by_row[at]);
+            const Robust<Lanes> row = robust(by_row[x]);
             const Robust<Lanes> column = robust(product(one, difference + start, 1));
             const Robust<Lanes> twice = robust(product(rows, difference + x, size));
             const Robust<Lanes> columns = robust(product(two, difference + start, 1));
-            const Robust<Lanes> both = robust(product(one, by_row + start, 1));
+            const Robust<Lanes> both = robust(product(one, by_row, 1));
             const Lanes weight = load(planes.weight, at), half = weight * 0.5f;
             const Lanes ones = row.value + column.value + (twice.value + columns.value);
             value[at] = fused(half, ones, weight * both.value);
@@ -66,24 +71,25 @@ MIEN_HD void pixel_gradient_diff(const FilteredCall &call, const Team &team,
         };
     });
     add_up(team, value, size, true, totals);
-    // The derivative of both was taken of that by rows: its slope goes there first.
-    for_pixels(team, size, size, [&](int y) {
-        Lanes *row = slopes + int64_t{y} * size;
-        return [=, &first](int x) {
-            row[x] += product(line_of(first.transposed, x), row + kBoth * area, 1);
-        };
-    });
+    const auto slopes_of_both = [&](int y) {
+        const Line line = line_of(first.transposed, y);
+        Lanes *both = buffer + kept_row(y, size);
+        return [=](int x) { both[x] = product(line, slopes + kBoth * area + x, size); };
+    };
     const float share = share_of(call);
-    for_pixels(team, size, size, [&](int y) {
+    for_rows(team, size, size, slopes_of_both, size, [&](int y) {
+        const Lanes *both = buffer + kept_row(y, size);
         const Line one = line_of(first.transposed, y), two = line_of(second.transposed, y);
         const int64_t start = int64_t{y} * size;
         return [=, &first, &second](int x) {
             const Lanes *row = slopes + start;
+            const Line one_along = line_of(first.transposed, x);
             const Lanes down = product(one, slopes + kRow * area + x, size) +
                                product(two, slopes + kRows * area + x, size);
-            const Lanes along = product(line_of(first.transposed, x), row + kColumn * area, 1) +
+            const Lanes along = product(one_along, row + kColumn * area, 1) +
                                 product(line_of(second.transposed, x), row + kColumns * area, 1);
-            store(planes.gradient, planes.count, start + x, (down + along) * share);
+            const Lanes sum = down + along + product(one_along, both, 1);
+            store(planes.gradient, planes.count, start + x, sum * share);
         };
     });
     store_value(call, team, planes, totals);
@@ -102,7 +108,7 @@ MIEN_HD Robust<Lanes> edge_difference(Lanes x, Lanes y) {
 // Edges are sums of two separable filters: number k acts on the columns where k ^ 1 acts on the
 // rows; even ones make the edges across, odd ones those along.
 constexpr int kEdgeFilters = 4;
-constexpr int kEdgeMaps = 3 + 2 * kEdgeFilters;
+constexpr int kEdgeMaps = 5 + 2 * kEdgeFilters;
 
 template <class Lanes>
 struct Edges {
@@ -123,8 +129,8 @@ MIEN_HD void gmsd(const FilteredCall &call, const Team &team, const Planes<Lanes
     const int64_t area = int64_t{size} * size;
     const auto &filters = call.filters;
     Lanes *pred = room, *target = room + area, *value = room + 2 * area;
-    Lanes *of_pred = room + 3 * area, *of_target = of_pred + kEdgeFilters * area;
-    Lanes *across = pred, *along = target;  // slopes, when the pictures are filtered
+    Lanes *across = room + 3 * area, *along = room + 4 * area;  // slopes
+    Lanes *of_pred = room + 5 * area, *of_target = of_pred + kEdgeFilters * area;
     Lanes *totals = room + kEdgeMaps * area;
     for_pixels(team, size, size, [&](int y) {
         return [=](int x) {
@@ -133,25 +139,25 @@ MIEN_HD void gmsd(const FilteredCall &call, const Team &team, const Planes<Lanes
             target[at] = load(planes.target, at);
         };
     });
-    for_pixels(team, size, size, [&](int y) {
+    const auto columns = [&](int y) {
+        const int64_t kept = kept_row(y, size);
         return [=, &filters](int x) {
             MIEN_UNROLL
             for (int k = 0; k < kEdgeFilters; ++k) {
                 const Line line = line_of(filters[k].forward, y);
-                const int64_t at = k * area + int64_t{y} * size + x;
-                of_pred[at] = product(line, pred + x, size);
-                of_target[at] = product(line, target + x, size);
+                of_pred[k * area + kept + x] = product(line, pred + x, size);
+                of_target[k * area + kept + x] = product(line, target + x, size);
             }
         };
-    });
-    for_pixels(team, size, size, [&](int y) {
-        const int64_t start = int64_t{y} * size;
+    };
+    for_rows(team, size, size, columns, size, [&](int y) {
+        const int64_t start = int64_t{y} * size, kept = kept_row(y, size);
         return [=, &filters](int x) {
             Line rows[kEdgeFilters];
             MIEN_UNROLL
             for (int k = 0; k < kEdgeFilters; ++k) rows[k] = line_of(filters[k].forward, x);
-            const Edges<Lanes> ours = edges_of(rows, of_pred + start, area);
-            const Edges<Lanes> wanted = edges_of(rows, of_target + start, area);
+            const Edges<Lanes> ours = edges_of(rows, of_pred + kept, area);
+            const Edges<Lanes> wanted = edges_of(rows, of_target + kept, area);
             const Robust<Lanes> one = edge_difference(ours.across, wanted.across);
             const Robust<Lanes> other = edge_difference(ours.along, wanted.along);
             const Lanes half = load(planes.weight, start + x) * 0.5f;
@@ -161,23 +167,24 @@ MIEN_HD void gmsd(const FilteredCall &call, const Team &team, const Planes<Lanes
         };
     });
     add_up(team, value, size, true, totals);
-    for_pixels(team, size, size, [&](int y) {
-        const int64_t start = int64_t{y} * size;
+    const auto slope_columns = [&](int y) {
+        const int64_t kept = kept_row(y, size);
         return [=, &filters](int x) {
             MIEN_UNROLL
             for (int k = 0; k < kEdgeFilters; ++k) {
-                const Line line = line_of(filters[k ^ 1].transposed, x);
-                of_pred[k * area + start + x] = product(line, (k & 1 ? along : across) + start, 1);
+                const Line line = line_of(filters[k].transposed, y);
+                of_pred[k * area + kept + x] = product(line, (k & 1 ? along : across) + x, size);
             }
         };
-    });
+    };
     const float share = share_of(call);
-    for_pixels(team, size, size, [&](int y) {
+    for_rows(team, size, size, slope_columns, size, [&](int y) {
+        const int64_t kept = kept_row(y, size);
         return [=, &filters](int x) {
             Lanes sum{};
             MIEN_UNROLL
             for (int k = 0; k < kEdgeFilters; ++k)
-                sum += product(line_of(filters[k].transposed, y), of_pred + k * area + x, size);
+                sum += product(line_of(filters[k ^ 1].transposed, x), of_pred + k * area + kept, 1);
             store(planes.gradient, planes.count, int64_t{y} * size + x, sum * share);
         };
     });

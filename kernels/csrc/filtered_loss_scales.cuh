@@ -103,9 +103,9 @@ MIEN_HD void compare_scale(const FilteredCall &call, const Team &team, int scale
     const int size = call.sizes[scale];
     const int64_t map = start_of(call, scale), area = area_of(call, scale);
     const Band &blur = scale_filters(call).blur[scale].forward;
-    for_pixels(team, size, size, [&](int y) {
+    const auto blurred_columns = [&](int y) {
         const Line line = line_of(blur, y);
-        Lanes *columns = room.columns + int64_t{y} * size;
+        Lanes *columns = room.columns + kept_row(y, size);
         const Lanes *pred = room.pred + map, *target = room.target + map;
         return [=](int x) {
             const Moments<Lanes> m = moments(line, pred + x, target + x, size);
@@ -114,10 +114,10 @@ MIEN_HD void compare_scale(const FilteredCall &call, const Team &team, int scale
             columns[2 * area + x] = m.product;
             columns[3 * area + x] = m.squares;
         };
-    });
+    };
     const bool is_whole = scale == kScales - 1;
-    for_pixels(team, size, size, [&](int y) {
-        const Lanes *columns = room.columns + int64_t{y} * size;
+    for_rows(team, size, size, blurred_columns, size, [&](int y) {
+        const Lanes *columns = room.columns + kept_row(y, size);
         const int64_t start = map + int64_t{y} * size;
         return [=, &blur](int x) {
             const Line line = line_of(blur, x);
@@ -176,11 +176,19 @@ MIEN_HD void multiply_scales(const FilteredCall &call, const Team &team,
     const int size = call.size;
     const int64_t area = area_of(call, 0);
     const Filter *enlarge = scale_filters(call).enlarge;
-    MIEN_UNROLL
-    for (int scale = 1; scale < kScales; ++scale)
-        filter_columns(team, enlarge[scale - 1].forward, room.similarity + start_of(call, scale),
-                       call.sizes[scale], room.columns + (scale - 1) * area);
-    for_pixels(team, size, size, [&](int y) {
+    const auto enlarged_columns = [&](int y) {
+        return [=, &call](int x) {
+            MIEN_UNROLL
+            for (int scale = 1; scale < kScales; ++scale) {
+                const int length = call.sizes[scale];
+                if (x >= length) continue;
+                Lanes *kept = room.columns + (scale - 1) * area + kept_row(y, length);
+                kept[x] = product(line_of(enlarge[scale - 1].forward, y),
+                                  room.similarity + start_of(call, scale) + x, length);
+            }
+        };
+    };
+    for_rows(team, size, call.sizes[1], enlarged_columns, size, [&](int y) {
         const int64_t start = int64_t{y} * size;
         return [=, &call](int x) {
             Lanes similarities[kScales];
@@ -189,7 +197,7 @@ MIEN_HD void multiply_scales(const FilteredCall &call, const Team &team,
             for (int scale = 1; scale < kScales; ++scale)
                 similarities[scale] =
                     product(line_of(enlarge[scale - 1].forward, x),
-                            room.columns + (scale - 1) * area + int64_t{y} * call.sizes[scale], 1);
+                            room.columns + (scale - 1) * area + kept_row(y, call.sizes[scale]), 1);
             const Lanes weight = load(planes.weight, start + x);
             room.value[start + x] = weight * (1.0f - product_of_powers(similarities));
             room.similarity[start + x] = -weight * similarities[0];
@@ -209,8 +217,8 @@ MIEN_HD void return_scale(const FilteredCall &call, const Team &team, int scale,
     const ScaleFilters filters = scale_filters(call);
     Lanes *similarity = room.similarity + map, *below = room.columns + 3 * area_of(call, 0);
     if (scale > 0)
-        filter_both(team, filters.enlarge[scale - 1].transposed,
-                    room.slopes + (scale - 1) * area_of(call, 0), room.columns, similarity);
+        filter(team, filters.enlarge[scale - 1].transposed,
+               room.slopes + (scale - 1) * area_of(call, 0), room.columns, similarity);
     for_pixels(team, size, size, [&](int y) {
         return [=](int x) {
             const int64_t at = map + int64_t{y} * size + x;
@@ -221,23 +229,24 @@ MIEN_HD void return_scale(const FilteredCall &call, const Team &team, int scale,
         };
     });
     const Band &blur = filters.blur[scale].transposed;
-    for_pixels(team, size, size, [&](int y) {
-        const Line line = line_of(blur, y);
-        Lanes *columns = room.columns + int64_t{y} * size;
+    const bool is_last = scale == kScales - 1;
+    const Band &reduce = filters.reduce[is_last ? 0 : scale].transposed;
+    const int next_size = is_last ? 0 : call.sizes[scale + 1];
+    const Lanes *next = room.similarity + start_of(call, scale + 1);
+    const auto blurred_columns = [&](int y) {
+        const Line line = line_of(blur, y), of_reduce = line_of(reduce, is_last ? 0 : y);
+        Lanes *columns = room.columns + kept_row(y, size);
+        Lanes *spread = below + kept_row(y, next_size);
         return [=](int x) {
             columns[x] = product(line, room.by_mean + map + x, size);
             columns[area + x] = product(line, room.by_product + map + x, size);
             columns[2 * area + x] = product(line, room.by_squares + map + x, size);
+            if (x < next_size) spread[x] = product(of_reduce, next + x, next_size);
         };
-    });
-    const bool is_last = scale == kScales - 1;
-    const Band &reduce = filters.reduce[is_last ? 0 : scale].transposed;
-    const int next_size = is_last ? 0 : call.sizes[scale + 1];
-    if (!is_last)
-        filter_columns(team, reduce, room.similarity + start_of(call, scale + 1), next_size, below);
-    for_pixels(team, size, size, [&](int y) {
-        const Lanes *columns = room.columns + int64_t{y} * size;
-        const Lanes *next = below + int64_t{y} * next_size;
+    };
+    for_rows(team, size, size, blurred_columns, size, [&](int y) {
+        const Lanes *columns = room.columns + kept_row(y, size);
+        const Lanes *spread = below + kept_row(y, next_size);
         const int64_t start = map + int64_t{y} * size;
         return [=, &blur, &reduce](int x) {
             const Line line = line_of(blur, x);
@@ -245,7 +254,7 @@ MIEN_HD void return_scale(const FilteredCall &call, const Team &team, int scale,
             const Lanes by_squares = product(line, columns + 2 * area, 1);
             Lanes sum = fused(room.target[start + x], by_product, product(line, columns, 1));
             sum = fused(room.pred[start + x] * 2.0f, by_squares, sum);
-            if (!is_last) sum += product(line_of(reduce, x), next, 1);
+            if (!is_last) sum += product(line_of(reduce, x), spread, 1);
             room.similarity[start + x] = sum;
         };
     });
@@ -268,8 +277,8 @@ MIEN_HD void ms_ssim(const FilteredCall &call, const Team &team, const Planes<La
         if (scale > 0) {
             const Band &reduce = scale_filters(call).reduce[scale - 1].forward;
             const int64_t from = start_of(call, scale - 1), to = start_of(call, scale);
-            filter_both(team, reduce, room.pred + from, room.columns, room.pred + to);
-            filter_both(team, reduce, room.target + from, room.columns, room.target + to);
+            filter(team, reduce, room.pred + from, room.columns, room.pred + to);
+            filter(team, reduce, room.target + from, room.columns, room.target + to);
         }
         compare_scale(call, team, scale, room);
     }

@@ -40,6 +40,36 @@ MIEN_HD void for_pixels(const Team &team, int height, int width, const Rows &row
     end_stage();
 }
 
+// Calls columns(y)(x) for every x below `length`, then rows(y)(x) for every pixel of that row. What
+// rows take of columns lies in a buffer: of a row on a CPU, where it stays in the cache, else of
+// all.
+template <class Columns, class Rows>
+MIEN_HD void for_rows(const Team &team, int height, int length, const Columns &columns, int width,
+                      const Rows &rows) {
+#if defined(__CUDA_ARCH__)
+    for_pixels(team, height, length, columns);
+    for_pixels(team, height, width, rows);
+#else
+    (void)team;
+    for (int y = 0; y < height; ++y) {
+        const auto column = columns(y);
+        for (int x = 0; x < length; ++x) column(x);
+        const auto row = rows(y);
+        for (int x = 0; x < width; ++x) row(x);
+    }
+#endif
+}
+
+// Where a row begins in such a buffer.
+MIEN_HD int64_t kept_row(int y, int length) {
+#if defined(__CUDA_ARCH__)
+    return int64_t{y} * length;
+#else
+    (void)y, (void)length;
+    return 0;
+#endif
+}
+
 // ---- planes -----------------------------------------------------------------------------------
 
 // A pointer for each lane; no array where there is one, so that it stays in a register.
@@ -128,32 +158,21 @@ MIEN_HD Lanes product(const Line &line, const Lanes *from, int step) {
     return sum;
 }
 
+// Along both axes; `buffer` has room for band.size rows of band.from_size numbers.
 template <class Lanes>
-MIEN_HD void filter_columns(const Team &team, const Band &band, const Lanes *from, int width,
-                            Lanes *to) {
-    for_pixels(team, band.size, width, [&](int y) {
+MIEN_HD void filter(const Team &team, const Band &band, const Lanes *from, Lanes *buffer,
+                    Lanes *to) {
+    const int length = band.from_size;
+    const auto columns = [&](int y) {
         const Line line = line_of(band, y);
-        Lanes *row = to + int64_t{y} * width;
-        return [=](int x) { row[x] = product(line, from + x, width); };
-    });
-}
-
-template <class Lanes>
-MIEN_HD void filter_rows(const Team &team, const Band &band, const Lanes *from, int height,
-                         Lanes *to) {
-    for_pixels(team, height, band.size, [&](int y) {
-        const Lanes *source = from + int64_t{y} * band.from_size;
+        Lanes *kept = buffer + kept_row(y, length);
+        return [=](int x) { kept[x] = product(line, from + x, length); };
+    };
+    for_rows(team, band.size, length, columns, band.size, [&](int y) {
+        const Lanes *kept = buffer + kept_row(y, length);
         Lanes *row = to + int64_t{y} * band.size;
-        return [=](int x) { row[x] = product(line_of(band, x), source, 1); };
+        return [=, &band](int x) { row[x] = product(line_of(band, x), kept, 1); };
     });
-}
-
-// Both; `between` has room for band.size rows of band.from_size numbers.
-template <class Lanes>
-MIEN_HD void filter_both(const Team &team, const Band &band, const Lanes *from, Lanes *between,
-                         Lanes *to) {
-    filter_columns(team, band, from, band.from_size, between);
-    filter_rows(team, band, between, band.size, to);
 }
 
 // ---- pyramids --------------------------------------------------------------------------------
