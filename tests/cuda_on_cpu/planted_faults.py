@@ -262,8 +262,8 @@ FILTERED_LOSS = [
     Fault(
         "an edge has the other direction's slope",
         "filtered_loss_gradients.cuh",
-        "(k & 1 ? along : across) + start",
-        "(k & 1 ? across : along) + start",
+        "(k & 1 ? along : across) + x",
+        "(k & 1 ? across : along) + x",
         ANOTHER_RESULT,
     ),
     Fault(
