@@ -67,7 +67,7 @@ def pack(matrices: Sequence[Tensor]) -> Filters:
 
 
 def _runs(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the run of each row begins, int32, and the runs, all as long as the longest one."""
+    """Columns where the runs of the rows begin, int32, and the runs, as long as the longest."""
     columns = torch.arange(matrix.shape[1])
     is_tap = matrix != 0
     begin = columns.expand_as(matrix).where(is_tap, matrix.shape[1]).amin(dim=1)
@@ -126,7 +126,7 @@ def _op(
 
 
 def _num_teams(num_planes: int, uses_cuda: bool) -> int:
-    """As many as the processor can have at work, and no more than have a plane."""
+    """Teams that the processor can have at work, and no more than have a plane."""
     if uses_cuda:
         return min(num_planes, _BLOCKS)
     threads = min(torch.get_num_threads(), math.ceil(num_planes / _PLANES_AT_ONCE))
@@ -160,7 +160,7 @@ def filtered_loss(
     """(B,): of each face the mean of weight * map; autograd differentiates it by ``pred_bchw``.
 
     Args:
-        name: Of `LOSSES`.
+        name: Name of the loss, in `LOSSES`.
         pred_bchw: Decoded faces, (B, 1 to 4, S, S), contiguous fp32, 0..1.
         target_bchw: Faces to match, the same.
         weight_b1hw: Weight of each pixel, (B, 1, S, S) contiguous fp32.

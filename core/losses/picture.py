@@ -36,7 +36,7 @@ class FilteredLoss(PictureLoss):
     """A loss of filtered pictures: its map for autograd, and in fp32 a kernel for both at once.
 
     Args:
-        name: Of `kernels.filtered_loss.LOSSES`.
+        name: Name in `kernels.filtered_loss.LOSSES`.
         matrices: The filters, in the order that mien.h states; see `planes`.
     """
 
