@@ -1,7 +1,7 @@
 """The picture losses of both sides, value and gradient: SSIM and MSE, as by default.
 
 Then, for one size, the losses that autograd differentiates, one by one, as training runs them and
-as torch.compile makes them.
+as torch.compile makes them, and how many times as long they take as SSIM and MSE.
 
 The pictures change from call to call, over more than 64 MiB on a GPU, so that its cache does not
 help.
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.losses import MADE_FOR_A_SIZE
 from ..core.precision import exact_products
 from ..kernels import face_loss, reference
+from ..kernels.filtered_loss import LOSSES as FILTERED
 
 SIZES = ((8, 64), (16, 64), (16, 128), (16, 256))
 """Faces of a side and their edge in px."""
@@ -67,11 +68,8 @@ def cases() -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
 def _others(device: str) -> Iterator[tuple[dict[str, Any], Callable[[], object]]]:
     batch, edge = OTHERS_SIZE
     elements = 2 * batch * 3 * edge * edge
-    wholes = [  # both sides are one call
-        [torch.cat((a, b)).contiguous(), target.contiguous(), weight]
-        for a, b, target, weight in _pictures(batch, edge, torch.float32, device)
-    ]
-    for name, make in MADE_FOR_A_SIZE.items():
+    sets = planar(batch, edge, device)
+    for name in sorted({*MADE_FOR_A_SIZE} - {*FILTERED}):
         what = {
             "kernel": "face_loss",
             "losses": name,
@@ -80,21 +78,42 @@ def _others(device: str) -> Iterator[tuple[dict[str, Any], Callable[[], object]]
             "dtype": "float32",
             "bytes": elements * 3 * 4 + elements // 3 * 4,
         }
-        loss = make(edge).to(device, torch.float32)
+        loss = MADE_FOR_A_SIZE[name](edge).to(device, torch.float32)
         variants: dict[str, Callable[..., Any]] = {"mien": loss}
         if device == "cuda":
             torch.compiler.reset()
             variants["torch-compile"] = torch.compile(loss, dynamic=False)
         for variant, function in variants.items():
-            yield {**what, "variant": variant}, partial(_next_of, itertools.cycle(wholes), function)
+            row = what | {"variant": variant, "beside": ssim_and_mse(batch, edge, device)}
+            yield row, differentiated(function, sets)
 
 
-def _next_of(order: Iterator[list[Tensor]], loss: Callable[..., Tensor]) -> Tensor:
-    """Value and gradient for the next set of pictures."""
-    pred, target, weight = next(order)
-    pred = pred.detach().requires_grad_()
-    with exact_products():
-        return torch.autograd.grad(loss(pred, target, weight).sum(), pred)[0]
+def planar(batch: int, edge: int, device: str) -> list[list[Tensor]]:
+    """Sets of predictions, targets and weights of both sides as one, contiguous, in fp32."""
+    return [
+        [torch.cat((a, b)).contiguous(), target.contiguous(), weight]
+        for a, b, target, weight in _pictures(batch, edge, torch.float32, device)
+    ]
+
+
+def ssim_and_mse(batch: int, edge: int, device: str) -> Callable[[], object]:
+    """The default losses of so many pictures."""
+    return _rotating(face_loss, _pictures(batch, edge, torch.float32, device))
+
+
+def differentiated(
+    loss: Callable[..., Tensor], sets: list[list[Tensor]]
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Value and gradient of a loss for one set of pictures after the other."""
+    order = itertools.cycle(sets)
+
+    def run() -> tuple[Tensor, ...]:
+        pred, target, weight = next(order)
+        pred = pred.detach().requires_grad_()
+        with exact_products():
+            return torch.autograd.grad(loss(pred, target, weight).sum(), pred)
+
+    return run
 
 
 def _rotating(function: Callable[..., object], sets: list[list[Tensor]]) -> Callable[[], object]:

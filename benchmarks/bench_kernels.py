@@ -6,6 +6,8 @@ case it is; these of its fields are read here and are not part of the case:
     variant  "mien" (the default), "torch-eager", "torch-compile", or another "torch-..."
     bytes    that no implementation can do without moving
     flops    the same, of its products; with dtype, they are judged by that product's ceiling
+    beside   another function of the same size, which is timed too: ``ratio`` in the row is how many
+             times as long this one takes
     capture  False where the function shall not be put into a CUDA graph; all others that allow it
              are, on a GPU, so that kernels are compared and not the Python in front of them;
              ``timed`` in the row says which was done
@@ -66,6 +68,7 @@ def _row(
     num_bytes, flops = what.pop("bytes", None), what.pop("flops", None)
     is_captured = what.pop("capture", True) and device_type == "cuda"
     capture = _graph_calls(num_bytes) if is_captured else 0
+    beside = what.pop("beside", None)
     what.pop("kernel", None)
     case = {
         key: value if isinstance(value, int | list) else str(value) for key, value in what.items()
@@ -73,6 +76,7 @@ def _row(
     row = {"kind": "kernel", "kernel": name, "variant": variant, "case": case}
     try:
         timed, how = _timed(fn, device_type, capture)
+        other = _timed(beside, device_type, capture)[0] if beside else None
     except RuntimeError as error:  # one case must not cost the figures of all; the command fails
         return row | {"error": _line(error)}
     seconds = timed["median_s"]
@@ -84,6 +88,7 @@ def _row(
         "gb_per_s": rounded(num_bytes / seconds / 1e9) if num_bytes else None,
         "tflops": rounded(flops / seconds / 1e12) if flops else None,
         "share_of_ceiling": rounded(bound_s / seconds) if bound_s else None,
+        **({"ratio": rounded(seconds / other["median_s"])} if other else {}),
     }
 
 

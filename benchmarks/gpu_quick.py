@@ -111,7 +111,10 @@ def first_parts(place: Place) -> list[Part]:
         (
             "cuda numerics",
             40,
-            place.pytest("-m", "gpu", "tests/test_augment.py", "tests/test_face_loss.py"),
+            place.pytest(
+                *("-m", "gpu"),
+                *(f"tests/test_{name}.py" for name in ("augment", "face_loss", "filtered_loss")),
+            ),
             "",
         ),
     ]

@@ -8,10 +8,11 @@ from . import reference
 from .augment import augment
 from .enlarge import enlarge
 from .face_loss import face_loss
+from .filtered_loss import filtered_loss
 from .optimize import optimize
 from .upscale import activate, to_image, upscale
 
-OPERATIONS = ("augment", "enlarge", "face_loss", "optimize", "upscale")
+OPERATIONS = ("augment", "enlarge", "face_loss", "filtered_loss", "optimize", "upscale")
 """Operations that have a kernel, a reference, a test and a benchmark of this name."""
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "augment",
     "enlarge",
     "face_loss",
+    "filtered_loss",
     "optimize",
     "reference",
     "to_image",

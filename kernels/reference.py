@@ -397,6 +397,24 @@ def face_loss(
     return torch.stack(means), gradients[0], gradients[1]
 
 
+def filtered_loss(
+    differences: Callable[[Tensor, Tensor], Tensor],
+    pred_bchw: Tensor,
+    target_bchw: Tensor,
+    weight_b1hw: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`mien.kernels.filtered_loss` by autograd, of a map that PyTorch computes.
+
+    Returns:
+        Means (B,) of weight * map of each face, and the gradient of their sum.
+    """
+    pred = pred_bchw.detach().requires_grad_()
+    with torch.enable_grad():
+        values = (weight_b1hw * differences(pred, target_bchw)).mean(dim=(1, 2, 3))
+        (gradient,) = torch.autograd.grad(values.sum(), pred)
+    return values.detach(), gradient
+
+
 def mae(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
     """|pred - target|."""
     return (pred_bchw - target_bchw).abs()

@@ -39,7 +39,7 @@ def test_any_job_is_worked_on_or_refused(pytestconfig, tmp_path):
     for line in done.stdout.splitlines():
         name, status, number = line.split()
         seen[name, status] += int(number)
-    for operation in ("draw", "augment", "face_loss"):
+    for operation in ("draw", "augment", "face_loss", "filtered_loss"):
         for processor in ("cpu", "cuda"):  # each has worked, and has refused
             assert seen[f"{operation}_{processor}", "0"] > 10
             assert seen[f"{operation}_{processor}", "1"] > 10

@@ -5,6 +5,7 @@ hide: memory that is read before it is written or outside of what the call was g
 that touch the same memory with no barrier between. Planted faults prove that they see it.
 """
 
+import importlib
 import mmap
 import re
 
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from emulator import DECLARATIONS, ORDERS, Emulator, build, build_sample
-from planted_faults import ANOTHER_RESULT, AUGMENT, FACE_LOSS
+from planted_faults import ANOTHER_RESULT, AUGMENT, FACE_LOSS, FILTERED_LOSS
 
+from mien.core.losses import MADE_FOR_A_SIZE
 from mien.kernels import face_loss
 from mien.kernels.augment import (
     Augmented,
@@ -28,6 +30,7 @@ from mien.kernels.augment import (
     workspace_bytes,
 )
 from mien.kernels.face_loss import LAUNCHES, LOSSES
+from mien.kernels.filtered_loss import LAUNCHES as FILTERED_LAUNCHES
 from mien.kernels.native import NativeError
 
 SIZE_PX, NUM_FACES, COUNT = 40, (3, 4), 4  # 40^2 pixels are no whole number of blocks
@@ -124,6 +127,20 @@ def _losses():
     return results
 
 
+def _filtered_losses():
+    """Value and gradient of each, of pictures whose pixels are no whole number of threads."""
+    torch.manual_seed(3)
+    results = []
+    sizes = {"pixel_gradient_diff": 35, "gmsd": 35, "laploss": 35, "ms_ssim": 49}
+    for name, size in sizes.items():
+        loss = MADE_FOR_A_SIZE[name](size).float()
+        target = torch.rand(1, 3, size, size)
+        pred = (target + 0.2 * torch.randn_like(target)).requires_grad_()
+        values = loss(pred, target, torch.rand(1, 1, size, size))
+        results += [values.detach(), *torch.autograd.grad(values.sum(), pred)]
+    return results
+
+
 def _assert_same(results, wanted):
     for ours, theirs in zip(results, wanted, strict=True):
         assert ours.dtype == theirs.dtype
@@ -170,6 +187,13 @@ def test_face_loss_has_the_bits_of_the_threads(in_order, order):
         _assert_same(_losses(), wanted)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_filtered_loss_has_the_bits_of_the_threads(in_order, order):
+    wanted = _filtered_losses()
+    with in_order(order):
+        _assert_same(_filtered_losses(), wanted)
+
+
 def test_a_negative_counter_comes_to_an_end(in_order):
     counters = torch.tensor([-5, -(2**63)])
     with in_order("forward"):
@@ -196,6 +220,8 @@ def test_as_many_kernels_are_launched_as_are_announced(emulator, params_nx):
         assert emulator.num_launches == 1
         _losses()
         assert emulator.num_launches == LAUNCHES["mien::face_loss"]
+        _filtered_losses()
+        assert emulator.num_launches == FILTERED_LAUNCHES["mien::filtered_loss"]
 
 
 class Sample:
@@ -305,6 +331,15 @@ def test_a_fault_in_face_loss_is_seen(pytestconfig, monkeypatch, fault):
         assert fault.shows in _caught(_losses, wanted)
 
 
+@pytest.mark.parametrize("fault", FILTERED_LOSS, ids=lambda fault: fault.name)
+def test_a_fault_in_filtered_loss_is_seen(pytestconfig, monkeypatch, fault):
+    monkeypatch.setenv("MIEN_CPU", "baseline")
+    wanted = _filtered_losses()
+    faulty = Emulator(build(pytestconfig.cache.mkdir("cuda_on_cpu"), fault))
+    with faulty.running():
+        assert fault.shows in _caught(_filtered_losses, wanted)
+
+
 def _sparse(*shape, dtype=np.uint8):
     """A tensor of zeros that takes memory only where it is touched."""
     num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
@@ -363,3 +398,21 @@ def test_offsets_of_face_loss_have_64_bits(emulator, monkeypatch):
         result = face_loss(*large, None, losses=losses, scale=torch.tensor(float(batch)))
     wanted = face_loss(*small, None, losses=losses).gradient_b[0]
     torch.testing.assert_close(result.gradient_b[-1], wanted, rtol=1e-6, atol=0)  # two roundings
+
+
+def test_offsets_of_filtered_loss_have_64_bits(emulator, monkeypatch):
+    """720,896 faces of 3 x 32 x 32: more than 2^31 numbers. The last team alone is run."""
+    module = importlib.import_module("mien.kernels.filtered_loss")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    monkeypatch.setattr(module, "_BLOCKS", 2**16)
+    faces, face = 11 * 2**16, (3, 32, 32)
+    pred, target = (_sparse(faces, *face, dtype=np.float32) for _ in range(2))
+    weight = _sparse(faces, 1, 32, 32, dtype=np.float32)
+    pred[-1], target[-1], weight[-1] = torch.rand(face), torch.rand(face), torch.rand(1, 32, 32)
+    loss = MADE_FOR_A_SIZE["gmsd"](32).float()
+    shapes = [number for shape in loss.shapes for number in shape]
+    filters = loss.firsts, loss.taps, module.LOSSES.index("gmsd"), shapes
+    with emulator.running(), emulator.last_blocks(1):
+        values, gradient = module._op(pred, target, weight, *filters)
+    wanted = module._op(*(each[-1:].clone() for each in (pred, target, weight)), *filters)
+    _assert_same([values[-1, -1], gradient[-1, -1]], [each[-1, -1] for each in wanted])

@@ -1,4 +1,7 @@
-"""The losses beside the fused kernel: each alone, and all of them as training adds them up."""
+"""The losses beside the fused kernel: each alone, and all of them as training adds them up.
+
+Those of filtered pictures have a kernel in fp32: test_filtered_loss.py has more of them.
+"""
 
 import ast
 import math
@@ -16,7 +19,7 @@ from mien.core import losses
 from mien.core import precision as precisions
 from mien.core.config import LOSSES, LossConfig, OptimizerConfig, from_dict
 from mien.core.data.feed import Batch
-from mien.core.losses import lpips, planes, pyramids
+from mien.core.losses import frequency, lpips, planes, pyramids
 from mien.core.losses.weighted import Loss
 from mien.core.optim.optimizer import Update
 from mien.core.training.loss_buffer import LossRing
@@ -198,8 +201,11 @@ def _exact_ffl(pred, target, weight):
     return (focus * spectrum.square()).mean(dim=(1, 2, 3))
 
 
+@pytest.mark.parametrize("max_product_px", [9, 7])
 @pytest.mark.parametrize("size", [8, 9])
-def test_ffl_weighs_pixels(size):
+def test_ffl_weighs_pixels(size, max_product_px, monkeypatch):
+    """By products with waves, and by FFT."""
+    monkeypatch.setattr(frequency, "MAX_PRODUCT_PX", max_product_px)
     pred, target = torch.rand(2, 2, 3, size, size, dtype=torch.float64)
     weight = torch.rand(2, 1, size, size, dtype=torch.float64)
     weight[:, :, :, :3] = 0

@@ -1,4 +1,7 @@
-"""The picture losses that autograd differentiates; `kernels.face_loss` has the others."""
+"""The picture losses beside the fused ones of `kernels.face_loss`.
+
+Those of filtered pictures have a kernel, `kernels.filtered_loss`; autograd differentiates the rest.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +14,7 @@ from .picture import PictureLoss
 from .pyramids import MIN_LAPLACIAN_PX, MIN_MS_SSIM_PX, LaplacianPyramid, MultiScaleSsim
 
 MADE_FOR_A_SIZE: dict[str, Callable[[int], PictureLoss]] = {
-    "ffl": lambda _: FocalFrequency(),
+    "ffl": FocalFrequency,
     "flip": Flip,
     "gmsd": GradientSimilarity,
     "l_inf_norm": lambda _: LargestDifference(),

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from .picture import PictureLoss
+from .picture import FilteredLoss
 from .planes import Separable, filtered
 
 _OUTER = (0.0007, 0.0052, 0.0370, 0.0052, 0.0007)
 _INNER = (0.0037, 0.1187, 0.2589, 0.1187, 0.0037)
 
 
-class GradientSimilarity(PictureLoss):
+class GradientSimilarity(FilteredLoss):
     """gmsd: 1 - similarity of edges, mean over channels and both directions; map of 1 channel.
 
     The edges e of a picture come of the 5 x 5 filter whose rows are outer, inner, 0, -inner and
@@ -19,15 +19,15 @@ class GradientSimilarity(PictureLoss):
     """
 
     def __init__(self, size_px: int):
-        super().__init__()
         # The filter is the sum of two that are separable: one of its rows each.
-        self.across = nn.ModuleList()
-        self.along = nn.ModuleList()
-        for slope, row in (((1, 0, 0, 0, -1), _OUTER), ((0, 1, 0, -1, 0), _INNER)):
-            steps = filtered(size_px, slope, border="reflect")
-            smooth = filtered(size_px, row, border="reflect")
-            self.across.append(Separable(steps, smooth))
-            self.along.append(Separable(smooth, steps))
+        taps = ((1, 0, 0, 0, -1), _OUTER, (0, 1, 0, -1, 0), _INNER)
+        outer, outer_row, inner, inner_row = (
+            filtered(size_px, each, border="reflect") for each in taps
+        )
+        super().__init__("gmsd", [outer, outer_row, inner, inner_row])
+        pairs = ((outer, outer_row), (inner, inner_row))
+        self.across = nn.ModuleList(Separable(steps, smooth) for steps, smooth in pairs)
+        self.along = nn.ModuleList(Separable(smooth, steps) for steps, smooth in pairs)
 
     def map(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
         c = 0.0025
@@ -40,7 +40,7 @@ class GradientSimilarity(PictureLoss):
         return torch.cat([f[0](x_bchw) + f[1](x_bchw) for f in (self.across, self.along)], dim=1)
 
 
-class PixelGradientDifference(PictureLoss):
+class PixelGradientDifference(FilteredLoss):
     """pixel_gradient_diff: the general robust loss of the differences of all derivatives.
 
     (g(D_h) + g(D_w) + g(D_hh) + g(D_ww) + 2 g(D_hw)) / 2 of the central differences by rows and
@@ -52,9 +52,11 @@ class PixelGradientDifference(PictureLoss):
     second: Tensor
 
     def __init__(self, size_px: int):
-        super().__init__()
-        self.register_buffer("first", filtered(size_px, (-0.5, 0, 0.5), border="replicate"))
-        self.register_buffer("second", filtered(size_px, (1, -2, 1), border="replicate"))
+        first = filtered(size_px, (-0.5, 0, 0.5), border="replicate")
+        second = filtered(size_px, (1, -2, 1), border="replicate")
+        super().__init__("pixel_gradient_diff", [first, second])
+        self.register_buffer("first", first)
+        self.register_buffer("second", second)
 
     def map(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
         # Derivatives are linear: those of the difference are the differences of derivatives.

@@ -3,7 +3,12 @@
 Shape letters: B faces, C channels, H rows, W columns.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
+
+from ...kernels.filtered_loss import Filters, filtered_loss, pack
 
 
 class PictureLoss(nn.Module):
@@ -25,3 +30,30 @@ class PictureLoss(nn.Module):
     def map(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
         """(B, 3 or 1, H, W): the difference at every pixel."""
         raise NotImplementedError
+
+
+class FilteredLoss(PictureLoss):
+    """A loss of filtered pictures: its map for autograd, and in fp32 a kernel for both at once.
+
+    Args:
+        name: Name in `kernels.filtered_loss.LOSSES`.
+        matrices: The filters, in the order that mien.h states; see `planes`.
+    """
+
+    firsts: Tensor
+    taps: Tensor
+
+    def __init__(self, name: str, matrices: Sequence[Tensor]):
+        super().__init__()
+        self.name = name
+        filters = pack(matrices)
+        self.register_buffer("firsts", filters.firsts)
+        self.register_buffer("taps", filters.taps)
+        self.shapes = filters.shapes
+
+    def forward(self, pred_bchw: Tensor, target_bchw: Tensor, weight_b1hw: Tensor) -> Tensor:
+        if pred_bchw.dtype != torch.float32:
+            return super().forward(pred_bchw, target_bchw, weight_b1hw)
+        pictures = (each.contiguous() for each in (pred_bchw, target_bchw, weight_b1hw))
+        filters = Filters(self.firsts, self.taps, self.shapes)
+        return filtered_loss(self.name, *pictures, filters)

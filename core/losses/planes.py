@@ -73,6 +73,13 @@ def resized(size: int, from_size: int) -> Tensor:
     return matrix.scatter_add_(1, high[:, None], share)
 
 
+def halving(size: int, *, odd: str) -> Tensor:
+    """(halved, size): means of two pixels; an odd last one stands alone ("up") or is left out."""
+    (rows,) = halved_sizes(size, 1, odd=odd)[1:]
+    matrix = (torch.arange(size) // 2 == torch.arange(rows)[:, None]).double()
+    return matrix / matrix.sum(dim=1, keepdim=True)
+
+
 def halved_sizes(size: int, count: int, *, odd: str) -> list[int]:
     """``size`` and what ``count`` halvings leave of it, an odd one rounded "up" or "down"."""
     sizes = [size]

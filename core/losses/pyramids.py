@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .picture import PictureLoss
-from .planes import Separable, filtered, gaussian, halved_sizes, resized
+from .picture import FilteredLoss
+from .planes import Separable, filtered, gaussian, halved_sizes, halving, resized
 
 MIN_LAPLACIAN_PX = 32
 """The smallest picture that can be halved five times."""
@@ -14,7 +14,7 @@ MIN_MS_SSIM_PX = 48
 """The smallest picture whose fifth scale has room for a window."""
 
 
-class LaplacianPyramid(PictureLoss):
+class LaplacianPyramid(FilteredLoss):
     """laploss: |differences| of the levels of Laplacian pyramids (Burt and Adelson 1983).
 
     Five levels hold what a 5 x 5 Gaussian of sigma 1 takes away, the next picture is the blurred
@@ -23,12 +23,14 @@ class LaplacianPyramid(PictureLoss):
     """
 
     def __init__(self, size_px: int):
-        super().__init__()
         sizes = halved_sizes(size_px, 5, odd="down")
         taps = gaussian(2, 1.0)
         blurs = [filtered(size, taps, border="replicate") for size in sizes[:-1]]
-        self.blurs = nn.ModuleList(Separable(blur) for blur in blurs)
-        self.resizes = nn.ModuleList(Separable(resized(size_px, size)) for size in sizes[1:])
+        reductions = [halving(len(blur), odd="down") @ blur for blur in blurs]
+        resizes = [resized(size_px, size) for size in sizes[1:]]
+        super().__init__("laploss", [*blurs, *reductions, *resizes])
+        self.blurs = nn.ModuleList(map(Separable, blurs))
+        self.resizes = nn.ModuleList(map(Separable, resizes))
 
     def map(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
         # The pyramid is linear: that of the difference is the difference of pyramids.
@@ -45,7 +47,7 @@ class LaplacianPyramid(PictureLoss):
         return total
 
 
-class MultiScaleSsim(PictureLoss):
+class MultiScaleSsim(FilteredLoss):
     """ms_ssim: 1 - the product of similarities at five scales (Wang et al. 2003, equation 7).
 
     Each scale gives its map of contrast and structure, the last one all of SSIM, resized to the
@@ -57,13 +59,15 @@ class MultiScaleSsim(PictureLoss):
     exponents = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
     def __init__(self, size_px: int):
-        super().__init__()
         num_taps = min(11, (size_px // 16 - 1) | 1)  # the largest odd number up to a sixteenth
         sizes = halved_sizes(size_px, len(self.exponents) - 1, odd="up")
         taps = gaussian(num_taps // 2, 1.5)
         blurs = [filtered(size, taps, border="reflect") for size in sizes]
-        self.blurs = nn.ModuleList(Separable(blur) for blur in blurs)
-        self.resizes = nn.ModuleList(Separable(resized(size_px, size)) for size in sizes[1:])
+        reductions = [halving(size, odd="up") for size in sizes[:-1]]
+        resizes = [resized(size_px, size) for size in sizes[1:]]
+        super().__init__("ms_ssim", [*blurs, *reductions, *resizes])
+        self.blurs = nn.ModuleList(map(Separable, blurs))
+        self.resizes = nn.ModuleList(map(Separable, resizes))
 
     def map(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
         x, y = pred_bchw, target_bchw

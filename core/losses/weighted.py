@@ -4,8 +4,8 @@ Nearly every loss is a map (B, 3 or 1, H, W); it is multiplied by one weight pla
 which is face * (1 + E eye) * (1 + M mouth) or 1, and averaged over all pixels and channels, not
 over the mask's area. A side's loss is the sum over outputs and losses; the model's the sum over
 sides. `kernels.face_loss` gives the means and their gradient at once; the losses that it does not
-know are those of `core.losses`, which autograd differentiates here. All of it is fp32 whatever the
-network's precision.
+know are those of `core.losses`, which are modules of autograd, some of them over a kernel. All of
+it is fp32 whatever the network's precision.
 
 Shape letters: B faces of a side, C channels, H rows, W columns, K losses, V logged numbers.
 """

@@ -1,8 +1,6 @@
 // The C ABI of the augmentation on the CPU: checks, tables, threads, and the choice of the build of
 // augment_face.cpp that this processor can run.
 #include <atomic>
-#include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <new>
 
@@ -10,6 +8,7 @@
 #include "augment_checks.h"
 #include "augment_face.h"
 #include "draw.cuh"
+#include "processor.h"
 #include "status.h"
 #include "threads.h"
 
@@ -28,12 +27,10 @@ mien::LevelTables make_level_tables() {
     return tables;
 }
 
-// The best build for this processor; MIEN_CPU=baseline holds it back, for tests.
+// The best build for this processor.
 mien::AugmentFace best_build() {
 #if defined(__x86_64__)
-    const char *limit = std::getenv("MIEN_CPU");
-    const bool baseline = limit && std::strcmp(limit, "baseline") == 0;
-    if (!baseline && __builtin_cpu_supports("x86-64-v3")) return mien::augment_face_avx2;
+    if (mien::may_use_avx2()) return mien::augment_face_avx2;
 #endif
     return mien::augment_face_baseline;
 }

@@ -1,9 +1,7 @@
 // The C ABI of the picture losses on the CPU: checks, workspace, threads, and the choice of the
 // build of face_loss_face.cpp that this processor can run.
-#include <cstdlib>
-#include <cstring>
-
 #include "face_loss.cuh"
+#include "processor.h"
 #include "status.h"
 #include "threads.h"
 
@@ -14,12 +12,10 @@ constexpr int64_t kMaxNumbers = int64_t{1} << 48;  // of a side's pictures: no s
 
 int64_t rounded_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// The best build for this processor; MIEN_CPU=baseline holds it back, for tests.
+// The best build for this processor.
 mien::FaceLossFace best_build() {
 #if defined(__x86_64__)
-    const char *limit = std::getenv("MIEN_CPU");
-    const bool baseline = limit && std::strcmp(limit, "baseline") == 0;
-    if (!baseline && __builtin_cpu_supports("x86-64-v3")) return mien::face_loss_face_avx2;
+    if (mien::may_use_avx2()) return mien::face_loss_face_avx2;
 #endif
     return mien::face_loss_face_baseline;
 }

@@ -1,22 +1,5 @@
 // Both passes of the picture losses over one face. Compiled once per instruction set: with AVX2 a
 // thread has vectors of eight neighbours, without it is what a GPU's thread is.
-#include "host_device.cuh"
-
-#if defined(__AVX2__) && defined(__FMA__)
-namespace mien {
-
-typedef float EightFloats __attribute__((vector_size(32)));
-
-MIEN_HD EightFloats fused(EightFloats a, EightFloats b, EightFloats c) {
-    return __builtin_ia32_vfmaddps256(a, b, c);
-}
-MIEN_HD EightFloats fused(EightFloats a, float b, EightFloats c) {
-    return fused(a, EightFloats{b, b, b, b, b, b, b, b}, c);
-}
-
-}  // namespace mien
-#endif
-
 #include "face_loss.cuh"
 
 namespace {

@@ -6,17 +6,10 @@
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
-#define MIEN_UNROLL _Pragma("unroll")
-#define MIEN_ROLLED _Pragma("unroll 1")
-#else
-#define MIEN_UNROLL
-#define MIEN_ROLLED
 #endif
 
-#include <string.h>
-
 #include "face_loss.h"
-#include "host_device.cuh"
+#include "lanes.cuh"
 
 namespace mien {
 
@@ -40,30 +33,6 @@ MIEN_HD Tile tile_at(const LossCall &call, int64_t block) {
 MIEN_HD bool asks_for_pixels(const LossCall &call) {
     return call.asked[MIEN_MAE] || call.asked[MIEN_MSE] || call.asked[MIEN_LOGCOSH] ||
            call.asked[MIEN_SMOOTH_LOSS];
-}
-
-// ---- lanes ------------------------------------------------------------------------------------
-
-template <class Lanes>
-constexpr int kWidth = static_cast<int>(sizeof(Lanes) / sizeof(float));
-
-template <class Lanes>
-MIEN_HD Lanes load_lanes(const float *from) {
-    if constexpr (kWidth<Lanes> == 1) {
-        return *from;
-    } else {
-        Lanes lanes;
-        memcpy(&lanes, from, sizeof lanes);
-        return lanes;
-    }
-}
-
-template <class Lanes>
-MIEN_HD void store_lanes(float *to, Lanes lanes) {
-    if constexpr (kWidth<Lanes> == 1)
-        *to = lanes;
-    else
-        memcpy(to, &lanes, sizeof lanes);
 }
 
 // Four numbers of a row, loaded or stored as one word.

@@ -28,7 +28,7 @@ from mien.kernels import dispatch, native
 
 HERE = Path(__file__).parent
 CSRC = Path(mien.__file__).parent / "kernels/csrc"
-KERNELS = ("augment.cu", "face_loss.cu")
+KERNELS = ("augment.cu", "face_loss.cu", "filtered_loss.cu")
 ORDERS = ("forward", "reverse", "random")
 
 Memories = Iterator[tuple[str, Any, int, str]]
@@ -146,10 +146,10 @@ def _host_units() -> list[Unit]:
     header = hashlib.sha256((CSRC / "include/mien.h").read_bytes()).hexdigest()
     options = ["-DMIEN_WITH_CUDA=1", f'-DMIEN_HEADER_HASH="{header}"']
     options.append('-DMIEN_CUDA_BUILD="0.0 emulated"')
-    names = ("status", "threads", "augment_cpu", "face_loss_cpu")
+    names = ("status", "threads", "augment_cpu", "face_loss_cpu", "filtered_loss_cpu")
     units = [(name, f"{name}.cpp", options) for name in names]
     wide = ["-march=x86-64-v3"] if platform.machine() == "x86_64" else []
-    for name in ("augment_face", "face_loss_face"):
+    for name in ("augment_face", "face_loss_face", "filtered_loss_face"):
         macro = f"-DMIEN_{name.upper()}={name}"
         first = [f"{macro}_baseline", "-DMIEN_AUGMENT_BASELINE=1"]
         units.append((f"{name}_baseline", f"{name}.cpp", first))
@@ -282,6 +282,21 @@ class Emulator:
         yield "weight", job.weight, 2 * pixels * 4, "r"
         yield "scale", job.scale, 4, "r"
         yield "means", job.means, 2 * job.num_losses * 4, "w"
+
+    def _memories_of_filtered_loss(
+        self, job: Any, workspace: Any, workspace_bytes: int
+    ) -> Memories:
+        filters = [job.filters[i] for i in range(job.num_filters)]
+        pixels = job.faces * job.size**2
+        taps = sum(f.size * f.num_taps + f.from_size * f.num_turned for f in filters)
+        yield "workspace", workspace, workspace_bytes, "w"
+        yield "pred", job.pred, pixels * job.channels * 4, "r"
+        yield "target", job.target, pixels * job.channels * 4, "r"
+        yield "weight", job.weight, pixels * 4, "r"
+        yield "values", job.values, job.faces * job.channels * 4, "w"
+        yield "gradient", job.gradient, pixels * job.channels * 4, "w"
+        yield "firsts", job.firsts, sum(f.size + f.from_size for f in filters) * 4, "r"
+        yield "taps", job.taps, taps * 4, "r"
 
 
 def _bytes_of(mien_type: int) -> int:

@@ -218,8 +218,55 @@ def face_losses(data):
     memory.free()
 
 
+def filters_of(data, kind, size):
+    """Filters that a loss takes for pictures of this edge, but for a few numbers."""
+    size = size if 1 <= size <= 40 else 1
+    blurs, steps = [(2, 0), (4, 0), (5, 5), (5, 4)][kind if 0 <= kind <= 3 else 0]
+    sizes = [max(1, size >> level) for level in range(6)]
+    shapes = [(sizes[level if steps else 0],) * 2 for level in range(blurs)]
+    shapes += [(sizes[step + 1], sizes[step]) for step in range(steps)]
+    shapes += [(size, sizes[step + 1]) for step in range(steps)]
+    filters = []
+    for rows, columns in shapes:
+        filter = [rows, columns]
+        filter += [data.draw(st.integers(1, most)) for most in (columns, rows)]
+        odd = data.draw(mostly(st.none(), st.integers(0, 3)))
+        if odd is not None:
+            filter[odd] = data.draw(INT32)
+        filters.append(filter)
+    return filters
+
+
+@fuzzed
+def filtered_losses(data):
+    memory = Memory(data)
+    kind, size = data.draw(whole(0, 3, -1, 4)), data.draw(whole(1, 40, 0, -1, 4097, 2**31 - 1))
+    filters = filters_of(data, kind, size)
+    fields = {"kind": kind, "size": size, "faces": whole(1, 2, 0, *HUGE), "filters": filters}
+    fields |= {"channels": whole(1, 4, 0, -1, 5), "num_teams": mostly(st.just(8), INT32)}
+    fields |= {"num_filters": whole(len(filters), len(filters), 0, 15, 16, -1)}
+    job = struct(data, "mien_filtered_loss_job", fields)
+    fits = 1 <= job.faces <= 2 and 1 <= size <= 40 and 1 <= job.channels <= 4
+    pixels = job.faces * size * size if fits else 0
+    for name in ("pred", "target", "gradient"):
+        setattr(job, name, memory.piece("float *", pixels * 4 * 4))
+    job.weight = memory.piece("float *", pixels * 4)
+    job.values = memory.piece("float *", 2 * 4 * 4)
+    used = [each for each in filters if all(1 <= number <= 40 for number in each)]
+    job.firsts = memory.piece("int32_t *", sum(each[0] + each[1] for each in used) * 4)
+    taps = sum(each[0] * each[2] + each[1] * each[3] for each in used)
+    job.taps = memory.piece("float *", taps * 4)
+    needed = lib.mien_filtered_loss_workspace_bytes(job)
+    given = needed - data.draw(whole(0, 0, 1)) if needed < 2**24 else 0
+    room = memory.piece("void *", max(given, 0)), given
+    calls("filtered_loss_cpu", job, *room)
+    calls("filtered_loss_cuda", job, *room, ffi.NULL)
+    memory.free()
+
+
 draws()
 augments()
 face_losses()
+filtered_losses()
 for (name, status), number in sorted(SEEN.items()):
     print(name, status, number)

@@ -229,3 +229,62 @@ FACE_LOSS = [
         ANOTHER_RESULT,
     ),
 ]
+
+FILTERED_LOSS = [
+    Fault(
+        "a barrier is missing behind the stages",
+        "filtered_loss_team.cuh",
+        "        for (int x = 0; x < width; ++x) row(x);\n    }\n#endif\n    end_stage();",
+        "        for (int x = 0; x < width; ++x) row(x);\n    }\n#endif",
+        UNWRITTEN,
+    ),
+    Fault(
+        "teams share a room",
+        "filtered_loss.cu",
+        "call.rooms + blockIdx.x * call.numbers",
+        "call.rooms",
+        RACE,
+    ),
+    Fault(
+        "a team has the planes of the next one",
+        "filtered_loss.cu",
+        "for (int64_t plane = blockIdx.x; plane < call.num_planes; plane += gridDim.x)",
+        "for (int64_t plane = blockIdx.x; plane < call.num_planes; ++plane)",
+        RACE,
+    ),
+    Fault(
+        "a bound is one too far",
+        "filtered_loss_team.cuh",
+        "i < height * width; i += team.threads",
+        "i <= height * width; i += team.threads",
+        RACE,
+    ),
+    Fault(
+        "an edge has the other direction's slope",
+        "filtered_loss_gradients.cuh",
+        "(k & 1 ? along : across) + x",
+        "(k & 1 ? across : along) + x",
+        ANOTHER_RESULT,
+    ),
+    Fault(
+        "a run of taps begins anywhere",
+        "filtered_loss_team.cuh",
+        "clamp_int(band.first[i], 0, band.from_size - band.num_taps)",
+        "band.first[i] + 1",
+        RACE,
+    ),
+    Fault(
+        "a weight is that of a plane and not of its face",
+        "filtered_loss_team.cuh",
+        "call.weight + plane / call.channels * area",
+        "call.weight + plane * area",
+        OUTSIDE,
+    ),
+    Fault(
+        "the maps of levels overlap",
+        "filtered_loss_team.cuh",
+        "start += area_of(call, before);",
+        "start += area_of(call, before) / 2;",
+        RACE,
+    ),
+]

@@ -190,6 +190,66 @@ MIEN_API mien_status mien_face_loss_cpu(const mien_face_loss_job *job, void *wor
 MIEN_API mien_status mien_face_loss_cuda(const mien_face_loss_job *job, void *workspace,
                                          int64_t workspace_bytes, void *stream);
 
+/* ---- Losses by filters -------------------------------------------------------------------- */
+
+#define MIEN_MAX_FILTERS 15
+#define MIEN_MAX_PICTURE_PX 4096
+
+/* The filters of each, with n the edge of the pictures and n(k) that of level k, from n(0) = n:
+ *   pixel_gradient_diff  first and second differences, n -> n
+ *   gmsd                 outer steps, outer weights, inner steps, inner weights, n -> n
+ *   laploss              5 blurs n(k) -> n(k), 5 reductions n(k) -> n(k + 1) of what is blurred,
+ *                        5 enlargements n(k + 1) -> n
+ *   ms_ssim              5 blurs n(k) -> n(k), 4 reductions n(k) -> n(k + 1), 4 enlargements
+ *                        n(k + 1) -> n */
+typedef enum {
+    MIEN_PIXEL_GRADIENT_DIFF = 0,
+    MIEN_GMSD = 1,
+    MIEN_LAPLOSS = 2,
+    MIEN_MS_SSIM = 3,
+} mien_filtered_loss;
+
+/* A linear map along an axis of a picture, with its borders: a matrix of `size` rows and
+ * `from_size` columns, of which each row has no more than `num_taps` numbers in a run, and of which
+ * each column has no more than `num_turned`. */
+typedef struct {
+    int32_t size;
+    int32_t from_size;
+    int32_t num_taps;
+    int32_t num_turned;
+} mien_filter;
+
+/* One call of a loss that compares filtered pictures. `firsts` and `taps` hold, of one filter after
+ * the other, the matrix and then its transpose: of each row where its run begins, and the run. A
+ * run that would leave the row is moved into it. */
+typedef struct {
+    const float *pred;   /* [faces, channels, size, size], 0..1 */
+    const float *target; /* the same */
+    const float *weight; /* [faces, size, size] */
+    float *values;       /* [faces, channels]: mean of weight * map */
+    float *gradient;     /* like pred: of the sum of all values / channels */
+    int64_t faces;
+    int32_t channels;
+    int32_t size;
+    int32_t kind; /* a mien_filtered_loss */
+    int32_t num_filters;
+    mien_filter filters[MIEN_MAX_FILTERS];
+    const int32_t *firsts; /* [sum of size + from_size] */
+    const float *taps;     /* [sum of size * num_taps + from_size * num_turned] */
+    int32_t num_teams;     /* planes that are worked on at once: a block each; a thread for 8 */
+} mien_filtered_loss_job;
+
+/* Bytes of memory that the calls below need for this job (its pointers are not read). */
+MIEN_API int64_t mien_filtered_loss_workspace_bytes(const mien_filtered_loss_job *job);
+
+/* Values and gradient. The result does not depend on num_teams. */
+MIEN_API mien_status mien_filtered_loss_cpu(const mien_filtered_loss_job *job, void *workspace,
+                                            int64_t workspace_bytes);
+
+/* The same on a GPU, in one launch; every pointer must be readable by it. */
+MIEN_API mien_status mien_filtered_loss_cuda(const mien_filtered_loss_job *job, void *workspace,
+                                             int64_t workspace_bytes, void *stream);
+
 #ifdef __cplusplus
 }
 #endif
