@@ -54,6 +54,6 @@ class FilteredLoss(PictureLoss):
     def forward(self, pred_bchw: Tensor, target_bchw: Tensor, weight_b1hw: Tensor) -> Tensor:
         if pred_bchw.dtype != torch.float32:
             return super().forward(pred_bchw, target_bchw, weight_b1hw)
-        pictures = (each.contiguous() for each in (pred_bchw, target_bchw, weight_b1hw))
         filters = Filters(self.firsts, self.taps, self.shapes)
-        return filtered_loss(self.name, *pictures, filters)
+        pred_bchw, target_bchw = pred_bchw.contiguous(), target_bchw.contiguous()
+        return filtered_loss(self.name, pred_bchw, target_bchw, weight_b1hw.contiguous(), filters)
