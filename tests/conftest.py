@@ -49,6 +49,18 @@ def oracle_files(pattern: str) -> list[Path]:
     return sorted(ORACLE.glob(pattern)) if ORACLE else []
 
 
+def oracle_cases(name: str) -> list[int]:
+    """Numbers of the cases in a file of the oracle, "<number>:<what>"; to parametrise a test with.
+
+    One that there is not where the folder or the file is missing, so that the test is skipped.
+    """
+    path = ORACLE / name if ORACLE else None
+    if path is None or not path.is_file():
+        return [0]
+    with np.load(path) as arrays:
+        return sorted({int(key.partition(":")[0]) for key in arrays if key[:1].isdigit()})
+
+
 def oracle_weight(row: list[Any]) -> np.ndarray:
     """A tensor by the oracle's rule: ``[number, sub-network, layer, kind, shape, base, scale]``."""
     number, _, _, _, shape, base, scale = row

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from conftest import assert_same_bits, tiny_options
+from conftest import assert_same_bits, oracle_cases, tiny_options
 
 from mien.cli import main
 from mien.core.console.outcome import Outcome
@@ -19,7 +19,7 @@ from mien.core.training.lr_finder import LOWEST, STRENGTHS, Search, draw
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", oracle_cases("optim/lr_finder.npz"))
 def test_a_search_finds_what_the_reference_finds(oracle, number):
     file = oracle("optim/lr_finder.npz")
     losses = file[f"{number}:loss"]

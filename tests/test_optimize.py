@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import oracle_cases
 
 from mien.kernels import control as control_module
 from mien.kernels import optimize, reference
@@ -237,7 +238,7 @@ def test_a_norm_of_many_chunks_is_clipped_by_itself(where):
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("case", range(3))
+@pytest.mark.parametrize("case", oracle_cases("optim/autoclip.npz"))
 def test_autoclip_equals_the_oracle(where, oracle, case):
     data = oracle("optim/autoclip.npz")
     norms, bounds, ends = (data[f"{case}:{k}"] for k in ("norm_in", "clip_value", "norm_out"))
