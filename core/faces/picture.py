@@ -69,7 +69,8 @@ def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
         try:
             stack.enter_context(_budget.taken(decoding_bytes(path, edge_px)))
             file = stack.enter_context(open_for_reading(path, follows_links=True))
-            encoded = np.fromfile(file, np.uint8, max_file_bytes(edge_px))
+            size = min(os.fstat(file.fileno()).st_size, max_file_bytes(edge_px))
+            encoded = np.fromfile(file, np.uint8, size)
         except OSError as error:
             raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
         yield _decoded(encoded, edge_px)
