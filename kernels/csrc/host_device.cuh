@@ -10,8 +10,8 @@
 #define MIEN_HD static inline __attribute__((always_inline))
 #endif
 
-// Before a loop that nvcc must unroll, so that what it indexes are registers; and before one that it
-// must not, as the registers would not suffice.
+// Before a loop that nvcc must unroll, so that what it indexes are registers; and before one that
+// it must not, as the registers would not suffice.
 #if defined(__CUDACC__)
 #define MIEN_UNROLL _Pragma("unroll")
 #define MIEN_ROLLED _Pragma("unroll 1")
