@@ -44,9 +44,10 @@ CASES = [("lightweight", 8), ("original", 16)]
 GPU_CASES = [("lightweight", 16), ("original", 16), ("original", 64)]
 GPU_CASES += [("dfaker-256", 16), ("dfl-h128", 16)]
 
-LEVERS = ("upscale", "face_loss", "adam", "align", "streams", "series")
-"""What "without" names: three kernels, the aligned channels, the decoders' two streams, and that
-the update comes after the backward pass, not beside it."""
+LEVERS = ("upscale", "face_loss", "adam", "align", "streams", "series", "dense_gradients")
+"""What "without" names: three kernels, the aligned channels, the decoders' two streams, that the
+update comes after the backward pass, not beside it, and that the gradients of large dense layers
+lie in memory."""
 
 CPU_LEVERS = LEVERS[:3]
 
@@ -247,7 +248,8 @@ def train_step(
         model.align(MULTIPLE)
     model.to(device)
     kind_of_update = {"adam": _PlainUpdate, "series": OverlappedUpdate}.get(without, Update)
-    update = kind_of_update(model, OptimizerConfig(), precision)
+    config = OptimizerConfig(fused_dense=without == "dense_gradients")
+    update = kind_of_update(model, config, precision)
     kind_of_loss = _PlainLoss if without == "face_loss" else Loss
     loss = kind_of_loss(LossConfig(), model.output_px, device)
     ring = LossRing(loss.num_values, device)
@@ -366,13 +368,15 @@ def count_python_calls(step: Callable[[], object]) -> int:
     return count
 
 
-def phase_launches(name: str, mode: str = "bf16", batch_size: int = 1) -> dict[str, int]:
+def phase_launches(
+    name: str, mode: str = "bf16", batch_size: int = 1, without: str = ""
+) -> dict[str, int]:
     """Kernels that a step launches on a GPU in each phase, counted without one.
 
     The count does not depend on the batch size. Channels are aligned, as they are on a GPU.
     """
     cpu = torch.device("cpu")
-    step, model = train_step(name, mode, cpu, aligned=True)
+    step, model = train_step(name, mode, cpu, aligned=True, without=without)
     batch = make_batch(model, batch_size, cpu, step.update.precision.compute)
     made: dict[str, Any] = {}
 

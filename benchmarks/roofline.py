@@ -3,7 +3,8 @@
 Both are read from the model's own graph (`core.estimate.flops`). *Ceiling*: each product, with the
 pointwise pass that belongs to it, takes the longer of FLOPs / tensor peak and bytes / copy
 bandwidth; the products and the update follow one another. *Stretch*: with what the best libraries
-reach (`_product_s`), the pointwise passes apart, and a gap after every kernel.
+reach (`_product_s`), the pointwise passes apart, and a gap after every kernel. *Fused*: the same
+with `optimizer.fused_dense`.
 
 Run: ``mien bench roofline``.
 """
@@ -13,7 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.estimate.flops import UPDATE_BYTES, Product, Work, work_of
+from ..core.estimate.flops import UPDATE_BYTES, VALUE_BYTES, Product, Work, work_of
+from ..core.optim.fused_dense import LEAST
 from .harness import rounded
 from .variants import names, variant
 
@@ -94,7 +96,7 @@ def ceiling(work: Work, card: Card) -> Prediction:
         work.num_faces,
         products,
         0.0,
-        UPDATE_BYTES * work.num_parameters / bandwidth,
+        _update_s(work, 1e12 * card.tensor_tflops, bandwidth),
         0.0,
     )
 
@@ -104,13 +106,32 @@ def stretch(work: Work, card: Card) -> Prediction:
     bandwidth = 1e9 * card.copy_gb_s * _COPY_SHARE
     forward = sum(p.phase == "forward" for p in work.products)
     num_kernels = len(work.products) + 2 * forward + 1  # a pointwise pass each way, one update
+    if work.fused:
+        num_kernels += 3  # Gram matrices, their product, an update of its own
+    tensor_flops = 1e12 * card.tensor_tflops * _GEMM_SHARE * _WEIGHT_GRADIENT_SHARE
     return Prediction(
         work.num_faces,
         sum(_product_s(p, card) for p in work.products),
         work.pointwise_bytes / bandwidth,
-        UPDATE_BYTES * work.num_parameters / bandwidth,
+        _update_s(work, tensor_flops, bandwidth),
         num_kernels * _GAP_S,
     )
+
+
+def _update_s(work: Work, tensor_flops: float, bandwidth: float) -> float:
+    """The update; of weights whose gradients it forms, without reading those."""
+    fused = sum(p.weight_values for p in work.fused)
+    plain_s = UPDATE_BYTES * (work.num_parameters - fused) / bandwidth
+    return plain_s + sum(_fused_s(p, tensor_flops, bandwidth) for p in work.fused)
+
+
+def _fused_s(product: Product, tensor_flops: float, bandwidth: float) -> float:
+    """The update of one dense weight: memory or its small products, whichever takes longer; and
+    before it the Gram matrices of both factors."""
+    num_bytes = (UPDATE_BYTES - VALUE_BYTES) * product.weight_values
+    num_bytes += VALUE_BYTES * product.input_values
+    gram_flops = 2 * product.depth * product.input_values
+    return max(product.flops / tensor_flops, num_bytes / bandwidth) + gram_flops / tensor_flops
 
 
 def _product_s(product: Product, card: Card) -> float:
@@ -156,6 +177,7 @@ def rows(measured: Card | None = None) -> Iterator[dict[str, Any]]:
         }
         for batch_size in BATCH_SIZES:
             work = work_of(model, batch_size)
+            fused = work.with_fused_dense(LEAST)
             for card in cards:
                 best = ceiling(work, card)
                 yield {
@@ -166,5 +188,7 @@ def rows(measured: Card | None = None) -> Iterator[dict[str, Any]]:
                     "precision": "bf16",
                     "ceiling_eg_per_s": rounded(best.eg_per_s),
                     "stretch_eg_per_s": rounded(stretch(work, card).eg_per_s),
+                    "fused_ceiling_eg_per_s": rounded(ceiling(fused, card).eg_per_s),
+                    "fused_stretch_eg_per_s": rounded(stretch(fused, card).eg_per_s),
                     "binds": best.binds,
                 }

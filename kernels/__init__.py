@@ -6,6 +6,7 @@ What belongs to an operation besides its function is imported from its module:
 
 from . import reference
 from .augment import augment
+from .dense import dense
 from .enlarge import enlarge
 from .face_loss import face_loss
 from .filtered_loss import filtered_loss
@@ -19,6 +20,7 @@ __all__ = [
     "OPERATIONS",
     "activate",
     "augment",
+    "dense",
     "enlarge",
     "face_loss",
     "filtered_loss",

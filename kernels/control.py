@@ -1,7 +1,8 @@
 """What a gradient makes of a step, on the device: is it finite, how large, how far does it move.
 
     1. norm      sums of squares of the gradients, a number a chunk; over several backward passes
-                 the gradients are summed into accumulators on the way
+                 the gradients are summed into accumulators on the way; those of gradients of low
+                 rank come from their factors (`dense_norm`)
     2. record    autoclip: the norm goes into the history, whose sorted copy gives the percentile
     3. control   from the sums: the norm, the factor of the gradients, the counts, the loss scale,
                  and every number of the rule that changes from step to step, in float64
@@ -13,6 +14,7 @@ of the four is one launch.
 Letters: T tensors, N chunks of them, C past norms.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -21,9 +23,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dense_norm import dense_norm_op
+from .dense_tables import LowRankGradients
 from .dispatch import uses_triton
 from .rules import Clipping, Rule
-from .tables import ACCUMULATOR, COLUMNS, FIRST_CHUNK, NUM_CHUNKS, Tables
+from .tables import (
+    ACCUMULATOR,
+    CHUNK,
+    COLUMNS,
+    FIRST_CHUNK,
+    NUM_CHUNKS,
+    Tables,
+    tensor_at,
+)
 
 (
     LEARNING_RATE,
@@ -68,12 +80,6 @@ _BLOCK_NORM = 4096  # elements at a time; two 16-byte loads a thread of 16-bit g
 _BLOCK_SUM = 4096
 _BLOCK_TENSOR = 256  # chunks of one tensor at a time
 _ROW = 1024  # elements that plain PyTorch squares and adds at a time
-
-
-@triton.jit
-def tensor_at(address, POINTER: tl.constexpr):
-    """The pointer at an address of a table; `Tables` refuses those that are not aligned."""
-    return tl.multiple_of(tl.load(address).to(POINTER), 16)
 
 
 @triton.jit
@@ -125,6 +131,12 @@ def _norm_kernel(
 
 
 @triton.jit
+def _not_below_zero(squares):
+    """A sum of squares, which rounding may have left below zero in `dense_norm`; NaN stays NaN."""
+    return tl.where(squares < 0, 0.0, squares)
+
+
+@triton.jit
 def _norm_of(partials_ptr, control_ptr, num_partials, BLOCK: tl.constexpr):
     """(norm of the mean gradient, what makes it of the summed one), the loss scale undone."""
     lanes = tl.arange(0, BLOCK)
@@ -134,7 +146,7 @@ def _norm_of(partials_ptr, control_ptr, num_partials, BLOCK: tl.constexpr):
         squares += tl.load(partials_ptr + first + lanes, mask=inside, other=0.0)
     sums = tl.load(control_ptr + _ACCUMULATED) + 1
     undone = tl.load(control_ptr + _SCALE) * sums
-    return tl.sqrt(tl.sum(squares, axis=0)) / undone, 1.0 / undone
+    return tl.sqrt(_not_below_zero(tl.sum(squares, axis=0))) / undone, 1.0 / undone
 
 
 @triton.jit
@@ -284,7 +296,7 @@ def _factors_kernel(
     for first in range(0, num_chunks, BLOCK):
         at = first + lanes
         squares += tl.load(partials + at, mask=at < num_chunks, other=0.0)
-    norm = tl.sqrt(tl.sum(squares, axis=0)) * tl.load(control_ptr + _FACTOR)
+    norm = tl.sqrt(_not_below_zero(tl.sum(squares, axis=0))) * tl.load(control_ptr + _FACTOR)
     factor = tl.where(norm > BOUND, BOUND / tl.maximum(norm, BOUND), 1.0)
     tl.store(factors_ptr + tensor, factor.to(tl.float32))
 
@@ -301,7 +313,7 @@ def norm_op(
 ) -> None:
     """Sums of squares of the gradients, or of what the accumulators hold with them, by chunk."""
     if not uses_triton(control):
-        _plain_norm(gradients, accumulators, partials_n, control, tensors_tc)
+        _plain_norm(gradients, accumulators, partials_n, control)
         return
     with torch.cuda.device_of(control):
         _norm_kernel[(len(chunks_n3),)](
@@ -366,10 +378,9 @@ def factors_op(
 ) -> None:
     """The factor of each tensor that is clipped by its own norm."""
     if not uses_triton(control):
-        firsts = tensors_tc[:, FIRST_CHUNK].tolist()
-        ends = [*firsts[1:], len(partials_n)]
-        spans = [partials_n[first:end] for first, end in zip(firsts, ends, strict=True)]
-        norms_t = torch.stack([each.sum() for each in spans]).sqrt() * control[FACTOR]
+        spans = tensors_tc[:, [FIRST_CHUNK, NUM_CHUNKS]].tolist()
+        squares_t = torch.stack([partials_n[first:][:chunks].sum() for first, chunks in spans])
+        norms_t = squares_t.clamp(min=0).sqrt() * control[FACTOR]
         factors_t.copy_((bound / norms_t).clamp(max=1.0))
         return
     with torch.cuda.device_of(control):
@@ -392,7 +403,6 @@ def _plain_norm(
     accumulators: Sequence[Tensor],
     partials_n: Tensor,
     control: Tensor,
-    tensors_tc: Tensor,
 ) -> None:
     """Compute what the kernel does, with the sum of a whole tensor in the place of its first
     chunk."""
@@ -405,7 +415,9 @@ def _plain_norm(
         gradients = own
     if len(partials_n):
         # An empty tensor has no chunk: its 0 is added to that of another.
-        places_t = tensors_tc[:, FIRST_CHUNK].clamp(max=len(partials_n) - 1)
+        chunks = [-(-each.numel() // CHUNK) for each in gradients]
+        firsts_t = torch.tensor([0, *itertools.accumulate(chunks)][:-1])
+        places_t = firsts_t.clamp(max=len(partials_n) - 1)
         partials_n.zero_().index_add_(0, places_t, _sums_of_squares(gradients))
 
 
@@ -424,7 +436,8 @@ def _sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _plain_mean_norm(partials_n: Tensor, now: list[float]) -> float:
-    return math.sqrt(float(partials_n.sum())) / (now[SCALE] * (now[ACCUMULATED] + 1))
+    squares = float(partials_n.sum().clamp(min=0))
+    return math.sqrt(squares) / (now[SCALE] * (now[ACCUMULATED] + 1))
 
 
 def _plain_control(
@@ -546,6 +559,7 @@ def load_history(history_c: Tensor, control: Tensor, saved: Tensor) -> None:
 def prepare(
     gradients: list[Tensor],
     gradient_row: Tensor,
+    low_rank: LowRankGradients | None,
     tables: Tables,
     control: Tensor,
     rule: Rule,
@@ -556,10 +570,16 @@ def prepare(
 ) -> None:
     """Write into the control what the gradients make of the step: all before the update."""
     partials_n, tensors_tc = tables.partials_n, tables.tensors_tc
-    norm_op(
-        gradients, tables.accumulators, partials_n, control, tensors_tc, gradient_row,
-        tables.chunks_n3,
-    )  # fmt: skip
+    if gradients:
+        norm_op(
+            gradients, tables.accumulators, partials_n, control, tensors_tc, gradient_row,
+            tables.chunks_n3,
+        )  # fmt: skip
+    if tables.dense and low_rank:
+        dense_norm_op(
+            low_rank.inputs, low_rank.slopes, partials_n, tables.dense.layers_lc,
+            tables.dense.spans_p3, low_rank.row_t,
+        )  # fmt: skip
     sorted_c = None
     if history_c is not None:
         record_op(partials_n, control, history_c, accumulation)

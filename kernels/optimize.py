@@ -32,7 +32,6 @@ moves neither weights nor moments; nor does one that only adds to the accumulato
 Letters: T tensors, N chunks of them.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -40,33 +39,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import dense_norm, dense_update
 from .checks import check_memory, check_tensor
-from .control import (
-    FACTOR,
-    GRADIENT_SIZE,
-    LEARNING_RATE,
-    MOVES,
-    NUM_CONTROLS,
-    OFFSET,
-    ROOT_SIZE,
-    STEP,
-    STEP_SIZE,
-    prepare,
-    tensor_at,
-)
+from .control import MOVES, NUM_CONTROLS, prepare
 from .dispatch import uses_triton
+from .rule_step import decays_of, move_block, numbers_of, plain_update, sizes_of, state_of
 from .rules import Clipping, Rule
-from .tables import (
-    ACCUMULATOR,
-    COLUMNS,
-    COPY,
-    DECAYS,
-    LARGEST,
-    MEAN,
-    PARAMETER,
-    SQUARE,
-    Tables,
-)
+from .tables import ACCUMULATOR, COLUMNS, DECAYS, Tables, tensor_at
 
 LAUNCHES = {
     "mien::optimize_norm": 1,
@@ -74,97 +53,38 @@ LAUNCHES = {
     "mien::optimize_control": 1,
     "mien::optimize_factors": 1,
     "mien::optimize_update": 1,
+    **dense_norm.LAUNCHES,
+    **dense_update.LAUNCHES,
 }
 """Kernels that each operation launches on a GPU. Every step has norm, control and update; autoclip
-adds record and a sort, clipping by norm adds factors."""
+adds record and a sort, clipping by norm adds factors, gradients of low rank add their own two."""
 
 # For the kernels, which take no other global names than Triton's constants.
-_LEARNING_RATE, _FACTOR, _MOVES = map(tl.constexpr, (LEARNING_RATE, FACTOR, MOVES))
-_STEP_SIZE, _GRADIENT_SIZE = tl.constexpr(STEP_SIZE), tl.constexpr(GRADIENT_SIZE)
-_ROOT_SIZE, _OFFSET = tl.constexpr(ROOT_SIZE), tl.constexpr(OFFSET)
-_PARAMETER, _COPY, _ACCUMULATOR = map(tl.constexpr, (PARAMETER, COPY, ACCUMULATOR))
-_MEAN, _SQUARE, _LARGEST = map(tl.constexpr, (MEAN, SQUARE, LARGEST))
-_DECAYS, _COLUMNS = tl.constexpr(DECAYS), tl.constexpr(COLUMNS)
+_MOVES, _COLUMNS = tl.constexpr(MOVES), tl.constexpr(COLUMNS)
+_ACCUMULATOR = tl.constexpr(ACCUMULATOR)
 
 _WARPS = 8
 _BLOCK = 1024  # four elements a thread: 16 bytes of fp32, 8 of a 16-bit type
 
 
 @triton.jit
-def _rule(
-    parameter, gradient, mean, square, largest,
-    step_size, gradient_size, root_size, offset, keep,
-    beta_1, rest_1, beta_2, rest_2, epsilon,
-    RULE: tl.constexpr, AMSGRAD: tl.constexpr,
-):  # fmt: skip
-    """The formula of this module for one block, in fp32; a moment that RULE has not comes back."""
-    if RULE == "lion":
-        ahead = beta_1 * mean + rest_1 * gradient
-        change = step_size * (tl.where(ahead > 0, 1.0, 0.0) - tl.where(ahead < 0, 1.0, 0.0))
-        mean = beta_2 * mean + rest_2 * gradient
-    elif RULE == "rms-prop":
-        square = beta_2 * square + rest_2 * gradient * gradient
-        change = step_size * (gradient / (tl.sqrt(square) + offset))
-    elif RULE == "adamax":
-        mean = beta_1 * mean + rest_1 * gradient
-        largest = tl.maximum(beta_2 * largest, tl.abs(gradient) + epsilon)
-        change = step_size * (mean / largest)
-    elif RULE == "adabelief":
-        mean = beta_1 * mean + rest_1 * gradient
-        surprise = gradient - mean
-        square = beta_2 * square + rest_2 * surprise * surprise + epsilon
-        change = step_size * (mean / (tl.sqrt(square) * root_size + offset))
-    else:
-        mean = beta_1 * mean + rest_1 * gradient
-        square = beta_2 * square + rest_2 * gradient * gradient
-        root = square
-        if AMSGRAD:
-            largest = tl.maximum(largest, square)
-            root = largest
-        moved = step_size * mean
-        if RULE == "nadam":
-            change = (moved + gradient_size * gradient) / (tl.sqrt(root) * root_size + offset)
-        else:
-            change = step_size * (mean / (tl.sqrt(root) * root_size + offset))
-    return keep * parameter - change, mean, square, largest
-
-
-@triton.jit
 def _span(
-    parameters, gradients, means, squares, largests, copies, first, end,
-    factor, step_size, gradient_size, root_size, offset, keep, added_decay,
+    gradients, parameters, means, squares, largests, copies, first, end,
+    factor, step_size, gradient_size, root_size, offset, added_decay, keep,
     beta_1, rest_1, beta_2, rest_2, epsilon, bound,
-    RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr, IS_COPIED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the elements from ``first`` to ``end``, at most BLOCK of them."""
     at = first + tl.arange(0, BLOCK)
     inside = at < end
-    gradient = tl.load(gradients + at, mask=inside, other=0.0).to(tl.float32) * factor
-    if IS_BOUNDED:
-        gradient = tl.minimum(tl.maximum(gradient, -bound), bound)
-    parameter = tl.load(parameters + at, mask=inside, other=0.0)
-    gradient += added_decay * parameter
-    mean, square, largest = gradient, gradient, gradient  # where the rule has none: never stored
-    if means is not None:
-        mean = tl.load(means + at, mask=inside, other=0.0)
-    if squares is not None:
-        square = tl.load(squares + at, mask=inside, other=0.0)
-    if largests is not None:
-        largest = tl.load(largests + at, mask=inside, other=0.0)
-    parameter, mean, square, largest = _rule(
-        parameter, gradient, mean, square, largest,
-        step_size, gradient_size, root_size, offset, keep,
-        beta_1, rest_1, beta_2, rest_2, epsilon, RULE, AMSGRAD,
+    gradient = tl.load(gradients + at, mask=inside, other=0.0).to(tl.float32)
+    move_block(
+        gradient, parameters, means, squares, largests, copies, at, inside,
+        factor, step_size, gradient_size, root_size, offset, added_decay, keep,
+        beta_1, rest_1, beta_2, rest_2, epsilon, bound,
+        RULE, AMSGRAD, IS_BOUNDED, IS_COPIED,
     )  # fmt: skip
-    tl.store(parameters + at, parameter, mask=inside)
-    if means is not None:
-        tl.store(means + at, mean, mask=inside)
-    if squares is not None:
-        tl.store(squares + at, square, mask=inside)
-    if largests is not None:
-        tl.store(largests + at, largest, mask=inside)
-    if copies is not None:
-        tl.store(copies + at, parameter.to(copies.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,12 +104,7 @@ def _update_kernel(
 ):  # fmt: skip
     if tl.load(control_ptr + _MOVES) == 0:
         return
-    FULL: tl.constexpr = tl.pointer_type(tl.float32)
-    step_size = tl.load(control_ptr + _STEP_SIZE).to(tl.float32)
-    gradient_size = tl.load(control_ptr + _GRADIENT_SIZE).to(tl.float32)
-    root_size = tl.load(control_ptr + _ROOT_SIZE).to(tl.float32)
-    offset = tl.load(control_ptr + _OFFSET).to(tl.float32)
-    factor = tl.load(control_ptr + _FACTOR).to(tl.float32)
+    factor, step_size, gradient_size, root_size, offset = sizes_of(control_ptr)
 
     # Backwards, so that the gradients which the norm has read last are still in the cache.
     chunk = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
@@ -197,43 +112,31 @@ def _update_kernel(
     start = tl.multiple_of(tl.load(chunk + 1), 16)
     elements = tl.load(chunk + 2)
     row = tensors_ptr + tensor * _COLUMNS
-    parameters = tensor_at(row + _PARAMETER, FULL) + start
-    means = None
-    squares = None
-    largests = None
-    copies = None
-    if RULE != "rms-prop":
-        means = tensor_at(row + _MEAN, FULL) + start
-    if RULE != "lion" and RULE != "adamax":
-        squares = tensor_at(row + _SQUARE, FULL) + start
-    if RULE == "adamax" or AMSGRAD:
-        largests = tensor_at(row + _LARGEST, FULL) + start
-    if copy_ptr is not None:
-        copies = tensor_at(row + _COPY, copy_ptr.dtype) + start
+    parameters, means, squares, largests, copies = state_of(row, start, copy_ptr)
     if gradient_ptr is not None:
         gradients = tensor_at(gradients_ptr + tensor, gradient_ptr.dtype) + start
     else:
-        gradients = tensor_at(row + _ACCUMULATOR, FULL) + start
+        gradients = tensor_at(row + _ACCUMULATOR, tl.pointer_type(tl.float32)) + start
     if factors_ptr is not None:
         factor *= tl.load(factors_ptr + tensor)
-    decays = tl.load(row + _DECAYS)
-    added_decay *= decays
-    learning_rate = tl.load(control_ptr + _LEARNING_RATE)
-    keep = (1 - learning_rate * decoupled_decay * decays).to(tl.float32)
+    added_decay, keep = decays_of(row, control_ptr, added_decay, decoupled_decay)
+    IS_COPIED: tl.constexpr = copy_ptr is not None
 
     # Whole groups of eight first: only a bound known as a multiple keeps the accesses wide.
     whole = elements // 8 * 8
     for first in range(0, whole, BLOCK):
         _span(
-            parameters, gradients, means, squares, largests, copies, first, whole,
-            factor, step_size, gradient_size, root_size, offset, keep, added_decay,
-            beta_1, rest_1, beta_2, rest_2, epsilon, bound, RULE, AMSGRAD, IS_BOUNDED, BLOCK,
+            gradients, parameters, means, squares, largests, copies, first, whole,
+            factor, step_size, gradient_size, root_size, offset, added_decay, keep,
+            beta_1, rest_1, beta_2, rest_2, epsilon, bound,
+            RULE, AMSGRAD, IS_BOUNDED, IS_COPIED, BLOCK,
         )  # fmt: skip
     if whole < elements:
         _span(
-            parameters, gradients, means, squares, largests, copies, whole, elements,
-            factor, step_size, gradient_size, root_size, offset, keep, added_decay,
-            beta_1, rest_1, beta_2, rest_2, epsilon, bound, RULE, AMSGRAD, IS_BOUNDED, 8,
+            gradients, parameters, means, squares, largests, copies, whole, elements,
+            factor, step_size, gradient_size, root_size, offset, added_decay, keep,
+            beta_1, rest_1, beta_2, rest_2, epsilon, bound,
+            RULE, AMSGRAD, IS_BOUNDED, IS_COPIED, 8,
         )  # fmt: skip
 
 
@@ -252,7 +155,7 @@ def _update_op(
     tensors_tc: Tensor,
     gradient_row: Tensor,
     chunks_n3: Tensor,
-    decays: Sequence[bool],
+    numbers: Sequence[int],
     is_accumulated: bool,
     rule: str,
     beta_1: float,
@@ -262,7 +165,7 @@ def _update_op(
     bound: float,
 ) -> None:
     """Weights, moments and copies moved. A bound of 0 is none; gradients are the accumulators
-    themselves where they were accumulated."""
+    themselves where they were accumulated; numbers are the rows of the tables."""
     made = Rule(
         name=rule,
         beta_1=beta_1,
@@ -272,17 +175,16 @@ def _update_op(
         amsgrad=bool(squares and largests),
     )
     if not uses_triton(control):
-        lists = (parameters, gradients, means, squares, largests)
-        _plain_update([list(each) for each in lists], control, factors_t, decays, made, bound)
-        if copies and control[MOVES]:
-            torch._foreach_copy_(list(copies), list(parameters))
+        lists = [list(each) for each in (parameters, gradients, means, squares, largests)]
+        own = None if factors_t is None else factors_t[numbers]
+        decays = tensors_tc[numbers, DECAYS].tolist()
+        plain_update(lists, list(copies), control, own, decays, made, bound)
         return
-    added, decoupled = (0.0, weight_decay) if made.is_decoupled else (weight_decay, 0.0)
     with torch.cuda.device_of(control):
         _update_kernel[(len(chunks_n3),)](
             tensors_tc, gradient_row, chunks_n3, control, factors_t,
             None if is_accumulated else gradients[0], copies[0] if copies else None,
-            beta_1, 1 - beta_1, beta_2, 1 - beta_2, epsilon, added, decoupled, bound,
+            *numbers_of(made), bound,
             RULE=rule, AMSGRAD=made.has_largest_square, IS_BOUNDED=bound > 0,
             BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
@@ -291,104 +193,6 @@ def _update_op(
 @_update_op.register_fake
 def _(*inputs):
     return None
-
-
-def _plain_update(
-    lists: list[list[Tensor]],
-    control: Tensor,
-    factors_t: Tensor | None,
-    decays: Sequence[bool],
-    rule: Rule,
-    bound: float,
-) -> None:
-    now = control.tolist()
-    if not now[MOVES]:
-        return
-    gradients = [each.float() for each in lists[1]]
-    if factors_t is not None:
-        gradients = [*torch._foreach_mul(gradients, (factors_t * now[FACTOR]).tolist())]
-    elif now[FACTOR] != 1:
-        # Not as the fused kernel's grad_scale, which would write the scaled gradients back.
-        gradients = [*torch._foreach_mul(gradients, now[FACTOR])]
-    if bound:
-        gradients = [*torch._foreach_clamp_min(gradients, -bound)]
-        torch._foreach_clamp_max_(gradients, bound)
-    lists[1] = gradients
-    if not rule.weight_decay:
-        _plain_rule(lists, now, rule, 0.0)
-        return
-    for is_decayed in (False, True):
-        chosen = [decay == is_decayed for decay in decays]
-        if any(chosen):
-            own = [list(itertools.compress(tensors, chosen)) for tensors in lists]
-            _plain_rule(own, now, rule, rule.weight_decay if is_decayed else 0.0)
-
-
-def _plain_rule(
-    lists: list[list[Tensor]], now: list[float], rule: Rule, weight_decay: float
-) -> None:
-    parameters, gradients, means, squares, largests = lists
-    if rule.name in ("adam", "adamw"):
-        # One core, 50 M weights: 27 ms, as torch._foreach_ operations 160 ms.
-        fused = torch._fused_adamw_ if rule.is_decoupled else torch._fused_adam_
-        fused(
-            parameters,
-            gradients,
-            means,
-            squares,
-            largests,
-            [torch.tensor(now[STEP], dtype=torch.float32)] * len(parameters),
-            lr=now[LEARNING_RATE],
-            beta1=rule.beta_1,
-            beta2=rule.beta_2,
-            weight_decay=weight_decay,
-            eps=rule.epsilon,
-            amsgrad=rule.has_largest_square,
-            maximize=False,
-        )
-        return
-    if weight_decay and rule.is_decoupled:
-        torch._foreach_mul_(parameters, 1 - now[LEARNING_RATE] * weight_decay)
-    elif weight_decay:
-        gradients = [*torch._foreach_add(gradients, parameters, alpha=weight_decay)]
-    if rule.name == "lion":
-        changes = torch._foreach_lerp(means, gradients, 1 - rule.beta_1)
-        torch._foreach_sign_(changes)
-        torch._foreach_lerp_(means, gradients, 1 - rule.beta_2)
-    elif rule.name == "rms-prop":
-        _remember_squares(squares, gradients, rule.beta_2)
-        changes = torch._foreach_div(gradients, _divisors(squares, now))
-    else:
-        torch._foreach_lerp_(means, gradients, 1 - rule.beta_1)
-        if rule.name == "adamax":
-            torch._foreach_mul_(largests, rule.beta_2)
-            sizes = torch._foreach_abs(gradients)
-            torch._foreach_add_(sizes, rule.epsilon)
-            torch._foreach_maximum_(largests, sizes)
-            changes = torch._foreach_div(means, largests)
-        elif rule.name == "adabelief":
-            _remember_squares(squares, [*torch._foreach_sub(gradients, means)], rule.beta_2)
-            torch._foreach_add_(squares, rule.epsilon)
-            changes = torch._foreach_div(means, _divisors(squares, now))
-        else:
-            _remember_squares(squares, gradients, rule.beta_2)
-            divisors = _divisors(squares, now)
-            torch._foreach_addcdiv_(parameters, gradients, divisors, -now[GRADIENT_SIZE])
-            changes = torch._foreach_div(means, divisors)
-    torch._foreach_add_(parameters, changes, alpha=-now[STEP_SIZE])
-
-
-def _remember_squares(squares: list[Tensor], gradients: list[Tensor], beta_2: float) -> None:
-    torch._foreach_mul_(squares, beta_2)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta_2)
-
-
-def _divisors(squares: list[Tensor], now: list[float]) -> list[Tensor]:
-    """What means are divided by; the rule's sizes are in the control."""
-    roots = [*torch._foreach_sqrt(squares)]
-    torch._foreach_mul_(roots, now[ROOT_SIZE])
-    torch._foreach_add_(roots, now[OFFSET])
-    return roots
 
 
 @torch.no_grad()
@@ -412,7 +216,8 @@ def optimize(
 
     Args:
         gradients: Gradients of the scaled loss, one a parameter; fp32, bf16 or fp16, all of one
-            type. One in another layout than its parameter's is copied into that first.
+            type. One in another layout than its parameter's is copied into that first. Of
+            parameters that the tables have as of low rank, the stand-ins that `dense` leaves.
         tables: Parameters, the moments of the rule, copies and accumulators. They are made before a
             CUDA graph is captured.
         control: Control from `new_control`.
@@ -430,16 +235,28 @@ def optimize(
     tables.check_unmoved()
     fitted = tables.fitted(gradients)
     row_t = tables.gradient_row(fitted)
-    prepare(fitted, row_t, tables, control, rule, clipping, history_c, accumulation, dynamic_scale)
-    moments = tables.moments
-    _update_op(
-        tables.parameters, tables.accumulators or fitted,
-        moments.get("mean", []), moments.get("square", []), moments.get("largest", []),
-        tables.copies, control, tables.factors_t if clipping.kind == "norm" else None,
-        tables.tensors_tc, row_t, tables.chunks_n3, tables.decays, bool(tables.accumulators),
-        rule.name, rule.beta_1, rule.beta_2, rule.epsilon, rule.weight_decay,
-        clipping.bound if clipping.kind == "value" else 0.0,
+    low_rank = tables.dense.find(gradients) if tables.dense else None
+    prepare(
+        fitted, row_t, low_rank, tables, control, rule, clipping, history_c, accumulation,
+        dynamic_scale,
     )  # fmt: skip
+    factors_t = tables.factors_t if clipping.kind == "norm" else None
+    how = (rule.name, rule.beta_1, rule.beta_2, rule.epsilon, rule.weight_decay)
+    bound = clipping.bound if clipping.kind == "value" else 0.0
+    if fitted:
+        state = tables.plain_state
+        _update_op(
+            state.parameters, tables.accumulators or fitted, *state.moments, state.copies,
+            control, factors_t, tables.tensors_tc, row_t, tables.chunks_n3, tables.plain,
+            bool(tables.accumulators), *how, bound,
+        )  # fmt: skip
+    if tables.dense and low_rank:
+        state, dense = tables.dense_state, tables.dense
+        dense_update.dense_update_op(
+            state.parameters, low_rank.inputs, low_rank.slopes, *state.moments, state.copies,
+            control, factors_t, tables.tensors_tc, dense.layers_lc, dense.tiles_m3, low_rank.row_t,
+            *how, bound,
+        )  # fmt: skip
 
 
 def _check(

@@ -262,6 +262,11 @@ def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
     return torch.sigmoid(z_bchw.float() if z_bchw.dtype.itemsize == 2 else z_bchw)
 
 
+def dense_gradient(input_ni: Tensor, slope_no: Tensor) -> Tensor:
+    """The gradient (O, I) of a dense weight, which `mien.kernels.dense` leaves as its factors."""
+    return torch.einsum("no,ni->oi", slope_no, input_ni)
+
+
 def optimize(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],

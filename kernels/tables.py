@@ -5,16 +5,24 @@ never move, so theirs are written once. Gradients move from step to step, except
 graph, so theirs are sent whenever they differ; those of a graph once, after its capture, by
 `finish_capture`, so that no replay holds the transfer.
 
+Gradients of low rank have no address but those of their factors, and no chunks but tiles: see
+`dense_tables`.
+
 Letters: T tensors, N chunks of them, S slots, C columns.
 """
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from .dense import low_rank_of
+from .dense_tables import SLOTS, DenseTables
 from .rules import MOMENTS
 
 (
@@ -29,7 +37,7 @@ from .rules import MOMENTS
     NUM_CHUNKS,
 ) = range(9)
 """Columns of the table of tensors: six addresses, 0 where there is none; 1 if the weight decay
-moves the parameter, else 0; where its chunks begin and how many they are."""
+moves the parameter, else 0; where its partial sums of the norm begin and how many they are."""
 
 COLUMNS = 9
 
@@ -39,6 +47,23 @@ CHUNK = 16384
 _ALIGNMENT = 16  # bytes; what a GPU thread reads at once
 _FULL, _HALF = (torch.float32,), (torch.bfloat16, torch.float16)
 _EAGER_SLOTS, _CAPTURE_SLOTS = 16, 112
+
+
+@triton.jit
+def tensor_at(address, POINTER: tl.constexpr):
+    """The pointer at an address of a table; `Tables` refuses those that are not aligned."""
+    return tl.multiple_of(tl.load(address).to(POINTER), 16)
+
+
+@dataclass(frozen=True)
+class State:
+    """Parameters and what belongs to them, some of all; empty where the rule has none."""
+
+    parameters: list[Tensor]
+    moments: tuple[list[Tensor], ...]
+    """Means, squares, largests."""
+
+    copies: list[Tensor]
 
 
 class Tables:
@@ -55,6 +80,7 @@ class Tables:
         accumulators: Sequence[Tensor] = (),
         *,
         decays: Sequence[bool] | None = None,
+        low_rank: Sequence[bool] | None = None,
     ):
         """Check the tensors and write their addresses to the device.
 
@@ -67,6 +93,8 @@ class Tables:
             accumulators: Tensors that sum gradients of several backward passes, laid out as the
                 parameters, fp32; none where each one makes a step.
             decays: Whether the weight decay moves each parameter; default: all.
+            low_rank: Whether each gradient comes as a stand-in of `dense`; default: none. Their
+                parameters are matrices of sizes that are multiples of 16; none are accumulated.
 
         Raises:
             ValueError: On a tensor that does not fit.
@@ -77,6 +105,106 @@ class Tables:
         self.moments = {kind: list(moments[kind]) for kind in MOMENTS if kind in moments}
         self.accumulators = list(accumulators)
         self.decays = [True] * len(self.parameters) if decays is None else list(decays)
+        is_low = [False] * len(self.parameters) if low_rank is None else list(low_rank)
+        self._check_lists(is_low)
+
+        device, num_tensors = self.parameters[0].device, len(self.parameters)
+        self.plain = [number for number, low in enumerate(is_low) if not low]
+        """Numbers of the parameters whose gradients lie in memory."""
+
+        low = [number for number, low in enumerate(is_low) if low]
+        self.plain_state, self.dense_state = self._state(self.plain), self._state(low)
+        self._layouts = _layouts(self.plain_state.parameters)
+        self._made_at = self._addresses()
+        chunks = [
+            (index, start, min(CHUNK, self.parameters[index].numel() - start))
+            for index in self.plain
+            for start in range(0, self.parameters[index].numel(), CHUNK)
+        ]
+        self.chunks_n3 = torch.tensor(chunks, dtype=torch.int64).view(-1, 3).to(device)
+        """int64: tensor, first element, elements."""
+
+        decayed = [int(decay) for decay in self.decays]
+        columns = [*self._made_at, decayed, *self._places_of_partials([*self.plain, *low])]
+        self.tensors_tc = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
+        """int64: of each tensor, what the names of columns above say."""
+
+        num_partials = len(chunks) + SLOTS * len(low)
+        self.partials_n = torch.zeros(num_partials, dtype=torch.float64, device=device)
+        """Sum of squares of each chunk of the last gradients, then those of low rank."""
+
+        self.factors_t = torch.ones(num_tensors, device=device)
+        """What the gradient of each tensor is multiplied with where each is clipped by itself."""
+
+        self._gradient_rows = _AddressRows(num_tensors, device)
+        self.dense: DenseTables | None = None
+        """Tables of the parameters whose gradients are of low rank; None: there are none."""
+
+        if low:
+            find_row = _AddressRows(3 * len(low), device).find
+            self.dense = DenseTables(low, self.dense_state.parameters, len(chunks), find_row)
+
+    def check_unmoved(self) -> None:
+        """Raise ValueError if a tensor has got another address since."""
+        if self._addresses() != self._made_at:
+            raise ValueError("a tensor has moved since its Tables were made: make new Tables")
+
+    def fitted(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients of `plain`; as a copy where one lies in another way than its parameter.
+
+        Raises:
+            ValueError: On a gradient of another shape, type or device.
+        """
+        self._check_length("gradients", gradients)
+        for number in self.plain:
+            if low_rank_of(gradients[number]) is not None:
+                raise ValueError(f"gradients[{number}] must lie in memory, got one of low rank")
+        gradients = [gradients[number] for number in self.plain]
+        types = {gradient.dtype for gradient in gradients}
+        if len(types) == 1 and types <= {*_FULL, *_HALF} and _layouts(gradients) == self._layouts:
+            if not any(address % _ALIGNMENT for address in map(Tensor.data_ptr, gradients)):
+                return list(gradients)  # as a rule
+        fitted: list[Tensor] = []
+        for number, gradient in zip(self.plain, gradients, strict=True):
+            parameter = self.parameters[number]
+            dtypes = (gradients[0].dtype,) if fitted else _FULL + _HALF
+            _check(f"gradients[{number}]", gradient, parameter, dtypes)
+            if not (_same_layout(gradient, parameter) and _is_aligned(gradient)):
+                gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+            fitted.append(gradient)
+        return fitted
+
+    def gradient_row(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Addresses of gradients from `fitted`: int64 (T,) on the device; ask once a step."""
+        addresses = [0] * len(self.parameters)
+        for number, gradient in zip(self.plain, gradients, strict=True):
+            addresses[number] = gradient.data_ptr()
+        return self._gradient_rows.find(tuple(addresses))
+
+    def _addresses(self) -> list[list[int]]:
+        """Addresses in the columns from PARAMETER to ACCUMULATOR."""
+        moments = [self.moments.get(kind, []) for kind in MOMENTS]
+        lists = (self.parameters, *moments, self.copies, self.accumulators)
+        none = [0] * len(self.parameters)
+        return [list(map(Tensor.data_ptr, tensors)) if tensors else none for tensors in lists]
+
+    def _places_of_partials(self, in_order: list[int]) -> tuple[list[int], list[int]]:
+        """Partial sums in this order of parameters: (first of each, how many they are)."""
+        nums = [SLOTS] * len(self.parameters)
+        for number in self.plain:
+            nums[number] = -(-self.parameters[number].numel() // CHUNK)
+        ends = itertools.accumulate(nums[number] for number in in_order)
+        firsts = {n: end - nums[n] for n, end in zip(in_order, ends, strict=True)}
+        return [firsts[number] for number in range(len(nums))], nums
+
+    def _state(self, numbers: list[int]) -> State:
+        def own(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[number] for number in numbers] if tensors else []
+
+        moments = tuple(own(self.moments.get(kind, [])) for kind in MOMENTS)
+        return State(own(self.parameters), moments, own(self.copies))
+
+    def _check_lists(self, is_low: list[bool]) -> None:
         self._check_state("parameters", self.parameters, _FULL)
         for kind, tensors in self.moments.items():
             self._check_state(kind, tensors, _FULL)
@@ -85,67 +213,9 @@ class Tables:
         if self.accumulators:
             self._check_state("accumulators", self.accumulators, _FULL)
         self._check_length("decays", self.decays)
-
-        device, num_tensors = self.parameters[0].device, len(self.parameters)
-        self._layouts = _layouts(self.parameters)
-        self._made_at = self._addresses()
-        chunks = [
-            (index, start, min(CHUNK, parameter.numel() - start))
-            for index, parameter in enumerate(self.parameters)
-            for start in range(0, parameter.numel(), CHUNK)
-        ]
-        self.chunks_n3 = torch.tensor(chunks, dtype=torch.int64).view(-1, 3).to(device)
-        """int64: tensor, first element, elements."""
-
-        nums = [-(-parameter.numel() // CHUNK) for parameter in self.parameters]
-        firsts = [0, *itertools.accumulate(nums)][:-1]
-        columns = [*self._made_at, [int(decay) for decay in self.decays], firsts, nums]
-        self.tensors_tc = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
-        """int64: of each tensor, what the names of columns above say."""
-
-        self.partials_n = torch.zeros(len(chunks), dtype=torch.float64, device=device)
-        """Sum of squares of each chunk of the last gradients."""
-
-        self.factors_t = torch.ones(num_tensors, device=device)
-        """What the gradient of each tensor is multiplied with where each is clipped by itself."""
-
-        self._gradient_rows = _GradientRows(num_tensors, device)
-
-    def check_unmoved(self) -> None:
-        """Raise ValueError if a tensor has got another address since."""
-        if self._addresses() != self._made_at:
-            raise ValueError("a tensor has moved since its Tables were made: make new Tables")
-
-    def fitted(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients; as a copy where one lies in another way than its parameter.
-
-        Raises:
-            ValueError: On a gradient of another shape, type or device.
-        """
-        self._check_length("gradients", gradients)
-        types = {gradient.dtype for gradient in gradients}
-        if len(types) == 1 and types <= {*_FULL, *_HALF} and _layouts(gradients) == self._layouts:
-            if not any(address % _ALIGNMENT for address in map(Tensor.data_ptr, gradients)):
-                return list(gradients)  # as a rule
-        fitted = []
-        for index, (gradient, parameter) in enumerate(zip(gradients, self.parameters, strict=True)):
-            dtypes = (gradients[0].dtype,) if index else _FULL + _HALF
-            _check(f"gradients[{index}]", gradient, parameter, dtypes)
-            if not (_same_layout(gradient, parameter) and _is_aligned(gradient)):
-                gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-            fitted.append(gradient)
-        return fitted
-
-    def gradient_row(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Addresses of gradients from `fitted`: int64 (T,) on the device; ask once a step."""
-        return self._gradient_rows.find(tuple(map(Tensor.data_ptr, gradients)))
-
-    def _addresses(self) -> list[list[int]]:
-        """Addresses in the columns from PARAMETER to ACCUMULATOR."""
-        moments = [self.moments.get(kind, []) for kind in MOMENTS]
-        lists = (self.parameters, *moments, self.copies, self.accumulators)
-        none = [0] * len(self.parameters)
-        return [list(map(Tensor.data_ptr, tensors)) if tensors else none for tensors in lists]
+        self._check_length("low_rank", is_low)
+        if any(is_low) and self.accumulators:
+            raise ValueError("gradients of low rank cannot be accumulated: make each one a step")
 
     def _check_length(self, name: str, values: Sequence[object]) -> None:
         if len(values) != len(self.parameters):
@@ -181,7 +251,7 @@ class Tables:
                 )
 
 
-class _GradientRows:
+class _AddressRows:
     """Addresses of gradients on the device, each set of them sent once.
 
     Sets are sent from slots of page-locked memory that are there from the start. Eager steps rotate
@@ -189,11 +259,11 @@ class _GradientRows:
     is filled by `finish_capture`, since a transfer queued in the capture would run at every replay.
     """
 
-    def __init__(self, num_tensors: int, device: torch.device):
+    def __init__(self, length: int, device: torch.device):
         self.on_gpu = device.type == "cuda"
         self.device = device
         # An even length keeps every row at 16 bytes, so that one compiled kernel fits all.
-        shape = (_EAGER_SLOTS + _CAPTURE_SLOTS, num_tensors + num_tensors % 2)
+        shape = (_EAGER_SLOTS + _CAPTURE_SLOTS, length + length % 2)
         self.staged_st = torch.zeros(shape, dtype=torch.int64, pin_memory=self.on_gpu)
         self.rows_st = torch.zeros(shape, dtype=torch.int64, device=device)
         self.slots: dict[tuple, int] = {}  # (stream, addresses) -> eager slot

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..kernels.dense import dense
 from ..kernels.enlarge import enlarge
 from ..kernels.upscale import activate, to_image, upscale
 from .alignment import Runs, axis, pad_parameter, runs_of
@@ -345,6 +346,9 @@ class Dense(nn.Module):
     ``inputs`` and ``outputs`` are lengths of vectors, or ``(edge in px, channels)`` of pictures.
     """
 
+    is_low_rank = False
+    """Whether the backward pass leaves the factors of the weight's gradient; see `dense`."""
+
     def __init__(
         self,
         inputs: int | tuple[int, int | Runs],
@@ -364,7 +368,8 @@ class Dense(nn.Module):
             missing = self.linear.weight.shape[1] // pixels - x.shape[1]  # see `SameConv`
             x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
             x = x.permute(0, 2, 3, 1).flatten(1)
-        out_bn = self.linear(x)
+        layer = self.linear
+        out_bn = dense(x, layer.weight, layer.bias) if self.is_low_rank else layer(x)
         edge = self.outputs[0]
         if not edge:
             return out_bn

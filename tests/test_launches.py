@@ -83,3 +83,16 @@ def test_a_step_keeps_its_budget():
 @pytest.mark.budget
 def test_the_budget_does_not_depend_on_the_batch():
     assert bench_step.phase_launches("original", batch_size=3) == launches.read_budget()["original"]
+
+
+@pytest.mark.budget
+def test_gradients_that_stay_factors_cost_one_launch():
+    """Two weight gradients less; Gram matrices, their product and an update of their own more."""
+    budget = launches.read_budget()["original"]
+    fused = bench_step.phase_launches("original", without="dense_gradients")
+    changed = {phase: fused[phase] - count for phase, count in budget.items()}
+    assert {phase: count for phase, count in changed.items() if count} == {
+        "backward": -2,
+        "update": 3,
+        "all": 1,
+    }

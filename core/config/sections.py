@@ -422,6 +422,12 @@ class OptimizerConfig(_Checked):
     is not finite, only its own part of the weights (4 M or more) is sure to stay as it was; without
     overlap all weights stay."""
 
+    fused_dense: bool = _setting(False)
+    """Leave the gradients of large dense layers (1 M weights or more) as two small factors, which
+    the update multiplies: less memory is taken and moved, and 16 bits round them no more. Off until
+    it is measured on a GPU; by figures it pays up to a batch size of some 100. Not with
+    gradient_accumulation, nor with the compile engine."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig(_Checked):

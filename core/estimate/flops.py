@@ -16,7 +16,9 @@ The activations of one face are therefore moved 3 * (inputs + outputs) + 2 * out
 all forward products.
 """
 
-from dataclasses import dataclass
+import itertools
+import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ... import models
 from ...models.autoencoder import Autoencoder
+from ...models.blocks import Dense
 from ..config import Config, model_settings
 
 VALUE_BYTES = 2
@@ -55,6 +58,9 @@ class Product:
     output_values: int
     """Numbers of what the layer gives out: written, or read as a gradient."""
 
+    dense_values: int = 0
+    """Numbers of the dense layer's weight whose gradient it is; 0: it is another product."""
+
     @property
     def depth(self) -> int:
         return max(1, self.flops // (2 * self.rows * self.columns))
@@ -80,6 +86,17 @@ class Work:
     """Number of parameters that are trained."""
 
     products: tuple[Product, ...]
+
+    fused: tuple[Product, ...] = ()
+    """Gradients of dense weights that the update forms by itself; they are not among the
+    products."""
+
+    def with_fused_dense(self, least: int) -> "Work":
+        """The same step with `optimizer.fused_dense`, of layers with so many weights or more."""
+        is_fused = [p.dense_values >= least for p in self.products]
+        fused = itertools.compress(self.products, is_fused)
+        rest = itertools.compress(self.products, map(operator.not_, is_fused))
+        return replace(self, products=tuple(rest), fused=tuple(fused))
 
     def flops(self, *phases: str) -> int:
         """FLOP count of the named phases; of all, if none is named."""
@@ -108,6 +125,8 @@ class Recorder(TorchDispatchMode):
     def __init__(self, model: Autoencoder):
         super().__init__()
         self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        layers = [module.linear for module in model.modules() if isinstance(module, Dense)]
+        self.dense_shapes = {tuple(layer.weight.shape) for layer in layers}
         self.backward = False
         self.products: list[Product] = []
 
@@ -137,7 +156,10 @@ class Recorder(TorchDispatchMode):
         elif weights:
             found = Product("data", **shape, **_values(weights, out.numel(), numel))
         else:  # a gradient of an output and a kept input make the weight's
-            found = Product("weight", **shape, **_values([out], numel, 0))
+            is_dense = {tuple(out.shape), tuple(out.shape[::-1])} & self.dense_shapes
+            dense_values = out.numel() if is_dense else 0
+            values = _values([out], numel, 0)
+            found = Product("weight", **shape, **values, dense_values=dense_values)
         self.products.append(found)
 
     def _convolution_backward(

@@ -4,7 +4,8 @@ The optimizer keeps the fp32 weights; where the network computes in 16 bits, its
 low-precision copies that each update writes. A step whose gradient is not finite changes nothing
 but the count of such steps; with fp16 it also halves the loss scale. With gradient accumulation
 every n-th iteration makes a step, by the mean of n gradients; one that is not finite leaves the
-other n - 1 out as well.
+other n - 1 out as well. With `optimizer.fused_dense` the gradients of large dense layers stay
+factors until the update multiplies them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ from ...kernels.tables import Tables
 from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
 from ..precision import Precision
-from . import optimizer_state
+from . import fused_dense, optimizer_state
 from .frozen import Frozen
 
 _FIRST_SCALE = 65536.0
@@ -122,6 +123,9 @@ class Update:
         self.model, self.precision = model, precision
         self.frozen = Frozen(others, precision.compute)
         self.names, self.parameters = list(named), list(named.values())
+        self.low_rank = fused_dense.switch(model, is_on=config.fused_dense)
+        """Names of the dense weights whose gradients are never in memory."""
+
         self.masters = [parameter.detach() for parameter in self.parameters]
         self.copies: list[Tensor] = []
         if precision.compute is not torch.float32:
@@ -288,7 +292,10 @@ class Update:
         decays = [self.masters[n].ndim > 1 and not self.names[n].endswith("bias") for n in numbers]
         moments = {kind: own(tensors) for kind, tensors in self.moments.items()}
         copies, accumulators = own(self.copies), own(self.accumulators)
-        tables = Tables(own(self.masters), moments, copies, accumulators, decays=decays)
+        low_rank = [self.names[number] in self.low_rank for number in numbers]
+        tables = Tables(
+            own(self.masters), moments, copies, accumulators, decays=decays, low_rank=low_rank
+        )
         return Part(numbers, tables, control)
 
     def _split(self, groups: list[list[int]]) -> None:

@@ -24,6 +24,7 @@ from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
 from ..config import Config, from_dict, merge, to_dict
 from ..estimate.flops import meta_model
+from ..optim import fused_dense
 from ..optim.optimizer import rule_of
 from ..precision import Precision
 
@@ -113,6 +114,7 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
         name: trained * size
         for name, size in _bytes_of_a_parameter(config, precision.compute).items()
     }
+    fixed["gradients"] -= precision.compute.itemsize * _never_in_memory(model, config)
     fixed |= {"frozen weights": frozen * precision.compute.itemsize}
     fixed |= {"decoded faces": store_bytes, "workspaces": _LIBRARY_BYTES, "CUDA": _CONTEXT_BYTES}
     per_face = {}
@@ -179,6 +181,12 @@ def _model_of(config: Config, precision: Precision) -> Autoencoder:
         model.align(MULTIPLE)
     model.lay_out()
     return model.to(precision.compute)
+
+
+def _never_in_memory(model: Autoencoder, config: Config) -> int:
+    """Numbers of the gradients that stay factors, which are small."""
+    names = fused_dense.switch(model, is_on=config.optimizer.fused_dense)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
 
 
 def _bytes_of_a_parameter(config: Config, compute: torch.dtype) -> dict[str, int]:

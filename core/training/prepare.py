@@ -33,7 +33,7 @@ from ..evaluate.evaluate import Evaluation, measured_at, open_evaluation
 from ..faces.folder import skipped
 from ..history.history import BATCH_SIZE_TAG
 from ..losses.weighted import Loss
-from ..optim import overlap
+from ..optim import fused_dense, overlap
 from ..optim.lr_schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS, Schedule, begin_schedule
 from ..optim.optimizer import Update, check_weights
 from ..precision import Precision
@@ -256,6 +256,7 @@ def _prepare(
     precision = precisions.resolve(config.precision.mode, device)
     overlap.choose(config.optimizer, precision)  # refuses what cannot be before faces are decoded
     engine_name, engine_why = engines.choose(config.train.engine, device)
+    fused_dense.check(config.optimizer, engine_name)
     input_px, output_px = _sizes(config)
     loss = Loss(config.loss, output_px, device)
     if saved:  # before there is memory for weights that its settings may be far too large for
@@ -506,7 +507,8 @@ def _check_later_stages(
         try:
             later = from_dict(merge(to_dict(config), plan.recipe.settings_of(number)))
             batch_sizes.check(later, num_faces)
-            engines.choose(later.train.engine, device)
+            engine_name, _ = engines.choose(later.train.engine, device)
+            fused_dense.check(later.optimizer, engine_name)
             overlap.choose(later.optimizer, precisions.resolve(later.precision.mode, device))
             if later.loss != config.loss:
                 Loss(later.loss, output_px, "cpu")

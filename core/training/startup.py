@@ -8,6 +8,7 @@ import torch
 from ... import __version__
 from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
 from ..data.sides import SideFaces
+from ..optim.fused_dense import described
 from .batch_size import BatchSize
 
 if TYPE_CHECKING:
@@ -200,6 +201,14 @@ def _lines_of_parts(
         lines["held out"] = f"{counts}, never trained on; {measured} of them measured at every save"
     if run.config.train.freeze_weights:
         lines["frozen"] = _frozen(run)
+    if run.config.optimizer.fused_dense:
+        update = run.step.update
+        sizes = [
+            master.numel()
+            for name, master in zip(update.names, update.masters, strict=True)
+            if name in update.low_rank
+        ]
+        lines["dense layers"] = described(len(sizes), sum(sizes))
     return lines
 
 

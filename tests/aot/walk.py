@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -30,7 +31,7 @@ from mien.core import precision as precisions
 from mien.core.config import Config, from_dict, merge
 from mien.core.data.feed import Batch
 from mien.core.estimate.flops import meta_model
-from mien.core.optim import overlap
+from mien.core.optim import fused_dense, overlap
 from mien.core.training.build import build_step, has_aligned_channels
 from mien.kernels import dispatch
 from mien.kernels.augment import empty
@@ -109,6 +110,21 @@ def cases() -> Iterator[Settings]:
             yield from _changed(tiny, list(_optimizer_changes()))
 
 
+def fused_cases() -> Iterator[Settings]:
+    """Settings of runs whose dense layers leave the factors of their gradients."""
+    fused: Settings = {"optimizer": {"fused_dense": True}}
+    tiny = dataclasses.asdict(models.family("original").tiny)
+    changes = [
+        {"precision": {"mode": mode}, "optimizer": rule}
+        for mode in ("bf16", "fp16", "fp32")
+        for rule in [*_rules(), {"gradient_clipping": "value"}, {"gradient_clipping": "norm"}]
+    ]
+    for settings in _changed(_of_model("original", tiny, batch_size=4), changes):
+        yield merge(settings, fused)
+    for batch_size in (16, 64):
+        yield merge(_of_model("original", tiny, batch_size), fused)
+
+
 def _of_model(trainer: str, options: Settings, batch_size: int = 16) -> Settings:
     return {
         "model": {"trainer": trainer, "options": options},
@@ -132,10 +148,14 @@ NETWORK_CHANGES: list[Settings] = [
 ]
 
 
+def _rules() -> list[Settings]:
+    rules: list[Settings] = [{"optimizer": name} for name in RULES]
+    return rules + [{"optimizer": name, "ada_amsgrad": True} for name in ("adam", "adamw")]
+
+
 def _optimizer_changes() -> Iterator[Settings]:
     """What changes the kernels of the optimizer."""
-    rules: list[Settings] = [{"optimizer": name} for name in RULES]
-    rules += [{"optimizer": name, "ada_amsgrad": True} for name in ("adam", "adamw")]
+    rules = _rules()
     rules += [
         {"gradient_clipping": clipping, "gradient_accumulation": accumulation}
         for clipping in CLIPPINGS
@@ -183,6 +203,9 @@ def walk() -> set[Form]:
     with _noted() as forms:
         for settings in cases():
             _run(from_dict(settings))
+        with mock.patch.object(fused_dense, "LEAST", 1):  # the layers of a tiny model are small
+            for settings in fused_cases():
+                _run(from_dict(settings))
     return forms
 
 

@@ -1,0 +1,154 @@
+"""Shares of programs of a GPU in the low-rank gradients of a model's dense layers.
+
+The update takes a tile of a weight by program. The norm takes a span of the columns of one factor
+by program, multiplies it with itself and leaves a Gram matrix of a span, faces by faces.
+
+Letters: L layers, M tiles, P spans, C columns of the table of layers.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_memory, check_tensor
+from .dense import LowRank, low_rank_of
+
+(
+    TENSOR,
+    INPUTS,
+    OUTPUTS,
+    FIRST_SLOT,
+    FIRST_SPAN_OF_INPUTS,
+    FIRST_SPAN_OF_SLOPES,
+    END_OF_SPANS,
+) = range(7)
+"""Columns of the table of layers: the number of the weight in its `Tables`; its sizes; its first
+partial sum of the norm; the spans of the one factor, then those of the other, and where they end.
+"""
+
+LAYER_COLUMNS = 7
+
+TILE_OUTPUTS, TILE_INPUTS = 32, 64
+"""Rows and columns of a weight that a program moves: of 64 rows its registers would leave room for
+one program on a multiprocessor, of 32 for three, whose loads and products overlap. Chosen by what
+the compiler says, unmeasured on a GPU."""
+
+SPAN = 512
+"""Columns of a factor that a program multiplies with themselves: 66 programs for a layer of
+`original`. Chosen on the CPU, unmeasured on a GPU."""
+
+SLOTS = 32
+"""Partial sums of the norm of a layer, a program each."""
+
+MULTIPLE = 16
+"""Divisor of both sizes of a weight, so that every access is wide."""
+
+_ALIGNMENT = 16  # bytes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class LowRankGradients:
+    """Gradients of low rank of a step, a layer each."""
+
+    inputs: list[Tensor]
+    slopes: list[Tensor]
+    row_t: Tensor
+    """int64 on the device: of each layer the addresses of both, and the number of faces."""
+
+
+class DenseTables:
+    """The layers of one optimizer whose gradients are of low rank."""
+
+    def __init__(
+        self,
+        numbers: Sequence[int],
+        parameters: Sequence[Tensor],
+        first_slot: int,
+        find_row: Callable[[tuple[int, ...]], Tensor],
+    ):
+        """Write what the programs are to do to the device.
+
+        Args:
+            numbers: Numbers of the weights in their `Tables`.
+            parameters: Weights (outputs, inputs).
+            first_slot: Place where the partial sums of the norm begin; each layer has SLOTS.
+            find_row: Function that gives the row on the device with these numbers, 3 a layer.
+
+        Raises:
+            ValueError: A weight is no contiguous matrix, or its sizes are no multiples of 16.
+        """
+        self.numbers, self.parameters, self._find_row = list(numbers), list(parameters), find_row
+        for number, parameter in zip(numbers, parameters, strict=True):
+            _check(number, parameter)
+        shapes = [parameter.shape for parameter in parameters]
+        layers: list[tuple[int, ...]] = []
+        spans: list[tuple[int, ...]] = []
+        tiles: list[tuple[int, ...]] = []
+        for layer, (number, (outputs, inputs)) in enumerate(zip(numbers, shapes, strict=True)):
+            firsts = [len(spans)]
+            for factor, columns in enumerate((inputs, outputs)):
+                spans += [(layer, factor, first) for first in range(0, columns, SPAN)]
+                firsts.append(len(spans))
+            layers.append((number, inputs, outputs, first_slot + layer * SLOTS, *firsts))
+            firsts_of_tiles = range(0, outputs, TILE_OUTPUTS), range(0, inputs, TILE_INPUTS)
+            tiles += [(layer, *corner) for corner in itertools.product(*firsts_of_tiles)]
+        self.layers_lc, self.spans_p3, self.tiles_m3 = (
+            torch.tensor(rows, dtype=torch.int64).to(parameters[0].device)
+            for rows in (layers, spans, tiles)
+        )
+        """int64: of each layer, what the names of columns say; of each span its layer, 0 for the
+        inputs or 1 for the slopes, its first column; of each tile its layer, first output, first
+        input."""
+
+    def find(self, gradients: Sequence[Tensor]) -> LowRankGradients:
+        """The gradients of low rank, of the stand-ins among those of all parameters; ask once a
+        step.
+
+        Raises:
+            ValueError: One is no stand-in, or its factors are of another size or type.
+        """
+        found: list[LowRank] = []
+        for number, parameter in zip(self.numbers, self.parameters, strict=True):
+            factors = low_rank_of(gradients[number])
+            if factors is None:
+                raise ValueError(
+                    f"gradients[{number}] must be a stand-in that `dense` leaves, got a tensor: is "
+                    "the weight used twice?"
+                )
+            dtypes = (found[0].input_ni.dtype,) if found else _DTYPES
+            found.append(_fitted(number, factors, parameter, dtypes))
+        places = [
+            (each.input_ni.data_ptr(), each.slope_no.data_ptr(), each.num_faces) for each in found
+        ]
+        return LowRankGradients(
+            [each.input_ni for each in found],
+            [each.slope_no for each in found],
+            self._find_row(tuple(itertools.chain(*places))),
+        )
+
+
+def _check(number: int, parameter: Tensor) -> None:
+    name = f"parameters[{number}]"
+    if parameter.ndim != 2 or any(size % MULTIPLE or not size for size in parameter.shape):
+        raise ValueError(
+            f"{name} must be a matrix with sizes that are multiples of {MULTIPLE} to have a "
+            f"gradient of low rank, got {tuple(parameter.shape)}"
+        )
+    check_memory(parameter, name)
+
+
+def _fitted(
+    number: int, factors: LowRank, parameter: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> LowRank:
+    """The factors, as copies where they are not aligned."""
+    outputs, inputs = parameter.shape
+    faces, device = max(factors.num_faces, 1), parameter.device
+    pair = (factors.input_ni, factors.slope_no)
+    check_tensor(pair[0], f"gradients[{number}], its input,", (faces, inputs), dtypes, device)
+    own = (pair[0].dtype,)
+    check_tensor(pair[1], f"gradients[{number}], its slope,", (faces, outputs), own, device)
+    return LowRank(*(each.clone() if each.data_ptr() % _ALIGNMENT else each for each in pair))
