@@ -42,7 +42,7 @@ def test_a_part_past_its_limit_is_ended_with_its_children(place):
     code, output = run_limited(place.python("-c", parent), place.environment, 3)
     assert code == gpu_quick.TIMED_OUT
     state = subprocess.run(["ps", "-o", "stat=", output.strip()], capture_output=True, text=True)
-    assert state.stdout.strip() in ("", "Z"), "the child still runs"
+    assert state.stdout.strip()[:1] in ("", "Z"), "the child still runs"
 
 
 def test_every_part_names_tests_and_files_that_exist(place):
