@@ -25,7 +25,7 @@ BOUNDS = {
 OTHERS = (64, 48 * 1024)
 
 # One address parked by the compiler, bytes; nowhere else anything is.
-STACK_ALLOWED = {"sm_100": 8, "sm_120": 8}
+STACK_ALLOWED = {"sm_80": 8, "sm_100": 8, "sm_120": 8}
 
 # Instructions of 64 or 128 bits that the path of whole words has, on sm_90: runs of 12 numbers of
 # pred and target in 4 (or 2) bytes each and of the weight; 3 planes of derivatives; the filter.

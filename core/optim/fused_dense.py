@@ -19,7 +19,7 @@ def check(config: OptimizerConfig, engine: str) -> None:
 
     Args:
         config: Settings of the optimizer.
-        engine: As it was chosen.
+        engine: Name of the engine that was chosen.
 
     Raises:
         ValueError: Names what needs the gradients in memory, and what to change.

@@ -46,7 +46,7 @@ BOUNDS = {
     "control._control_kernel": Bounds(96, 17, 13),
     "control._factors_kernel": Bounds(48, 17),
     "dense_norm._gram_kernel": Bounds(224, 4),
-    "dense_norm._product_kernel": Bounds(64, 5, 1),
+    "dense_norm._product_kernel": Bounds(72, 5, 1),
     "dense_update._dense_update_kernel": Bounds(96, 18, 4),
     "enlarge._forward_kernel": Bounds(80, 1, 1),
     "enlarge._backward_kernel": Bounds(80, 1, 1),

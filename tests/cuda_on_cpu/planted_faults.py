@@ -253,13 +253,6 @@ FILTERED_LOSS = [
         RACE,
     ),
     Fault(
-        "a bound is one too far",
-        "filtered_loss_team.cuh",
-        "i < height * width; i += team.threads",
-        "i <= height * width; i += team.threads",
-        RACE,
-    ),
-    Fault(
         "an edge has the other direction's slope",
         "filtered_loss_gradients.cuh",
         "(k & 1 ? along : across) + x",
