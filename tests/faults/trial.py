@@ -79,6 +79,8 @@ class Trial:
 
     def __init__(self, words: list[str], output: Path, sabotage: Sabotage | None = None) -> None:
         self._output = output
+        for suffix in (".out", ".err"):  # the child may be killed before it writes
+            output.with_suffix(suffix).touch()
         self._began = time.monotonic()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -90,8 +92,7 @@ class Trial:
 
     def events(self) -> list[dict[str, Any]]:
         """What it has told so far."""
-        output = self._output.with_suffix(".out")
-        lines = output.read_text().splitlines() if output.exists() else []
+        lines = self._output.with_suffix(".out").read_text().splitlines()
         found = []
         for line in lines:
             with contextlib.suppress(ValueError):  # a line that was cut off
