@@ -1,5 +1,6 @@
 """Folders of faces: which files count, what is refused in one line, and shared folders."""
 
+import errno
 import os
 import shutil
 import tracemalloc
@@ -293,3 +294,14 @@ def test_a_folder_of_specimens_yields_its_faces(faces_dir, tmp_path):
     assert max(sizes) == 1024
     shutil.copy(bad / "no_header.png", tmp_path)
     assert "are not extracted faces" in message_of(tmp_path)
+
+
+def test_too_few_handles_are_no_fault_of_a_face(tmp_path, monkeypatch):
+    """To leave out those that could not be opened would train on other faces, by chance."""
+    folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("mien.core.faces.png.open_plain", refuse)
+    assert "raise the limit (`ulimit -n 4096`)" in message_of(folder, minimum=1)

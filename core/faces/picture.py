@@ -16,7 +16,7 @@ import numpy as np
 
 from ..system.durable_files import open_for_reading
 from ..system.output import silent_libraries
-from .png import FaceFileError, edge_of, is_complete, max_file_bytes
+from .png import FaceFileError, edge_of, is_complete, max_file_bytes, unreadable
 
 DECODING_BYTES = 512 * 1024**2
 """Limit chosen on the CPU: 16 threads at 2048 px."""
@@ -72,7 +72,7 @@ def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
             size = min(os.fstat(file.fileno()).st_size, max_file_bytes(edge_px))
             encoded = np.fromfile(file, np.uint8, size)
         except OSError as error:
-            raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
+            raise unreadable(error) from None
         yield _decoded(encoded, edge_px)
 
 

@@ -9,6 +9,7 @@ NumPy wrote as `np.float32(1.5)` are taken for what they hold. Whatever else it 
 Letters: 68 landmarks, l = landmark, 2 = (x, y) in px of the source frame.
 """
 
+import errno
 import json
 import math
 import os
@@ -156,6 +157,15 @@ def _version_in(source: dict[str, Any]) -> float | None:
     return version if math.isfinite(version) else None
 
 
+def unreadable(error: OSError) -> ValueError:
+    """The reason that a face could not be read; no `FaceFileError` where it is not the face's."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):  # to leave faces out would train on others
+        return ValueError(
+            "too many files are open to read the faces: raise the limit (`ulimit -n 4096`)"
+        )
+    return FaceFileError(f"cannot be read: {error.strerror or error}")
+
+
 def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
     """Edge of the picture in px, and its header. Nothing beyond the first `IDAT` is read.
 
@@ -169,7 +179,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
             with _parsing:
                 return edge_px, _header_from(parse_literal(_text_of(data)))
     except OSError as error:
-        raise FaceFileError(f"cannot be read: {error.strerror or error}") from None
+        raise unreadable(error) from None
 
 
 def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: FaceHeader) -> None:
