@@ -101,7 +101,7 @@ def _read_until(master: int, asking: int) -> None:
 
 def unwritable(shop: Workshop, count: int, _seed: int) -> Cases:
     """Outputs that take nothing more from each moment on, for each reason."""
-    ways = {"the disk is full": _fill, "it was closed": os.close, "its reader left": _leave}
+    ways = {"the disk is full": _fill, "it was closed": _shut, "its reader left": _leave}
     cases = list(itertools.product(_MOMENTS, ways))
     for number, (moment, why) in enumerate(cases[:: max(len(cases) // min(count, len(cases)), 1)]):
         end, as_json = _ENDS[(number + number // 3) % 3], number % 2 == 0
@@ -137,6 +137,16 @@ def _fill(handle: int) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, handle)
     os.close(full)
+
+
+def _shut(handle: int) -> None:
+    """Have every write be refused as one to a closed handle is.
+
+    Its number stays taken: else a file that a save opens at that moment would get it.
+    """
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nowhere, handle)
+    os.close(nowhere)
 
 
 def _leave(handle: int) -> None:
