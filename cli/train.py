@@ -204,7 +204,7 @@ def _acknowledge(stop: "StopRequest") -> None:
     # Nothing that might wait may be done within a handler.
     writable = select.poll()
     with contextlib.suppress(OSError, ValueError):
-        writable.register(sys.__stderr__.fileno() if sys.__stderr__ else 2, select.POLLOUT)
+        writable.register(2, select.POLLOUT)
         if any(state & select.POLLOUT for _, state in writable.poll(0)):
             os.write(2, line.encode())
 

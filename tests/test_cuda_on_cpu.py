@@ -84,7 +84,7 @@ def _augmented(params_nx):
 
 @pytest.fixture(scope="module")
 def params_nx():
-    """Of faces that are bent by the grid and to landmarks, in turn, and one that is not."""
+    """Batch of faces that are bent by the grid and to landmarks, in turn, and one that is not."""
     params_nx = draw(
         VARIED, seed=5, first=[3, 40], count=COUNT, num_faces=NUM_FACES, size_px=SIZE_PX
     )

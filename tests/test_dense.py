@@ -98,7 +98,7 @@ class Model:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
     def gradients(self, dtype=FP32, faces=FACES, size=1e-2):
-        """Of each parameter one in memory, or a stand-in."""
+        """Gradients of each parameter, in memory or a stand-in."""
         return [
             stand_in(
                 self.random((faces, shape[1])).to(dtype),
@@ -146,7 +146,7 @@ def equal(a, b):
 
 
 def assert_equals_reference(model, control, dtype, *, steps, rate):
-    """At every step, in float64 with gradients that were formed."""
+    """Compare every step with one in float64 with gradients that were formed."""
     parameters = [each.double().cpu() for each in model.parameters]
     moments = {k: [each.double().cpu() for each in v] for k, v in model.moments.items()}
     norms = []
@@ -225,7 +225,7 @@ def test_steps_equal_the_reference(where, rule, dtype, weight_decay):
 
 @pytest.mark.parametrize("clipping", EVERY_CLIPPING, ids=lambda clipping: clipping.kind)
 def test_clipped_steps_equal_the_reference(where, clipping):
-    """By the gradient itself, so that clipping is not divided out."""
+    """Clip by the gradient itself, so that clipping is not divided out."""
     rule = Rule(name="adabelief", beta_2=0.5, epsilon=1e-4)
     model = Model(where, rule=rule, clipping=clipping)
     control = new_control(where, learning_rate=0.1)

@@ -299,27 +299,24 @@ def _refuse_large(name: str, size: int, max_bytes: int) -> None:
         raise DamagedError(f"{name} has {size} bytes, more than the {max_bytes} that it can need")
 
 
-def read_tensors(
-    folder: Path, name: str, manifest: Manifest, config: dict[str, Any] | None
-) -> dict[str, Tensor]:
+def read_tensors(folder: Path, name: str, manifest: Manifest, max_bytes: int) -> dict[str, Tensor]:
     """The tensors in a file of a generation.
 
     Args:
         folder: The generation's.
         name: `MODEL` or `OPTIMIZER`.
         manifest: The generation's.
-        config: The settings that it was saved with, which say how large it can be.
+        max_bytes: Bytes of the largest file that such a model has: `most_tensor_bytes`.
 
     Raises:
         DamagedError: The file is not what was written, or nothing that such a model has.
     """
-    limit = _most_tensor_bytes(config)
-    tensors = _parse_tensors(name, _read_verified(folder, name, manifest, limit))
+    tensors = _parse_tensors(name, _read_verified(folder, name, manifest, max_bytes))
     _refuse_odd(tensors)
     return tensors
 
 
-def _most_tensor_bytes(config: dict[str, Any] | None) -> int:
+def most_tensor_bytes(config: dict[str, Any] | None) -> int:
     """Bytes of the largest file of tensors that a model with these settings can have.
 
     No optimizer keeps more than three numbers a parameter beside the sums of accumulation. Settings
@@ -354,13 +351,13 @@ def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[s
 def read_generation(folder: Path, manifest: Manifest) -> Generation:
     """Read a whole generation, the small files first."""
     state, config = read_state(folder, manifest)
-    optimizer = None
+    optimizer, max_bytes = None, most_tensor_bytes(config)
     if OPTIMIZER in manifest.files:
-        optimizer = read_tensors(folder, OPTIMIZER, manifest, config)
+        optimizer = read_tensors(folder, OPTIMIZER, manifest, max_bytes)
     return Generation(
         name=manifest.name,
         path=folder,
-        model=read_tensors(folder, MODEL, manifest, config),
+        model=read_tensors(folder, MODEL, manifest, max_bytes),
         optimizer=optimizer,
         state=state,
         config=config,
@@ -374,7 +371,7 @@ def check_generation(folder: Path, manifest: Manifest) -> None:
         DamagedError: At the first file that is not what was written.
     """
     _, config = read_state(folder, manifest)
-    limit = _most_tensor_bytes(config)
+    limit = most_tensor_bytes(config)
     for name, (size, sha256) in manifest.files.items():
         _refuse_large(name, size, limit)
         found_size, found_sha256 = hash_regular(folder / name, size)

@@ -26,7 +26,7 @@ from ...models.autoencoder import Autoencoder, Side
 from ...models.options import shown
 from ..config import Config, from_dict, model_settings
 from ..system.durable_files import DamagedError, write_output
-from .format import MODEL, metadata_of, read_state, read_tensors
+from .format import MODEL, metadata_of, most_tensor_bytes, read_state, read_tensors
 from .model_folder import BACKUP, ModelFolder
 
 SCHEMA = "mien.inference/1"
@@ -92,7 +92,7 @@ def read_model(
         source, manifest = folder.find(generation)
     try:
         state, values = read_state(source, manifest)
-        tensors = read_tensors(source, MODEL, manifest, values)
+        tensors = read_tensors(source, MODEL, manifest, most_tensor_bytes(values))
     except DamagedError as damage:
         raise ValueError(
             f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"

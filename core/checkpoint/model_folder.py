@@ -55,6 +55,7 @@ from .format import (
     Generation,
     Manifest,
     metadata_of,
+    most_tensor_bytes,
     parse_json,
     read_generation,
     read_json,
@@ -660,8 +661,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
             return read_tensor_file(path)
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
-            config = read_state(path, manifest)[1]
-            return read_tensors(path, MODEL, manifest, config), manifest.trainer
+            max_bytes = most_tensor_bytes(read_state(path, manifest)[1])
+            return read_tensors(path, MODEL, manifest, max_bytes), manifest.trainer
     except (OSError, DamagedError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot read weights from {path}: {reason}") from error

@@ -32,7 +32,7 @@ class Bounds:
     """What a form of a kernel may cost."""
 
     most_registers: int
-    """Of a thread."""
+    """Registers of a thread."""
 
     least_wide_loads: int = 0
     """Instructions that load 8 or 16 bytes, where every run of channels is a multiple of 8."""

@@ -133,7 +133,7 @@ def _sources() -> dict[str, str]:
 
 
 def _made_of(folder: Path, sources: dict[str, str], kind: str = "checked") -> Path:
-    """Where the build of these sources lies, and of this folder's."""
+    """Folder of the build of these sources, and of this folder's."""
     ours = [file.read_text() for file in sorted(HERE.iterdir()) if file.is_file()]
     return folder / f"{kind}-{hashlib.sha256(repr([sources, ours]).encode()).hexdigest()[:16]}"
 
@@ -214,7 +214,7 @@ class Emulator:
 
     @contextlib.contextmanager
     def last_blocks(self, num: int) -> Iterator[None]:
-        """Of every grid only the last rows of blocks, or blocks of a row, run inside, unchecked."""
+        """Run only the last rows of blocks, or blocks of a row, of every grid inside, unchecked."""
         self.lib.emulated_last(num)
         self.is_checked = False
         try:
@@ -300,5 +300,5 @@ class Emulator:
 
 
 def _bytes_of(mien_type: int) -> int:
-    """Of one number of a `mien_type`."""
+    """Bytes of one number of a `mien_type`."""
     return 4 if mien_type == 0 else 2
