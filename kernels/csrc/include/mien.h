@@ -283,6 +283,22 @@ typedef struct {
 /* The result does not depend on num_threads. */
 MIEN_API mien_status mien_winograd_cpu(const mien_winograd_job *job);
 
+/* ---- Rows of a PNG ------------------------------------------------------------------------ */
+
+#define MIEN_MAX_PNG_PX 65536
+
+/* The inflated rows of a PNG of 8 bits of red, green and blue, not interlaced: of each a byte that
+ * names its filter, then its pixels. */
+typedef struct {
+    const uint8_t *filtered; /* [rows, 1 + 3 columns] */
+    uint8_t *pixels;         /* [rows, columns, 3]: blue, green, red */
+    int32_t rows;
+    int32_t columns;
+} mien_png_job;
+
+/* Undo the filters; a filter that PNG does not have is an invalid argument. */
+MIEN_API mien_status mien_png_rows_cpu(const mien_png_job *job);
+
 #ifdef __cplusplus
 }
 #endif
