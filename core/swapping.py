@@ -143,7 +143,8 @@ class BatchDecoder:
         model: Model from `load_model`.
         side: Side as whom the faces are decoded.
         batch_size: Most faces of a call.
-        compute: Number format of the activations.
+        compute: Number format in which it is computed. With one of 16 bits this takes over the
+            model's weights: they become copies in it.
     """
 
     def __init__(
@@ -155,6 +156,8 @@ class BatchDecoder:
     ) -> None:
         self._model, self._side = model, side
         self._batch_size, self._compute = batch_size, compute
+        for parameter in model.network.parameters():
+            parameter.data = parameter.data.to(compute)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs_bchw: Tensor
         self._outputs: tuple[Tensor, Tensor | None]
@@ -169,17 +172,21 @@ class BatchDecoder:
         count = len(faces_nhwc)
         faces_nchw = torch.from_numpy(faces_nhwc).permute(0, 3, 1, 2)
         if self._model.device.type == "cuda":
-            if self._graph is None:
-                self._capture()
-            assert self._graph is not None
-            self._inputs_bchw[:count].copy_(faces_nchw)
-            self._graph.replay()
-            face_bchw, mask_b1hw = self._outputs
+            with torch.cuda.device(self._model.device):
+                face_bchw, mask_b1hw = self._replayed(faces_nchw)
         else:
             face_bchw, mask_b1hw = self._decoded(faces_nchw.to(self._compute))
         pictures_nhwc = face_bchw[:count].permute(0, 2, 3, 1).cpu().contiguous().numpy()
         masks_nhw = None if mask_b1hw is None else mask_b1hw[:count, 0].cpu().numpy()
         return pictures_nhwc, masks_nhw
+
+    def _replayed(self, faces_nchw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the graph makes of a batch that begins with these faces."""
+        if self._graph is None:
+            self._graph = self._captured()
+        self._inputs_bchw[: len(faces_nchw)].copy_(faces_nchw)
+        self._graph.replay()
+        return self._outputs
 
     def _decoded(self, faces_bchw: Tensor) -> tuple[Tensor, Tensor | None]:
         """The largest face and its mask, fp32 in 0..1."""
@@ -188,21 +195,21 @@ class BatchDecoder:
             return outputs[-2].float().clamp(0, 1), outputs[-1].float().clamp(0, 1)
         return outputs[-1].float().clamp(0, 1), None
 
-    def _capture(self) -> None:
+    def _captured(self) -> torch.cuda.CUDAGraph:
         """Record the decoding of a batch; run before, so that libraries have chosen their ways."""
-        edge_px, stream = self._model.input_px, torch.cuda.Stream(self._model.device)
+        edge_px, stream = self._model.input_px, torch.cuda.Stream()
         self._inputs_bchw = torch.zeros(
             self._batch_size, 3, edge_px, edge_px, device=self._model.device, dtype=self._compute
         )
-        stream.wait_stream(torch.cuda.current_stream(self._model.device))
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
                 self._decoded(self._inputs_bchw)
-        torch.cuda.current_stream(self._model.device).wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._decoded(self._inputs_bchw)
-        self._graph = graph
+        return graph
 
 
 def _check_faces(faces: np.ndarray) -> None:

@@ -27,7 +27,7 @@ from mien.core.faces.geometry import Crop, crop_matrix
 from mien.core.faces.picture import open_picture
 from mien.core.faces.png import read_header, write_face
 from mien.core.faces.synthetic import draw_folder
-from mien.core.swapping import SwapModel
+from mien.core.swapping import BatchDecoder, SwapModel, load_model
 
 NUM_FACES = 5
 
@@ -795,6 +795,16 @@ def test_the_command(place, trained, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0] == "mien swap: --feather must be from 0 to 1024, got -1"
+
+
+def test_a_batch_in_bf16_is_near_to_one_in_fp32(trained):
+    model = load_model(trained)
+    edge_px = model.input_px
+    faces = np.random.default_rng(0).random((3, edge_px, edge_px, 3), np.float32)
+    exact, _ = BatchDecoder(model, "b", 3)(faces)
+    near, _ = BatchDecoder(model, "b", 3, torch.bfloat16)(faces)
+    assert near.dtype == np.float32
+    assert 0 < np.abs(exact - near).max() < 0.03
 
 
 def test_a_disk_that_cannot_be_written_to(place, trained, capsys, monkeypatch):

@@ -114,10 +114,7 @@ def matched(
         gain_c = np.clip(
             wanted_spread_c / np.maximum(spread_c, 1e-3), 1 / _MOST_CONTRAST, _MOST_CONTRAST
         )
-    lab_ssc = cv2.cvtColor(decoded_ssc, cv2.COLOR_BGR2Lab)
-    lab_ssc -= mean_c
-    lab_ssc *= gain_c
-    lab_ssc += wanted_mean_c
+    lab_ssc = (cv2.cvtColor(decoded_ssc, cv2.COLOR_BGR2Lab) - mean_c) * gain_c + wanted_mean_c
     return np.clip(cv2.cvtColor(lab_ssc, cv2.COLOR_Lab2BGR), 0, 1)
 
 

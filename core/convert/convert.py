@@ -25,9 +25,12 @@ from .frames import Frame
 from .patch import cut_patch, paste, patch_matrix, rescaled
 from .placement import Faces, PlacedFace
 
-_MOST_WAITING = 64
+_MOST_WAITING = 32
 """Frames that wait for a batch to be filled by the faces of later ones; bounds the memory where
 faces are rare."""
+
+_PREFETCHED = 4
+"""Frames that a video's decoder is ahead."""
 
 TILE_PX = 192
 """Edge of a head on a contact sheet."""
@@ -133,8 +136,8 @@ class Converter:
                     return None, Done(work.frame.stem, len(work.faces), [], was_there=True)
                 return self._encode(work, output)
 
-            ready = ahead(pool, opened, prefetched(due, num_threads), 2 * num_threads)
-            for encoded, done in ahead(pool, written, self._swapped(ready), 2 * num_threads):
+            ready = ahead(pool, opened, prefetched(due, _PREFETCHED), num_threads + 1)
+            for encoded, done in ahead(pool, written, self._swapped(ready), num_threads + 1):
                 if not done.was_there:
                     output.put(encoded)
                 yield done

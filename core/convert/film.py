@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -159,6 +160,9 @@ def swap_film(
                     break
         if not is_stopped:
             film.output.finish()
+            if frames < film.num_frames:
+                line = f"{settings.frames} ends after {frames} of its {film.num_frames} frames"
+                emit("warning", message=line)
     sheet = _write_sheet(settings, tiles, film.text) if settings.sheet and tiles else None
     seconds = time.monotonic() - began_at
     return Report(settings.output, sheet, frames, film.num_frames, faces, kept, seconds, is_stopped)
@@ -188,7 +192,9 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     chosen = None if settings.preview is None else _spread(with_faces, settings.preview)
 
     def frames() -> Iterator[Frame]:
-        return (each for each in source.frames() if chosen is None or each.stem in chosen)
+        if chosen is None:
+            return source.frames()
+        return islice((each for each in source.frames() if each.stem in chosen), len(chosen))
 
     _check_first(frames(), faces)
     compute.apply()
