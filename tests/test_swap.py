@@ -405,6 +405,22 @@ def test_kinds_of_frames(run, place, kind):
         assert np.array_equal(after[..., 3], before[..., 3])
 
 
+def test_a_jpeg_that_is_to_be_shown_turned_is_turned(run, place):
+    """As extraction sees it, which found the faces in the upright frame."""
+    path = faces_of(place)[0]
+    frame_path = place / "frames" / f"{stem_of(path)}.png"
+    upright = read_picture(frame_path)
+    frame_path.unlink()
+    content = cv2.imencode(".jpg", np.rot90(upright))[1].tobytes()
+    orientation = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)  # turn it by 90 degrees, clockwise
+    body = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + orientation + bytes(4)
+    exif = b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body
+    frame_path.with_suffix(".jpg").write_bytes(content[:2] + exif + content[2:])
+    run()
+    after = read_picture(place / "out" / frame_path.name)
+    assert np.abs(after.astype(int) - upright).mean() < 2
+
+
 def test_a_learned_mask_is_taken_where_there_is_one(run, place):
     _, events = run(model_of(learn_mask=True))
     assert events[0]["mask"] == "learned"

@@ -44,7 +44,7 @@ _END = object()
 
 
 class Output(Protocol):
-    """Where frames go: a folder, or a video."""
+    """Place of the frames that are written: a folder, or a video."""
 
     def is_done(self, frame: Frame, has_faces: bool) -> bool:
         """Whether the frame is there already."""

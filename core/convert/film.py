@@ -294,7 +294,7 @@ def _blend_options(settings: SwapSettings, model: SwapModel) -> BlendOptions:
 
 
 def _spread(stems: Sequence[str], count: int) -> frozenset[str]:
-    """So many of the names, evenly spaced; all where there are fewer."""
+    """Names, evenly spaced, as many as counted; all where there are fewer."""
     step = max(len(stems) / count, 1)
     return frozenset(stems[int(number * step)] for number in range(min(count, len(stems))))
 

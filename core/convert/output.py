@@ -18,6 +18,7 @@ import numpy as np
 
 from ... import __version__
 from ...models.autoencoder import Side
+from ...models.options import shown
 from ..swapping import SwapModel
 from ..system.durable_files import DamagedError, read_regular, sync_folder, write_file
 from .blend import BlendOptions
@@ -152,8 +153,8 @@ def _refuse_other(path: Path, manifest: dict[str, Any]) -> None:
     for key, value in manifest.items():
         if found.get(key) != value:
             raise ValueError(
-                f"{path.parent} holds frames made with {key} {found.get(key)}, now it is {value}: "
-                f"{remedy}"
+                f"{path.parent} holds frames made with {key} {shown(found.get(key))}, now it is "
+                f"{value!r}: {remedy}"
             )
 
 

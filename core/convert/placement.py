@@ -24,6 +24,8 @@ Faces = dict[str, list["PlacedFace"]]
 
 _NUMBER = re.compile(r".*_(\d{1,9})")
 _NUM_NAMED = 3
+_MOST_LETTERS = 255
+"""Letters of a file's name, on any disk."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def require_frames(
     Args:
         faces: Faces by the stem of their frame.
         stems: Stems of the frames that there are.
-        place: Where those are, for texts.
+        place: Folder or video that holds them, for texts.
         partial: Leave out faces whose frame is missing.
         warn: Called with a line where faces are left out.
 
@@ -135,7 +137,7 @@ def first_number(stems: Iterable[str]) -> int:
 def _placed(face: Face, header: FaceHeader) -> PlacedFace:
     """The face in its frame; FaceFileError where its file names none."""
     name, index = header.source.get("source_filename"), header.source.get("face_index")
-    if not isinstance(name, str) or not Path(name).stem:
+    if not isinstance(name, str) or not 0 < len(Path(name).stem) <= _MOST_LETTERS:
         raise FaceFileError("does not name the frame that it was found in: extract the face again")
     return PlacedFace(
         face,
