@@ -18,13 +18,15 @@ from .sections import (
     PrecisionConfig,
     PreviewConfig,
     SaveConfig,
-    Spec,
     TrainConfig,
+    section_name,
+)
+from .settings import (
+    Spec,
     all_settings,
     fields_of,
     from_dict,
     model_settings,
-    section_name,
     sections_of,
     to_dict,
 )

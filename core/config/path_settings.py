@@ -1,11 +1,11 @@
 """Settings that are paths: those declared so in a section, and those of a family's options."""
 
-import dataclasses
 import os
 import re
 from typing import Any
 
 from ... import models
+from ...models.fields import fields_of as options_of
 from ..system.paths import expanded
 from . import SECTIONS, fields_of, merge
 
@@ -31,11 +31,10 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
     ]
     found: dict[Place, str] = {place: values[place[0]][place[1]] for place in places}
     options = values.get("model", {}).get("options", {})
-    kind = models.family(trainer).Config
-    for item in dataclasses.fields(kind):
-        path = options.get(item.name)
-        if item.metadata["path"] and path and isinstance(path, str):
-            found["model", "options", item.name] = path
+    for name, option in options_of(models.family(trainer).Config).items():
+        path = options.get(name)
+        if option.is_path and path and isinstance(path, str):
+            found["model", "options", name] = path
     return found
 
 

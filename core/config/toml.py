@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..system.durable_files import open_for_reading
-from .sections import Config, all_settings, to_dict
+from .sections import Config
+from .settings import all_settings, to_dict
 
 MAX_TOML_BYTES = 1 << 20
 MAX_TOML_DEPTH = 32

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import models
-from ...models.options import shown
+from ...models.fields import Field, fields_of, shown
 from ..checkpoint.format import Generation
 from ..checkpoint.state import TrainingState
 from ..config import (
@@ -268,7 +268,7 @@ def _refuse_locked(own: dict[str, Any], given: dict[str, Any]) -> None:
         if spec.locked and spec.type is not dict and spec.name in table:
             _refuse_change(spec.full_name, own[spec.section][spec.name], table[spec.name])
     for item, was, becomes in _options(own, merge(own, given)):
-        if not item.metadata["free"]:
+        if item.locked:
             _refuse_change(f"model.options.{item.name}", was, becomes)
 
 
@@ -298,13 +298,11 @@ def _changes(
             yield f"updated {name} from {_shown(was)} to {_shown(becomes)}"
 
 
-def _options(
-    own: dict[str, Any], new: dict[str, Any]
-) -> Iterator[tuple[dataclasses.Field, Any, Any]]:
+def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, Any, Any]]:
     """Every option of the model's family: in the model, and as it is to become."""
     trainer = own["model"]["trainer"]
     old, becomes = (models.options_of(trainer, each["model"]["options"]) for each in (own, new))
-    for item in dataclasses.fields(old):
+    for item in fields_of(type(old)).values():
         yield item, getattr(old, item.name), getattr(becomes, item.name)
 
 

@@ -4,7 +4,6 @@ A preset is a TOML file of settings as `--configfile` takes it, with a line that
 weighs less than all else that a user gives, and more than the defaults.
 """
 
-import difflib
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from ....models.options import shown
+from ....models.fields import no_such, shown
 from ...system.durable_files import write_output
 from ...system.user_folders import settings_folder
 from .. import all_settings, from_dict, read_toml, to_dict
@@ -71,9 +70,8 @@ def load(name: str) -> Preset:
     """The preset of this name; ValueError naming the nearest where there is none."""
     paths = _paths()
     if name not in paths:
-        near = difflib.get_close_matches(name, paths, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"no preset {name!r}{hint}; there are: {', '.join(sorted(paths))}")
+        refusal = no_such("no preset", name, paths)
+        raise ValueError(f"{refusal}; there are: {', '.join(sorted(paths))}")
     return read(paths[name])
 
 
