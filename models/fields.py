@@ -154,34 +154,13 @@ class Field:
         return str(bound) if self.type is int else f"{bound:g}"
 
 
-def setting(
-    default: Any,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    step: int = 1,
-    choices: tuple[str, ...] | None = None,
-    words: Mapping[str, int] | None = None,
-    locked: bool = False,
-    path: bool = False,
-    flag: str = "",
-    stays: bool = False,
-) -> Any:
-    """A field of a dataclass with its rule; see `Field`. Names of its flag have spaces between."""
-    rule = {
-        "low": low,
-        "high": high,
-        "step": step,
-        "choices": choices,
-        "words": words or {},
-        "locked": locked,
-        "path": path,
-        "flag": flag,
-        "stays": stays,
-    }
+def setting(default: Any, *, path: bool = False, flag: str = "", **rule: Any) -> Any:
+    """A field of a dataclass with its rule: keywords are those of `Field`, and names of its flag
+    with spaces between them."""
+    metadata = {"is_path": path, "flags": tuple(flag.split()), **rule}
     if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=rule)
-    return field(default=default, metadata=rule)
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class Checked:
@@ -210,16 +189,12 @@ def _fields_of(kind: Any) -> dict[str, Field]:
     docs = _field_docs(kind)
     fields = {}
     for item in dataclasses.fields(kind):
-        rule = dict(item.metadata)
-        is_path, flags = rule.pop("path", False), rule.pop("flag", "").split()
         fields[item.name] = Field(
             name=item.name,
             type=_type_of(item.type),
             default={} if item.default is dataclasses.MISSING else item.default,
-            is_path=is_path,
-            flags=tuple(flags),
             doc=docs.get(item.name, ""),
-            **rule,
+            **item.metadata,
         )
     return fields
 

@@ -29,13 +29,13 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
         for name, spec in fields_of(kind).items()
         if spec.is_path and values.get(section, {}).get(name)
     ]
-    found: dict[Place, str] = {place: values[place[0]][place[1]] for place in places}
+    paths: dict[Place, str] = {place: values[place[0]][place[1]] for place in places}
     options = values.get("model", {}).get("options", {})
     for name, option in options_of(models.family(trainer).Config).items():
         path = options.get(name)
         if option.is_path and path and isinstance(path, str):
-            found["model", "options", name] = path
-    return found
+            paths["model", "options", name] = path
+    return paths
 
 
 def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any
     return values
 
 
-def with_absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
-    """The same settings with every path absolute, to mean the same from every folder."""
+def absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
+    """Nested settings of the paths in these, absolute, to mean the same from every folder."""
     paths = {place: absolute(path) for place, path in paths_in(values, trainer).items()}
-    return with_paths(values, paths)
+    return with_paths({}, paths)
 
 
 def absolute(path: str) -> str:

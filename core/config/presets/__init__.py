@@ -113,16 +113,16 @@ def save(
     path = own_folder() / f"{name}.toml"
     if path.exists() and not force:
         raise ValueError(f"preset {name} exists ({path}); add --force to replace it")
-    kept = _worth_keeping(settings)
-    if not kept:
+    values = _worth_keeping(settings)
+    if not values:
         raise ValueError("there is nothing to save; give --from, --trainer or --set")
-    content = _as_toml({"description": description} | kept)
+    content = _as_toml({"description": description} | values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_output(path, content, force=force)
     except OSError as error:
         raise ValueError(f"cannot write preset {path}: {error.strerror}") from error
-    return Preset(name, path, description, kept)
+    return Preset(name, path, description, values)
 
 
 def _as_toml(values: dict[str, Any]) -> bytes:
@@ -147,11 +147,11 @@ def _paths() -> dict[str, Path]:
 def _worth_keeping(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The settings that are not the defaults and not of one run, but always the trainer."""
     resolved = to_dict(from_dict(settings))
-    kept: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {}
     for spec in all_settings():
         value = resolved[spec.section][spec.name]
         is_of_a_run = spec.name in _OF_A_RUN.get(spec.section, ())
         is_worthy = value != spec.default or spec.name == "trainer"
         if spec.name in settings.get(spec.section, {}) and is_worthy and not is_of_a_run:
-            kept.setdefault(spec.section, {})[spec.name] = value
-    return kept
+            values.setdefault(spec.section, {})[spec.name] = value
+    return values
