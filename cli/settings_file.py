@@ -15,8 +15,8 @@ def read_settings(path: Path, others: dict[str, Any], *, as_json: bool) -> dict[
 
     Args:
         path: A train.ini where its name ends so, else TOML.
-        others: What else the user set: a train.ini is read for the trainer there, or in the model's
-            folder there.
+        others: Other settings of the user: a train.ini is read for the trainer there, or for that
+            in the model's folder there.
         as_json: Tell as JSON events what a train.ini holds in vain, else in lines; on stderr.
 
     Raises:

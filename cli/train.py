@@ -154,7 +154,7 @@ def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe
 
 
 def _recipe(args: argparse.Namespace) -> recipes.Recipe | None:
-    """What is to be trained in stages, as a recipe or in the file of settings."""
+    """Stages to train in, of a recipe or in the file of settings."""
     in_file = stages_in(args.configfile) if "configfile" in args else None
     if "recipe" not in args:
         return in_file
@@ -240,7 +240,7 @@ def _settings_of(overrides: "Overrides", recipe: recipes.Recipe | None) -> "Reso
 
 
 def _options(trainer: str, as_json: bool) -> int:
-    """What `model.options` may hold."""
+    """Options of a family, for `model.options`."""
     from ..models.options import describe
 
     options = describe(models.family(trainer).Config)

@@ -217,12 +217,12 @@ def read_table(kind: type, table: Any, name: str) -> dict[str, Any]:
     return {key: fields[key].take(value, f"{name}.{key}") for key, value in table.items()}
 
 
-def nearest(word: str, words: Iterable[str]) -> str | None:
+def nearest(word: object, words: Iterable[str]) -> str | None:
     """The word that was meant, as far as spelling shows."""
-    return next(iter(difflib.get_close_matches(word, list(words), n=1)), None)
+    return next(iter(difflib.get_close_matches(str(word), list(words), n=1)), None)
 
 
-def no_such(what: str, word: str, words: Iterable[str]) -> str:
+def no_such(what: str, word: object, words: Iterable[str]) -> str:
     """The beginning of a message that refuses a word: what there is not, and what was meant."""
     near = nearest(word, words)
     return f"{what} {shown(word)}" + (f" (did you mean {near}?)" if near else "")
@@ -234,9 +234,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
-def named(name: str) -> str:
+def named(name: object) -> str:
     """A stranger's name as a message has it: as it is where a line can hold that."""
-    return name if name.isprintable() and len(name) <= 100 else shown(name)
+    fits = isinstance(name, str) and name.isprintable() and len(name) <= 100
+    return str(name) if fits else shown(name)
 
 
 def _fits(value: str, choice: str) -> bool:

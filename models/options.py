@@ -16,7 +16,7 @@ def option(default: Any, *, free: bool = False, **rule: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options(Checked):
-    """What every family's ``Config`` is made from: it enforces each field's rule.
+    """Base of every family's ``Config``: it enforces each field's rule.
 
     Raises:
         ValueError: On a value that breaks its rule.

@@ -60,6 +60,8 @@ def test_every_setting_is_documented_and_enforced(spec):
             "0.0, with which nothing would move; set a bound, or clipping to none",
         ),
         ({"preview": {"mask_color": "red"}}, "preview.mask_color must be #rrggbb, got 'red'"),
+        ({"train": {5: 1}}, "unknown setting train.5"),
+        ({5: {}}, "unknown setting 5"),
     ],
 )
 def test_refusals(values, message):

@@ -1,4 +1,4 @@
-"""What may be set: sections of settings, files of them, presets, recipes."""
+"""Settings: sections of settings, files of them, presets, recipes."""
 
 from .sections import (
     LOSSES,

@@ -10,7 +10,7 @@ from ..system.paths import expanded
 from . import SECTIONS, fields_of, merge
 
 _NO_SIGN = re.compile("[\ud800-\udfff]")
-"""What stands in a name for a byte that is none of UTF-8."""
+"""Stand-ins in a name for bytes that are none of UTF-8."""
 
 Place = tuple[str, ...]
 """Place of a setting in nested settings: section and name; an option is three words deep."""
@@ -66,7 +66,8 @@ def unwritable(values: dict[str, Any], trainer: str) -> dict[Place, str]:
 
 
 def way_to_give(place: Place) -> str:
-    """What a user writes before the path on the command line: a flag, or `--set` with the name."""
+    """Words that a user writes before the path on the command line: a flag, or `--set` and the
+    name."""
     if len(place) == 2:
         return fields_of(SECTIONS[place[0]])[place[1]].way_to_give
     return f"--set {'.'.join(place)}="

@@ -12,7 +12,7 @@ from .sections import SECTIONS, Config, section_name
 
 @dataclass(frozen=True, kw_only=True)
 class Spec(Field):
-    """What is known about one setting."""
+    """Field of a section, and how it is set on the command line."""
 
     section: str
 
@@ -36,7 +36,7 @@ class Spec(Field):
 
     @property
     def way_to_give(self) -> str:
-        """What a user writes before the setting's value on the command line."""
+        """Words that a user writes before the value on the command line."""
         return self.flags[-1] if self.flags else f"--set {self.full_name}="
 
     def word_for(self, value: Any) -> Any:
@@ -96,7 +96,7 @@ def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) 
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """What `models.build` is to be told of a run's settings."""
+    """Settings of a run that `models.build` takes."""
     model = config.model
     return {
         "learn_mask": config.loss.learn_mask,

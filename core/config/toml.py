@@ -21,7 +21,7 @@ MAX_TOML_DOTS = 32
 
 _WINDOWS_PATHS = "; put Windows paths in single quotes, or use / in them"
 _SPOILT_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\b\t\n\f\r\x1b]")
-"""What becomes of the path of a drive, such as "C:\\faces", whose backslash made an escape."""
+"""Path of a drive as TOML reads it, such as "C:\\faces", whose backslash made an escape."""
 
 
 def to_toml(config: Config) -> str:
@@ -81,7 +81,7 @@ def decoded(content: bytes) -> str:
 
 
 def _advice(text: str, problem: str) -> str:
-    """What to do about a line that is not valid, where it holds a path as Windows writes it."""
+    """Remedy for a line that is not valid, where it holds a path as Windows writes it."""
     place = re.search(r"at line (\d+)", problem)
     line = text.split("\n")[int(place[1]) - 1] if place else ""
     return _WINDOWS_PATHS if re.search(r'"[^"]*\\', line) else ""

@@ -183,7 +183,7 @@ def _read_model(overrides: Overrides, recipe: Recipe | None) -> tuple[Generation
 
 
 def _known_paths(folder: ModelFolder, saved: Generation | None) -> KnownPaths:
-    """Those paths of the model's settings that count here without being set again."""
+    """Paths of the model's settings that count here without being set again."""
     return KnownPaths(folder.path, str(saved.state.get("run_id")) if saved else "")
 
 

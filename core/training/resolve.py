@@ -1,4 +1,4 @@
-"""What a run is to be: the user's settings, the model's own and the recipe's made into one.
+"""Settings of a run: the user's, the model's own and the recipe's made into one.
 
 Nothing is read or written here, and nothing reported: the notices come back with the settings.
 
@@ -40,14 +40,14 @@ from . import recipe_progress as stages
 from .recipe_progress import Plan
 
 _OF_A_START = {"save": {"model_dir": ""}, "model": {"load_weights": ""}}
-"""What no model keeps: where it is now, and what it began with."""
+"""Settings that no model keeps: where it is now, and what it began with."""
 
 _NOT_COMPARED = {"save.model_dir", "model.load_weights"}
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user has set, by section and key."""
+    """Settings of a user, by section and key."""
 
     lasting: dict[str, Any] = field(default_factory=dict)
     """Values by preset, recipe, file and `--set`: the model keeps them."""
@@ -99,7 +99,7 @@ class Resolved:
     """Settings of this session."""
 
     kept: Config
-    """What the model keeps for the next."""
+    """Settings that the model keeps for its next session."""
 
     before: Config | None
     """Settings of the last session, its flags among them; None: there was none."""
@@ -108,7 +108,7 @@ class Resolved:
     """The recipe and the place in it."""
 
     notices: list[Notice]
-    """What is to be reported: differences to the last session, and what was left out."""
+    """Sentences to report: differences to the last session, and what was left out."""
 
 
 def resolve(
@@ -120,7 +120,7 @@ def resolve(
     """The settings of a session that begins, of a new model or one that resumes.
 
     Args:
-        overrides: What the user has set.
+        overrides: Settings of the user.
         saved: The model, whose tensors are not looked at; None: a new one.
         recipe: Stages to train in; None: those that the model was saved with, if any.
         trust: Whether a path counts that the model was saved with: called with the name of its
@@ -138,7 +138,7 @@ def resolve(
     session = merge(overrides.lasting, overrides.session, by_stage)
     lasting = merge(overrides.of_the_model, by_stage, _OF_A_START)
     paths = path_settings.absolute_paths(session, trainer)
-    notices = []
+    notices: list[Notice] = []
     if model:
         _refuse_locked(own, session)
         at_resume, notices = _settled_at_resume(model, session)
@@ -162,7 +162,7 @@ class _SavedModel:
     """The settings of a model that resumes, by section and key."""
 
     own: dict[str, Any]
-    """What it keeps; paths that do not count here are empty."""
+    """Settings that it keeps; paths that do not count here are empty."""
 
     last: dict[str, Any]
     """All settings as they were in its last session, flags among them."""
@@ -213,7 +213,7 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
 def _settled_at_resume(
     model: _SavedModel, session: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Notice]]:
-    """What a resumed model has in the place of what the user set, and why."""
+    """Settings that a resumed model has in the place of the user's, and why."""
     again = path_settings.paths_in(session, model.own["model"]["trainer"])
     notices = [
         Notice(

@@ -33,7 +33,7 @@ from .. import all_settings, from_dict, merge, read_toml
 PACKAGED = Path(__file__).parent
 
 FALLING = ("loss", "loss_a", "loss_b", "pose_swap", "identity_b")
-"""What a plateau may watch, the lower the better; those after the losses as `evaluate` has them."""
+"""Metrics of a plateau, the lower the better; those after the losses as `evaluate` has them."""
 
 RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
 """The higher the better."""
@@ -86,7 +86,7 @@ class Stage:
     """Free settings, by section and key."""
 
     rate_factor: float | None = setting(None, low=0, high=100)
-    """What the learning rate is multiplied with; None: the same as in the stage before."""
+    """Factor of the learning rate; None: the same as in the stage before."""
 
     iterations: int | None = setting(None, low=1)
     """Iterations of this stage."""
@@ -123,16 +123,16 @@ class Recipe:
     name: str
     description: str
     settings: dict[str, dict[str, Any]]
-    """What holds from the start, by section and key."""
+    """Settings that hold from the start, by section and key."""
 
     stages: tuple[Stage, ...]
 
     def settings_of(self, number: int) -> dict[str, dict[str, Any]]:
-        """What the stages up to this one have set."""
+        """Settings of the stages up to this one."""
         return merge(*(stage.set for stage in self.stages[: number + 1]))
 
     def rate_factor_of(self, number: int) -> float:
-        """What the learning rate is multiplied with in this stage."""
+        """Factor of the learning rate in this stage."""
         factors = [stage.rate_factor for stage in self.stages[: number + 1]]
         return next((factor for factor in reversed(factors) if factor is not None), 1.0)
 
@@ -158,7 +158,7 @@ class Recipe:
 
 
 NONE = Recipe("none", "", {}, ())
-"""What leaves the recipe of a model: no stages at all."""
+"""Recipe without stages: it leaves that of a model."""
 
 
 def available() -> list[Recipe]:
