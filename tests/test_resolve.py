@@ -32,6 +32,7 @@ SAVED = {
     "data": {"input_a": "/old/a", "input_b": "/old/b", "coverage": 87.5},
     "train": {"batch_size": 8, "seed": 5},
 }
+_WEIGHTS = {"model": {"load_weights": "/other/model"}}
 FLAGS = [spec for spec in all_settings() if spec.flags]
 PATHS = [spec for spec in all_settings() if spec.is_path]
 
@@ -212,6 +213,15 @@ def test_a_strange_session_is_told_in_lines_that_cannot_harm():
     for line in told:
         assert line.isprintable()
         assert len(line) < 400
+
+
+def test_weights_to_begin_with_do_nothing_at_a_resume_and_that_is_told():
+    for resolved in (_resolve(_saved(), _WEIGHTS), _resolve(_saved(), **_WEIGHTS)):
+        assert resolved.config.model.load_weights == resolved.kept.model.load_weights == ""
+        assert [notice.is_warning for notice in resolved.notices] == [True]
+        assert _told(resolved)[0].startswith("model.load_weights does nothing here: it is for a")
+    for resolved in (_resolve(None, _WEIGHTS), _resolve(None, **_WEIGHTS)):
+        assert resolved.config.model.load_weights == "/other/model"
 
 
 # What is fixed

@@ -137,14 +137,12 @@ def resolve(
     trainer = own["model"]["trainer"] if model else sections["model"].trainer
     session = merge(overrides.lasting, overrides.session, by_stage)
     lasting = merge(overrides.of_the_model, by_stage, _OF_A_START)
-    paths = path_settings.absolute_paths(session, trainer)
-    notices: list[Notice] = []
-    if model:
-        _refuse_locked(own, session)
-        at_resume, notices = _settled_at_resume(model, session)
-        session, lasting = merge(session, at_resume), merge(lasting, at_resume)
-    session = merge(own, session, paths)
-    lasting = merge(own, lasting, path_settings.absolute_paths(lasting, trainer))
+    paths, lasting_paths = (
+        path_settings.absolute_paths(each, trainer) for each in (session, lasting)
+    )
+    at_resume, notices = _settled_at_resume(model, session) if model else ({}, [])
+    session = merge(own, session, paths, at_resume)
+    lasting = merge(own, lasting, lasting_paths, at_resume)
     unwritable = path_settings.unwritable(lasting, trainer)
     lasting = path_settings.with_paths(lasting, dict.fromkeys(unwritable, ""))
     config = from_dict(merge(session, _every_option(session, trainer)))
@@ -213,7 +211,9 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
 def _settled_at_resume(
     model: _SavedModel, session: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Notice]]:
-    """Settings that a resumed model has in the place of the user's, and why."""
+    """Settings that a resumed model has in the place of the user's, and why; ValueError where the
+    user would change what is fixed."""
+    _refuse_locked(model.own, session)
     again = path_settings.paths_in(session, model.own["model"]["trainer"])
     notices = [
         Notice(
