@@ -25,24 +25,29 @@ _MAX_HEAD_BYTES = MAX_SEGMENTS * 65_537 + 2
 _AGAIN = "copy it again or extract the face again"
 
 
-def read_segments(file: BinaryIO, begin: int, size: int) -> tuple[int, bytes | None]:
-    """Edge in px, and the pickle that the JPEG holds, if any; it lies in the file at ``begin``.
+def read_segments(file: BinaryIO, begin: int, size: int) -> tuple[int, bytes]:
+    """Edge in px of a JPEG, and the pickle that it holds; it lies in the file at ``begin``.
 
-    Raises FaceFileError with the reason and the remedy where it is no square JPEG.
+    Raises FaceFileError with the reason and the remedy where it is no square JPEG, or has none.
     """
     file.seek(begin)
     jpeg = file.read(min(size, _USUAL_HEAD_BYTES))
     if size > len(jpeg) and not _reaches_scan(jpeg):
         jpeg += file.read(min(size, _MAX_HEAD_BYTES) - len(jpeg))
-    edge_px, data = None, None
+    frame, data = None, None
     for marker, start, end in _segments(jpeg):
         if marker in _FRAMES:
-            edge_px = _edge_from(jpeg[start:end])
+            frame = jpeg[start:end]
         elif marker == _APP15 and data is None and is_pickle(jpeg[start:end]):
             data = jpeg[start:end]
-    if edge_px is None:
+    if data is None:
+        raise NotExtractedError(
+            "is a JPEG without DeepFaceLab's metadata (APP15): give the aligned faces, as "
+            "DeepFaceLab wrote them"
+        )
+    if frame is None:
         raise FaceFileError(f"has no size before its picture data: {_AGAIN}")
-    return edge_px, data
+    return _edge_from(frame), data
 
 
 def edge_of(jpeg: bytes) -> int | None:

@@ -20,7 +20,7 @@ from ..system.output import silent_libraries
 from . import dfl_jpeg, png
 from .dfl_pickle import StoredArray, read_values
 from .face import FACE_TYPES
-from .png import FaceFileError, NotExtractedError, StoredMask
+from .png import FaceFileError, StoredMask
 
 MAX_MASK_BYTES = 65_536
 MAX_MASK_PX = 1024
@@ -57,11 +57,6 @@ def read_metadata(file: BinaryIO, begin: int, size: int) -> tuple[int, Metadata]
     Raises FaceFileError with the reason and the remedy where it is no usable face.
     """
     edge_px, data = dfl_jpeg.read_segments(file, begin, size)
-    if data is None:
-        raise NotExtractedError(
-            "is a JPEG without DeepFaceLab's metadata (APP15): give the aligned faces, as "
-            "DeepFaceLab wrote them"
-        )
     values = read_values(data)
     if not isinstance(values, dict):
         _refuse("is no dictionary")

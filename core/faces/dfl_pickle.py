@@ -30,6 +30,7 @@ _ROLES = {
     "numpy.ndarray": "ndarray",
     "numpy.dtype": "dtype",
     "_codecs.encode": "encode",
+    **{f"{module}.bytes": "no bytes" for module in ("__builtin__", "builtins")},
     **{f"{module}.multiarray._reconstruct": "empty array" for module in _MODULES},
     **{f"{module}.multiarray.scalar": "scalar" for module in _MODULES},
     **{f"{module}.numeric._frombuffer": "array" for module in _MODULES},
@@ -271,6 +272,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "ndarray": _not_callable,
     "dtype": _element_type,
     "encode": _encoded,
+    "no bytes": lambda: b"",  # as protocol 2 writes them
     "empty array": lambda *_: StoredArray(),
     "scalar": _scalar,
     "array": _from_buffer,
