@@ -381,8 +381,16 @@ def test_a_file_cut_short_is_told_wherever_it_ends(tmp_path):
 def test_a_grey_or_progressive_jpeg_is_read(tmp_path):
     picture_bgr, values = dfl.drawn()
     grey = cv2.cvtColor(picture_bgr, cv2.COLOR_BGR2GRAY)
-    (tmp_path / "grey.jpg").write_bytes(dfl.jpeg_with(grey, dfl.dumped(values)))
-    assert decode_one(read_face(tmp_path / "grey.jpg")[0], WHOLE).any()
+    path = tmp_path / "f.jpg"
+    for content in (
+        dfl.jpeg_with(grey, dfl.dumped(values)),
+        dfl.jpeg_with(picture_bgr, dfl.dumped(values), how=[cv2.IMWRITE_JPEG_PROGRESSIVE, 1]),
+    ):
+        path.write_bytes(content)
+        assert decode_one(read_face(path)[0], WHOLE).any()
+    scan = content.rindex(b"\xff\xda")
+    path.write_bytes(content[:scan] + content[scan:-2] * 100 + content[-2:])
+    assert "damaged" in str(decode_one(read_face(path)[0], WHOLE))
 
 
 # The crop
@@ -535,6 +543,7 @@ def test_a_pack_s_faces_are_those_of_its_files(folder, pak):
     assert again.part == packed.faces[7].part
     assert header.source["source_filename"] == "frame_00007.png"
     assert "is none of the 30 faces" in refusal(pak / "000030.jpg")
+    assert "name one of them, as in faceset.pak/000000.jpg" in refusal(pak)
     assert [path.name for path in list_pictures(pak.parent)] == ["faceset.pak"]
     assert overlap(pak, pak.parent) is not None
 

@@ -80,11 +80,13 @@ class JpegFace(Face):
 def part_of(path: Path) -> Part | None:
     """The JPEG of that path, which may be `faceset.pak/000001.jpg`; None where it is no JPEG's.
 
-    Raises FaceFileError where there is none of that name in the pack.
+    Raises FaceFileError where it is a pack itself, or there is none of that name in the pack.
     """
+    if path.suffix.lower() == PACK_SUFFIX:
+        raise FaceFileError("is a pack of faces: name one of them, as in faceset.pak/000000.jpg")
     if path.suffix.lower() not in JPEG_SUFFIXES:
         return None
-    if path.parent.suffix != PACK_SUFFIX or not path.parent.is_file():
+    if path.parent.suffix.lower() != PACK_SUFFIX or not path.parent.is_file():
         return Part(path, path, 0, size_and_time(path)[0])
     parts = {part.path.name: part for part in read_pack(path.parent)}
     if path.name not in parts:

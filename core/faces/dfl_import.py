@@ -137,7 +137,7 @@ def _persons_of(found: FaceFolder) -> tuple[dict[str, str | None], list[str]]:
     """The person of each face of a pack, by its name, and what to tell where it cannot be known."""
     paths = sorted([each.path for each in (*found.faces, *found.rejected)])
     pack = paths[0].parent
-    if pack.suffix != PACK_SUFFIX or not pack.is_file():
+    if pack.suffix.lower() != PACK_SUFFIX or not pack.is_file():
         return {}, []
     try:
         return dict(zip((p.name for p in paths), read_persons(pack, len(paths)), strict=True)), []

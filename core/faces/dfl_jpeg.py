@@ -13,6 +13,7 @@ from .dfl_pickle import is_pickle
 from .png import MIN_EDGE_PX, FaceFileError, NotExtractedError
 
 MAX_EDGE_PX = 4096
+MAX_SCANS = 100
 MAX_SEGMENTS = 64
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
@@ -61,10 +62,14 @@ def edge_of(jpeg: bytes) -> int | None:
 
 
 def is_complete(jpeg: bytes) -> bool:
-    """Whether the end of the picture is there: a decoder makes grey of what is missing."""
+    """Whether the end of the picture is there: a decoder makes grey of what is missing.
+
+    One of more scans than any program writes is none: each takes the time of the whole picture.
+    """
     with contextlib.suppress(FaceFileError):
-        *_, (marker, begin, _) = _segments(jpeg)
-        return marker == _START_OF_SCAN and jpeg.find(_END, begin) >= 0
+        *_, (_, begin, _) = _segments(jpeg)  # the last one is the scan
+        num_scans = 1 + jpeg.count(bytes([0xFF, _START_OF_SCAN]), begin)
+        return jpeg.find(_END, begin) >= 0 and num_scans <= MAX_SCANS
     return False
 
 

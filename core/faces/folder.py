@@ -142,7 +142,7 @@ def uneven(name_a: str, count_a: int, name_b: str, count_b: int) -> str | None:
 def _sources(files: list[Path], side: str | None) -> Iterator[Path | Part]:
     """What holds a face each: files as they are, of a pack its parts."""
     for file in files:
-        if file.suffix == PACK_SUFFIX:
+        if file.suffix.lower() == PACK_SUFFIX:
             try:
                 yield from read_pack(file)
             except FaceFileError as error:

@@ -90,7 +90,7 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
     name = name_of(folder, side)
     if not folder.exists():
         raise ValueError(f"{name} does not exist: give the folder that holds the face PNGs")
-    if folder.suffix == PACK_SUFFIX and folder.is_file():
+    if folder.suffix.lower() == PACK_SUFFIX and folder.is_file():
         return [folder]
     if not folder.is_dir():
         raise ValueError(f"{name} is a file: give the folder that holds the face PNGs")

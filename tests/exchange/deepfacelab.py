@@ -3,6 +3,7 @@
 import functools
 import pickle
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -16,9 +17,12 @@ SIDE_UNITS = {"whole_face": 2.131, "full_face": 1.597, "head": 2.98}
 CENTRES = {"whole_face": (0.51, 0.43), "full_face": (0.51, 0.5), "head": (0.5, 0.3)}
 
 
-def jpeg_with(picture_bgr: np.ndarray, *segments: bytes, marker: int = 0xEF) -> bytes:
-    """A JPEG with segments behind its first one."""
-    jpeg = cv2.imencode(".jpg", picture_bgr, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+def jpeg_with(
+    picture_bgr: np.ndarray, *segments: bytes, marker: int = 0xEF, how: Sequence[int] = ()
+) -> bytes:
+    """A JPEG with segments behind its first one; how: OpenCV's settings for its encoder."""
+    settings = [cv2.IMWRITE_JPEG_QUALITY, 95, *how]
+    jpeg = cv2.imencode(".jpg", picture_bgr, settings)[1].tobytes()
     start = 4 + int.from_bytes(jpeg[4:6], "big")
     added = b"".join(
         struct.pack(">BBH", 0xFF, marker, len(segment) + 2) + segment for segment in segments
