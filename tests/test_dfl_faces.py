@@ -689,6 +689,7 @@ def test_an_import_shows_what_the_jpeg_shows(folder, tmp_path):
         _, header = read_header(png.path)
         assert header.source["source_filename"].startswith("frame_")
         assert header.source["original_filename"] == png.path.name
+        assert header.source["source_frame_dims"] == [0, 0]
         np.testing.assert_allclose(header.landmarks_l2, jpeg.read_header().landmarks_l2)
 
 

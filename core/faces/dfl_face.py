@@ -136,15 +136,16 @@ def header_of(face: JpegFace, metadata: Metadata) -> FaceHeader:
 
 
 def _source(face: JpegFace) -> dict[str, Any]:
-    """Origin of a face with the keys that extraction writes. The frame's size is not known: that of
-    the JPEG stands for it."""
+    """Origin of a face with the keys that extraction writes. The size of the frame is not known,
+    unless the JPEG stands for it."""
+    frame_px = 0 if face.in_frame else face.edge_px
     return {
         "alignments_version": ALIGNMENTS_VERSION,
         "original_filename": f"{face.path.stem}.png",
         "face_index": 0,
         "source_filename": face.frame_name,
         "source_is_video": False,
-        "source_frame_dims": (face.edge_px, face.edge_px),
+        "source_frame_dims": (frame_px, frame_px),
     }
 
 

@@ -24,7 +24,7 @@ from .png import FaceFileError, StoredMask
 
 MAX_MASK_BYTES = 65_536
 MAX_MASK_PX = 1024
-MAX_POLYGONS = 256
+MAX_POLYGONS = 64
 MAX_SPREAD_EDGES = 4.0
 """Distance from the JPEG, in its edges, up to which landmarks and polygons may lie."""
 

@@ -14,6 +14,7 @@ from mien.core.faces.png import FaceHeader
 from mien.core.faces.synthetic import draw_face
 
 SIDE_UNITS = {"whole_face": 2.131, "full_face": 1.597, "head": 2.98}
+NUM_DRAWN = 6  # to draw one takes a second; the others are turned otherwise
 CENTRES = {"whole_face": (0.51, 0.43), "full_face": (0.51, 0.5), "head": (0.5, 0.3)}
 
 
@@ -41,13 +42,13 @@ def drawn(
     *,
     edge_px: int = 128,
     face_type: str = "whole_face",
-    turn_degrees: float = 1.5,
+    turn_degrees: float | None = None,
 ) -> tuple[np.ndarray, dict]:
     """A picture cut out as DeepFaceLab does, turned a little, and its metadata."""
-    picture_bgr, header = _person(identity, number)
+    picture_bgr, header = _person(identity, number % NUM_DRAWN)
     alignment = align(header.landmarks_l2)
     scale = edge_px / SIDE_UNITS[face_type]
-    turn = np.deg2rad(turn_degrees)
+    turn = np.deg2rad(number % 7 / 2 if turn_degrees is None else turn_degrees)
     turned_22 = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     to_jpeg_33 = np.eye(3)
     to_jpeg_33[:2, :2] = turned_22
