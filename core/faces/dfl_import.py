@@ -135,7 +135,8 @@ def _read_faces(source: str | Path) -> tuple[FaceFolder, list[JpegFace]]:
 
 def _persons_of(found: FaceFolder) -> tuple[dict[str, str | None], list[str]]:
     """The person of each face of a pack, by its name, and what to tell where it cannot be known."""
-    paths = sorted([each.path for each in (*found.faces, *found.rejected)])
+    paths = sorted(face.path for face in found.faces)
+    paths = sorted([*paths, *(file.path for file in found.rejected)])
     pack = paths[0].parent
     if pack.suffix.lower() != PACK_SUFFIX or not pack.is_file():
         return {}, []
