@@ -18,6 +18,7 @@ import torch
 
 from mien.cli import main
 from mien.core.config import DataConfig, EvaluateConfig, LossConfig
+from mien.core.convert import placement
 from mien.core.data.decode import decode_crops, decode_one
 from mien.core.data.sides import open_sides, warnings_of
 from mien.core.faces import dfl_pack, dfl_pickle
@@ -742,6 +743,18 @@ def test_a_pack_is_imported_by_person(tmp_path):
     assert len(list((tmp_path / "flat").glob("*.png"))) == 4
     assert "which no folder can be named" in done.notices[0]
     assert not (tmp_path / "x").exists()
+
+
+def test_a_swap_takes_imported_faces_and_says_so_of_others(folder, tmp_path):
+    import_faces(folder, tmp_path / "out", progress=lambda *_: None)
+    placed = placement.read_faces(tmp_path / "out", "extended", lambda line: None)
+    assert sorted(placed) == [f"frame_{number:05d}" for number in range(30)]
+    (face,) = placed["frame_00003"]
+    assert face.frame_px is None
+    alone = read_face(folder / "frame_00003_0.jpg")[1]
+    np.testing.assert_allclose(face.face.landmarks_l2, alone.landmarks_l2)
+    with pytest.raises(ValueError, match="`mien faces import` writes them as face PNGs"):
+        placement.read_faces(folder, "extended", lambda line: None)
 
 
 def test_the_import_command(folder, tmp_path, capsys, sides):
