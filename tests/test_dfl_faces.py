@@ -15,6 +15,7 @@ import deepfacelab as dfl
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_options
 
 from mien.cli import main
 from mien.core.config import DataConfig, EvaluateConfig, LossConfig
@@ -649,9 +650,9 @@ def test_a_folder_and_a_pack_are_trained_on_as_they_are(folder, pak, tmp_path):
 def test_training_on_a_pack_resumes(folder, pak, tmp_path, capsys):
     other = dfl.write_folder(tmp_path / "b", 26, "b")
     words = ["train", "-A", str(pak), "-B", str(other), "-m", str(tmp_path / "m"), "-b", "2"]
-    words += ["-t", "original", "--set", "model.options.lowmem=true", "--set", "preview.rate=0"]
-    words = [word for word in words if word not in ("--set", "preview.rate=0")] + []
-    words.insert(words.index("model.options.lowmem=true"), "--set")
+    words += ["-t", "lightweight", "--no-logs"]
+    for name, value in tiny_options("lightweight").items():
+        words += ["--set", f"model.options.{name}={json.dumps(value)}"]
     for _ in range(2):
         assert main([*words, "-i", "1"]) == 0
     assert "Stopped at iteration 2" in capsys.readouterr().out
