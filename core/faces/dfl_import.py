@@ -63,7 +63,7 @@ class Imported:
 
 
 class _Place(NamedTuple):
-    """Where a face is written, and which of its frame's faces it is."""
+    """The file that a face is written to, and its number among the faces of its frame."""
 
     path: Path
     face_index: int
