@@ -138,7 +138,7 @@ def test_the_next_start_reads_the_raw_file(folder, store_dir, placement, monkeyp
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(store, "decoding", refuse)
-    monkeypatch.setattr(store, "choose_backend", refuse)
+    monkeypatch.setattr(store, "decoded_by", refuse)
     ticks = []
     second = opened(
         folder, store_dir, placement=placement, progress=lambda *tick: ticks.append(tick)
