@@ -1,15 +1,13 @@
 """3x3 convolutions by Winograd's products: values, gradients, threads, refusals, the C border."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from mien.kernels import conv3x3, native, reference
+from mien.kernels import conv3x3 as module
+from mien.kernels import native, reference
+from mien.kernels.conv3x3 import conv3x3
 from mien.models import blocks
-
-module = importlib.import_module("mien.kernels.conv3x3")
 
 CASES = [
     # faces, channels in and out, rows, columns, padding: the least sizes, channels that no vector

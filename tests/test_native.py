@@ -10,7 +10,8 @@ import pytest
 
 import mien
 from mien.kernels import native
-from mien.kernels.augment import FACE_PARAMS, MAX_OUTPUTS
+from mien.kernels.augment import MAX_OUTPUTS
+from mien.kernels.draw import FACE_PARAMS
 
 HEADER = Path(mien.__file__).parent / "kernels/csrc/include/mien.h"
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.bias_act import bias_act
 from ...kernels.enlarge import enlarge
-from ...kernels.upscale import activate
 from ..alignment import Runs, axis, pad_parameter, runs_of
 from ..batch_norm import BatchNorm
 from ..blocks import (
@@ -50,7 +50,7 @@ class Noise(nn.Module):
         noise_bchw = torch.randn_like(x_bchw) if self.training else None
         if noise_bchw is None and bias_c is None and self.slope == 1:
             return x_bchw
-        return activate(x_bchw, bias_c, slope=self.slope, residual_bchw=noise_bchw)
+        return bias_act(x_bchw, bias_c, negative_slope=self.slope, residual_bchw=noise_bchw)
 
 
 class Reshape(nn.Module):
@@ -104,7 +104,7 @@ class ResizeImages(nn.Module):
     def forward(self, x_bchw: Tensor) -> Tensor:
         bias = self.enlarged.conv.bias + self.transposed.conv.bias
         product, transposed = self.enlarged(enlarge(x_bchw)), self.transposed(x_bchw)
-        return activate(product, bias, slope=self.slope, residual_bchw=transposed)
+        return bias_act(product, bias, negative_slope=self.slope, residual_bchw=transposed)
 
 
 class Dny(nn.Module):
@@ -194,5 +194,7 @@ class Level(nn.Module):
             x_bchw = self.noise(x_bchw)
         if self.norm is not None:
             x_bchw = self.norm(x_bchw)
-            x_bchw = x_bchw if self.slope == 1 else activate(x_bchw, None, slope=self.slope)
+            x_bchw = (
+                x_bchw if self.slope == 1 else bias_act(x_bchw, None, negative_slope=self.slope)
+            )
         return self.residuals(x_bchw)
