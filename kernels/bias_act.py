@@ -21,7 +21,6 @@ Shape letters: B faces, C channels, H rows, W columns, R upscale factor, L = C /
 group, P pixels of a batch, N programs side by side.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ from .channels_last import (
     programs_and_tiles,
     sum_channels,
 )
-from .checks import check_bias, check_count, check_image, check_range, check_tensor
+from .checks import check_count, check_image, check_range, check_tensor
 from .dispatch import uses_triton
 
 LAUNCHES = {"mien::bias_act": 1, "mien::bias_act_backward": 1}
@@ -339,8 +338,7 @@ def bias_act(
     Raises:
         ValueError: On a shape, dtype or value that is not as said above.
     """
-    check_image(x_bchw)
-    check_bias(bias_c, x_bchw)
+    check_image(x_bchw, bias_c)
     check_range(negative_slope, "negative_slope", 0, 1)
     if residual_bchw is not None:
         shape, dtypes = tuple(x_bchw.shape), (x_bchw.dtype,)
@@ -380,13 +378,13 @@ def bias_act_depth_to_space(
     Raises:
         ValueError: On a shape, dtype or value that is not as said above.
     """
-    check_image(x_bchw)
-    check_bias(bias_c, x_bchw)
+    check_image(x_bchw, bias_c)
     check_range(negative_slope, "negative_slope", 0, 1)
     check_range(factor, "factor", 2, 6)
     if x_bchw.shape[1] % factor**2:
         raise ValueError(
             f"channels must be a multiple of factor^2 = {factor**2}, got {x_bchw.shape[1]}"
         )
-    check_count(math.prod((len(x_bchw), *x_bchw.shape[2:])), "pixels of x")
+    batch, _, rows, columns = x_bchw.shape
+    check_count(batch * rows * columns, "pixels of x")
     return _bias_act(x_bchw, bias_c, None, negative_slope, factor, [0, 0, 0, 0], False)

@@ -45,8 +45,9 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {tensor.device}{remedy}")
 
 
-def check_image(x_bchw: Tensor, name: str = "x") -> None:
-    """Refuse what is no batch of images in a type that pointwise kernels take.
+def check_image(x_bchw: Tensor, bias_c: Tensor | None = None) -> None:
+    """Refuse what is no batch of images in a type that pointwise kernels take, and a bias that is
+    not one number a channel of it, in its dtype or fp32.
 
     Raises:
         ValueError: Names the tensor, the rule and what was given.
@@ -55,20 +56,12 @@ def check_image(x_bchw: Tensor, name: str = "x") -> None:
     dtypes = FLOAT_DTYPES if uses_triton(x_bchw) else (*FLOAT_DTYPES, torch.float64)
     if x_bchw.ndim != 4 or x_bchw.dtype not in dtypes:
         raise ValueError(
-            f"{name} must be (B, C, H, W) of {', '.join(map(_name, dtypes))}, got "
+            f"x must be (B, C, H, W) of {', '.join(map(_name, dtypes))}, got "
             f"{tuple(x_bchw.shape)} {_name(x_bchw.dtype)}"
         )
-
-
-def check_bias(bias_c: Tensor | None, x_bchw: Tensor) -> None:
-    """Refuse a bias that is not one number a channel of ``x_bchw``, in its dtype or fp32.
-
-    Raises:
-        ValueError: Names the rule and what was given.
-    """
     if bias_c is not None:
-        dtypes = (x_bchw.dtype, torch.float32)
-        check_tensor(bias_c, "bias", (x_bchw.shape[1],), dtypes, x_bchw.device)
+        bias_dtypes = (x_bchw.dtype, torch.float32)
+        check_tensor(bias_c, "bias", (x_bchw.shape[1],), bias_dtypes, x_bchw.device)
 
 
 def check_count(count: int, name: str) -> None:
@@ -101,9 +94,9 @@ def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether a kernel may read a tensor in its widest accesses from the first element on."""
-    return tensor.data_ptr() % WIDEST_ACCESS == 0
+def are_aligned(*tensors: Tensor) -> bool:
+    """Whether a kernel may read all of them in its widest accesses from the first element on."""
+    return not any(address % WIDEST_ACCESS for address in map(Tensor.data_ptr, tensors))
 
 
 def check_alignment(tensor: Tensor, name: str, alignment: int | None = None) -> None:

@@ -14,7 +14,7 @@ from enum import auto
 import torch
 from torch import Tensor
 
-from .checks import FLOAT_DTYPES, check_memory, check_tensor, is_aligned
+from .checks import FLOAT_DTYPES, are_aligned, check_memory, check_tensor
 from .dense import LowRank, low_rank_of
 from .places import Places
 
@@ -164,4 +164,4 @@ def _fitted(
     check_tensor(pair[0], f"gradients[{number}], its input,", (faces, inputs), dtypes, device)
     own = (pair[0].dtype,)
     check_tensor(pair[1], f"gradients[{number}], its grad_output,", (faces, outputs), own, device)
-    return LowRank(*(each if is_aligned(each) else each.clone() for each in pair))
+    return LowRank(*(each if are_aligned(each) else each.clone() for each in pair))

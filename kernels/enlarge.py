@@ -9,7 +9,6 @@ chance. Both ways keep channels_last, NHWC in memory, and compute in fp32.
 Shape letters: B faces, C channels, H rows, W columns, R factor.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -205,6 +204,6 @@ def enlarge(x_bchw: Tensor, factor: int = 2) -> Tensor:
     if not min(x_bchw.shape[1:]):
         raise ValueError(f"x must have a pixel at least, got {tuple(x_bchw.shape)}")
     check_range(factor, "factor", 2, _MAX_FACTOR)
-    num_pixels = math.prod((len(x_bchw), *x_bchw.shape[2:])) * factor**2
-    check_count(num_pixels, "pixels of the result")
+    batch, _, rows, columns = x_bchw.shape
+    check_count(batch * rows * columns * factor**2, "pixels of the result")
     return _enlarge(x_bchw, factor)

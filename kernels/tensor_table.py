@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOAT_DTYPES, WIDEST_ACCESS, check_alignment, check_tensor, is_aligned
+from .checks import FLOAT_DTYPES, WIDEST_ACCESS, are_aligned, check_alignment, check_tensor
 from .dense import low_rank_of
 from .dense_table import SLOTS, DenseTable
 from .optimizer_rules import MOMENTS
@@ -190,7 +190,7 @@ class TensorTable:
         gradients = [gradients[number] for number in self.plain]
         types = {gradient.dtype for gradient in gradients}
         if len(types) == 1 and types <= {*FLOAT_DTYPES} and _layouts(gradients) == self._layouts:
-            if all(map(is_aligned, gradients)):
+            if are_aligned(*gradients):
                 return list(gradients)  # as a rule
         fitted: list[Tensor] = []
         for number, gradient in zip(self.plain, gradients, strict=True):
@@ -198,7 +198,7 @@ class TensorTable:
             dtypes = (gradients[0].dtype,) if fitted else FLOAT_DTYPES
             name, shape = f"gradients[{number}]", tuple(parameter.shape)
             check_tensor(gradient, name, shape, dtypes, parameter.device)
-            if not (_same_layout(gradient, parameter) and is_aligned(gradient)):
+            if not (_same_layout(gradient, parameter) and are_aligned(gradient)):
                 gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
             fitted.append(gradient)
         return fitted
@@ -206,8 +206,9 @@ class TensorTable:
     def gradient_row(self, gradients: Sequence[Tensor]) -> Tensor:
         """Addresses of gradients from `fitted`: int64 (T,) on the device; ask once a step."""
         addresses = [0] * len(self.parameters)
-        for number, gradient in zip(self.plain, gradients, strict=True):
-            addresses[number] = gradient.data_ptr()
+        in_memory = map(Tensor.data_ptr, gradients)
+        for number, address in zip(self.plain, in_memory, strict=True):
+            addresses[number] = address
         return self._gradient_rows.find(tuple(addresses))
 
     def _addresses(self) -> list[list[int]]:

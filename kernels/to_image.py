@@ -8,7 +8,6 @@ mask, widens and maps them. They stay in their order, which is BGR in mien, henc
 Shape letters: B faces, C channels, H rows, W columns, P pixels of a batch, N programs side by side.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .channels_last import (
     programs_and_tiles,
     sum_channels,
 )
-from .checks import check_bias, check_count, check_image
+from .checks import check_count, check_image
 from .dispatch import uses_triton
 
 LAUNCHES = {"mien::to_image": 1, "mien::to_image_backward": 1}
@@ -190,11 +189,11 @@ def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
     Raises:
         ValueError: On a shape, dtype or value that is not as said above.
     """
-    check_image(x_bchw)
-    check_bias(bias_c, x_bchw)
+    check_image(x_bchw, bias_c)
     if channels not in (1, 3) or channels > x_bchw.shape[1]:
         raise ValueError(
             f"channels must be 1 or 3 and at most x's {x_bchw.shape[1]}, got {channels}"
         )
-    check_count(math.prod((len(x_bchw), channels, *x_bchw.shape[2:])), "values of the result")
+    batch, _, rows, columns = x_bchw.shape
+    check_count(batch * channels * rows * columns, "values of the result")
     return _to_image(x_bchw, bias_c, channels)
