@@ -27,7 +27,7 @@ from . import fused_dense, optimizer_state
 from .frozen import Frozen
 
 _FIRST_SCALE = 65536.0
-_SAVED = {  # what a resume needs of the scalars, by name
+_SAVED: dict[str, int] = {  # what a resume needs of the scalars, by name
     "step": Scalar.STEP,
     "beta_1_power": Scalar.BETA_1_POWER,
     "beta_2_power": Scalar.BETA_2_POWER,
