@@ -84,8 +84,8 @@ def runs_on(generation: int) -> bool:
     Machine code runs on later GPUs of the same major number, PTX on all later ones.
     """
     for kind in cuda_build()[1]:
-        made_for, _, form = kind.partition("-")
-        number = int(made_for)
+        built_for, _, form = kind.partition("-")
+        number = int(built_for)
         is_compatible = form != "virtual" and number // 10 == generation // 10
         if number <= generation and (is_compatible or form != "real"):
             return True
