@@ -351,7 +351,7 @@ def test_a_snapshot_that_cannot_be_made_does_not_end_the_run(sides, tmp_path, mo
             raise PermissionError(errno.EACCES, "Permission denied", str(target))
         copy_files(source, target, names)
 
-    monkeypatch.setattr("mien.core.checkpoint.model_folder.copy_files", refused)
+    monkeypatch.setattr("mien.core.checkpoint.retention.copy_files", refused)
     assert _train(sides, tmp_path / "model", "-i", "3", "-I", "2", "--json") == 0
     events = _events(capsys.readouterr().out)
     (warning,) = [event["message"] for event in events if event["event"] == "warning"]

@@ -27,7 +27,8 @@ from ...models.fields import shown
 from ..config import Config, from_dict, model_settings
 from ..system.durable_files import DamagedError, write_output
 from .format import MODEL, metadata_of, most_tensor_bytes, read_state, read_tensors
-from .model_folder import BACKUP, ModelFolder
+from .generations import BACKUP
+from .model_folder import ModelFolder
 
 SCHEMA = "mien.inference/1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -89,7 +90,7 @@ def read_model(
         ValueError: There is no such save, or it is damaged, or its settings are unknown.
     """
     with ModelFolder(path, read_only=True) as folder:
-        source, manifest = folder.find(generation)
+        source, manifest = folder.generations.find(generation)
     try:
         state, values = read_state(source, manifest)
         tensors = read_tensors(source, MODEL, manifest, most_tensor_bytes(values))

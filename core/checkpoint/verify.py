@@ -6,8 +6,6 @@ A run may train on it meanwhile: what it replaces while it is read is read again
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from ... import models
 from ..config import from_dict, model_settings
-from ..system.durable_files import DamagedError
+from ..system.durable_files import DamagedError, reading
 from .format import (
     MODEL,
     STATE,
@@ -28,8 +26,9 @@ from .format import (
     read_manifest,
     read_state,
 )
+from .generations import BACKUP, FOLDER
 from .lock import holder_of
-from .model_folder import BACKUP, ModelFolder
+from .model_folder import ModelFolder
 from .state import TrainingState
 
 _TRIES = 5
@@ -68,9 +67,9 @@ def verify(path: Path) -> list[Verdict]:
     with ModelFolder(path, read_only=True) as folder:
         if folder.is_new:
             raise ValueError(f"nothing has been saved in model folder {path} yet")
-        names = [f"generations/{name}" for name in folder.names()]
+        names = [f"{FOLDER}/{name}" for name in folder.generations.names()]
     names += [BACKUP] if (path / BACKUP).exists() else []
-    with _reading(path):
+    with reading(path):
         verdicts = [verdict for name in names if (verdict := _verdict(path, name))]
         pointer = _pointer_damage(path)
     return verdicts + [Verdict(STATE, None, 0, pointer)] * bool(pointer)
@@ -87,8 +86,8 @@ def nan_scan(path: Path, name: str | None = None) -> tuple[str, int, list[NotFin
         ValueError: There is no such generation, or it is damaged.
     """
     with ModelFolder(path, read_only=True) as folder:
-        source, manifest = folder.find(name)
-    with _reading(path):
+        source, manifest = folder.generations.find(name)
+    with reading(path):
         try:
             generation = read_generation(source, manifest)
         except DamagedError as damage:
@@ -109,15 +108,15 @@ def facts_of(path: Path) -> dict[str, Any]:
         ValueError: There is no model, its state or settings are damaged, or a newer version made
             it.
     """
-    with ModelFolder(path, read_only=True) as folder, _reading(path):
-        source, manifest = folder.find()
+    with ModelFolder(path, read_only=True) as folder, reading(path):
+        source, manifest = folder.generations.find()
         try:
             state_values, config_values = read_state(source, manifest)
         except DamagedError as damage:
             raise ValueError(
                 f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
             ) from damage
-        kept = folder.manifests([])
+        kept = folder.generations.manifests()
         backup = _manifest_or_none(path / BACKUP)
         snapshots = _snapshots(path)
         linked = [str(copy) for copy in (path / BACKUP, *snapshots) if _is_linked(copy)]
@@ -227,7 +226,7 @@ def _pointer_damage(path: Path) -> str:
             name = read_json(path / STATE).get("generation")
         except DamagedError as found:
             return str(found)
-        if isinstance(name, str) and (path / "generations" / name).is_dir():
+        if isinstance(name, str) and (path / FOLDER / name).is_dir():
             return ""
         damage = f"generation {name!r}, which it names, is missing"
     return damage
@@ -243,13 +242,3 @@ def _scan(file: str, name: str, tensor: Tensor) -> NotFinite | None:
     if not nan and not infinite:
         return None
     return NotFinite(file, name, nan, infinite, tensor.numel())
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the disk's refusal to read into one line."""
-    try:
-        yield
-    except OSError as error:
-        name = error.filename or path
-        raise ValueError(f"cannot read {name}: {error.strerror}; mend that first") from error

@@ -29,8 +29,8 @@ FROM_LIBRARIES = ("libpng ", "[ WARN:", "Error in cpuinfo")
 _MOMENTS = {
     "at the first save": ("mien.core.checkpoint.model_folder:ModelFolder", "save", 1),
     "at a later save": ("mien.core.checkpoint.model_folder:ModelFolder", "save", 4),
-    "at a generation's manifest": ("mien.core.checkpoint.model_folder", "write_manifest", 3),
-    "at the pointer": ("mien.core.checkpoint.model_folder", "_pointer_to", 3),
+    "at a generation's manifest": ("mien.core.checkpoint.generations", "write_manifest", 3),
+    "at the pointer": ("mien.core.checkpoint.pointer", "_content", 3),
     "at a backup": ("mien.core.checkpoint.model_folder:ModelFolder", "back_up", 1),
     "at a snapshot": ("mien.core.checkpoint.model_folder:ModelFolder", "snapshot", 2),
     "at the settings": ("mien.core.checkpoint.model_folder:ModelFolder", "write_config", 1),
