@@ -17,9 +17,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mien.cli import main
+from mien.core.checkpoint.generations import Generations
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import Session, TrainingState
-from mien.core.console.reporter import TensorBoardLog
+from mien.core.console.tensorboard import TensorBoardLog
 from mien.core.history.history import (
     BATCH_SIZE_TAG,
     _EventFile,
@@ -484,7 +485,7 @@ def test_logs_that_lack_iterations_are_told_of(tmp_path, capsys):
 
 
 def test_events_that_stand_for_several_iterations_count_as_such(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mien.core.console.reporter._FINENESS", 10)
+    monkeypatch.setattr("mien.core.console.tensorboard._FINENESS", 10)
     model = tmp_path / "model"
     _save(model, 60, 30)
     _log(model, 1, range(1, 66))  # crashed at 65, the last save was of 60
@@ -552,17 +553,17 @@ def test_refusals(trained, tmp_path, monkeypatch, capsys, words, text):
 def test_a_save_that_a_run_deletes_meanwhile_is_read_anew(tmp_path, monkeypatch):
     model = tmp_path / "model"
     _save(model, 5)
-    listed = ModelFolder.manifests
+    listed = Generations.manifests
 
-    def slow(folder, unreadable):
-        found = listed(folder, unreadable)
-        if (model / "generations/5").is_dir() and found and not folder._lock:
+    def slow(generations, unreadable=None):
+        found = listed(generations, unreadable)
+        if (model / "generations/5").is_dir() and found:
             (model / "generations/5").rename(model / "generations/.5.trash")
             shutil.copytree(model / "generations/.5.trash", model / "generations/5-2")
         return found
 
     with ModelFolder(model, read_only=True) as folder:
-        monkeypatch.setattr(ModelFolder, "manifests", slow)
+        monkeypatch.setattr(Generations, "manifests", slow)
         assert folder.newest_state()["iterations"] == 5
 
 

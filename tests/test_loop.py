@@ -19,7 +19,7 @@ from conftest import assert_same_bits, saved_tensors
 from mien import models
 from mien.cli import main
 from mien.core.checkpoint.model_folder import ModelFolder, SaveError
-from mien.core.console.reporter import LogError, TensorBoardLog
+from mien.core.console.tensorboard import LogError, TensorBoardLog
 from mien.core.data.feed import Feed
 from mien.core.faces.png import read_header, write_face
 from mien.core.preview.faces import PreviewLoader

@@ -25,7 +25,8 @@ from mien.cli.monitor.access import COOKIE, Access
 from mien.cli.monitor.server import make_app
 from mien.core.checkpoint.holder import RequestError, ask, holder
 from mien.core.checkpoint.model_folder import ModelFolder
-from mien.core.console.reporter import Reporter, TensorBoardLog
+from mien.core.console.reporter import Reporter
+from mien.core.console.tensorboard import TensorBoardLog
 from mien.core.preview.grid import save_png
 
 TOKEN = "a-token-of-the-tests"

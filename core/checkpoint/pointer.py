@@ -13,7 +13,7 @@ from .format import STATE, read_json
 from .generations import is_name
 
 KEYS = ("schema", "run_id", "trainer", "iterations", "sessions", "lowest_mean_loss")
-"""Those of a generation's state that the pointer repeats."""
+"""Keys of a generation's state that the pointer repeats."""
 
 
 def write_pointer(model_dir: Path, name: str, state: dict[str, Any]) -> None:

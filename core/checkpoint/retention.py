@@ -68,8 +68,8 @@ def write_snapshot(
     Args:
         target: The folder, of which there is none.
         generation: Folder of the generation.
-        file_names: Its files, less the manifest.
-        state: Its state.
+        file_names: Names of the files in it, less the manifest.
+        state: State that it holds.
         config: The settings, as they are to stand in the model folder; None: none.
     """
     new = target.with_name(f".{target.name}.tmp")

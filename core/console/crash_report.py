@@ -21,7 +21,8 @@ from ... import __version__
 from ..checkpoint.model_folder import SaveError
 from ..config import Config, to_toml
 from ..system.durable_files import replace_file
-from .reporter import LogError, Reporter
+from .reporter import Reporter
+from .tensorboard import LogError
 
 _PACKAGES = ("triton", "numpy", "opencv-python-headless", "nvidia-dali-cuda130", "safetensors")
 _EXPECTED = (ValueError, SaveError, LogError, torch.OutOfMemoryError)

@@ -7,35 +7,17 @@ four of them are kept. So a run takes no more than 80 MiB for each, however long
 import os
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..system.durable_files import open_plain
-
-LEVELS = ("debug", "info", "warning", "error")
+from .report import Report
+from .spacing import Spacing
+from .status_line import step_report
 
 _MOST_BYTES = 16 << 20
 _OLDER_FILES = 4
-
-
-@dataclass(frozen=True)
-class Report:
-    """One thing that was told."""
-
-    event: str
-    time: float
-    """Seconds since 1970."""
-
-    level: str
-    text: str
-    """Text for people, of one or more lines."""
-
-    line: str
-    """JSON object for programs, in one line."""
-
-    def is_worth(self, level: str) -> bool:
-        """Whether a reader who wants reports from this level on wants this one."""
-        return LEVELS.index(self.level) >= LEVELS.index(level)
+_SECONDS_BETWEEN_STEPS = 1.0
 
 
 class ReportFile:
@@ -110,6 +92,75 @@ class ReportFile:
                     os.replace(newer, older_file(self._path, number))
         self.close()
         self._handle = self._open()
+
+
+class ReportFiles:
+    """The files in which a run's reports are kept: of the steps one a second.
+
+    What is reported before any file is named waits for the first ones.
+    """
+
+    def __init__(self) -> None:
+        self._early: list[Report] | None = []
+        """What was reported before it was known where to keep it; None from then on."""
+
+        self._files: list[ReportFile] = []
+        self._spacing = Spacing(_SECONDS_BETWEEN_STEPS)
+
+    def open(self, *, events: Path | None, log_file: Path | None, level: str) -> list[str]:
+        """Keep reports in other files from now on; what cannot be kept, in words.
+
+        Args:
+            events: File for every report as a JSON line; None: for none.
+            log_file: File for the texts; None: for none.
+            level: Lowest level of these.
+
+        Raises:
+            ValueError: The log file, which the user has named, cannot be written.
+        """
+        self.close()
+        problems = []
+        if log_file is not None:
+            remedy = "free space, or choose another --log-file"
+            try:
+                self._files.append(ReportFile(log_file, level=level, as_json=False, remedy=remedy))
+            except OSError as error:
+                reason = error.strerror or error
+                raise ValueError(
+                    f"log.file {log_file} cannot be written: {reason}; choose another --log-file"
+                ) from error
+        if events is not None:
+            remedy = "free space, or start again with --no-logs"
+            try:
+                self._files.append(ReportFile(events, level="debug", as_json=True, remedy=remedy))
+            except OSError as error:
+                problems.append(f"cannot write to {events}: {error.strerror or error}; {remedy}")
+        early, self._early = self._early, None
+        for report in early or ():
+            problems += self.add(report)
+        return problems
+
+    def add(self, report: Report) -> list[str]:
+        """Keep a report; what to tell the user of files that take no more."""
+        if self._early is not None:
+            self._early.append(report)
+        problems = [file.add(report) for file in self._files]
+        return [problem for problem in problems if problem]
+
+    def add_step(self, fields: dict[str, Any], at: float) -> bool:
+        """Take in the fields of a step; whether it is time to keep what was taken in."""
+        return self._spacing.add(fields, at)
+
+    def keep_steps(self) -> list[str]:
+        """Keep one report for the steps since the last one that was kept; problems as `add`."""
+        held = self._spacing.take()
+        return self.add(step_report(*held)) if held else []
+
+    def close(self) -> None:
+        """Release the files."""
+        files, self._files = self._files, []
+        for file in files:
+            file.close()
 
 
 def older_file(path: Path, number: int) -> Path:

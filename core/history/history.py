@@ -32,7 +32,7 @@ import numpy as np
 from ..checkpoint.format import MAX_COUNT, read_settings
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import Session, TrainingState, session_number
-from ..console.reporter import ITERATION
+from ..console.tensorboard import ITERATION
 from ..system.durable_files import DamagedError, open_regular
 from . import statistics
 from .undone import MARK

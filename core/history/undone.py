@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..checkpoint.state import TrainingState
 from ..console.event_files import Report, ReportFile
-from ..console.reporter import EVENTS, LogError, TensorBoardLog
+from ..console.reporter import EVENTS
+from ..console.tensorboard import LogError, TensorBoardLog
 
 MARK = re.compile(r"events\.out\.tfevents\..*\.restored_(\d{1,12})", re.ASCII)
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..console.reporter import LogError, NullLog, Reporter
+from ..console.reporter import Reporter
+from ..console.tensorboard import LogError, NullLog
 from ..data.sides import SIDES
 from .loss_buffer import CAPACITY, to_host
 from .prepare import Run

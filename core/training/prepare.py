@@ -23,7 +23,8 @@ from ..config import Config, from_dict, merge, model_settings, to_dict
 from ..config.path_settings import paths_in
 from ..config.recipes import Recipe
 from ..console.crash_report import reporting_crashes
-from ..console.reporter import EVENTS, Log, LogError, Notice, NullLog, Reporter, open_log
+from ..console.reporter import EVENTS, Notice, Reporter
+from ..console.tensorboard import Log, LogError, NullLog, open_log
 from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
