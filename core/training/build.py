@@ -1,4 +1,4 @@
-"""The model of a run and the training step that moves it, built from the settings."""
+"""The model and the training step that moves it, built from the settings."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from ..checkpoint.warm_start import load_weights
 from ..config import Config, model_settings
 from ..estimate.flops import meta_model, work_of
 from ..losses.weighted import Loss
-from ..optim import overlap
+from ..optim import fused_dense, overlap
 from ..optim.optimizer import Update
 from . import engine as engines
 from .loss_buffer import LossRing
@@ -105,3 +105,22 @@ def _has_two_streams(config: Config, device: torch.device) -> bool:
         and device.type == "cuda"
         and engines.choose(config.train.engine, device)[0] != "compile"
     )
+
+
+def sizes_of(config: Config) -> tuple[int, tuple[int, ...]]:
+    """Edges of the model's input and outputs, in px."""
+    options = models.options_of(config.model.trainer, config.model.options)
+    return models.family(config.model.trainer).sizes(options)
+
+
+def check_step(config: Config, device: torch.device) -> tuple[str, str]:
+    """Name of the engine that runs the step, and why that, before anything is built.
+
+    Raises:
+        ValueError: Settings of the step do not go together, or not with the device; one line says
+            why.
+    """
+    overlap.choose(config.optimizer, precisions.resolve(config.precision.mode, device))
+    name, why = engines.choose(config.train.engine, device)
+    fused_dense.check(config.optimizer, name)
+    return name, why

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ...kernels import native, toolkit
+from ..data.store import available_host_bytes
 
 _DRIVERS = {12: "R525 or newer", 13: "R580 or newer"}
 """Nvidia's drivers that run a CUDA of this major number."""
@@ -185,3 +186,10 @@ def _no_c_compiler() -> Problem | None:
             f"install Python's headers (`apt install {version}-dev`)",
         )
     return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that this process may use for training."""
+    if device.type != "cuda":
+        return available_host_bytes()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -12,7 +12,7 @@ from ..console.reporter import Reporter
 from ..console.tensorboard import LogError, NullLog
 from ..data.sides import SIDES
 from .loss_buffer import CAPACITY, to_host
-from .prepare import Run
+from .training_setup import TrainingSetup
 
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -58,23 +58,27 @@ class MetricsLogger:
     On a GPU losses are reported one interval late, so that the host need not wait for the device.
 
     Args:
-        run: Run whose losses they are.
+        setup: The session whose losses they are.
         reporter: Shows the status line.
-        until: Total iteration at which the run is to end.
+        until: Total iteration at which training is to end.
         take: Called with the losses of each interval, once they are on the host.
     """
 
     def __init__(
-        self, run: Run, reporter: Reporter, until: int, take: Callable[[Losses, Interval], None]
+        self,
+        setup: TrainingSetup,
+        reporter: Reporter,
+        until: int,
+        take: Callable[[Losses, Interval], None],
     ):
-        self.r, self.reporter, self.until, self.take = run, reporter, until, take
-        self.is_late = run.device.type == "cuda"
+        self.setup, self.reporter, self.until, self.take = setup, reporter, until, take
+        self.is_late = setup.device.type == "cuda"
         self.unlogged = 0
         """Iterations whose losses have not been asked for."""
 
         self.on_their_way: deque[Interval] = deque()
         self.began_at = self.asked_at = time.monotonic()
-        self.waited_s = run.feed.waited_s
+        self.waited_s = setup.feed.waited_s
         self.saving_s, self.drawing_s = 0.0, 0.0
         """Seconds of the session for which saves, and the pictures beside them, held it up."""
 
@@ -86,20 +90,20 @@ class MetricsLogger:
 
     def _is_due(self) -> bool:
         """Whether to log: at the first iteration, then at every interval, else once a second."""
-        interval = self.r.config.train.log_interval
-        if self.r.state.session.iterations == 1 or self.unlogged == (interval or CAPACITY):
+        interval = self.setup.config.train.log_interval
+        if self.setup.state.session.iterations == 1 or self.unlogged == (interval or CAPACITY):
             return True
         return not interval and time.monotonic() - self.asked_at >= _SECONDS_BETWEEN_LINES
 
     def log(self, wait: bool = False) -> None:
         """Fetch the losses since the last time; report those that are there, or wait for all."""
         if self.unlogged:
-            now, ended_at, waited_s = time.monotonic(), time.time(), self.r.feed.waited_s
+            now, ended_at, waited_s = time.monotonic(), time.time(), self.setup.feed.waited_s
             self.on_their_way.append(
                 Interval(
-                    rows=self.r.step.ring.fetch(self.unlogged),
-                    skipped=to_host(self.r.step.update.skipped),
-                    first=self.r.state.iterations - self.unlogged + 1,
+                    rows=self.setup.step.ring.fetch(self.unlogged),
+                    skipped=to_host(self.setup.step.update.skipped),
+                    first=self.setup.state.iterations - self.unlogged + 1,
                     count=self.unlogged,
                     seconds=max(now - self.asked_at, 1e-9),
                     waited_s=waited_s - self.waited_s,
@@ -114,11 +118,11 @@ class MetricsLogger:
         self, scalars: Mapping[str, float], iteration: int, wall_time: float | None = None
     ) -> None:
         """Write an event."""
-        self._write(lambda: self.r.log.scalars(dict(scalars), iteration, wall_time))
+        self._write(lambda: self.setup.log.scalars(dict(scalars), iteration, wall_time))
 
     def flush(self) -> None:
         """Have all events so far be in their file."""
-        self._write(lambda: self.r.log.flush())
+        self._write(lambda: self.setup.log.flush())
 
     def _write(self, write: Callable[[], None]) -> None:
         """Do something with the log; what cannot be written is reported once."""
@@ -126,10 +130,10 @@ class MetricsLogger:
             write()
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
-            self.r.log = NullLog()
+            self.setup.log = NullLog()
 
     def _report(self, interval: Interval) -> None:
-        named, schedule = self.r.step.loss.named(interval.rows()), self.r.schedule
+        named, schedule = self.setup.step.loss.named(interval.rows()), self.setup.schedule
         for i in range(interval.count):
             scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
             if not schedule.is_constant:
@@ -139,20 +143,20 @@ class MetricsLogger:
         self.take(named, interval)
 
     def _status(self, named: Losses, interval: Interval) -> None:
-        faces = len(SIDES) * self.r.config.train.batch_size * interval.count
-        memory = torch.cuda.max_memory_allocated(self.r.device) / 2**20 if self.is_late else None
-        state, elapsed_s = self.r.state, time.monotonic() - self.began_at
+        faces = len(SIDES) * self.setup.config.train.batch_size * interval.count
+        memory = torch.cuda.max_memory_allocated(self.setup.device) if self.is_late else None
+        state, elapsed_s = self.setup.state, time.monotonic() - self.began_at
         behind, left = state.iterations - interval.last, max(self.until - state.iterations, 0)
-        if self.r.plan:
-            left = self.r.plan.iterations_left(state.iterations, at_most=left)
+        if self.setup.plan:
+            left = self.setup.plan.iterations_left(state.iterations, at_most=left)
         self.reporter.step(
             iteration=interval.last,
             loss_a=float(named["loss_a"].mean()),
             loss_b=float(named["loss_b"].mean()),
             eg_per_s=faces / interval.seconds,
             data_wait=min(interval.waited_s / interval.seconds, 1.0),
-            memory_mib=memory,
-            learning_rate=self.r.schedule.rate(interval.last - 1),
+            memory_mib=None if memory is None else memory / 2**20,
+            learning_rate=self.setup.schedule.rate(interval.last - 1),
             session_iterations=state.session.iterations - behind,
             elapsed_s=elapsed_s,
             saving=self.saving_s / elapsed_s,
