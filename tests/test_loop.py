@@ -126,6 +126,29 @@ def test_json_events_tell_the_whole_run(sides, tmp_path, capsys):
     assert events[-1]["exit_code"] == 0
 
 
+@pytest.mark.parametrize(
+    ("more", "has_optimizer"),
+    [
+        (("--set", "save.save_optimizer=exit"), True),
+        (("--set", "save.save_optimizer=never"), False),
+        (("--set", "save.save_optimizer=never", "--snapshot-interval", "4"), True),
+    ],
+    ids=["exit", "never", "snapshot"],
+)
+def test_an_iteration_that_is_due_and_the_last_is_saved_once(
+    sides, tmp_path, capsys, more, has_optimizer
+):
+    assert _train(sides, tmp_path / "model", "-i", "4", "--json", "-s", "2", *more) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for kind in ("save", "preview"):
+        assert [e["iteration"] for e in events if e["event"] == kind] == [1, 2, 4]
+    snapshots = [e["iteration"] for e in events if e["event"] == "snapshot"]
+    assert snapshots == [4] * ("--snapshot-interval" in more)
+    assert sorted(os.listdir(tmp_path / "model/generations")) == ["2", "4"]
+    newest = tmp_path / "model/generations/4"
+    assert (newest / "optimizer.safetensors").exists() == has_optimizer
+
+
 def _poisoned(feed, at):
     """The feed, with a NaN in the batch after ``at`` faces."""
     original = Feed.next

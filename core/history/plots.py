@@ -30,6 +30,7 @@ Span = tuple[int, int | None]
 
 _DPI, _WIDTH_INCHES, _PANEL_INCHES = 100, 12.0, 3.6
 _MOST_MARKED_SESSIONS = 30
+_MOST_LABEL_ROWS = 4
 _MOST_LINES = 600  # where sessions begin: one in two pixels
 _MOST_RUNS = 4000  # several in each column of pixels
 _SHOWN_PERCENT = 0.5, 99.5  # of the faint points
@@ -315,7 +316,28 @@ def _mark(axis: "Axes", starts: list[tuple[int, float]]) -> None:
         axis.text(place, 0.98, text, va="top", fontsize=8, color="gray", transform=across)
 
 
+def _spread_labels(axis: "Axes") -> None:
+    """Move labels of sessions that begin near each other into rows of their own, from the top; one
+    for which no row has room is left out."""
+    rows_x1: list[float] = []
+    """Right ends of the rows, in pixels."""
+
+    height = axis.get_window_extent().height
+    for label in axis.texts:  # from left to right
+        box = label.get_window_extent()
+        row = next((row for row, x1 in enumerate(rows_x1) if x1 <= box.x0), len(rows_x1))
+        if row == _MOST_LABEL_ROWS:
+            label.set_visible(False)
+            continue
+        rows_x1[row : row + 1] = [box.x1]
+        x, y = label.get_position()
+        label.set_position((x, y - row * box.height / height))
+
+
 def _png(figure: "Figure") -> bytes:
+    figure.draw_without_rendering()  # only the layout knows how wide a label is
+    for axis in figure.axes:
+        _spread_labels(axis)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -46,17 +46,18 @@ class Checkpointer:
         """Mean losses of the saves that have not been reported, oldest first."""
 
         self.saved_at = time.monotonic()
+        self.saved: tuple[int, bool] | None = None
+        """Total iteration of the last save, and whether the optimizer's state is in it."""
 
     def step(self, requests: set[Request]) -> None:
         """Save, or renew the preview, where that is due after an iteration or requested."""
-        is_snapshot = self.snapshot_is_due()
-        if is_snapshot or "save" in requests or self._is_due():
-            self.save(with_optimizer=is_snapshot, with_snapshot=is_snapshot)
+        if self._snapshot_is_due() or "save" in requests or self._is_due():
+            self.save()
         elif requests:
             self._show(requests)
         self.report()
 
-    def snapshot_is_due(self) -> bool:
+    def _snapshot_is_due(self) -> bool:
         """Whether the present iteration is one of which a snapshot is kept."""
         interval = self.setup.config.save.snapshot_interval
         return interval > 0 and self.setup.state.iterations % interval == 0
@@ -84,20 +85,25 @@ class Checkpointer:
         is_last: bool = False,
         is_good: bool = True,
         with_optimizer: bool = False,
-        with_snapshot: bool = False,
     ) -> None:
         """Measure the model, queue a save of the present state, write the pictures beside it.
+
+        The last save of a session is left out where the present iteration has been saved, with all
+        that is to be in it.
 
         Args:
             is_last: Whether nothing follows in this session.
             is_good: The losses so far are those of a training that has not diverged.
             with_optimizer: Save its state even where the settings leave it out.
-            with_snapshot: Keep a copy beside the model folder.
         """
         self.metrics.log(wait=True)
         state, began_at = self.setup.state, time.monotonic()
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
+        with_snapshot = is_good and self._snapshot_is_due()
+        with_optimizer |= with_snapshot or self._keeps_optimizer(is_last)
+        if is_last and is_good and self._has_saved(with_optimizer):
+            return
         look = self.look = self.setup.images.look(state.iterations)
         self.check(look)
         mean_loss, is_best = None, False
@@ -106,7 +112,7 @@ class Checkpointer:
         self._evaluate()
         state.parts |= self.parts()
         saving_at = time.monotonic()
-        self._queue(is_last, is_best, with_optimizer, with_snapshot)
+        self._queue(is_best, with_optimizer, with_snapshot)
         self.mean_losses.append(mean_loss)
         self.metrics.flush()
         queued_at = time.monotonic()
@@ -118,11 +124,19 @@ class Checkpointer:
         self.metrics.saving_s += queued_at - saving_at
         self.metrics.drawing_s += self.saved_at - began_at - (queued_at - saving_at)
 
-    def _queue(
-        self, is_last: bool, is_best: bool, with_optimizer: bool, with_snapshot: bool
-    ) -> None:
-        update, kept = self.setup.step.update, self.setup.config.save.save_optimizer
-        with_optimizer |= kept == "always" or (is_last and kept == "exit")
+    def _keeps_optimizer(self, is_last: bool) -> bool:
+        """Whether the settings want the optimizer's state in a save."""
+        kept = self.setup.config.save.save_optimizer
+        return kept == "always" or (is_last and kept == "exit")
+
+    def _has_saved(self, with_optimizer: bool) -> bool:
+        """Whether the present iteration has been saved, with the optimizer's state if wanted."""
+        if self.saved is None or self.saved[0] != self.setup.state.iterations:
+            return False
+        return self.saved[1] or not with_optimizer
+
+    def _queue(self, is_best: bool, with_optimizer: bool, with_snapshot: bool) -> None:
+        update = self.setup.step.update
         waited = self.setup.saver.save(
             update.weights(),
             update.tensors() if with_optimizer else None,
@@ -130,6 +144,7 @@ class Checkpointer:
             is_best=is_best,
             with_snapshot=with_snapshot,
         )
+        self.saved = self.setup.state.iterations, with_optimizer
         if waited > 1:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"

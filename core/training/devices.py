@@ -193,3 +193,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return available_host_bytes()
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def threads_in_words(num_threads: int) -> str:
+    """What works on the CPU: threads that decode and augment, and those of PyTorch, which come
+    from the environment (OMP_NUM_THREADS)."""
+    return f"{num_threads} CPU threads, {torch.get_num_threads()} of PyTorch"

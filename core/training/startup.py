@@ -10,6 +10,7 @@ from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
 from ..data.sides import SideFaces
 from ..optim.fused_dense import described
 from .batch_size import BatchSize
+from .devices import threads_in_words
 from .training_setup import TrainingSetup
 
 
@@ -185,7 +186,7 @@ def _lines_of_parts(
     lines = {
         "mien": __version__,
         "model": f"{parameters:.1f} M parameters{place}; it {begin}",
-        "device": f"{fields['device_name']}, {fields['num_threads']} CPU threads",
+        "device": f"{fields['device_name']}, {threads_in_words(fields['num_threads'])}",
         "engine": f"{setup.engine.name} ({engine_why})",
         "kernels": f"libmien, {libmien}",
     }

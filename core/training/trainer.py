@@ -82,8 +82,7 @@ class Trainer:
             try:
                 end = self._train()
                 # The next stage goes on with the optimizer's state, whether it is to stay or not.
-                with_optimizer = end.goes_on or self.checkpointer.snapshot_is_due()
-                self.checkpointer.save(is_last=True, with_optimizer=with_optimizer)
+                self.checkpointer.save(is_last=True, with_optimizer=end.goes_on)
             except TrainingDiverged as divergence:
                 self.divergence = divergence
                 end = self._recover(divergence)
@@ -98,21 +97,27 @@ class Trainer:
         return max(self.until - self.setup.state.iterations, 0)
 
     def _train(self) -> End:
-        state = self.setup.state
-        while self._remaining() and not self.stop.signal_name:
-            end = self._end_of_stage()
-            if end:
-                return end
+        state, end = self.setup.state, self._end()
+        while end is None:
             self.setup.set_rate()
             self.setup.engine(state.faces_seen)
             state.advance()
             self.seconds = time.monotonic() - self.began_at
             self._wait_for_device()
             self.metrics.step()
-            self.checkpointer.step(self._new_requests())
-        if self._remaining():
+            end = self._end()
+            if end is None:  # else the last save, which follows, is the one of this iteration
+                self.checkpointer.step(self._new_requests())
+                end = self._end()  # the save may have measured what ends the stage
+        return end
+
+    def _end(self) -> End | None:
+        """How the loop ends, where the present iteration is its last one."""
+        if not self._remaining():
+            return End(Outcome.DONE, "all iterations are done")
+        if self.stop.signal_name:
             return End(Outcome.STOPPED, f"{self.stop.signal_name} received; the state is saved")
-        return End(Outcome.DONE, "all iterations are done")
+        return self._end_of_stage()
 
     def _end_of_stage(self) -> End | None:
         """How the loop ends, where the present stage of the recipe is over."""
