@@ -39,7 +39,7 @@ MAX_COUNT = 10**12 - 1
 
 MAX_TENSOR_NAME = 256
 _MAX_TENSOR_BYTES = 64 << 30
-"""Bytes of a file of tensors where nothing tells how large the model is."""
+"""Largest file of tensors, in bytes, where nothing says how large the model is."""
 
 _HEADER_BYTES = 100 << 20
 """Bytes that names and shapes take at most: the library reads no longer header."""
@@ -93,10 +93,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         safetensors.torch.save_file(plain, path, metadata=metadata)
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
+        cause = re.search(r"\(os error (\d+)\)", str(error))
+        if cause is None:
             raise
-        number = int(found[1])
+        number = int(cause[1])
         raise OSError(number, os.strerror(number), str(path)) from error
     # The library lets only the owner read it.
     set_permissions(path, path.parent.stat().st_mode & 0o666)
@@ -159,7 +159,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """
     try:
         tensors, trainer = _mapped_tensors(path)
-    except OSError:  # the disk maps no files, or is one that the next call tells of
+    except OSError:  # the disk maps no files, or refuses the next call too, which says why
         with open_for_reading(path, follows_links=True) as stream:
             content = stream.read()
         tensors = _parse_tensors(path.name, content)
@@ -320,7 +320,7 @@ def most_tensor_bytes(config: dict[str, Any] | None) -> int:
     """Bytes of the largest file of tensors that a model with these settings can have.
 
     No optimizer keeps more than three numbers a parameter beside the sums of accumulation. Settings
-    that are not valid here, of another version of mien maybe, tell nothing.
+    that are not valid here, of another version of mien maybe, say nothing.
     """
     try:
         if config is None:

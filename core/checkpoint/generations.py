@@ -27,7 +27,7 @@ from .state import TrainingState
 
 FOLDER = "generations"
 BACKUP = "backup"
-"""Name of the copy of the best generation, which lies beside the others and is none of them."""
+"""Name of the copy of the best generation, which is kept apart from the others."""
 
 _NAME = re.compile(r"\d{1,12}(-\d{1,6})?")
 _LEFTOVER = re.compile(r"\.\d{1,12}(-\d{1,6})?\.(tmp|trash)")

@@ -66,11 +66,11 @@ def write_inference(
     )  # written out, so that later defaults do not matter
     model = models.meta_model(config.model.trainer, **settings)
     refuse_misfit(source, model, shapes_of(saved))
-    kept = _subnetworks_of(model, SIDES[side])
+    needed = _subnetworks_of(model, SIDES[side])
     tensors = {
         name: _cast(name, tensor, precision)
         for name, tensor in saved.items()
-        if name.partition(".")[0] in kept
+        if name.partition(".")[0] in needed
     }
     metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
     _write(target, tensors, metadata, force=force)
@@ -146,7 +146,7 @@ def refuse_misfit(
     shapes: dict[str, tuple[int, ...]],
     sides: tuple[Side, ...] | None = None,
 ) -> None:
-    """Refuse weights that are not, by name and shape, those of the model that is told of.
+    """Refuse weights that are not, by name and shape, those of the model that is described.
 
     Args:
         source: Path of the weights, for the error.

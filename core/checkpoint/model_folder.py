@@ -64,7 +64,7 @@ from .pointer import is_same_save, read_pointer, write_pointer
 PREVIEW = "preview.png"
 
 _WARNED_OF_DISK: set[Path] = set()
-"""Folders whose disk's limits this process has told of; every stage of a run opens its folder."""
+"""Folders of whose disk's limits this process has warned; every stage of a run opens its folder."""
 
 _CONFIG_HEADING = (
     "# The settings that this model goes on with. Change them by --set or --configfile, or by\n"
@@ -112,7 +112,7 @@ class ModelFolder:
         self._config: bytes | None = None
         self._current: _Current | None = None
         self._last_complete: int | None = None
-        """Total iteration of the save that is whole for certain, for what is told of a failure."""
+        """Total iteration of the save that is whole for certain, for the message of a failure."""
 
         _refuse_foreign(self.path, read_only=read_only)
         self._is_made_here = not read_only and not os.path.exists(self.path)
@@ -139,7 +139,7 @@ class ModelFolder:
         """Release the lock; the folder may then be used by another run."""
         if self._lock is not None:
             if self._is_made_here:  # for nothing, where the run was refused
-                with suppress(OSError):  # the lock must go, and it is the run's end that is told
+                with suppress(OSError):  # the lock must go, and why the run has ended is the news
                     self._lock.remove_folder()
             self._lock.release()
             self._lock = None
@@ -159,7 +159,7 @@ class ModelFolder:
     def load(self) -> Generation | None:
         """The newest generation that is whole, read into memory; None where nothing was saved.
 
-        A damaged one is passed over, left as it is, and told of in `warnings`.
+        A damaged one is passed over, left as it is, and named in `warnings`.
 
         Raises:
             ValueError: Where there are saves but none is whole, or a newer version made them.
@@ -282,10 +282,10 @@ class ModelFolder:
             SaveError: Where the disk refuses.
         """
         self._require_lock()
-        found = self.generations.newest_until(latest)
-        if found is None:
+        newest = self.generations.newest_until(latest)
+        if newest is None:
             return None
-        folder, manifest, state = found
+        folder, manifest, state = newest
         if [manifest] != self.generations.manifests()[:1]:
             with self._save_errors():
                 self.save_again(folder, manifest, state)
@@ -412,7 +412,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
 
 
 def _refuse_other_model(generations: Generations, trainer: str | None) -> None:
-    """Refuse a folder with saves of a newer version, or of another family than is asked for."""
+    """Refuse a folder with saves of a newer version, or of another family than is to be trained."""
     manifests = generations.manifests()
     if trainer is not None and manifests and manifests[0].trainer != trainer:
         held = manifests[0].trainer

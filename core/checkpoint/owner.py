@@ -75,13 +75,13 @@ def read_owner(folder: Path) -> Owner | None:
 
 def _owner_in(path: Path) -> Owner | None:
     try:
-        found = _LINE.fullmatch(read_regular(path, _MAX_BYTES).decode(errors="replace"))
+        match = _LINE.fullmatch(read_regular(path, _MAX_BYTES).decode(errors="replace"))
     except (OSError, DamagedError):
         return None
-    return Owner(int(found[1]), found[2], found[3], int(found[4])) if found else None
+    return Owner(int(match[1]), match[2], match[3], int(match[4])) if match else None
 
 
-def told_of(pid: int | str, host: str) -> str:
+def process_in_words(pid: int | str, host: str) -> str:
     """A process in words, with its host where that is another one."""
     elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
     words = f"process {pid or 'unknown'}{elsewhere}"
@@ -131,7 +131,7 @@ class OwnerFile:
 
     def _beat(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            with suppress(OSError, InUseError):  # a save, which matters, tells of both
+            with suppress(OSError, InUseError):  # a save, which matters, meets both
                 self.confirm()
 
     def _take(self) -> None:
@@ -144,10 +144,10 @@ class OwnerFile:
                 finally:
                     os.close(handle)
                 return
-            found = read_owner(self._path.parent)
-            if not self._is_stale(found):
-                raise InUseError(_in_words(found))
-            self._clear_away(found)
+            owner = read_owner(self._path.parent)
+            if not self._is_stale(owner):
+                raise InUseError(_in_words(owner))
+            self._clear_away(owner)
         raise InUseError("another process that is just starting")
 
     def _is_stale(self, owner: Owner | None) -> bool:
@@ -187,7 +187,7 @@ class OwnerFile:
 
 
 def _in_words(owner: Owner | None) -> str:
-    return "an unknown process" if owner is None else told_of(owner.pid, owner.host)
+    return "an unknown process" if owner is None else process_in_words(owner.pid, owner.host)
 
 
 def _machine() -> str:

@@ -1,7 +1,7 @@
 """The pointer of a model folder, its top `state.json`: the generation in use, and the main figures.
 
-It is for people and for programs that watch. No start depends on it: which generation is newest is
-told by the manifests, since a kill may come between the rename of a generation and this file.
+It is for people and for programs that watch. No start depends on it: the manifests say which
+generation is newest, since a kill may come between the rename of a generation and this file.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""State of a run, beside its tensors: counters, sessions, lowest loss.
+"""State of a training, apart from its tensors: counters, sessions, lowest loss.
 
 A *session* is one start of the training program on a model. The state is written with every save as
 plain JSON and is read back strictly: a wrong type, a missing or an unknown key is refused.
@@ -196,8 +196,8 @@ class TrainingState:
 
 def session_number(folder: str) -> int | None:
     """The number of the session that has a folder of logs of this name; None where none has."""
-    found = _LOGS.fullmatch(folder)
-    return int(found[1]) if found else None
+    match = _LOGS.fullmatch(folder)
+    return int(match[1]) if match else None
 
 
 def _folded(sessions: list[Session]) -> list[Session]:

@@ -27,7 +27,7 @@ from .format import (
     read_state,
 )
 from .generations import BACKUP, FOLDER
-from .lock import holder_of
+from .lock import owner_in_words
 from .model_folder import ModelFolder
 from .state import TrainingState
 
@@ -94,11 +94,11 @@ def nan_scan(path: Path, name: str | None = None) -> tuple[str, int, list[NotFin
             raise ValueError(
                 f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
             ) from damage
-    found = []
+    not_finite = []
     parts = {"model": generation.model, "optimizer": generation.optimizer or {}}
     for file, tensors in parts.items():
-        found += [bad for key, tensor in tensors.items() if (bad := _scan(file, key, tensor))]
-    return source.name, sum(map(len, parts.values())), found
+        not_finite += [bad for key, tensor in tensors.items() if (bad := _scan(file, key, tensor))]
+    return source.name, sum(map(len, parts.values())), not_finite
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def facts_of(path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
             ) from damage
-        kept = folder.generations.manifests()
+        manifests = folder.generations.manifests()
         backup = _manifest_or_none(path / BACKUP)
         snapshots = _snapshots(path)
         linked = [str(copy) for copy in (path / BACKUP, *snapshots) if _is_linked(copy)]
@@ -136,13 +136,13 @@ def facts_of(path: Path) -> dict[str, Any]:
             }
             for session in state.sessions
         ],
-        "generations": [_facts_of_save(found) for found in kept],
+        "generations": [_facts_of_save(each) for each in manifests],
         "backup": None if backup is None else _facts_of_save(backup),
         "snapshots": [str(snapshot) for snapshot in snapshots],
         "linked": linked,
         "run_id": state.run_id,
         "mien_version": manifest.mien_version,
-        "in_use_by": holder_of(path),
+        "in_use_by": owner_in_words(path),
     }
 
 
@@ -171,15 +171,15 @@ def _snapshots(path: Path) -> list[Path]:
     """The snapshots beside a model folder, by iteration."""
     folder = path.resolve()
     pattern = re.compile(re.escape(folder.name) + r"_snapshot_(\d{1,12})_iters")
-    found = ((pattern.fullmatch(other.name), other) for other in folder.parent.iterdir())
-    return [other for _, other in sorted((int(name[1]), other) for name, other in found if name)]
+    names = ((pattern.fullmatch(other.name), other) for other in folder.parent.iterdir())
+    return [other for _, other in sorted((int(name[1]), other) for name, other in names if name)]
 
 
 def _is_linked(copy: Path) -> bool:
     """Whether a backup or snapshot has a file under a second name, as earlier versions made them:
     damage to a save then reaches its copy."""
-    found = [copy / MODEL, *copy.glob(f"generations/*/{MODEL}")]
-    return any(os.lstat(file).st_nlink > 1 for file in found if os.path.lexists(file))
+    files = [copy / MODEL, *copy.glob(f"{FOLDER}/*/{MODEL}")]
+    return any(os.lstat(file).st_nlink > 1 for file in files if os.path.lexists(file))
 
 
 def _manifest_or_none(folder: Path) -> Manifest | None:
@@ -193,25 +193,25 @@ def _verdict(path: Path, name: str) -> Verdict | None:
     """Verdict on a generation or the backup; None where a run has put it away meanwhile."""
     folder = path / name
     for _ in range(_TRIES):
-        before = _number_of(folder)
+        before = _inode_of(folder)
         manifest = None
         try:
             manifest = read_manifest(folder)
             check_generation(folder, manifest)
             damage = ""
-        except DamagedError as found:
-            damage = str(found)
-        if not damage or _number_of(folder) == before:
+        except DamagedError as error:
+            damage = str(error)
+        if not damage or _inode_of(folder) == before:
             break
-    if damage and _number_of(folder) is None:
+    if damage and _inode_of(folder) is None:
         return None
     if manifest is None:
         return Verdict(name, None, 0, damage)
     return Verdict(name, manifest.iterations, _facts_of_save(manifest)["size_bytes"], damage)
 
 
-def _number_of(folder: Path) -> int | None:
-    """What tells a folder from another of the same name; None where there is none."""
+def _inode_of(folder: Path) -> int | None:
+    """The inode, which tells a folder from another of the same name; None where there is none."""
     try:
         return os.lstat(folder).st_ino
     except FileNotFoundError:
@@ -224,8 +224,8 @@ def _pointer_damage(path: Path) -> str:
     for _ in range(_TRIES):  # a run may replace it, and the generation that it named, at any moment
         try:
             name = read_json(path / STATE).get("generation")
-        except DamagedError as found:
-            return str(found)
+        except DamagedError as error:
+            return str(error)
         if isinstance(name, str) and (path / FOLDER / name).is_dir():
             return ""
         damage = f"generation {name!r}, which it names, is missing"

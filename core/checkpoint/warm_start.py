@@ -56,7 +56,7 @@ def load_weights(model: Autoencoder, path: Path) -> str:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """A model's tensors as saved, and its family where that is told.
+    """A model's tensors as saved, and its family where the file names it.
 
     ``path`` is a model folder (its newest whole generation is read), a generation's folder or a
     safetensors file.

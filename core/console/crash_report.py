@@ -26,7 +26,7 @@ from .tensorboard import LogError
 
 _PACKAGES = ("triton", "numpy", "opencv-python-headless", "nvidia-dali-cuda130", "safetensors")
 _EXPECTED = (ValueError, SaveError, LogError, torch.OutOfMemoryError)
-"""What is told in one line where it happens."""
+"""Errors that are reported in one line where they happen."""
 
 
 @contextmanager

@@ -21,7 +21,7 @@ _SECONDS_BETWEEN_STEPS = 1.0
 
 
 class ReportFile:
-    """A file to which reports are added, each as soon as it is told.
+    """A file to which reports are added, each at once.
 
     Args:
         path: The file; missing folders are made.
@@ -41,7 +41,7 @@ class ReportFile:
         self._handle: int | None = self._open()
 
     def add(self, report: Report) -> str | None:
-        """Keep a report; what to tell the user where the disk refuses, once."""
+        """Keep a report; what to warn of where the disk refuses, once."""
         if self._handle is None or not report.is_worth(self.level):
             return None
         text = report.line + "\n" if self._as_json else _dated(report)
@@ -60,7 +60,7 @@ class ReportFile:
             try:
                 os.close(handle)
             except OSError:
-                pass  # the line that the full disk refused: it has been told
+                pass  # the line that the full disk refused: it has been reported
 
     def _open(self) -> int:
         """A handle that adds to the file and never waits, as for a pipe that nobody reads."""
@@ -77,15 +77,15 @@ class ReportFile:
 
     def _write(self, line: bytes) -> None:
         assert self._handle is not None
-        found = os.fstat(self._handle)
-        if stat.S_ISREG(found.st_mode) and found.st_size + len(line) > _MOST_BYTES:
-            self._put_aside(found)
+        status = os.fstat(self._handle)
+        if stat.S_ISREG(status.st_mode) and status.st_size + len(line) > _MOST_BYTES:
+            self._rotate(status)
         while line:
             line = line[os.write(self._handle, line) :]
 
-    def _put_aside(self, found: os.stat_result) -> None:
+    def _rotate(self, status: os.stat_result) -> None:
         """Go on in a new file, unless another program has put this one aside already."""
-        if self._path.exists() and os.path.samestat(found, os.stat(self._path)):
+        if self._path.exists() and os.path.samestat(status, os.stat(self._path)):
             for number in range(_OLDER_FILES, 0, -1):
                 newer = older_file(self._path, number - 1)
                 if newer.exists():
@@ -141,7 +141,7 @@ class ReportFiles:
         return problems
 
     def add(self, report: Report) -> list[str]:
-        """Keep a report; what to tell the user of files that take no more."""
+        """Keep a report; warnings of files that take no more."""
         if self._early is not None:
             self._early.append(report)
         problems = [file.add(report) for file in self._files]

@@ -12,7 +12,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 @dataclass(frozen=True)
 class Report:
-    """One thing that was told."""
+    """One report."""
 
     event: str
     time: float

@@ -26,7 +26,7 @@ from .status_line import StatusLine, step_report
 EVENTS = "events.jsonl"
 
 _LATEST = 100
-_AS_WANTED = (0, 4)  # exit codes of what is done, and of what the user has stopped
+_REQUESTED_EXITS = (0, 4)  # exit codes of what is done, and of what the user has stopped
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Notice:
 
     text: str
     is_warning: bool = False
-    """Whether it should be looked at; else it is told for the record."""
+    """Whether it should be looked at; else it is for the record."""
 
 
 class Reporter:
-    """Tells the user, or the program that started the run, how it goes.
+    """Reports to the user, or to the program that started training, how it goes.
 
     Three ways: JSON lines; on a terminal, one status line that stays below the others; elsewhere a
     plain line for each report. Whatever is shown, and whether anybody is left to see it, `keep_in`
@@ -71,7 +71,7 @@ class Reporter:
         self._files = ReportFiles()
 
     def keep_in(self, *, events: Path | None, log_file: Path | None, level: str) -> None:
-        """Keep reports in files, those told so far in the first ones of all; print from a level on.
+        """Keep reports in files, those so far in the first ones of all; print from a level on.
 
         Args:
             events: File for every report as a JSON line; None: for none.
@@ -86,7 +86,7 @@ class Reporter:
         self._warn_all(self._files.open(events=events, log_file=log_file, level=level))
 
     def start(self, fields: dict[str, Any], lines: dict[str, str] | None = None) -> None:
-        """Tell what is about to run.
+        """Report what is about to be trained.
 
         Args:
             fields: Numbers, words and lists for programs.
@@ -95,8 +95,8 @@ class Reporter:
         if lines is None:
             lines = {name.replace("_", " "): str(value) for name, value in fields.items()}
         width = max((len(name) for name in lines), default=0)
-        told = [f"{name:<{width}}  {line}" for name, line in lines.items()]
-        self._tell("start", told, fields)
+        table = [f"{name:<{width}}  {line}" for name, line in lines.items()]
+        self._log("start", table, fields)
 
     def step(
         self,
@@ -114,7 +114,7 @@ class Reporter:
         drawing: float | None = None,
         seconds_left: float | None = None,
     ) -> None:
-        """Tell where the run stands.
+        """Report where training stands.
 
         Args:
             iteration: Total iteration.
@@ -157,42 +157,42 @@ class Reporter:
         seconds: float | None = None,
         mean_loss: float | None = None,
     ) -> None:
-        """Tell that a save is complete."""
+        """Report that a save is complete."""
         text = f"Saved iteration {iteration} to {path}"
         if seconds is not None:
             text += f" in {seconds:.1f} s"
         if mean_loss is not None:
             text += f" - average total loss since last save: {mean_loss:.5f}"
         fields = {"iteration": iteration, "path": path, "seconds": seconds, "mean_loss": mean_loss}
-        self._tell("save", text, fields)
+        self._log("save", text, fields)
 
     def evaluate(self, *, iteration: int, figures: dict[str, float]) -> None:
-        """Tell how the model does on faces that it is not trained on."""
+        """Report how the model does on faces that it is not trained on."""
         shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
         text = f"Measured on held-out faces at iteration {iteration}: {shown}"
-        self._tell("evaluate", text, {"iteration": iteration} | figures)
+        self._log("evaluate", text, {"iteration": iteration} | figures)
 
     def preview(self, *, iteration: int, path: Path) -> None:
-        """Tell that a new preview picture is there."""
-        self._tell("preview", f"Preview: {path}", {"iteration": iteration, "path": path})
+        """Report that a new preview is there."""
+        self._log("preview", f"Preview: {path}", {"iteration": iteration, "path": path})
 
     def timelapse(self, *, iteration: int, path: Path) -> None:
-        """Tell that the time-lapse has one more picture."""
+        """Report that the time-lapse has one more image."""
         fields = {"iteration": iteration, "path": path}
-        self._tell("timelapse", f"Time-lapse: {path}", fields, level="debug")
+        self._log("timelapse", f"Time-lapse: {path}", fields, level="debug")
 
     def stage(self, reason: str) -> None:
-        """Tell that a stage of the recipe is over, and why; the next one begins."""
-        self._tell("stage", f"{reason[0].upper()}{reason[1:]}", {"reason": reason})
+        """Report that a stage of the recipe is over, and why; the next one begins."""
+        self._log("stage", f"{reason[0].upper()}{reason[1:]}", {"reason": reason})
 
     def snapshot(self, *, iteration: int, path: Path) -> None:
-        """Tell that a copy of the model was put beside its folder."""
+        """Report that a copy of the model was made, next to its folder."""
         text = f"Snapshot of iteration {iteration}: {path}"
-        self._tell("snapshot", text, {"iteration": iteration, "path": path})
+        self._log("snapshot", text, {"iteration": iteration, "path": path})
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
-        """A function to be told ``(done, total)`` of a longer job before the run starts.
+        """A function that takes ``(done, total)`` of a longer job before training starts.
 
         A bar on a terminal; elsewhere a plain line when the job ends; nothing as JSON.
         """
@@ -208,34 +208,34 @@ class Reporter:
             return
         started, most = self._clock(), 0
 
-        def tell(done: int, _total: int) -> None:
+        def report(done: int, _total: int) -> None:
             nonlocal most
             most = max(most, done)
 
-        yield tell
+        yield report
         text = f"{title}: {most} in {self._clock() - started:.1f} s"
         if not self._as_json and self._level in ("debug", "info"):
             self._print("progress", printable(text))
 
     def found_rates(self, rates: dict[str, float], *, chosen: str, picture: Path | None) -> None:
-        """Tell which learning rates were found, by strength, and which of them is used."""
+        """Report which learning rates were found, by strength, and which of them is used."""
         words = [f"{rate:.3g} ({strength})" for strength, rate in rates.items()]
         text = f"Learning rate found: {', '.join(words)}; {chosen} is chosen"
         if picture is not None:
             text += f". Graph: {picture}"
-        self._tell("found_rates", text, {"rates": rates, "chosen": chosen, "picture": picture})
+        self._log("found_rates", text, {"rates": rates, "chosen": chosen, "picture": picture})
 
     def notice(self, message: str) -> None:
-        """Tell of something that is as it should be, for the record."""
-        self._tell("notice", f"Note: {message}", {"message": message})
+        """Log something that is as it should be, for the record."""
+        self._log("notice", f"Note: {message}", {"message": message})
 
     def warning(self, message: str, **facts: Any) -> None:
-        """Tell of something the user should look at while the run goes on; facts: for programs."""
+        """Warn of something to look at while training goes on; facts: for programs."""
         fields = {"message": message} | facts
-        self._tell("warning", f"Warning: {message}", fields, level="warning")
+        self._log("warning", f"Warning: {message}", fields, level="warning")
 
     def crash(self, *, error: str, path: Path) -> None:
-        """Tell of a failure of mien itself: on stderr, where its traceback follows."""
+        """Report a failure of mien itself: on stderr, where its traceback follows."""
         self._keep_steps()
         self.close()
         text = f"mien itself has failed; {path} says what is known of it"
@@ -246,10 +246,10 @@ class Reporter:
         Output(sys.stderr).write(report.text + "\n")
 
     def stop(self, *, iteration: int, reason: str, exit_code: int) -> None:
-        """Tell why the run ended; the last event of all."""
+        """Report why training ended; the last event of all."""
         fields = {"iteration": iteration, "reason": reason, "exit_code": exit_code}
-        level = "info" if exit_code in _AS_WANTED else "error"
-        self._tell("stop", f"Stopped at iteration {iteration}: {reason}", fields, level)
+        level = "info" if exit_code in _REQUESTED_EXITS else "error"
+        self._log("stop", f"Stopped at iteration {iteration}: {reason}", fields, level)
         self.close()
         self._files.close()
 
@@ -262,7 +262,7 @@ class Reporter:
         """Wait no more for whoever does not read what is printed; also for handlers of signals."""
         self._stream.hurry()
 
-    def _tell(
+    def _log(
         self, event: str, text: str | list[str], fields: dict[str, Any], level: str = "info"
     ) -> None:
         """Show and keep a report, of one line or of some."""

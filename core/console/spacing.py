@@ -16,7 +16,7 @@ class Spacing:
         self._seconds = seconds
         self._kept_at: float | None = None
         self._iteration = 0
-        """The last one that was told of."""
+        """Total iteration of the last report."""
 
         self._held: list[tuple[int, dict[str, Any], float]] = []
         """Reports that are not kept yet: iterations that each stands for, fields, time."""

@@ -62,12 +62,12 @@ class Tag:
     @classmethod
     def parse(cls, name: str) -> "Tag | None":
         """Parse the name of a logged loss; None for a name of anything else."""
-        found = _TAG.fullmatch(name)
-        if found is None:
+        match = _TAG.fullmatch(name)
+        if match is None:
             return None
-        output = found["output"]
+        output = match["output"]
         number = None if output is None else int(output)
-        return cls(found["kind"], found["side"], number, found["function"])
+        return cls(match["kind"], match["side"], number, match["function"])
 
     @property
     def line(self) -> str:
@@ -83,7 +83,7 @@ class Tag:
 
     @property
     def is_usual(self) -> bool:
-        """Whether it is drawn if nothing else is asked for: what a side's loss consists of."""
+        """Whether it is drawn if nothing else is requested: what a side's loss consists of."""
         return self.kind in ("face", "mask") and self.side is not None
 
     @property
@@ -92,10 +92,10 @@ class Tag:
         of_output = "" if self.output is None else f"_{self.output}"
         of_function = "" if self.function is None else f"/{self.function}"
         stem = self.kind if self.side is None else f"{self.kind}_{self.side}"
-        found = {stem + of_output + of_function}
+        keys = {stem + of_output + of_function}
         if self.side is not None and self.is_usual:
-            found |= {stem, self.side}
-        return found
+            keys |= {stem, self.side}
+        return keys
 
 
 def draw_losses(
@@ -235,7 +235,7 @@ def _legend(drawing: Drawing) -> str:
 def _draw_line(
     axis: "Axes", label: str, places_n: np.ndarray, values_n: np.ndarray, drawing: Drawing
 ) -> np.ndarray:
-    """Draw one series in all the ways that are asked for; the values that must be seen."""
+    """Draw one series in all the ways that are requested; the values that must be seen."""
     finite = np.isfinite(values_n)
     places, values = places_n[finite], values_n[finite]
     if not len(values):

@@ -6,7 +6,7 @@ The order makes a kill at any moment leave the old or the restored state in use,
        `archived_<time>/`, which gets its own name when it is whole
     2. a copy of the restored save is written as the newest generation; its name is the moment of
        change
-    3. the logs are told what is undone (see `undone`); the preview, the generations that are
+    3. the logs are marked with what is undone (see `undone`); the preview, the generations that are
        archived now, and logs that the restored state does not know, leave
 
 The same command again finishes what a kill interrupted.
@@ -141,7 +141,7 @@ def _refuse_other_model(
 
 
 def _identity(folder: ModelFolder) -> tuple[str, str] | None:
-    """Trainer and run of the model in a folder; None where nothing in it can tell."""
+    """Trainer and run of the model in a folder; None where nothing in it says so."""
     manifests = folder.generations.manifests()
     if manifests:
         return manifests[0].trainer, manifests[0].run_id
@@ -157,14 +157,15 @@ def _restored(
     folder: ModelFolder, source: Path, manifest: Manifest, state: TrainingState
 ) -> Restored:
     generations = folder.generations
-    kept = generations.manifests()
-    in_use = kept[0] if kept and _is_copy(generations.path, kept[0], manifest) else None
-    replaced = [other.name for other in kept if other.sequence > manifest.sequence]
-    if kept and in_use is None:
-        replaced = sorted({*replaced, kept[0].name})
+    manifests = generations.manifests()
+    newest = manifests[0] if manifests else None
+    in_use = newest if newest and _is_copy(generations.path, newest, manifest) else None
+    replaced = [other.name for other in manifests if other.sequence > manifest.sequence]
+    if newest and in_use is None:
+        replaced = sorted({*replaced, newest.name})
     if in_use is not None and in_use.name in replaced:
         replaced.remove(in_use.name)
-    unreadable = sorted(set(generations.names()) - {other.name for other in kept})
+    unreadable = sorted(set(generations.names()) - {other.name for other in manifests})
     logs = _unknown_logs(folder.path / "logs", state)
     archive = None
     if replaced or unreadable or logs or in_use is None:

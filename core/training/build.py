@@ -19,8 +19,8 @@ from .loss_buffer import LossRing
 from .step import TrainStep
 
 _SMALL_BATCH = 16
-"""Faces of a side up to which one decoder leaves a GPU room for the other beside it. Chosen from
-the sizes of the products; unmeasured on a GPU."""
+"""Faces of a side up to which one decoder leaves a GPU room for the other as well. Chosen from the
+sizes of the products; unmeasured on a GPU."""
 
 
 def build_model(
@@ -96,7 +96,7 @@ def build_step(
 
 
 def _has_two_streams(config: Config, device: torch.device) -> bool:
-    """Whether B's decoder runs beside A's."""
+    """Whether B's decoder runs on a stream of its own, at the time of A's."""
     streams, is_small = config.train.decoder_streams, config.train.batch_size <= _SMALL_BATCH
     is_wanted = streams == "two" or (streams == "auto" and is_small)
     # torch.compile knows no streams.

@@ -1,4 +1,4 @@
-"""Saves, and the pictures and measurements beside them: when they are due, and making them."""
+"""Saves, and the images and measurements with them: when they are due, and making them."""
 
 import math
 import time
@@ -86,7 +86,7 @@ class Checkpointer:
         is_good: bool = True,
         with_optimizer: bool = False,
     ) -> None:
-        """Measure the model, queue a save of the present state, write the pictures beside it.
+        """Measure the model, queue a save of the present state, write the images of it.
 
         The last save of a session is left out where the present iteration has been saved, with all
         that is to be in it.
@@ -181,7 +181,7 @@ class Checkpointer:
         self.reporter.evaluate(iteration=iteration, figures=figures)
 
     def report(self) -> None:
-        """Tell of the saves that have ended, and of what the model folder has to say."""
+        """Report the saves that have ended, and the warnings of the model folder."""
         report_warnings(self.setup.folder, self.reporter)
         for saved in self.setup.saver.finished():
             self.reporter.save(

@@ -38,10 +38,10 @@ def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
 
     Args:
         setting: auto, cpu, cuda, or cuda:N.
-        warn: Is told where the CPU trains though an Nvidia GPU is here, and why.
+        warn: Called where the CPU trains though an Nvidia GPU is here, and why.
 
     Raises:
-        ValueError: A GPU is asked for, or was chosen, and cannot be used, or libmien cannot be
+        ValueError: A GPU is set, or was chosen, and cannot be used, or libmien cannot be
             loaded; says what to do.
     """
     try:
@@ -119,9 +119,9 @@ def why_hidden() -> Problem | None:
     if too_old:
         return too_old
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        given = os.environ["CUDA_VISIBLE_DEVICES"]
+        visible = os.environ["CUDA_VISIBLE_DEVICES"]
         return Problem(
-            f"CUDA_VISIBLE_DEVICES={given!r} shows this process no GPU",
+            f"CUDA_VISIBLE_DEVICES={visible!r} shows this process no GPU",
             "`unset CUDA_VISIBLE_DEVICES`",
         )
     return Problem(

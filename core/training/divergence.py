@@ -1,11 +1,11 @@
 """Whether training has diverged: losses and gradients that are no numbers, a loss that does not
-fall, pictures that tell nothing of the faces.
+fall, images that show nothing of the faces.
 
 A model that has diverged seldom recovers; a lower learning rate from before does. Everything here
 is computed on the host, of numbers and pictures that were fetched for the log and the preview.
 
 What must be known again at a resume is the part `divergence` of the training state: a run that has
-diverged and is started again is recognised, and one that is told in many short sessions too.
+diverged and is started again is recognised, and one that shows in many short sessions too.
 
 Letters: N iterations, n faces, S and F edges of a picture in px, C channels.
 """
@@ -49,7 +49,7 @@ EXCESS = 80.0
 
 Tiny models of the families, batches of four, drawn and filmed faces, on the CPU: with Lion and
 RMSprop at 0.01 a loss stays at 1.19 to 1.59 of the first; not that of phaze-a, and of one side of
-dlight (0.94 to 1.14), whose pictures tell. With Adam at 5e-5 it is at most 1.05 of it for some
+dlight (0.94 to 1.14), whose images show it. With Adam at 5e-5 it is at most 1.05 of it for some
 hundred iterations, by the chance of the first batches, and single losses are 0.75 to 0.9 of it.
 """
 
@@ -249,17 +249,17 @@ class Side:
             begun: Iterations of earlier sessions.
         """
         is_judged = done - begun >= WINDOW
-        contrast, wanted = _contrast(predictions), _contrast(targets)
+        contrast, target_contrast = _contrast(predictions), _contrast(targets)
         if is_judged and _pinned(predictions) >= PINNED > _pinned(targets):
             raise self._shows(name, "pure colours")
-        if contrast < _FLAT_LEVELS and wanted > _VARIED_LEVELS:
+        if contrast < _FLAT_LEVELS and target_contrast > _VARIED_LEVELS:
             if self.has_varied or done - begun >= _SURELY_LEARNT:
                 raise self._shows(name, "one colour")
         elif contrast >= _VARIED_LEVELS and _variety(targets) >= _LEAST_VARIETY:
-            share = _variety(predictions) / contrast / (_variety(targets) / wanted)
+            share = _variety(predictions) / contrast / (_variety(targets) / target_contrast)
             if share >= SAME:
                 self.good_until = done
-                self.has_varied |= contrast >= _LEARNT_SHARE * wanted
+                self.has_varied |= contrast >= _LEARNT_SHARE * target_contrast
             elif is_judged:
                 raise self._shows(name, "the same picture")
 
@@ -328,9 +328,9 @@ class DivergenceDetector:
             done: Iterations in total.
             begun: Iterations of earlier sessions.
         """
-        shown = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
-        for (key, side), faces, wanted in shown:
-            side.check_pictures(key.upper(), faces, wanted, done, begun)
+        images = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
+        for (key, side), predicted, target in images:
+            side.check_pictures(key.upper(), predicted, target, done, begun)
 
     def to_dict(self) -> dict[str, Any]:
         """The part of the training state, as plain values."""
@@ -365,8 +365,8 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
 def _what_is_learnt(config: Config) -> tuple[Any, ...]:
     """The settings of faces and losses, less those of where and how the faces are kept."""
     usual = DataConfig()
-    kept = {name: getattr(usual, name) for name in _HOW_FACES_ARE_KEPT}
-    return config.loss, config.augment, replace(config.data, **kept)
+    defaults = {name: getattr(usual, name) for name in _HOW_FACES_ARE_KEPT}
+    return config.loss, config.augment, replace(config.data, **defaults)
 
 
 def _sides_of(state: TrainingState) -> dict[str, Side]:

@@ -1,7 +1,7 @@
 """Three ways to run the same step: eager, compiled, and replayed as one CUDA graph.
 
 A graph holds everything from the loss of one batch to the update of the weights, and the draw and
-augmentation of the next batch beside the backward pass, so an iteration is one call of the driver,
+augmentation of the next batch during the backward pass, so an iteration is one call of the driver,
 with no Python, no transfer and no wait in it.
 """
 
@@ -68,7 +68,7 @@ def make(
         name: Name as `choose` gives it.
         step: Trains on a batch.
         feed: Source of batches.
-        warn: Is told where the engine falls back, and why.
+        warn: Called where the engine falls back, and why.
         noise_seed: Seed of a model that draws random numbers: fixes those of every iteration.
     """
     kinds = {"eager": Engine, "compile": Compiled, "graph": Graphed}
@@ -192,8 +192,7 @@ class Graphed(Engine):
 
     @contextmanager
     def _making_the_next(self) -> Iterator[None]:
-        """Make the next batch on a stream of its own, beside what runs inside; afterwards it is
-        there."""
+        """Make the next batch on a stream of its own, during what runs inside; it is then there."""
         other = 1 - self.turn
         self.batch_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.batch_stream):

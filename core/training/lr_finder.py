@@ -4,7 +4,7 @@ Update i = 1..N is made at the rate 1e-10 * g^(i - 1), g^N = 1e9. Of the losses 
 
     average = a * average + (1 - a) * L          smoothed = average / (1 - a^i)
 
-is noted beside the rate 1e-10 * g^i. The search ends when it is more than four times the lowest so
+is noted for the rate 1e-10 * g^i. The search ends when it is more than four times the lowest so
 far, or when a loss is not finite. The rate to train with is that at which it was lowest, divided by
 what the strength says. After Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
 
@@ -108,9 +108,9 @@ def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> No
             f"{iterations}"
         )
     search = Search(iterations // per_update)
-    put_back = _keep(setup.step.update)
+    restore = _restorer_of(setup.step.update)
     _search(setup, search, reporter, stop)
-    put_back()
+    restore()
     if stop.signal_name:
         return
     picture = None
@@ -126,7 +126,7 @@ def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> No
 
 
 def _drawn(search: Search, picture: Path, reporter: Reporter) -> Path | None:
-    """The picture; None where the disk refuses it, which is told."""
+    """The picture; None where the disk refuses it, of which a warning is given."""
     try:
         draw(search, picture)
     except OSError as error:
@@ -155,9 +155,9 @@ def _search(setup: TrainingSetup, search: Search, reporter: Reporter, stop: Stop
     """Train at rising rates until the search is over, or the user wants to stop."""
     per_update = setup.config.optimizer.gradient_accumulation
     num_updates = setup.config.optimizer.lr_finder_iterations // per_update
-    with reporter.progress("Learning rate finder, updates") as tell:
+    with reporter.progress("Learning rate finder, updates") as report:
         for done, loss in enumerate(_losses(setup, search, num_updates), 1):
-            tell(done, num_updates)
+            report(done, num_updates)
             if stop.signal_name or not search.add(loss):
                 return
 
@@ -165,13 +165,13 @@ def _search(setup: TrainingSetup, search: Search, reporter: Reporter, stop: Stop
 def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[float]:
     """Loss A + loss B of every update, the mean over its iterations.
 
-    On a GPU the host asks for those of some updates at once and goes on, so more updates are made
+    On a GPU the host fetches those of some updates at once and goes on, so more updates are made
     than were looked at.
     """
     on_gpu = setup.device.type == "cuda"
     per_update = setup.config.optimizer.gradient_accumulation
     block = max(1, _STEPS_AHEAD // per_update) if on_gpu else 1
-    asked: deque[Callable[[], np.ndarray]] = deque()
+    fetched: deque[Callable[[], np.ndarray]] = deque()
     for first in range(0, num_updates, block):
         updates = range(first, min(first + block, num_updates))
         for update in updates:
@@ -179,10 +179,10 @@ def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[
             for iteration in range(update * per_update, (update + 1) * per_update):
                 seen = iteration * setup.config.train.batch_size
                 setup.engine(dict.fromkeys(SIDES, seen))
-        asked.append(setup.step.ring.fetch(len(updates) * per_update))
-        if len(asked) > (1 if on_gpu else 0):
-            yield from _means(setup, asked.popleft()(), per_update)
-    for rows in asked:
+        fetched.append(setup.step.ring.fetch(len(updates) * per_update))
+        if len(fetched) > (1 if on_gpu else 0):
+            yield from _means(setup, fetched.popleft()(), per_update)
+    for rows in fetched:
         yield from _means(setup, rows(), per_update)
 
 
@@ -191,19 +191,19 @@ def _means(setup: TrainingSetup, rows_nv: np.ndarray, per_update: int) -> list[f
     return totals_n.reshape(-1, per_update).mean(1).tolist()
 
 
-def _keep(update: Update) -> Callable[[], None]:
+def _restorer_of(update: Update) -> Callable[[], None]:
     """A function that puts weights, running estimates and the optimizer's state back to now."""
     weights, state = _on_host(update.weights()), _on_host(update.tensors())
     scalars, rate = update.parts[0].scalars.clone(), update.rate
 
-    def put_back() -> None:
+    def restore() -> None:
         update.load_weights(weights)
         update.load(state)
         update.set_rate(rate)
         for part in update.parts:  # also what no checkpoint holds: the count of skipped steps
             part.scalars.copy_(scalars)
 
-    return put_back
+    return restore
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -215,15 +215,16 @@ def _measure(
         input_dtype=compute,
         device="meta",
     )
-    given = [batch.input_bchw, *batch.targets_bchw, *batch.weights_b1hw]
-    given += [] if batch.mask_b1hw is None else [batch.mask_b1hw]
-    saved = _Saved([*model.parameters(), *given])
+    tensors = [batch.input_bchw, *batch.targets_bchw, *batch.weights_b1hw]
+    tensors += [] if batch.mask_b1hw is None else [batch.mask_b1hw]
+    saved = _Saved([*model.parameters(), *tensors])
     with saved.hooks(), _Largest() as largest:
         outputs_a, outputs_b = model(batch.input_bchw)
     outputs = [*outputs_a, *outputs_b]
     size_px = max(model.input_px, *model.output_px)
     return {
-        "batches": 2 * sum(tensor.nbytes for tensor in given),  # one in use, the next in the making
+        # One batch is in use, the next in the making.
+        "batches": 2 * sum(tensor.nbytes for tensor in tensors),
         "kept for backward": saved.num_bytes,
         "outputs and their gradients": 2 * sum(tensor.nbytes for tensor in outputs),
         "largest layer": largest.num_bytes,

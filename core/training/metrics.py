@@ -74,13 +74,13 @@ class MetricsLogger:
         self.setup, self.reporter, self.until, self.take = setup, reporter, until, take
         self.is_late = setup.device.type == "cuda"
         self.unlogged = 0
-        """Iterations whose losses have not been asked for."""
+        """Iterations whose losses have not been fetched."""
 
         self.on_their_way: deque[Interval] = deque()
         self.began_at = self.asked_at = time.monotonic()
         self.waited_s = setup.feed.waited_s
         self.saving_s, self.drawing_s = 0.0, 0.0
-        """Seconds of the session for which saves, and the pictures beside them, held it up."""
+        """Seconds of the session for which saves, and the images made with them, held it up."""
 
     def step(self) -> None:
         """Count an iteration that was just started, and log where that is due."""
@@ -146,9 +146,10 @@ class MetricsLogger:
         faces = len(SIDES) * self.setup.config.train.batch_size * interval.count
         memory = torch.cuda.max_memory_allocated(self.setup.device) if self.is_late else None
         state, elapsed_s = self.setup.state, time.monotonic() - self.began_at
-        behind, left = state.iterations - interval.last, max(self.until - state.iterations, 0)
+        behind = state.iterations - interval.last
+        remaining = max(self.until - state.iterations, 0)
         if self.setup.plan:
-            left = self.setup.plan.iterations_left(state.iterations, at_most=left)
+            remaining = self.setup.plan.iterations_left(state.iterations, at_most=remaining)
         self.reporter.step(
             iteration=interval.last,
             loss_a=float(named["loss_a"].mean()),
@@ -161,5 +162,5 @@ class MetricsLogger:
             elapsed_s=elapsed_s,
             saving=self.saving_s / elapsed_s,
             drawing=self.drawing_s / elapsed_s,
-            seconds_left=(left + behind) * interval.seconds / interval.count,
+            seconds_left=(remaining + behind) * interval.seconds / interval.count,
         )

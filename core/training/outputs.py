@@ -1,4 +1,4 @@
-"""What a session writes and shows beside its saves: previews, measurements, events, lines."""
+"""What a session writes and shows next to its saves: previews, measurements, events, lines."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +21,7 @@ from .build import sizes_of
 
 
 def open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
-    """Open the window that shows the preview, if it is asked for."""
+    """Open the window that shows the preview, where the settings want one."""
     if not config.preview.window:
         return None
     window = PreviewWindow(config.preview.preview_scale)

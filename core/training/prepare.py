@@ -1,4 +1,7 @@
-"""From settings to all that a trainer needs, checked in the order in which a user would."""
+"""Preparation of a session: from the settings to all that a trainer needs.
+
+What is wrong is found in the order in which a user would look: settings, folders, faces, memory.
+"""
 
 import os
 from collections.abc import Iterator

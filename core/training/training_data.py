@@ -1,4 +1,4 @@
-"""Faces and batches of a session: opened as its settings say, and what is wrong with them told."""
+"""Faces and batches of a session: opened as its settings say, with warnings of their faults."""
 
 import dataclasses
 from pathlib import Path
@@ -29,10 +29,10 @@ def check_folders(config: Config, *, is_new: bool) -> None:
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER{where}")
     preview = config.preview
     if bool(preview.timelapse_input_a) != bool(preview.timelapse_input_b):
-        given, lacks = ("a", "b") if preview.timelapse_input_a else ("b", "a")
+        has, lacks = ("a", "b") if preview.timelapse_input_a else ("b", "a")
         raise ValueError(
             f"a time-lapse shows both sides, and preview.timelapse_input_{lacks} is not set; add "
-            f"--timelapse-input-{lacks} FOLDER, or leave --timelapse-input-{given} out"
+            f"--timelapse-input-{lacks} FOLDER, or leave --timelapse-input-{has} out"
         )
 
 

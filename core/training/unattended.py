@@ -36,9 +36,9 @@ def train(
 
     Args:
         overrides: What the user set.
-        reporter: Is told how it goes.
+        reporter: Reports how it goes.
         recipe: Stages to train in; None: those that the model was saved with, if any.
-        requests: What the user asks for meanwhile: entered, by signals and keys; None: nothing.
+        requests: Requests of the user meanwhile: entered, by signals and keys; None: none.
 
     Raises:
         ValueError: A setting or a folder cannot be used, and nothing has been trained.
