@@ -89,6 +89,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         _refuse_odd(tensors)
     except DamagedError as error:
         raise ValueError(f"{path.name} could not be read again: {error}") from error
+    # The library writes memory as it lies, and refuses what is strided.
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(plain, path, metadata=metadata)
@@ -100,6 +101,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise OSError(number, os.strerror(number), str(path)) from error
     # The library lets only the owner read it.
     set_permissions(path, path.parent.stat().st_mode & 0o666)
+    # The library does not flush: a power cut would leave the right size, and zeros.
     sync_file(path)
 
 
@@ -134,6 +136,7 @@ def write_manifest(
             for name in sorted(file_names)
         },
     }
+    # A manifest that was cut or edited must not vouch for anything.
     content = body | {"digest": digest_of(body)}
     write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
@@ -283,6 +286,7 @@ def _is_file_entry(entry: Any) -> bool:
 def _read_verified(folder: Path, name: str, manifest: Manifest, max_bytes: int) -> bytes:
     """The bytes of one file, equal in size and SHA-256 to what was written."""
     size, sha256 = manifest.files[name]
+    # By the manifest's word, before memory is taken for it.
     _refuse_large(name, size, max_bytes)
     content = read_regular(folder / name, size)
     if len(content) != size:
@@ -350,6 +354,7 @@ def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[s
 
 def read_generation(folder: Path, manifest: Manifest) -> Generation:
     """Read a whole generation, the small files first."""
+    # They say how large the tensors can be, which bounds what is read of them.
     state, config = read_state(folder, manifest)
     optimizer, max_bytes = None, most_tensor_bytes(config)
     if OPTIMIZER in manifest.files:

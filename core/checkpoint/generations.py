@@ -80,6 +80,7 @@ class Generations:
                     unreadable.append(f"generation {name} is damaged ({damage})")
         manifests.sort(key=lambda manifest: manifest.sequence, reverse=True)
         if manifests:
+            # It never falls, even where the newest is deleted by hand: an old number would tie.
             self._sequence = max(self._sequence, manifests[0].sequence)
         return manifests
 
@@ -104,6 +105,7 @@ class Generations:
         with suppress(DamagedError):  # there is no backup, or none that helps
             backup = self.model_dir / BACKUP
             candidates.append((backup, read_manifest(backup)))
+        # The backup may be older than any of the others, or a copy of the newest.
         candidates.sort(key=lambda candidate: candidate[1].sequence, reverse=True)
         for folder, manifest in candidates:
             if manifest.iterations <= latest:
@@ -192,6 +194,7 @@ class Generations:
         newest: dict[int, str] = {}
         for item in whole:
             newest.setdefault(item.iterations, item.name)
+        # A stable sort: within both kinds the newest stay first.
         whole.sort(key=lambda item: newest[item.iterations] != item.name)
         for item in whole[num_kept:]:
             self.delete(item.name)

@@ -51,6 +51,7 @@ class Lock:
         if self._owner is not None:
             self._owner.confirm()
         elif not _is_in_place(self._handle, self._folder):
+            # The file was removed by hand: whoever locks the new one first has the folder.
             handle = _open(self._folder)
             try:
                 _lock(handle)

@@ -114,6 +114,7 @@ class ModelFolder:
         self._last_complete: int | None = None
         """Total iteration of the save that is whole for certain, for the message of a failure."""
 
+        # Before the lock, so that a folder of other things gets no file of mien's.
         _refuse_foreign(self.path, read_only=read_only)
         self._is_made_here = not read_only and not os.path.exists(self.path)
         if not read_only:
@@ -320,6 +321,7 @@ class ModelFolder:
                 f"{sentence}; generation {generation.name} of iteration {manifest.iterations} is "
                 "used, and nothing was deleted"
             )
+        # The bytes, and not what was parsed: a save is the same where they are.
         state = read_regular(generation.path / STATE, MAX_JSON_BYTES)
         self._current = _Current(generation.name, frozenset(manifest.files), state)
         self._last_complete = manifest.iterations

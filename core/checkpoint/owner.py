@@ -124,6 +124,7 @@ class OwnerFile:
         if self._ended.is_set():
             return
         self._ended.set()
+        # A beat under way would write the file anew after it was removed.
         self._heart.join()
         with suppress(OSError, DamagedError):
             if read_regular(self._path, _MAX_BYTES) == self._line:
@@ -154,6 +155,7 @@ class OwnerFile:
         if owner is not None and owner.is_here:
             return not owner.is_running
         try:
+            # The disk's clock against itself: two hosts' clocks may be minutes apart.
             renewed = os.lstat(self._path).st_mtime
         except FileNotFoundError:
             return True
@@ -205,4 +207,5 @@ def _start_of(pid: int) -> int | None:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    # A zombie holds nothing any more.
     return None if state in "ZX" else int(fields[18])

@@ -85,6 +85,7 @@ class Saver:
             in_flight,
             model_copy,
             optimizer_copy,
+            # Training goes on in these dictionaries while they are written.
             copy.deepcopy(state),
             is_best,
             with_snapshot,
@@ -106,6 +107,7 @@ class Saver:
 
     def close(self) -> None:
         """Finish the save that is under way and end the thread; raises as `wait`."""
+        # Before the buffers go, which the thread may be reading.
         self._pool.shutdown(wait=True)
         self._buffers.clear()
         self.wait()
@@ -137,7 +139,10 @@ class Saver:
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 self._buffers[name] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                    # Pinned once and used again: to pin memory takes longer than to copy it.
+                    tensor.shape,
+                    dtype=tensor.dtype,
+                    pin_memory=tensor.is_cuda,
                 )
         in_flight = []
         for device, group in by_device.items():
@@ -173,6 +178,7 @@ class Saver:
             for name, tensor in tensors.items():
                 self._buffers[name].copy_(tensor, non_blocking=True)
             event = copies.record_event()
+        # The step that follows may change the tensors: it waits on the device, not on the host.
         if not has_room:
             training.wait_event(event)
         return event, list(tensors.values())

@@ -89,6 +89,7 @@ class TrainingState:
                 settings.setdefault(spec.section, {})[spec.name] = values[spec.section][spec.name]
         now = time.time() if started is None else started
         session = Session(
+            # Not the count: numbers name folders of logs, and early ones are folded into one.
             number=max((old.number for old in self.sessions), default=0) + 1,
             started=min(max(now, 0.0), MAX_SECONDS),
             batch_size=config.train.batch_size if batch_size is None else batch_size,
@@ -131,6 +132,7 @@ class TrainingState:
             return None, False
         mean = self._loss_sum / self._loss_count
         self._loss_sum, self._loss_count = 0.0, 0
+        # A mean that is none would be the lowest for ever.
         if not math.isfinite(mean):
             return mean, False
         lowest = self.lowest_mean_loss

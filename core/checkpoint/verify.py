@@ -193,6 +193,7 @@ def _verdict(path: Path, name: str) -> Verdict | None:
     """Verdict on a generation or the backup; None where a run has put it away meanwhile."""
     folder = path / name
     for _ in range(_TRIES):
+        # Damage counts only where the folder stayed the same one while it was read.
         before = _inode_of(folder)
         manifest = None
         try:

@@ -30,6 +30,7 @@ def load_weights(model: Autoencoder, path: Path) -> str:
     Raises:
         ValueError: There are no such weights, or they do not fit; then nothing was taken.
     """
+    # A file of another program names no family; its tensors then decide.
     tensors, family = read_weights(path)
     own_family = model.Config.family
     if family not in (None, own_family):

@@ -40,6 +40,7 @@ def reporting_crashes(model_dir: Path, config: Config, reporter: Reporter) -> It
         path = _free_path(model_dir)
         try:
             text = crash_report(error, config, list(reporter.latest))
+            # The text may hold names of files that are no UTF-8.
             replace_file(path, text.encode(errors="backslashreplace"))
         except OSError:
             raise error from None  # what failed first is what there is to be mended

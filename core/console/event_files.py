@@ -64,6 +64,7 @@ class ReportFile:
 
     def _open(self) -> int:
         """A handle that adds to the file and never waits, as for a pipe that nobody reads."""
+        # O_APPEND: lines stay whole where several processes write to one log file.
         flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         if not self._as_json:
             return os.open(self._path, os.O_WRONLY | flags, 0o666)

@@ -23,6 +23,7 @@ class Spacing:
 
     def add(self, fields: dict[str, Any], at: float) -> bool:
         """Take in a report of so many seconds since 1970; whether it is time to keep one."""
+        # A run that went back has lower numbers: each such report stands for one iteration.
         count = max(fields["iteration"] - self._iteration, 1) if self._iteration else 1
         self._iteration = fields["iteration"]
         self._held.append((count, fields, at))

@@ -62,9 +62,11 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in _INSISTENT:
+            # A save that hangs must not make the program one that cannot be stopped.
             for each in _INSISTENT:
                 self._handlers.set(each, signal.SIG_DFL)
         self.signal_name = self.signal_name or signal.Signals(number).name
+        # Nothing here may wait: this runs between any two instructions of the program.
         for action in self.when_noted:
             action()
         if self.is_abrupt:

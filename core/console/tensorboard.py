@@ -106,11 +106,13 @@ class TensorBoardLog:
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`."""
         now = time.time() if wall_time is None else wall_time
+        # What belongs to a save is written at once, after the iterations before it.
         if ITERATION not in values:
             self._write_means()
             self._write(values, step, now)
         else:
             self._means.add(values, step, now)
+            # Early iterations, where most happens, keep an event each.
             if self._means.count >= step // _FINENESS:
                 self._write_means()
         if time.monotonic() - self._flushed_at >= _SECONDS_BETWEEN_FLUSHES:
@@ -145,6 +147,7 @@ class TensorBoardLog:
     def _create(self, ending: str) -> BinaryIO:
         """A new file with a name that TensorBoard knows and reads after earlier ones."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        # The clock of the machine may stand still or go back; no two files may have one name.
         parts = (f"{int(time.time()):010d}", socket.gethostname(), os.getpid(), time.monotonic_ns())
         name = ".".join(map(str, ("events.out.tfevents", *parts))) + ending
         return (self.folder / name).open("xb")

@@ -191,6 +191,7 @@ class _EventFile:
             self._find_places(values, wants)
         if ITERATION not in self.places:
             return
+        # A run that went back logs the same iterations again: the later ones hold.
         if self.iterations and event.step <= self.iterations[-1]:
             self.cut(event.step - 1)
         self.counts.append(max(event.step - self._last_iteration(event.step), 1))
@@ -287,6 +288,7 @@ def _leave_out_undone(files: list[_EventFile], saved: list[Session]) -> None:
     first_of_session: dict[int, float] = {}
     for file in reversed(files):
         own_first = first_of_session.get(file.session, math.inf)
+        # Files are walked from the newest: what began later overrules.
         file.cut(min(first, own_first) - 1)
         if file.first_iteration is not None and file.is_mark:
             first_of_session[file.session] = min(own_first, file.first_iteration)

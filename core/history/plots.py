@@ -241,12 +241,14 @@ def _draw_line(
     if not len(values):
         return values
     if drawing.flatten_outliers:
+        # Before smoothing, which would spread them.
         values = statistics.flatten_outliers(values)
     color, dark = COLORS[label], _dark(COLORS[label])
     if drawing.smoothing:
         main = statistics.smoothed(values, drawing.smoothing)
         _plot(axis, places, values, color, alpha=0.25, linewidth=0.6)
         _plot(axis, places, main, color, linewidth=1.6, label=label)
+        # One peak must not flatten the panel: it shows the smoothed line and most points.
         shown = np.append(main, np.percentile(values, _SHOWN_PERCENT))
     else:
         _plot(axis, places, values, color, linewidth=0.8, label=label)

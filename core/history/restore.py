@@ -169,6 +169,7 @@ def _restored(
     logs = _unknown_logs(folder.path / "logs", state)
     archive = None
     if replaced or unreadable or logs or in_use is None:
+        # Before anything changes: a kill from here on leaves two names for each save.
         archive = _archive(folder.path, replaced)
     if in_use is None:
         name = folder.save_again(source, manifest, state.to_dict())
@@ -178,6 +179,7 @@ def _restored(
     pictures: list[str] = []
     if archive is not None:
         pictures = _move_preview(folder.path, archive)
+        # After the change: marks of a restore that did not happen would hide good iterations.
         mark_undone(folder.path, state)
         _move_out(generations, replaced, unreadable, archive)
         _move_logs(logs, archive)

@@ -14,7 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 
 from ..checkpoint.state import TrainingState
-from ..console.event_files import Report, ReportFile
+from ..console.event_files import ReportFile
+from ..console.report import Report
 from ..console.reporter import EVENTS
 from ..console.tensorboard import LogError, TensorBoardLog
 

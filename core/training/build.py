@@ -49,6 +49,7 @@ def build_model(
         config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
     )
     loaded = load_weights(model, Path(source)) if is_new and source else ""
+    # After weights were taken over, which are those of the plain model.
     if has_aligned_channels(config, device):
         model.align(MULTIPLE)
     if config.train.freeze_weights:
@@ -83,10 +84,12 @@ def build_step(
         ValueError: The settings do not go together, or not with the device; one line says why.
     """
     precision = precisions.resolve(config.precision.mode, device)
+    # Before anything runs on the device: TF32 is a switch of the process.
     precision.apply()
     model.to(device)
     if kind_of_update is None:
         on_gpu = device.type == "cuda"
+        # On a CPU there is nothing to overlap with.
         is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
         kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
     update = kind_of_update(model, config.optimizer, precision)

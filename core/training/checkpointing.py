@@ -70,6 +70,7 @@ class Checkpointer:
             return True
         if settings.save_minutes:
             return since >= 60 * settings.save_minutes
+        # Counted in the session: a resumed one does not save at once because of where it stands.
         if settings.save_interval:
             return done % settings.save_interval == 0
         return done % SAVE_ITERATIONS == 0 and since >= SAVE_SECONDS
@@ -104,16 +105,20 @@ class Checkpointer:
         with_optimizer |= with_snapshot or self._keeps_optimizer(is_last)
         if is_last and is_good and self._has_saved(with_optimizer):
             return
+        # Before anything is written: images that show a divergence must not become the newest save.
         look = self.look = self.setup.images.look(state.iterations)
         self.check(look)
         mean_loss, is_best = None, False
         if is_good and (is_last or not self._is_only_first()):
             mean_loss, is_best = state.close_interval()
         self._evaluate()
+        # Last of all, so that the save knows of the measurement just made.
         state.parts |= self.parts()
         saving_at = time.monotonic()
         self._queue(is_best, with_optimizer, with_snapshot)
+        # The save is reported when it is on the disk, by then the mean is of other iterations.
         self.mean_losses.append(mean_loss)
+        # A save and the events up to it reach the disk together, or a resume would leave a gap.
         self.metrics.flush()
         queued_at = time.monotonic()
         self._write_preview(look)
@@ -172,6 +177,7 @@ class Checkpointer:
         if setup.evaluation is None or self.requests.stop.signal_name or is_measured:
             return
         figures = evaluate(setup.model, setup.precision, setup.evaluation)
+        # JSON holds no NaN, and a plateau could not compare one; the report still shows it.
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         setup.state.parts[evaluations.PART] = {"iteration": iteration} | finite
         if setup.plan:

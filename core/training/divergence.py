@@ -120,15 +120,19 @@ class NotFinite:
             skipped: Steps of the session whose gradient was not finite, after the last of them.
         """
         count = len(named["batch_total"])
+        # The count is the device's own, of the whole session.
         new, self.skipped = skipped - self.skipped, skipped
+        # Single overflows are how the loss scale finds its size; all in a row are not.
         were_all = new > 0 and new * self.accumulation >= count
         self.overflows = self.overflows + count if were_all else 0
         bad = {name: ~np.isfinite(values) for name, values in named.items()}
+        # The first of them: what follows is not finite because of it.
         bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
         if len(bad_rows):
             row = bad_rows[0]
             names = ", ".join(name for name in bad if bad[name][row])
             raise TrainingDiverged(f"not a number at iteration {first + int(row)} ({names})")
+        # Without a loss scale nothing would mend it by itself.
         if new > 0 and not self.scales_loss:
             raise TrainingDiverged("not a number at the gradient")
         if self.overflows >= _OVERFLOWS:
@@ -152,6 +156,7 @@ class Jump:
         for i, total in enumerate(totals.tolist()):
             self.loss_sum += total
             self.loss_count += 1
+            # Means, since losses of single batches jump by themselves.
             if self.loss_count == WINDOW:
                 self._take(self.loss_sum / WINDOW, first + i)
                 self.loss_sum, self.loss_count = 0.0, 0
@@ -161,6 +166,7 @@ class Jump:
             self.lowest = mean
         self.high = self.high + 1 if mean > JUMP * self.lowest else 0
         if self.high == STAYED:
+            # Saves from before the first high mean are good.
             begun = iteration - STAYED * WINDOW
             raise TrainingDiverged(
                 f"the loss jumped from {self.lowest:.4f} to {mean:.4f} after iteration {begun} and "
@@ -250,12 +256,16 @@ class Side:
         """
         is_judged = done - begun >= WINDOW
         contrast, target_contrast = _contrast(predictions), _contrast(targets)
+        # Faces that are themselves black and white, as drawn ones, are no sign of it.
         if is_judged and _pinned(predictions) >= PINNED > _pinned(targets):
             raise self._shows(name, "pure colours")
         if contrast < _FLAT_LEVELS and target_contrast > _VARIED_LEVELS:
+            # A young model shows one colour before it learns; one that has shown faces does not.
             if self.has_varied or done - begun >= _SURELY_LEARNT:
                 raise self._shows(name, "one colour")
+        # A still, or faces that are all alike, cannot tell whether the model knows them apart.
         elif contrast >= _VARIED_LEVELS and _variety(targets) >= _LEAST_VARIETY:
+            # Each by its own contrast: blurred faces are not the same face.
             share = _variety(predictions) / contrast / (_variety(targets) / target_contrast)
             if share >= SAME:
                 self.good_until = done
@@ -303,6 +313,7 @@ class DivergenceDetector:
             for key, side in self.sides.items():
                 side.check_zero(key.upper(), float(faces[key][i]))
                 side.check_loss(key.upper(), losses[key], iteration)
+        # Last: of causes that show at once, the one of a single side says more.
         self.jump.check(named["batch_total"], first)
 
     def _take_first(self, losses: dict[str, float], iteration: int) -> None:
@@ -314,6 +325,7 @@ class DivergenceDetector:
             return
         self.moved += self.rate(iteration - 1)
         for key, side in self.sides.items():
+            # A running mean: one batch alone may be far off.
             before = side.first_loss or 0.0
             side.first_loss = before + (losses[key] - before) / iteration or None
 

@@ -66,6 +66,7 @@ class Search:
             return False
         count = len(self.rates) + 1
         self._average = _MEMORY * self._average + (1 - _MEMORY) * loss
+        # The average begins at 0; this takes out what it lacks.
         smoothed = self._average / (1 - _MEMORY**count)
         self.rates.append(self.rate(count))
         self.smoothed.append(smoothed)
@@ -177,6 +178,7 @@ def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[
         for update in updates:
             setup.step.update.set_rate(search.rate(update))
             for iteration in range(update * per_update, (update + 1) * per_update):
+                # Batches as in training, from the first face: the search sees what training will.
                 seen = iteration * setup.config.train.batch_size
                 setup.engine(dict.fromkeys(SIDES, seen))
         fetched.append(setup.step.ring.fetch(len(updates) * per_update))

@@ -98,7 +98,9 @@ class MetricsLogger:
     def log(self, wait: bool = False) -> None:
         """Fetch the losses since the last time; report those that are there, or wait for all."""
         if self.unlogged:
+            # Two clocks: intervals must not jump with the time of day, and graphs are drawn by it.
             now, ended_at, waited_s = time.monotonic(), time.time(), self.setup.feed.waited_s
+            # The copies are queued, and waited for an interval later, when they have long arrived.
             self.on_their_way.append(
                 Interval(
                     rows=self.setup.step.ring.fetch(self.unlogged),
@@ -111,6 +113,7 @@ class MetricsLogger:
                 )
             )
             self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
+        # One interval stays under way on a GPU; on a CPU its losses are there at once.
         while len(self.on_their_way) > (1 if self.is_late and not wait else 0):
             self._report(self.on_their_way.popleft())
 
@@ -130,6 +133,7 @@ class MetricsLogger:
             write()
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
+            # Training is worth more than its graph: it goes on without.
             self.setup.log = NullLog()
 
     def _report(self, interval: Interval) -> None:
@@ -137,6 +141,7 @@ class MetricsLogger:
         for i in range(interval.count):
             scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
             if not schedule.is_constant:
+                # The rate was that before the iteration was counted.
                 scalars["learning_rate"] = schedule.rate(interval.first + i - 1)
             self.record(scalars, interval.first + i, interval.wall_time(i))
         self._status(named, interval)
@@ -146,6 +151,7 @@ class MetricsLogger:
         faces = len(SIDES) * self.setup.config.train.batch_size * interval.count
         memory = torch.cuda.max_memory_allocated(self.setup.device) if self.is_late else None
         state, elapsed_s = self.setup.state, time.monotonic() - self.began_at
+        # The losses may be of iterations a while ago; what is left is counted from now.
         behind = state.iterations - interval.last
         remaining = max(self.until - state.iterations, 0)
         if self.setup.plan:

@@ -108,6 +108,7 @@ def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: R
     number, done = state.session.number, state.iterations
     try:
         log = open_log(model_dir, number, enabled=config.save.logs, first_step=done + 1)
+        # The history reckons EG/s from it, also of a session that no save knows of.
         log.scalars({BATCH_SIZE_TAG: state.session.batch_size}, done)
     except LogError as error:
         reporter.warning(f"{error}; no events are written in this session")

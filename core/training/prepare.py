@@ -90,6 +90,7 @@ def open_setup(
         report_notices(reporter, resolved.notices)
         report_warnings(folder, reporter)
         plan = resolved.plan
+        # The end of the stage before is kept, since the next one may spoil it.
         if saved and plan and plan.is_entered and plan.stage.snapshot:
             path = folder.snapshot()
             if path is not None:  # else a warning says why
@@ -122,6 +123,7 @@ def open_dry_run(
         report_notices(reporter, resolved.notices)
         config = resolved.config
         check_folders(config, is_new=saved is None)
+        # Faces that training decoded are read; what a dry run decodes is thrown away with the rest.
         decoded = Path(config.data.store_dir or Path(config.save.model_dir or scratch, "faces"))
         without_outputs = {
             "data": {"store_dir": ""},
@@ -236,10 +238,12 @@ def _build(
     step = build_step(config, model, device, loss=loss)
     state, schedule = _begin_session(start, config, step.update, batch, reporter)
     feed = open_feed(config, faces, device, precision, reporter)
+    # Closed before the model folder, whose decoded faces its threads may be reading.
     stack.callback(feed.close)
     images, evaluation = open_images(config, model, faces, precision, folder, window, reporter)
     noise_seed = config.train.seed if model.is_noisy else None
     engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
+    # Late: a start that was refused has changed nothing in the model folder.
     folder.write_config(start.resolved.kept)
     setup = TrainingSetup(
         config=config,
@@ -306,9 +310,11 @@ def _set_libraries(device: torch.device, *, deterministic: bool) -> None:
     """How CUDA's libraries are to work in this process, and from when memory is measured."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    # Benchmarks choose by time, and another choice adds in another order.
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # Filling memory that is written anyway costs time and makes no result more certain.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

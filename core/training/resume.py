@@ -69,6 +69,7 @@ def settle_state(
         state.parts.pop(SCHEDULE, None)  # the same one again, from its beginning
     if before.loss != config.loss:
         state.lowest_mean_loss = None  # of other losses: no later one compares with it
+    # First losses and means of other losses do not compare either.
     divergence.settle(state, before, config)
     if rate_factor is not None:
         state.parts[ROLLBACK] = {"rate_factor": rate_factor}

@@ -82,4 +82,5 @@ class TrainStep:
         trained = (pair for pair in pairs if pair[0].requires_grad)
         outputs_with_history, grad_outputs = zip(*trained, strict=True)
         with self.update.beside_backward():
+            # Not backward(), which would keep the gradients on the parameters and add to them.
             return torch.autograd.grad(outputs_with_history, self.parameters, grad_outputs)

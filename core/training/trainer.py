@@ -99,6 +99,7 @@ class Trainer:
     def _train(self) -> End:
         state, end = self.setup.state, self._end()
         while end is None:
+            # The rate goes to the device before the step: a captured graph reads it from there.
             self.setup.set_rate()
             self.setup.engine(state.faces_seen)
             state.advance()
@@ -124,6 +125,7 @@ class Trainer:
         plan, iterations = self.setup.plan, self.setup.state.iterations
         if plan is None:
             return None
+        # On a GPU losses come late; a plateau must not be judged without its last ones.
         if plan.closes_window(iterations):
             self.metrics.log(wait=True)
         why = plan.end(iterations, self.seconds)
@@ -143,6 +145,7 @@ class Trainer:
             self._save_as_it_is()  # the weights are those before the step that failed
             reason = f"{divergence}; {self._untouched()}. {self._advice()}"
             return End(Outcome.HALTED, f"{reason}, and start again")
+        # A save that is still being written may be the one to go back to.
         self.setup.saver.wait()
         back_at = folder.go_back(
             state.iterations if divergence.good_until is None else divergence.good_until
@@ -150,6 +153,7 @@ class Trainer:
         if back_at is None:
             reason = f"{divergence}; no save from before is left. {self._advice()}"
             return End(Outcome.HALTED, f"{reason}, and begin a new model")
+        # The caller opens everything anew, from the save, with a lower rate.
         if self.policy == "rollback":
             return End(Outcome.HALTED, str(divergence), goes_on=True, back_at=back_at)
         reason = f"{divergence}; the model is back at iteration {back_at}. {self._advice()}"
@@ -175,6 +179,7 @@ class Trainer:
         end = torch.cuda.Event(blocking=True)
         end.record()
         self.ahead.append(end)
+        # Wait for the oldest step only: to wait for the newest would leave the GPU idle.
         if len(self.ahead) > _STEPS_AHEAD:
             self.ahead.popleft().synchronize()
 
@@ -189,6 +194,7 @@ class Trainer:
 
     def _take(self, named: Losses, interval: Interval) -> None:
         """Take in the losses of some iterations; raise TrainingDiverged."""
+        # Losses that were under way when training diverged would only repeat it.
         if self.divergence:
             return
         self._check(named, interval)

@@ -57,6 +57,7 @@ def open_faces(
         ValueError: As `open_sides`.
     """
     input_px, output_px = sizes_of(config)
+    # A mask that nothing uses must not make a face unusable.
     uses_mask = config.loss.penalized_mask_loss or config.loss.learn_mask
     data = config.data if uses_mask else dataclasses.replace(config.data, mask_type="none")
     faces = open_sides(

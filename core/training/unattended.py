@@ -54,6 +54,7 @@ def train(
         with _reporting_end(reporter, iteration, is_later=until is not None), ExitStack() as stack:
             opening = open_setup(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
             try:
+                # There is nothing to save yet, and decoding may take minutes.
                 with stop.at_once():
                     setup = stack.enter_context(opening)
             except Interrupted:
@@ -61,11 +62,13 @@ def train(
                     raise  # there is nothing to save
                 break
             if until is None:
+                # Once: later sessions of this start share the iterations that the user has set.
                 until = setup.state.iterations + setup.config.train.iterations
             end = _find_rate(setup, reporter, stop) if is_due(setup) else None
             if end is None:
                 end = rollbacks.meet(Trainer(setup, reporter, requests, until).run(), setup)
         iteration, use_lr_finder = setup.state.iterations, setup.config.optimizer.use_lr_finder
+        # All tensors go, or two models would be on the GPU while the next session opens.
         del setup
         _free_memory()
         assert end is not None  # whatever is raised above leaves this function
