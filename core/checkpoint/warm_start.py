@@ -6,18 +6,7 @@ import torch
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
-from ..system.durable_files import DamagedError
-from .format import (
-    MANIFEST,
-    MODEL,
-    most_tensor_bytes,
-    read_manifest,
-    read_state,
-    read_tensor_file,
-    read_tensors,
-)
-from .generations import FOLDER
-from .model_folder import ModelFolder
+from .weights import read_weights
 
 
 def load_weights(model: Autoencoder, path: Path) -> str:
@@ -54,37 +43,6 @@ def load_weights(model: Autoencoder, path: Path) -> str:
             own[name].copy_(tensor)
     count = sum(tensor.numel() for tensor in taken.values())
     return f"{count / 1e6:.1f} M parameters of {', '.join(model.load_layers)} from {path}"
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """A model's tensors as saved, and its family where the file names it.
-
-    ``path`` is a model folder (its newest whole generation is read), a generation's folder or a
-    safetensors file.
-
-    Raises:
-        ValueError: There is none of these, or it is damaged.
-    """
-    try:
-        if path.is_file():
-            return read_tensor_file(path)
-        if (path / MANIFEST).is_file():
-            manifest = read_manifest(path)
-            max_bytes = most_tensor_bytes(read_state(path, manifest)[1])
-            return read_tensors(path, MODEL, manifest, max_bytes), manifest.trainer
-    except (OSError, DamagedError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"cannot read weights from {path}: {reason}") from error
-    if not (path / FOLDER).is_dir():
-        raise ValueError(
-            f"no weights in {path}: it must be a model folder, a generation of one, or a "
-            "model.safetensors"
-        )
-    with ModelFolder(path, read_only=True) as folder:
-        generation = folder.load()
-    if generation is None:
-        raise ValueError(f"nothing has been saved in model folder {path} yet; load from another")
-    return generation.model, generation.state.get("trainer")
 
 
 def _check(model: Autoencoder, part: str, tensors: dict[str, Tensor], path: Path) -> None:
