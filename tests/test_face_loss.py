@@ -220,8 +220,8 @@ def test_requires_grad_is_all_the_same(device):
     assert torch.equal(pred_b.grad, wanted.gradient_b)
 
 
-# As in test_losses.py: where a window is almost flat the oracle's own fp32 gradient is off by
-# 8e-5; ours by 1e-6.
+# As in test_weighted_losses.py: where a window is almost flat the oracle's own fp32 gradient is
+# off by 8e-5; ours by 1e-6.
 GRADIENT_BOUND = {"mae": 1e-6, "mse": 1e-6, "logcosh": 1e-6, "smooth_loss": 1e-6, "ssim": 2e-4}
 
 

@@ -1,3 +1,5 @@
+"""The page of `mien monitor`: what it serves and to whom, and what it shows in a browser."""
+
 import base64
 import fcntl
 import os
