@@ -20,12 +20,18 @@ if not torch.cuda.is_available():
 from emulator import ORDERS, Emulator, build
 
 from mien import models
+from mien.benchmarks.bench_step import OneBatch, make_batch
+from mien.core.config import Config, from_dict, merge
 from mien.core.faces.synthetic import draw_folder
+from mien.core.training.build import build_model, build_step
+from mien.core.training.step import TrainStep
 from mien.kernels import dispatch
+from mien.models.autoencoder import Autoencoder
 
 TESTS = Path(__file__).parent
 EMULATES_ALL = os.environ.get("MIEN_EMULATE") == "all"
 ROOT = TESTS.parent
+CPU = torch.device("cpu")
 
 
 def _folder(variable: str, *fallbacks: Path) -> Path | None:
@@ -88,6 +94,41 @@ def tiny_options(name: str) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in options.items()
     }
+
+
+def tiny_config(settings: dict[str, dict[str, Any]]) -> Config:
+    """Settings of a short training of `original`, 8 wide, but for those that are given."""
+    tiny: dict[str, dict[str, Any]] = {
+        "train": {"batch_size": 2, "seed": 1},
+        "optimizer": {"learning_rate": 1e-3, "overlap": "off"},
+    }
+    if "model" not in settings:
+        tiny["model"] = {"trainer": "original", "options": {"width": 8}}
+    return from_dict(merge(tiny, settings))
+
+
+def tiny_step(
+    settings: dict[str, dict[str, Any]],
+    device: torch.device = CPU,
+    *,
+    model: Autoencoder | None = None,
+    streams: bool = False,
+) -> tuple[TrainStep, OneBatch]:
+    """A step as training builds it, and a source of one batch for it.
+
+    Args:
+        settings: Those that are not `tiny_config`'s, by section.
+        device: Device on which it trains.
+        model: Trained in place; None: a new one by the settings.
+        streams: Whether a GPU runs both decoders at the same time.
+    """
+    streams_settings = {"train": {"decoder_streams": "two" if streams else "one"}}
+    config = tiny_config(merge(settings, streams_settings))
+    if model is None:
+        model, _ = build_model(config, device)
+    step = build_step(config, model, device)
+    compute = step.update.precision.compute
+    return step, OneBatch(make_batch(model, config.train.batch_size, device, compute))
 
 
 def saved_tensors(model_dir: Path, name: str = "model") -> dict[str, torch.Tensor]:

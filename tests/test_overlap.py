@@ -4,26 +4,20 @@ import contextlib
 
 import pytest
 import torch
+from conftest import CPU, tiny_step
 from safetensors.torch import load_file
 from torch import nn
 
-from mien import models
-from mien.benchmarks.bench_step import OneBatch, make_batch
 from mien.benchmarks.variants import variant
 from mien.cli import main
 from mien.core import precision as precisions
-from mien.core.config import LossConfig, OptimizerConfig
+from mien.core.config import OptimizerConfig
 from mien.core.data.feed import Feed
 from mien.core.estimate.flops import work_of
 from mien.core.faces.synthetic import draw_folder
-from mien.core.losses.weighted import Loss
 from mien.core.optim import overlap
 from mien.core.training import engine as engines
-from mien.core.training.loss_buffer import LossRing
-from mien.core.training.step import TrainStep
 from mien.kernels.optimizer_scalars import Scalar
-
-CPU = torch.device("cpu")
 
 
 def _update(model, setting, mode="fp32", **settings):
@@ -40,18 +34,12 @@ def _small_parts(monkeypatch):
 
 def _step(setting, mode="fp32", family="original", device=CPU, streams=False, **settings):
     """A step of a tiny model, and where its batches come from."""
-    precision = precisions.resolve(mode, device)
-    precision.apply()
-    model = models.build(family, seed=1, width=8)
-    if device.type == "cuda":
-        model.align(8)
-    model.to(device)
-    config = OptimizerConfig(overlap=setting, learning_rate=1e-3, **settings)
-    update = overlap.choose(config, precision)(model, config, precision)
-    loss = Loss(LossConfig(), model.output_px, device)
-    side_stream = torch.cuda.Stream() if streams else None
-    step = TrainStep(model, loss, update, LossRing(loss.num_values, device), side_stream)
-    return step, OneBatch(make_batch(model, 2, device, precision.compute))
+    sections = {
+        "model": {"trainer": family, "options": {"width": 8}},
+        "precision": {"mode": mode},
+        "optimizer": {"overlap": setting, **settings},
+    }
+    return tiny_step(sections, device, streams=streams)
 
 
 def _assert_same_weights(one, two):

@@ -11,24 +11,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU, tiny_step
 from safetensors.torch import save_file
 
-from mien import models
-from mien.benchmarks.bench_step import make_batch
 from mien.core import losses
 from mien.core import precision as precisions
-from mien.core.config import LOSSES, LossConfig, OptimizerConfig, from_dict
+from mien.core.config import LOSSES, LossConfig, from_dict
 from mien.core.data.feed import Batch
 from mien.core.losses import frequency, lpips, planes, pyramids
 from mien.core.losses.weighted import Loss
-from mien.core.optim.optimizer import Update
-from mien.core.training.loss_buffer import LossRing
 from mien.core.training.prepare import open_run
 from mien.core.training.resolve import Overrides
-from mien.core.training.step import TrainStep
 from mien.kernels import reference
 
-CPU = torch.device("cpu")
 OTHERS = (*losses.MADE_FOR_A_SIZE, *lpips.TRUNKS)
 ALL = sorted({*LOSSES, *OTHERS})
 CORRECTED = ("gmsd", "l_inf_norm", "pixel_gradient_diff")
@@ -411,19 +406,14 @@ def test_a_graph_gives_the_same(name, weights_dir):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_tiny_model_trains_with_each(name, weights_dir):
-    model = models.build("original", seed=1, width=8)
-    precision = precisions.resolve("fp32", CPU)
-    update = Update(model, OptimizerConfig(learning_rate=1e-3), precision)
-    config = LossConfig(loss_function_2=name, loss_function="mse", lpips_weights=weights_dir)
-    loss = Loss(config, model.output_px, CPU)
-    ring = LossRing(loss.num_values, CPU)
-    step, batch = TrainStep(model, loss, update, ring), make_batch(model, 2, CPU, torch.float32)
+    functions = {"loss_function": "mse", "loss_function_2": name, "lpips_weights": weights_dir}
+    step, batches = tiny_step({"loss": functions})
     for _ in range(3):
-        step(batch)
-    values = loss.named(ring.fetch(3)())[f"batch_unweighted_a/{name}"]
+        step(batches.only)
+    values = step.loss.named(step.ring.fetch(3)())[f"batch_unweighted_a/{name}"]
     assert np.isfinite(values).all()
     assert len(set(values)) == 3
-    assert all(torch.isfinite(weight).all() for weight in update.weights().values())
+    assert all(torch.isfinite(weight).all() for weight in step.update.weights().values())
 
 
 @pytest.mark.parametrize("name", lpips.TRUNKS)
