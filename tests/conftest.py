@@ -22,6 +22,7 @@ from emulator import ORDERS, Emulator, build
 from mien import models
 from mien.benchmarks.bench_step import OneBatch, make_batch
 from mien.core.config import Config, from_dict, merge
+from mien.core.faces.geometry import Crop
 from mien.core.faces.synthetic import draw_folder
 from mien.core.training.build import build_model, build_step
 from mien.core.training.step import TrainStep
@@ -65,6 +66,34 @@ def oracle_cases(name: str) -> list[int]:
         return [0]
     with np.load(path) as arrays:
         return sorted({int(key.partition(":")[0]) for key in arrays if key[:1].isdigit()})
+
+
+def oracle_keys(name: str, prefix: str) -> list[str]:
+    """Ends of the keys of a file of the oracle that begin so; to parametrise a test with."""
+    path = ORACLE / name if ORACLE else None
+    if path is None or not path.is_file():
+        return []
+    with np.load(path) as arrays:
+        return [key.removeprefix(prefix) for key in arrays if key.startswith(prefix)]
+
+
+def oracle_models(name: str, list_name: str) -> list[dict[str, Any]]:
+    """Models in a list of a file of the oracle; to parametrise a test with.
+
+    The reference lets an option of one family reach into another; those models ("leak") are left
+    out, for mien does not copy it.
+    """
+    path = ORACLE / "models" / name if ORACLE else None
+    if path is None or not path.is_file():
+        return []
+    cases = json.loads(path.read_text())[list_name]
+    return [case for case in cases if not case["id"].endswith("leak")]
+
+
+def oracle_crop(combo: str) -> Crop:
+    """The crop that a combination of the oracle such as face_87.5_128_0 names."""
+    centering, coverage, size_px, offset = combo.split("_")
+    return Crop(centering, float(coverage) / 100, float(offset) / 100, int(size_px))
 
 
 def oracle_weight(row: list[Any]) -> np.ndarray:
@@ -164,6 +193,19 @@ def oracle(oracle_dir):
         return np.load(path, allow_pickle=False)
 
     return load
+
+
+@pytest.fixture
+def oracle_paths(oracle_dir):
+    """List the files of the oracle that match a pattern, or skip the test where none does."""
+
+    def listed(pattern: str) -> list[Path]:
+        paths = sorted(oracle_dir.glob(pattern))
+        if not paths:
+            pytest.skip(f"the oracle {oracle_dir} has no {pattern}")
+        return paths
+
+    return listed
 
 
 @pytest.fixture

@@ -15,24 +15,26 @@ from mien.cli import main
 from mien.core.console.outcome import Outcome
 from mien.core.data.feed import Feed
 from mien.core.training import lr_finder
-from mien.core.training.lr_finder import LOWEST, STRENGTHS, Search, draw
+from mien.core.training.lr_finder import Search, draw
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("number", oracle_cases("optim/lr_finder.npz"))
-def test_a_search_finds_what_the_reference_finds(oracle, number):
+def test_a_search_finds_what_the_reference_finds(oracle, number, monkeypatch):
     file = oracle("optim/lr_finder.npz")
     losses = file[f"{number}:loss"]
-    search = Search(int(file[f"{number}:steps_start_end"][0]))
-    assert search.rate(0) == LOWEST
+    num_updates, lowest, highest = file[f"{number}:steps_start_end"].tolist()
+    monkeypatch.setattr(lr_finder, "LOWEST", lowest)
+    monkeypatch.setattr(lr_finder, "HIGHEST", highest)
+    search = Search(int(num_updates))
+    assert search.rate(0) == lowest
     for loss in losses:
         if not search.add(float(loss)):
             break
     np.testing.assert_allclose(search.rates, file[f"{number}:lr_recorded"], rtol=1e-6)
     np.testing.assert_allclose(search.smoothed, file[f"{number}:smoothed"], rtol=1e-6)
-    found = search.found()
-    for strength in STRENGTHS:
-        assert found[strength] == pytest.approx(float(file[f"{number}:best_lr:{strength}"]), 1e-6)
+    for strength, rate in search.found().items():
+        assert rate == pytest.approx(float(file[f"{number}:best_lr:{strength}"]), 1e-6)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

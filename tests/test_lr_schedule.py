@@ -1,11 +1,14 @@
 """The learning rate of every iteration, and when its schedule begins anew."""
 
+import ast
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import CPU, assert_same_bits, oracle_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mien.cli import main
@@ -15,8 +18,6 @@ from mien.core.config import OptimizerConfig, from_dict
 from mien.core.optim import overlap
 from mien.core.optim.lr_schedule import Schedule, begin_schedule
 from mien.kernels.optimizer_scalars import Scalar
-
-CPU = torch.device("cpu")
 
 
 def _schedule(begun=0, factor=1.0, **settings):
@@ -35,14 +36,27 @@ def test_without_a_schedule_the_rate_is_the_base_rate_to_the_bit():
     assert str(schedule) == "0.001 (as set), constant"
 
 
-def test_a_warm_up_is_one_update_ahead_of_the_reference(oracle):
-    file = oracle("optim/adam_warmup8.npz")
-    reference = file["lr_used"]
-    schedule = _schedule(warmup_steps=int(file["warmup"]))
+def _has_warm_up(path):
+    with np.load(path, allow_pickle=False) as data:
+        return "warmup" in data.files and int(data["warmup"]) > 0
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "path", filter(_has_warm_up, oracle_files("optim/*.npz")), ids=lambda path: path.stem
+)
+def test_a_warm_up_is_one_update_ahead_of_the_reference(path):
+    file = np.load(path, allow_pickle=False)
+    reference, base_rate = file["lr_used"], ast.literal_eval(str(file["config"]))["learning_rate"]
+    schedule = replace(_schedule(warmup_steps=int(file["warmup"])), base_rate=base_rate)
     ours = _rates(schedule, *range(len(reference)))
     assert ours[:-1] == pytest.approx(reference[1:].tolist(), rel=1e-15)
-    assert ours[0] == 1e-3 / 8, "the first update moves something"
-    assert ours[7] == ours[-1] == 1e-3
+    assert ours[0] == base_rate / int(file["warmup"]), "the first update moves something"
+
+
+def test_a_warm_up_ends_at_the_base_rate():
+    schedule = _schedule(warmup_steps=8)
+    assert _rates(schedule, 0, 7, 8, 10**9) == [1e-3 / 8, 1e-3, 1e-3, 1e-3]
     assert not schedule.is_constant
     assert str(schedule) == (
         "0.001 (as set), warm-up over 8 updates, constant; begun at iteration 0"

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import oracle_models
 
 from mien import models
 from mien.cli import main
@@ -25,37 +26,28 @@ def _counted_twice(case):
 
 
 @pytest.mark.oracle
-def test_products_equal_the_oracle(oracle_dir):
+@pytest.mark.parametrize("case", oracle_models("oracle.json", "configs"), ids=lambda c: c["id"])
+def test_products_equal_the_oracle(case):
     """Of every family: MACs of a face of each side.
 
     Where the sides share a half of the code, the oracle computes a half twice, mien once.
     """
-    path = oracle_dir / "models/oracle.json"
-    if not path.exists():
-        pytest.skip(f"the oracle {oracle_dir} has no models/oracle.json")
     torch.utils.deterministic.fill_uninitialized_memory = False  # weights are not looked at
-    compared = 0
-    for case in json.loads(path.read_text())["configs"]:
-        name = case["model"].replace("_", "-")
-        if name not in models.available() or case["id"].endswith("leak"):
-            continue
-        build = {
-            key: value
-            for key, value in case["global_changed"].items()
-            if key in ("learn_mask", "reflect_padding")
-        }
-        changed = {
-            key: [value] if key in ("freeze_layers", "load_layers") else value
-            for key, value in case["changed"].items()
-        }
-        found = summarize(models.meta_model(name, **build, **changed))
-        wanted = dict(case["macs_per_example"])
-        macs = {whole.subnetwork: whole.macs for whole in found.subnetworks}
-        for side, part in _counted_twice(case):
-            wanted[side] -= macs[part]
-        assert found.macs == wanted, case["id"]
-        compared += 1
-    assert compared
+    build = {
+        key: value
+        for key, value in case["global_changed"].items()
+        if key in ("learn_mask", "reflect_padding")
+    }
+    changed = {
+        key: [value] if key in ("freeze_layers", "load_layers") else value
+        for key, value in case["changed"].items()
+    }
+    summary = summarize(models.meta_model(case["model"].replace("_", "-"), **build, **changed))
+    expected = dict(case["macs_per_example"])
+    macs = {whole.subnetwork: whole.macs for whole in summary.subnetworks}
+    for side, part in _counted_twice(case):
+        expected[side] -= macs[part]
+    assert summary.macs == expected
 
 
 @pytest.mark.parametrize("name", models.available())
