@@ -18,103 +18,21 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from emulator import ORDERS, Emulator, build
+from oracle_numbers import ORACLE, ROOT, lpips_linear_weights, lpips_trunk_weights, named_folder
 
 from mien import models
 from mien.benchmarks.bench_step import OneBatch, make_batch
 from mien.core.config import Config, from_dict, merge
-from mien.core.faces.geometry import Crop
 from mien.core.faces.synthetic import draw_folder
+from mien.core.losses import lpips
 from mien.core.training.build import build_model, build_step
 from mien.core.training.step import TrainStep
 from mien.kernels import dispatch
 from mien.models.autoencoder import Autoencoder
 
-TESTS = Path(__file__).parent
 EMULATES_ALL = os.environ.get("MIEN_EMULATE") == "all"
-ROOT = TESTS.parent
+FACES = named_folder("MIEN_FACES", ROOT.parent / "shared/faces")
 CPU = torch.device("cpu")
-
-
-def _folder(variable: str, *fallbacks: Path) -> Path | None:
-    """The folder that a variable names, else the first fallback there is."""
-    given = os.environ.get(variable)
-    if given:
-        folder = Path(given).expanduser()
-        folder = folder if folder.is_absolute() else ROOT / folder
-        if not folder.is_dir():
-            raise pytest.UsageError(f"{variable} names {folder}, which is no folder")
-        return folder
-    return next((folder for folder in fallbacks if folder.is_dir()), None)
-
-
-ORACLE = _folder("MIEN_ORACLE", ROOT.parent / "shared/oracle", TESTS / "oracle")
-FACES = _folder("MIEN_FACES", ROOT.parent / "shared/faces")
-
-
-def oracle_files(pattern: str) -> list[Path]:
-    """Files of the oracle that match, sorted; a list to parametrise a test with."""
-    return sorted(ORACLE.glob(pattern)) if ORACLE else []
-
-
-def oracle_cases(name: str) -> list[int]:
-    """Numbers of the cases in a file of the oracle, "<number>:<what>"; to parametrise a test with.
-
-    One that there is not where the folder or the file is missing, so that the test is skipped.
-    """
-    path = ORACLE / name if ORACLE else None
-    if path is None or not path.is_file():
-        return [0]
-    with np.load(path) as arrays:
-        return sorted({int(key.partition(":")[0]) for key in arrays if key[:1].isdigit()})
-
-
-def oracle_keys(name: str, prefix: str) -> list[str]:
-    """Ends of the keys of a file of the oracle that begin so; to parametrise a test with."""
-    path = ORACLE / name if ORACLE else None
-    if path is None or not path.is_file():
-        return []
-    with np.load(path) as arrays:
-        return [key.removeprefix(prefix) for key in arrays if key.startswith(prefix)]
-
-
-def oracle_models(name: str, list_name: str) -> list[dict[str, Any]]:
-    """Models in a list of a file of the oracle; to parametrise a test with.
-
-    The reference lets an option of one family reach into another; those models ("leak") are left
-    out, for mien does not copy it.
-    """
-    path = ORACLE / "models" / name if ORACLE else None
-    if path is None or not path.is_file():
-        return []
-    cases = json.loads(path.read_text())[list_name]
-    return [case for case in cases if not case["id"].endswith("leak")]
-
-
-def oracle_crop(combo: str) -> Crop:
-    """The crop that a combination of the oracle such as face_87.5_128_0 names."""
-    centering, coverage, size_px, offset = combo.split("_")
-    return Crop(centering, float(coverage) / 100, float(offset) / 100, int(size_px))
-
-
-def oracle_weight(row: list[Any]) -> np.ndarray:
-    """A tensor by the oracle's rule: ``[number, sub-network, layer, kind, shape, base, scale]``."""
-    number, _, _, _, shape, base, scale = row
-    x = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761)
-    x += np.uint32((number + 1) * 2246822519 & 0xFFFFFFFF)
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
-    return (base + scale * (x / 2147483648.0 - 1.0)).astype(np.float32).reshape(shape)
-
-
-def oracle_face(size_px: int, phase: float) -> torch.Tensor:
-    """(3, S, S): the picture that the oracle's networks were given; phase 0 is A's, 1 is B's."""
-    h, w, c = np.meshgrid(*(np.arange(n) for n in (size_px, size_px, 3)), indexing="ij")
-    f = 64 / size_px
-    wave = np.sin(0.21 * f * h + 0.37 * f * w + 1.7 * c + 0.003 * f * f * h * w + phase)
-    return torch.from_numpy((0.5 + 0.45 * wave).astype(np.float32)).permute(2, 0, 1)
 
 
 def tiny_options(name: str) -> dict[str, Any]:
@@ -173,6 +91,18 @@ def assert_same_bits(one: Path, two: Path) -> None:
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), f"{name} {key}"
+
+
+@pytest.fixture(scope="session")
+def weights_dir(tmp_path_factory):
+    """All files of the lpips losses, named as they are published."""
+    folder = tmp_path_factory.mktemp("lpips")
+    for trunk in lpips.TRUNKS.values():
+        rest = {"classifier.1.weight": torch.zeros(2, 2)}
+        torch.save(lpips_trunk_weights(trunk) | rest, folder / f"{trunk.file}-0123abcd.pth")
+        torch.save(lpips_linear_weights(trunk), folder / f"{trunk.linear_file}.pth")
+    torch.save({}, folder / "vgg16_bn-0123abcd.pth")  # of another network
+    return str(folder)
 
 
 @pytest.fixture

@@ -386,11 +386,8 @@ def test_decode_refuses_pictures_of_another_size(faces):
 
 
 @pytest.mark.oracle
-def test_inspect_and_sheet_of_oracle_samples(oracle_dir):
-    samples = sorted((oracle_dir / "samples").glob("*.png"))
-    if not samples:
-        pytest.skip(f"{oracle_dir} has no samples")
-    for sample in samples:
+def test_inspect_and_sheet_of_oracle_samples(oracle_dir, oracle_paths):
+    for sample in oracle_paths("samples/*.png"):
         facts = inspect(sample)
         with np.load(oracle_dir / "geometry" / f"{sample.stem}.npz") as golden:
             pose = [facts["pitch"], facts["yaw"], facts["roll"]]

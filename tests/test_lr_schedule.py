@@ -8,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, assert_same_bits, oracle_files
+from conftest import CPU, assert_same_bits
+from oracle_numbers import oracle_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mien.cli import main
@@ -41,10 +42,11 @@ def _has_warm_up(path):
         return "warmup" in data.files and int(data["warmup"]) > 0
 
 
+WARM_UPS = [path for path in oracle_files("optim/*.npz") if _has_warm_up(path)]
+
+
 @pytest.mark.oracle
-@pytest.mark.parametrize(
-    "path", filter(_has_warm_up, oracle_files("optim/*.npz")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", WARM_UPS, ids=lambda path: path.stem)
 def test_a_warm_up_is_one_update_ahead_of_the_reference(path):
     file = np.load(path, allow_pickle=False)
     reference, base_rate = file["lr_used"], ast.literal_eval(str(file["config"]))["learning_rate"]

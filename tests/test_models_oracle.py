@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import oracle_face, oracle_models, oracle_weight
+from oracle_numbers import oracle_face, oracle_models, oracle_weight
 
 from mien import models
 from mien.core.estimate.flops import work_of

@@ -5,7 +5,7 @@ import ast
 import numpy as np
 import pytest
 import torch
-from conftest import oracle_files
+from oracle_numbers import oracle_files
 from safetensors.torch import load_file
 from torch import nn
 

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 import tomli_w
-from conftest import oracle_models
+from oracle_numbers import oracle_models
 
 from mien import models
 from mien.cli import main

@@ -4,7 +4,7 @@ import ast
 
 import numpy as np
 import pytest
-from conftest import oracle_keys
+from oracle_numbers import oracle_keys
 
 from mien.core.history.statistics import (
     Figures,

@@ -714,12 +714,9 @@ def test_number_of_threads_does_not_matter(folder):
 
 
 @pytest.mark.oracle
-def test_oracle_sets(oracle_dir, tmp_path):
+def test_oracle_sets(oracle_paths, tmp_path):
     """Any set of faces of the oracle: both decoders and every place give one tensor."""
-    sides = sorted(path for path in (oracle_dir / "sets").glob("*") if path.is_dir())
-    if not sides:
-        pytest.skip(f"{oracle_dir} has no sets")
-    for side in sides:
+    for side in filter(Path.is_dir, oracle_paths("sets/*")):
         folder = read_folder(side, minimum=1)
         stores = [
             opened(folder, directory, minimum=1, decoder=decoder, placement=placement)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import oracle_models
+from oracle_numbers import oracle_models
 
 from mien import models
 from mien.cli import main
