@@ -20,6 +20,8 @@ from mien.core.losses import lpips
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+_IN_CACHE = 1 << 15
+"""Numbers of a weight that are made at once: models of 300 million take a tenth of the time."""
 
 
 def named_folder(variable: str, *fallbacks: Path) -> Path | None:
@@ -162,14 +164,18 @@ def oracle_crop(combo: str) -> Crop:
 def oracle_weight(row: list[Any]) -> np.ndarray:
     """A tensor by the oracle's rule: ``[number, sub-network, layer, kind, shape, base, scale]``."""
     number, _, _, _, shape, base, scale = row
-    x = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761)
-    x += np.uint32((number + 1) * 2246822519 & 0xFFFFFFFF)
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
-    return (base + scale * (x / 2147483648.0 - 1.0)).astype(np.float32).reshape(shape)
+    weight = np.empty(math.prod(shape), np.float32)
+    for begin in range(0, weight.size, _IN_CACHE):
+        x = np.arange(begin, min(begin + _IN_CACHE, weight.size), dtype=np.uint32)
+        x *= np.uint32(2654435761)
+        x += np.uint32((number + 1) * 2246822519 & 0xFFFFFFFF)
+        x ^= x >> np.uint32(16)
+        x *= np.uint32(0x85EBCA6B)
+        x ^= x >> np.uint32(13)
+        x *= np.uint32(0xC2B2AE35)
+        x ^= x >> np.uint32(16)
+        weight[begin : begin + len(x)] = base + scale * (x / 2147483648.0 - 1.0)
+    return weight.reshape(shape)
 
 
 def oracle_face(size_px: int, phase: float) -> torch.Tensor:
