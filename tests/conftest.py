@@ -155,10 +155,11 @@ def sides(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _state_home(tmp_path_factory):
-    """What mien remembers of its user is this session's, and no person's."""
+def _environment(tmp_path_factory):
+    """Give mien a state of its user that is this session's, and let it keep faces on full disks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("MIEN_DISK_RESERVE_MIB", "0")
         yield
 
 

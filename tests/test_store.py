@@ -508,12 +508,35 @@ def test_a_disk_that_fails_is_told_of(folder, store_dir, monkeypatch, step, plac
         np.testing.assert_array_equal(pixels, expected(face, CROP))
 
 
+def _set_free_bytes(monkeypatch, num_bytes):
+    free = shutil._ntuple_diskusage(num_bytes, 0, num_bytes)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+
+
 def test_a_full_disk_is_not_filled(folder, store_dir, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000))
+    _set_free_bytes(monkeypatch, 1000)
     made = opened(folder, store_dir)
     assert "No space left on device" in made.warnings[0]
     assert raw_files(store_dir) == []
     assert made.num_faces == NUM_FACES
+
+
+@pytest.mark.parametrize(("reserve_mib", "is_kept"), [("100", True), ("101", False), (None, False)])
+def test_a_disk_keeps_its_reserve(folder, store_dir, monkeypatch, reserve_mib, is_kept):
+    """A reserve of the user's, else 256 MiB."""
+    _set_free_bytes(monkeypatch, 101 * 1024**2)
+    monkeypatch.delenv("MIEN_DISK_RESERVE_MIB")
+    if reserve_mib is not None:
+        monkeypatch.setenv("MIEN_DISK_RESERVE_MIB", reserve_mib)
+    assert bool(opened(folder, store_dir).path) is is_kept
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "much"])
+def test_a_reserve_that_is_no_number_is_refused(folder, store_dir, monkeypatch, text):
+    monkeypatch.setenv("MIEN_DISK_RESERVE_MIB", text)
+    message = f"MIEN_DISK_RESERVE_MIB must be a whole number of MiB, got '{text}'"
+    with pytest.raises(ValueError, match=message):
+        opened(folder, store_dir)
 
 
 def test_file_placement_survives_a_failing_sync(folder, store_dir, monkeypatch):
