@@ -32,6 +32,11 @@ from mien.models.autoencoder import Autoencoder
 
 EMULATES_ALL = os.environ.get("MIEN_EMULATE") == "all"
 FACES = named_folder("MIEN_FACES", ROOT.parent / "shared/faces")
+FACE_SETS = sorted(
+    path.name for path in (FACES.iterdir() if FACES else ()) if path.is_dir() and path.name != "bad"
+)
+"""Folders of real faces; `bad`, where it is, holds what is broken, and good faces of all sizes."""
+
 CPU = torch.device("cpu")
 
 
@@ -143,6 +148,15 @@ def faces_dir() -> Path:
     if FACES is None:
         pytest.skip("no real faces: set MIEN_FACES")
     return FACES
+
+
+@pytest.fixture
+def specimens(faces_dir) -> dict[str, Path]:
+    """Files of the broken specimens by their names, or skip the test where there are none."""
+    paths = {path.name: path for path in sorted((faces_dir / "bad").glob("*")) if path.is_file()}
+    if not paths:
+        pytest.skip(f"{faces_dir} has no bad specimens")
+    return paths
 
 
 @pytest.fixture(scope="session")

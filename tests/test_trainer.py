@@ -90,7 +90,7 @@ def test_threads_do_not_change_the_batches(sides, tmp_path):
         ("--set", "data.mask_type=vgg-clear", "--set", "data.coverage=75"),
         ("--set", "data.centering=legacy", "--set", "data.vertical_offset=10", "-W", "-P", "-c"),
         ("--set", "model.reflect_padding=true", "--no-logs", "--set", "data.decoder=opencv"),
-        ("-t", "original", "--set", "model.options.lowmem=true"),
+        ("-t", "original", "--set", "model.options.lowmem=true", "--set", "model.options.width=8"),
     ],
     ids=lambda words: " ".join(word for word in words if word != "--set"),
 )
