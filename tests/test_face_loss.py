@@ -230,7 +230,7 @@ GRADIENT_BOUND = {"mae": 1e-6, "mse": 1e-6, "logcosh": 1e-6, "smooth_loss": 1e-6
 @pytest.mark.parametrize("name", LOSSES)
 def test_equals_the_oracle(name, oracle, device):
     inputs, wanted = oracle("losses/inputs.npz"), oracle(f"losses/{name}.npz")
-    for size in sorted({int(key.partition(":")[2]) for key in inputs.files if ":" in key}):
+    for size in sorted(int(key.partition(":")[2]) for key in inputs if key.startswith("pred:")):
         pred = torch.from_numpy(inputs[f"pred:{size}"]).to(device)
         target = torch.from_numpy(inputs[f"true:{size}"]).to(device)
         faces = [0, len(pred) - 1]

@@ -69,7 +69,9 @@ def test_equals_the_oracle(name, dtype, oracle, weights_dir):
     inputs = oracle("losses/inputs.npz")
     wanted = oracle(f"losses/{'corrected_own' if name in CORRECTED else name}.npz")
     begin = name if name in CORRECTED else "bgr"
-    for size in _sizes(inputs):
+    sizes = [size for size in _sizes(inputs) if f"{begin}:{size}:item" in wanted]
+    assert sizes, f"the oracle has no values of {name}"
+    for size in sizes:
         pred, target = (torch.from_numpy(inputs[f"{n}:{size}"]).to(dtype) for n in ("pred", "true"))
         loss = _made(name, size, weights_dir, dtype)
         values, gradient = _value_and_gradient(loss, pred, target)
