@@ -273,7 +273,7 @@ def _read_all(started, master):
         if not part:
             break
         text += part
-    started.wait(30)
+    started.wait(300)
     os.close(master)
     return text.decode()
 
@@ -303,7 +303,7 @@ def test_keys_on_a_terminal(sides, tmp_path):
         os.write(master, key)
         event, unread = _read_until(master, kind, unread)
     assert event["reason"] == "Enter received; the state is saved"
-    assert started.wait(60) == 4
+    assert started.wait(300) == 4
     os.close(master)
 
 

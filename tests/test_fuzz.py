@@ -48,6 +48,8 @@ from mien.core.training.recipe_progress import Place, Plan, find_place
 
 CASES = int(os.environ.get("MIEN_FUZZ", "0"))
 MAX_SECONDS = 3.0
+"""Processor time, which other programs do not take; what waits for ever meets pytest's timeout."""
+
 MAX_MORE_KIB = 256 << 10
 RUN_ID = "0123456789abcdef" * 2
 
@@ -67,9 +69,9 @@ def cases(count):
 def bounded():
     """What happens inside is quick and takes little memory."""
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    started = time.process_time()
     yield
-    assert time.monotonic() - started < MAX_SECONDS
+    assert time.process_time() - started < MAX_SECONDS
     more_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib
     assert more_kib < MAX_MORE_KIB
 
@@ -471,10 +473,10 @@ def test_settings_in_toml(tmp_path_factory, seed):
     ids=range(11),
 )
 def test_slow_toml(content):
-    started = time.monotonic()
+    started = time.process_time()
     with contextlib.suppress(ValueError):
         parse_toml(content)
-    assert time.monotonic() - started < 2 * MAX_SECONDS
+    assert time.process_time() - started < 2 * MAX_SECONDS
 
 
 INI = b"""[global]

@@ -217,7 +217,7 @@ def test_a_terminal_that_is_closed_loses_nothing(sides, tmp_path):
     while (shown := max(map(int, re.findall(rb"\[#(\d+)\]", seen)), default=0)) < 8:
         seen += os.read(master, 4096)
     os.close(master)  # the kernel sends SIGHUP, and every write fails with EIO
-    assert started.wait(60) == 4
+    assert started.wait(300) == 4
     stop = _told(tmp_path / "model")[-1]
     assert stop["reason"] == "SIGHUP received; the state is saved"
     assert _saved(tmp_path / "model") == stop["iteration"] >= shown
@@ -234,7 +234,7 @@ def test_sigterm_ends_a_run_whose_reader_sleeps(sides, tmp_path):
     while waiting.poll(0):  # until the pipe is full, and the run waits for its reader
         select.select([], [], [], 0.1)
     started.send_signal(signal.SIGTERM)
-    assert started.wait(60) == 4
+    assert started.wait(300) == 4
     os.close(reading)
     os.close(writing)
     stop = _told(tmp_path / "model")[-1]

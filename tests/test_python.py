@@ -112,9 +112,9 @@ def test_a_request_from_another_thread_stops_after_a_save(faces, tmp_path):
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert reached.wait(120)
+    assert reached.wait(300)
     stop.request()
-    thread.join(120)
+    thread.join(300)
     assert ended == [Outcome.STOPPED]
     assert load_model(tmp_path / "m").network is not None
 

@@ -152,7 +152,7 @@ def test_the_second_one_ends_it_unless_the_terminal_was_closed(signals, ends):
         child.send_signal(numbers[-1])
     else:
         child.stdin.close()
-    assert child.wait(30) == (-numbers[-1] if ends else 0)
+    assert child.wait(300) == (-numbers[-1] if ends else 0)
     child.stdin.close()
     child.stdout.close()
 

@@ -277,7 +277,7 @@ def test_a_signal_saves_and_exits_with_4(sides, tmp_path, number):
         if '"step"' in line and json.loads(line)["iteration"] >= 4:
             break
     started.send_signal(number)
-    out, err = started.communicate(timeout=60)
+    out, err = started.communicate(timeout=300)
     assert started.returncode == 4, err
     stop = json.loads(out.splitlines()[-1])
     assert stop["event"] == "stop"
