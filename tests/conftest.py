@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,19 @@ def tiny_step(
     step = build_step(config, model, device)
     compute = step.update.precision.compute
     return step, OneBatch(make_batch(model, config.train.batch_size, device, compute))
+
+
+def train_words(sides: Sequence[Path], model_dir: Path, *more: str) -> list[str]:
+    """Command line that trains a narrow `lightweight` on the CPU; words that follow weigh more."""
+    return [
+        *("train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
+        *("-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", *more),
+    ]
+
+
+def json_events(text: str) -> list[dict[str, Any]]:
+    """Events that a command printed as JSON, one a line."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def saved_tensors(model_dir: Path, name: str = "model") -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CPU, assert_same_bits, saved_tensors, tiny_options, tiny_step
+from conftest import CPU, assert_same_bits, saved_tensors, tiny_options, tiny_step, train_words
 from torch import nn
 
 from mien import models
@@ -162,13 +162,7 @@ def test_a_loss_that_is_not_finite_moves_nothing():
 
 
 def _train(sides, model_dir, *more):
-    return main(
-        [
-            *("train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
-            *("-t", "original", "--set", "model.options.width=8", "-b", "2", "--device", "cpu"),
-            *more,
-        ]
-    )
+    return main(train_words(sides, model_dir, "-t", "original", "-b", "2", *more))
 
 
 def test_a_run_resumes_bit_for_bit_and_may_change_the_switch(sides, tmp_path, capsys):

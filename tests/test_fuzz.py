@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import train_words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -800,8 +801,7 @@ def test_settings_of_a_far_larger_model_than_the_saved_one_build_none(
     sides, tmp_path, monkeypatch, capsys
 ):
     model_dir = tmp_path / "m"
-    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), "-b", "2"]
-    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", "-i", "1"]
+    words = train_words(sides, model_dir, "-b", "2", "-i", "1")
     assert main(words) == 0
     newest = model_dir / "generations/1-2"
     settings = (newest / "config.toml").read_text()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from conftest import assert_same_bits, tiny_options
+from conftest import assert_same_bits, json_events, tiny_options
 from oracle_numbers import oracle_cases
 
 from mien.cli import main
@@ -60,7 +60,7 @@ def _train(sides, model_dir, *more, model=_LIGHTWEIGHT):
 
 
 def _events(capsys):
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     return {event["event"]: event for event in events}, [
         event["message"] for event in events if event["event"] == "warning"
     ]
@@ -204,7 +204,7 @@ def test_a_found_rate_stays_until_another_is_given(sides, tmp_path, capsys, sees
 
     given = ("--set", "optimizer.learning_rate=2e-4")
     assert main(["train", "-m", str(model), "-i", "1", "--json", *given]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    told = json_events(capsys.readouterr().out)
     notices = [event["message"] for event in told if event["event"] == "notice"]
     assert [e["learning_rate"] for e in told if e["event"] == "step"] == [2e-4]
     assert f"the learning rate is 0.0002, as set, in place of {rate:g}, as found" in notices[0]

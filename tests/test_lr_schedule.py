@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, assert_same_bits
+from conftest import CPU, assert_same_bits, json_events, train_words
 from oracle_numbers import oracle_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -141,13 +141,12 @@ def test_a_set_rate_reaches_every_part_and_is_written_once(setting, monkeypatch)
 
 
 def _train(sides, model_dir, *more):
-    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), "-b", "2"]
-    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu"]
-    return main([*words, "--set", "train.log_interval=1", *more])
+    settings = ("--set", "train.log_interval=1")
+    return main(train_words(sides, model_dir, "-b", "2", *settings, *more))
 
 
 def _steps(text):
-    events = [json.loads(line) for line in text.splitlines()]
+    events = json_events(text)
     return {e["iteration"]: e["learning_rate"] for e in events if e["event"] == "step"}
 
 

@@ -5,6 +5,7 @@ import ast
 import numpy as np
 import pytest
 import torch
+from conftest import train_words
 from oracle_numbers import oracle_files
 from safetensors.torch import load_file
 from torch import nn
@@ -314,9 +315,7 @@ def test_other_new_settings_take_effect_too(changed):
 
 def test_a_run_that_stops_within_an_accumulation_resumes_bit_for_bit(sides, tmp_path):
     def train(model_dir, iterations):
-        words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)]
-        words += ["-t", "lightweight", "--set", "model.options.width=8", "-b", "2"]
-        words += ["--device", "cpu", "-i", str(iterations)]
+        words = train_words(sides, model_dir, "-b", "2", "-i", str(iterations))
         chosen = {"optimizer": "nadam", "gradient_accumulation": 3, "gradient_clipping": "autoclip"}
         for name, value in chosen.items():
             words += ["--set", f"optimizer.{name}={value}"]

@@ -13,6 +13,7 @@ import sys
 import warnings
 
 import pytest
+from conftest import train_words
 
 from mien.cli import main
 from mien.core.console.reporter import Reporter
@@ -184,11 +185,8 @@ def test_no_file_gets_the_number_of_a_closed_output(tmp_path, closed):
 
 
 def _train(sides, model_dir, *more):
-    return [
-        *(sys.executable, "-m", "mien.cli", "train", "-A", str(sides[0]), "-B", str(sides[1])),
-        *("-m", str(model_dir), "-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
-        *("--device", "cpu", "--set", "train.log_interval=1", *more),
-    ]
+    settings = ("-b", "4", "--set", "train.log_interval=1")
+    return [sys.executable, "-m", "mien.cli", *train_words(sides, model_dir, *settings, *more)]
 
 
 def _saved(model_dir):

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from conftest import CPU, tiny_step
+from conftest import CPU, tiny_step, train_words
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,7 +14,6 @@ from mien.core import precision as precisions
 from mien.core.config import OptimizerConfig
 from mien.core.data.feed import Feed
 from mien.core.estimate.flops import work_of
-from mien.core.faces.synthetic import draw_folder
 from mien.core.optim import overlap
 from mien.core.training import engine as engines
 from mien.kernels.optimizer_scalars import Scalar
@@ -348,22 +347,9 @@ def test_clipping_of_each_tensor_overlaps(clipping):
     _assert_same_state(*done)
 
 
-@pytest.fixture(scope="module")
-def sides(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    for side in "ab":
-        draw_folder(root / side, identity=side, count=26, size_px=80)
-    return root
-
-
 def _train(sides, model_dir, setting, *more):
-    return main(
-        [
-            *("train", "-A", str(sides / "a"), "-B", str(sides / "b"), "-m", str(model_dir)),
-            *("-t", "lightweight", "--set", "model.options.width=8", "-b", "2", "--device", "cpu"),
-            *("--set", f"optimizer.overlap={setting}", "--set", "train.log_interval=1", *more),
-        ]
-    )
+    settings = ("--set", f"optimizer.overlap={setting}", "--set", "train.log_interval=1")
+    return main(train_words(sides, model_dir, "-b", "2", *settings, *more))
 
 
 def _saved(model_dir, iterations, name):

@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
+from conftest import train_words
 from oracle_numbers import oracle_models
 
 from mien import models
 from mien.cli import main
 from mien.core.estimate.flops import work_of
 from mien.core.estimate.summary import summarize
-from mien.core.faces.synthetic import draw_folder
 
 
 def _counted_twice(case):
@@ -132,16 +132,11 @@ def test_the_table(capsys):
     assert "GFLOP at batch size 16" in said
 
 
-def test_a_saved_model_tells_of_itself(tmp_path, capsys):
-    sides = []
-    for side in "ab":
-        draw_folder(tmp_path / side, identity=side, count=26, size_px=96)
-        sides += [f"-{side.upper()}", str(tmp_path / side)]
+def test_a_saved_model_tells_of_itself(sides, tmp_path, capsys):
     model_dir = tmp_path / "model"
     words = ["-m", str(model_dir), "--device", "cpu"]
-    new = ["-t", "lightweight", "--set", "model.options.width=16", "-i", "1"]
-    new += ["--set", "train.batch_size=2"]
-    assert main(["train", *sides, *words, *new]) == 0
+    new = ["--set", "model.options.width=16", "-i", "1", "--set", "train.batch_size=2"]
+    assert main(train_words(sides, model_dir, *new)) == 0
     before = {path: path.stat().st_mtime_ns for path in model_dir.rglob("*")}
     capsys.readouterr()
     facts = _summary(capsys, *words)
