@@ -21,18 +21,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import precision as precisions
-from ..core.config import LossConfig, OptimizerConfig
+from ..core.config import from_dict
 from ..core.data.feed import Batch
 from ..core.losses.weighted import Loss, Losses
 from ..core.optim.optimizer import Update
 from ..core.optim.overlap import OverlappedUpdate
 from ..core.training import engine as engines
-from ..core.training.loss_buffer import LossRing
+from ..core.training.build import build_model, build_step
 from ..core.training.step import TrainStep
 from ..kernels import reference
 from ..kernels.augment import launches as augment_launches
 from ..models import blocks
-from ..models.alignment import MULTIPLE
 from ..models.autoencoder import Autoencoder, Outputs
 from . import launches
 from .ceilings import card_of
@@ -237,25 +236,36 @@ def train_step(
     mode: str,
     device: torch.device,
     *,
-    aligned: bool,
+    batch_size: int = 1,
+    engine: str = "eager",
+    align_channels: str = "auto",
     without: str = "",
-    two_streams: bool = False,
 ) -> tuple[TrainStep, Autoencoder]:
-    """A step of a fresh model as training makes it, and the model."""
-    precision = precisions.resolve(mode, device)
-    precision.apply()
-    model = variant(name).build()
-    if aligned:
-        model.align(MULTIPLE)
-    model.to(device)
-    kind_of_update = {"adam": _PlainUpdate, "series": OverlappedUpdate}.get(without, Update)
-    config = OptimizerConfig(fused_dense=without == "dense_gradients")
-    update = kind_of_update(model, config, precision)
-    kind_of_loss = _PlainLoss if without == "face_loss" else Loss
-    loss = kind_of_loss(LossConfig(), model.output_px, device)
-    ring = LossRing(loss.num_values, device)
-    stream = torch.cuda.Stream() if two_streams else None
-    return TrainStep(model, loss, update, ring, stream), model
+    """A step of a fresh model as training builds it but for a lever, and the model."""
+    measured = variant(name)
+    config = from_dict(
+        {
+            "model": {"trainer": measured.trainer, "options": measured.options},
+            "optimizer": {"fused_dense": without == "dense_gradients"},
+            "precision": {
+                "mode": mode,
+                "align_channels": "off" if without == "align" else align_channels,
+            },
+            "train": {
+                "batch_size": batch_size,
+                "engine": engine,
+                "decoder_streams": "one" if without == "streams" else "auto",
+            },
+        }
+    )
+    model, _ = build_model(config, device)
+    return build_step(
+        config,
+        model,
+        device,
+        loss=_PlainLoss(config.loss, model.output_px, device) if without == "face_loss" else None,
+        kind_of_update={"adam": _PlainUpdate, "series": OverlappedUpdate}.get(without, Update),
+    ), model
 
 
 def mien_step(
@@ -267,15 +277,8 @@ def mien_step(
     without: str = "",
 ) -> Callable[[], object]:
     """Our step, bound to a model and a batch; one lever may be left out."""
-    on_gpu = device.type == "cuda"
-    two_streams = on_gpu and engine != "compile" and batch_size <= 16 and without != "streams"
     step, model = train_step(
-        name,
-        mode,
-        device,
-        aligned=on_gpu and without != "align",
-        without=without,
-        two_streams=two_streams,
+        name, mode, device, batch_size=batch_size, engine=engine, without=without
     )
     torch.backends.cudnn.benchmark = True
     compute = step.update.precision.compute
@@ -377,7 +380,7 @@ def phase_launches(
     The count does not depend on the batch size. Channels are aligned, as they are on a GPU.
     """
     cpu = torch.device("cpu")
-    step, model = train_step(name, mode, cpu, aligned=True, without=without)
+    step, model = train_step(name, mode, cpu, align_channels="on", without=without)
     batch = make_batch(model, batch_size, cpu, step.update.precision.compute)
     made: dict[str, Any] = {}
 

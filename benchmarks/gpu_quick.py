@@ -140,7 +140,7 @@ def second_parts(place: Place) -> list[Part]:
             place.pytest("-m", "gpu", "-k", f"not {fails}", *(f"tests/test_{n}.py" for n in core)),
             "",
         ),
-        ("loop tests", 60, place.pytest("-m", "gpu", "tests/test_loop.py"), ""),
+        ("trainer tests", 60, place.pytest("-m", "gpu", "tests/test_trainer.py"), ""),
         (
             "failed capture",
             30,

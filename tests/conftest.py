@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,68 +19,26 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from emulator import ORDERS, Emulator, build
+from oracle_numbers import ORACLE, ROOT, lpips_linear_weights, lpips_trunk_weights, named_folder
 
 from mien import models
+from mien.benchmarks.bench_step import OneBatch, make_batch
+from mien.core.config import Config, from_dict, merge
 from mien.core.faces.synthetic import draw_folder
+from mien.core.losses import lpips
+from mien.core.training.build import build_model, build_step
+from mien.core.training.step import TrainStep
 from mien.kernels import dispatch
+from mien.models.autoencoder import Autoencoder
 
-TESTS = Path(__file__).parent
 EMULATES_ALL = os.environ.get("MIEN_EMULATE") == "all"
-ROOT = TESTS.parent
+FACES = named_folder("MIEN_FACES", ROOT.parent / "shared/faces")
+FACE_SETS = sorted(
+    path.name for path in (FACES.iterdir() if FACES else ()) if path.is_dir() and path.name != "bad"
+)
+"""Folders of real faces; `bad`, where it is, holds what is broken, and good faces of all sizes."""
 
-
-def _folder(variable: str, *fallbacks: Path) -> Path | None:
-    """The folder that a variable names, else the first fallback there is."""
-    given = os.environ.get(variable)
-    if given:
-        folder = Path(given).expanduser()
-        folder = folder if folder.is_absolute() else ROOT / folder
-        if not folder.is_dir():
-            raise pytest.UsageError(f"{variable} names {folder}, which is no folder")
-        return folder
-    return next((folder for folder in fallbacks if folder.is_dir()), None)
-
-
-ORACLE = _folder("MIEN_ORACLE", ROOT.parent / "shared/oracle", TESTS / "oracle")
-FACES = _folder("MIEN_FACES", ROOT.parent / "shared/faces")
-
-
-def oracle_files(pattern: str) -> list[Path]:
-    """Files of the oracle that match, sorted; a list to parametrise a test with."""
-    return sorted(ORACLE.glob(pattern)) if ORACLE else []
-
-
-def oracle_cases(name: str) -> list[int]:
-    """Numbers of the cases in a file of the oracle, "<number>:<what>"; to parametrise a test with.
-
-    One that there is not where the folder or the file is missing, so that the test is skipped.
-    """
-    path = ORACLE / name if ORACLE else None
-    if path is None or not path.is_file():
-        return [0]
-    with np.load(path) as arrays:
-        return sorted({int(key.partition(":")[0]) for key in arrays if key[:1].isdigit()})
-
-
-def oracle_weight(row: list[Any]) -> np.ndarray:
-    """A tensor by the oracle's rule: ``[number, sub-network, layer, kind, shape, base, scale]``."""
-    number, _, _, _, shape, base, scale = row
-    x = np.arange(int(np.prod(shape)), dtype=np.uint32) * np.uint32(2654435761)
-    x += np.uint32((number + 1) * 2246822519 & 0xFFFFFFFF)
-    x ^= x >> np.uint32(16)
-    x *= np.uint32(0x85EBCA6B)
-    x ^= x >> np.uint32(13)
-    x *= np.uint32(0xC2B2AE35)
-    x ^= x >> np.uint32(16)
-    return (base + scale * (x / 2147483648.0 - 1.0)).astype(np.float32).reshape(shape)
-
-
-def oracle_face(size_px: int, phase: float) -> torch.Tensor:
-    """(3, S, S): the picture that the oracle's networks were given; phase 0 is A's, 1 is B's."""
-    h, w, c = np.meshgrid(*(np.arange(n) for n in (size_px, size_px, 3)), indexing="ij")
-    f = 64 / size_px
-    wave = np.sin(0.21 * f * h + 0.37 * f * w + 1.7 * c + 0.003 * f * f * h * w + phase)
-    return torch.from_numpy((0.5 + 0.45 * wave).astype(np.float32)).permute(2, 0, 1)
+CPU = torch.device("cpu")
 
 
 def tiny_options(name: str) -> dict[str, Any]:
@@ -88,6 +47,54 @@ def tiny_options(name: str) -> dict[str, Any]:
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in options.items()
     }
+
+
+def tiny_config(settings: dict[str, dict[str, Any]]) -> Config:
+    """Settings of a short training of `original`, 8 wide, but for those that are given."""
+    tiny: dict[str, dict[str, Any]] = {
+        "train": {"batch_size": 2, "seed": 1},
+        "optimizer": {"learning_rate": 1e-3, "overlap": "off"},
+    }
+    if "model" not in settings:
+        tiny["model"] = {"trainer": "original", "options": {"width": 8}}
+    return from_dict(merge(tiny, settings))
+
+
+def tiny_step(
+    settings: dict[str, dict[str, Any]],
+    device: torch.device = CPU,
+    *,
+    model: Autoencoder | None = None,
+    streams: bool = False,
+) -> tuple[TrainStep, OneBatch]:
+    """A step as training builds it, and a source of one batch for it.
+
+    Args:
+        settings: Those that are not `tiny_config`'s, by section.
+        device: Device on which it trains.
+        model: Trained in place; None: a new one by the settings.
+        streams: Whether a GPU runs both decoders at the same time.
+    """
+    streams_settings = {"train": {"decoder_streams": "two" if streams else "one"}}
+    config = tiny_config(merge(settings, streams_settings))
+    if model is None:
+        model, _ = build_model(config, device)
+    step = build_step(config, model, device)
+    compute = step.update.precision.compute
+    return step, OneBatch(make_batch(model, config.train.batch_size, device, compute))
+
+
+def train_words(sides: Sequence[Path], model_dir: Path, *more: str) -> list[str]:
+    """Command line that trains a narrow `lightweight` on the CPU; words that follow weigh more."""
+    return [
+        *("train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
+        *("-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", *more),
+    ]
+
+
+def json_events(text: str) -> list[dict[str, Any]]:
+    """Events that a command printed as JSON, one a line."""
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def saved_tensors(model_dir: Path, name: str = "model") -> dict[str, torch.Tensor]:
@@ -103,6 +110,18 @@ def assert_same_bits(one: Path, two: Path) -> None:
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
             assert torch.equal(tensor, theirs[key]), f"{name} {key}"
+
+
+@pytest.fixture(scope="session")
+def weights_dir(tmp_path_factory):
+    """All files of the lpips losses, named as they are published."""
+    folder = tmp_path_factory.mktemp("lpips")
+    for trunk in lpips.TRUNKS.values():
+        rest = {"classifier.1.weight": torch.zeros(2, 2)}
+        torch.save(lpips_trunk_weights(trunk) | rest, folder / f"{trunk.file}-0123abcd.pth")
+        torch.save(lpips_linear_weights(trunk), folder / f"{trunk.linear_file}.pth")
+    torch.save({}, folder / "vgg16_bn-0123abcd.pth")  # of another network
+    return str(folder)
 
 
 @pytest.fixture
@@ -126,10 +145,32 @@ def oracle(oracle_dir):
 
 
 @pytest.fixture
+def oracle_paths(oracle_dir):
+    """List the files of the oracle that match a pattern, or skip the test where none does."""
+
+    def listed(pattern: str) -> list[Path]:
+        paths = sorted(oracle_dir.glob(pattern))
+        if not paths:
+            pytest.skip(f"the oracle {oracle_dir} has no {pattern}")
+        return paths
+
+    return listed
+
+
+@pytest.fixture
 def faces_dir() -> Path:
     if FACES is None:
         pytest.skip("no real faces: set MIEN_FACES")
     return FACES
+
+
+@pytest.fixture
+def specimens(faces_dir) -> dict[str, Path]:
+    """Files of the broken specimens by their names, or skip the test where there are none."""
+    paths = {path.name: path for path in sorted((faces_dir / "bad").glob("*")) if path.is_file()}
+    if not paths:
+        pytest.skip(f"{faces_dir} has no bad specimens")
+    return paths
 
 
 @pytest.fixture(scope="session")
@@ -142,10 +183,11 @@ def sides(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _state_home(tmp_path_factory):
-    """What mien remembers of its user is this session's, and no person's."""
+def _environment(tmp_path_factory):
+    """Give mien a state of its user that is this session's, and let it keep faces on full disks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        patch.setenv("MIEN_DISK_RESERVE_MIB", "0")
         yield
 
 

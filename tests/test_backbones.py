@@ -1,6 +1,5 @@
 """Encoders made by timm: their shapes, sides, weights of the reference and pretrained weights."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import oracle_face, oracle_weight
+from oracle_numbers import oracle_face, oracle_models, oracle_weight
 from safetensors.torch import save_file
 
 from mien.models.phaze_a import backbones
@@ -269,52 +268,42 @@ def test_timm_loads_only_when_asked_for():
 # --- weights of the reference
 
 
-def _case(folder, file, list_name, case_id):
-    path = folder / "models" / file
-    cases = json.loads(path.read_text())[list_name] if path.exists() else []
-    for case in cases:
-        if case["id"] == case_id:
-            return case
-    pytest.skip(f"the oracle {folder} has no {case_id} in models/{file}")
+def _each_with_a_backbone(name, list_name, begin=""):
+    cases = [
+        case
+        for case in oracle_models(name, list_name)
+        if (architecture := case["changed"].get("enc_architecture", "")) in BACKBONES
+        and architecture.startswith(begin)
+    ]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case["id"])
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize(
-    ("case_id", "name", "size_px", "arrays"),
-    [
-        ("phaze_a/enc-mobilenet_v2", "mobilenet_v2", 112, 260),
-        ("phaze_a/enc-resnet50", "resnet50", 112, 318),
-        ("phaze_a/preset-stojo", "efficientnet_b4", 224, 611),
-        ("phaze_a/preset-sym384", "efficientnet_v2_s", 384, 670),
-        ("phaze_a/preset-clipfaker128", "clipv_farl-b-16-64", 64, 200),
-        ("phaze_a/preset-clipfaker448", "clipv_farl-b-16-64", 224, 200),
-    ],
-)
-def test_ordered_shapes_equal_the_oracle(oracle_dir, case_id, name, size_px, arrays):
-    case = _case(oracle_dir, "oracle.json", "configs", case_id)
-    encoder = case["subnets"][0]
-    wanted = [tuple(row[3]) for row in encoder["weights"][:arrays]]
-    assert case["input_shape"][0] == size_px
-    network = _on_meta(name, size_px)
+@_each_with_a_backbone("oracle.json", "configs")
+def test_ordered_shapes_equal_the_oracle(case):
+    encoder = next(subnet for subnet in case["subnets"] if subnet["name"] == "encoder")
+    network = _on_meta(case["changed"]["enc_architecture"], case["input_shape"][0])
     shapes = [entry.shape for entry in network.keras_entries()]
-    assert shapes == wanted
-    dense = encoder["weights"][arrays:]  # a bottleneck may follow, on the flattened output
-    if dense:
-        assert dense[0][3][0] == network.channels * network.output_px**2
-    rest = sum(int(np.prod(row[3])) for row in dense)
+    assert shapes == [tuple(row[3]) for row in encoder["weights"][: len(shapes)]]
+    bottleneck = encoder["weights"][len(shapes) :]
+    if bottleneck and case["options"]["bottleneck_type"] == "dense":  # of the flattened output
+        kernel = next(row[3] for row in bottleneck if len(row[3]) == 2)
+        assert kernel[0] == network.channels * network.output_px**2
+    rest = sum(int(np.prod(row[3])) for row in bottleneck)
     assert sum(int(np.prod(shape)) for shape in shapes) == encoder["params"] - rest
 
 
 @pytest.mark.oracle
-def test_a_clip_tower_equals_the_oracle(oracle_dir):
-    case = _case(oracle_dir, "forward.json", "cases", "phaze_a-clip-tiny")
-    network = backbone("clipv_farl-b-16-64", 64).eval()
+@_each_with_a_backbone("forward.json", "cases", begin="clip")
+def test_a_clip_tower_equals_the_oracle(case):
+    size_px = case["input_shape"][0]
+    network = backbone(case["changed"]["enc_architecture"], size_px).eval()
     rows = [row for row in case["weights"] if row[1] == "encoder"]
     for entry, row in zip(network.keras_entries(), rows, strict=True):
         weight = oracle_weight(row)
         assert entry.shape == weight.shape
         entry.load(weight)
-    faces = torch.stack([oracle_face(64, phase) for phase in (0.0, 1.0)])
+    faces = torch.stack([oracle_face(size_px, phase) for phase in (0.0, 1.0)])
     with torch.no_grad():
         codes = network(faces)[..., 0, 0].numpy()
     calls = [row for row in case["intermediates"] if row["subnet"] == "encoder"]

@@ -1,5 +1,6 @@
 """A save is whole or absent, whatever happens while it is written; damage is found and told."""
 
+import concurrent.futures
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -832,7 +834,7 @@ def test_kill_9_at_any_moment_leaves_the_last_complete_save(tmp_path):
         first = child.stdout.readline()  # it saves by now
         time.sleep(choice.uniform(0.0, 0.3))
         child.send_signal(signal.SIGKILL)
-        told, _ = child.communicate(timeout=60)
+        told, _ = child.communicate(timeout=300)
         told = [int(line) for line in (first + told).split()]
         leftovers += any(name.startswith(".") for name in names(path))
         with ModelFolder(path, read_only=True) as folder:
@@ -855,7 +857,7 @@ def test_the_saver_writes_what_the_tensors_held_at_the_call(tmp_path, monkeypatc
     write = ModelFolder.save
 
     def slow(folder: ModelFolder, *arguments):
-        may_write.wait(30)
+        may_write.wait(300)
         return write(folder, *arguments)
 
     monkeypatch.setattr(ModelFolder, "save", slow)
@@ -877,26 +879,36 @@ def test_the_saver_writes_what_the_tensors_held_at_the_call(tmp_path, monkeypatc
 
 
 def test_two_saves_never_overlap_and_the_wait_is_told(tmp_path, monkeypatch):
-    under_way, most = [], []
-    write = ModelFolder.save
+    """By a clock that each save moves by a second, once the next one waits for it."""
+    under_way, most, seconds = [], [], []
+    is_waited_for = threading.Semaphore(0)
+    write, wait = ModelFolder.save, Saver.wait
 
     def slow(folder: ModelFolder, *arguments):
         under_way.append(1)
         most.append(len(under_way))
-        time.sleep(0.2)
+        is_waited_for.acquire()
+        seconds.append(1)
         path = write(folder, *arguments)
         under_way.pop()
         return path
 
+    def waiting(saver: Saver) -> None:
+        if saver._pending is not None:
+            is_waited_for.release()
+        wait(saver)
+
     monkeypatch.setattr(ModelFolder, "save", slow)
+    monkeypatch.setattr(Saver, "wait", waiting)
+    clock = SimpleNamespace(monotonic=lambda: len(seconds))
+    monkeypatch.setattr("mien.core.checkpoint.saver.time", clock)
     with new_folder(tmp_path / "m", keep_generations=9) as folder, Saver(folder) as saver:
         waits = [saver.save(*tensors(i), plain_state(i)) for i in (1, 2, 3)]
         saver.wait()
         assert [saved.iterations for saved in saver.finished()] == [1, 2, 3]
         check_loaded(folder.load(), 3)
     assert most == [1, 1, 1]
-    assert waits[0] < 0.1
-    assert min(waits[1:]) > 0.1
+    assert waits == [0, 1, 1]
     assert names(tmp_path / "m") == ["1", "2", "3"]
 
 
@@ -922,8 +934,7 @@ def test_a_failure_in_the_thread_surfaces_at_the_next_call(tmp_path, monkeypatch
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "fsync", full)
             saver.save(*tensors(2), plain_state(2))
-            while not saver._pending.done():
-                time.sleep(0.01)
+            concurrent.futures.wait([saver._pending])
         text = "No space left on device; free space and start again: .* iteration 1$"
         with pytest.raises(SaveError, match=text):
             saver.save(*tensors(3), plain_state(3)) if call == "save" else getattr(saver, call)()

@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import FACE_SETS
 
 from mien.core.data import decode
 from mien.core.data.decode import BATCH_SIZE, choose_backend, decode_crops, thread_count
@@ -109,9 +110,11 @@ def test_the_crops_above_leave_the_picture_grow_and_shrink(faces):
     assert CROPS[1].size_px in [box.side for box in boxes[1]]
 
 
-@pytest.mark.parametrize("folder", ["a_grid", "b_talk", "a_hi", "b_hi", "bad/mixed_sizes"])
+@pytest.mark.parametrize("folder", [*FACE_SETS, "bad/mixed_sizes"])
 @pytest.mark.parametrize("crop", [CROPS[0], Crop("head", 0.9, -0.2, 256)], ids=str)
 def test_backends_agree_on_real_faces(faces_dir, folder, crop, monkeypatch):
+    if not (faces_dir / folder).is_dir():
+        pytest.skip(f"{faces_dir} has no {folder}")
     faces = read_folder(faces_dir / folder, minimum=1).faces[::9]
     by_opencv = crops_of(faces, crop, "opencv")
     refuse_opencv(monkeypatch)
@@ -227,16 +230,17 @@ def test_every_file_damaged(own_faces):
         assert all(isinstance(result, png.FaceFileError) for result in crops)
 
 
-def test_other_kinds_of_picture_do_not_crash(faces_dir, faces):
+def test_other_kinds_of_picture_do_not_crash(specimens, faces):
     """Such files are refused by their header; should one change meanwhile, decoding goes on."""
-    bad = sorted((faces_dir / "bad").glob("*.png"))
+    bad = [path for path in specimens.values() if path.suffix == ".png"]
     odd = [Face(path, faces[0].edge_px, faces[0].landmarks_l2, faces[0].alignment) for path in bad]
     by_dali, by_opencv = (crops_of(odd, CROPS[0], backend) for backend in decode.BACKENDS)
     for path, one, other in zip(bad, by_dali, by_opencv, strict=True):
         assert isinstance(one, png.FaceFileError) == isinstance(other, png.FaceFileError), path
     results = zip(bad, by_opencv, strict=True)
     refused = {path.name for path, result in results if isinstance(result, png.FaceFileError)}
-    assert {"zero_bytes.png", "text_file.png", "truncated_idat.png"} <= refused
+    hopeless = {"zero_bytes.png", "text_file.png", "truncated_idat.png"}
+    assert hopeless & specimens.keys() <= refused
 
 
 def test_a_picture_that_shrank_since_its_header_was_read(own_faces):

@@ -5,6 +5,7 @@ import tomllib
 
 import pytest
 import torch
+from conftest import json_events
 
 from mien.benchmarks import harness
 from mien.cli import main
@@ -92,7 +93,7 @@ def test_a_dry_run_of_a_model_rehearses_its_next_steps_and_leaves_it_alone(
     assert facts["stages"][1].startswith("2 slow")
     assert facts["stages"][1].endswith("(now, since iteration 2)")
     assert main([*words, "-i", "2", "--set", "train.log_interval=1"]) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     steps = [event for event in events if event["event"] == "step"]
     trained = [{name: step[name] for name in ("loss_a", "loss_b")} for step in steps]
     assert facts["losses"] == trained, "the same two steps, bit for bit"
@@ -126,7 +127,7 @@ def test_a_mistake_in_a_dry_run_is_one_line(inputs, tmp_path, capsys):
 
 def _start(capsys):
     """The event of the start, and what else was noted."""
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     notes = [event["message"] for event in events if event["event"] == "notice"]
     return next(event for event in events if event["event"] == "start"), notes
 

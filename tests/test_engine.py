@@ -6,20 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CPU, tiny_config, tiny_step
 
-from mien import models
-from mien.core import precision as precisions
-from mien.core.config import from_dict
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
-from mien.core.losses.weighted import Loss
-from mien.core.optim.optimizer import Update
 from mien.core.training import engine as engines
-from mien.core.training.loss_buffer import LossRing
 from mien.core.training.step import TrainStep
 from mien.models.batch_norm import BatchNorm, remember
 
-CPU = torch.device("cpu")
 NOTHING = nullcontext()
 
 
@@ -32,25 +26,16 @@ def _store(seed, device):
 
 def _trained(name, mode="fp32", device=CPU, iterations=6, batch_size=2, streams=False, warn=None):
     """Losses and weights after some iterations of a tiny model, and the engine."""
-    config = from_dict({"train": {"batch_size": batch_size}})
-    precision = precisions.resolve(mode, device)
-    precision.apply()
-    model = models.build("original", seed=1, width=8)
-    if device.type == "cuda":
-        model.align(8)
-    model.to(device)
-    update = Update(model, config.optimizer, precision)
-    loss = Loss(config.loss, model.output_px, device)
-    side_stream = torch.cuda.Stream() if streams else None
-    ring = LossRing(loss.num_values, device)
-    step = TrainStep(model, loss, update, ring, side_stream)
+    settings = {"train": {"batch_size": batch_size}, "precision": {"mode": mode}}
+    config = tiny_config(settings)
+    step, _ = tiny_step(settings, device, streams=streams)
     feed = Feed(
         {side: _store(seed, device) for seed, side in enumerate("ab")},
         config,
         input_px=64,
         output_px=(64,),
         device=device,
-        dtype=precision.compute,
+        dtype=step.update.precision.compute,
         num_threads=1,
         input_channels=8 if device.type == "cuda" else 3,
     )
@@ -58,7 +43,7 @@ def _trained(name, mode="fp32", device=CPU, iterations=6, batch_size=2, streams=
         engine = engines.make(name, step, feed, warn or pytest.fail)
         for iteration in range(iterations):
             engine(dict.fromkeys("ab", iteration * batch_size))
-        return ring.fetch(iterations)(), update.weights(), engine
+        return step.ring.fetch(iterations)(), step.update.weights(), engine
     finally:
         feed.close()
 

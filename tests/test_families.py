@@ -5,7 +5,7 @@ import json
 import cv2
 import pytest
 import torch
-from conftest import tiny_options
+from conftest import json_events, tiny_options
 from safetensors.torch import load_file
 
 from mien import models
@@ -66,7 +66,7 @@ def test_a_family_trains_resumes_and_shows(sides, tmp_path, name, options, mode,
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     config = _config(tmp_path / "one.toml", name, options, mode, sides, straight)
     assert main(["train", "-C", config, "-i", "3", "--json"]) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     losses = [event["loss_a"] for event in events if event["event"] == "step"]
     assert losses, "no step was told"
     config = _config(tmp_path / "two.toml", name, options, mode, sides, resumed)
@@ -96,6 +96,6 @@ def test_a_family_trains_as_one_graph(sides, tmp_path, name, options, freeze, ca
     words = ["-f"] if freeze and name != "phaze-a" else []
     more = ["--device", "cuda", "--engine", "graph", "-i", "8", "--json", *words]
     assert main(["train", "-C", config, *more]) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     assert not [event for event in events if event["event"] == "warning"]
     assert all(tensor.isfinite().all() for tensor in _saved(tmp_path / "model", 8).values())

@@ -5,31 +5,23 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_step
 from safetensors.torch import load_file
 
 from mien import models
-from mien.benchmarks.bench_step import make_batch
 from mien.cli import main
 from mien.core import precision as precisions
-from mien.core.config import LossConfig, OptimizerConfig, from_dict
-from mien.core.losses.weighted import Loss
+from mien.core.config import from_dict
 from mien.core.optim import overlap
 from mien.core.training import memory
-from mien.core.training.loss_buffer import LossRing
-from mien.core.training.step import TrainStep
 from mien.models.batch_norm import BatchNorm, norms_of, remember
-
-CPU = torch.device("cpu")
 
 
 def _step(model, mode="fp32", setting="off", **settings):
     """A step of the model, and a batch for it."""
-    precision = precisions.resolve(mode, CPU)
-    config = OptimizerConfig(overlap=setting, learning_rate=1e-3, **settings)
-    update = overlap.choose(config, precision)(model, config, precision)
-    loss = Loss(LossConfig(), model.output_px, CPU)
-    step = TrainStep(model, loss, update, LossRing(loss.num_values, CPU))
-    return step, make_batch(model, 2, CPU, precision.compute)
+    optimizer = {"overlap": setting, **settings}
+    step, batches = tiny_step({"precision": {"mode": mode}, "optimizer": optimizer}, model=model)
+    return step, batches.only
 
 
 def _original(*frozen):

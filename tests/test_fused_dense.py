@@ -4,24 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import assert_same_bits, saved_tensors, tiny_options
+from conftest import CPU, assert_same_bits, saved_tensors, tiny_options, tiny_step, train_words
 from torch import nn
 
 from mien import models
-from mien.benchmarks.bench_step import OneBatch, make_batch
 from mien.cli import main
 from mien.core import precision as precisions
-from mien.core.config import OPTIMIZERS, LossConfig, OptimizerConfig, from_dict
-from mien.core.losses.weighted import Loss
+from mien.core.config import OPTIMIZERS, OptimizerConfig, from_dict
 from mien.core.optim import fused_dense, overlap
 from mien.core.precision import Precision
 from mien.core.training import engine as engines
 from mien.core.training import memory
-from mien.core.training.loss_buffer import LossRing
-from mien.core.training.step import TrainStep
 from mien.models.blocks import Dense
 
-CPU = torch.device("cpu")
 ON = ("--set", "optimizer.fused_dense=true")
 
 
@@ -33,19 +28,12 @@ def _small_layers(monkeypatch):
 
 def _step(is_on, mode="fp32", family="original", device=CPU, *, streams=False, model=None, **more):
     """A step of a tiny model, and where its batches come from."""
-    precision = precisions.resolve(mode, device)
-    precision.apply()
-    model = model or models.build(family, seed=1, **tiny_options(family))
-    if device.type == "cuda":
-        model.align(8)
-    model.to(device)
-    settings = {"overlap": "off", "learning_rate": 1e-3, "epsilon_exponent": -4} | more
-    config = OptimizerConfig(fused_dense=is_on, **settings)
-    update = overlap.choose(config, precision)(model, config, precision)
-    loss = Loss(LossConfig(), model.output_px, device)
-    side_stream = torch.cuda.Stream() if streams else None
-    step = TrainStep(model, loss, update, LossRing(loss.num_values, device), side_stream)
-    return step, OneBatch(make_batch(model, 2, device, precision.compute))
+    sections = {
+        "model": {"trainer": family, "options": tiny_options(family)},
+        "precision": {"mode": mode},
+        "optimizer": {"fused_dense": is_on, "epsilon_exponent": -4, **more},
+    }
+    return tiny_step(sections, device, model=model, streams=streams)
 
 
 def _trained(is_on, *, steps=3, **settings):
@@ -174,13 +162,7 @@ def test_a_loss_that_is_not_finite_moves_nothing():
 
 
 def _train(sides, model_dir, *more):
-    return main(
-        [
-            *("train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
-            *("-t", "original", "--set", "model.options.width=8", "-b", "2", "--device", "cpu"),
-            *more,
-        ]
-    )
+    return main(train_words(sides, model_dir, "-t", "original", "-b", "2", *more))
 
 
 def test_a_run_resumes_bit_for_bit_and_may_change_the_switch(sides, tmp_path, capsys):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import train_words
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +50,8 @@ from mien.core.training.recipe_progress import Place, Plan, find_place
 
 CASES = int(os.environ.get("MIEN_FUZZ", "0"))
 MAX_SECONDS = 3.0
+"""Processor time, which other programs do not take; what waits for ever meets pytest's timeout."""
+
 MAX_MORE_KIB = 256 << 10
 RUN_ID = "0123456789abcdef" * 2
 
@@ -68,9 +71,9 @@ def cases(count):
 def bounded():
     """What happens inside is quick and takes little memory."""
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.monotonic()
+    started = time.process_time()
     yield
-    assert time.monotonic() - started < MAX_SECONDS
+    assert time.process_time() - started < MAX_SECONDS
     more_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_kib
     assert more_kib < MAX_MORE_KIB
 
@@ -472,10 +475,10 @@ def test_settings_in_toml(tmp_path_factory, seed):
     ids=range(11),
 )
 def test_slow_toml(content):
-    started = time.monotonic()
+    started = time.process_time()
     with contextlib.suppress(ValueError):
         parse_toml(content)
-    assert time.monotonic() - started < 2 * MAX_SECONDS
+    assert time.process_time() - started < 2 * MAX_SECONDS
 
 
 INI = b"""[global]
@@ -799,8 +802,7 @@ def test_settings_of_a_far_larger_model_than_the_saved_one_build_none(
     sides, tmp_path, monkeypatch, capsys
 ):
     model_dir = tmp_path / "m"
-    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), "-b", "2"]
-    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", "-i", "1"]
+    words = train_words(sides, model_dir, "-b", "2", "-i", "1")
     assert main(words) == 0
     newest = model_dir / "generations/1-2"
     settings = (newest / "config.toml").read_text()

@@ -8,6 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from conftest import json_events, train_words
 
 from mien.cli import main
 from mien.core.checkpoint import known_paths
@@ -125,11 +126,8 @@ def test_a_disk_that_refuses_is_told(tmp_path, home):
 
 
 def _words(sides, model):
-    return [
-        *("train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model), "-i", "1"),
-        *("-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", "--json"),
-        *("--set", "train.batch_size=4", "--set", "preview.preview_images=2"),
-    ]
+    settings = ("--set", "train.batch_size=4", "--set", "preview.preview_images=2")
+    return train_words(sides, model, "-i", "1", "--json", *settings)
 
 
 def _spoil(model, values):
@@ -141,10 +139,6 @@ def _spoil(model, values):
         for session in state["sessions"]:
             session["settings"] = merge(session["settings"], values)
         folder.save(saved.model, saved.optimizer, state)
-
-
-def _events(capsys):
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 @pytest.fixture
@@ -175,7 +169,7 @@ def test_no_path_that_a_model_folder_names_is_used(model, sides, home, tmp_path,
     assert not strange.exists()
 
     assert main(_words(sides, model)) == 0
-    events = _events(capsys)
+    events = json_events(capsys.readouterr().out)
     left_out = [e["message"] for e in events if "left out" in e.get("message", "")]
     named = {line.split(" ")[0] for line in left_out}
     assert named == {spec.full_name for spec in all_settings() if spec.is_path} - {
@@ -241,7 +235,7 @@ def test_the_users_own_model_goes_on_without_a_word(sides, tmp_path, home, capsy
     (tmp_path / "x.png").unlink()
     size = log.stat().st_size
     assert main(["train", "-m", str(model), "-i", "1", "--device", "cpu", "--json"]) == 0
-    told = [event.get("message", "") for event in _events(capsys)]
+    told = [event.get("message", "") for event in json_events(capsys.readouterr().out)]
     assert not any("left out" in line for line in told)
     assert (tmp_path / "x.png").exists()
     assert log.stat().st_size > size
@@ -251,17 +245,21 @@ def test_the_users_own_model_goes_on_without_a_word(sides, tmp_path, home, capsy
     assert "no faces for side A: add --input-a FOLDER" in capsys.readouterr().err
     given = ["-A", str(sides[0]), "-B", str(sides[1]), "-i", "1", "--device", "cpu", "--json"]
     assert main(["train", "-m", str(model), *given]) == 0
-    told = [event["message"] for event in _events(capsys) if event["event"] == "warning"]
+    told = [
+        event["message"]
+        for event in json_events(capsys.readouterr().out)
+        if event["event"] == "warning"
+    ]
     assert [line.split(" ")[0] for line in told] == ["log.file", "preview.write_image"]
     assert main(["train", "-m", str(model), "-i", "1", "--device", "cpu", "--json"]) == 0
-    assert "warning" not in {event["event"] for event in _events(capsys)}
+    assert "warning" not in {event["event"] for event in json_events(capsys.readouterr().out)}
 
 
 def test_a_start_without_a_home_trains_and_tells(sides, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 987_654)
     assert main(_words(sides, tmp_path / "model")) == 0
-    told = [e["message"] for e in _events(capsys) if e["event"] == "notice"]
+    told = [e["message"] for e in json_events(capsys.readouterr().out) if e["event"] == "notice"]
     assert len(told) == 1
     assert "cannot be remembered (this user has no home folder; set HOME or XDG" in told[0]
 

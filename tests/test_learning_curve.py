@@ -12,15 +12,11 @@ import torch
 
 from mien import models
 from mien.benchmarks.bench_step import plain_blocks
-from mien.core import precision as precisions
 from mien.core.config import from_dict
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
-from mien.core.losses.weighted import Loss
-from mien.core.optim.optimizer import Update
 from mien.core.training import engine as engines
-from mien.core.training.loss_buffer import LossRing
-from mien.core.training.step import TrainStep
+from mien.core.training.build import build_model, build_step
 from mien.kernels import reference
 
 STEPS, WINDOW, BATCH_SIZE = 300, 50, 4
@@ -41,9 +37,11 @@ def _faces(side):
     return torch.from_numpy(faces)
 
 
-def _config(seed):
+def _config(seed, mode):
     return from_dict(
         {
+            "model": {"trainer": "lightweight", "options": {"width": 8}},
+            "precision": {"mode": mode},
             "train": {"batch_size": BATCH_SIZE, "seed": seed},
             "loss": {"eye_multiplier": 1, "mouth_multiplier": 1},
             "optimizer": {"learning_rate": 5e-4},
@@ -71,10 +69,6 @@ def _feed(config, dtype, device):
     )
 
 
-def _model(seed):
-    return models.build("lightweight", seed=seed, width=8)
-
-
 def _windows(losses):
     """Mean loss of A and B together of each window but the first."""
     return np.asarray(losses).reshape(-1, WINDOW).mean(axis=1)[1:]
@@ -84,7 +78,8 @@ def _windows(losses):
 def _reference(seed, device_type):
     device = torch.device(device_type)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    config, model = _config(seed), _model(seed).to(device)
+    config = _config(seed, "fp32")
+    model = models.build("lightweight", seed=seed, width=8).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, eps=1e-7)
     feed, losses = _feed(config, torch.float32, device), []
     for step in range(STEPS):
@@ -103,22 +98,15 @@ def _reference(seed, device_type):
 
 
 def _ours(seed, mode, device):
-    config, model = _config(seed), _model(seed)
-    precision = precisions.resolve(mode, device)
-    precision.apply()
-    if device.type == "cuda":
-        model.align(8)
-    model.to(device)
-    update = Update(model, config.optimizer, precision)
-    loss = Loss(config.loss, model.output_px, device)
-    ring = LossRing(loss.num_values, device)
-    feed = _feed(config, precision.compute, device)
-    name = engines.choose("auto", device)[0]
-    engine = engines.make(name, TrainStep(model, loss, update, ring), feed, pytest.fail)
-    for step in range(STEPS):
-        engine(dict.fromkeys("ab", step * BATCH_SIZE))
+    config = _config(seed, mode)
+    model, _ = build_model(config, device)
+    step = build_step(config, model, device)
+    feed = _feed(config, step.update.precision.compute, device)
+    engine = engines.make(engines.choose("auto", device)[0], step, feed, pytest.fail)
+    for iteration in range(STEPS):
+        engine(dict.fromkeys("ab", iteration * BATCH_SIZE))
     feed.close()
-    return _windows(loss.named(ring.fetch(STEPS)())["batch_total"])
+    return _windows(step.loss.named(step.ring.fetch(STEPS)())["batch_total"])
 
 
 @pytest.mark.slow

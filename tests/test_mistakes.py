@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import train_words
 
 from mien.cli import main
 from mien.core.checkpoint.lock import LOCK
@@ -96,9 +97,7 @@ def test_who_has_no_home_has_no_presets_of_his_own(homeless, capsys):
 
 
 def test_who_has_no_home_can_train(homeless, sides, tmp_path):
-    words = ["-A", str(sides[0]), "-B", str(sides[1]), "-m", str(tmp_path / "model")]
-    words += ["-t", "lightweight", "--set", "model.options.width=8", "-b", "4", "-i", "1"]
-    assert main(["train", "--device", "cpu", *words]) == 0
+    assert main(train_words(sides, tmp_path / "model", "-b", "4", "-i", "1")) == 0
 
 
 def test_a_lock_that_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,11 @@
 """Every family against the oracle: weights, wiring, and what comes out for weights by its rule."""
 
 import functools
-import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import ORACLE, oracle_face, oracle_weight
+from oracle_numbers import oracle_face, oracle_models, oracle_weight
 
 from mien import models
 from mien.core.estimate.flops import work_of
@@ -14,19 +13,10 @@ from mien.models.keras_weights import keras_entries
 
 pytestmark = pytest.mark.oracle
 
-# The reference lets one family's option reach into another: not copied.
-_NOT_COPIED = {"dfaker/original-lowmem-leak"}
 
-
-def _cases(file, list_name):
-    path = ORACLE / "models" / file if ORACLE else None
-    if path is None or not path.exists():
-        return []
-    return [
-        pytest.param(case, id=case["id"])
-        for case in json.loads(path.read_text())[list_name]
-        if case["id"] not in _NOT_COPIED
-    ]
+def _each(name, list_name):
+    cases = oracle_models(name, list_name)
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case["id"])
 
 
 def _made(case, make):
@@ -34,7 +24,7 @@ def _made(case, make):
     return make(case["model"].replace("_", "-"), **settings)
 
 
-@pytest.mark.parametrize("case", _cases("oracle.json", "configs"))
+@_each("oracle.json", "configs")
 def test_weights_equal_the_oracle(case):
     """Counts in total and per sub-network, shapes and order of every weight; sizes in and out."""
     model, total = _made(case, models.meta_model), 0
@@ -54,7 +44,7 @@ def test_weights_equal_the_oracle(case):
     assert case["input_shape"][0] == model.input_px
 
 
-@pytest.mark.parametrize("case", _cases("oracle.json", "configs"))
+@_each("oracle.json", "configs")
 def test_products_equal_the_oracle(case):
     """Of both sides; what the reference computes twice of one tensor is computed once."""
     macs = {subnet["name"]: subnet["macs_per_call"] for subnet in case["subnets"]}
@@ -66,7 +56,7 @@ def test_products_equal_the_oracle(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", _cases("forward.json", "cases"))
+@_each("forward.json", "cases")
 def test_outputs_equal_the_oracle(case, oracle):
     wanted = oracle("models/forward.npz")
     model = _made(case, functools.partial(models.build, seed=None)).eval()

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import oracle_cases
+from oracle_numbers import oracle_cases
 
 from mien.kernels import gradient_norm, norm_history, reference, scalars_update, tensor_table
 from mien.kernels import optimize as optimize_module

@@ -13,6 +13,7 @@ import sys
 import warnings
 
 import pytest
+from conftest import train_words
 
 from mien.cli import main
 from mien.core.console.reporter import Reporter
@@ -184,11 +185,8 @@ def test_no_file_gets_the_number_of_a_closed_output(tmp_path, closed):
 
 
 def _train(sides, model_dir, *more):
-    return [
-        *(sys.executable, "-m", "mien.cli", "train", "-A", str(sides[0]), "-B", str(sides[1])),
-        *("-m", str(model_dir), "-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
-        *("--device", "cpu", "--set", "train.log_interval=1", *more),
-    ]
+    settings = ("-b", "4", "--set", "train.log_interval=1")
+    return [sys.executable, "-m", "mien.cli", *train_words(sides, model_dir, *settings, *more)]
 
 
 def _saved(model_dir):
@@ -217,7 +215,7 @@ def test_a_terminal_that_is_closed_loses_nothing(sides, tmp_path):
     while (shown := max(map(int, re.findall(rb"\[#(\d+)\]", seen)), default=0)) < 8:
         seen += os.read(master, 4096)
     os.close(master)  # the kernel sends SIGHUP, and every write fails with EIO
-    assert started.wait(60) == 4
+    assert started.wait(300) == 4
     stop = _told(tmp_path / "model")[-1]
     assert stop["reason"] == "SIGHUP received; the state is saved"
     assert _saved(tmp_path / "model") == stop["iteration"] >= shown
@@ -234,7 +232,7 @@ def test_sigterm_ends_a_run_whose_reader_sleeps(sides, tmp_path):
     while waiting.poll(0):  # until the pipe is full, and the run waits for its reader
         select.select([], [], [], 0.1)
     started.send_signal(signal.SIGTERM)
-    assert started.wait(60) == 4
+    assert started.wait(300) == 4
     os.close(reading)
     os.close(writing)
     stop = _told(tmp_path / "model")[-1]

@@ -4,26 +4,19 @@ import contextlib
 
 import pytest
 import torch
+from conftest import CPU, tiny_step, train_words
 from safetensors.torch import load_file
 from torch import nn
 
-from mien import models
-from mien.benchmarks.bench_step import OneBatch, make_batch
 from mien.benchmarks.variants import variant
 from mien.cli import main
 from mien.core import precision as precisions
-from mien.core.config import LossConfig, OptimizerConfig
+from mien.core.config import OptimizerConfig
 from mien.core.data.feed import Feed
 from mien.core.estimate.flops import work_of
-from mien.core.faces.synthetic import draw_folder
-from mien.core.losses.weighted import Loss
 from mien.core.optim import overlap
 from mien.core.training import engine as engines
-from mien.core.training.loss_buffer import LossRing
-from mien.core.training.step import TrainStep
 from mien.kernels.optimizer_scalars import Scalar
-
-CPU = torch.device("cpu")
 
 
 def _update(model, setting, mode="fp32", **settings):
@@ -40,18 +33,12 @@ def _small_parts(monkeypatch):
 
 def _step(setting, mode="fp32", family="original", device=CPU, streams=False, **settings):
     """A step of a tiny model, and where its batches come from."""
-    precision = precisions.resolve(mode, device)
-    precision.apply()
-    model = models.build(family, seed=1, width=8)
-    if device.type == "cuda":
-        model.align(8)
-    model.to(device)
-    config = OptimizerConfig(overlap=setting, learning_rate=1e-3, **settings)
-    update = overlap.choose(config, precision)(model, config, precision)
-    loss = Loss(LossConfig(), model.output_px, device)
-    side_stream = torch.cuda.Stream() if streams else None
-    step = TrainStep(model, loss, update, LossRing(loss.num_values, device), side_stream)
-    return step, OneBatch(make_batch(model, 2, device, precision.compute))
+    sections = {
+        "model": {"trainer": family, "options": {"width": 8}},
+        "precision": {"mode": mode},
+        "optimizer": {"overlap": setting, **settings},
+    }
+    return tiny_step(sections, device, streams=streams)
 
 
 def _assert_same_weights(one, two):
@@ -360,22 +347,9 @@ def test_clipping_of_each_tensor_overlaps(clipping):
     _assert_same_state(*done)
 
 
-@pytest.fixture(scope="module")
-def sides(tmp_path_factory):
-    root = tmp_path_factory.mktemp("drawn")
-    for side in "ab":
-        draw_folder(root / side, identity=side, count=26, size_px=80)
-    return root
-
-
 def _train(sides, model_dir, setting, *more):
-    return main(
-        [
-            *("train", "-A", str(sides / "a"), "-B", str(sides / "b"), "-m", str(model_dir)),
-            *("-t", "lightweight", "--set", "model.options.width=8", "-b", "2", "--device", "cpu"),
-            *("--set", f"optimizer.overlap={setting}", "--set", "train.log_interval=1", *more),
-        ]
-    )
+    settings = ("--set", f"optimizer.overlap={setting}", "--set", "train.log_interval=1")
+    return main(train_words(sides, model_dir, "-b", "2", *settings, *more))
 
 
 def _saved(model_dir, iterations, name):

@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 import tomli_w
+from oracle_numbers import oracle_models
 
 from mien import models
 from mien.cli import main
@@ -40,32 +41,30 @@ def test_there_are_the_seventeen():
         assert _options(preset.name).keys() == _options("original").keys()
 
 
-def _case(oracle_dir, name):
-    path = oracle_dir / "models/oracle.json"
-    if not path.exists():
-        pytest.skip(f"the oracle {oracle_dir} has no models/oracle.json")
-    cases = {case["id"]: case for case in json.loads(path.read_text())["configs"]}
-    if f"phaze_a/preset-{name}" not in cases:
-        pytest.skip(f"the oracle {oracle_dir} has no case of preset {name}")
-    return cases[f"phaze_a/preset-{name}"]
+PREFIX = "phaze_a/preset-"
+each_preset_of_the_oracle = pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(case["id"].removeprefix(PREFIX), case, id=case["id"])
+        for case in oracle_models("oracle.json", "configs")
+        if case["id"].startswith(PREFIX)
+    ],
+)
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", NAMES)
-def test_options_equal_the_oracle(oracle_dir, name):
+@each_preset_of_the_oracle
+def test_options_equal_the_oracle(name, case):
     """But for the pretrained encoders, which the oracle was built without."""
-    wanted = _case(oracle_dir, name)["options"] | {"enc_load_weights": name in WITH_PRETRAINED}
-    assert _options(name) == wanted
+    assert _options(name) == case["options"] | {"enc_load_weights": name in WITH_PRETRAINED}
 
 
 @pytest.mark.oracle
-@pytest.mark.parametrize("name", NAMES)
-def test_every_preset_builds_with_the_parameters_of_the_oracle(oracle_dir, name):
-    if "phaze-a" not in models.available():
-        pytest.skip("there is no trainer phaze-a yet")
+@each_preset_of_the_oracle
+def test_every_preset_builds_with_the_parameters_of_the_oracle(name, case):
     model = models.meta_model("phaze-a", **_options(name))
-    wanted = _case(oracle_dir, name)["params_trainable"]  # running estimates are no parameters
-    assert sum(parameter.numel() for parameter in model.parameters()) == wanted
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert count == case["params_trainable"]  # running estimates are no parameters
 
 
 def _given(capsys, *words):

@@ -16,17 +16,14 @@ from mien import core
 from mien.cli import main
 from mien.core import Config, Outcome, StopRequest, load_model, swap, train
 from mien.core.config import from_dict
-from mien.core.faces.synthetic import draw_folder
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
 
 @pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faces")
-    for side in "ab":
-        draw_folder(folder / side, identity=side, count=26, size_px=96)
-    return folder
+def faces(sides):
+    """The folder with the folders a and b."""
+    return sides[0].parent
 
 
 def _settings(faces, model_dir, iterations=3):
@@ -112,9 +109,9 @@ def test_a_request_from_another_thread_stops_after_a_save(faces, tmp_path):
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert reached.wait(120)
+    assert reached.wait(300)
     stop.request()
-    thread.join(120)
+    thread.join(300)
     assert ended == [Outcome.STOPPED]
     assert load_model(tmp_path / "m").network is not None
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import train_words
 
 from mien.cli import main
 from mien.core.console.keyboard import Keyboard
@@ -53,14 +54,8 @@ def test_a_signal_that_was_ignored_stays_ignored(ignored, terminal):
 
 
 def _train(sides, model_dir, *more):
-    return main(
-        [
-            "train",
-            *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
-            *("-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
-            *("--set", "train.log_interval=2", "--device", "cpu", *more),
-        ]
-    )
+    settings = ("-b", "4", "--set", "train.log_interval=2")
+    return main(train_words(sides, model_dir, *settings, *more))
 
 
 @pytest.mark.parametrize("ignored", [signal.SIGHUP, signal.SIGINT], indirect=True)
@@ -152,7 +147,7 @@ def test_the_second_one_ends_it_unless_the_terminal_was_closed(signals, ends):
         child.send_signal(numbers[-1])
     else:
         child.stdin.close()
-    assert child.wait(30) == (-numbers[-1] if ends else 0)
+    assert child.wait(300) == (-numbers[-1] if ends else 0)
     child.stdin.close()
     child.stdout.close()
 

@@ -1,11 +1,11 @@
 """What is reported at the start: the settings that decide the result, as lines and as fields."""
 
-import json
 import os
 import re
 
 import pytest
 import torch
+from conftest import json_events, train_words
 
 from mien.cli import main
 
@@ -16,9 +16,8 @@ FIRST_LINES = (
 
 
 def _train(sides, model_dir, *more):
-    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), "-i", "1"]
-    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu"]
-    assert main([*words, "--set", "train.batch_size=4", *more]) == 0
+    settings = ("-i", "1", "--set", "train.batch_size=4")
+    assert main(train_words(sides, model_dir, *settings, *more)) == 0
 
 
 def _lines(text):
@@ -80,7 +79,7 @@ def test_they_tell_what_is_set_otherwise(sides, tmp_path, capsys):
 def start(sides, tmp_path, capsys):
     """The event of a start."""
     _train(sides, tmp_path / "model", "--json", "--no-flip")
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     return next(event for event in events if event["event"] == "start")
 
 

@@ -508,12 +508,35 @@ def test_a_disk_that_fails_is_told_of(folder, store_dir, monkeypatch, step, plac
         np.testing.assert_array_equal(pixels, expected(face, CROP))
 
 
+def _set_free_bytes(monkeypatch, num_bytes):
+    free = shutil._ntuple_diskusage(num_bytes, 0, num_bytes)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+
+
 def test_a_full_disk_is_not_filled(folder, store_dir, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(9, 8, 1000))
+    _set_free_bytes(monkeypatch, 1000)
     made = opened(folder, store_dir)
     assert "No space left on device" in made.warnings[0]
     assert raw_files(store_dir) == []
     assert made.num_faces == NUM_FACES
+
+
+@pytest.mark.parametrize(("reserve_mib", "is_kept"), [("100", True), ("101", False), (None, False)])
+def test_a_disk_keeps_its_reserve(folder, store_dir, monkeypatch, reserve_mib, is_kept):
+    """A reserve of the user's, else 256 MiB."""
+    _set_free_bytes(monkeypatch, 101 * 1024**2)
+    monkeypatch.delenv("MIEN_DISK_RESERVE_MIB")
+    if reserve_mib is not None:
+        monkeypatch.setenv("MIEN_DISK_RESERVE_MIB", reserve_mib)
+    assert bool(opened(folder, store_dir).path) is is_kept
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "much"])
+def test_a_reserve_that_is_no_number_is_refused(folder, store_dir, monkeypatch, text):
+    monkeypatch.setenv("MIEN_DISK_RESERVE_MIB", text)
+    message = f"MIEN_DISK_RESERVE_MIB must be a whole number of MiB, got '{text}'"
+    with pytest.raises(ValueError, match=message):
+        opened(folder, store_dir)
 
 
 def test_file_placement_survives_a_failing_sync(folder, store_dir, monkeypatch):
@@ -714,12 +737,9 @@ def test_number_of_threads_does_not_matter(folder):
 
 
 @pytest.mark.oracle
-def test_oracle_sets(oracle_dir, tmp_path):
+def test_oracle_sets(oracle_paths, tmp_path):
     """Any set of faces of the oracle: both decoders and every place give one tensor."""
-    sides = sorted(path for path in (oracle_dir / "sets").glob("*") if path.is_dir())
-    if not sides:
-        pytest.skip(f"{oracle_dir} has no sets")
-    for side in sides:
+    for side in filter(Path.is_dir, oracle_paths("sets/*")):
         folder = read_folder(side, minimum=1)
         stores = [
             opened(folder, directory, minimum=1, decoder=decoder, placement=placement)

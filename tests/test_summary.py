@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
+from conftest import train_words
+from oracle_numbers import oracle_models
 
 from mien import models
 from mien.cli import main
 from mien.core.estimate.flops import work_of
 from mien.core.estimate.summary import summarize
-from mien.core.faces.synthetic import draw_folder
 
 
 def _counted_twice(case):
@@ -25,37 +26,28 @@ def _counted_twice(case):
 
 
 @pytest.mark.oracle
-def test_products_equal_the_oracle(oracle_dir):
+@pytest.mark.parametrize("case", oracle_models("oracle.json", "configs"), ids=lambda c: c["id"])
+def test_products_equal_the_oracle(case):
     """Of every family: MACs of a face of each side.
 
     Where the sides share a half of the code, the oracle computes a half twice, mien once.
     """
-    path = oracle_dir / "models/oracle.json"
-    if not path.exists():
-        pytest.skip(f"the oracle {oracle_dir} has no models/oracle.json")
     torch.utils.deterministic.fill_uninitialized_memory = False  # weights are not looked at
-    compared = 0
-    for case in json.loads(path.read_text())["configs"]:
-        name = case["model"].replace("_", "-")
-        if name not in models.available() or case["id"].endswith("leak"):
-            continue
-        build = {
-            key: value
-            for key, value in case["global_changed"].items()
-            if key in ("learn_mask", "reflect_padding")
-        }
-        changed = {
-            key: [value] if key in ("freeze_layers", "load_layers") else value
-            for key, value in case["changed"].items()
-        }
-        found = summarize(models.meta_model(name, **build, **changed))
-        wanted = dict(case["macs_per_example"])
-        macs = {whole.subnetwork: whole.macs for whole in found.subnetworks}
-        for side, part in _counted_twice(case):
-            wanted[side] -= macs[part]
-        assert found.macs == wanted, case["id"]
-        compared += 1
-    assert compared
+    build = {
+        key: value
+        for key, value in case["global_changed"].items()
+        if key in ("learn_mask", "reflect_padding")
+    }
+    changed = {
+        key: [value] if key in ("freeze_layers", "load_layers") else value
+        for key, value in case["changed"].items()
+    }
+    summary = summarize(models.meta_model(case["model"].replace("_", "-"), **build, **changed))
+    expected = dict(case["macs_per_example"])
+    macs = {whole.subnetwork: whole.macs for whole in summary.subnetworks}
+    for side, part in _counted_twice(case):
+        expected[side] -= macs[part]
+    assert summary.macs == expected
 
 
 @pytest.mark.parametrize("name", models.available())
@@ -140,16 +132,11 @@ def test_the_table(capsys):
     assert "GFLOP at batch size 16" in said
 
 
-def test_a_saved_model_tells_of_itself(tmp_path, capsys):
-    sides = []
-    for side in "ab":
-        draw_folder(tmp_path / side, identity=side, count=26, size_px=96)
-        sides += [f"-{side.upper()}", str(tmp_path / side)]
+def test_a_saved_model_tells_of_itself(sides, tmp_path, capsys):
     model_dir = tmp_path / "model"
     words = ["-m", str(model_dir), "--device", "cpu"]
-    new = ["-t", "lightweight", "--set", "model.options.width=16", "-i", "1"]
-    new += ["--set", "train.batch_size=2"]
-    assert main(["train", *sides, *words, *new]) == 0
+    new = ["--set", "model.options.width=16", "-i", "1", "--set", "train.batch_size=2"]
+    assert main(train_words(sides, model_dir, *new)) == 0
     before = {path: path.stat().st_mtime_ns for path in model_dir.rglob("*")}
     capsys.readouterr()
     facts = _summary(capsys, *words)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import assert_same_bits, json_events, train_words
 from safetensors.torch import load_file
 
 from mien.cli import main
@@ -54,12 +54,8 @@ iterations = 3
 
 
 def _words(sides, model_dir, *more):
-    return [
-        "train",
-        *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
-        *("-t", "lightweight", "--set", "model.options.width=8"),
-        *("--set", "train.batch_size=4", "--set", "train.log_interval=2", "--device", "cpu", *more),
-    ]
+    settings = ("--set", "train.batch_size=4", "--set", "train.log_interval=2")
+    return train_words(sides, model_dir, *settings, *more)
 
 
 def _train(sides, model_dir, *more):
@@ -82,7 +78,7 @@ def recipe(tmp_path):
 def test_a_recipe_runs_unattended_with_its_settings_and_snapshots(sides, tmp_path, recipe, capsys):
     model_dir = tmp_path / "model"
     assert _train(sides, model_dir, "--recipe", recipe, "--json") == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     stages = [event["stage"] for event in events if event["event"] == "start"]
     assert stages == [
         {"recipe": "short", "name": name, "number": number, "count": 3}
@@ -771,7 +767,7 @@ def test_the_optimizer_is_saved_when_asked(sides, tmp_path, when, kept):
 def test_the_first_iteration_of_a_session_is_no_mean_to_beat(sides, tmp_path, capsys):
     model_dir = tmp_path / "model"
     assert _train(sides, model_dir, "-i", "5", "-s", "4", "--json") == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     steps = {e["iteration"]: e["loss_a"] + e["loss_b"] for e in events if e["event"] == "step"}
     saves = {e["iteration"]: e["mean_loss"] for e in events if e["event"] == "save"}
     assert saves[1] is None

@@ -56,7 +56,6 @@ BLOCK_BYTES = 4096
 MAX_HEADER_BYTES = 256 * 1024**2
 MINIMUM_FACES = 25
 ROOM_SHARE = 0.5
-DISK_RESERVE_BYTES = 256 * 1024**2
 CONTENT_VERSION = 2
 """Version that is raised where the same files and settings give other pixels, or more is told of
 them."""
@@ -471,6 +470,22 @@ class _Build:
             self._raw.close()
 
 
+def _disk_reserve_bytes() -> int:
+    """Bytes of a disk that decoded faces leave free for saves: 256 MiB, or what the user's
+    environment says.
+
+    Raises:
+        ValueError: MIEN_DISK_RESERVE_MIB is no whole number.
+    """
+    reserve_mib = os.environ.get("MIEN_DISK_RESERVE_MIB", "256")
+    if not reserve_mib.isdecimal():
+        raise ValueError(
+            f"MIEN_DISK_RESERVE_MIB must be a whole number of MiB, got {reserve_mib!r}; "
+            "unset it for 256"
+        )
+    return int(reserve_mib) * 1024**2
+
+
 class _RawFile:
     """A raw file under way, at its full size and mapped, so a full disk is noticed at the start.
 
@@ -484,7 +499,7 @@ class _RawFile:
         # The header is written last, when it is known which faces were left out, and why.
         self._header_bytes = _padded(2 * len(_header(plan, 0)) + 256 * len(plan.names))
         num_bytes = self._header_bytes + plan.num_bytes
-        if num_bytes + DISK_RESERVE_BYTES > shutil.disk_usage(path.parent).free:
+        if num_bytes + _disk_reserve_bytes() > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {num_bytes} bytes")
         self._file, self._temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.stem}-", suffix=_PART

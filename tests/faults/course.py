@@ -119,6 +119,7 @@ class Workshop:
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         os.environ["XDG_STATE_HOME"] = str(self.root / "state")
+        os.environ["MIEN_DISK_RESERVE_MIB"] = "0"  # decoded faces are kept on small disks, too
         for side in "ab":
             draw_folder(self.root / side, identity=side, count=NUM_FACES, size_px=96)
 

@@ -100,7 +100,8 @@ def damaged_files(shop: Workshop, count: int, _seed: int) -> Cases:
 
 def _start_on_damage(shop: Workshop, whole: Path, pattern: str, harm: str) -> str:
     folder = shop.copy(whole)
-    path = sorted(folder.glob(pattern))[0]
+    path = next(iter(sorted(folder.glob(pattern))), None)
+    require(path, f"the run has left no {pattern} to damage")
     HARMS[harm](path)
     is_in_generation = pattern.startswith("generations/")
     before = _content(path.parent) if is_in_generation else None

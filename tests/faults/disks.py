@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from course import COURSES, SKIPPED, Cases, Course, Workshop, leftovers, newest, require
-from trial import LACKING, Outcome, Sabotage, before, both, fail_at_call, lack, when
+from trial import LACKING, Outcome, Sabotage, before, fail_at_call, lack, when
 
 FP32, STAGES = COURSES["fp32"], COURSES["stages"]
 DISK = "size=64m"
@@ -71,20 +71,13 @@ def _fill(shop: Workshop, course: Course, place: tuple[str, str, int], room: int
         model_dir = disk / "model"
         filler = disk / "filler"
         fill = before(place[0], place[1], lambda: _occupy(filler, room), place[2])
-        outcome = shop.train(course, model_dir, sabotage=both(_spare_nothing, fill))
+        outcome = shop.train(course, model_dir, sabotage=fill)
         require(filler.exists(), "the disk was never filled")
         seen = halts_or_goes_on(outcome)
         _is_not_lost(model_dir, outcome)
         filler.unlink()
         _resume(shop, course, model_dir)
         return seen
-
-
-def _spare_nothing() -> None:
-    """Have decoded faces be kept on so small a disk, too."""
-    from mien.core.data import store
-
-    store.DISK_RESERVE_BYTES = 0
 
 
 def _occupy(filler: Path, room: int) -> None:

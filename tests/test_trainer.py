@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from conftest import assert_same_bits, saved_tensors
+from conftest import assert_same_bits, json_events, saved_tensors, train_words
 
 from mien import models
 from mien.cli import main
@@ -27,12 +27,7 @@ from mien.core.training.trainer import Trainer
 
 
 def _words(sides, model_dir, *more):
-    return [
-        "train",
-        *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
-        *("-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
-        *("--set", "train.log_interval=2", "--device", "cpu", *more),
-    ]
+    return train_words(sides, model_dir, "-b", "4", "--set", "train.log_interval=2", *more)
 
 
 def _train(sides, model_dir, *more):
@@ -90,7 +85,7 @@ def test_threads_do_not_change_the_batches(sides, tmp_path):
         ("--set", "data.mask_type=vgg-clear", "--set", "data.coverage=75"),
         ("--set", "data.centering=legacy", "--set", "data.vertical_offset=10", "-W", "-P", "-c"),
         ("--set", "model.reflect_padding=true", "--no-logs", "--set", "data.decoder=opencv"),
-        ("-t", "original", "--set", "model.options.lowmem=true"),
+        ("-t", "original", "--set", "model.options.lowmem=true", "--set", "model.options.width=8"),
     ],
     ids=lambda words: " ".join(word for word in words if word != "--set"),
 )
@@ -106,7 +101,7 @@ def test_every_way_to_train(sides, tmp_path, more, capsys):
 def test_the_loss_falls(sides, tmp_path, mode, capsys):
     words = ("-i", "120", "--json", "--precision", mode, "--set", "optimizer.learning_rate=1e-3")
     assert _train(sides, tmp_path / "model", *words) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     steps = [event for event in events if event["event"] == "step"]
     for side in "ab":
         losses = [step[f"loss_{side}"] for step in steps]
@@ -115,7 +110,7 @@ def test_the_loss_falls(sides, tmp_path, mode, capsys):
 
 def test_json_events_tell_the_whole_run(sides, tmp_path, capsys):
     assert _train(sides, tmp_path / "model", "-i", "3", "--json", "-s", "2") == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     kinds = [event["event"] for event in events]
     assert kinds[0] == "start"
     assert kinds[-1] == "stop"
@@ -204,7 +199,7 @@ def _as_on_a_gpu(monkeypatch):
 def test_losses_told_late_are_all_told_with_true_times(sides, tmp_path, capsys):
     words = ("-i", "9", "--json", "-s", "4", "--set", "train.log_interval=2")
     assert _train(sides, tmp_path / "model", *words) == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     steps = [event for event in events if event["event"] == "step"]
     assert [step["iteration"] for step in steps] == [1, 3, 4, 6, 8, 9]
     assert all(0 < step["eg_per_s"] < 1e5 for step in steps), "a time of nothing"
@@ -300,7 +295,7 @@ def test_a_signal_saves_and_exits_with_4(sides, tmp_path, number):
         if '"step"' in line and json.loads(line)["iteration"] >= 4:
             break
     started.send_signal(number)
-    out, err = started.communicate(timeout=60)
+    out, err = started.communicate(timeout=300)
     assert started.returncode == 4, err
     stop = json.loads(out.splitlines()[-1])
     assert stop["event"] == "stop"
@@ -408,7 +403,7 @@ def test_many_unreadable_files_are_one_line_and_one_event(sides, tmp_path, capsy
     for number in range(2_000):
         (faces / f"bad {number:04}.png").touch()
     assert _train((faces, sides[1]), tmp_path / "model", "-i", "1", "--json") == 0
-    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    events = json_events(capsys.readouterr().out)
     (told,) = (event for event in events if event["event"] == "warning")
     assert told["count"] == 2_000
     assert told["files"] == [f"bad {number:04}.png" for number in range(10)]
@@ -522,6 +517,6 @@ def test_the_first_loss_on_a_gpu_is_that_of_the_cpu(sides, tmp_path, capsys):
     for device in ("cpu", "cuda"):
         words = ("-i", "1", "--json", "--precision", "fp32", "--device", device)
         assert _train(sides, tmp_path / device, *words) == 0
-        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        events = json_events(capsys.readouterr().out)
         losses[device] = [e["loss_a"] for e in events if e["event"] == "step"]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-4)

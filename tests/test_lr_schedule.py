@@ -1,11 +1,15 @@
 """The learning rate of every iteration, and when its schedule begins anew."""
 
+import ast
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_same_bits
+from conftest import CPU, assert_same_bits, json_events, train_words
+from oracle_numbers import oracle_files
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mien.cli import main
@@ -15,8 +19,6 @@ from mien.core.config import OptimizerConfig, from_dict
 from mien.core.optim import overlap
 from mien.core.optim.lr_schedule import Schedule, begin_schedule
 from mien.kernels.optimizer_scalars import Scalar
-
-CPU = torch.device("cpu")
 
 
 def _schedule(begun=0, factor=1.0, **settings):
@@ -35,14 +37,28 @@ def test_without_a_schedule_the_rate_is_the_base_rate_to_the_bit():
     assert str(schedule) == "0.001 (as set), constant"
 
 
-def test_a_warm_up_is_one_update_ahead_of_the_reference(oracle):
-    file = oracle("optim/adam_warmup8.npz")
-    reference = file["lr_used"]
-    schedule = _schedule(warmup_steps=int(file["warmup"]))
+def _has_warm_up(path):
+    with np.load(path, allow_pickle=False) as data:
+        return "warmup" in data.files and int(data["warmup"]) > 0
+
+
+WARM_UPS = [path for path in oracle_files("optim/*.npz") if _has_warm_up(path)]
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("path", WARM_UPS, ids=lambda path: path.stem)
+def test_a_warm_up_is_one_update_ahead_of_the_reference(path):
+    file = np.load(path, allow_pickle=False)
+    reference, base_rate = file["lr_used"], ast.literal_eval(str(file["config"]))["learning_rate"]
+    schedule = replace(_schedule(warmup_steps=int(file["warmup"])), base_rate=base_rate)
     ours = _rates(schedule, *range(len(reference)))
     assert ours[:-1] == pytest.approx(reference[1:].tolist(), rel=1e-15)
-    assert ours[0] == 1e-3 / 8, "the first update moves something"
-    assert ours[7] == ours[-1] == 1e-3
+    assert ours[0] == base_rate / int(file["warmup"]), "the first update moves something"
+
+
+def test_a_warm_up_ends_at_the_base_rate():
+    schedule = _schedule(warmup_steps=8)
+    assert _rates(schedule, 0, 7, 8, 10**9) == [1e-3 / 8, 1e-3, 1e-3, 1e-3]
     assert not schedule.is_constant
     assert str(schedule) == (
         "0.001 (as set), warm-up over 8 updates, constant; begun at iteration 0"
@@ -125,13 +141,12 @@ def test_a_set_rate_reaches_every_part_and_is_written_once(setting, monkeypatch)
 
 
 def _train(sides, model_dir, *more):
-    words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), "-b", "2"]
-    words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu"]
-    return main([*words, "--set", "train.log_interval=1", *more])
+    settings = ("--set", "train.log_interval=1")
+    return main(train_words(sides, model_dir, "-b", "2", *settings, *more))
 
 
 def _steps(text):
-    events = [json.loads(line) for line in text.splitlines()]
+    events = json_events(text)
     return {e["iteration"]: e["learning_rate"] for e in events if e["event"] == "step"}
 
 

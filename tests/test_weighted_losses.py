@@ -1,11 +1,10 @@
 """How the losses combine: over functions, outputs, sides and the mask; the functions themselves are
 tested in test_face_loss.py."""
 
-import ast
-
 import numpy as np
 import pytest
 import torch
+from oracle_numbers import oracle_combination, oracle_files
 
 from mien.core.config import LossConfig
 from mien.core.data.feed import Batch
@@ -33,44 +32,38 @@ def _named(loss, losses):
     return {name: float(v[0]) for name, v in loss.named(losses.row_v[None].numpy()).items()}
 
 
+def _is_defined_here(path):
+    """Whether a combination of the oracle means the same here; duplicates add up here."""
+    names = oracle_combination(path).functions
+    return len({*names}) == len(names) and DEFINED_OTHERWISE.isdisjoint(names)
+
+
+COMBINATIONS = [path for path in oracle_files("losses/collator_*.npz") if _is_defined_here(path)]
+
+
 @pytest.mark.oracle
-def test_combination_equals_the_oracle(oracle_dir):
-    compared = 0
-    for path in sorted(oracle_dir.glob("losses/collator_*.npz")):
-        data = np.load(path, allow_pickle=False)
-        config = ast.literal_eval(str(data["config"]))
-        names = [n for n in config["functions"] if n != "none"]
-        if len(set(names)) < len(names) or not DEFINED_OTHERWISE.isdisjoint(names):
-            continue  # duplicates add up here
-        slots = {f"loss_function_{n}": config["functions"][n - 1] for n in (2, 3, 4)}
-        slots |= {f"loss_weight_{n}": round(100 * config["weights"][n - 1]) for n in (2, 3, 4)}
-        sizes = config["sizes"]
-        loss = Loss(LossConfig(loss_function=config["functions"][0], **slots), sizes, "cpu")
-        outputs, targets, weights = [], [], []
-        for n in range(len(sizes)):
-            outputs.append(torch.from_numpy(data[f"pred:{n}"]))
-            targets.append(torch.from_numpy(data[f"true:{n}"]))
-            weight = torch.ones_like(targets[-1][:, :1])
-            if config["use_mask"]:
-                weight = torch.from_numpy(data[f"mask_face:{n}"])
-                for area in ("eye", "mouth"):
-                    if config[area] > 1 and f"mask_{area}:{n}" in data.files:
-                        weight = weight * (
-                            1 + config[area] * torch.from_numpy(data[f"mask_{area}:{n}"])
-                        )
-            weights.append(weight)
-        result = loss((tuple(outputs),) * 2, _batch(targets, weights), None)
-        named = _named(loss, result)
-        wanted = sum(float(data[key].mean()) for key in data.files if key.startswith("weighted:"))
-        assert named["loss_a"] == named["loss_b"] == pytest.approx(wanted, rel=2e-5)
-        assert named["batch_total"] == pytest.approx(2 * wanted, rel=2e-5)
-        for n in range(2 * len(sizes)):
-            gradient = data[f"grad:{n % len(sizes)}"]
-            bound = 2e-4 * np.abs(gradient).max()
-            np.testing.assert_allclose(result.gradients[n], gradient, rtol=0, atol=bound)
-        compared += 1
-    if not compared:
-        pytest.skip("the oracle has no combination of these losses alone")
+@pytest.mark.parametrize("path", COMBINATIONS, ids=lambda path: path.stem)
+def test_combination_equals_the_oracle(path, weights_dir):
+    combination = oracle_combination(path)
+    data = combination.data
+    settings = {"loss_function_2": "none", "lpips_weights": weights_dir}
+    slots = zip(combination.functions, combination.weights, strict=True)
+    for number, (name, weight) in enumerate(slots, 1):
+        place = f"_{number}" if number > 1 else ""
+        settings[f"loss_function{place}"] = name
+        if place:
+            settings[f"loss_weight{place}"] = round(100 * weight)
+    outputs, targets, weights = zip(*combination.outputs, strict=True)
+    loss = Loss(LossConfig(**settings), [out.shape[-1] for out in outputs], "cpu")
+    result = loss((outputs, outputs), _batch(targets, weights), None)
+    named = _named(loss, result)
+    total = sum(float(data[key].mean()) for key in data if key.startswith("weighted:"))
+    assert named["loss_a"] == named["loss_b"] == pytest.approx(total, rel=2e-5)
+    assert named["batch_total"] == pytest.approx(2 * total, rel=2e-5)
+    for number, ours in enumerate(result.gradients):
+        gradient = data[f"grad:{number % len(outputs)}"]
+        bound = 2e-4 * np.abs(gradient).max()
+        np.testing.assert_allclose(ours, gradient, rtol=0, atol=bound)
 
 
 def test_the_same_loss_twice_adds_up_and_none_is_dropped():

@@ -5,7 +5,8 @@ import ast
 import numpy as np
 import pytest
 import torch
-from conftest import oracle_files
+from conftest import train_words
+from oracle_numbers import oracle_files
 from safetensors.torch import load_file
 from torch import nn
 
@@ -33,15 +34,21 @@ def _input(update, values):
     return values.to(update.precision.compute)
 
 
-STEPS = [p for p in oracle_files("optim/*.npz") if p.stem not in ("autoclip", "lr_finder")]
+def _has_steps(path):
+    """Whether a file of the oracle holds the steps of an optimizer: first weights and gradients."""
+    with np.load(path, allow_pickle=False) as data:
+        return {"config", "k0", "grad_k"} <= {*data.files}
+
+
+STEPS = [path for path in oracle_files("optim/*.npz") if _has_steps(path)]
 
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("path", STEPS, ids=lambda path: path.stem)
 def test_every_optimizer_equals_the_oracle(path):
-    """20 steps of a layer. Its adabelief is wrong from step 11 on; `own` is without that."""
+    """Steps of a layer. The oracle's adabelief is wrong from step 11 on; `own` is without that."""
     data = np.load(path, allow_pickle=False)
-    layer = nn.Linear(4, 3)
+    layer = nn.Linear(*data["k0"].shape)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(data["k0"]).t())
         layer.bias.copy_(torch.from_numpy(data["b0"]))
@@ -308,9 +315,7 @@ def test_other_new_settings_take_effect_too(changed):
 
 def test_a_run_that_stops_within_an_accumulation_resumes_bit_for_bit(sides, tmp_path):
     def train(model_dir, iterations):
-        words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)]
-        words += ["-t", "lightweight", "--set", "model.options.width=8", "-b", "2"]
-        words += ["--device", "cpu", "-i", str(iterations)]
+        words = train_words(sides, model_dir, "-b", "2", "-i", str(iterations))
         chosen = {"optimizer": "nadam", "gradient_accumulation": 3, "gradient_clipping": "autoclip"}
         for name, value in chosen.items():
             words += ["--set", f"optimizer.{name}={value}"]

@@ -1,7 +1,6 @@
 """Looking at a run while it goes on: what it keeps, shows and does when asked."""
 
 import errno
-import json
 import os
 import re
 import signal
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import saved_tensors
+from conftest import json_events, saved_tensors, train_words
 
 from mien.cli import main
 from mien.core.checkpoint.model_folder import ModelFolder
@@ -31,20 +30,11 @@ from mien.core.system.durable_files import copy_files
 
 
 def _words(sides, model_dir, *more):
-    return [
-        "train",
-        *("-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
-        *("-t", "lightweight", "--set", "model.options.width=8", "-b", "4"),
-        *("--set", "train.log_interval=2", "--device", "cpu", *more),
-    ]
+    return train_words(sides, model_dir, "-b", "4", "--set", "train.log_interval=2", *more)
 
 
 def _train(sides, model_dir, *more):
     return main(_words(sides, model_dir, *more))
-
-
-def _events(text):
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _at(events, kind):
@@ -75,11 +65,11 @@ def test_events_are_kept_as_they_are_told(sides, tmp_path, capsys):
     told = capsys.readouterr().out
     kept = (model_dir / "logs/session_1/events.jsonl").read_text()
     assert kept == told
-    assert {event["event"] for event in _events(kept)} == {
+    assert {event["event"] for event in json_events(kept)} == {
         *("start", "step", "save", "preview", "stop")
     }
     assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-4") == 0
-    second = _events((model_dir / "logs/session_2/events.jsonl").read_text())
+    second = json_events((model_dir / "logs/session_2/events.jsonl").read_text())
     kinds = [event["event"] for event in second]
     assert kinds[:2] == ["notice"] * 2, "what was told before the session had a number"
     assert "start" in kinds
@@ -139,7 +129,7 @@ def test_a_failure_of_ours_leaves_a_report_without_faces(sides, tmp_path, monkey
     assert '"event": "start"' in report
     assert f"near {sides[0]}/(a face)" in report
     assert face.name not in report
-    kept = _events((model_dir / "logs/session_1/events.jsonl").read_text())
+    kept = json_events((model_dir / "logs/session_1/events.jsonl").read_text())
     assert kept[-1]["event"] == "crash"
     monkeypatch.undo()
     assert _train(sides, model_dir, "-i", "1") == 0, "the model can go on"
@@ -163,7 +153,7 @@ def test_signals_save_and_renew_the_preview(
 ):
     _during(monkeypatch, iteration=3, action=lambda: os.kill(os.getpid(), number))
     assert _train(sides, tmp_path / "model", "-i", "5", "--json") == 0
-    events = _events(capsys.readouterr().out)
+    events = json_events(capsys.readouterr().out)
     assert _at(events, "save") == saves
     assert _at(events, "preview") == previews
     assert signal.getsignal(number) is signal.SIG_DFL, "as it was before"
@@ -273,7 +263,7 @@ def _read_all(started, master):
         if not part:
             break
         text += part
-    started.wait(30)
+    started.wait(300)
     os.close(master)
     return text.decode()
 
@@ -288,7 +278,7 @@ def _read_until(master, kind, unread):
     """The next event of a kind after iteration 1, and what was read beyond its line."""
     while True:
         *lines, unread = (unread + os.read(master, 4096).decode()).split("\r\n")
-        for event in _events("\n".join(lines)):
+        for event in json_events("\n".join(lines)):
             if event["event"] == kind and event["iteration"] > 1:
                 return event, unread
 
@@ -303,7 +293,7 @@ def test_keys_on_a_terminal(sides, tmp_path):
         os.write(master, key)
         event, unread = _read_until(master, kind, unread)
     assert event["reason"] == "Enter received; the state is saved"
-    assert started.wait(60) == 4
+    assert started.wait(300) == 4
     os.close(master)
 
 
@@ -311,7 +301,7 @@ def test_each_save_is_told_with_its_own_mean_loss(sides, tmp_path, monkeypatch, 
     # Each save is told of only when the next one has been queued, as on a slow disk.
     monkeypatch.setattr(Saver, "finished", _only_what_was_waited_for)
     assert _train(sides, tmp_path / "model", "-i", "3", "-s", "1", "--json") == 0
-    events = _events(capsys.readouterr().out)
+    events = json_events(capsys.readouterr().out)
     totals = [event["loss_a"] + event["loss_b"] for event in events if event["event"] == "step"]
     saves = [event["mean_loss"] for event in events if event["event"] == "save"]
     assert saves[0] == pytest.approx(totals[0])
@@ -338,7 +328,7 @@ def test_a_snapshot_is_of_the_iteration_in_its_name_with_optimizer(sides, tmp_pa
             found = folder.load()
         assert found.state["iterations"] == iteration
         assert found.optimizer is not None
-    events = _events(capsys.readouterr().out)
+    events = json_events(capsys.readouterr().out)
     assert _at(events, "snapshot") == [2, 4, 6]
     assert set(_at(events, "save")) == {1, 2, 3, 4, 5, 6}
     assert _train(sides, tmp_path / "model_snapshot_4_iters", "-i", "1", "-I", "0") == 0
@@ -352,7 +342,7 @@ def test_a_snapshot_that_cannot_be_made_does_not_end_the_run(sides, tmp_path, mo
 
     monkeypatch.setattr("mien.core.checkpoint.retention.copy_files", refused)
     assert _train(sides, tmp_path / "model", "-i", "3", "-I", "2", "--json") == 0
-    events = _events(capsys.readouterr().out)
+    events = json_events(capsys.readouterr().out)
     (warning,) = [event["message"] for event in events if event["event"] == "warning"]
     assert warning == (
         f"cannot write snapshot {tmp_path}/model_snapshot_2_iters: Permission denied; make the "
@@ -368,7 +358,7 @@ def test_a_stage_that_ends_at_a_snapshot_is_copied_once(sides, tmp_path, capsys)
     recipe.write_text('[[stage]]\nname = "learn"\niterations = 2\n[[stage]]\niterations = 1\n')
     words = ("--recipe", str(recipe), "-I", "2", "--set", "save.save_optimizer=never", "--json")
     assert _train(sides, tmp_path / "model", *words) == 0
-    events = _events(capsys.readouterr().out)
+    events = json_events(capsys.readouterr().out)
     assert [event["message"] for event in events if event["event"] == "warning"] == []
     assert set(_at(events, "snapshot")) == {2}
 
@@ -540,7 +530,7 @@ def test_keys_of_the_window_are_obeyed(sides, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(PreviewWindow, "close", lambda self: shown.append("closed"))
     words = ("-p", "--preview-scale", "50", "--json", "-i", "9")
     assert _train(sides, tmp_path / "model", *words) == 4
-    events = _events(capsys.readouterr().out)
+    events = json_events(capsys.readouterr().out)
     assert _at(events, "save") == [1, 3, 4]
     assert shown[0] == 50
     assert shown[-1] == "closed"

@@ -22,11 +22,8 @@ def _image(predictions, targets, **changes):
 
 
 @pytest.mark.oracle
-def test_every_picture_of_the_oracle_is_equal(oracle_dir, oracle):
-    paths = sorted(oracle_dir.glob("preview/*.npz"))
-    if not paths:
-        pytest.skip(f"the oracle {oracle_dir} has no preview/*.npz")
-    for path in paths:
+def test_every_picture_of_the_oracle_is_equal(oracle_paths, oracle):
+    for path in oracle_paths("preview/*.npz"):
         case = oracle(f"preview/{path.name}")
         image = preview.preview_image(
             case["predictions"],

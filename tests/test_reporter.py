@@ -140,7 +140,7 @@ def test_a_reader_that_leaves_does_not_stop_the_run():
     child.stdout.close()
     assert child.stderr.read() == "trained to the end\n"
     child.stderr.close()
-    assert child.wait(30) == 0
+    assert child.wait(300) == 0
 
 
 def test_neither_torch_nor_rich_is_imported_for_reports():

@@ -315,7 +315,7 @@ def test_a_saver_makes_snapshots_beside_the_training(tmp_path, monkeypatch):
     may_write, write = threading.Event(), ModelFolder.snapshot
 
     def wait_and_write(folder):
-        assert may_write.wait(60)
+        assert may_write.wait(300)
         return write(folder)
 
     monkeypatch.setattr(ModelFolder, "snapshot", wait_and_write)
