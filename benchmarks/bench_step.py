@@ -398,7 +398,7 @@ def phase_launches(
         step.update(made["gradients"])
 
     def log() -> None:
-        step.ring.push(made["losses"].row_v)
+        step.loss_buffer.push(made["losses"].row_v)
 
     phases = (forward, loss, backward, update, log)
     counts = launches.count_phases({phase.__name__: phase for phase in phases})

@@ -43,7 +43,7 @@ def _trained(name, mode="fp32", device=CPU, iterations=6, batch_size=2, streams=
         engine = engines.make(name, step, feed, warn or pytest.fail)
         for iteration in range(iterations):
             engine(dict.fromkeys("ab", iteration * batch_size))
-        return step.ring.fetch(iterations)(), step.update.weights(), engine
+        return step.loss_buffer.fetch(iterations)(), step.update.weights(), engine
     finally:
         feed.close()
 

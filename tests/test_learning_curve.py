@@ -106,7 +106,7 @@ def _ours(seed, mode, device):
     for iteration in range(STEPS):
         engine(dict.fromkeys("ab", iteration * BATCH_SIZE))
     feed.close()
-    return _windows(step.loss.named(step.ring.fetch(STEPS)())["batch_total"])
+    return _windows(step.loss.named(step.loss_buffer.fetch(STEPS)())["batch_total"])
 
 
 @pytest.mark.slow

@@ -1,16 +1,16 @@
-"""The ring of losses: nothing lost, nothing out of order, nothing overwritten before it is read."""
+"""The buffer of losses: none lost, none out of order, none overwritten before it is read."""
 
 import numpy as np
 import pytest
 import torch
 
-from mien.core.training import loss_buffer as ring
-from mien.core.training.loss_buffer import LossRing
+from mien.core.training import loss_buffer
+from mien.core.training.loss_buffer import LossBuffer
 
 
 def test_rows_come_back_in_order(monkeypatch, device):
-    monkeypatch.setattr(ring, "CAPACITY", 5)
-    losses = LossRing(2, torch.device(device))
+    monkeypatch.setattr(loss_buffer, "CAPACITY", 5)
+    losses = LossBuffer(2, torch.device(device))
     pushed = 0
     for count in (3, 5, 1, 4):
         for _ in range(count):
@@ -22,8 +22,8 @@ def test_rows_come_back_in_order(monkeypatch, device):
 
 
 def test_rows_asked_for_survive_those_pushed_later(monkeypatch, device):
-    monkeypatch.setattr(ring, "CAPACITY", 3)
-    losses = LossRing(1, torch.device(device))
+    monkeypatch.setattr(loss_buffer, "CAPACITY", 3)
+    losses = LossBuffer(1, torch.device(device))
     for value in range(3):
         losses.push(torch.full((1,), float(value), device=device))
     asked = losses.fetch(3)
@@ -33,6 +33,6 @@ def test_rows_asked_for_survive_those_pushed_later(monkeypatch, device):
 
 
 def test_more_than_is_kept_is_refused():
-    losses = LossRing(1, torch.device("cpu"))
+    losses = LossBuffer(1, torch.device("cpu"))
     with pytest.raises(ValueError, match="the last 4096 rows are kept, asked for 4097"):
         losses.fetch(4097)

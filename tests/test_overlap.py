@@ -66,7 +66,7 @@ def test_overlapped_steps_have_the_bits_of_others(family, mode):
         for _ in range(4):
             step(batches.only)
         assert not torch.equal(step.update.weights()["encoder.0.0.conv.conv.weight"], before)
-        done.append((step.update, step.ring.fetch(4)()))
+        done.append((step.update, step.loss_buffer.fetch(4)()))
     (plain, plain_rows), (overlapped, rows) = done
     assert len(plain.parts) == 1
     assert len(overlapped.parts) >= 5
@@ -423,7 +423,7 @@ def test_a_graphed_overlapped_step_has_the_bits_of_an_eager_one(mode, streams):
         for _ in range(12):
             engine({"a": 0, "b": 0})
         torch.cuda.synchronize()
-        done.append((step.update, step.ring.fetch(12)()))
+        done.append((step.update, step.loss_buffer.fetch(12)()))
     assert engine.graphs
     assert len(done[-1][0].parts) >= 5
     for update, rows in done[1:]:

@@ -385,7 +385,7 @@ def test_a_tiny_model_trains_with_each(name, weights_dir):
     step, batches = tiny_step({"loss": functions})
     for _ in range(3):
         step(batches.only)
-    values = step.loss.named(step.ring.fetch(3)())[f"batch_unweighted_a/{name}"]
+    values = step.loss.named(step.loss_buffer.fetch(3)())[f"batch_unweighted_a/{name}"]
     assert np.isfinite(values).all()
     assert len(set(values)) == 3
     assert all(torch.isfinite(weight).all() for weight in step.update.weights().values())

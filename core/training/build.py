@@ -15,7 +15,7 @@ from ..losses.weighted import Loss
 from ..optim import fused_dense, overlap
 from ..optim.optimizer import Update
 from . import engine as engines
-from .loss_buffer import LossRing
+from .loss_buffer import LossBuffer
 from .step import TrainStep
 
 _SMALL_BATCH = 16
@@ -95,7 +95,7 @@ def build_step(
     update = kind_of_update(model, config.optimizer, precision)
     loss = loss or Loss(config.loss, model.output_px, device)
     stream = torch.cuda.Stream(device) if _has_two_streams(config, device) else None
-    return TrainStep(model, loss, update, LossRing(loss.num_values, device), stream)
+    return TrainStep(model, loss, update, LossBuffer(loss.num_values, device), stream)
 
 
 def _has_two_streams(config: Config, device: torch.device) -> bool:

@@ -84,7 +84,7 @@ def _run_steps(setup: TrainingSetup) -> DryRun:
         setup.engine(setup.state.faces_seen)
         setup.state.advance()
         # Fetching waits for the device, so the time is that of the whole step.
-        named = setup.step.loss.named(setup.step.ring.fetch(1)())
+        named = setup.step.loss.named(setup.step.loss_buffer.fetch(1)())
         step_s = time.perf_counter() - begin
         losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
     need = memory.footprint(setup.config, setup.precision) if on_gpu else None

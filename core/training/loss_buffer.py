@@ -13,7 +13,7 @@ CAPACITY = 4096
 """Iterations; a loop must fetch at least this often."""
 
 
-class LossRing:
+class LossBuffer:
     """Rows of numbers, pushed by the step without the host, fetched without a wait."""
 
     def __init__(self, num_values: int, device: torch.device):

@@ -181,7 +181,7 @@ def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[
                 # Batches as in training, from the first face: the search sees what training will.
                 seen = iteration * setup.config.train.batch_size
                 setup.engine(dict.fromkeys(SIDES, seen))
-        fetched.append(setup.step.ring.fetch(len(updates) * per_update))
+        fetched.append(setup.step.loss_buffer.fetch(len(updates) * per_update))
         if len(fetched) > (1 if on_gpu else 0):
             yield from _means(setup, fetched.popleft()(), per_update)
     for rows in fetched:

@@ -103,7 +103,7 @@ class MetricsLogger:
             # The copies are queued, and waited for an interval later, when they have long arrived.
             self.on_their_way.append(
                 Interval(
-                    rows=self.setup.step.ring.fetch(self.unlogged),
+                    rows=self.setup.step.loss_buffer.fetch(self.unlogged),
                     skipped=to_host(self.setup.step.update.skipped),
                     first=self.setup.state.iterations - self.unlogged + 1,
                     count=self.unlogged,

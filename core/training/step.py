@@ -15,7 +15,7 @@ from ...models.batch_norm import norms_of, remember
 from ..data.feed import Batch
 from ..losses.weighted import Loss
 from ..optim.optimizer import Update
-from .loss_buffer import LossRing
+from .loss_buffer import LossBuffer
 
 _NOTHING = nullcontext()
 
@@ -27,7 +27,7 @@ class TrainStep:
         model: Trained in place.
         loss: What is minimised.
         update: Moves the weights.
-        ring: Takes the losses.
+        loss_buffer: Takes the losses.
         side_stream: Stream on which B's decoder runs at the time of A's; None: after it.
     """
 
@@ -36,7 +36,7 @@ class TrainStep:
         model: Autoencoder,
         loss: Loss,
         update: Update,
-        ring: LossRing,
+        loss_buffer: LossBuffer,
         side_stream: torch.cuda.Stream | None = None,
     ):
         self.network: Callable[..., Any] = model
@@ -44,7 +44,8 @@ class TrainStep:
 
         self.norms = norms_of(model)
         self.parameters = update.parameters
-        self.loss, self.update, self.ring, self.side_stream = loss, update, ring, side_stream
+        self.loss, self.update = loss, update
+        self.loss_buffer, self.side_stream = loss_buffer, side_stream
 
     def __call__(
         self, batch: Batch, during_backward: AbstractContextManager[object] = _NOTHING
@@ -55,7 +56,7 @@ class TrainStep:
         with during_backward:
             gradients = self.backward(outputs, losses.gradients)
         self.update(gradients)
-        self.ring.push(losses.row_v)
+        self.loss_buffer.push(losses.row_v)
 
     def forward(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
         """Outputs of both decoders for their sides of the batch; running statistics are updated."""
