@@ -151,6 +151,11 @@ class Placement:
     """Edge of the model's square."""
 
     @property
+    def corner(self) -> tuple[int, int]:
+        """First row and first column of the model's square."""
+        return self.top, self.left
+
+    @property
     def is_whole(self) -> bool:
         """Whether both are the same square."""
         return (self.left, self.top, self.side_px) == (0, 0, self.size_px)
