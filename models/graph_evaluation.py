@@ -109,7 +109,7 @@ def _transposed(layer: Layer, inputs: list[Tensor]) -> Tensor:
     (size, _), (stride, _) = layer.attributes["kernel_size"], layer.attributes["strides"]
     x_bchw, weight = inputs[0], kernel.permute(3, 2, 0, 1)
     whole = F.conv_transpose2d(x_bchw, weight, *bias, stride=stride)
-    cut = max(size - stride, 0) // 2
+    cut = (max(size - stride, 0) + 1) // 2  # the larger share first, as Keras does on torch
     rows, columns = x_bchw.shape[2] * stride, x_bchw.shape[3] * stride
     return whole[:, :, cut : cut + rows, cut : cut + columns]
 
