@@ -158,7 +158,7 @@ def constant_mask(plan: DfmPlan) -> np.ndarray:
         kernel = np.ones((2 * round(feather_px) + 1,) * 2, np.uint8)
         inner = cv2.erode(square, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=1)
     soft = cv2.GaussianBlur(inner * (mask / np.float32(255)), (0, 0), feather_px / 2)
-    return soft * square
+    return square * soft.clip(max=1)  # the filter's shares add up to 1 but for its rounding
 
 
 def _square_of_ones(placement: Placement) -> np.ndarray:

@@ -145,9 +145,9 @@ def _separable(step: _Step) -> str:
 
 def _transposed(step: _Step) -> str:
     kernel, bias = step.weight(0, order=(3, 2, 0, 1)), [step.weight(1)] if step["use_bias"] else []
+    # What is too much is cut off at the begin first, as Keras does on PyTorch.
     excess = [max(k - s, 0) for k, s in zip(step["kernel_size"], step["strides"], strict=True)]
-    before = [each // 2 for each in excess]
-    pads = [*before, *(whole - half for whole, half in zip(excess, before, strict=True))]
+    pads = [-(-each // 2) for each in excess] + [each // 2 for each in excess]
     return step.add("ConvTranspose", step.x, kernel, *bias, pads=pads, strides=[*step["strides"]])
 
 
