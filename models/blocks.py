@@ -251,7 +251,7 @@ class Upscale(nn.Module):
         """Add the layers of this block to a graph; their output.
 
         Args:
-            network: Where they go.
+            network: Network that gets them.
             x: Input.
             after: Add the LeakyReLU after all as well.
         """
