@@ -6,7 +6,6 @@ Letters: N faces, E edge of a picture in px, S edge of the model's output.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from .. import models
 from ..models.autoencoder import Autoencoder, Side
-from .checkpoint.inference import SCHEMA, read_model, refuse_misfit, shapes_of
+from .checkpoint.inference import SCHEMA, built, network_of, read_model, refuse_misfit
 from .checkpoint.inference import SIDES as SIDES_OF
-from .config import DataConfig, from_dict, model_settings
+from .config import DataConfig, from_dict
 from .faces.geometry import resize
 
 
@@ -123,9 +122,7 @@ def _decoded(model: SwapModel, images: np.ndarray, side: Side) -> np.ndarray:
 
 def _of_folder(path: Path, generation: str | None, device: str | torch.device) -> SwapModel:
     source, _, config, tensors = read_model(path, generation)
-    trainer, settings = config.model.trainer, model_settings(config)
-    refuse_misfit(source, models.meta_model(trainer, **settings), shapes_of(tensors))
-    network = _built(trainer, settings, tensors).to(device)
+    network = network_of(source, config, tensors).to(device)
     return _ready(network, SIDES_OF["both"], config.data)
 
 
@@ -157,7 +154,7 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error
     plain = {name: _as_fp32(tensor) for name, tensor in tensors.items()}
-    network = _built(metadata["trainer"], options, plain).to(device)
+    network = built(metadata["trainer"], options, plain).to(device)
     return _ready(network, sides, data)
 
 
@@ -173,10 +170,3 @@ def _ready(network: Autoencoder, sides: tuple[Side, ...], data: DataConfig) -> S
 
 def _as_fp32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _built(trainer: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Autoencoder:
-    """The network with these weights, in evaluation mode."""
-    network = models.build(trainer, seed=None, pretrained=False, **settings)
-    network.load_state_dict(tensors, strict=False)
-    return network.eval().requires_grad_(False)
