@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 """(h, w, c) of a picture, (n,) of a vector."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Layer:
     """One operation of a network and its weights."""
 

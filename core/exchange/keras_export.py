@@ -7,17 +7,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
-from ...models.graph import Network
 from ...models.graph_evaluation import evaluate
-from ...models.keras_weights import Entry
 from ..checkpoint.state import TrainingState
 from ..system.durable_files import sync_file, sync_folder
 from .keras_file import write_keras
@@ -25,12 +21,8 @@ from .keras_reader import graph_of, open_weights
 from .keras_state import state_of
 from .keras_weights_file import require_h5py
 from .matching import match
-from .trained_model import TrainedModel, read_trained_model
-
-MAX_DIFFERENCE = 1e-4
-"""Largest difference of an output, of 0..1, between the file and the model."""
-
-_NUM_RANDOM = 2
+from .onnx_check import MAX_DIFFERENCE, sample_pictures
+from .trained_model import read_trained_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,22 +137,15 @@ def _umask() -> int:
 
 def _difference(path: Path, network: Autoencoder, faces: Sequence[np.ndarray]) -> float:
     """Largest difference of an output between a written file and the model, over all faces."""
-    graph, inputs = graph_of(path), _inputs(network, faces)
+    graph, edge_px = graph_of(path), network.input_px
+    pictures_nssc = np.stack(sample_pictures(edge_px, faces))
+    faces_ncss = torch.from_numpy(pictures_nssc).permute(0, 3, 1, 2).contiguous()
     model_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
     with open_weights(path, graph, model_bytes) as arrays, torch.no_grad():
         for ours, theirs in match(graph, network.graph()).items():
-            shapes = [entry.shape for entry in ours.weights]
-            read = [partial(arrays.read_one, theirs, i, shape) for i, shape in enumerate(shapes)]
-            theirs.weights = tuple(map(_unwritten, shapes, read))
-        return max(_difference_of(graph, network, face) for face in inputs)
-
-
-def _difference_of(graph: Network, network: Autoencoder, face_1chw: Tensor) -> float:
-    found = evaluate(graph, graph.outputs, {"face_in_a": face_1chw, "face_in_b": face_1chw})
-    wanted = [*network.swap(face_1chw, "a"), *network.swap(face_1chw, "b")]
+            theirs.weights = arrays.entries(theirs, [entry.shape for entry in ours.weights])
+        names = (value.call.layer.name for value in graph.inputs)
+        found = evaluate(graph, graph.outputs, dict.fromkeys(names, faces_ncss))
+        wanted = [*network.swap(faces_ncss, "a"), *network.swap(faces_ncss, "b")]
     differences = [(one - other).abs().max() for one, other in zip(found, wanted, strict=True)]
     return float(torch.stack(differences).max())
-
-
-def _inputs(network: Autoencoder, faces: Sequence[np.ndarray]) -> list[Tensor]:
-    """Random pictures, and the faces, as the network takes them."""

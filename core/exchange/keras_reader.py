@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ... import models
 from ...models.graph import Layer, Network, finishing_order
+from ...models.keras_weights import Entry
 from . import legacy_h5
 from .keras_archive import open_archive
 from .keras_config import from_json
@@ -121,19 +123,25 @@ class Arrays:
     file: h5py.File
     paths: dict[Layer, list[str]]
 
-    def read(self, layer: Layer, shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-        """Arrays of a layer, fp32; ValueError where one is not of the shape that it should have."""
-        return [array(self.file, *pair) for pair in self._placed(layer, shapes)]
+    def entries(self, layer: Layer, shapes: list[tuple[int, ...]]) -> tuple[Entry, ...]:
+        """Arrays of a layer, to be read as long as the file is open.
 
-    def check(self, layer: Layer, shapes: list[tuple[int, ...]]) -> None:
-        """Refuse a layer whose arrays have other shapes, by what the file says of them."""
-        for path, shape in self._placed(layer, shapes):
+        Args:
+            layer: Layer of the file.
+            shapes: What they must be; a read gives them in fp32.
+
+        Raises:
+            ValueError: One is missing, of another shape, or lies elsewhere.
+        """
+        entries = []
+        for path, shape in zip(self.paths[layer], shapes, strict=False):
             check_array(self.file, path, shape)
+            entries.append(Entry(shape, _only_read, partial(array, self.file, path, shape)))
+        return tuple(entries)
 
-    def _placed(
-        self, layer: Layer, shapes: list[tuple[int, ...]]
-    ) -> list[tuple[str, tuple[int, ...]]]:
-        return [*zip(self.paths[layer], shapes, strict=False)]
+
+def _only_read(_: np.ndarray) -> None:
+    raise TypeError("the weights of a file are only read")
 
 
 @contextmanager
@@ -192,14 +200,12 @@ def read_model(found: Found) -> Autoencoder:
     model_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     with open_weights(found.model, graph, model_bytes) as arrays:
         for ours, theirs in pairs.items():
-            arrays.check(theirs, [entry.shape for entry in ours.weights])
+            theirs.weights = arrays.entries(theirs, [entry.shape for entry in ours.weights])
         model = models.build(family, seed=None, pretrained=False, **settings)
         own = dict(zip(layout.layers(), model.graph().layers(), strict=True))
         for ours, theirs in pairs.items():
-            entries = own[ours].weights
-            read = arrays.read(theirs, [entry.shape for entry in entries])
-            for entry, numbers in zip(entries, read, strict=True):
-                entry.load(numbers)
+            for entry, read in zip(own[ours].weights, theirs.weights, strict=True):
+                entry.load(cast(Any, read).read())
     return model
 
 

@@ -5,6 +5,7 @@ import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,9 @@ class TrainedModel:
     """Network in evaluation mode."""
 
     config: Config
+    state: dict[str, Any]
+    """State of the training, as saved."""
+
     metadata: dict[str, str]
     """Origin: kind, run, version of mien, iterations, hash of the settings."""
 
@@ -66,5 +70,8 @@ def read_trained_model(path: Path, generation: str | None = None) -> TrainedMode
     metadata = metadata_of(state) | origin
     del metadata["format"]  # of the tensors' own file
     return TrainedModel(
-        network=network_of(source, config, tensors), config=config, metadata=metadata
+        network=network_of(source, config, tensors),
+        config=config,
+        state=state,
+        metadata=metadata,
     )
