@@ -100,7 +100,7 @@ def sample_pictures(size_px: int, faces: Sequence[np.ndarray] = ()) -> Arrays:
     random = np.random.default_rng(0).random((size_px, size_px, 3), np.float32)
     area = cv2.INTER_AREA
     resized = (cv2.resize(face, (size_px, size_px), interpolation=area) for face in faces)
-    return [random, np.full_like(random, 0.5), *(np.float32(face) / 255 for face in resized)]
+    return [random, np.full_like(random, 0.5), *[face.astype(np.float32) / 255 for face in resized]]
 
 
 def expected_of_plain(network: Autoencoder) -> Expected:

@@ -33,7 +33,9 @@ def import_onnx() -> ModuleType:
     try:
         import onnx
     except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install 'mien[exchange]'") from error
+        raise ValueError(
+            f"ONNX files need {error.name}, which is not installed: pip install 'mien[exchange]'"
+        ) from error
     return onnx
 
 

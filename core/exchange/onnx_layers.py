@@ -81,7 +81,10 @@ class _Step:
         """
         name = f"{self.layer.name}.{number}"
         if name not in self.graph.constants:
-            array = self.layer.weights[number].read()
+            read = self.layer.weights[number].read
+            if read is None:
+                raise ValueError(f"weight {name} cannot be written: how it is stored is unknown")
+            array = read()
             array = array.transpose(order) if order else array
             self.graph.constant(array.reshape(shape) if shape else array, name)
         return name
