@@ -6,6 +6,7 @@ into a layer that the graphs have in common, by the shape that it has there.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def find(path: Path) -> Found:
     folder = path if path.is_dir() else path.parent
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    names = sorted(entry.name for entry in folder.iterdir())
+    with _naming(folder):
+        names = sorted(entry.name for entry in folder.iterdir())
     _refuse_others(folder, names)
     given = [path.name] if path.is_file() else []
     files = given or [name for name in names if name.endswith(".keras")]
@@ -90,7 +92,7 @@ def _refuse_others(folder: Path, names: list[str]) -> None:
 
 def is_of_faceswap(path: Path) -> bool:
     """Whether a path is a *.keras or *.h5 file, or a folder with one."""
-    if path.is_dir():
+    if path.is_dir() and os.access(path, os.R_OK):
         return any(entry.suffix in (".keras", ".h5") for entry in path.iterdir())
     return path.suffix in (".keras", ".h5")
 

@@ -47,6 +47,9 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
         graph: Its description.
     """
     options = _options_there(config)
+    kind = models.family(config.model.trainer).Config
+    free = [item.name for item in dataclasses.fields(kind) if item.metadata["free"]]
+    of_a_session = [key for key in (*_OF_A_SESSION, *free) if key in options]
     found = found_rate(state)
     last = state.sessions[-1] if state.sessions else None
     together = {
@@ -54,7 +57,7 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
         "no_logs": True,
         "batchsize": last.batch_size if last else config.train.batch_size or 1,
         "iterations": state.iterations,
-        "config": {key: options[key] for key in _OF_A_SESSION},
+        "config": {key: options[key] for key in of_a_session},
     }
     return {
         "name": config.model.trainer.replace("-", "_"),
