@@ -176,9 +176,7 @@ class _Reader:
                     ready.append(follower)
         if len(ready) != len(self.nodes):
             stuck = next(name for (name, _), sources in waiting.items() if sources)
-            raise ValueError(
-                f"{shown(stuck)} of {self.network.name} takes a layer that is not there"
-            )
+            raise ValueError(f"{shown(stuck)} of {self.network.name} takes what is not there")
 
     def _call(self, key: tuple[str, int]) -> None:
         name, number = key
@@ -350,7 +348,7 @@ _ENLARGED: _Rule = {
 }
 _READ: dict[str, _Rule] = {
     "Activation": {"activation": (_one_of("sigmoid", "relu"), _NEEDED)},
-    "AdaInstanceNormalization": _LAST | _NORM | _AFFINE,
+    "AdaInstanceNormalization": _LAST | _NORM | _AFFINE | {"momentum": (_real, 0.99)},
     "Add": {},
     "AveragePooling2D": {"pool_size": (_pair, 2)},
     "BatchNormalization": _LAST | _NORM | {"momentum": (_real, 0.99)},

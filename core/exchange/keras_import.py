@@ -42,14 +42,14 @@ def import_keras(source: Path, target: Path) -> KerasImport:
             model folder holds something.
     """
     found = find(source)
-    model = read_model(found)
-    config, left_out = _config_of(found, model)
     state = training_state_of(found.state)
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     with ModelFolder(target, trainer=state.trainer) as folder:
         if not folder.is_new:
             raise ValueError(f"model folder {target} holds a model already; choose a new folder")
+        model = read_model(found)
+        config, left_out = _config_of(found, model)
         folder.write_config(config)
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         folder.save(tensors, None, state.to_dict())
     rate = found_rate(state)
     return KerasImport(

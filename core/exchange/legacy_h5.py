@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...models.graph import Layer, Network
 from ...models.options import shown
+from .keras_weights_file import attribute
 
 if TYPE_CHECKING:
     import h5py
 
 Json = dict[str, Any]
 
-_MOST_JSON_CHARACTERS = 8 << 20
+_MOST_JSON_BYTES = 8 << 20
+_ATTRIBUTES = "keras_version", "model_config"
 _NAMES = {  # of the arrays of a layer, in their order
     "BatchNormalization": ("gamma", "beta", "moving_mean", "moving_variance"),
     "SeparableConv2D": ("depthwise_kernel", "pointwise_kernel", "bias"),
@@ -35,10 +37,10 @@ def graph_of(file: h5py.File) -> Json:
     Raises:
         ValueError: It is no file of Keras 2, or its graph is damaged.
     """
-    version, text = (_text(file.attrs.get(key)) for key in ("keras_version", "model_config"))
+    version, text = (attribute(file, key, _MOST_JSON_BYTES) for key in _ATTRIBUTES)
     if not version.startswith("2.") or "model_weights" not in file:
         raise ValueError("it is no model of faceswap 2: it names no version 2 of Keras")
-    if not text or len(text) > _MOST_JSON_CHARACTERS:
+    if not text:
         raise ValueError("it has no graph of a readable size")
     try:
         return _modern(json.loads(text))
@@ -54,12 +56,6 @@ def paths_of(network: Network) -> dict[Layer, list[str]]:
             names = _NAMES.get(layer.kind, ("kernel", "bias"))
             paths[layer] = [f"model_weights/{part.name}/{layer.name}/{name}:0" for name in names]
     return paths
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return value if isinstance(value, str) else ""
 
 
 def _modern(model: Json) -> Json:
