@@ -74,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _info(args: argparse.Namespace) -> int:
     from ..core.checkpoint.verify import facts_of
+    from ..core.exchange.targets import targets_of
 
     facts = facts_of(args.model)
+    facts["exports"] = targets_of(facts["trainer"], facts["options"])
     if args.json:
         tell_json(facts)
         return 0
@@ -90,6 +92,7 @@ def _info(args: argparse.Namespace) -> int:
         "lowest loss": _number(facts["lowest_mean_loss"]),
         "backup": _backup(facts),
         "run": f"{facts['run_id']}, saved by mien {facts['mien_version']}",
+        "exports": ", ".join(facts["exports"]),
         "in use": f"by {facts['in_use_by']}" if facts["in_use_by"] else "by no run",
     }
     for name, text in lines.items():

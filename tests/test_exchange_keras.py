@@ -21,6 +21,7 @@ from conftest import ORACLE, oracle_files, tiny_options
 
 from mien import models
 from mien.cli import main
+from mien.cli.exchange import EXPORTERS
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import TrainingState
 from mien.core.config import from_dict, model_settings
@@ -30,6 +31,7 @@ from mien.core.exchange.keras_order import snake_case, weight_paths
 from mien.core.exchange.keras_reader import find, graph_of, read_model, settings_of_model
 from mien.core.exchange.keras_state import read_state
 from mien.core.exchange.matching import match
+from mien.core.exchange.targets import targets_of
 from mien.core.swapping import load_model
 from mien.core.training.build import build_model
 from mien.models.graph import Network
@@ -685,3 +687,11 @@ def test_graphs_that_differ_are_told_apart():
         match(graph(0.2), graph(0.1))
     with pytest.raises(ValueError, match="is a LeakyReLU, where .* has a InputLayer|stands where"):
         match(graph(0.1, joined=True), graph(0.1))
+
+
+def test_info_tells_what_a_model_can_be_exported_to(tmp_path, capsys):
+    _trained(tmp_path / "m")
+    assert main(["model", "info", str(tmp_path / "m"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exports"] == [*EXPORTERS]
+    options = tiny_options("phaze-a") | {"enc_architecture": "vgg16", "enc_scaling": 20}
+    assert targets_of("phaze-a", options | {"enc_load_weights": False}) == ["safetensors"]

@@ -80,11 +80,6 @@ def _compare(their: Value, our: Value, network: str) -> None:
                 f"{key} of {theirs.name} of {network} must be {wanted} with these options, got "
                 f"{found}"
             )
-    if their.shape != our.shape:
-        raise ValueError(
-            f"{theirs.name} of {network} must put out {our.shape} with these options, got "
-            f"{their.shape}"
-        )
 
 
 def _kind(layer: Layer | Network) -> str:
