@@ -126,12 +126,11 @@ def _dfm(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
 
 
 def _of_onnx(done: Any) -> tuple[Facts, list[str]]:
-    verdict = done.verdict
     size = f"{done.size_bytes / _MIB:,.1f} MiB"
     lines = [
         f"wrote {done.path}: pictures of {done.input_px} px, {size}",
-        f"{verdict.runtime}: it differs by {verdict.difference:.1e} at most from the model, on "
-        f"{verdict.num_pictures} pictures",
+        f"run by {done.runtime}, it differs by {done.difference:.1e} at most from the model, on "
+        f"{done.num_pictures - done.num_faces} made pictures and {done.num_faces} of its own faces",
     ]
     if done.target:
         lines.insert(1, f"for {done.target}, masks: {done.mask}")

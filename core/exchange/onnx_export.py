@@ -1,20 +1,23 @@
 """Exports of a model folder as ONNX files, compared with the model before they are written."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..checkpoint.inference import refuse_target, write_export
-from .dfm import OnnxFile, dfm_file, dfm_plan, plain_file
+from .dfm import dfm_file, dfm_plan, plain_file
 from .onnx_check import (
-    Expected,
-    Verdict,
     expected_of_dfm,
     expected_of_plain,
     sample_pictures,
     verify,
 )
 from .onnx_graph import import_onnx
-from .trained_model import TrainedModel, read_trained_model
+from .trained_model import read_trained_model
+
+_TURNING_HEAD = (
+    "a head-centred crop follows the turning head, the square of a program does not: beyond 15 "
+    "degrees of yaw the face is shifted; train with data.centering = face"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,18 @@ class OnnxExport:
     input_px: int
     """Edge of the pictures that go in."""
 
-    verdict: Verdict
+    difference: float
+    """Largest difference of an output from the model, of 0..1."""
+
+    num_pictures: int
+    """Pictures that were compared."""
+
+    num_faces: int
+    """Faces of the model's own folders among them."""
+
+    runtime: str
+    """Name of what ran the file."""
+
     target: str | None = None
     """Program that it is for."""
 
@@ -59,9 +73,15 @@ def export_onnx(
     refuse_target(path, target, ".onnx", force=force)
     model = read_trained_model(path, generation)
     file, expected = plain_file(model.network), expected_of_plain(model.network)
-    size_bytes, verdict = _write(model, file, expected, model.metadata, target, force=force)
+    content, faces = file.content(model.metadata), model.faces()
+    verdict = verify(content, sample_pictures(model.network.input_px, faces), expected)
+    write_export(target, content, force=force)
     return OnnxExport(
-        path=target, size_bytes=size_bytes, input_px=model.network.input_px, verdict=verdict
+        path=target,
+        size_bytes=len(content),
+        input_px=model.network.input_px,
+        num_faces=len(faces),
+        **asdict(verdict),
     )
 
 
@@ -91,41 +111,20 @@ def export_dfm(
     refuse_target(path, target, ".dfm", force=force)
     model = read_trained_model(path, generation)
     plan = dfm_plan(model.network, model.crop, program, mask)
-    choices = {"target": plan.target, "mask": plan.mask}
-    file, expected = dfm_file(model.network, plan), expected_of_dfm(model.network, plan)
-    metadata = model.metadata | choices
-    size_bytes, verdict = _write(model, file, expected, metadata, target, force=force)
+    metadata = model.metadata | {"target": plan.target, "mask": plan.mask}
+    content, faces = dfm_file(model.network, plan).content(metadata), model.faces()
+    pictures, expected = sample_pictures(plan.size_px, faces), expected_of_dfm(model.network, plan)
+    verdict = verify(content, pictures, expected)
+    write_export(target, content, force=force)
     place = plan.placement
-    warnings = []
-    if model.crop.centering == "head":
-        warnings.append(
-            "a head-centred crop follows the turning head, the square of a program does not: "
-            "beyond 15 degrees of yaw the face is shifted; train with data.centering = face"
-        )
     return OnnxExport(
         path=target,
-        size_bytes=size_bytes,
+        size_bytes=len(content),
         input_px=plan.size_px,
-        verdict=verdict,
+        num_faces=len(faces),
+        **asdict(verdict),
         target=plan.target,
         mask=plan.mask,
         square=None if place.is_whole else (place.left, place.top, place.side_px),
-        warnings=tuple(warnings),
+        warnings=(_TURNING_HEAD,) if model.crop.centering == "head" else (),
     )
-
-
-def _write(
-    model: TrainedModel,
-    file: OnnxFile,
-    expected: Expected,
-    metadata: dict[str, str],
-    target: Path,
-    *,
-    force: bool,
-) -> tuple[int, Verdict]:
-    """Compare the file with the model and write it; its bytes, and how it compares."""
-    content = file.content(metadata)
-    edge_px, _, _ = file.input.shape
-    verdict = verify(content, sample_pictures(edge_px, model.faces()), expected)
-    write_export(target, content, force=force)
-    return len(content), verdict
