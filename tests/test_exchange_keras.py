@@ -190,6 +190,19 @@ def test_state_is_taken_over_both_ways(tmp_path, exported):
     assert config.model.options["width"] == tiny_options("lightweight")["width"]
 
 
+def test_training_goes_on_with_an_import(tmp_path, exported, sides, capsys):
+    folder = str(tmp_path / "m")
+    assert main(["model", "import", str(exported), "-m", folder]) == 0
+    words = ["-m", folder, "-A", str(sides[0]), "-B", str(sides[1]), "--device", "cpu"]
+    assert main(["train", *words, "--iterations", "1", "--batch-size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "Stopped at iteration 7" in out
+    assert main(["model", "export", folder, "--to", "keras", "-o", str(tmp_path / "out")]) == 0
+    assert "4 of its own faces" in capsys.readouterr().out
+    state = json.loads((tmp_path / "out/lightweight_state.json").read_text())
+    assert (state["iterations"], state["lr_finder"]) == (7, 2e-5)
+
+
 def test_load_weights_takes_a_model_of_faceswap(tmp_path, exported):
     source = read_model(find(exported))
     values = {
@@ -540,6 +553,10 @@ BAD = {
     "other family": (_state(name="villain"), "with these options"),
     "bad option": (_state(config={"coverage": 400.0}), "coverage of the state"),
     "bad count": (_state(iterations=-3), "must be a count"),
+    "known network": (
+        _state(name="phaze_a", config={"enc_architecture": "vgg16", "enc_load_weights": False}),
+        "has the encoder vgg16, whose layers are not read",
+    ),
     "half a state": (
         lambda f: (f / "lightweight_state.json").write_text('{"name": '), "is not valid JSON"
     ),

@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ import torch
 from ...models.autoencoder import Autoencoder
 from ...models.graph_evaluation import evaluate
 from ..checkpoint.state import TrainingState
-from ..system.durable_files import sync_file, sync_folder
+from ..system.durable_files import discard, sync_file, sync_folder
 from .keras_file import write_keras
 from .keras_reader import graph_of, open_weights
 from .keras_state import state_of
@@ -107,11 +105,13 @@ def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: b
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which is gone in the end if nothing has moved it away."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    folder = target.with_name(f".{target.name}.tmp")
+    discard(folder)
+    folder.mkdir()
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
 
 
 def _move(folder: Path, target: Path, files: tuple[str, ...]) -> None:
@@ -124,15 +124,8 @@ def _move(folder: Path, target: Path, files: tuple[str, ...]) -> None:
             os.replace(folder / file, target / file)
         sync_folder(target)
     else:
-        os.chmod(folder, 0o777 & ~_umask())
         os.rename(folder, target)
     sync_folder(target.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _difference(path: Path, network: Autoencoder, faces: Sequence[np.ndarray]) -> float:

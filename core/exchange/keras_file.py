@@ -22,8 +22,6 @@ from .keras_weights_file import require_h5py
 KERAS_VERSION = "3.14.1"
 """Version whose files these are like; one that is older would have its layers renamed."""
 
-_UNTOLD = (1980, 1, 1, 0, 0, 0)  # so that equal models make equal files
-
 
 def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
     """Write a *.keras file.
@@ -42,8 +40,8 @@ def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".h5") as arrays,
         zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive,
     ):
-        archive.writestr(zipfile.ZipInfo(METADATA, _UNTOLD), json.dumps(head))
-        archive.writestr(zipfile.ZipInfo(CONFIG, _UNTOLD), json.dumps(to_json(graph)))
+        archive.writestr(METADATA, json.dumps(head))
+        archive.writestr(CONFIG, json.dumps(to_json(graph)))
         _write_arrays(Path(arrays.name), graph)
         archive.write(arrays.name, WEIGHTS)
 

@@ -192,7 +192,9 @@ def read_model(found: Found) -> Autoencoder:
         ValueError: The files do not fit the options of their state; the first layer or array that
             does not is named.
     """
-    family, graph = found.state["name"].replace("_", "-"), graph_of(found.model)
+    family = found.state["name"].replace("_", "-")
+    _refuse_known_network(found)
+    graph = graph_of(found.model)
     with _naming(found.model):
         settings = settings_of_model(found.state, graph)
         described = models.meta_model(family, **settings)
@@ -209,6 +211,16 @@ def read_model(found: Found) -> Autoencoder:
             for entry, read in zip(own[ours].weights, theirs.weights, strict=True):
                 entry.load(cast(Any, read).read())
     return model
+
+
+def _refuse_known_network(found: Found) -> None:
+    """Refuse models of phaze-a whose encoder is not of faceswap's own layers."""
+    encoder = options_of(found.state).get("enc_architecture", "fs_original")
+    if encoder != "fs_original":
+        raise ValueError(
+            f"{found.model} has the encoder {encoder}, whose layers are not read; only models of "
+            "phaze-a with fs_original can be imported"
+        )
 
 
 def settings_of_model(state: dict[str, Any], graph: Network) -> dict[str, Any]:
