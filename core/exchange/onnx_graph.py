@@ -18,8 +18,8 @@ IR_VERSION = 7
 """Versions of the format that came together. onnxruntime 1.15.1, the oldest that is met, takes
 opset 19 and IR 9 at most; the operators used here have not changed in between."""
 
-MAX_FILE_BYTES = 2**31 - 1
-"""Bytes of the largest message that protobuf has."""
+MAX_FILE_BYTES = 2**31 - 2**20
+"""Bytes of weights in the largest message that protobuf has, with room for the operations."""
 
 BATCH = "N"
 
