@@ -44,7 +44,7 @@ def first_start(
     moment of the machine does not fall on one of them alone. Imports are made before.
     """
     threads = thread_count(num_threads)
-    has_dali = choose_backend("auto")[0] == "dali"
+    has_dali = choose_backend("auto", "cuda")[0] == "dali"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "faces"
         files = _repeat(source or _draw(Path(scratch), png_px, num_faces), folder, num_faces)

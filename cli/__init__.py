@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "Draw two face sets and train a small model on them.",
     "faces": "Check, inspect or draw folders of faces.",
     "model": "Look after a model folder: inform, verify, restore, scan, write for inference.",
+    "swap": "Put the swapped faces into the frames of a film.",
     "timelapse": "Make a film of a time-lapse's pictures.",
     "preset": "List, show and save settings under a name.",
     "recipe": "List and show recipes: training in stages.",

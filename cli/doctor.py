@@ -113,12 +113,15 @@ def _native() -> list[Finding]:
 
 
 def _dali() -> list[Finding]:
+    import torch
+
     from ..core.data.decode import choose_backend
 
-    backend, why = choose_backend("auto")
-    wanted = sys.platform == "linux" and platform.machine() == "x86_64"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backend, why = choose_backend("auto", device)
+    wanted = device == "cuda" and sys.platform == "linux" and platform.machine() == "x86_64"
     missing = backend != "dali" and wanted
-    remedy = "run `make setup`; without DALI, OpenCV decodes" if missing else ""
+    remedy = "run `make setup`; without DALI, threads decode" if missing else ""
     return [Finding("decode", why, ok=not missing, remedy=remedy)]
 
 

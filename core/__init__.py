@@ -3,7 +3,7 @@
     from mien.core import load_model, swap, train
 
     train({"data": {"input_a": "faces/a", "input_b": "faces/b"}, "save": {"model_dir": "out"}})
-    faces_of_b = swap(load_model("out"), faces_of_a)
+    faces_of_b, masks = swap(load_model("out"), faces_of_a)
 
 What is named here is loaded when it is first used, so that the import costs no PyTorch.
 """

@@ -1,6 +1,7 @@
 """A trained model in use: faces of one side, decoded as the other.
 
-Letters: N faces, E edge of a picture in px, S edge of the model's output.
+Letters: N or B faces, E edge of a picture in px, S edge of the model's output; nhwc, nchw: face,
+row, column, channel.
 """
 
 import json
@@ -18,6 +19,9 @@ from .checkpoint.inference import SCHEMA, built, network_of, read_model, refuse_
 from .checkpoint.inference import SIDES as SIDES_OF
 from .config import DataConfig, from_dict
 from .faces.geometry import resize
+
+_WARM_UP_RUNS = 2
+"""Runs before a capture, as the training's graph has them; unmeasured on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,12 @@ class SwapModel:
     vertical_offset: int
     """How far the crop is moved down, in percent of its edge."""
 
+    run_id: str
+    """Name of the run that trained it, for whatever is made with it."""
+
+    iterations: int
+    """Number of iterations that it was trained for."""
+
     @property
     def input_px(self) -> int:
         """Edge of the pictures that the network takes."""
@@ -48,6 +58,16 @@ class SwapModel:
     def output_px(self) -> int:
         """Edge of the faces that come back."""
         return self.network.output_px[-1]
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether a mask comes back with each face."""
+        return self.network.build.learn_mask
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which it computes."""
+        return next(self.network.parameters()).device
 
 
 def load_model(
@@ -73,57 +93,155 @@ def load_model(
 
 
 def swap(
-    model: SwapModel, images: np.ndarray, side: Side = "b", batch_size: int = 16
-) -> np.ndarray:
+    model: SwapModel, faces: np.ndarray, side: Side = "b", batch_size: int = 16
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Decode faces as one side: those of the other are swapped, its own re-created.
 
     Args:
         model: Model from `load_model`.
-        images: (N, E, E, 3) uint8, BGR: crops as the model was trained on, of any edge.
+        faces: (N, E, E, 3) BGR, uint8 or float32 in 0..1: crops as the model was trained on, of
+            any edge.
         side: Side as whom the faces are decoded.
         batch_size: Faces that are computed at a time.
 
     Returns:
-        (N, S, S, 3) uint8, BGR.
+        (N, S, S, 3) BGR, and the masks that the model has learned, (N, S, S), or None; both of the
+        dtype of the faces.
 
     Raises:
-        ValueError: The pictures have another form, or the model has no such side.
+        ValueError: The faces have another form, or the model has no such side.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != _square(images):
-        shape = "x".join(map(str, images.shape))
-        raise ValueError(f"images must be (N, E, E, 3) of uint8, got {shape} of {images.dtype}")
-    if side not in model.sides:
-        raise ValueError(f"side must be one of {', '.join(model.sides)}, got {side!r}")
+    _check_faces(faces)
+    require_side(model, side)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    decoded = [
-        _decoded(model, images[first : first + batch_size], side)
-        for first in range(0, len(images), batch_size)
-    ]
+    decoder = BatchDecoder(model, side, batch_size)
     edge_px = model.output_px
-    return np.concatenate(decoded) if decoded else np.empty((0, edge_px, edge_px, 3), np.uint8)
+    pictures = np.empty((len(faces), edge_px, edge_px, 3), faces.dtype)
+    masks = np.empty(pictures.shape[:3], faces.dtype) if model.has_mask else None
+    for first in range(0, len(faces), batch_size):
+        batch = slice(first, first + batch_size)
+        resized = np.stack([resize(face, model.input_px) for face in faces[batch]])
+        decoded, mask = decoder(_shares(resized))
+        pictures[batch] = _levels(decoded, faces.dtype)
+        if masks is not None and mask is not None:
+            masks[batch] = _levels(mask, faces.dtype)
+    return pictures, masks
 
 
-def _square(images: np.ndarray) -> tuple[int, int, int]:
-    """The shape of a square picture in colours that is as high as these."""
-    return images.shape[1], images.shape[1], 3
+def require_side(model: SwapModel, side: str) -> None:
+    """Refuse, by a ValueError, a side as whom the model cannot decode."""
+    if side not in model.sides:
+        raise ValueError(f"side must be one of {', '.join(model.sides)}, got {side!r}")
 
 
-@torch.inference_mode()
-def _decoded(model: SwapModel, images: np.ndarray, side: Side) -> np.ndarray:
-    device = next(model.network.parameters()).device
-    faces_nhwc = np.stack([resize(image, model.input_px) for image in images])
-    faces_nchw = torch.from_numpy(faces_nhwc).to(device).permute(0, 3, 1, 2).float() / 255
-    outputs = model.network.swap(faces_nchw, side)
-    decoded_nchw = outputs[-2] if model.network.build.learn_mask else outputs[-1]
-    levels_nchw = (decoded_nchw.float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return levels_nchw.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+class BatchDecoder:
+    """Decoding of faces as one side; on a GPU a CUDA graph, which each batch replays.
+
+    Args:
+        model: Model from `load_model`.
+        side: Side as whom the faces are decoded.
+        batch_size: Most faces of a call.
+        compute: Number format in which it is computed. With one of 16 bits this takes over the
+            model's weights: they become copies in it.
+    """
+
+    def __init__(
+        self,
+        model: SwapModel,
+        side: Side,
+        batch_size: int,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
+        self._model, self._side = model, side
+        self._batch_size, self._compute = batch_size, compute
+        for parameter in model.network.parameters():
+            parameter.data = parameter.data.to(compute)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs_bchw: Tensor
+        self._outputs: tuple[Tensor, Tensor | None]
+
+    @torch.inference_mode()
+    def __call__(self, faces_nhwc: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The faces decoded, (n, S, S, 3), and their masks, (n, S, S), or None; float32 in 0..1.
+
+        Args:
+            faces_nhwc: Up to a batch of faces at the model's input size, BGR, float32 in 0..1.
+        """
+        count = len(faces_nhwc)
+        faces_nchw = torch.from_numpy(faces_nhwc).permute(0, 3, 1, 2)
+        if self._model.device.type == "cuda":
+            with torch.cuda.device(self._model.device):
+                face_bchw, mask_b1hw = self._replayed(faces_nchw)
+        else:
+            face_bchw, mask_b1hw = self._decoded(faces_nchw.to(self._compute))
+        pictures_nhwc = face_bchw[:count].permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        masks_nhw = None if mask_b1hw is None else mask_b1hw[:count, 0].cpu().numpy()
+        return pictures_nhwc, masks_nhw
+
+    def _replayed(self, faces_nchw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the graph makes of a batch that begins with these faces."""
+        if self._graph is None:
+            self._graph = self._captured()
+        self._inputs_bchw[: len(faces_nchw)].copy_(faces_nchw)
+        self._graph.replay()
+        return self._outputs
+
+    def _decoded(self, faces_bchw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The largest face and its mask, fp32 in 0..1."""
+        outputs = self._model.network.swap(faces_bchw, self._side)
+        if self._model.has_mask:
+            return outputs[-2].float().clamp(0, 1), outputs[-1].float().clamp(0, 1)
+        return outputs[-1].float().clamp(0, 1), None
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """Record the decoding of a batch; run before, so that libraries have chosen their ways."""
+        edge_px, stream = self._model.input_px, torch.cuda.Stream()
+        self._inputs_bchw = torch.zeros(
+            self._batch_size, 3, edge_px, edge_px, device=self._model.device, dtype=self._compute
+        )
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP_RUNS):
+                self._decoded(self._inputs_bchw)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            self._outputs = self._decoded(self._inputs_bchw)
+        return graph
+
+
+def _check_faces(faces: np.ndarray) -> None:
+    """Refuse, by a ValueError, what are no faces."""
+    is_square = faces.ndim == 4 and faces.shape[1:] == (faces.shape[1], faces.shape[1], 3)
+    if faces.dtype not in (np.uint8, np.float32) or not is_square or not faces.shape[1]:
+        shape = "x".join(map(str, faces.shape))
+        raise ValueError(
+            f"faces must be (N, E, E, 3) of uint8 or float32, got {shape} of {faces.dtype}"
+        )
+    if faces.dtype == np.float32 and faces.size and not (0 <= faces.min() and faces.max() <= 1):
+        raise ValueError(
+            f"faces of float32 must be within 0..1, got {faces.min():g} to {faces.max():g}; divide "
+            "levels by 255"
+        )
+
+
+def _shares(faces: np.ndarray) -> np.ndarray:
+    """The faces as float32 in 0..1; a cubic that enlarges them goes beyond."""
+    if faces.dtype == np.uint8:
+        return faces.astype(np.float32) / 255
+    return faces.clip(0, 1)
+
+
+def _levels(shares: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Values in 0..1 as the dtype holds them."""
+    return np.rint(shares * 255).astype(np.uint8) if dtype == np.uint8 else shares
 
 
 def _of_folder(path: Path, generation: str | None, device: str | torch.device) -> SwapModel:
-    source, _, config, tensors = read_model(path, generation)
+    source, state, config, tensors = read_model(path, generation)
     network = network_of(source, config, tensors).to(device)
-    return _ready(network, SIDES_OF["both"], config.data)
+    return _ready(network, SIDES_OF["both"], config.data, state["run_id"], state["iterations"])
 
 
 def _of_file(path: Path, device: str | torch.device) -> SwapModel:
@@ -135,6 +253,7 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
             if metadata.get("schema") != SCHEMA:
                 raise ValueError(f"{path} is no file of `mien model inference`")
             sides = SIDES_OF[metadata["side"]]
+            run_id, iterations = metadata["run_id"], int(metadata["iterations"])
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             options = json.loads(metadata["options"])
             own = models.meta_model(metadata["trainer"], **options)
@@ -155,16 +274,24 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error
     plain = {name: _as_fp32(tensor) for name, tensor in tensors.items()}
     network = built(metadata["trainer"], options, plain).to(device)
-    return _ready(network, sides, data)
+    return _ready(network, sides, data, run_id, iterations)
 
 
-def _ready(network: Autoencoder, sides: tuple[Side, ...], data: DataConfig) -> SwapModel:
+def _ready(
+    network: Autoencoder,
+    sides: tuple[Side, ...],
+    data: DataConfig,
+    run_id: str,
+    iterations: int,
+) -> SwapModel:
     return SwapModel(
         network=network,
         sides=sides,
         centering=data.centering,
         coverage=data.coverage,
         vertical_offset=data.vertical_offset,
+        run_id=run_id,
+        iterations=iterations,
     )
 
 

@@ -239,6 +239,20 @@ def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int 
     return spread.reshape(batch, rows * factor, columns * factor, -1).permute(0, 3, 1, 2)
 
 
+def conv3x3(x_bchw: Tensor, weight: Tensor, padding: int = 1) -> Tensor:
+    """`mien.kernels.conv3x3` as nine products, one for each place of the kernel."""
+    framed = F.pad(x_bchw, (padding,) * 4)
+    rows, columns = framed.shape[2] - 2, framed.shape[3] - 2
+    products = (
+        torch.einsum(
+            "bihw,oi->bohw", framed[:, :, i : i + rows, j : j + columns], weight[:, :, i, j]
+        )
+        for i in range(3)
+        for j in range(3)
+    )
+    return torch.stack([*products]).sum(0)
+
+
 def enlarge(x_bchw: Tensor, factor: int = 2) -> Tensor:
     """`mien.kernels.enlarge` by the weights of its results, in the dtype of ``x_bchw``."""
     for axis in (2, 3):

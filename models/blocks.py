@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..kernels.conv3x3 import conv3x3, pays
 from ..kernels.dense import dense
 from ..kernels.enlarge import enlarge
 from ..kernels.upscale import activate, to_image, upscale
@@ -106,7 +107,10 @@ class SameConv(nn.Module):
             x_bchw = F.pad(x_bchw, (0, 0, 0, 0, 0, missing))
         if any(border):
             x_bchw = _framed(x_bchw, border, reflect=self.reflect)
-        return F.conv2d(x_bchw, self.conv.weight, None, self.stride, self.conv.padding)
+        padding = self.kernel // 2 if self.built_in else 0
+        if self.stride == 1 and pays(x_bchw, self.conv.weight, padding):
+            return conv3x3(x_bchw, self.conv.weight, padding)
+        return F.conv2d(x_bchw, self.conv.weight, None, self.stride, padding)
 
     def describe(self, network: Network, x: Value, *, name: str = "") -> Value:
         """Add the layers of this block to a graph; their output, with the bias."""

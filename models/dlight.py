@@ -47,7 +47,7 @@ class _Densescale(nn.Module):
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the layers of this block to a graph; their output."""
-        pooled = network.add("AveragePooling2D", x, pool_size=2)
+        pooled = network.add("AveragePooling2D", x, pool_size=2, strides=2, padding="valid")
         first = self.conv.describe(network, x)
         return network.add("Concatenate", first, network.leaky_relu(pooled, 0.1), axis=-1)
 

@@ -144,8 +144,10 @@ class Network:
         if name not in self._networks:
             network = Network(name)
             values = [network.input(value.shape) for value in inputs]
-            is_module = isinstance(parts, nn.Module)
-            described = describe(network, parts, *values) if is_module else parts(network, *values)
+            if isinstance(parts, nn.Module):
+                described = describe(network, parts, *values)
+            else:
+                described = parts(network, *values)
             network.outputs = described if isinstance(described, tuple) else (described,)
             self._networks[name] = network
         return self.call(self._networks[name], *inputs)
@@ -182,7 +184,8 @@ def describe(network: Network, module: nn.Module, *inputs: Value) -> Any:
     if isinstance(module, nn.Dropout):
         return network.add("Dropout", x, rate=module.p)
     if isinstance(module, nn.MaxPool2d):
-        return network.add("MaxPooling2D", x, pool_size=module.kernel_size)
+        edge = module.kernel_size
+        return network.add("MaxPooling2D", x, pool_size=edge, strides=edge, padding="valid")
     raise ValueError(
         f"{type(module).__name__} of {network.name} cannot be written as a graph of layers, so "
         "this model can only be exported as safetensors"

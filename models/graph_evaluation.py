@@ -81,34 +81,40 @@ def _padded(layer: Layer, x_bchw: Tensor) -> Tensor:
     return F.pad(x_bchw, (*left_right, *_same_pixels(x_bchw.shape[2], rows, strides[0])))
 
 
+def _biased(product_bchw: Tensor, bias: list[Tensor]) -> Tensor:
+    """The product of a convolution with its bias, if it has one."""
+    return product_bchw + _along_channels(bias[0], product_bchw) if bias else product_bchw
+
+
 def _convolution(layer: Layer, inputs: list[Tensor]) -> Tensor:
     kernel, *bias = _arrays(layer)
-    x_bchw = _padded(layer, inputs[0])
-    strides = layer.attributes["strides"]
-    return F.conv2d(x_bchw, kernel.permute(3, 2, 0, 1), *bias, stride=strides)
+    x_bchw, weight = _padded(layer, inputs[0]), kernel.permute(3, 2, 0, 1)
+    return _biased(F.conv2d(x_bchw, weight, stride=layer.attributes["strides"]), bias)
 
 
-def _by_channel(layer: Layer, x_bchw: Tensor, kernel: Tensor, *bias: Tensor) -> Tensor:
+def _by_channel(layer: Layer, x_bchw: Tensor, kernel: Tensor) -> Tensor:
     rows, columns, channels, multiplier = kernel.shape
     weight = kernel.permute(2, 3, 0, 1).reshape(channels * multiplier, 1, rows, columns)
     strides = layer.attributes["strides"]
-    return F.conv2d(_padded(layer, x_bchw), weight, *bias, stride=strides, groups=channels)
+    return F.conv2d(_padded(layer, x_bchw), weight, stride=strides, groups=channels)
 
 
 def _depthwise(layer: Layer, inputs: list[Tensor]) -> Tensor:
-    return _by_channel(layer, inputs[0], *_arrays(layer))
+    kernel, *bias = _arrays(layer)
+    return _biased(_by_channel(layer, inputs[0], kernel), bias)
 
 
 def _separable(layer: Layer, inputs: list[Tensor]) -> Tensor:
     depthwise, pointwise, *bias = _arrays(layer)
-    return F.conv2d(_by_channel(layer, inputs[0], depthwise), pointwise.permute(3, 2, 0, 1), *bias)
+    product_bchw = _by_channel(layer, inputs[0], depthwise)
+    return _biased(F.conv2d(product_bchw, pointwise.permute(3, 2, 0, 1)), bias)
 
 
 def _transposed(layer: Layer, inputs: list[Tensor]) -> Tensor:
     kernel, *bias = _arrays(layer)
     (size, _), (stride, _) = layer.attributes["kernel_size"], layer.attributes["strides"]
     x_bchw, weight = inputs[0], kernel.permute(3, 2, 0, 1)
-    whole = F.conv_transpose2d(x_bchw, weight, *bias, stride=stride)
+    whole = _biased(F.conv_transpose2d(x_bchw, weight, stride=stride), bias)
     cut = (max(size - stride, 0) + 1) // 2  # the larger share first, as Keras does on torch
     rows, columns = x_bchw.shape[2] * stride, x_bchw.shape[3] * stride
     return whole[:, :, cut : cut + rows, cut : cut + columns]

@@ -384,9 +384,9 @@ def test_crops_are_exact_on_a_gpu(faces, crop, monkeypatch):
 
 
 def test_choice_of_backend():
-    assert choose_backend("auto")[0] == choose_backend("dali")[0] == "dali"
-    assert re.fullmatch(r"faces are decoded by DALI [\d.]+", choose_backend("auto")[1])
-    assert choose_backend("opencv")[0] == "opencv"
+    assert choose_backend("auto", "cuda")[0] == choose_backend("dali")[0] == "dali"
+    assert re.fullmatch(r"faces are decoded by DALI [\d.]+", choose_backend("auto", "cuda:1")[1])
+    assert choose_backend("auto")[0] == choose_backend("opencv", "cuda")[0] == "opencv"
     with pytest.raises(ValueError, match="must be one of auto, dali, opencv, got 'pillow'"):
         choose_backend("pillow")
     with pytest.raises(ValueError, match="backend must be one of dali, opencv, got 'auto'"):
@@ -398,7 +398,7 @@ def test_choice_without_dali(monkeypatch):
         raise ImportError("libdali.so: cannot open shared object file\nand more")
 
     monkeypatch.setattr(decode.importlib, "import_module", refuse)
-    name, why = choose_backend("auto")
+    name, why = choose_backend("auto", "cuda")
     assert name == "opencv"
     assert why.endswith("(libdali.so: cannot open shared object file)")
     with pytest.raises(ValueError, match="pip install nvidia-dali-cuda130") as caught:

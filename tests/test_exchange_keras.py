@@ -700,6 +700,12 @@ def test_graphs_that_differ_are_told_apart():
         return network
 
     match(graph(0.1), graph(0.1))
+    swapped = graph(0.1)
+    swapped.calls[-1] = dataclasses.replace(
+        swapped.calls[-1], inputs=swapped.calls[-1].inputs[::-1]
+    )
+    swapped.outputs = (dataclasses.replace(swapped.outputs[0], call=swapped.calls[-1]),)
+    match(swapped, graph(0.1))  # the order of a sum is free
     with pytest.raises(ValueError, match="negative_slope of .* must be 0.1 .*, got 0.2"):
         match(graph(0.2), graph(0.1))
     with pytest.raises(ValueError, match="is a LeakyReLU, where .* has a InputLayer|stands where"):

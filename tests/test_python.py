@@ -134,10 +134,37 @@ def test_a_swap_is_what_the_network_gives(model_dir, side):
     inputs = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
         wanted = model.network.swap(inputs, side)[-1].permute(0, 2, 3, 1) * 255
-    swapped = swap(model, crops, side, batch_size=2)
+    swapped, masks = swap(model, crops, side, batch_size=2)
     assert swapped.shape == (3, model.output_px, model.output_px, 3)
+    assert masks is None
+    assert swapped.dtype == np.uint8
     assert np.abs(swapped - wanted.numpy()).max() < 0.51
-    assert swap(model, crops[:0], side).shape == (0, model.output_px, model.output_px, 3)
+    assert swap(model, crops[:0], side)[0].shape == (0, model.output_px, model.output_px, 3)
+
+
+def test_float32_comes_back_as_such(model_dir):
+    model, crops = load_model(model_dir[0]), _crops()
+    shares = crops.astype(np.float32) / 255
+    swapped, _ = swap(model, shares)
+    assert swapped.dtype == np.float32
+    assert np.array_equal(np.rint(swapped * 255).astype(np.uint8), swap(model, crops)[0])
+    enlarged, _ = swap(model, shares[:, ::4, ::4])  # its cubic goes beyond 0..1
+    assert 0 <= enlarged.min() <= enlarged.max() <= 1
+
+
+def test_a_learned_mask_comes_back(faces, tmp_path):
+    settings = _settings(faces, tmp_path / "m", iterations=1)
+    settings["loss"] = {"learn_mask": True}
+    assert train(settings) is Outcome.DONE
+    model, crops = load_model(tmp_path / "m"), _crops()
+    with torch.no_grad():
+        inputs = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255
+        face, mask = model.network.swap(inputs, "b")
+    swapped, masks = swap(model, crops)
+    assert masks is not None
+    assert masks.shape == (3, model.output_px, model.output_px)
+    assert np.abs(masks - mask[:, 0].numpy() * 255).max() < 0.51
+    assert np.abs(swapped - face.permute(0, 2, 3, 1).numpy() * 255).max() < 0.51
 
 
 def test_other_edges_are_resized(model_dir):
@@ -146,7 +173,7 @@ def test_other_edges_are_resized(model_dir):
     small = np.stack(
         [cv2.resize(crop, (model.input_px,) * 2, interpolation=cv2.INTER_AREA) for crop in large]
     )
-    assert np.array_equal(swap(model, large), swap(model, small))
+    assert np.array_equal(swap(model, large)[0], swap(model, small)[0])
 
 
 @pytest.mark.parametrize("side", ["a", "b", "both"])
@@ -158,7 +185,8 @@ def test_a_file_for_inference_swaps_like_its_model(model_dir, tmp_path, side):
     assert (of_file.centering, of_file.coverage) == (model.centering, model.coverage)
     for each in "ab":
         if each in side or side == "both":
-            assert np.array_equal(swap(of_file, _crops(), each), swap(model, _crops(), each))
+            found, wanted = swap(of_file, _crops(), each), swap(model, _crops(), each)
+            assert np.array_equal(found[0], wanted[0])
         else:
             with pytest.raises(ValueError, match=f"side must be one of {side}"):
                 swap(of_file, _crops(), each)
@@ -167,14 +195,16 @@ def test_a_file_for_inference_swaps_like_its_model(model_dir, tmp_path, side):
 @pytest.mark.parametrize(
     "images",
     [
-        np.zeros((1, 64, 64, 3), np.float32),
+        np.zeros((1, 64, 64, 3), np.float64),
+        np.full((1, 64, 64, 3), 1.5, np.float32),
+        np.full((1, 64, 64, 3), np.nan, np.float32),
         np.zeros((64, 64, 3), np.uint8),
         np.zeros((1, 64, 32, 3), np.uint8),
         np.zeros((1, 64, 64, 4), np.uint8),
     ],
 )
 def test_pictures_of_another_form_are_refused(model_dir, images):
-    with pytest.raises(ValueError, match="images must be"):
+    with pytest.raises(ValueError, match="faces (must be|of float32 must be)"):
         swap(load_model(model_dir[0]), images)
 
 

@@ -223,7 +223,8 @@ class DataConfig(_Checked):
     """Percent from black and white that is snapped to black and white, of stored masks."""
 
     decoder: str = _setting("auto", choices=("auto", "dali", "opencv"))
-    """What decodes the PNGs: DALI where it is installed (auto), or one of the two by name."""
+    """What decodes the PNGs: DALI, or threads with ISA-L and OpenCV (opencv); auto: DALI with a
+    GPU, where it is installed, else threads."""
 
     placement: str = _setting("auto", choices=("auto", "gpu", "host", "file"))
     """Place where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped

@@ -143,7 +143,7 @@ def _decoded(
     crops = decode_crops(
         for_crops,
         crop,
-        backend=choose_backend(data.decoder)[0],
+        backend=choose_backend(data.decoder, device)[0],
         num_threads=threads,
         device=device,
         warn=warn,

@@ -208,7 +208,7 @@ def open_store(
         tell(len(folder.faces), len(folder.faces))
     else:
         _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
-        _, decoded_by = choose_backend(data.decoder)
+        _, decoded_by = choose_backend(data.decoder, str(device))
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:
             if not decoder:

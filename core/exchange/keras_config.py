@@ -346,11 +346,16 @@ _ENLARGED: _Rule = {
     "size": (_pair, 2),
     "interpolation": (_one_of("nearest", "bilinear"), "nearest"),
 }
+_POOL: _Rule = {
+    "pool_size": (_pair, 2),
+    "strides": (lambda value: _pair(2 if value is None else value), 2),
+    "padding": (_one_of("valid"), "valid"),
+}
 _READ: dict[str, _Rule] = {
     "Activation": {"activation": (_one_of("sigmoid", "relu"), _NEEDED)},
     "AdaInstanceNormalization": _LAST | _NORM | _AFFINE | {"momentum": (_real, 0.99)},
     "Add": {},
-    "AveragePooling2D": {"pool_size": (_pair, 2)},
+    "AveragePooling2D": _POOL,
     "BatchNormalization": _LAST | _NORM | {"momentum": (_real, 0.99)},
     "Concatenate": _LAST,
     "Conv2D": _CONVOLUTION,
@@ -368,7 +373,7 @@ _READ: dict[str, _Rule] = {
     "KResizeImages": _ENLARGED,
     "LayerNormalization": _LAST | _NORM,
     "LeakyReLU": {"negative_slope": (_real, 0.3)},
-    "MaxPooling2D": {"pool_size": (_pair, 2)},
+    "MaxPooling2D": _POOL,
     "PixelShuffler": {"size": (_pair, 2)},
     "RMSNormalization": _LAST | {"epsilon": (_real, 1e-8)},
     "ReflectionPadding2D": {"stride": (_number, 2), "kernel_size": (_number, 5)},

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ... import models
-from ...models.graph import Layer, Network, finishing_order
+from ...models.graph import Layer, Network, Value, finishing_order
 from ...models.keras_weights import Entry
 from . import legacy_h5
 from .keras_archive import open_archive
@@ -231,13 +231,27 @@ def settings_of_model(state: dict[str, Any], graph: Network) -> dict[str, Any]:
         filters = _first_filters(models.meta_model(family, **options).graph())
         width, rest = divmod(options["width"] * _first_filters(graph), filters)
         options["width"] = options["width"] if rest else width
+    for name, edge_px in (("input_size", graph.inputs[0]), ("output_size", _last_face(graph))):
+        if name in options:
+            options[name] = edge_px.shape[0]
+    if "architecture" in options:
+        options["architecture"] = graph.name.rpartition("_")[2]
     mirrors = any(layer.kind == "ReflectionPadding2D" for layer in graph.layers())
-    has_mask = graph.outputs[-1].shape[-1] == 1
+    has_mask = _has_mask(graph)
     settings = options | {"learn_mask": has_mask, "reflect_padding": mirrors}
     config = state["config"]
     return settings | {
         key: config[key] is True for key in ("icnr_init", "conv_aware_init") if key in config
     }
+
+
+def _has_mask(graph: Network) -> bool:
+    return graph.outputs[-1].shape[-1] == 1
+
+
+def _last_face(graph: Network) -> Value:
+    """The largest face of B."""
+    return graph.outputs[-2 if _has_mask(graph) and len(graph.outputs) > 1 else -1]
 
 
 def _first_filters(graph: Network) -> int:

@@ -92,10 +92,13 @@ def _names_of_mixed_layers(graph: Network) -> list[str]:
     """Layers that faceswap may compute in half precision."""
     names = []
     for network in ordered_layers(graph):
-        for layer in ordered_layers(network) if isinstance(network, Network) else ():
-            is_output = any(value.call.layer is layer for value in network.outputs)
-            is_sigmoid = is_output and getattr(layer, "kind", "") == "Activation"
-            if getattr(layer, "kind", "") not in _NEVER_MIXED and not is_sigmoid:
+        if not isinstance(network, Network):
+            continue
+        outputs = {value.call.layer.name for value in network.outputs}
+        for layer in ordered_layers(network):
+            kind = "" if isinstance(layer, Network) else layer.kind
+            is_output = kind == "Activation" and layer.name in outputs
+            if kind not in _NEVER_MIXED and not is_output:
                 names.append(layer.name)
     return names
 

@@ -51,7 +51,15 @@ def _match(theirs: Network, ours: Network, pairs: dict[Layer | Network, Layer | 
             _compare(their, our, theirs.name)
         if len(their.call.inputs) != len(our.call.inputs):
             raise ValueError(f"{_name(their, theirs)} takes {len(their.call.inputs)} layers")
-        waiting += zip(their.call.inputs, our.call.inputs, strict=True)
+        waiting += zip(_in_our_order(their, our), our.call.inputs, strict=True)
+
+
+def _in_our_order(their: Value, our: Value) -> tuple[Value, ...]:
+    """Inputs of a call, those of a sum as ours has them: their order is free."""
+    theirs, ours = their.call.inputs, our.call.inputs
+    kinds = [[_kind(_source(value).call.layer) for value in values] for values in (theirs, ours)]
+    is_swapped = kinds[0] != kinds[1] and kinds[0] == kinds[1][::-1]
+    return theirs[::-1] if is_swapped and _kind(our.call.layer) == "Add" else theirs
 
 
 def _source(value: Value) -> Value:

@@ -67,7 +67,7 @@ def contact_sheet(path: str | os.PathLike[str], *, tile_px: int = 192) -> np.nda
     masks |= {f"{area} area": area_mask(area, landmarks_l2, tile_px) for area in AREAS}
     tiles.extend((name, _tinted(pictures[main], mask)) for name, mask in masks.items())
     tiles.extend(_stored_tiles(face, header, crops, pictures))
-    return _tiled(tiles, tile_px)
+    return tiled(tiles, tile_px)
 
 
 def _stored_tiles(
@@ -103,7 +103,7 @@ def _tinted(picture: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.rint(picture * (1.0 - outside) + _TINT_BGR * outside).astype(np.uint8)
 
 
-def _tiled(tiles: list[tuple[str, np.ndarray]], tile_px: int) -> np.ndarray:
+def tiled(tiles: list[tuple[str, np.ndarray]], tile_px: int) -> np.ndarray:
     """Captioned pictures in rows of four."""
     columns = min(4, len(tiles))
     rows = -(-len(tiles) // columns)

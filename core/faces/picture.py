@@ -17,6 +17,7 @@ import numpy as np
 from ..system.durable_files import open_for_reading
 from ..system.output import silent_libraries
 from .png import FaceFileError, edge_of, is_complete, max_file_bytes, unreadable
+from .png_pixels import decode_rgb
 
 DECODING_BYTES = 512 * 1024**2
 """Limit chosen on the CPU: 16 threads at 2048 px."""
@@ -79,8 +80,10 @@ def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
 def _decoded(encoded: np.ndarray, edge_px: int) -> np.ndarray:
     image_bgr = None
     if edge_of(encoded) == edge_px and is_complete(encoded.data):
-        with contextlib.suppress(cv2.error), silent_libraries():
-            image_bgr = cv2.imdecode(encoded, _READ_FLAGS)
+        image_bgr = decode_rgb(encoded)
+        if image_bgr is None:
+            with contextlib.suppress(cv2.error), silent_libraries():
+                image_bgr = cv2.imdecode(encoded, _READ_FLAGS)
     if image_bgr is None or image_bgr.shape != (edge_px, edge_px, 3):
         raise FaceFileError(
             "the picture is damaged or cut short: copy it again or extract the face again"

@@ -250,6 +250,55 @@ MIEN_API mien_status mien_filtered_loss_cpu(const mien_filtered_loss_job *job, v
 MIEN_API mien_status mien_filtered_loss_cuda(const mien_filtered_loss_job *job, void *workspace,
                                              int64_t workspace_bytes, void *stream);
 
+/* ---- Convolutions of 3x3 by Winograd's products ------------------------------------------- */
+
+/* Of pictures (rows and columns are theirs, even) and of kernels:
+ *   input            pixels -> tiles: what the kernels' tiles are multiplied with
+ *   output           tiles -> pixels: the result of the convolution
+ *   gradient         pixels -> tiles: of the result's gradient, for the kernels'
+ *   kernel           weights -> tiles; is_turned: of the convolution that leads back to the input
+ *   kernel gradient  tiles -> weights */
+typedef enum {
+    MIEN_WINOGRAD_INPUT = 0,
+    MIEN_WINOGRAD_OUTPUT = 1,
+    MIEN_WINOGRAD_GRADIENT = 2,
+    MIEN_WINOGRAD_KERNEL = 3,
+    MIEN_WINOGRAD_KERNEL_GRADIENT = 4,
+} mien_winograd_transform;
+
+/* One transform; a tile is of 2x2 pixels of a convolution's result, of all channels. */
+typedef struct {
+    float *pixels; /* [count, rows, columns, channels], or weights [count, 3, 3, channels] */
+    float *tiles;  /* [16, tiles, channels]: of pictures by rows of tiles, of kernels count */
+    int64_t count; /* pictures, or outputs of the kernels */
+    int32_t rows;  /* ignored for kernels, columns and padding too */
+    int32_t columns;
+    int32_t channels;
+    int32_t padding;     /* 0..2 zeros around an input */
+    int32_t transform;   /* a mien_winograd_transform */
+    int32_t is_turned;   /* 0 or 1 */
+    int32_t num_threads; /* 0: as many as this process may use */
+} mien_winograd_job;
+
+/* The result does not depend on num_threads. */
+MIEN_API mien_status mien_winograd_cpu(const mien_winograd_job *job);
+
+/* ---- Rows of a PNG ------------------------------------------------------------------------ */
+
+#define MIEN_MAX_PNG_PX 65536
+
+/* The inflated rows of a PNG of 8 bits of red, green and blue, not interlaced: of each a byte that
+ * names its filter, then its pixels. */
+typedef struct {
+    const uint8_t *filtered; /* [rows, 1 + 3 columns] */
+    uint8_t *pixels;         /* [rows, columns, 3]: blue, green, red */
+    int32_t rows;
+    int32_t columns;
+} mien_png_job;
+
+/* Undo the filters; a filter that PNG does not have is an invalid argument. */
+MIEN_API mien_status mien_png_rows_cpu(const mien_png_job *job);
+
 #ifdef __cplusplus
 }
 #endif
