@@ -48,15 +48,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    found = presets.available()
+    available = presets.available()
     if args.json:
-        tell_json([_facts(preset) for preset in found])
+        tell_json([_facts(preset) for preset in available])
         return 0
     name_width, trainer_width = (
         max(len(word) for word in words)
-        for words in zip(*((preset.name, preset.trainer) for preset in found), strict=True)
+        for words in zip(*((preset.name, preset.trainer) for preset in available), strict=True)
     )
-    for preset in found:
+    for preset in available:
         mark = "own  " if preset.is_own else "mien "
         words = f"{preset.name:<{name_width}}  {preset.trainer:<{trainer_width}}"
         tell(f"{mark} {words}  {preset.description}".rstrip())
@@ -81,9 +81,9 @@ def _save(args: argparse.Namespace) -> int:
     elif args.source is not None:
         others = settings.merge(*layers)
         layers.insert(0, read_settings(args.source, others, as_json=args.json))
-    given = settings.merge(*layers)
-    _check_options(given)
-    saved = presets.save(args.name, given, description=args.description, force=args.force)
+    values = settings.merge(*layers)
+    _check_options(values)
+    saved = presets.save(args.name, values, description=args.description, force=args.force)
     if args.json:
         tell_json(_facts(saved), indent=None)
     else:
@@ -106,11 +106,11 @@ def _settings_of_model(source: Path) -> dict[str, Any]:
     return with_paths(values, dict.fromkeys(paths_in(values, values["model"]["trainer"]), ""))
 
 
-def _check_options(given: dict[str, Any]) -> None:
+def _check_options(values: dict[str, Any]) -> None:
     """Refuse options that the family does not have, or not so."""
     from .. import models
 
-    model = settings.from_dict(given).model
+    model = settings.from_dict(values).model
     models.options_of(model.trainer, model.options)
 
 

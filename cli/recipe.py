@@ -24,11 +24,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    found = recipes.available()
+    available = recipes.available()
     if args.json:
-        tell_json([recipe.to_dict() for recipe in found])
+        tell_json([recipe.to_dict() for recipe in available])
         return 0
-    for recipe in found:
+    for recipe in available:
         tell(f"{recipe.name}  {recipe.description}".rstrip())
     tell("", "A recipe of one's own is a TOML file: `mien train --recipe FILE`.")
     return 0

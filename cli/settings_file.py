@@ -10,13 +10,13 @@ from ..core.console.reporter import Reporter
 from ..core.system.paths import expanded
 
 
-def read_settings(path: Path, given: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+def read_settings(path: Path, others: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
     """The settings in a file, by section and key.
 
     Args:
         path: A train.ini where its name ends so, else TOML.
-        given: What else the user set: a train.ini is read for the trainer there, or in the model's
-            folder there.
+        others: Other settings of the user: a train.ini is read for the trainer there, or for that
+            in the model's folder there.
         as_json: Tell as JSON events what a train.ini holds in vain, else in lines; on stderr.
 
     Raises:
@@ -24,7 +24,7 @@ def read_settings(path: Path, given: dict[str, Any], *, as_json: bool) -> dict[s
     """
     if not _is_ini(path):
         return (stages_in(path) or presets.read(path)).settings
-    settings, report = read_ini(path, _trainer(given))
+    settings, report = read_ini(path, _trainer(others))
     reporter = Reporter(sys.stderr, as_json=as_json)
     for line in report:
         reporter.notice(f"{path.name}: {line}")
@@ -40,16 +40,16 @@ def _is_ini(path: Path) -> bool:
     return path.suffix.lower() == ".ini"
 
 
-def _trainer(given: dict[str, Any]) -> str:
-    """Family of the model: as given, else of the model that is there, else the default."""
+def _trainer(others: dict[str, Any]) -> str:
+    """Family of the model: as set, else of the model that is there, else the default."""
     places = (("model", "trainer"), ("save", "model_dir"))
-    said = {
-        section: {name: given[section][name]}
+    values = {
+        section: {name: others[section][name]}
         for section, name in places
-        if name in given.get(section, {})
+        if name in others.get(section, {})
     }
-    config = from_dict(said)
-    if "model" in said or "save" not in said:
+    config = from_dict(values)
+    if "model" in values or "save" not in values:
         return config.model.trainer
     from ..core.checkpoint.format import read_settings as settings_in
 

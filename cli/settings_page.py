@@ -35,8 +35,8 @@ def _row(spec: Spec) -> str:
     default = json.dumps(spec.default) if spec.default not in ("", {}) else ""
     flags = " ".join(f"`{flag}`" for flag in (*spec.flags, spec.opposite) if flag)
     flags += " stays" if spec.stays else ""
-    kept = "locked" if spec.locked else "free"
-    return f"| {spec.name} | {default} | {_values(spec)} | {kept} | {flags} | {spec.doc} |"
+    lock = "locked" if spec.locked else "free"
+    return f"| {spec.name} | {default} | {_values(spec)} | {lock} | {flags} | {spec.doc} |"
 
 
 def _values(spec: Spec) -> str:

@@ -154,7 +154,7 @@ def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe
 
 
 def _recipe(args: argparse.Namespace) -> recipes.Recipe | None:
-    """What is to be trained in stages, as a recipe or in the file of settings."""
+    """Stages to train in, of a recipe or in the file of settings."""
     in_file = stages_in(args.configfile) if "configfile" in args else None
     if "recipe" not in args:
         return in_file
@@ -168,11 +168,11 @@ def _recipe(args: argparse.Namespace) -> recipes.Recipe | None:
 def run(args: argparse.Namespace) -> int:
     """Train; the exit code says how it ended."""
     overrides, recipe = given_settings(args)
-    given = settings.sections_of(overrides.given)
+    sections = overrides.sections
     if "print_config" in args:
         return _print_config(overrides, recipe)
     if "options" in args:
-        return _options(given["model"].trainer, as_json="json" in args)
+        return _options(sections["model"].trainer, as_json="json" in args)
     if "summary" in args:
         return _summary(overrides, recipe, as_json="json" in args)
     if "dry_run" in args:
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> int:
     from ..core.console.requests import Requests
     from ..core.training.unattended import train
 
-    reporter = Reporter(as_json="json" in args, level=given["log"].level)
+    reporter = Reporter(as_json="json" in args, level=sections["log"].level)
     try:
         with Requests() as requests:
             requests.stop.when_noted.append(lambda: _acknowledge(requests.stop))
@@ -213,10 +213,10 @@ def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None) -> int:
     """Every setting and the stages: of the model folder where there is one, else as given."""
     import tomli_w
 
-    found = _settings_of(overrides, recipe)
-    text = settings.to_toml(found.config)
-    if found.plan:
-        text += tomli_w.dumps({"stage": found.plan.recipe.to_dict()["stage"]})
+    resolved = _settings_of(overrides, recipe)
+    text = settings.to_toml(resolved.config)
+    if resolved.plan:
+        text += tomli_w.dumps({"stage": resolved.plan.recipe.to_dict()["stage"]})
     tell(*text.rstrip("\n").split("\n"))
     return 0
 
@@ -234,27 +234,27 @@ def _settings_of(overrides: "Overrides", recipe: recipes.Recipe | None) -> "Reso
     from ..core.console.reporter import Reporter
     from ..core.training.prepare import settings_of, tell
 
-    found = settings_of(overrides, recipe)
-    tell(Reporter(sys.stderr), found.notices)
-    return found
+    resolved = settings_of(overrides, recipe)
+    tell(Reporter(sys.stderr), resolved.notices)
+    return resolved
 
 
 def _options(trainer: str, as_json: bool) -> int:
-    """What `model.options` may hold."""
+    """Options of a family, for `model.options`."""
     from ..models.options import describe
 
-    found = describe(models.family(trainer).Config)
+    options = describe(models.family(trainer).Config)
     if as_json:
-        tell_json(found)
+        tell_json(options)
         return 0
-    for each in found:
-        kept = "free" if each["free"] else "locked"
-        default = json.dumps(each["default"])
+    for option in options:
+        lock = "free" if option["free"] else "locked"
+        default = json.dumps(option["default"])
         tell(
-            f"{each['name']} = {default}  ({kept}: {each['rule']})",
-            "    " + each["doc"].replace("``", "`"),
+            f"{option['name']} = {default}  ({lock}: {option['rule']})",
+            "    " + option["doc"].replace("``", "`"),
         )
-    if not found:
+    if not options:
         tell(f"{trainer} has no options")
     return 0
 
@@ -267,49 +267,49 @@ def _dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: boo
     from ..core.training.dry_run import rehearse
     from ..core.training.memory import describe
 
-    found = rehearse(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
-    model, batch_size = found.config.model, found.config.train.batch_size
-    card = harness.known_ceilings() or ceilings.measure_ceilings(found.device)
-    meta = meta_model(found.config)
+    trial = rehearse(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
+    model, batch_size = trial.config.model, trial.config.train.batch_size
+    card = harness.known_ceilings() or ceilings.measure_ceilings(trial.device)
+    meta = meta_model(trial.config)
     bound = roofline.ceiling(roofline.work_of(meta, batch_size), ceilings.card_of(card))
     facts = {
         "trainer": model.trainer,
-        "iterations": found.iterations,
-        "parameters": found.num_parameters,
+        "iterations": trial.iterations,
+        "parameters": trial.num_parameters,
         "batch_size": batch_size,
-        "precision": found.precision,
-        "learning_rate": found.learning_rate,
-        "device": found.device.type,
-        "gpu_memory_mib": None if found.memory is None else round(found.memory.total_mib),
-        "free_mib": round(found.free_bytes / 2**20),
-        "peak_mib": found.peak_mib,
-        "losses": found.losses,
-        "second_step_s": found.step_s,
+        "precision": trial.precision,
+        "learning_rate": trial.learning_rate,
+        "device": trial.device.type,
+        "gpu_memory_mib": None if trial.memory is None else round(trial.memory.total_mib),
+        "free_mib": round(trial.free_bytes / 2**20),
+        "peak_mib": trial.peak_mib,
+        "losses": trial.losses,
+        "second_step_s": trial.step_s,
         "roofline_eg_per_s": round(bound.eg_per_s, 1),
         "roofline_of": card["device"],
         "bound_by": bound.binds,
-        "stages": _stages(found.plan),
+        "stages": _stages(trial.plan),
     }
     if as_json:
         tell_json(facts, indent=None)
         return 0
-    begun = f"iteration {found.iterations}" if found.iterations else "a new model"
-    tell(f"rehearsed    {begun}, learning rate {found.learning_rate:.4g}, {found.precision}")
-    tell(f"parameters   {found.num_parameters:,}")
-    if found.memory is not None:
-        tell(f"GPU memory   {describe(found.memory, found.free_bytes)}")
+    begun = f"iteration {trial.iterations}" if trial.iterations else "a new model"
+    tell(f"rehearsed    {begun}, learning rate {trial.learning_rate:.4g}, {trial.precision}")
+    tell(f"parameters   {trial.num_parameters:,}")
+    if trial.memory is not None:
+        tell(f"GPU memory   {describe(trial.memory, trial.free_bytes)}")
     else:
         tell(
-            f"memory       {found.peak_mib:,.0f} MiB of this process, {facts['free_mib']:,} MiB "
+            f"memory       {trial.peak_mib:,.0f} MiB of this process, {facts['free_mib']:,} MiB "
             "are free; without a GPU nothing is known of its memory"
         )
-    for number, losses in enumerate(found.losses, 1):
+    for number, losses in enumerate(trial.losses, 1):
         tell(f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}")
     tell(
         f"roofline     {bound.eg_per_s:,.0f} EG/s on {card['device']} in bf16, bound by "
         f"{bound.binds}; no run can be faster, good ones reach half of it"
     )
-    for line in _stages(found.plan):
+    for line in _stages(trial.plan):
         tell(f"stage        {line}")
     tell("dry run: nothing was kept")
     return 0

@@ -1,12 +1,11 @@
 """Names to model families, without importing any of them, or torch, until it is asked for."""
 
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .options import shown
+from .fields import fields_of, no_such
 
 if TYPE_CHECKING:
     from .autoencoder import Autoencoder
@@ -49,9 +48,8 @@ def available() -> list[str]:
 def family(name: str) -> type["Autoencoder"]:
     """Class of a family; ValueError naming the known ones where there is no such one."""
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"no trainer {shown(name)}{hint}; there are: {', '.join(available())}")
+        refusal = no_such("no trainer", name, FAMILIES)
+        raise ValueError(f"{refusal}; there are: {', '.join(available())}")
     importlib.import_module(FAMILIES[name], __package__)
     return _classes[name]
 
@@ -63,13 +61,11 @@ def options_of(name: str, options: dict[str, Any]) -> Any:
         ValueError: On an unknown option (the known ones are named) or a value that breaks its rule.
     """
     kind = family(name).Config
-    known = [item.name for item in dataclasses.fields(kind)]
+    known = fields_of(kind)
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            has = ", ".join(known) if known else "no options"
-            raise ValueError(f"{name} has no option {shown(key)}{hint}; it has: {has}")
+            refusal = no_such(f"{name} has no option", key, known)
+            raise ValueError(f"{refusal}; it has: {', '.join(known) or 'no options'}")
     return kind(**options)
 
 

@@ -52,7 +52,7 @@ def test_every_setting_is_documented_and_enforced(spec):
             "batch_size must be auto or a whole number from 0 to 4096",
         ),
         ({"data": {"coverage": float("nan")}}, "data.coverage must be a number from 62.5 to 100"),
-        ({"data": {"mask_type": "extend"}}, "did you mean 'extended'?"),
+        ({"data": {"mask_type": "extend"}}, "got 'extend'; did you mean extended?"),
         ({"data": {"mask_type": "none"}}, "choose a mask, or set both to false"),
         (
             {"optimizer": {"gradient_clipping": "norm", "clipping_value": 0}},
@@ -60,6 +60,8 @@ def test_every_setting_is_documented_and_enforced(spec):
             "0.0, with which nothing would move; set a bound, or clipping to none",
         ),
         ({"preview": {"mask_color": "red"}}, "preview.mask_color must be #rrggbb, got 'red'"),
+        ({"train": {5: 1}}, "unknown setting train.5"),
+        ({5: {}}, "unknown setting 5"),
     ],
 )
 def test_refusals(values, message):

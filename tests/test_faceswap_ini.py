@@ -386,13 +386,13 @@ def test_a_file_from_windows(ini):
         (
             "dfaker",
             "[global]\n[model.dfaker]\noutput_size = 200",
-            "[model.dfaker]: model.options.output_size of dfaker must be 128 to 256 in steps of "
-            "128, got 200; the nearest is 256",
+            "[model.dfaker]: model.options.output_size of dfaker must be a whole number from "
+            "128 to 256 in steps of 128, got 200; the nearest is 256",
         ),
         (
             "original",
             "[global]\n[model.original]\nlowmem = 3",
-            "[model.original]: model.options.lowmem of original must be of type bool, got '3'",
+            "[model.original]: model.options.lowmem of original must be true or false, got '3'",
         ),
         (
             "phaze-a",

@@ -1,5 +1,6 @@
 """Settings of a run: what weighs more, what a model keeps, what of its own counts, what is told."""
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from mien.core.config import (
 from mien.core.config.path_settings import paths_in, with_paths
 from mien.core.config.recipes import NONE, Recipe
 from mien.core.optim.lr_schedule import LR_FINDER
+from mien.core.training.batch_size import with_batch_size
 from mien.core.training.resolve import Overrides, resolve
+from mien.models.fields import fields_of
 from mien.models.options import Options, option
 
 SAVED = {
@@ -29,6 +32,7 @@ SAVED = {
     "data": {"input_a": "/old/a", "input_b": "/old/b", "coverage": 87.5},
     "train": {"batch_size": 8, "seed": 5},
 }
+_WEIGHTS = {"model": {"load_weights": "/other/model"}}
 FLAGS = [spec for spec in all_settings() if spec.flags]
 PATHS = [spec for spec in all_settings() if spec.is_path]
 
@@ -117,6 +121,30 @@ def test_a_stage_weighs_more_than_a_flag_and_lasts():
     assert _resolve(_saved(), recipe=NONE).plan is None
 
 
+def test_nothing_but_the_arguments_counts_and_they_stay_as_they_are(monkeypatch):
+    """No file is opened, nothing is printed, and twice the same is the same."""
+    monkeypatch.setattr("builtins.open", None)
+    monkeypatch.setattr("os.open", None)
+    monkeypatch.setattr("builtins.print", None)
+    stage = {"name": "one", "set": {"augment": {"warp": False}}}
+    recipe = Recipe.from_dict({"name": "mine", "stage": [stage]})
+    overrides = Overrides({"data": {"input_a": "a"}}, {"train": {"iterations": 5}})
+    for saved in (None, _saved()):
+        before = copy.deepcopy((overrides, saved, recipe))
+        first, second = (resolve(overrides, saved, recipe) for _ in range(2))
+        assert first == second
+        assert (overrides, saved, recipe) == before
+
+
+def test_another_batch_size_changes_nothing_else_and_keeps_its_rule():
+    config = _resolve(lasting={"model": {"trainer": "lightweight"}}).config
+    other = with_batch_size(config, 4)
+    assert (other.train.batch_size, config.train.batch_size) == (4, 16)
+    assert with_batch_size(other, 16) == config
+    with pytest.raises(ValueError, match="^train.batch_size must be auto or a whole number"):
+        with_batch_size(config, -1)
+
+
 # What is told
 
 
@@ -185,6 +213,15 @@ def test_a_strange_session_is_told_in_lines_that_cannot_harm():
     for line in told:
         assert line.isprintable()
         assert len(line) < 400
+
+
+def test_weights_to_begin_with_do_nothing_at_a_resume_and_that_is_told():
+    for resolved in (_resolve(_saved(), _WEIGHTS), _resolve(_saved(), **_WEIGHTS)):
+        assert resolved.config.model.load_weights == resolved.kept.model.load_weights == ""
+        assert [notice.is_warning for notice in resolved.notices] == [True]
+        assert _told(resolved)[0].startswith("model.load_weights does nothing here: it is for a")
+    for resolved in (_resolve(None, _WEIGHTS), _resolve(None, **_WEIGHTS)):
+        assert resolved.config.model.load_weights == "/other/model"
 
 
 # What is fixed
@@ -269,7 +306,9 @@ def test_free_options_change_and_locked_ones_are_refused_one_by_one(with_options
     given["model"]["options"]["nodes"] = 8
     with pytest.raises(ValueError, match="^model.options.nodes is fixed at 16 in this model"):
         _resolve(with_options, given)
-    with pytest.raises(ValueError, match="^model.options.dropout of original must be 0 to 0.9"):
+    with pytest.raises(
+        ValueError, match="^model.options.dropout of original must be a number from"
+    ):
         _resolve(with_options, {"model": {"options": {"dropout": 0.95}}})
     with pytest.raises(ValueError, match="^model.trainer is fixed at original"):
         _resolve(with_options, {"model": {"trainer": "lightweight", "options": {"width": 8}}})
@@ -318,9 +357,9 @@ def test_every_text_without_choices_is_a_path_or_known_not_to_be_one():
 
 def test_every_option_that_is_a_text_without_choices_is_a_path():
     for name in models.available():
-        for item in dataclasses.fields(models.family(name).Config):
-            if item.type is str and item.metadata["choices"] is None:
-                assert item.metadata["path"], f"{name} {item.name}"
+        for field in fields_of(models.family(name).Config).values():
+            if field.type is str and field.choices is None:
+                assert field.is_path, f"{name} {field.name}"
 
 
 @pytest.mark.parametrize("spec", PATHS, ids=lambda spec: spec.full_name)

@@ -733,13 +733,13 @@ def test_a_side_without_any_loss_is_a_divergence_with_another_remedy():
         ({}, "it lacks parts.divergence.a"),
         ({"first_loss": 0.0}, "divergence.b.first_loss must be above 0, got 0.0"),
         ({"first_loss": "x"}, "divergence.b.first_loss must be a finite number, got 'x'"),
-        ({"above": 11}, "b.above must be a whole number, at least 0 and at most 10, got 11"),
+        ({"above": 11}, "b.above must be a whole number from 0 to 10, got 11"),
         ({"excess": 10**400}, "divergence.b.excess must be a finite number, got 1000"),
         ({"zeros": -1}, "divergence.b.zeros must be a whole number"),
         ({"good_until": None}, "divergence.b.good_until must be a whole number"),
         ({"has_varied": 1}, "divergence.b.has_varied must be true or false, got 1"),
         ({"x": 1}, "it has the unknown key parts.divergence.b.x"),
-        ({"moved": -1.0}, "divergence.moved must be a number from 0"),
+        ({"moved": -1.0}, "divergence.moved must be a number, at least 0"),
     ],
 )
 def test_what_no_run_has_saved_of_it_is_refused(value, text):

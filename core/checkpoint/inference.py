@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ... import models
 from ...models.autoencoder import Autoencoder, Side
-from ...models.options import shown
+from ...models.fields import shown
 from ..config import Config, from_dict, model_settings
 from ..system.durable_files import DamagedError, write_output
 from .format import MODEL, metadata_of, most_tensor_bytes, read_state, read_tensors

@@ -16,9 +16,10 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...models.fields import MAX_COUNT
 from ..config import Config, all_settings, to_dict
 from ..system import saved_values
-from ..system.saved_values import MAX_COUNT, MAX_SECONDS, require, require_keys
+from ..system.saved_values import MAX_SECONDS, require, require_keys
 
 SCHEMA = 1
 

@@ -1,4 +1,4 @@
-"""What may be set: sections of settings, files of them, presets, recipes."""
+"""Settings: sections of settings, files of them, presets, recipes."""
 
 from .sections import (
     LOSSES,
@@ -18,13 +18,15 @@ from .sections import (
     PrecisionConfig,
     PreviewConfig,
     SaveConfig,
-    Spec,
     TrainConfig,
+    section_name,
+)
+from .settings import (
+    Spec,
     all_settings,
     fields_of,
     from_dict,
     model_settings,
-    section_name,
     sections_of,
     to_dict,
 )

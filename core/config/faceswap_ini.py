@@ -174,7 +174,7 @@ def _parsed(path: Path) -> configparser.ConfigParser:
 
 
 def _value_of(key: str, text: str, place: _Place) -> tuple[Any, Any]:
-    """What the file says, and the same as a value of mien's setting."""
+    """The value as the file has it, and as mien's setting has it."""
     section, name = place
     if key not in SWITCHES:
         value = _typed(text, fields_of(SECTIONS[section])[name].type)

@@ -1,16 +1,16 @@
 """Settings that are paths: those declared so in a section, and those of a family's options."""
 
-import dataclasses
 import os
 import re
 from typing import Any
 
 from ... import models
+from ...models.fields import fields_of as options_of
 from ..system.paths import expanded
 from . import SECTIONS, fields_of, merge
 
 _NO_SIGN = re.compile("[\ud800-\udfff]")
-"""What stands in a name for a byte that is none of UTF-8."""
+"""Stand-ins in a name for bytes that are none of UTF-8."""
 
 Place = tuple[str, ...]
 """Place of a setting in nested settings: section and name; an option is three words deep."""
@@ -29,14 +29,13 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
         for name, spec in fields_of(kind).items()
         if spec.is_path and values.get(section, {}).get(name)
     ]
-    found: dict[Place, str] = {place: values[place[0]][place[1]] for place in places}
+    paths: dict[Place, str] = {place: values[place[0]][place[1]] for place in places}
     options = values.get("model", {}).get("options", {})
-    kind = models.family(trainer).Config
-    for item in dataclasses.fields(kind):
-        path = options.get(item.name)
-        if item.metadata["path"] and path and isinstance(path, str):
-            found["model", "options", item.name] = path
-    return found
+    for name, option in options_of(models.family(trainer).Config).items():
+        path = options.get(name)
+        if option.is_path and path and isinstance(path, str):
+            paths["model", "options", name] = path
+    return paths
 
 
 def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any]:
@@ -49,10 +48,10 @@ def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any
     return values
 
 
-def with_absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
-    """The same settings with every path absolute, to mean the same from every folder."""
+def absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
+    """Nested settings of the paths in these, absolute, to mean the same from every folder."""
     paths = {place: absolute(path) for place, path in paths_in(values, trainer).items()}
-    return with_paths(values, paths)
+    return with_paths({}, paths)
 
 
 def absolute(path: str) -> str:
@@ -67,7 +66,8 @@ def unwritable(values: dict[str, Any], trainer: str) -> dict[Place, str]:
 
 
 def way_to_give(place: Place) -> str:
-    """What a user writes before the path on the command line: a flag, or `--set` with the name."""
+    """Words that a user writes before the path on the command line: a flag, or `--set` and the
+    name."""
     if len(place) == 2:
         return fields_of(SECTIONS[place[0]])[place[1]].way_to_give
     return f"--set {'.'.join(place)}="

@@ -10,14 +10,11 @@ folder of a model only under the rules of `core.checkpoint.known_paths`.
 """
 
 import dataclasses
-import difflib
-import functools
 import re
 import typing
 from dataclasses import dataclass, field
-from typing import Any
 
-from ...models.options import LARGEST_WHOLE, field_docs, shown
+from ...models.fields import Checked, setting
 
 MASK_TYPES = (
     "bisenet-fp_face",
@@ -33,254 +30,131 @@ MASK_TYPES = (
 )
 
 
-def _setting(
-    default: Any,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    locked: bool = False,
-    flag: str = "",
-    stays: bool = False,
-    path: bool = False,
-    words: dict[str, int] | None = None,
-) -> Any:
-    """A field with its range, its lock, the names of its command-line flag (space separated),
-    whether the model keeps what the flag gives, whether it is a path, and words that stand for
-    numbers."""
-    metadata: dict[str, Any] = {
-        "low": low,
-        "high": high,
-        "choices": choices,
-        "locked": locked,
-        "flag": flag,
-        "stays": stays,
-        "path": path,
-        "words": words or {},
-    }
-    return field(default=default, metadata=metadata)
-
-
-class _Checked:
-    """Enforces each field's type, range and choices when a section is made."""
+class Section(Checked):
+    """Base of a table of settings."""
 
     __slots__ = ()
 
-    def __post_init__(self) -> None:
-        section = section_name(type(self))
-        for name, spec in fields_of(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, str) and value in spec.words:
-                value = spec.words[value]
-                object.__setattr__(self, name, value)
-            problem = _problem(value, spec)
-            if problem:
-                raise ValueError(f"{section}.{name} must be {problem}, got {shown(value)}")
-            if spec.type is float and isinstance(value, int):
-                object.__setattr__(self, name, float(value))
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What is known about one setting."""
-
-    section: str
-    name: str
-    type: type
-    default: Any
-    low: float | None
-    high: float | None
-    choices: tuple[str, ...] | None
-    locked: bool
-    flags: tuple[str, ...]
-    stays: bool
-    is_path: bool
-    words: dict[str, int]
-    doc: str
-
-    @property
-    def full_name(self) -> str:
+    @classmethod
+    def full_name(cls, name: str) -> str:
         """Section and name, as `--set` takes them."""
-        return f"{self.section}.{self.name}"
-
-    @property
-    def turns_off(self) -> bool:
-        """Whether the flag of a switch sets it to false."""
-        return self.type is bool and any(flag.startswith("--no-") for flag in self.flags)
-
-    @property
-    def opposite(self) -> str:
-        """The flag that undoes what the flag of a switch does; empty where there is none."""
-        long = next((flag for flag in self.flags if flag.startswith("--")), "")
-        if self.type is not bool or not long:
-            return ""
-        return f"--{long.removeprefix('--no-')}" if self.turns_off else f"--no-{long[2:]}"
-
-    def word_for(self, value: Any) -> Any:
-        """The word that stands for a value, where one does; else the value."""
-        return next((word for word, number in self.words.items() if number == value), value)
-
-    @property
-    def rule(self) -> str:
-        """The kind and range of its values, in words."""
-        return _kind(self)
-
-    @property
-    def way_to_give(self) -> str:
-        """What a user writes before the setting's value on the command line."""
-        return self.flags[-1] if self.flags else f"--set {self.full_name}="
-
-
-def _problem(value: Any, spec: Spec) -> str | None:
-    """The rule that ``value`` breaks, in words; None where it breaks none."""
-    if spec.type is dict:
-        return None if isinstance(value, dict) else "a table"
-    if spec.type is bool or isinstance(value, bool):
-        return None if spec.type is bool and isinstance(value, bool) else _kind(spec)
-    if spec.type is float and isinstance(value, int) and abs(value) < LARGEST_WHOLE:
-        value = float(value)
-    if not isinstance(value, spec.type):
-        return _kind(spec)
-    if spec.choices is not None and not any(_fits(str(value), choice) for choice in spec.choices):
-        whole = [choice for choice in spec.choices if "N" not in choice]
-        near = difflib.get_close_matches(str(value), whole, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        return f"one of {', '.join(spec.choices)}{hint}"
-    number: Any = value
-    too_low = spec.low is not None and not number >= spec.low
-    too_high = spec.high is not None and not number <= spec.high
-    return _kind(spec) if too_low or too_high else None
-
-
-def _fits(value: str, choice: str) -> bool:
-    """Whether a value is the choice; an N in that stands for a number."""
-    return bool(re.fullmatch(re.escape(choice).replace("N", "(0|[1-9][0-9]{0,2})"), value))
-
-
-def _kind(spec: Spec) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    text = words[spec.type]
-    text = " or ".join([*spec.words, text])
-    digits = "" if spec.type is int else "g"
-    if spec.low is not None and spec.high is not None:
-        return f"{text} from {spec.low:{digits}} to {spec.high:{digits}}"
-    return text if spec.low is None else f"{text}, at least {spec.low:{digits}}"
+        return f"{section_name(cls)}.{name}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig(_Checked):
+class ModelConfig(Section):
     """Network that is trained."""
 
-    trainer: str = _setting("original", locked=True, flag="-t --trainer")
+    trainer: str = setting("original", locked=True, flag="-t --trainer")
     """Model family."""
 
-    reflect_padding: bool = _setting(False, locked=True)
+    reflect_padding: bool = setting(False, locked=True)
     """Pad convolutions by reflection instead of zeros; can lessen artefacts at the borders."""
 
-    icnr_init: bool = _setting(False, locked=True)
+    icnr_init: bool = setting(False, locked=True)
     """Draw the weights before a depth-to-space so that no checkerboard shows at the start."""
 
-    conv_aware_init: bool = _setting(False, locked=True)
+    conv_aware_init: bool = setting(False, locked=True)
     """Draw the weights of convolutions convolution-aware, in some seconds."""
 
-    load_weights: str = _setting("", flag="-l --load-weights", path=True)
+    load_weights: str = setting("", flag="-l --load-weights", path=True)
     """Begin a new model with weights, normally the encoder's, of this model folder, generation or
     model.safetensors of the same family."""
 
-    options: dict = field(default_factory=dict, metadata={"locked": True})
+    options: dict = setting({}, locked=True)
     """The family's own options, such as `lowmem = true` of original; each is locked or free."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig(_Checked):
+class DataConfig(Section):
     """Folders of the faces, how faces are cut out of them and where they are kept."""
 
-    input_a: str = _setting("", flag="-A --input-a", stays=True, path=True)
+    input_a: str = setting("", flag="-A --input-a", stays=True, path=True)
     """Folder of face PNGs of side A: the person in the film."""
 
-    input_b: str = _setting("", flag="-B --input-b", stays=True, path=True)
+    input_b: str = setting("", flag="-B --input-b", stays=True, path=True)
     """Folder of face PNGs of side B: the face to put there."""
 
-    centering: str = _setting("face", choices=("face", "head", "legacy"), locked=True)
+    centering: str = setting("face", choices=("face", "head", "legacy"), locked=True)
     """What the crop is centred on: the face, the whole head, or the old, tighter crop."""
 
-    coverage: float = _setting(100.0, low=62.5, high=100.0, locked=True)
+    coverage: float = setting(100.0, low=62.5, high=100.0, locked=True)
     """Percent of the centred crop that is trained on."""
 
-    vertical_offset: int = _setting(0, low=-25, high=25, locked=True)
+    vertical_offset: int = setting(0, low=-25, high=25, locked=True)
     """Percent by which the crop is moved; a positive number moves the face down."""
 
-    mask_type: str = _setting("extended", choices=MASK_TYPES, locked=True)
+    mask_type: str = setting("extended", choices=MASK_TYPES, locked=True)
     """Mask to train with: drawn from the landmarks (components, extended) or stored in the PNG."""
 
-    mask_dilation: float = _setting(0.0, low=-5.0, high=5.0)
+    mask_dilation: float = setting(0.0, low=-5.0, high=5.0)
     """Percent of its size by which the mask grows (or, negative, shrinks)."""
 
-    mask_blur_kernel: int = _setting(3, low=0, high=9)
+    mask_blur_kernel: int = setting(3, low=0, high=9)
     """Edge of the blur in px, of stored masks; 0 is off."""
 
-    mask_threshold: int = _setting(4, low=0, high=50)
+    mask_threshold: int = setting(4, low=0, high=50)
     """Percent from black and white that is snapped to black and white, of stored masks."""
 
-    decoder: str = _setting("auto", choices=("auto", "dali", "opencv"))
+    decoder: str = setting("auto", choices=("auto", "dali", "opencv"))
     """What decodes the PNGs: DALI, or threads with ISA-L and OpenCV (opencv); auto: DALI with a
     GPU, where it is installed, else threads."""
 
-    placement: str = _setting("auto", choices=("auto", "gpu", "host", "file"))
+    placement: str = setting("auto", choices=("auto", "gpu", "host", "file"))
     """Place where decoded faces are kept: GPU memory, (pinned) host memory, a memory-mapped
     file."""
 
-    store_dir: str = _setting("", path=True)
+    store_dir: str = setting("", path=True)
     """Folder that keeps the decoded faces for the next start; default: `faces` in the model's."""
 
-    num_threads: int = _setting(0, low=0, high=1024)
+    num_threads: int = setting(0, low=0, high=1024)
     """Threads that decode and augment; 0: as many as the process has cores."""
 
-    strict: bool = _setting(False, flag="--strict")
+    strict: bool = setting(False, flag="--strict")
     """Stop at the first unreadable face file instead of skipping and counting it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentConfig(_Checked):
+class AugmentConfig(Section):
     """How each face is varied every time that it is seen."""
 
-    flip: bool = _setting(True, flag="-P --no-flip")
+    flip: bool = setting(True, flag="-P --no-flip")
     """Mirror faces at random."""
 
-    color: bool = _setting(True, flag="-c --no-augment-color")
+    color: bool = setting(True, flag="-c --no-augment-color")
     """Vary lightness, colour and contrast."""
 
-    warp: bool = _setting(True, flag="-W --no-warp")
+    warp: bool = setting(True, flag="-W --no-warp")
     """Bend the input picture with a random 5 x 5 grid."""
 
-    warp_to_landmarks: bool = _setting(False, flag="-M --warp-to-landmarks")
+    warp_to_landmarks: bool = setting(False, flag="-M --warp-to-landmarks")
     """Bend the input picture to the landmarks of a similar face of the other side instead."""
 
-    single_interpolation: bool = _setting(False)
+    single_interpolation: bool = setting(False)
     """Turn and bend the input picture in one sampling instead of two: slightly sharper."""
 
-    zoom_amount: int = _setting(5, low=0, high=25)
+    zoom_amount: int = setting(5, low=0, high=25)
     """Percent of zoom, in and out."""
 
-    rotation_range: int = _setting(10, low=0, high=25)
+    rotation_range: int = setting(10, low=0, high=25)
     """Degrees of rotation, either way."""
 
-    shift_range: int = _setting(5, low=0, high=25)
+    shift_range: int = setting(5, low=0, high=25)
     """Percent of the picture's edge by which it is moved, either way, on each axis."""
 
-    flip_chance: int = _setting(50, low=0, high=75)
+    flip_chance: int = setting(50, low=0, high=75)
     """Percent of faces that are mirrored."""
 
-    color_lightness: int = _setting(30, low=0, high=75)
+    color_lightness: int = setting(30, low=0, high=75)
     """Percent by which lightness goes up or down."""
 
-    color_ab: int = _setting(8, low=0, high=50)
+    color_ab: int = setting(8, low=0, high=50)
     """Percent by which each colour axis of LAB goes up or down."""
 
-    color_clahe_chance: int = _setting(50, low=0, high=75)
+    color_clahe_chance: int = setting(50, low=0, high=75)
     """Percent of faces whose local contrast is equalised (CLAHE)."""
 
-    color_clahe_max_size: int = _setting(4, low=1, high=8)
+    color_clahe_max_size: int = setting(4, low=1, high=8)
     """Largest number of steps by which the CLAHE grid is refined."""
 
 
@@ -301,46 +175,46 @@ _LATER_LOSSES = (*LOSSES, "flip", "lpips_alex", "lpips_squeeze", "lpips_vgg16", 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig(_Checked):
+class LossConfig(Section):
     """What is minimised."""
 
-    loss_function: str = _setting("ssim", choices=LOSSES)
+    loss_function: str = setting("ssim", choices=LOSSES)
     """First loss, at weight 100 %."""
 
-    loss_function_2: str = _setting("mse", choices=_LATER_LOSSES)
+    loss_function_2: str = setting("mse", choices=_LATER_LOSSES)
     """Second loss."""
 
-    loss_weight_2: int = _setting(100, low=0, high=400)
+    loss_weight_2: int = setting(100, low=0, high=400)
     """Percent of the second loss."""
 
-    loss_function_3: str = _setting("none", choices=_LATER_LOSSES)
+    loss_function_3: str = setting("none", choices=_LATER_LOSSES)
     """Third loss."""
 
-    loss_weight_3: int = _setting(0, low=0, high=400)
+    loss_weight_3: int = setting(0, low=0, high=400)
     """Percent of the third loss."""
 
-    loss_function_4: str = _setting("none", choices=_LATER_LOSSES)
+    loss_function_4: str = setting("none", choices=_LATER_LOSSES)
     """Fourth loss."""
 
-    loss_weight_4: int = _setting(0, low=0, high=400)
+    loss_weight_4: int = setting(0, low=0, high=400)
     """Percent of the fourth loss."""
 
-    lpips_weights: str = _setting("", path=True)
+    lpips_weights: str = setting("", path=True)
     """Folder with the weights of the lpips losses, which are not shipped: see docs/learning.md."""
 
-    mask_loss_function: str = _setting("mse", choices=("mae", "mse"))
+    mask_loss_function: str = setting("mse", choices=("mae", "mse"))
     """Loss of the predicted mask, with `learn_mask`."""
 
-    eye_multiplier: int = _setting(3, low=1, high=40)
+    eye_multiplier: int = setting(3, low=1, high=40)
     """Extra weight of the eyes, inside the mask; 1 is off."""
 
-    mouth_multiplier: int = _setting(2, low=1, high=40)
+    mouth_multiplier: int = setting(2, low=1, high=40)
     """Extra weight of the mouth, inside the mask; 1 is off."""
 
-    penalized_mask_loss: bool = _setting(True, locked=True)
+    penalized_mask_loss: bool = setting(True, locked=True)
     """Count errors only inside the mask."""
 
-    learn_mask: bool = _setting(False, locked=True)
+    learn_mask: bool = setting(False, locked=True)
     """Let the model predict the mask as well."""
 
 
@@ -349,81 +223,81 @@ CLIPPINGS = ("autoclip", "global_norm", "norm", "value", "none")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig(_Checked):
+class OptimizerConfig(Section):
     """How the weights are moved."""
 
-    optimizer: str = _setting("adam", choices=OPTIMIZERS, locked=True)
+    optimizer: str = setting("adam", choices=OPTIMIZERS, locked=True)
     """The rule."""
 
-    learning_rate: float = _setting(5e-5, low=1e-6, high=1e-2)
+    learning_rate: float = setting(5e-5, low=1e-6, high=1e-2)
     """Step size."""
 
-    warmup_steps: int = _setting(0, low=0, high=1_000_000, flag="-a --warmup")
+    warmup_steps: int = setting(0, low=0, high=1_000_000, flag="-a --warmup")
     """Updates over which the rate rises from near 0, from when this was set, also by a stage."""
 
-    schedule: str = _setting("constant", choices=("constant", "cosine", "step"))
+    schedule: str = setting("constant", choices=("constant", "cosine", "step"))
     """What becomes of the rate: it stays, falls along half a cosine, or falls in steps."""
 
-    schedule_iterations: int = _setting(100_000, low=1, high=1_000_000_000)
+    schedule_iterations: int = setting(100_000, low=1, high=1_000_000_000)
     """Iterations until the cosine ends, or between two steps, from when the schedule was set."""
 
-    schedule_factor: float = _setting(0.1, low=0.0, high=1.0)
+    schedule_factor: float = setting(0.1, low=0.0, high=1.0)
     """What the rate is multiplied with at the end of the cosine, or at each step."""
 
-    epsilon_exponent: int = _setting(-7, low=-20, high=0)
+    epsilon_exponent: int = setting(-7, low=-20, high=0)
     """The optimizer's epsilon is 10 to this power; lion has none."""
 
-    ada_beta_1: float = _setting(0.9, low=0.0, high=0.999999, locked=True)
+    ada_beta_1: float = setting(0.9, low=0.0, high=0.999999, locked=True)
     """Memory of the gradient's mean."""
 
-    ada_beta_2: float = _setting(0.999, low=0.0, high=0.9999999, locked=True)
+    ada_beta_2: float = setting(0.999, low=0.0, high=0.9999999, locked=True)
     """Memory of the gradient's square; of the mean, with lion."""
 
-    ada_amsgrad: bool = _setting(False, locked=True)
+    ada_amsgrad: bool = setting(False, locked=True)
     """Keep the memory of the square from ever shrinking; of adam and adamw."""
 
-    weight_decay: float = _setting(0.0, low=0.0, high=1.0)
+    weight_decay: float = setting(0.0, low=0.0, high=1.0)
     """How strongly weights are drawn to 0; biases and the weights of norms are left alone."""
 
-    gradient_clipping: str = _setting("none", choices=CLIPPINGS)
+    gradient_clipping: str = setting("none", choices=CLIPPINGS)
     """Bound the gradients: each number (value), each tensor's norm (norm), the norm of all
     (global_norm), or that by a percentile of the past norms (autoclip)."""
 
-    clipping_value: float = _setting(1.0, low=0.0, high=10.0)
+    clipping_value: float = setting(1.0, low=0.0, high=10.0)
     """The bound, above 0; with autoclip a tenth of the percentile, so 1.0 is the 10th and 0 the
     smallest norm."""
 
-    autoclip_history: int = _setting(10_000, low=0, high=100_000)
+    autoclip_history: int = setting(10_000, low=0, high=100_000)
     """Number of past norms that autoclip looks at; 0: the last 100,000."""
 
-    gradient_accumulation: int = _setting(1, low=1, high=100)
+    gradient_accumulation: int = setting(1, low=1, high=100)
     """Iterations whose mean gradient makes one update; if one of them is not finite, none of them
     does."""
 
-    use_lr_finder: bool = _setting(False, flag="-r --use-lr-finder", stays=True)
+    use_lr_finder: bool = setting(False, flag="-r --use-lr-finder", stays=True)
     """Find the learning rate before a new model is trained; a resumed one keeps what was found."""
 
-    lr_finder_iterations: int = _setting(1000, low=100, high=10_000, locked=True)
+    lr_finder_iterations: int = setting(1000, low=100, high=10_000, locked=True)
     """Iterations of the search, on a copy of the model."""
 
-    lr_finder_mode: str = _setting(
+    lr_finder_mode: str = setting(
         "set", choices=("set", "graph_and_set", "graph_and_exit"), locked=True
     )
     """Use the found rate, draw its graph too, or draw the graph and leave."""
 
-    lr_finder_strength: str = _setting(
+    lr_finder_strength: str = setting(
         "default", choices=("default", "aggressive", "extreme"), locked=True
     )
     """How near the found rate is to the one at which the loss was lowest: a tenth, a fifth, or
     two fifths of it."""
 
-    overlap: str = _setting("auto", choices=("auto", "on", "off"))
+    overlap: str = setting("auto", choices=("auto", "on", "off"))
     """Move the weights of finished layers while the backward pass still runs, to the same bits;
     auto: on a GPU, where the update is a tenth of the step or more. Not with fp16. If a gradient
     is not finite, only its own part of the weights (4 M or more) is sure to stay as it was; without
     overlap all weights stay."""
 
-    fused_dense: bool = _setting(False)
+    fused_dense: bool = setting(False)
     """Leave the gradients of large dense layers (1 M weights or more) as two small factors, which
     the update multiplies: less memory is taken and moved, and 16 bits round them no more. Off until
     it is measured on a GPU; by figures it pays up to a batch size of some 100. Not with
@@ -431,65 +305,65 @@ class OptimizerConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PrecisionConfig(_Checked):
+class PrecisionConfig(Section):
     """Number format in which the network computes; weights, statistics and losses stay fp32."""
 
-    mode: str = _setting(
+    mode: str = setting(
         "auto", choices=("auto", "bf16", "fp16", "tf32", "fp32"), flag="--precision"
     )
     """auto: bf16 on a GPU that has it, tf32 on an older GPU, fp32 on the CPU."""
 
-    align_channels: str = _setting("auto", choices=("auto", "on", "off"))
+    align_channels: str = setting("auto", choices=("auto", "on", "off"))
     """Pad channels to multiples of 8 with zeros that no file ever holds; auto: on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig(_Checked):
+class TrainConfig(Section):
     """The run."""
 
-    batch_size: int = _setting(16, low=0, high=4096, flag="-b --batch-size", words={"auto": 0})
+    batch_size: int = setting(16, low=0, high=4096, flag="-b --batch-size", words={"auto": 0})
     """Faces of each side in one iteration; auto (or 0): the most that fit in memory, up to
     `auto_batch_limit`. auto:N sets that too."""
 
-    auto_batch_limit: int = _setting(64, low=4, high=4096)
+    auto_batch_limit: int = setting(64, low=4, high=4096)
     """Largest batch size that auto chooses; beyond 64 training is faster and often worse."""
 
-    iterations: int = _setting(1_000_000, low=1, high=1_000_000_000, flag="-i --iterations")
+    iterations: int = setting(1_000_000, low=1, high=1_000_000_000, flag="-i --iterations")
     """Iterations of this session; a resumed model goes this many further."""
 
-    seed: int = _setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
+    seed: int = setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
     """Fixes the initial weights, the order of the faces and every random number."""
 
-    nan_protection: str = _setting("halt", choices=("halt", "rollback", "off"))
+    nan_protection: str = setting("halt", choices=("halt", "rollback", "off"))
     """What follows a loss or gradient that is not a number, or a collapse: stop with advice (halt),
     or go back to the last good save with a lower rate and try again (rollback). A step that is not
     finite never reaches the weights; off: it is only left out."""
 
-    rollback_limit: int = _setting(3, low=1, high=100)
+    rollback_limit: int = setting(3, low=1, high=100)
     """Rollbacks after which training gives up, if the mean loss was no lower in between than it was
     before."""
 
-    rollback_factor: float = _setting(0.5, low=0.01, high=1.0)
+    rollback_factor: float = setting(0.5, low=0.01, high=1.0)
     """What the learning rate is multiplied with at each rollback, until another rate is set."""
 
-    freeze_weights: bool = _setting(False, flag="-f --freeze-weights")
+    freeze_weights: bool = setting(False, flag="-f --freeze-weights")
     """Leave some of the model as it is, normally the encoder, and train the rest faster."""
 
-    device: str = _setting("auto", choices=("auto", "cpu", "cuda", "cuda:N"), flag="--device")
+    device: str = setting("auto", choices=("auto", "cpu", "cuda", "cuda:N"), flag="--device")
     """auto: the first GPU, else the CPU; cuda:1: the second one. The environment variable
     CUDA_VISIBLE_DEVICES chooses which GPUs there are, and numbers them from 0."""
 
-    log_interval: int = _setting(0, low=0, high=4096)
+    log_interval: int = setting(0, low=0, high=4096)
     """Iterations between two status lines; 0: about one line a second."""
 
-    engine: str = _setting("auto", choices=("auto", "eager", "compile", "graph"), flag="--engine")
+    engine: str = setting("auto", choices=("auto", "eager", "compile", "graph"), flag="--engine")
     """How a step runs: operation by operation, compiled by torch, or as one CUDA graph (auto: on a
     GPU)."""
 
-    decoder_streams: str = _setting("auto", choices=("auto", "one", "two"))
+    decoder_streams: str = setting("auto", choices=("auto", "one", "two"))
     """Run both decoders at the same time on a GPU; auto: with at most 16 faces a side."""
 
-    deterministic: bool = _setting(False)
+    deterministic: bool = setting(False)
     """Let a GPU use only algorithms that give the same bits in every run, slower or not."""
 
     def __post_init__(self) -> None:
@@ -497,7 +371,7 @@ class TrainConfig(_Checked):
         if word == "auto" and limit.isdecimal():
             object.__setattr__(self, "batch_size", word)
             object.__setattr__(self, "auto_batch_limit", int(limit))
-        _Checked.__post_init__(self)
+        Section.__post_init__(self)
 
 
 SAVE_ITERATIONS, SAVE_SECONDS = 250, 60.0
@@ -505,111 +379,111 @@ SAVE_ITERATIONS, SAVE_SECONDS = 250, 60.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SaveConfig(_Checked):
+class SaveConfig(Section):
     """What is kept of the run, and when."""
 
-    model_dir: str = _setting("", flag="-m --model-dir", path=True)
+    model_dir: str = setting("", flag="-m --model-dir", path=True)
     """The model's folder: a new model where it is empty, a resumed one where it holds one."""
 
-    save_interval: int = _setting(0, low=0, high=1_000_000, flag="-s --save-interval")
+    save_interval: int = setting(0, low=0, high=1_000_000, flag="-s --save-interval")
     """Iterations between two saves; 0: 250, but not within a minute of the last save."""
 
-    save_minutes: float = _setting(0.0, low=0.0, high=1440.0, flag="--save-minutes")
+    save_minutes: float = setting(0.0, low=0.0, high=1440.0, flag="--save-minutes")
     """Minutes between two saves, in place of iterations; 0 is off."""
 
-    save_optimizer: str = _setting("always", choices=("never", "always", "exit"))
+    save_optimizer: str = setting("always", choices=("never", "always", "exit"))
     """Saves that hold the optimizer's state: exit, the last one only. Without it a resumed model
     begins with an empty optimizer, and what follows a crash is not bit for bit the same."""
 
-    keep_generations: int = _setting(2, low=1, high=100)
+    keep_generations: int = setting(2, low=1, high=100)
     """How many complete saves are kept."""
 
-    snapshot_interval: int = _setting(
+    snapshot_interval: int = setting(
         25_000, low=0, high=1_000_000_000, flag="-I --snapshot-interval"
     )
     """Total iterations between two copies of the model, optimizer and all, that are kept beside its
     folder as `<model dir>_snapshot_<n>_iters`; 0 is off."""
 
-    logs: bool = _setting(True, flag="-n --no-logs")
+    logs: bool = setting(True, flag="-n --no-logs")
     """Write TensorBoard events, and what is reported as `events.jsonl`; both stay small."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LogConfig(_Checked):
+class LogConfig(Section):
     """What of the reports is printed."""
 
-    level: str = _setting(
+    level: str = setting(
         "info", choices=("debug", "info", "warning", "error"), flag="-L --loglevel --log-level"
     )
     """How much must be amiss for a report to be printed; debug: every report is."""
 
-    file: str = _setting("", flag="-F --logfile --log-file", path=True)
+    file: str = setting("", flag="-F --logfile --log-file", path=True)
     """File to which the same lines are added, each with its date; at 16 MiB it is put aside, and
     four of those are kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluateConfig(_Checked):
+class EvaluateConfig(Section):
     """How good the model is, measured at every save on faces that it is never trained on."""
 
-    held_out: int = _setting(0, low=0, high=1000, locked=True)
+    held_out: int = setting(0, low=0, high=1000, locked=True)
     """One in so many faces of each side, chosen by file name, is kept for measuring; 0: none."""
 
-    held_out_a: str = _setting("", path=True)
+    held_out_a: str = setting("", path=True)
     """Folder of faces of A to measure on, in place of a share of those that are trained on."""
 
-    held_out_b: str = _setting("", path=True)
+    held_out_b: str = setting("", path=True)
     """The same of B."""
 
-    max_faces: int = _setting(64, low=1, high=10_000)
+    max_faces: int = setting(64, low=1, high=10_000)
     """Faces of each side that are measured, evenly spread over those held out."""
 
-    landmark_model: str = _setting("", path=True)
+    landmark_model: str = setting("", path=True)
     """ONNX file of a network that finds 68 landmarks in a face, to compare a swap's pose."""
 
-    embedding_model: str = _setting("", path=True)
+    embedding_model: str = setting("", path=True)
     """ONNX file of a face recogniser, to compare a swap's identity with A's and with B's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PreviewConfig(_Checked):
+class PreviewConfig(Section):
     """The picture written at every save, and those of the time-lapse."""
 
-    preview_images: int = _setting(14, low=2, high=16)
+    preview_images: int = setting(14, low=2, high=16)
     """Faces of each side in the picture."""
 
-    faces: str = _setting("fixed", choices=("fixed", "fresh"))
+    faces: str = setting("fixed", choices=("fixed", "fresh"))
     """Show the same faces every time, evenly spread over the folder, or others every time."""
 
-    show_mask: bool = _setting(True)
+    show_mask: bool = setting(True)
     """Tint what the mask leaves out, if the model trains with a mask."""
 
-    mask_opacity: int = _setting(30, low=0, high=100)
+    mask_opacity: int = setting(30, low=0, high=100)
     """Percent of tint over what the mask leaves out."""
 
-    mask_color: str = _setting("#ff0000")
+    mask_color: str = setting("#ff0000")
     """Colour of the tint and of the coverage corners, as #rrggbb."""
 
-    write_image: str = _setting("", flag="-w --write-image", path=True)
+    write_image: str = setting("", flag="-w --write-image", path=True)
     """PNG file to which every preview is written too."""
 
-    window: bool = _setting(False, flag="-p --preview")
+    window: bool = setting(False, flag="-p --preview")
     """Show the preview in a window; needs a screen, and opencv-python."""
 
-    preview_scale: int = _setting(100, low=10, high=400, flag="--preview-scale")
+    preview_scale: int = setting(100, low=10, high=400, flag="--preview-scale")
     """Percent of its size at which the window shows the preview."""
 
-    timelapse_input_a: str = _setting("", flag="-x --timelapse-input-a", path=True)
+    timelapse_input_a: str = setting("", flag="-x --timelapse-input-a", path=True)
     """Folder whose first faces are drawn at every save as a picture of the time-lapse, as A."""
 
-    timelapse_input_b: str = _setting("", flag="-y --timelapse-input-b", path=True)
+    timelapse_input_b: str = setting("", flag="-y --timelapse-input-b", path=True)
     """The same of B."""
 
-    timelapse_output: str = _setting("", flag="-z --timelapse-output", path=True)
+    timelapse_output: str = setting("", flag="-z --timelapse-output", path=True)
     """Folder of the time-lapse's pictures; default: `timelapse` in the model's."""
 
     def __post_init__(self) -> None:
-        _Checked.__post_init__(self)
+        Section.__post_init__(self)
         if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.mask_color):
             raise ValueError(f"preview.mask_color must be #rrggbb, got {self.mask_color!r}")
         if self.write_image and not self.write_image.lower().endswith(".png"):
@@ -656,92 +530,3 @@ SECTIONS: dict[str, type] = {
 def section_name(kind: type) -> str:
     """The name under which a section's class stands in the file."""
     return next(name for name, cls in SECTIONS.items() if cls is kind)
-
-
-def fields_of(kind: type) -> dict[str, Spec]:
-    """Every setting of one section, in the order of the class."""
-    return _fields(section_name(kind))
-
-
-@functools.cache
-def _fields(section: str) -> dict[str, Spec]:
-    kind = SECTIONS[section]
-    docs = field_docs(kind)
-    specs = {}
-    for item in dataclasses.fields(kind):
-        meta = item.metadata
-        default = {} if item.default is dataclasses.MISSING else item.default
-        specs[item.name] = Spec(
-            section=section,
-            name=item.name,
-            type=typing.cast(type, item.type),
-            default=default,
-            low=meta.get("low"),
-            high=meta.get("high"),
-            choices=meta.get("choices"),
-            locked=meta.get("locked", False),
-            flags=tuple(meta.get("flag", "").split()),
-            stays=meta.get("stays", False),
-            is_path=meta.get("path", False),
-            words=meta.get("words", {}),
-            doc=docs[item.name],
-        )
-    return specs
-
-
-def all_settings() -> list[Spec]:
-    """Every setting of every section."""
-    return [spec for kind in SECTIONS.values() for spec in fields_of(kind).values()]
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """A config made of nested plain values.
-
-    Raises:
-        ValueError: On an unknown section or key (the nearest known one is named), a bad value, or
-            values that do not go together.
-    """
-    return Config(**sections_of(values))
-
-
-def sections_of(values: dict[str, Any]) -> dict[str, Any]:
-    """Sections by name, of nested plain values that may be a part of what will be set.
-
-    Raises:
-        ValueError: On an unknown section or key (the nearest known one is named) or a bad value.
-    """
-    _refuse_unknown(values, SECTIONS, "")
-    sections = {}
-    for name, kind in SECTIONS.items():
-        given = values.get(name, {})
-        if not isinstance(given, dict):
-            raise ValueError(f"{name} must be a table of settings, got {shown(given)}")
-        _refuse_unknown(given, fields_of(kind), f"{name}.")
-        sections[name] = kind(**given)
-    return sections
-
-
-def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            name = key if re.fullmatch(r"[\w-]{1,100}", key) else shown(key)
-            near = difflib.get_close_matches(key, list(known), n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"unknown setting {prefix}{name}{hint}")
-
-
-def model_settings(config: Config) -> dict[str, Any]:
-    """What `models.build` is to be told of a run's settings."""
-    model = config.model
-    return {
-        "learn_mask": config.loss.learn_mask,
-        "reflect_padding": model.reflect_padding,
-        "icnr_init": model.icnr_init,
-        "conv_aware_init": model.conv_aware_init,
-        **model.options,
-    }
-
-
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The whole config as plain values, fit for TOML and JSON."""
-    return dataclasses.asdict(config)

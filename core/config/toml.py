@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..system.durable_files import open_for_reading
-from .sections import Config, all_settings, to_dict
+from .sections import Config
+from .settings import all_settings, to_dict
 
 MAX_TOML_BYTES = 1 << 20
 MAX_TOML_DEPTH = 32
@@ -20,7 +21,7 @@ MAX_TOML_DOTS = 32
 
 _WINDOWS_PATHS = "; put Windows paths in single quotes, or use / in them"
 _SPOILT_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\b\t\n\f\r\x1b]")
-"""What becomes of the path of a drive, such as "C:\\faces", whose backslash made an escape."""
+"""Path of a drive as TOML reads it, such as "C:\\faces", whose backslash made an escape."""
 
 
 def to_toml(config: Config) -> str:
@@ -80,7 +81,7 @@ def decoded(content: bytes) -> str:
 
 
 def _advice(text: str, problem: str) -> str:
-    """What to do about a line that is not valid, where it holds a path as Windows writes it."""
+    """Remedy for a line that is not valid, where it holds a path as Windows writes it."""
     place = re.search(r"at line (\d+)", problem)
     line = text.split("\n")[int(place[1]) - 1] if place else ""
     return _WINDOWS_PATHS if re.search(r'"[^"]*\\', line) else ""

@@ -18,7 +18,7 @@ import numpy as np
 
 from ... import __version__
 from ...models.autoencoder import Side
-from ...models.options import shown
+from ...models.fields import shown
 from ..swapping import SwapModel
 from ..system.durable_files import DamagedError, read_regular, sync_folder, write_file
 from .blend import BlendOptions

@@ -4,20 +4,17 @@ is refused in one line, whoever wrote it."""
 from collections.abc import Iterable
 from typing import Any
 
-from ...models.options import shown
+from ...models.fields import Field, named, shown
 
-MAX_COUNT = 10**12 - 1
 MAX_SECONDS = 1e11
-LARGEST = 1e300
-"""Size of a number, at most: sums of a few stay finite."""
+
+_NOT_VALID = "the saved state is not valid"
 
 
 def require(holds: object, name: str, rule: str, value: Any) -> None:
     """Raise ValueError with the name, the rule and the value where a rule does not hold."""
     if not holds:
-        got = shown(value)
-        name = _printable(name)
-        raise ValueError(f"the saved state is not valid: {name} must be {rule}, got {got}")
+        raise ValueError(f"{_NOT_VALID}: {named(name)} must be {rule}, got {shown(value)}")
 
 
 def require_keys(values: dict[str, Any], expected: Iterable[str], prefix: str = "") -> None:
@@ -26,23 +23,14 @@ def require_keys(values: dict[str, Any], expected: Iterable[str], prefix: str = 
     missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
     if missing or unknown:
         verb, key = ("lacks", missing[0]) if missing else ("has the unknown key", unknown[0])
-        raise ValueError(f"the saved state is not valid: it {verb} {prefix}{_printable(key)}")
-
-
-def _printable(name: str) -> str:
-    """The name as a line can hold it."""
-    return name if name.isprintable() and len(name) <= 100 else shown(name)
+        raise ValueError(f"{_NOT_VALID}: it {verb} {prefix}{named(key)}")
 
 
 def count(
-    values: dict[str, Any], key: str, prefix: str = "", *, low: int = 0, high: int = MAX_COUNT
+    values: dict[str, Any], key: str, prefix: str = "", *, low: int = 0, high: int | None = None
 ) -> int:
     """The whole number under a key; ValueError where it is none in this range."""
-    value = values[key]
-    rule = f"a whole number, at least {low}"
-    rule += f" and at most {high}" if high < MAX_COUNT else ""
-    require(type(value) is int and low <= value <= high, f"{prefix}{key}", rule, value)
-    return value
+    return _taken(Field(type=int, low=low, high=high), values, key, prefix)
 
 
 def number(
@@ -50,16 +38,11 @@ def number(
     key: str,
     prefix: str = "",
     *,
-    low: float = -LARGEST,
-    high: float = LARGEST,
+    low: float | None = None,
+    high: float | None = None,
 ) -> float:
     """The finite number under a key; ValueError where it is none in this range."""
-    value = values[key]
-    is_bounded = low > -LARGEST or high < LARGEST
-    rule = f"a number from {low:g} to {high:g}" if is_bounded else "a finite number"
-    holds = type(value) in (int, float) and low <= value <= high
-    require(holds, f"{prefix}{key}", rule, value)
-    return float(value)
+    return _taken(Field(type=float, low=low, high=high), values, key, prefix)
 
 
 def optional_number(values: dict[str, Any], key: str, prefix: str = "") -> float | None:
@@ -69,11 +52,17 @@ def optional_number(values: dict[str, Any], key: str, prefix: str = "") -> float
 
 def text(values: dict[str, Any], key: str, prefix: str = "") -> str:
     """The text under a key; ValueError where it is none."""
-    require(isinstance(values[key], str), f"{prefix}{key}", "text", values[key])
-    return values[key]
+    return _taken(Field(type=str), values, key, prefix)
 
 
 def table(values: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
     """A copy of the object under a key; ValueError where it is none."""
     require(isinstance(values[key], dict), f"{prefix}{key}", "an object", values[key])
     return dict(values[key])
+
+
+def _taken(field: Field, values: dict[str, Any], key: str, prefix: str) -> Any:
+    try:
+        return field.take(values[key], named(f"{prefix}{key}"))
+    except ValueError as error:
+        raise ValueError(f"{_NOT_VALID}: {error}") from None

@@ -1,9 +1,9 @@
 """The batch size: as set, or the one that auto chooses, and why that."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..config import Config, from_dict, merge, to_dict
+from ..config import Config
 from ..precision import Precision
 from . import memory
 
@@ -67,4 +67,4 @@ def check(config: Config, num_faces: dict[str, int]) -> None:
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
     """The same settings with another batch size."""
-    return from_dict(merge(to_dict(config), {"train": {"batch_size": batch_size}}))
+    return replace(config, train=replace(config.train, batch_size=batch_size))

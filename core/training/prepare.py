@@ -108,7 +108,7 @@ def open_run(
     with ExitStack() as stack:
         folder = stack.enter_context(ModelFolder(model_dir, trainer=overrides.trainer))
         saved = folder.load()
-        resolved = _resolved(overrides, saved, recipe, folder)
+        resolved = resolve(overrides, saved, recipe, _known_paths(folder, saved).trust)
         folder.keep_generations = resolved.config.save.keep_generations
         tell(reporter, resolved.notices)
         _tell_warnings(folder, reporter)
@@ -177,19 +177,14 @@ def _read_model(overrides: Overrides, recipe: Recipe | None) -> tuple[Generation
         return None, resolve(overrides, None, recipe)
     with ModelFolder(model_dir, trainer=overrides.trainer, read_only=True) as folder:
         saved = folder.load()
-        resolved = _resolved(overrides, saved, recipe, folder)
+        resolved = resolve(overrides, saved, recipe, _known_paths(folder, saved).trust)
         damage = [Notice(text, is_warning=True) for text in folder.warnings]
     return saved, replace(resolved, notices=[*damage, *resolved.notices])
 
 
-def _resolved(
-    overrides: Overrides, saved: Generation | None, recipe: Recipe | None, folder: ModelFolder
-) -> Resolved:
-    """The settings of a run; the paths of a saved one count as far as they are known here."""
-    if saved is None:
-        return resolve(overrides, None, recipe)
-    known = KnownPaths(folder.path, str(saved.state.get("run_id")))
-    return resolve(overrides, saved, recipe, known.trust)
+def _known_paths(folder: ModelFolder, saved: Generation | None) -> KnownPaths:
+    """Paths of the model's settings that count here without being set again."""
+    return KnownPaths(folder.path, str(saved.state.get("run_id")) if saved else "")
 
 
 def _remember_paths(resolved: Resolved, run: Run, reporter: Reporter) -> None:

@@ -221,11 +221,6 @@ def _saved_plan(state: TrainingState) -> Plan | None:
     return Plan(recipe, place, is_entered=False)
 
 
-def settings_of_stage(given: dict[str, Any], plan: Plan | None) -> dict[str, Any]:
-    """What the user gave, with what the stages set on top."""
-    return given if plan is None else merge(given, plan.settings())
-
-
 def check_figures(plan: Plan | None, config: Config) -> None:
     """Refuse a recipe that watches what is not measured."""
     for stage in plan.recipe.stages if plan else ():

@@ -1,6 +1,6 @@
-"""What a run is to be: the user's settings, the model's own and the recipe's made into one.
+"""Settings of a run: the user's, the model's own and the recipe's made into one.
 
-Nothing is read or written here, and nothing told: what there is to tell comes back.
+Nothing is read or written here, and nothing reported: the notices come back with the settings.
 
     defaults < the model's own < preset, recipe, file, --set < flags < the stage of the recipe
 
@@ -11,12 +11,13 @@ model (`Spec.stays`, and what is locked) are kept as well.
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ... import models
-from ...models.options import shown
+from ...models.fields import Field, fields_of, shown
 from ..checkpoint.format import Generation
 from ..checkpoint.state import TrainingState
 from ..config import (
@@ -39,14 +40,14 @@ from . import recipe_progress as stages
 from .recipe_progress import Plan
 
 _OF_A_START = {"save": {"model_dir": ""}, "model": {"load_weights": ""}}
-"""What no model keeps: where it is now, and what it began with."""
+"""Settings that no model keeps: where it is now, and what it began with."""
 
 _NOT_COMPARED = {"save.model_dir", "model.load_weights"}
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a user has set, by section and key."""
+    """Settings of a user, by section and key."""
 
     lasting: dict[str, Any] = field(default_factory=dict)
     """Values by preset, recipe, file and `--set`: the model keeps them."""
@@ -54,25 +55,30 @@ class Overrides:
     session: dict[str, Any] = field(default_factory=dict)
     """Values by flags: they hold for this session."""
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """Values of both kinds merged; those of the session win."""
-        return merge(self.lasting, self.session)
+    @cached_property
+    def sections(self) -> dict[str, Any]:
+        """Sections by name, with the defaults of what is not set.
+
+        Raises:
+            ValueError: A setting is unknown or breaks its rule.
+        """
+        return sections_of(merge(self.lasting, self.session))
 
     @property
     def model_dir(self) -> Path | None:
-        """The folder of the model; None where none is given."""
-        given = sections_of(self.given)["save"].model_dir
-        return expanded(given) if given else None
+        """The folder of the model; None where none is set."""
+        model_dir = self.sections["save"].model_dir
+        return expanded(model_dir) if model_dir else None
 
     @property
     def trainer(self) -> str | None:
-        """The model family that is asked for, if one is."""
-        return self.given.get("model", {}).get("trainer")
+        """The model family, if one is set."""
+        values = merge(self.lasting, self.session)
+        return values.get("model", {}).get("trainer")
 
     @property
-    def kept(self) -> dict[str, Any]:
-        """What of it a model keeps."""
+    def of_the_model(self) -> dict[str, Any]:
+        """Values that a model keeps: those that last, and the flags of what makes it."""
         staying: dict[str, Any] = {}
         for spec in all_settings():
             if (spec.stays or spec.locked) and spec.name in self.session.get(spec.section, {}):
@@ -93,7 +99,7 @@ class Resolved:
     """Settings of this session."""
 
     kept: Config
-    """What the model keeps for the next."""
+    """Settings that the model keeps for its next session."""
 
     before: Config | None
     """Settings of the last session, its flags among them; None: there was none."""
@@ -102,7 +108,7 @@ class Resolved:
     """The recipe and the place in it."""
 
     notices: list[Notice]
-    """What is to be told: differences to the last session, and what was left out."""
+    """Sentences to report: differences to the last session, and what was left out."""
 
 
 def resolve(
@@ -114,7 +120,7 @@ def resolve(
     """The settings of a session that begins, of a new model or one that resumes.
 
     Args:
-        overrides: What the user has set.
+        overrides: Settings of the user.
         saved: The model, whose tensors are not looked at; None: a new one.
         recipe: Stages to train in; None: those that the model was saved with, if any.
         trust: Whether a path counts that the model was saved with: called with the name of its
@@ -123,33 +129,58 @@ def resolve(
     Raises:
         ValueError: A setting is unknown, out of its range, fixed in this model, or clashes.
     """
-    sections_of(overrides.given)  # refuses what is unknown or out of range
+    sections = overrides.sections  # first of all, what is unknown or out of range is refused
     plan = stages.find_place(saved.state if saved else None, recipe)
-    by_stage = {} if plan is None else plan.settings()
-    given, kept = merge(overrides.given, by_stage), merge(overrides.kept, by_stage)
-    if saved is None:
-        trainer = from_dict(given).model.trainer
-        resolved = Resolved(
-            config=_whole(path_settings.with_absolute_paths(given, trainer)),
-            kept=_whole(path_settings.with_absolute_paths(merge(kept, _OF_A_START), trainer)),
-            before=None,
-            plan=plan,
-            notices=[],
-        )
-    else:
-        resolved = _resumed(saved, given, kept, plan, trust)
-    stages.check_figures(plan, resolved.config)
-    return _writable(resolved)
+    by_stage = plan.settings() if plan else {}
+    model = _saved_model(saved, trust) if saved else None
+    own = model.own if model else {}
+    trainer = own["model"]["trainer"] if model else sections["model"].trainer
+    session = merge(overrides.lasting, overrides.session, by_stage)
+    lasting = merge(overrides.of_the_model, by_stage, _OF_A_START)
+    paths, lasting_paths = (
+        path_settings.absolute_paths(each, trainer) for each in (session, lasting)
+    )
+    at_resume, notices = _settled_at_resume(model, session) if model else ({}, [])
+    session = merge(own, session, paths, at_resume)
+    lasting = merge(own, lasting, lasting_paths, at_resume)
+    unwritable = path_settings.unwritable(lasting, trainer)
+    lasting = path_settings.with_paths(lasting, dict.fromkeys(unwritable, ""))
+    config = from_dict(merge(session, _every_option(session, trainer)))
+    kept = from_dict(merge(lasting, _every_option(lasting, trainer)))
+    stages.check_figures(plan, config)
+    if model:
+        _refuse_swapped(model.last["data"], config.data)
+        notices += _changes(model, to_dict(config))
+    notices += _notices_of_unwritable(unwritable)
+    return Resolved(config, kept, model.before if model else None, plan, notices)
 
 
-def _resumed(
-    saved: Generation,
-    given: dict[str, Any],
-    kept: dict[str, Any],
-    plan: Plan | None,
-    trust: Callable[[str, str], bool],
-) -> Resolved:
-    """The settings of a resumed run: the model's own where locked, the user's where free."""
+@dataclass(frozen=True)
+class _SavedModel:
+    """The settings of a model that resumes, by section and key."""
+
+    own: dict[str, Any]
+    """Settings that it keeps; paths that do not count here are empty."""
+
+    last: dict[str, Any]
+    """All settings as they were in its last session, flags among them."""
+
+    strange: dict[Place, str]
+    """The paths that it was saved with and that do not count here."""
+
+    found_rate: float | None
+
+    @property
+    def before(self) -> Config:
+        """The last session's settings; the model's own where those cannot be used today."""
+        try:
+            return from_dict(self.last)
+        except ValueError:
+            return from_dict(self.own)
+
+
+def _saved_model(saved: Generation, trust: Callable[[str, str], bool]) -> _SavedModel:
+    """The settings in a save."""
     if saved.config is None:
         raise ValueError(
             f"{saved.path} holds no config.toml, so its settings are unknown; put it back, or "
@@ -157,79 +188,13 @@ def _resumed(
         )
     state = TrainingState.from_dict(saved.state)
     own = to_dict(from_dict(merge(saved.config, _OF_A_START)))
-    trainer = own["model"]["trainer"]
-    strange = _strange_paths(own, trainer, trust)
-    own = path_settings.with_paths(own, dict.fromkeys(strange, ""))
-    given, kept = (path_settings.with_absolute_paths(each, trainer) for each in (given, kept))
-    notices = _told_of_strange(strange, path_settings.paths_in(given, trainer))
-    if given.get("model", {}).get("load_weights"):
-        notices.append(
-            Notice(
-                "model.load_weights does nothing here: it is for a new model, and this one resumes",
-                is_warning=True,
-            )
-        )
-    given, kept = merge(given, {"model": {"load_weights": ""}}), merge(kept, _OF_A_START)
-    optimizer, told = settle_rate(
-        found_rate(state), OptimizerConfig(**own["optimizer"]), given.get("optimizer", {})
-    )
-    notices += told
-    finder = {name: value for name, value in optimizer.items() if name == "use_lr_finder"}
-    given, kept = (merge(each, {"optimizer": finder}) for each in (given, kept))
-    _refuse_locked(own, given)
-    config = _whole(merge(own, given))
-    last = _of_last_session(own, state)
-    _refuse_swapped(last["data"], config.data)
-    names = {".".join(place) for place in strange} | _NOT_COMPARED
-    notices += [Notice(text) for text in _changes(last, own, to_dict(config), names)]
-    return Resolved(config, _whole(merge(own, kept)), _as_config(last, own), plan, notices)
-
-
-def _writable(resolved: Resolved) -> Resolved:
-    """The same, less the paths that a model cannot keep."""
-    kept = to_dict(resolved.kept)
-    lost = path_settings.unwritable(kept, resolved.kept.model.trainer)
-    notices = [
-        Notice(
-            f"{'.'.join(place)} is no UTF-8 name ({shown(path)}) and is not kept: give it at every "
-            "start, or rename it"
-        )
-        for place, path in lost.items()
-    ]
-    kept = path_settings.with_paths(kept, dict.fromkeys(lost, ""))
-    return replace(resolved, kept=from_dict(kept), notices=[*resolved.notices, *notices])
-
-
-def _whole(values: dict[str, Any]) -> Config:
-    """The settings with every option of the family written out."""
-    config = from_dict(values)
-    options = models.options_of(config.model.trainer, config.model.options)
-    written_out = {"model": {"options": dataclasses.asdict(options)}}
-    return from_dict(merge(to_dict(config), written_out))
-
-
-def _strange_paths(
-    own: dict[str, Any], trainer: str, trust: Callable[[str, str], bool]
-) -> dict[Place, str]:
-    """The paths that the model was saved with and that do not count."""
-    return {
+    strange = {
         place: path
-        for place, path in path_settings.paths_in(own, trainer).items()
+        for place, path in path_settings.paths_in(own, own["model"]["trainer"]).items()
         if not trust(".".join(place), os.path.abspath(os.path.expanduser(path)))
     }
-
-
-def _told_of_strange(strange: dict[Place, str], given: dict[Place, str]) -> list[Notice]:
-    """A line for each path that is left out and not given anew."""
-    return [
-        Notice(
-            f"{'.'.join(place)} is left out: the model folder names {shown(path)}, which lies "
-            f"outside it and has not been given here; give it: {path_settings.way_to_give(place)}",
-            is_warning=True,
-        )
-        for place, path in strange.items()
-        if place not in given
-    ]
+    own = path_settings.with_paths(own, dict.fromkeys(strange, ""))
+    return _SavedModel(own, _of_last_session(own, state), strange, found_rate(state))
 
 
 def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any]:
@@ -243,6 +208,51 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
     return merge(own, last)
 
 
+def _settled_at_resume(
+    model: _SavedModel, session: dict[str, Any]
+) -> tuple[dict[str, Any], list[Notice]]:
+    """Settings that a resumed model has in the place of the user's, and why; ValueError where the
+    user would change what is fixed."""
+    _refuse_locked(model.own, session)
+    again = path_settings.paths_in(session, model.own["model"]["trainer"])
+    notices = [
+        Notice(
+            f"{'.'.join(place)} is left out: the model folder names {shown(path)}, which lies "
+            f"outside it and has not been given here; give it: {path_settings.way_to_give(place)}",
+            is_warning=True,
+        )
+        for place, path in model.strange.items()
+        if place not in again
+    ]
+    if session.get("model", {}).get("load_weights"):
+        notices.append(
+            Notice(
+                "model.load_weights does nothing here: it is for a new model, and this one resumes",
+                is_warning=True,
+            )
+        )
+    saved, optimizer = OptimizerConfig(**model.own["optimizer"]), session.get("optimizer", {})
+    settled, rate_notices = settle_rate(model.found_rate, saved, optimizer)
+    finder = {name: value for name, value in settled.items() if name == "use_lr_finder"}
+    return {"model": {"load_weights": ""}, "optimizer": finder}, notices + rate_notices
+
+
+def _every_option(values: dict[str, Any], trainer: str) -> dict[str, Any]:
+    """All options of the family, those that are not set with their defaults."""
+    options = models.options_of(trainer, values.get("model", {}).get("options", {}))
+    return {"model": {"options": dataclasses.asdict(options)}}
+
+
+def _notices_of_unwritable(paths: dict[Place, str]) -> list[Notice]:
+    return [
+        Notice(
+            f"{'.'.join(place)} is no UTF-8 name ({shown(path)}) and is not kept: give it at every "
+            "start, or rename it"
+        )
+        for place, path in paths.items()
+    ]
+
+
 def _refuse_swapped(last: dict[str, Any], data: DataConfig) -> None:
     """Refuse the folders of the last session the other way round: A would be trained as B."""
     if data.input_a and data.input_b:
@@ -253,23 +263,15 @@ def _refuse_swapped(last: dict[str, Any], data: DataConfig) -> None:
             )
 
 
-def _as_config(last: dict[str, Any], own: dict[str, Any]) -> Config:
-    """The last session's settings; the model's own where that session's cannot be used today."""
-    try:
-        return from_dict(last)
-    except ValueError:
-        return from_dict(own)
-
-
-def _refuse_locked(own: dict[str, Any], given: dict[str, Any]) -> None:
+def _refuse_locked(own: dict[str, Any], session: dict[str, Any]) -> None:
     """Refuse what would change a setting that is fixed in the model."""
     for spec in all_settings():
-        table = given.get(spec.section, {})
+        table = session.get(spec.section, {})
         if spec.locked and spec.type is not dict and spec.name in table:
             _refuse_change(spec.full_name, own[spec.section][spec.name], table[spec.name])
-    for item, was, becomes in _options(own, merge(own, given)):
-        if not item.metadata["free"]:
-            _refuse_change(f"model.options.{item.name}", was, becomes)
+    for option, old, new in _options(own, merge(own, session)):
+        if option.locked:
+            _refuse_change(f"model.options.{option.name}", old, new)
 
 
 def _refuse_change(name: str, old: Any, new: Any) -> None:
@@ -280,32 +282,31 @@ def _refuse_change(name: str, old: Any, new: Any) -> None:
         )
 
 
-def _changes(
-    last: dict[str, Any], own: dict[str, Any], new: dict[str, Any], left_out: set[str]
-) -> Iterator[str]:
+def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
     """A sentence for each free setting that is other than in the last session."""
+    not_compared = {".".join(place) for place in model.strange} | _NOT_COMPARED
     for spec in all_settings():
-        if spec.locked or spec.full_name in left_out:
+        if spec.locked or spec.full_name in not_compared:
             continue
-        was, stays, becomes = (each[spec.section][spec.name] for each in (last, own, new))
-        if was != becomes:
-            why = "; it was set by a flag, for that session" if becomes == stays else ""
-            was, becomes = (_shown(spec.word_for(value)) for value in (was, becomes))
-            yield f"updated {spec.full_name} from {was} to {becomes}{why}"
-    for item, was, becomes in _options(own, new):
-        name = f"model.options.{item.name}"
-        if was != becomes and name not in left_out:
-            yield f"updated {name} from {_shown(was)} to {_shown(becomes)}"
+        last, own, value = (each[spec.section][spec.name] for each in (model.last, model.own, new))
+        if last != value:
+            why = "; it was set by a flag, for that session" if value == own else ""
+            change = f"from {_shown(spec.word_for(last))} to {_shown(spec.word_for(value))}"
+            yield Notice(f"updated {spec.full_name} {change}{why}")
+    for option, own, value in _options(model.own, new):
+        name = f"model.options.{option.name}"
+        if own != value and name not in not_compared:
+            yield Notice(f"updated {name} from {_shown(own)} to {_shown(value)}")
 
 
-def _options(
-    own: dict[str, Any], new: dict[str, Any]
-) -> Iterator[tuple[dataclasses.Field, Any, Any]]:
-    """Every option of the model's family: in the model, and as it is to become."""
+def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, Any, Any]]:
+    """Every option of the model's family: its value in the model, and the new one."""
     trainer = own["model"]["trainer"]
-    old, becomes = (models.options_of(trainer, each["model"]["options"]) for each in (own, new))
-    for item in dataclasses.fields(old):
-        yield item, getattr(old, item.name), getattr(becomes, item.name)
+    old_options, new_options = (
+        models.options_of(trainer, each["model"]["options"]) for each in (own, new)
+    )
+    for option in fields_of(type(old_options)).values():
+        yield option, getattr(old_options, option.name), getattr(new_options, option.name)
 
 
 def _shown(value: Any) -> str:

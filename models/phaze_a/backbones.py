@@ -14,7 +14,6 @@ fit otherwise:
 Shape letters: B faces, C channels, H rows, W columns, S the edge of the picture.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch_norm import BatchNorm
+from ..fields import no_such
 from ..keras_weights import Entry
 from . import keras_order, trunks
 
@@ -195,9 +195,8 @@ def input_size(name: str, scaling_percent: int, *, pretrained: bool = False) -> 
 def spec(name: str) -> Spec:
     """The row of the table; ValueError naming the known ones where there is none."""
     if name not in BACKBONES:
-        near = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"no backbone {name!r}{hint}; there are: {', '.join(BACKBONES)}")
+        refusal = no_such("no backbone", name, BACKBONES)
+        raise ValueError(f"{refusal}; there are: {', '.join(BACKBONES)}")
     return BACKBONES[name]
 
 

@@ -1,10 +1,10 @@
 """Options of phaze-a, the numbers that follow from them, and what does not go together."""
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..fields import fields_of
 from ..options import Options, option
 from . import backbones
 from .curves import capped, curve, halvings
@@ -385,10 +385,8 @@ def _conflicts_of_reflection(config: Config) -> Iterator[tuple[str, str]]:
 
 def _nearest(config: Config, name: str, conflicts: Conflicts) -> int | str | None:
     """The value of one option, nearest to its own, that is not refused."""
-    rule = next(item.metadata for item in dataclasses.fields(config) if item.name == name)
-    own = getattr(config, name)
-    values = rule["choices"] or range(rule["low"], rule["high"] + 1, rule["step"])
-    for value in values if rule["choices"] else sorted(values, key=lambda v: abs(v - own)):
+    rule, own = fields_of(type(config))[name], getattr(config, name)
+    for value in rule.choices or sorted(rule.numbers, key=lambda number: abs(number - own)):
         other = copy.copy(config)
         object.__setattr__(other, name, value)
         if name not in (refused for refused, _ in conflicts(other)):

@@ -4,7 +4,6 @@ A preset is a TOML file of settings as `--configfile` takes it, with a line that
 weighs less than all else that a user gives, and more than the defaults.
 """
 
-import difflib
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 import tomli_w
 
-from ....models.options import shown
+from ....models.fields import no_such, shown
 from ...system.durable_files import write_output
 from ...system.user_folders import settings_folder
 from .. import all_settings, from_dict, read_toml, to_dict
@@ -71,9 +70,8 @@ def load(name: str) -> Preset:
     """The preset of this name; ValueError naming the nearest where there is none."""
     paths = _paths()
     if name not in paths:
-        near = difflib.get_close_matches(name, paths, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"no preset {name!r}{hint}; there are: {', '.join(sorted(paths))}")
+        refusal = no_such("no preset", name, paths)
+        raise ValueError(f"{refusal}; there are: {', '.join(sorted(paths))}")
     return read(paths[name])
 
 
@@ -115,16 +113,16 @@ def save(
     path = own_folder() / f"{name}.toml"
     if path.exists() and not force:
         raise ValueError(f"preset {name} exists ({path}); add --force to replace it")
-    kept = _worth_keeping(settings)
-    if not kept:
+    values = _worth_keeping(settings)
+    if not values:
         raise ValueError("there is nothing to save; give --from, --trainer or --set")
-    content = _as_toml({"description": description} | kept)
+    content = _as_toml({"description": description} | values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_output(path, content, force=force)
     except OSError as error:
         raise ValueError(f"cannot write preset {path}: {error.strerror}") from error
-    return Preset(name, path, description, kept)
+    return Preset(name, path, description, values)
 
 
 def _as_toml(values: dict[str, Any]) -> bytes:
@@ -149,11 +147,11 @@ def _paths() -> dict[str, Path]:
 def _worth_keeping(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The settings that are not the defaults and not of one run, but always the trainer."""
     resolved = to_dict(from_dict(settings))
-    kept: dict[str, dict[str, Any]] = {}
+    values: dict[str, dict[str, Any]] = {}
     for spec in all_settings():
         value = resolved[spec.section][spec.name]
         is_of_a_run = spec.name in _OF_A_RUN.get(spec.section, ())
         is_worthy = value != spec.default or spec.name == "trainer"
         if spec.name in settings.get(spec.section, {}) and is_worthy and not is_of_a_run:
-            kept.setdefault(spec.section, {})[spec.name] = value
-    return kept
+            values.setdefault(spec.section, {})[spec.name] = value
+    return values

@@ -20,28 +20,25 @@ until a later one sets it again, and weighs more than all else that a user gives
 """
 
 import dataclasses
-import difflib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....models.options import shown
+from ....models.fields import no_such, read_table, setting, shown
 from ...system.paths import expanded
 from .. import all_settings, from_dict, merge, read_toml
 
 PACKAGED = Path(__file__).parent
 
 FALLING = ("loss", "loss_a", "loss_b", "pose_swap", "identity_b")
-"""What a plateau may watch, the lower the better; those after the losses as `evaluate` has them."""
+"""Metrics of a plateau, the lower the better; those after the losses as `evaluate` has them."""
 
 RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
 """The higher the better."""
 
 MAX_STAGES = 100
-_LARGEST = 1e12
 _LOSSES = ("loss", "loss_a", "loss_b")
 _NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
     *("train.iterations", "train.device", "model.options", "optimizer.use_lr_finder"),
@@ -52,16 +49,16 @@ _NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
 class Plateau:
     """A figure that no longer improves."""
 
-    metric: str = "loss"
+    metric: str = setting("loss", choices=FALLING + RISING)
     """The loss of both sides or one, or a figure that is measured at saves."""
 
-    window: int = 1000
+    window: int = setting(1000, low=1)
     """Iterations whose mean loss counts as one value. What is measured counts by itself."""
 
-    patience: int = 5
+    patience: int = setting(5, low=1)
     """Values in a row that were no better than the best one before."""
 
-    improvement: float = 1.0
+    improvement: float = setting(1.0, low=0, high=100)
     """Percent by which a value must be better than the best one to count as better."""
 
     @property
@@ -85,19 +82,19 @@ class Stage:
     """One part of a run."""
 
     name: str
-    set: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    set: dict[str, dict[str, Any]] = setting({})
     """Free settings, by section and key."""
 
-    rate_factor: float | None = None
-    """What the learning rate is multiplied with; None: the same as in the stage before."""
+    rate_factor: float | None = setting(None, low=0, high=100)
+    """Factor of the learning rate; None: the same as in the stage before."""
 
-    iterations: int | None = None
+    iterations: int | None = setting(None, low=1)
     """Iterations of this stage."""
 
-    until_iteration: int | None = None
+    until_iteration: int | None = setting(None, low=1)
     """Total iteration."""
 
-    minutes: float | None = None
+    minutes: float | None = setting(None, low=0)
     """Minutes of training, however often it was interrupted."""
 
     plateau: Plateau | None = None
@@ -126,16 +123,16 @@ class Recipe:
     name: str
     description: str
     settings: dict[str, dict[str, Any]]
-    """What holds from the start, by section and key."""
+    """Settings that hold from the start, by section and key."""
 
     stages: tuple[Stage, ...]
 
     def settings_of(self, number: int) -> dict[str, dict[str, Any]]:
-        """What the stages up to this one have set."""
+        """Settings of the stages up to this one."""
         return merge(*(stage.set for stage in self.stages[: number + 1]))
 
     def rate_factor_of(self, number: int) -> float:
-        """What the learning rate is multiplied with in this stage."""
+        """Factor of the learning rate in this stage."""
         factors = [stage.rate_factor for stage in self.stages[: number + 1]]
         return next((factor for factor in reversed(factors) if factor is not None), 1.0)
 
@@ -161,7 +158,7 @@ class Recipe:
 
 
 NONE = Recipe("none", "", {}, ())
-"""What leaves the recipe of a model: no stages at all."""
+"""Recipe without stages: it leaves that of a model."""
 
 
 def available() -> list[Recipe]:
@@ -178,12 +175,8 @@ def load(name: str) -> Recipe:
         return read(path)
     packaged = {path.stem: path for path in PACKAGED.glob("*.toml")}
     if name not in packaged:
-        near = difflib.get_close_matches(name, packaged, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(
-            f"no recipe {name!r}{hint}; give a .toml file, none, or one of "
-            f"{', '.join(sorted(packaged))}"
-        )
+        refusal, names = no_such("no recipe", name, packaged), ", ".join(sorted(packaged))
+        raise ValueError(f"{refusal}; give a .toml file, none, or one of {names}")
     return read(packaged[name])
 
 
@@ -235,73 +228,16 @@ def _stages(values: Any) -> Iterator[Stage]:
 
 
 def _stage(table: Any, place: str) -> Stage:
-    values = _known(table, Stage, place)
-    name = values.get("name", place)
-    if not isinstance(name, str) or not name.strip() or len(name) > 100 or not name.isprintable():
+    values = read_table(Stage, table, place)
+    name = values.setdefault("name", place)
+    if not name.strip() or len(name) > 100 or not name.isprintable():
         raise ValueError(f"{place}.name must be text, got {shown(name)}")
-    for key in ("iterations", "until_iteration"):
-        _check_number(values, key, place, whole=True, low=1)
-    _check_number(values, "minutes", place, low=0)
-    _check_number(values, "rate_factor", place, low=0, high=100)
-    if not isinstance(values.get("snapshot", True), bool):
-        raise ValueError(f"{place}.snapshot must be true or false, got {shown(values['snapshot'])}")
-    if "plateau" in values:
-        values["plateau"] = _plateau(values["plateau"], f"{place}.plateau")
     _check_settings(values.get("set", {}), place)
-    return Stage(**(values | {"name": name}))
+    return Stage(**values)
 
 
-def _plateau(table: Any, place: str) -> Plateau:
-    values = _known(table, Plateau, place)
-    metric = values.get("metric", "loss")
-    if metric not in FALLING + RISING:
-        raise ValueError(
-            f"{place}.metric must be one of {', '.join(FALLING + RISING)}, got {shown(metric)}"
-        )
-    for key in ("window", "patience"):
-        _check_number(values, key, place, whole=True, low=1)
-    _check_number(values, "improvement", place, low=0, high=100)
-    return Plateau(**values)
-
-
-def _known(table: Any, kind: type, place: str) -> dict[str, Any]:
-    """A copy of the table, if all its keys are fields of ``kind``."""
-    if not isinstance(table, dict):
-        raise ValueError(f"{place} must be a table, got {shown(table)}")
-    names = [item.name for item in dataclasses.fields(kind)]
-    for key in table:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
-            hint = f"; did you mean {near[0]}?" if near else f"; it may be {', '.join(names)}"
-            name = key if key.isprintable() and len(key) <= 100 else shown(key)
-            raise ValueError(f"unknown key {name} of {place}{hint}")
-    return dict(table)
-
-
-def _check_number(
-    values: dict[str, Any],
-    key: str,
-    place: str,
-    *,
-    whole: bool = False,
-    low: float,
-    high: float = math.inf,
-) -> None:
-    if key not in values:
-        return
-    value = values[key]
-    kinds = (int,) if whole else (int, float)
-    holds = type(value) in kinds and low <= value <= min(high, _LARGEST)
-    if not holds:
-        kind = "a whole number" if whole else "a number"
-        upper = f" to {high:g}" if high < math.inf else ", or more"
-        raise ValueError(f"{place}.{key} must be {kind} from {low:g}{upper}, got {shown(value)}")
-
-
-def _check_settings(values: Any, place: str) -> None:
+def _check_settings(values: dict[str, Any], place: str) -> None:
     """Refuse what is no setting, what a model fixes, and what belongs to the run as a whole."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{place}.set must be a table of settings, got {shown(values)}")
     try:
         from_dict(values)
     except ValueError as error:
