@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...models.graph import SHAPES, Call, Layer, Network, Value
-from ...models.options import shown
+from ...models.fields import shown
 from .keras_order import ordered_layers
 
 Json = dict[str, Any]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import models
 from ...models.graph import Network
-from ...models.options import shown
+from ...models.fields import shown
 from ..checkpoint.format import MAX_JSON_BYTES, parse_json
 from ..checkpoint.state import Session, TrainingState
 from ..config import SECTIONS, Config, fields_of

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...models.options import shown
+from ...models.fields import shown
 
 if TYPE_CHECKING:
     import h5py

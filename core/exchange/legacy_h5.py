@@ -10,7 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ...models.graph import Layer, Network
-from ...models.options import shown
+from ...models.fields import shown
 from .keras_weights_file import attribute
 
 if TYPE_CHECKING:
