@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ...models.graph import SHAPES, Call, Layer, Network, Value
 from ...models.fields import shown
+from ...models.graph import SHAPES, Call, Layer, Network, Value
 from .keras_order import ordered_layers
 
 Json = dict[str, Any]

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ... import models
-from ...models.graph import Network
 from ...models.fields import shown
-from ..checkpoint.format import MAX_JSON_BYTES, parse_json
+from ...models.graph import Network
+from ..checkpoint.format import MAX_COUNT, MAX_JSON_BYTES, parse_json
 from ..checkpoint.state import Session, TrainingState
 from ..config import SECTIONS, Config, fields_of
 from ..config.faceswap_ini import MODEL_PLACES, SWITCHES
 from ..optim.lr_schedule import LR_FINDER, found_rate
 from ..system.durable_files import DamagedError, read_regular
-from ..system.saved_values import MAX_COUNT, MAX_SECONDS
+from ..system.saved_values import MAX_SECONDS
 from .keras_order import ordered_layers
 
 Json = dict[str, Any]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ...models.graph import Layer, Network
 from ...models.fields import shown
+from ...models.graph import Layer, Network
 from .keras_weights_file import attribute
 
 if TYPE_CHECKING:
