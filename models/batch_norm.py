@@ -76,8 +76,10 @@ class BatchNorm(nn.Module):
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the norm, as it is outside training, to a graph; its output."""
-        settings = {"axis": -1, "epsilon": self.eps, "momentum": 1 - self.momentum}
-        return network.add("BatchNormalization", x, weights=self, **settings)
+        momentum = 1 - self.momentum
+        return network.add(
+            "BatchNormalization", x, weights=self, axis=-1, epsilon=self.eps, momentum=momentum
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A conversion of the network to 16 bits passes by the running estimates."""

@@ -7,6 +7,7 @@ Shape letters: B faces, w = width (64), r = output_size / 64.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,7 @@ class Dlight(Autoencoder):
         for width in (growth // 2, growth, 2 * growth, 4 * growth, 8 * growth):
             convs.append(_Densescale(channels, width, reflect))
             channels = convs[-1].channels
-        self.encoder = nn.Sequential(
+        self.encoder: nn.Sequential = nn.Sequential(
             *convs,
             Dense((4, channels), nodes),
             nn.Dropout(0.05),
@@ -201,9 +202,9 @@ class Dlight(Autoencoder):
 
     def _describe_encoder(self, network: Network, x: Value) -> Value:
         """Add the encoder to a graph; dropout comes before its vector becomes a picture."""
-        *steps, nodes, first_dropout, code, second_dropout = self.encoder
-        x = describe(network, nn.Sequential(*steps, nodes, first_dropout), x)
-        x = describe(network, second_dropout, code.describe_product(network, x))
+        code, dropout = cast(Dense, self.encoder[-2]), self.encoder[-1]
+        x = describe(network, self.encoder[:-2], x)
+        x = describe(network, dropout, code.describe_product(network, x))
         edge_px, channels = code.outputs
         return network.add("Reshape", x, target_shape=(edge_px, edge_px, sum(channels)))
 

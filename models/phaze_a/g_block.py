@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...kernels.upscale import activate
 from ..alignment import Runs
 from ..blocks import Dense, SameConv
-from ..graph import Network, Value
+from ..graph import Network, Value, describe
 from ..initializers import glorot_uniform, he_normal
 from ..norms import AdaptiveInstanceNorm
 from .layers import Noise
@@ -42,8 +42,15 @@ class _Layer(nn.Module):
         bias, gain = (dense.describe(network, style) for dense in (self.bias, self.gain))
         noise = self.blend.describe(network, self.noise.describe(network, x))
         x = x if self.conv is None else self.conv.describe(network, x)
-        settings = {"axis": -1, "momentum": 0.99, "epsilon": 1e-3, "center": True, "scale": True}
-        x = network.add("AdaInstanceNormalization", x, bias, gain, **settings)
+        x = network.add(
+            "AdaInstanceNormalization",
+            *(x, bias, gain),
+            axis=-1,
+            momentum=0.99,
+            epsilon=1e-3,
+            center=True,
+            scale=True,
+        )
         return network.leaky_relu(network.add("Add", x, noise), 0.2)
 
 
@@ -72,8 +79,8 @@ class GBlock(nn.Module):
         """Add the layers to a graph; their output."""
         for number, dense in enumerate(self.style):
             style = network.leaky_relu(style, 0.1) if number else style
-            style = dense.describe(network, style)
+            style = describe(network, dense, style)
         x = self.noise.describe(network, self.conv.describe(network, code))
         for layer in self.layers:
-            x = layer.describe(network, x, style)
+            x = describe(network, layer, x, style)
         return x

@@ -4,6 +4,7 @@ Shape letters: B faces, C channels, H rows, W columns.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ class Dny(nn.Module):
         """Add the layers of this block to a graph; their output. ``after``: see `Upscale`."""
         x = network.add("UpSampling2D", x, size=2, interpolation="bilinear")
         for block in self.convs:
-            x = network.leaky_relu(block.conv.describe(network, x), 0.2)
+            x = network.leaky_relu(cast(ConvBlock, block).conv.describe(network, x), 0.2)
         return network.leaky_relu(x, self.after) if after else x
 
 
