@@ -152,7 +152,7 @@ def open_weights(path: Path, graph: Network, model_bytes: int) -> Iterator[Array
 
     Args:
         path: The file.
-        graph: Its graph.
+        graph: Graph of the file.
         model_bytes: Bytes that the weights of such a model have.
 
     Raises:

@@ -45,7 +45,7 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
     Args:
         config: Settings of the model.
         state: State of its training.
-        graph: Its description.
+        graph: Description of the model.
     """
     options = _options_there(config)
     kind = models.family(config.model.trainer).Config

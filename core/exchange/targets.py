@@ -8,11 +8,11 @@ TARGETS = ("keras", "dfm", "onnx", "safetensors")
 
 
 def targets_of(family: str, options: dict[str, Any] | None) -> list[str]:
-    """Those of `TARGETS` that a model can be written as.
+    """Members of `TARGETS` that a model can be written as.
 
     Args:
         family: Name of its family.
-        options: Its options; None: they are not known, and neither is what it can be written as.
+        options: Options of the model; None: unknown, as is then what it can be written as.
     """
     if options is None:
         return []
