@@ -32,7 +32,7 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
     inflater = isal_zlib.decompressobj()
     try:
         filtered = inflater.decompress(b"".join(deflated), size + 1)
-    except igzip_lib.IsalError:
+    except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares an instance
         return None
     if len(filtered) != size or not inflater.eof:
         return None
