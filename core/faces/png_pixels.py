@@ -6,7 +6,7 @@ OpenCV, which decides whether the file is damaged. The pixels are the same, PNG 
 """
 
 import numpy as np
-from isal import isal_zlib
+from isal import igzip_lib, isal_zlib
 
 from ...kernels import native
 
@@ -32,7 +32,7 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
     inflater = isal_zlib.decompressobj()
     try:
         filtered = inflater.decompress(b"".join(deflated), size + 1)
-    except isal_zlib.error:
+    except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares an instance
         return None
     if len(filtered) != size or not inflater.eof:
         return None
