@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import models
+from ...models.fields import fields_of as rules_of
 from ...models.fields import shown
 from ...models.graph import Network
 from ..checkpoint.format import MAX_COUNT, MAX_JSON_BYTES, parse_json
@@ -48,7 +49,7 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
     """
     options = _options_there(config)
     kind = models.family(config.model.trainer).Config
-    free = [item.name for item in dataclasses.fields(kind) if item.metadata["free"]]
+    free = [name for name, item in rules_of(kind).items() if not item.locked]
     of_a_session = [key for key in (*_OF_A_SESSION, *free) if key in options]
     found = found_rate(state)
     last = state.sessions[-1] if state.sessions else None
