@@ -73,9 +73,10 @@ def run_import(args: argparse.Namespace) -> int:
         plain = {"source": str(done.source), "path": str(done.path)}
         tell_json(asdict(done) | plain)
         return 0
+    sessions = "session" if done.num_sessions == 1 else "sessions"
     tell(
         f"made {done.path} of {done.source}: {done.trainer}, {done.iterations:,} iterations in "
-        f"{done.num_sessions} sessions, learning rate {done.learning_rate:g}",
+        f"{done.num_sessions} {sessions}, learning rate {done.learning_rate:g}",
         *done.left_out,
         f"train on: `mien train -A FACES_A -B FACES_B -m {done.path}`",
     )
