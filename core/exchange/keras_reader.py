@@ -105,8 +105,7 @@ def graph_of(path: Path) -> Network:
     """
     with _naming(path):
         if path.suffix == ".h5":
-            with open_arrays(path) as file:
-                return _parsed(legacy_h5.graph_of(file))
+            return _parsed(legacy_h5.graph_of(path))
         with open_archive(path) as archive:
             return _parsed(archive.graph())
 

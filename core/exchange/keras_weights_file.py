@@ -89,23 +89,6 @@ def check_array(file: h5py.File, path: str, shape: tuple[int, ...]) -> h5py.Data
     return dataset
 
 
-def attribute(file: h5py.File, name: str, max_bytes: int) -> str:
-    """Text of an attribute of the file; empty where there is none, or one of another kind or size.
-
-    Raises:
-        ValueError: It is damaged.
-    """
-    with _damage(f"the attribute {name} is damaged"):
-        if name not in file.attrs:
-            return ""
-        found = file.attrs.get_id(name)
-        if found.shape != () or found.dtype.itemsize > max_bytes:
-            return ""
-        value = file.attrs[name]
-    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return text if isinstance(text, str) and len(text) <= max_bytes else ""
-
-
 def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
     """The dataset at a path, reached by groups alone."""
     module = require_h5py()

@@ -4,21 +4,16 @@ The graph is put into the form of config.json, and the arrays are found by the n
 which are of one file.
 """
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from ...models.fields import shown
 from ...models.graph import Layer, Network
-from .keras_weights_file import attribute
-
-if TYPE_CHECKING:
-    import h5py
+from .legacy_attributes import read_attributes
 
 Json = dict[str, Any]
 
-_MOST_JSON_BYTES = 8 << 20
 _ATTRIBUTES = "keras_version", "model_config"
 _NAMES = {  # of the arrays of a layer, in their order
     "BatchNormalization": ("gamma", "beta", "moving_mean", "moving_variance"),
@@ -31,13 +26,13 @@ _NAMES = {  # of the arrays of a layer, in their order
 }
 
 
-def graph_of(file: h5py.File) -> Json:
+def graph_of(path: Path) -> Json:
     """The graph in the form of config.json.
 
     Raises:
         ValueError: It is no file of Keras 2, or its graph is damaged.
     """
-    version, text = (attribute(file, key, _MOST_JSON_BYTES) for key in _ATTRIBUTES)
+    version, text = read_attributes(path, *_ATTRIBUTES).values()
     if not version.startswith("2."):
         raise ValueError("it is no model of faceswap 2: it names no version 2 of Keras")
     if not text:
