@@ -9,15 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..kernels.augment import (
-    NUM_NEAREST,
-    Landmarks,
-    Ranges,
-    augment,
-    draw,
-    empty,
-    workspace_bytes,
-)
+from ..kernels.augment import NUM_NEAREST, Landmarks, augment, empty, workspace_bytes
+from ..kernels.draw import Ranges, draw
 
 SIZES = ((64, (64,)), (128, (128,)), (128, (256,)), (64, (32, 64, 128)))
 """Input and outputs in px; the store has the largest."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import conv3x3
+from ..kernels.conv3x3 import conv3x3
 
 BATCH = 8
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels import enlarge
+from ..kernels.enlarge import enlarge
 
 BATCH = 16
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..core.losses import MADE_FOR_A_SIZE
 from ..core.precision import exact_products
-from ..kernels import face_loss, reference
+from ..kernels import reference
+from ..kernels.face_loss import face_loss
 from ..kernels.filtered_loss import LOSSES as FILTERED
 
 SIZES = ((8, 64), (16, 64), (16, 128), (16, 256))

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .. import models
-from ..kernels.control import new_control
 from ..kernels.optimize import optimize
-from ..kernels.rules import RULES, Rule
-from ..kernels.tables import Tables
+from ..kernels.optimizer_rules import RULES, Rule
+from ..kernels.optimizer_scalars import new_scalars
+from ..kernels.tensor_table import TensorTable
 
 MODELS = ("original", "lightweight")
 _FULL_WIDTH, _SMALL_WIDTH = 128, 16  # of the first layer; 1/64 of the weights without a GPU
@@ -79,7 +79,7 @@ class _State:
 
         self.parameters = [like(each, torch.float32, 0.02) for each in shapes]
         self.gradients = [like(each, dtype, 1e-3) for each in shapes]
-        self.copies = [each.to(dtype) for each in self.parameters if dtype != torch.float32]
+        self.low_precision = [each.to(dtype) for each in self.parameters if dtype != torch.float32]
 
 
 def parameters_of(model: str, width: int) -> list[Tensor]:
@@ -92,9 +92,9 @@ def parameters_of(model: str, width: int) -> list[Tensor]:
 def mien_step(state: _State, rule: Rule) -> Callable[[], None]:
     """A function that takes a step with `mien.kernels.optimize`."""
     moments = {kind: [torch.zeros_like(each) for each in state.parameters] for kind in rule.moments}
-    tables = Tables(state.parameters, moments, state.copies)
-    control = new_control(state.parameters[0].device, learning_rate=_LEARNING_RATE)
-    return lambda: optimize(state.gradients, tables, control, rule)
+    table = TensorTable(state.parameters, moments, state.low_precision)
+    scalars = new_scalars(state.parameters[0].device, learning_rate=_LEARNING_RATE)
+    return lambda: optimize(state.gradients, table, scalars, rule)
 
 
 def torch_step(state: _State, rule: str, *, fused: bool) -> Callable[[], None]:
@@ -115,15 +115,15 @@ def torch_step(state: _State, rule: str, *, fused: bool) -> Callable[[], None]:
     )
 
     def step() -> None:
-        if state.copies:
+        if state.low_precision:
             torch._foreach_copy_(gradients, state.gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         if fused:
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()
-        if state.copies:
-            torch._foreach_copy_(state.copies, parameters)
+        if state.low_precision:
+            torch._foreach_copy_(state.low_precision, parameters)
 
     return step
 

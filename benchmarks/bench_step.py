@@ -44,7 +44,7 @@ CASES = [("lightweight", 8), ("original", 16)]
 GPU_CASES = [("lightweight", 16), ("original", 16), ("original", 64)]
 GPU_CASES += [("dfaker-256", 16), ("dfl-h128", 16)]
 
-LEVERS = ("upscale", "face_loss", "adam", "align", "streams", "series", "dense_gradients")
+LEVERS = ("bias_act", "face_loss", "adam", "align", "streams", "series", "dense_gradients")
 """What "without" names: three kernels, the aligned channels, the decoders' two streams, that the
 update comes after the backward pass, not beside it, and that the gradients of large dense layers
 lie in memory."""
@@ -202,21 +202,22 @@ class _PlainUpdate(Update):
         """Do what the fused update does, but for clipping and the check for numbers that are not
         finite."""
         if not hasattr(self, "torch_adam"):
-            on_gpu = self.masters[0].is_cuda
+            on_gpu = self.master_weights[0].is_cuda
             self.torch_adam = torch.optim.Adam(
-                self.masters, lr=5e-5, eps=1e-7, fused=True, capturable=on_gpu
+                self.master_weights, lr=5e-5, eps=1e-7, fused=True, capturable=on_gpu
             )
-        for master, gradient in zip(self.masters, gradients, strict=True):
+        for master, gradient in zip(self.master_weights, gradients, strict=True):
             master.grad = gradient.float()
         self.torch_adam.step()
-        if self.copies:
-            torch._foreach_copy_(self.copies, self.masters)
+        if self.low_precision_weights:
+            torch._foreach_copy_(self.low_precision_weights, self.master_weights)
 
 
 @contextlib.contextmanager
 def plain_blocks() -> Iterator[None]:
     """The models' blocks use separate operations inside."""
-    patches: dict[str, Any] = {n: _plain(n) for n in ("activate", "upscale", "to_image")}
+    names = ("bias_act", "bias_act_depth_to_space", "to_image")
+    patches: dict[str, Any] = {name: _plain(name) for name in names}
     with mock.patch.multiple(blocks, **patches):
         yield
 
@@ -286,7 +287,7 @@ def mien_step(
 
     run = engines.make(engine, step, source, fail)
     seen = {"a": 0, "b": 0}
-    if without != "upscale":
+    if without != "bias_act":
         return lambda: run(seen)
 
     def plainly() -> None:

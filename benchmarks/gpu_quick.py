@@ -95,7 +95,7 @@ def first_parts(place: Place) -> list[Part]:
     scratch = place.scratch
     train = ["train", "-m", str(scratch / "model"), "--engine", "graph", "--json"]
     sides = [f"--input-{side}={scratch / side}" for side in "ab"]
-    quick = ["not 31_values", *(f"tests/test_{name}.py" for name in ("upscale", "optimize"))]
+    quick = ["not 31_values", *(f"tests/test_{name}.py" for name in ("bias_act", "optimize"))]
     return [
         ("card", 10, ["nvidia-smi"], ""),
         ("faces", 20, place.python("-c", FACES.format(scratch=scratch)), ""),

@@ -182,7 +182,7 @@ def _captured(fn: Callable[[], object], calls: int) -> Callable[[], None]:
     """A replay of so many calls."""
     import torch
 
-    from ..kernels.tables import finish_capture
+    from ..kernels.tensor_table import finish_capture
 
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:

@@ -1,4 +1,4 @@
-"""mien faces: check, inspect and draw folders of faces."""
+"""mien faces: check, inspect, draw and import folders of faces."""
 
 import argparse
 import sys
@@ -12,12 +12,13 @@ from .lines import show, tell, tell_json
 
 if TYPE_CHECKING:
     from ..core.faces.check import Comparison, Progress, Report, Spread
+    from ..core.faces.dfl_import import Imported
 
 _NUM_NAMED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the three verbs and their options."""
+    """Declare the verbs and their options."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     text = "Measure one face folder, or both sides against each other."
     check = verbs.add_parser(
@@ -44,11 +45,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     draw.add_argument("--count", type=int, default=500, metavar="N", help="faces (default: 500)")
     draw.add_argument("--size", type=int, default=256, metavar="PX", help="edge (default: 256)")
     draw.add_argument("--seed", type=int, default=0, metavar="N", help="variation (default: 0)")
+    text = "Write faces of DeepFaceLab as face PNGs."
+    importing = verbs.add_parser(
+        "import",
+        help=text,
+        description=f"{text} Nothing that is there is written over; they can be trained on as they "
+        "are, too.",
+    )
+    importing.add_argument(
+        "source", type=Path, metavar="DIR", help="aligned JPEGs, or a faceset.pak"
+    )
+    importing.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="where to put the PNGs"
+    )
+    importing.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out one verb; 0, or 2 where a checked folder cannot be trained on."""
-    return {"check": _check, "inspect": _inspect, "draw": _draw}[args.verb](args)
+    return _VERBS[args.verb](args)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -110,6 +125,21 @@ def _draw(args: argparse.Namespace) -> int:
     return 0
 
 
+def _import(args: argparse.Namespace) -> int:
+    from ..core.faces.dfl_import import import_faces
+
+    with _progress(str(args.source)) as progress:
+        done = import_faces(args.source, args.output, progress=progress or (lambda *_: None))
+    if args.json:
+        tell_json(done.as_dict())
+    else:
+        _print_import(done)
+    return 0
+
+
+_VERBS = {"check": _check, "inspect": _inspect, "draw": _draw, "import": _import}
+
+
 @contextmanager
 def _progress(name: str) -> "Iterator[Progress | None]":
     """A progress bar on a terminal, nothing elsewhere."""
@@ -123,6 +153,28 @@ def _progress(name: str) -> "Iterator[Progress | None]":
     with Bar(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(printable(name)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_import(done: "Imported") -> None:
+    present = f", {done.num_present} were there already" if done.num_present else ""
+    persons = f", by person in {', '.join(done.persons)}" if done.persons else ""
+    tell(f"{done.num_written} faces written to {done.folder}{persons}{present}")
+    if done.num_masks:
+        tell(f"{done.num_masks} have a mask: train with data.mask_type=custom_head to use it")
+    for kind, settings in done.proposals.items():
+        tell(f"{done.face_types[kind]} of {kind}: train them with {settings}")
+        if kind in done.cut_short:
+            tell(
+                f"warning: more than 5 % of that crop lies outside the picture of "
+                f"{done.cut_short[kind]} of them, and is black"
+            )
+    for notice in done.notices:
+        tell(f"warning: {notice}")
+    for kind, reasons in (("unusable", done.rejected), ("mask unusable", done.damaged_masks)):
+        for name, reason in list(reasons.items())[:_NUM_NAMED]:
+            tell(f"{kind}: {name}: {reason}")
+        if len(reasons) > _NUM_NAMED:
+            tell(f"{kind}: and {len(reasons) - _NUM_NAMED} more (--json names all)")
 
 
 def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> None:

@@ -1,7 +1,8 @@
 """Turn faces of the store into network inputs, targets and loss weights, in one call.
 
-    draw(ranges, seed=, first=, count=, num_faces=, size_px=)    -> params
     augment((faces_a, faces_b), params, input_px=, output_px=, ...) -> Augmented
+
+where `draw` gives the params.
 
     Augmented.input_bchw     (B, 3, input_px, input_px)    0..1, BGR, channels_last; or (B, 8, ...)
              .targets_bchw   one (B, 3, P, P) per output   0..1, BGR, channels_last
@@ -24,10 +25,6 @@ in the order and with the rounding of OpenCV 5, whose results it equals. One pas
 everything in the training's dtype and layout: a dozen OpenCV calls and as many temporaries per face
 become one call per batch.
 
-Every random number is a pure function of (seed, side, serial number of the face), with the same
-bits on the CPU and on a GPU. The faces of a side have the serial numbers 0, 1, 2, ...; each
-``num_faces`` of them in a row are all faces of the side, in a new order.
-
 Shape letters: F faces of the store, S its size in px, B faces of the batch, C channels, H rows, W
 columns, N rows of parameters.
 """
@@ -36,64 +33,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import dispatch, native
-from .checks import check_memory, check_tensor
+from .checks import FLOAT_DTYPES, WIDEST_ACCESS, check_memory, check_tensor
+from .draw import FACE_PARAMS, MAX_SIDES, RECORD_ALIGNMENT
 
-FACE_PARAMS = np.dtype(
-    [
-        ("index", np.int64),
-        ("lab", np.float32, (3,)),
-        ("clahe_tiles", np.int32),
-        ("matrix", np.float32, (2, 3)),
-        ("flip", np.int32),
-        ("color", np.int32),
-        ("warp", np.int32),
-        ("near", np.int32),
-        ("warp_noise", np.float32, (2, 5, 5)),
-        ("landmark_noise", np.float32, (68, 2)),
-    ]
-)
-"""What is done to one face; the struct `mien_face` of mien.h, where the fields are explained."""
-
-NO_WARP, WARP_GRID, WARP_LANDMARKS = 0, 1, 2
 NUM_LANDMARKS, NUM_NEAREST = 68, 10
-MAX_SIDES = 2
 MAX_OUTPUTS = 8
 INPUT_CHANNELS = (3, 8)
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_WIDEST, _PIXEL_BYTES, _RECORD_ALIGNMENT = 16, 8, 8  # bytes that a GPU reads or writes at once
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranges:
-    """How far faces are varied; the defaults of every setting of `core.config.AugmentConfig`."""
-
-    zoom_amount: float = 5
-    """Percent of zoom, in and out."""
-    rotation_range: float = 10
-    """Degrees of rotation, either way."""
-    shift_range: float = 5
-    """Percent of the edge, either way, on each axis."""
-    flip_chance: float = 50
-    """Percent of faces."""
-    color_lightness: float = 30
-    """Percent up or down."""
-    color_ab: float = 8
-    """Percent up or down."""
-    color_clahe_chance: float = 50
-    """Percent of faces."""
-    color_clahe_max_size: int = 4
-    """Steps by which the CLAHE grid is refined at most, 0 to 8."""
-    color: bool = True
-    flip: bool = True
-    warp: bool = True
-    warp_to_landmarks: bool = False
-    """Whether faces, where they are bent, are bent to landmarks of the other side, not at
-    random."""
+_PIXEL_BYTES = 8  # B, G, R, three masks and two zeros, which a GPU reads at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,109 +93,6 @@ def empty(
         [plane(edge) for edge in output_px],
         plane(output_px[-1]) if learn_mask else None,
     )
-
-
-def params_from_records(records: np.ndarray) -> Tensor:
-    """`FACE_PARAMS` records (N,) as parameters for `augment`: uint8 (N, bytes of a record)."""
-    if records.dtype != FACE_PARAMS or records.ndim != 1:
-        raise ValueError(f"records must be a vector of FACE_PARAMS, got {records.dtype}")
-    packed = np.ascontiguousarray(records).view(np.uint8)
-    return torch.from_numpy(packed.reshape(len(records), FACE_PARAMS.itemsize).copy())
-
-
-def records_of(params_nx: Tensor) -> np.ndarray:
-    """The parameters as `FACE_PARAMS` records (N,); a view of a CPU tensor, else a copy."""
-    return params_nx.cpu().numpy().reshape(-1).view(FACE_PARAMS)
-
-
-def draw(
-    ranges: Ranges,
-    *,
-    seed: int,
-    first: Sequence[int] | Tensor,
-    count: int,
-    num_faces: Sequence[int],
-    size_px: int,
-    device: torch.device | str | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Parameters of ``count`` faces of each side, uint8 (N, bytes of FACE_PARAMS).
-
-    Row i belongs to A's serial number ``first[0] + i``, row ``count + i`` to B's ``first[1] + i``.
-
-    Args:
-        ranges: How far to vary.
-        seed: Any 64-bit number.
-        first: Serial number of each side's first face; or an int64 tensor of them on the device,
-            which is read and then moved on by ``count`` when the drawing runs, so that each replay
-            of a captured graph draws the next faces.
-        count: How many of each side.
-        num_faces: Faces in each side's store: one number for A alone, or two.
-        size_px: The stores' edge S.
-        device: Device to draw on; default: that of ``first``, the CPU for numbers.
-        out: Tensor to put them in.
-
-    Raises:
-        ValueError: On a number out of range.
-    """
-    if device is None:
-        device = first.device if isinstance(first, Tensor) else "cpu"
-    device, sides = torch.device(device), len(num_faces)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())  # as tensors name theirs
-    if not 1 <= sides <= MAX_SIDES:
-        raise ValueError(f"num_faces must name 1 or 2 sides, got {list(num_faces)}")
-    if count < 0 or min(num_faces) < 1 or size_px < 8:
-        raise ValueError(
-            f"count must be >= 0, num_faces >= 1 and size_px >= 8, got {count}, {list(num_faces)}, "
-            f"{size_px}"
-        )
-    if not 0 <= ranges.color_clahe_max_size <= 8:
-        raise ValueError(f"color_clahe_max_size must be 0 to 8, got {ranges.color_clahe_max_size}")
-    if isinstance(first, Tensor):
-        check_tensor(first, "first", (sides,), (torch.int64,), device)
-        check_memory(first, "first")
-    elif len(first) != sides or min(first) < 0:
-        raise ValueError(f"first must be {sides} numbers, none negative, got {list(first)}")
-    shape = (sides * count, FACE_PARAMS.itemsize)
-    if out is None:
-        out = torch.empty(shape, dtype=torch.uint8, device=device)
-    check_tensor(out, "out", shape, (torch.uint8,), device)
-    check_memory(out, "out", alignment=_RECORD_ALIGNMENT)
-
-    ffi, _ = native.library()
-    given = ffi.new(
-        "mien_ranges *",
-        {
-            "zoom_percent": ranges.zoom_amount,
-            "rotation_degrees": ranges.rotation_range,
-            "shift_percent": ranges.shift_range,
-            "flip_percent": ranges.flip_chance,
-            "lightness_percent": ranges.color_lightness,
-            "ab_percent": ranges.color_ab,
-            "clahe_chance_percent": ranges.color_clahe_chance,
-            "clahe_max_size": ranges.color_clahe_max_size,
-            "color": ranges.color,
-            "flip": ranges.flip,
-            "warp": _warp_of(ranges),
-        },
-    )
-    job = ffi.new("mien_draw_job *")
-    job.seed = seed % 2**64
-    job.num_sides = sides
-    job.size_px = size_px
-    job.count = count
-    job.num_faces = list(num_faces)
-    if isinstance(first, Tensor):
-        job.counters = ffi.cast("int64_t *", first.data_ptr())
-    else:
-        job.first = list(first)
-    job.params = ffi.cast("mien_face *", out.data_ptr())
-    if dispatch.uses_cuda(device):
-        native.launch("draw", device, given, job)
-    else:
-        native.call("draw_cpu", given, job)
-    return out
 
 
 def augment(
@@ -303,33 +150,14 @@ def augment(
     Raises:
         ValueError: On shapes, dtypes or devices that do not fit.
     """
-    device = params_nx.device
-    count = params_nx.shape[0]
+    device, count = params_nx.device, params_nx.shape[0]
     size_px = _check_faces(faces, device)
-    check_tensor(params_nx, "params", (count, FACE_PARAMS.itemsize), (torch.uint8,), device)
-    check_memory(params_nx, "params", alignment=_RECORD_ALIGNMENT)
-    if count % len(faces):
-        raise ValueError(f"params must have as many rows for each side, got {count} rows")
-    gathered = num_faces is not None
-    in_batch = [len(faces_fssc) for faces_fssc in faces]
-    in_store = in_batch if num_faces is None else list(num_faces)
-    if len(in_store) != len(faces) or (gathered and in_batch != [count // len(faces)] * len(faces)):
-        raise ValueError(
-            f"with num_faces, faces must be those of the {count} rows, got {in_batch} of "
-            f"{in_store} faces"
-        )
+    _check_params(params_nx, faces, num_faces)
+    in_store = list(num_faces or map(len, faces))
     if landmarks is not None:
         _check_landmarks(landmarks, in_store, device)
-    if not output_px or len(output_px) > MAX_OUTPUTS:
-        raise ValueError(f"output_px must name 1 to {MAX_OUTPUTS} sizes, got {list(output_px)}")
-    for edge in (input_px, *output_px):
-        if not 1 <= edge <= size_px:
-            raise ValueError(f"sizes must be 1 to {size_px} px (the store's), got {edge}")
-    if input_channels not in INPUT_CHANNELS:
-        raise ValueError(f"input_channels must be 3 or 8, got {input_channels}")
-    for dtype in (input_dtype, target_dtype):
-        if dtype not in _TYPES:
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+    _check_sizes(input_px, output_px, size_px)
+    _check_formats(input_channels, (input_dtype, target_dtype))
     if out is None:
         out = empty(
             count,
@@ -343,49 +171,39 @@ def augment(
         )
     _check_out(out, (count, input_channels, input_px, input_px), output_px, learn_mask, device)
 
-    ffi, lib = native.library()
+    ffi, _ = native.library()
     job = _job(ffi, count, size_px, input_px, output_px)
-    job.num_sides = len(faces)
-    job.gathered = gathered
-    job.input_channels = input_channels
-    for side, faces_fssc in enumerate(faces):
-        job.faces[side] = ffi.cast("uint8_t *", faces_fssc.data_ptr())
-        job.num_faces[side] = in_store[side]
-    for side, given in enumerate(landmarks or ()):
-        job.to_landmarks = 1
-        job.landmarks[side] = ffi.cast("float *", given.points_fl2.data_ptr())
-        job.nearest[side] = ffi.cast("int32_t *", given.nearest_fk.data_ptr())
+    job.gathered = num_faces is not None
     job.params = ffi.cast("mien_face *", params_nx.data_ptr())
+    _point_at_faces(ffi, job, faces, in_store, landmarks or ())
+    _point_at_results(ffi, job, out)
     job.rgb = rgb
-    job.input_type = _TYPES[out.input_bchw.dtype]
-    job.target_type = _TYPES[out.targets_bchw[0].dtype]
-    job.input = ffi.cast("void *", out.input_bchw.data_ptr())
-    for i, (target, weight) in enumerate(zip(out.targets_bchw, out.weights_b1hw, strict=True)):
-        job.targets[i] = ffi.cast("void *", target.data_ptr())
-        job.weights[i] = ffi.cast("float *", weight.data_ptr())
-    if learn_mask:
-        assert out.mask_b1hw is not None
-        job.mask = ffi.cast("float *", out.mask_b1hw.data_ptr())
     job.penalize = penalize_mask
     job.single_interpolation = single_interpolation
     job.eye_extra = eye_multiplier if eye_multiplier > 1 else 0
     job.mouth_extra = mouth_multiplier if mouth_multiplier > 1 else 0
-
-    if not dispatch.uses_cuda(device):
+    if dispatch.uses_cuda(device):
+        _launch(job, device, workspace)
+    else:
         native.call("augment_cpu", job, num_threads)
-        return out
-    needed = lib.mien_augment_workspace_bytes(job)
+    return out
+
+
+def _launch(job: Any, device: torch.device, workspace: Tensor | None) -> None:
+    """Run the job on a GPU, in the workspace where there is one."""
+    ffi, lib = native.library()
+    num_bytes = lib.mien_augment_workspace_bytes(job)
     if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
-    if workspace.device != device or workspace.nbytes < needed:
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    if workspace.device != device or workspace.nbytes < num_bytes:
         raise ValueError(
-            f"workspace must have {needed} bytes on {device}, got {workspace.nbytes} on "
+            f"workspace must have {num_bytes} bytes on {device}, got {workspace.nbytes} on "
             f"{workspace.device}"
         )
-    check_memory(workspace, "workspace", alignment=_WIDEST)
-    room = ffi.cast("void *", workspace.data_ptr())
-    native.launch("augment", device, job, room, workspace.nbytes)
-    return out
+    check_memory(workspace, "workspace", alignment=WIDEST_ACCESS)
+    native.launch(
+        "augment", device, job, ffi.cast("void *", workspace.data_ptr()), workspace.nbytes
+    )
 
 
 def workspace_bytes(
@@ -416,12 +234,6 @@ def launches(
     return {"draw": int(batch > 0), "augment": lib.mien_augment_launches(job)}
 
 
-def _warp_of(ranges: Ranges) -> int:
-    if not ranges.warp:
-        return NO_WARP
-    return WARP_LANDMARKS if ranges.warp_to_landmarks else WARP_GRID
-
-
 def _job(
     ffi: Any,
     count: int,
@@ -443,6 +255,70 @@ def _job(
     for i, edge in enumerate(output_px):
         job.output_px[i] = edge
     return job
+
+
+def _point_at_faces(
+    ffi: Any,
+    job: Any,
+    faces: Sequence[Tensor],
+    in_store: Sequence[int],
+    landmarks: Sequence[Landmarks],
+) -> None:
+    """Give the job the stores and landmarks of its sides."""
+    job.num_sides = len(faces)
+    for side, faces_fssc in enumerate(faces):
+        job.faces[side] = ffi.cast("uint8_t *", faces_fssc.data_ptr())
+        job.num_faces[side] = in_store[side]
+    for side, of_side in enumerate(landmarks):
+        job.to_landmarks = 1
+        job.landmarks[side] = ffi.cast("float *", of_side.points_fl2.data_ptr())
+        job.nearest[side] = ffi.cast("int32_t *", of_side.nearest_fk.data_ptr())
+
+
+def _point_at_results(ffi: Any, job: Any, out: Augmented) -> None:
+    """Give the job the tensors that it writes, and their types."""
+    job.input_channels = out.input_bchw.shape[1]
+    job.input_type = FLOAT_DTYPES.index(out.input_bchw.dtype)
+    job.target_type = FLOAT_DTYPES.index(out.targets_bchw[0].dtype)
+    job.input = ffi.cast("void *", out.input_bchw.data_ptr())
+    for i, (target, weight) in enumerate(zip(out.targets_bchw, out.weights_b1hw, strict=True)):
+        job.targets[i] = ffi.cast("void *", target.data_ptr())
+        job.weights[i] = ffi.cast("float *", weight.data_ptr())
+    if out.mask_b1hw is not None:
+        job.mask = ffi.cast("float *", out.mask_b1hw.data_ptr())
+
+
+def _check_params(
+    params_nx: Tensor, faces: Sequence[Tensor], num_faces: Sequence[int] | None
+) -> None:
+    count, sides = params_nx.shape[0], len(faces)
+    shape = (count, FACE_PARAMS.itemsize)
+    check_tensor(params_nx, "params", shape, (torch.uint8,), params_nx.device)
+    check_memory(params_nx, "params", alignment=RECORD_ALIGNMENT)
+    if count % sides:
+        raise ValueError(f"params must have as many rows for each side, got {count} rows")
+    in_batch = [len(faces_fssc) for faces_fssc in faces]
+    if num_faces is not None and (len(num_faces) != sides or in_batch != [count // sides] * sides):
+        raise ValueError(
+            f"with num_faces, faces must be those of the {count} rows, got {in_batch} of "
+            f"{list(num_faces)} faces"
+        )
+
+
+def _check_sizes(input_px: int, output_px: Sequence[int], size_px: int) -> None:
+    if not output_px or len(output_px) > MAX_OUTPUTS:
+        raise ValueError(f"output_px must name 1 to {MAX_OUTPUTS} sizes, got {list(output_px)}")
+    for edge in (input_px, *output_px):
+        if not 1 <= edge <= size_px:
+            raise ValueError(f"sizes must be 1 to {size_px} px (the store's), got {edge}")
+
+
+def _check_formats(input_channels: int, dtypes: Sequence[torch.dtype]) -> None:
+    if input_channels not in INPUT_CHANNELS:
+        raise ValueError(f"input_channels must be 3 or 8, got {input_channels}")
+    for dtype in dtypes:
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
 
 
 def _check_faces(faces: Sequence[Tensor], device: torch.device) -> int:
@@ -475,12 +351,12 @@ def _check_landmarks(
             f"landmarks must be of both sides, got {len(landmarks)} of them and {len(num_faces)} "
             "stores"
         )
-    for given, count in zip(landmarks, num_faces, strict=True):
+    for of_side, count in zip(landmarks, num_faces, strict=True):
         points = (count, NUM_LANDMARKS, 2)
-        check_tensor(given.points_fl2, "landmarks", points, (torch.float32,), device)
-        check_memory(given.points_fl2, "landmarks")
-        check_tensor(given.nearest_fk, "nearest", (count, NUM_NEAREST), (torch.int32,), device)
-        check_memory(given.nearest_fk, "nearest")
+        check_tensor(of_side.points_fl2, "landmarks", points, (torch.float32,), device)
+        check_memory(of_side.points_fl2, "landmarks")
+        check_tensor(of_side.nearest_fk, "nearest", (count, NUM_NEAREST), (torch.int32,), device)
+        check_memory(of_side.nearest_fk, "nearest")
 
 
 def _check_out(
@@ -498,11 +374,12 @@ def _check_out(
         )
     if (out.mask_b1hw is not None) != learn_mask:
         raise ValueError("out must have a mask if, and only if, learn_mask is set")
-    types, count = tuple(_TYPES), input_shape[0]
-    check_tensor(out.input_bchw, "input", input_shape, types, device)
-    widest = _WIDEST if input_shape[1] == 8 else None  # those are stored 16 bytes at once
+    count = input_shape[0]
+    check_tensor(out.input_bchw, "input", input_shape, FLOAT_DTYPES, device)
+    widest = WIDEST_ACCESS if input_shape[1] == 8 else None  # those are stored 16 bytes at once
     check_memory(out.input_bchw, "input", alignment=widest, channels_last=True)
-    same = (out.targets_bchw[0].dtype,) if out.targets_bchw[0].dtype in types else types
+    first_dtype = out.targets_bchw[0].dtype
+    same = (first_dtype,) if first_dtype in FLOAT_DTYPES else FLOAT_DTYPES
     for edge, target, weight in zip(output_px, out.targets_bchw, out.weights_b1hw, strict=True):
         check_tensor(target, "target", (count, 3, edge, edge), same, device)
         check_memory(target, "target", channels_last=True)

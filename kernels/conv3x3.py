@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from . import native
+from .channels_last import NHWC
+from .checks import check_tensor
 
 LAUNCHES = {
     "mien::conv3x3": 1,
@@ -39,8 +41,6 @@ of the time on one thread of an AMD EPYC with AVX-512), with 32 more (1.43)."""
 _ROOM_BYTES = 32 * 2**20
 """Size from which tiles are made of a part of the faces at a time: about what a core has of the
 last cache. Chosen on the CPU."""
-
-_NHWC = torch.channels_last
 
 
 class _Rooms(threading.local):
@@ -123,7 +123,7 @@ def _convolve(x_bchw: Tensor, weight: Tensor, padding: int, *, is_turned: bool =
     batch, inputs, rows, columns = x_bchw.shape
     outputs = weight.shape[1 if is_turned else 0]
     size = (batch, outputs, rows + 2 * padding - 2, columns + 2 * padding - 2)
-    y_bchw = torch.empty(size, memory_format=_NHWC)
+    y_bchw = torch.empty(size, memory_format=NHWC)
     kernels = _tiles_of("KERNEL", "kernels", weight, len(weight), is_turned=is_turned)
     kernels = kernels if is_turned else kernels.transpose(1, 2)
     face_tiles = size[2] * size[3] // 4
@@ -138,7 +138,7 @@ def _convolve(x_bchw: Tensor, weight: Tensor, padding: int, *, is_turned: bool =
 
 @torch.library.custom_op("mien::conv3x3", mutates_args=(), device_types="cpu")
 def _conv3x3(x_bchw: Tensor, weight: Tensor, padding: int) -> Tensor:
-    x_bchw, weight = (each.contiguous(memory_format=_NHWC) for each in (x_bchw, weight))
+    x_bchw, weight = (each.contiguous(memory_format=NHWC) for each in (x_bchw, weight))
     return _convolve(x_bchw, weight, padding)
 
 
@@ -146,12 +146,12 @@ def _conv3x3(x_bchw: Tensor, weight: Tensor, padding: int) -> Tensor:
 def _(x_bchw, weight, padding):
     batch, _, rows, columns = x_bchw.shape
     size = (batch, len(weight), rows + 2 * padding - 2, columns + 2 * padding - 2)
-    return x_bchw.new_empty(size).to(memory_format=_NHWC)
+    return x_bchw.new_empty(size).to(memory_format=NHWC)
 
 
 @torch.library.custom_op("mien::conv3x3_input_gradient", mutates_args=(), device_types="cpu")
 def _input_gradient(grad_bchw: Tensor, weight: Tensor, padding: int) -> Tensor:
-    grad_bchw, weight = (each.contiguous(memory_format=_NHWC) for each in (grad_bchw, weight))
+    grad_bchw, weight = (each.contiguous(memory_format=NHWC) for each in (grad_bchw, weight))
     return _convolve(grad_bchw, weight, 2 - padding, is_turned=True)
 
 
@@ -159,12 +159,12 @@ def _input_gradient(grad_bchw: Tensor, weight: Tensor, padding: int) -> Tensor:
 def _(grad_bchw, weight, padding):
     batch, _, rows, columns = grad_bchw.shape
     size = (batch, weight.shape[1], rows - 2 * padding + 2, columns - 2 * padding + 2)
-    return grad_bchw.new_empty(size).to(memory_format=_NHWC)
+    return grad_bchw.new_empty(size).to(memory_format=NHWC)
 
 
 @torch.library.custom_op("mien::conv3x3_weight_gradient", mutates_args=(), device_types="cpu")
 def _weight_gradient(grad_bchw: Tensor, x_bchw: Tensor, padding: int) -> Tensor:
-    grad_bchw, x_bchw = (each.contiguous(memory_format=_NHWC) for each in (grad_bchw, x_bchw))
+    grad_bchw, x_bchw = (each.contiguous(memory_format=NHWC) for each in (grad_bchw, x_bchw))
     batch, outputs, rows, columns = grad_bchw.shape
     inputs, face_tiles = x_bchw.shape[1], rows * columns // 4
     kernels = _rooms.take("kernels", 16, outputs, inputs)
@@ -176,7 +176,7 @@ def _weight_gradient(grad_bchw: Tensor, x_bchw: Tensor, padding: int) -> Tensor:
             torch.bmm(grads, pixels, out=kernels)
         else:
             torch.baddbmm(kernels, grads, pixels, out=kernels)
-    weight = torch.empty((outputs, inputs, 3, 3), memory_format=_NHWC)
+    weight = torch.empty((outputs, inputs, 3, 3), memory_format=NHWC)
     _transform("KERNEL_GRADIENT", weight, kernels)
     return weight
 
@@ -184,7 +184,7 @@ def _weight_gradient(grad_bchw: Tensor, x_bchw: Tensor, padding: int) -> Tensor:
 @_weight_gradient.register_fake
 def _(grad_bchw, x_bchw, padding):
     size = (grad_bchw.shape[1], x_bchw.shape[1], 3, 3)
-    return x_bchw.new_empty(size).to(memory_format=_NHWC)
+    return x_bchw.new_empty(size).to(memory_format=NHWC)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -221,12 +221,11 @@ def conv3x3(x_bchw: Tensor, weight: Tensor, padding: int = 1) -> Tensor:
     Raises:
         ValueError: On a shape, dtype or padding that is not as said above.
     """
-    for name, tensor in (("x", x_bchw), ("weight", weight)):
-        if tensor.ndim != 4 or tensor.dtype != torch.float32 or tensor.is_cuda:
-            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{name} must be 4-d float32 on the CPU, got {shape} {dtype}")
-    if weight.shape[1:] != (x_bchw.shape[1], 3, 3):
-        raise ValueError(f"weight must be (O, {x_bchw.shape[1]}, 3, 3), got {tuple(weight.shape)}")
+    cpu = torch.device("cpu")
+    if x_bchw.ndim != 4 or weight.ndim != 4:
+        raise ValueError(f"x and weight must have 4 axes, got {x_bchw.ndim} and {weight.ndim}")
+    check_tensor(x_bchw, "x", tuple(x_bchw.shape), (torch.float32,), cpu)
+    check_tensor(weight, "weight", (len(weight), x_bchw.shape[1], 3, 3), (torch.float32,), cpu)
     rows, columns = x_bchw.shape[2:]
     if padding not in (0, 1) or rows % 2 or columns % 2 or min(rows, columns) + 2 * padding < 4:
         raise ValueError(

@@ -1,12 +1,12 @@
 """A dense layer whose weight gets no gradient in memory, but the two factors of one.
 
     output = input @ weight^T + bias
-    gradient of the weight = slope^T @ input
+    gradient of the weight = grad_output^T @ input
 
 The gradient is a sum over faces, so its rank is their number at most: the factors are much smaller
 than what they make. `mien.kernels.optimize` takes them in the place of a gradient.
 
-Letters: N faces, I inputs, O outputs. A slope is the gradient of an output.
+Letters: N faces, I inputs, O outputs.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class LowRank:
     """The factors of a gradient (O, I)."""
 
     input_ni: Tensor
-    slope_no: Tensor
+    grad_output_no: Tensor
 
     @property
     def num_faces(self) -> int:
@@ -53,13 +53,13 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope_no):
+    def backward(ctx, grad_output_no):
         input_ni, weight_oi = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad
-        input_gradient_ni = slope_no @ weight_oi if needs_input else None
-        bias_gradient_o = slope_no.sum(0) if needs_bias else None
+        input_gradient_ni = grad_output_no @ weight_oi if needs_input else None
+        bias_gradient_o = grad_output_no.sum(0) if needs_bias else None
         stand_in_oi = None
         if needs_weight:
             stand_in_oi = weight_oi.new_empty(()).expand_as(weight_oi)
-            stand_in_oi.low_rank = LowRank(input_ni.contiguous(), slope_no.contiguous())
+            stand_in_oi.low_rank = LowRank(input_ni.contiguous(), grad_output_no.contiguous())
         return input_gradient_ni, stand_in_oi, bias_gradient_o

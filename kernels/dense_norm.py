@@ -1,6 +1,6 @@
 """The norm of low-rank gradients from their factors, without a gradient in memory.
 
-    |slope^T @ input|^2 = sum of (input @ input^T) * (slope @ slope^T)
+    |grad_output^T @ input|^2 = sum of (input @ input^T) * (grad_output @ grad_output^T)
 
 over faces by faces numbers. A factor that is not finite makes a number on the diagonal of its Gram
 matrix not finite, and no other factor makes that finite again: so the sum is not finite wherever
@@ -17,25 +17,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dense_tables import (
-    FIRST_SLOT,
-    FIRST_SPAN_OF_INPUTS,
-    INPUTS,
-    LAYER_COLUMNS,
-    SLOTS,
-    SPAN,
-)
+from .dense_table import NUM_LAYER_COLUMNS, SLOTS, SPAN, LayerColumn
 from .dispatch import uses_triton
-from .tables import tensor_at
+from .tensor_table import tensor_at
 
 LAUNCHES = {"mien::dense_norm": 2}
 """Kernels that each operation launches on a GPU, for all layers together."""
 
-# For the kernels, which take no other global names than Triton's constants.
-_INPUTS, _FIRST_SLOT = tl.constexpr(INPUTS), tl.constexpr(FIRST_SLOT)
-_FIRST_SPAN, _LAYER_COLUMNS = tl.constexpr(FIRST_SPAN_OF_INPUTS), tl.constexpr(LAYER_COLUMNS)
+# Triton reads no globals but constants.
+_INPUTS, _FIRST_SLOT = tl.constexpr(LayerColumn.INPUTS), tl.constexpr(LayerColumn.FIRST_SLOT)
+_FIRST_SPAN_OF_INPUTS = tl.constexpr(LayerColumn.FIRST_SPAN_OF_INPUTS)
+_NUM_LAYER_COLUMNS = tl.constexpr(NUM_LAYER_COLUMNS)
 _SLOTS, _SPAN = tl.constexpr(SLOTS), tl.constexpr(SPAN)
 
+# Chosen by what the compiler makes of them on the CPU, unmeasured on a GPU.
 _LEAST_FACES, _MOST_FACES = 16, 64  # a side of the tiles of a Gram matrix; tl.dot takes 16 or more
 _BLOCK_COLUMNS = 64
 _BLOCK, _BLOCK_SPANS = 128, 8  # numbers of Gram matrices at a time
@@ -44,9 +39,9 @@ _WARPS = 4
 
 @triton.jit
 def _gram_kernel(
-    layers_ptr,   # [L, LAYER_COLUMNS] int64
+    layers_ptr,   # [L, NUM_LAYER_COLUMNS] int64
     spans_ptr,    # [P, 3] int64: layer, factor, first column
-    row_ptr,      # [L, 3] int64: addresses of inputs and slopes, faces
+    row_ptr,      # [L, 3] int64: addresses of inputs and grad_outputs, faces
     grams_ptr,    # [P, stride] fp32
     factor_ptr,   # any factor, for its type
     stride,       # of the largest Gram matrix
@@ -61,7 +56,8 @@ def _gram_kernel(
     faces = tl.load(row_ptr + layer * 3 + 2)
     if tl.program_id(1) * BLOCK_N >= faces or tl.program_id(2) * BLOCK_N >= faces:
         return
-    columns = tl.multiple_of(tl.load(layers_ptr + layer * _LAYER_COLUMNS + _INPUTS + factor), 16)
+    layer_row = layers_ptr + layer * _NUM_LAYER_COLUMNS
+    columns = tl.multiple_of(tl.load(layer_row + _INPUTS + factor), 16)
     numbers = tensor_at(row_ptr + layer * 3 + factor, factor_ptr.dtype)
     left = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     right = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -103,26 +99,26 @@ def _summed(
 
 @triton.jit
 def _product_kernel(
-    layers_ptr,    # [L, LAYER_COLUMNS] int64
-    row_ptr,       # [L, 3] int64: addresses of inputs and slopes, faces
+    layers_ptr,    # [L, NUM_LAYER_COLUMNS] int64
+    row_ptr,       # [L, 3] int64: addresses of inputs and grad_outputs, faces
     grams_ptr,     # [P, stride] fp32
     partials_ptr,  # fp64; SLOTS for each layer
     stride,
     BLOCK: tl.constexpr,
     BLOCK_SPANS: tl.constexpr,
 ):  # fmt: skip
-    layer = layers_ptr + tl.program_id(0) * _LAYER_COLUMNS
+    layer = layers_ptr + tl.program_id(0) * _NUM_LAYER_COLUMNS
     faces = tl.load(row_ptr + tl.program_id(0) * 3 + 2)
-    first = tl.load(layer + _FIRST_SPAN)
-    middle = tl.load(layer + _FIRST_SPAN + 1)
-    end = tl.load(layer + _FIRST_SPAN + 2)
+    first = tl.load(layer + _FIRST_SPAN_OF_INPUTS)
+    middle = tl.load(layer + _FIRST_SPAN_OF_INPUTS + 1)
+    end = tl.load(layer + _FIRST_SPAN_OF_INPUTS + 2)
     squares = tl.zeros((BLOCK,), dtype=tl.float64)
     for start in range(tl.program_id(1) * BLOCK, faces * faces, _SLOTS * BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < faces * faces
         of_inputs = _summed(grams_ptr, first, middle, stride, at, inside, BLOCK, BLOCK_SPANS)
-        of_slopes = _summed(grams_ptr, middle, end, stride, at, inside, BLOCK, BLOCK_SPANS)
-        squares += of_inputs * of_slopes
+        of_grad_outputs = _summed(grams_ptr, middle, end, stride, at, inside, BLOCK, BLOCK_SPANS)
+        squares += of_inputs * of_grad_outputs
     slot = tl.load(layer + _FIRST_SLOT) + tl.program_id(1)
     tl.store(partials_ptr + slot, tl.sum(squares, axis=0))
 
@@ -130,7 +126,7 @@ def _product_kernel(
 @torch.library.custom_op("mien::dense_norm", mutates_args=("partials_n",))
 def dense_norm_op(
     inputs: Sequence[Tensor],
-    slopes: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor],
     partials_n: Tensor,
     layers_lc: Tensor,
     spans_p3: Tensor,
@@ -138,10 +134,10 @@ def dense_norm_op(
 ) -> None:
     """Sums of squares of low-rank gradients, a layer's in its slots of the partial sums."""
     if not uses_triton(partials_n):
-        for layer, *factors in zip(layers_lc.tolist(), inputs, slopes, strict=True):
-            of_input, of_slope = (each.float() @ each.float().t() for each in factors)
-            slots = partials_n[layer[FIRST_SLOT] :][:SLOTS].zero_()
-            slots[0] = (of_input.double() * of_slope.double()).sum()
+        for layer, *factors in zip(layers_lc.tolist(), inputs, grad_outputs, strict=True):
+            of_input, of_grad_output = (each.float() @ each.float().t() for each in factors)
+            slots = partials_n[layer[LayerColumn.FIRST_SLOT] :][:SLOTS].zero_()
+            slots[0] = (of_input.double() * of_grad_output.double()).sum()
         return
     faces = max(map(len, inputs))
     block = min(max(triton.next_power_of_2(faces), _LEAST_FACES), _MOST_FACES)

@@ -1,6 +1,6 @@
 """The update of dense weights whose gradients are of low rank: formed and used tile by tile.
 
-    gradient = slope^T @ input      a tile of it by a small product in fp32, over the faces
+    gradient = grad_output^T @ input      a tile of it by a small product in fp32, over the faces
     then as in `mien.kernels.optimize`, in the same pass
 
 A parameter moves 26 bytes instead of 28, and the two that the norm would read and the two that the
@@ -16,59 +16,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .control import MOVES
 from .dense_norm import precision_of_products
-from .dense_tables import INPUTS, LAYER_COLUMNS, OUTPUTS, TENSOR, TILE_INPUTS, TILE_OUTPUTS
+from .dense_table import NUM_LAYER_COLUMNS, TILE_INPUTS, TILE_OUTPUTS, LayerColumn
 from .dispatch import uses_triton
-from .rule_step import decays_of, move_block, numbers_of, plain_update, sizes_of, state_of
-from .rules import Rule
-from .tables import COLUMNS, DECAYS, tensor_at
+from .optimizer_rules import Rule
+from .optimizer_scalars import Scalar
+from .rule_step import decays_of, numbers_of, plain_update, state_of, step_sizes_of, update_block
+from .tensor_table import NUM_COLUMNS, Column, tensor_at
 
 LAUNCHES = {"mien::dense_update": 1}
 """Kernels that each operation launches on a GPU, for all layers together."""
 
-# For the kernel, which takes no other global names than Triton's constants.
-_MOVES, _COLUMNS = tl.constexpr(MOVES), tl.constexpr(COLUMNS)
-_TENSOR, _INPUTS, _OUTPUTS = map(tl.constexpr, (TENSOR, INPUTS, OUTPUTS))
-_LAYER_COLUMNS = tl.constexpr(LAYER_COLUMNS)
+# Triton reads no globals but constants.
+_IS_APPLIED, _NUM_COLUMNS = tl.constexpr(Scalar.IS_APPLIED), tl.constexpr(NUM_COLUMNS)
+_TENSOR, _INPUTS = tl.constexpr(LayerColumn.TENSOR), tl.constexpr(LayerColumn.INPUTS)
+_OUTPUTS, _NUM_LAYER_COLUMNS = tl.constexpr(LayerColumn.OUTPUTS), tl.constexpr(NUM_LAYER_COLUMNS)
 
+# Chosen by what the compiler makes of them on the CPU, unmeasured on a GPU.
 _WARPS = 8
 _LEAST_FACES, _MOST_FACES = 16, 32  # at a time; tl.dot takes 16 or more
 
 
 @triton.jit
 def _tile_of_gradient(
-    inputs, slopes, faces, num_inputs, num_outputs, rows, columns,
+    inputs, grad_outputs, faces, num_inputs, num_outputs, rows, columns,
     PRECISION: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr, TILE_INPUTS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """slope^T @ input at these outputs and inputs, in fp32."""
+    """grad_output^T @ input at these outputs and inputs, in fp32."""
     gradient = tl.zeros((TILE_OUTPUTS, TILE_INPUTS), dtype=tl.float32)
     for start in range(0, faces, BLOCK_N):
         face = start + tl.arange(0, BLOCK_N)
         inside = (face < faces)[:, None]
-        slope = tl.load(
-            slopes + face[:, None] * num_outputs + rows[None, :],
+        grad_output = tl.load(
+            grad_outputs + face[:, None] * num_outputs + rows[None, :],
             mask=inside & (rows < num_outputs)[None, :], other=0.0,
         )  # fmt: skip
         value = tl.load(
             inputs + face[:, None] * num_inputs + columns[None, :],
             mask=inside & (columns < num_inputs)[None, :], other=0.0,
         )  # fmt: skip
-        gradient = tl.dot(tl.trans(slope), value, gradient, input_precision=PRECISION)
+        gradient = tl.dot(tl.trans(grad_output), value, gradient, input_precision=PRECISION)
     return gradient
 
 
 @triton.jit
 def _dense_update_kernel(
-    tensors_ptr,   # [T, COLUMNS] int64
-    layers_ptr,    # [L, LAYER_COLUMNS] int64
+    tensors_ptr,   # [T, NUM_COLUMNS] int64
+    layers_ptr,    # [L, NUM_LAYER_COLUMNS] int64
     tiles_ptr,     # [M, 3] int64: layer, first output, first input
-    row_ptr,       # [L, 3] int64: addresses of inputs and slopes, faces
-    control_ptr,   # [17] fp64
+    row_ptr,       # [L, 3] int64: addresses of inputs and grad_outputs, faces
+    scalars_ptr,   # fp64, see `Scalar`
     factors_ptr,   # [T] fp32; None: tensors are not clipped by themselves
     low_rank_ptr,  # any factor of a gradient, for its type
-    copy_ptr,      # any copy, for its type; None: there are no copies
+    low_precision_ptr,  # any of those weights, for its type; None: there are none
     beta_1, rest_1, beta_2, rest_2, epsilon, added_decay, decoupled_decay, bound,
     RULE: tl.constexpr,
     AMSGRAD: tl.constexpr,
@@ -78,14 +79,14 @@ def _dense_update_kernel(
     TILE_INPUTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    if tl.load(control_ptr + _MOVES) == 0:
+    if tl.load(scalars_ptr + _IS_APPLIED) == 0:
         return
-    factor, step_size, gradient_size, root_size, offset = sizes_of(control_ptr)
+    factor, step_size, gradient_step_size, root_factor, root_offset = step_sizes_of(scalars_ptr)
     tile = tiles_ptr + tl.program_id(0) * 3
     number = tl.load(tile)
     rows = tl.multiple_of(tl.load(tile + 1), 16) + tl.arange(0, TILE_OUTPUTS)
     columns = tl.multiple_of(tl.load(tile + 2), 16) + tl.arange(0, TILE_INPUTS)
-    layer = layers_ptr + number * _LAYER_COLUMNS
+    layer = layers_ptr + number * _NUM_LAYER_COLUMNS
     num_inputs = tl.multiple_of(tl.load(layer + _INPUTS), 16)
     num_outputs = tl.multiple_of(tl.load(layer + _OUTPUTS), 16)
     tensor = tl.load(layer + _TENSOR)
@@ -96,73 +97,77 @@ def _dense_update_kernel(
         PRECISION, TILE_OUTPUTS, TILE_INPUTS, BLOCK_N,
     )  # fmt: skip
 
-    row = tensors_ptr + tensor * _COLUMNS
-    parameters, means, squares, largests, copies = state_of(row, 0, copy_ptr)
+    row = tensors_ptr + tensor * _NUM_COLUMNS
+    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision = state_of(
+        row, 0, low_precision_ptr
+    )
     if factors_ptr is not None:
         factor *= tl.load(factors_ptr + tensor)
-    added_decay, keep = decays_of(row, control_ptr, added_decay, decoupled_decay)
-    move_block(
-        gradient, parameters, means, squares, largests, copies,
+    added_decay, keep = decays_of(row, scalars_ptr, added_decay, decoupled_decay)
+    update_block(
+        gradient, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision,
         rows[:, None] * num_inputs + columns[None, :],
         (rows < num_outputs)[:, None] & (columns < num_inputs)[None, :],
-        factor, step_size, gradient_size, root_size, offset, added_decay, keep,
+        factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
         beta_1, rest_1, beta_2, rest_2, epsilon, bound,
-        RULE, AMSGRAD, IS_BOUNDED, copy_ptr is not None,
+        RULE, AMSGRAD, IS_BOUNDED, low_precision_ptr is not None,
     )  # fmt: skip
 
 
 @torch.library.custom_op(
-    "mien::dense_update", mutates_args=("parameters", "means", "squares", "largests", "copies")
+    "mien::dense_update",
+    mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "low_precision"),
 )
 def dense_update_op(
     parameters: Sequence[Tensor],
     inputs: Sequence[Tensor],
-    slopes: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    largests: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    control: Tensor,
+    grad_outputs: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    low_precision: Sequence[Tensor],
+    scalars: Tensor,
     factors_t: Tensor | None,
     tensors_tc: Tensor,
     layers_lc: Tensor,
     tiles_m3: Tensor,
     row_t: Tensor,
-    rule: str,
+    name: str,
     beta_1: float,
     beta_2: float,
     epsilon: float,
     weight_decay: float,
     bound: float,
 ) -> None:
-    """Dense weights, their moments and copies moved by their low-rank gradients. A bound of 0 is
-    none."""
-    made = Rule(
-        name=rule,
+    """Dense weights in both precisions and their moments moved by their low-rank gradients. A bound
+    of 0 is none."""
+    rule = Rule(
+        name=name,
         beta_1=beta_1,
         beta_2=beta_2,
         epsilon=epsilon,
         weight_decay=weight_decay,
-        amsgrad=bool(squares and largests),
+        amsgrad=bool(exp_avg_sqs and max_exp_avg_sqs),
     )
-    if not uses_triton(control):
+    if not uses_triton(scalars):
         gradients = [
-            slope_no.float().t() @ input_ni.float()
-            for input_ni, slope_no in zip(inputs, slopes, strict=True)
+            grad_output_no.float().t() @ input_ni.float()
+            for input_ni, grad_output_no in zip(inputs, grad_outputs, strict=True)
         ]
-        lists = [list(each) for each in (parameters, gradients, means, squares, largests)]
-        numbers_l = layers_lc[:, TENSOR]
+        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        lists = [list(each) for each in (parameters, gradients, *moments)]
+        numbers_l = layers_lc[:, LayerColumn.TENSOR]
         own = None if factors_t is None else factors_t[numbers_l]
-        decays = tensors_tc[numbers_l, DECAYS].tolist()
-        plain_update(lists, list(copies), control, own, decays, made, bound)
+        decays = tensors_tc[numbers_l, Column.DECAYS].tolist()
+        plain_update(lists, list(low_precision), scalars, own, decays, rule, bound)
         return
     faces = max(map(len, inputs))
     block = min(max(triton.next_power_of_2(faces), _LEAST_FACES), _MOST_FACES)
-    with torch.cuda.device_of(control):
+    with torch.cuda.device_of(scalars):
         _dense_update_kernel[(len(tiles_m3),)](
-            tensors_tc, layers_lc, tiles_m3, row_t, control, factors_t, inputs[0],
-            copies[0] if copies else None, *numbers_of(made), bound,
-            RULE=rule, AMSGRAD=made.has_largest_square, IS_BOUNDED=bound > 0,
+            tensors_tc, layers_lc, tiles_m3, row_t, scalars, factors_t, inputs[0],
+            low_precision[0] if low_precision else None, *numbers_of(rule), bound,
+            RULE=rule.name, AMSGRAD=rule.has_max_exp_avg_sq, IS_BOUNDED=bound > 0,
             PRECISION=precision_of_products(), TILE_OUTPUTS=TILE_OUTPUTS, TILE_INPUTS=TILE_INPUTS,
             BLOCK_N=block, num_warps=_WARPS,
         )  # fmt: skip

@@ -17,18 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .channels_last import MAX_BLOCK_CHANNELS, NHWC, TILE, new_image
+from .checks import check_count, check_image, check_range
 from .dispatch import uses_triton
 
 LAUNCHES = {"mien::enlarge": 1, "mien::enlarge_backward": 1}
 """Kernels that each operation launches on a GPU."""
 
-_NHWC = torch.channels_last
-_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAX_FACTOR = 16  # the largest that a model asks for: 4 doublings of a code of few pixels
-
-_MOST = 2**30  # pixels of a result: kernels count them in 32 bits
-_TILE = 2048  # values of a program's tile: with 4 warps, 16 a thread; unmeasured on a GPU
-_RUN = 64  # channels of a tile at most: 128 bytes of bf16, the length of a cache line
 
 
 @triton.jit
@@ -55,8 +51,8 @@ def _between(number, size, FACTOR: tl.constexpr):
 def _share(number, pixel, size, FACTOR: tl.constexpr):
     # The share that ``pixel`` has in number ``number`` of the result; 0 outside of it.
     before, after, share = _between(number, size, FACTOR)
-    found = tl.where(before == pixel, 1.0 - share, 0.0) + tl.where(after == pixel, share, 0.0)
-    return tl.where((number >= 0) & (number < size * FACTOR), found, 0.0)
+    sum_of_both = tl.where(before == pixel, 1.0 - share, 0.0) + tl.where(after == pixel, share, 0.0)
+    return tl.where((number >= 0) & (number < size * FACTOR), sum_of_both, 0.0)
 
 
 @triton.jit
@@ -124,22 +120,21 @@ def _backward_kernel(
 def _tiles(result_bchw: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """The grid over a result, and the sizes that a kernel takes with it."""
     batch, channels, rows, columns = result_bchw.shape
-    block_c = min(triton.next_power_of_2(channels), _RUN)
-    block_p, num_pixels = _TILE // block_c, batch * rows * columns
+    block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_CHANNELS)
+    block_p, num_pixels = TILE // block_c, batch * rows * columns
     grid = (triton.cdiv(num_pixels, block_p) * triton.cdiv(channels, block_c),)
     sizes = {"CHANNELS": channels, "BLOCK_P": block_p, "BLOCK_C": block_c}
     return grid, {"num_pixels": num_pixels, **sizes}
 
 
 def _new(like: Tensor, rows: int, columns: int) -> Tensor:
-    shape = (*like.shape[:2], rows, columns)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_NHWC)
+    return new_image(like, (*like.shape[:2], rows, columns))
 
 
 @torch.library.custom_op("mien::enlarge", mutates_args=())
 def _enlarge(x: Tensor, factor: int) -> Tensor:
     rows, columns = x.shape[2:]
-    x = x.contiguous(memory_format=_NHWC)
+    x = x.contiguous(memory_format=NHWC)
     y = _new(x, rows * factor, columns * factor)
     if not uses_triton(x):
         y.copy_(F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False))
@@ -158,7 +153,7 @@ def _(x, factor):
 @torch.library.custom_op("mien::enlarge_backward", mutates_args=())
 def _enlarge_backward(grad: Tensor, factor: int) -> Tensor:
     rows, columns = grad.shape[2] // factor, grad.shape[3] // factor
-    grad = grad.contiguous(memory_format=_NHWC)
+    grad = grad.contiguous(memory_format=NHWC)
     grad_x = _new(grad, rows, columns)
     if not uses_triton(grad):
         size = (*grad.shape[:2], rows, columns)
@@ -205,16 +200,10 @@ def enlarge(x_bchw: Tensor, factor: int = 2) -> Tensor:
     Raises:
         ValueError: On a shape, dtype or factor that is not as said above.
     """
-    types = _TYPES[:3] if uses_triton(x_bchw) else _TYPES
-    if x_bchw.ndim != 4 or x_bchw.dtype not in types or not min(x_bchw.shape[1:]):
-        names = ", ".join(str(each).removeprefix("torch.") for each in types)
-        dtype = str(x_bchw.dtype).removeprefix("torch.")
-        raise ValueError(f"x must be (B, C, H, W) of {names}, got {tuple(x_bchw.shape)} {dtype}")
-    if not 2 <= factor <= _MAX_FACTOR:
-        raise ValueError(f"factor must be 2 to {_MAX_FACTOR}, got {factor}")
-    num_pixels = len(x_bchw) * x_bchw.shape[2] * x_bchw.shape[3] * factor**2
-    if num_pixels > _MOST:
-        raise ValueError(
-            f"pixels of the result must be at most 2^30, got {num_pixels}: use a smaller batch"
-        )
+    check_image(x_bchw)
+    if not min(x_bchw.shape[1:]):
+        raise ValueError(f"x must have a pixel at least, got {tuple(x_bchw.shape)}")
+    check_range(factor, "factor", 2, _MAX_FACTOR)
+    batch, _, rows, columns = x_bchw.shape
+    check_count(batch * rows * columns * factor**2, "pixels of the result")
     return _enlarge(x_bchw, factor)

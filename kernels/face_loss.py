@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, native
-from .checks import check_alignment, check_tensor
+from .checks import FLOAT_DTYPES, check_alignment, check_choice, check_tensor
 
 LOSSES = ("mae", "mse", "logcosh", "smooth_loss", "ssim")
 """Names of the losses; a name's place is its number in mien.h."""
@@ -42,7 +42,6 @@ LAUNCHES: dict[str, int] = {"mien::face_loss": 2}
 
 MAX_LOSSES = 8
 MIN_SSIM_PX = 6
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class FaceLoss(NamedTuple):
@@ -89,8 +88,8 @@ def _op(
             "height": height,
             "width": width,
             "channels": channels,
-            "pred_type": _TYPES[pred_a.dtype],
-            "target_type": _TYPES[target.dtype],
+            "pred_type": FLOAT_DTYPES.index(pred_a.dtype),
+            "target_type": FLOAT_DTYPES.index(target.dtype),
             "num_losses": len(kinds),
             "kinds": list(kinds),
             "shares": list(shares),
@@ -167,8 +166,7 @@ def _checked_losses(losses: Sequence[tuple[str, float]]) -> tuple[list[int], lis
     if not 1 <= len(losses) <= MAX_LOSSES:
         raise ValueError(f"losses must be 1 to {MAX_LOSSES}, got {len(losses)}")
     for name, _ in losses:
-        if name not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+        check_choice(name, "loss", LOSSES)
     return [LOSSES.index(name) for name, _ in losses], [float(share) for _, share in losses]
 
 
@@ -184,19 +182,13 @@ def _check(
     if len(shape) != 4 or 0 in shape or shape[1] not in (1, 3):
         raise ValueError(f"pred_a must be (B, 1 or 3, H, W) and not empty, got {shape}")
     both = (2 * shape[0], *shape[1:])
-    wanted: list[tuple[str, Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
-        ("pred_a", pred_a, shape, tuple(_TYPES)),
-        ("pred_b", pred_b, shape, (pred_a.dtype,)),
-        ("target", target_nchw, both, tuple(_TYPES)),
-        ("weight", weight_n1hw, (both[0], 1, *shape[2:]), (torch.float32,)),
-    ]
-    for name, tensor, wanted_shape, dtypes in wanted:
-        if tensor is not None:
-            check_tensor(tensor, name, wanted_shape, dtypes, pred_a.device)
-    if scale is not None and (
-        scale.numel() != 1 or scale.dtype != torch.float32 or scale.device != pred_a.device
-    ):
-        raise ValueError(
-            f"scale must be one float32 on {pred_a.device}, got {tuple(scale.shape)} "
-            f"{scale.dtype} on {scale.device}"
-        )
+    device = pred_a.device
+    check_tensor(pred_a, "pred_a", shape, FLOAT_DTYPES, device)
+    check_tensor(pred_b, "pred_b", shape, (pred_a.dtype,), device)
+    check_tensor(target_nchw, "target", both, FLOAT_DTYPES, device)
+    if weight_n1hw is not None:
+        weight_shape = (both[0], 1, *shape[2:])
+        check_tensor(weight_n1hw, "weight", weight_shape, (torch.float32,), device)
+    if scale is not None:
+        shape = tuple(scale.shape) if scale.numel() == 1 else ()
+        check_tensor(scale, "scale", shape, (torch.float32,), device)

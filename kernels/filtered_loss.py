@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch, native
-from .checks import check_memory, check_tensor
+from .checks import check_choice, check_memory, check_tensor
 
 LOSSES = ("pixel_gradient_diff", "gmsd", "laploss", "ms_ssim")
 """Names of the losses; a name's place is its number in mien.h."""
@@ -36,10 +36,10 @@ LAUNCHES: dict[str, int] = {"mien::filtered_loss": 1}
 
 MAX_PX = 4096
 _PLANES_AT_ONCE = 8
-"""Planes of a thread of the CPU."""
+"""Planes of a thread of the CPU: the lanes of an AVX2 vector of fp32."""
 
 _BLOCKS = 132
-"""Teams of a GPU: the multiprocessors of an H100. Chosen without a GPU."""
+"""Teams of a GPU: the multiprocessors of an H100. Chosen on the CPU, unmeasured on a GPU."""
 
 
 class Filters(NamedTuple):
@@ -142,8 +142,8 @@ class _Differentiable(torch.autograd.Function):
     """The operation, whose gradient is made with its values and waits for its factor."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, *given: Any) -> Tensor:
-        values, gradient = _op(pred, *given)
+    def forward(ctx: Any, pred: Tensor, *arguments: Any) -> Tensor:
+        values, gradient = _op(pred, *arguments)
         ctx.save_for_backward(gradient)
         return values.mean(dim=1)
 
@@ -169,8 +169,7 @@ def filtered_loss(
     Raises:
         ValueError: On tensors that do not fit, or that need a gradient which there is none of.
     """
-    if name not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    check_choice(name, "loss", LOSSES)
     _check(pred_bchw, target_bchw, weight_b1hw, filters)
     shapes = [number for shape in filters.shapes for number in shape]
     kind = LOSSES.index(name)
@@ -189,15 +188,15 @@ def _check(pred: Tensor, target: Tensor, weight: Tensor, filters: Filters) -> No
     rows = sum(rows + columns for rows, columns, *_ in filters.shapes)
     taps = sum(rows * run + columns * turned for rows, columns, run, turned in filters.shapes)
     fp32 = (torch.float32,)
-    wanted: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+    arguments: list[tuple[str, Tensor, tuple[int, ...], tuple[torch.dtype, ...]]] = [
         ("pred", pred, shape, fp32),
         ("target", target, shape, fp32),
         ("weight", weight, (shape[0], 1, *shape[2:]), fp32),
         ("firsts", filters.firsts, (rows,), (torch.int32,)),
         ("taps", filters.taps, (taps,), fp32),
     ]
-    for name, tensor, wanted_shape, dtypes in wanted:
-        check_tensor(tensor, name, wanted_shape, dtypes, pred.device)
+    for name, tensor, tensor_shape, dtypes in arguments:
+        check_tensor(tensor, name, tensor_shape, dtypes, pred.device)
         if pred.device.type != "meta":
             check_memory(tensor, name)
         if tensor.requires_grad and name != "pred":

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,21 @@ def _declarations() -> str:
     return text.replace("MIEN_API", "")
 
 
-@functools.cache
+_loading = threading.Lock()
+
+
 def library() -> tuple[Any, Any]:
     """``(ffi, lib)``: cffi's view of the header and the loaded library.
 
     Raises:
         NativeError: There is no build, or it was made from another header; says what to run.
     """
+    with _loading:  # two first callers would get two views, whose types do not fit each other
+        return _library()
+
+
+@functools.cache
+def _library() -> tuple[Any, Any]:
     path = _HERE / "libmien.so"
     try:
         ffi = cffi.FFI()  # which loads a library of its own
@@ -75,8 +84,8 @@ def runs_on(generation: int) -> bool:
     Machine code runs on later GPUs of the same major number, PTX on all later ones.
     """
     for kind in cuda_build()[1]:
-        made_for, _, form = kind.partition("-")
-        number = int(made_for)
+        built_for, _, form = kind.partition("-")
+        number = int(built_for)
         is_compatible = form != "virtual" and number // 10 == generation // 10
         if number <= generation and (is_compatible or form != "real"):
             return True

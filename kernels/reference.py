@@ -3,236 +3,41 @@
 Written to be read, not to be fast; beside tests, only the measuring of a model uses one (`ssim`).
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rules import Clipping, Rule
-
-WARP_LANDMARKS = 2
-_IDENTITY = np.array([[1, 0, 0], [0, 1, 0]], np.float32)
-
-
-def augment(
-    faces_fssc: np.ndarray,
-    records: np.ndarray,
-    *,
-    input_px: int,
-    output_px: Sequence[int],
-    landmarks: Sequence[tuple[np.ndarray, np.ndarray]] | None = None,
-    penalize_mask: bool = True,
-    eye_multiplier: float = 1,
-    mouth_multiplier: float = 1,
-    single_interpolation: bool = False,
-    rgb: bool = False,
-) -> tuple[np.ndarray, list[np.ndarray], list[np.ndarray], np.ndarray]:
-    """`mien.kernels.augment` as a chain of OpenCV calls.
-
-    It takes one store, and for each record the ``landmarks`` (68, 2) of its face and of the one
-    that it is warped to.
-
-    Returns:
-        Input (B, H, W, 3) uint8; of each output its target (B, H, W, 3) uint8 and its weight
-        (B, H, W) float64; the face mask (B, H, W) uint8 of the last output.
-    """
-    inputs: list[np.ndarray] = []
-    targets: list[list[np.ndarray]] = [[] for _ in output_px]
-    weights: list[list[np.ndarray]] = [[] for _ in output_px]
-    masks: list[np.ndarray] = []
-    size_px = faces_fssc.shape[1]
-    for number, record in enumerate(records):
-        face_ssc = faces_fssc[record["index"]].copy()
-        if record["color"]:
-            face_ssc[..., :3] = vary_color(
-                face_ssc[..., :3], record["lab"], int(record["clahe_tiles"])
-            )
-        colored = face_ssc = np.ascontiguousarray(face_ssc[..., :6])
-        if not np.array_equal(record["matrix"], _IDENTITY):
-            face_ssc = cv2.warpAffine(
-                face_ssc,
-                record["matrix"],
-                (size_px, size_px),
-                flags=cv2.INTER_LINEAR,
-                borderMode=cv2.BORDER_REPLICATE,
-            )
-        if record["flip"]:
-            face_ssc = face_ssc[:, ::-1]
-        order = [2, 1, 0] if rgb else [0, 1, 2]
-        before = np.ascontiguousarray(colored[..., order])
-        picture = np.ascontiguousarray(face_ssc[..., order])
-        # OpenCV's rounding depends on the number of channels: those masks that are used.
-        used = [3]
-        if penalize_mask:
-            used += [4] * (eye_multiplier > 1) + [5] * (mouth_multiplier > 1)
-        stack = np.ascontiguousarray(face_ssc[..., order + used])
-        for i, edge in enumerate(output_px):
-            small = _shrunk(stack, edge)
-            targets[i].append(small[..., :3])
-            face, areas = small[..., 3], iter(np.moveaxis(small[..., 4:], -1, 0))
-            weight = np.ones((edge, edge))
-            if penalize_mask:
-                weight = face / 255
-                for multiplier in (eye_multiplier, mouth_multiplier):
-                    if multiplier > 1:
-                        weight = weight + weight * (next(areas) / 255) * multiplier
-            weights[i].append(weight)
-        masks.append(face)
-        if record["warp"]:
-            border = cv2.BORDER_CONSTANT
-            if record["warp"] == WARP_LANDMARKS:
-                assert landmarks is not None
-                maps = landmark_maps(record, *landmarks[number], size_px)
-                border = cv2.BORDER_REPLICATE
-            else:
-                maps = warp_maps(record["warp_noise"], size_px)
-            if single_interpolation:
-                maps = maps_before(*maps, record["matrix"], bool(record["flip"]))
-                picture, border = before, cv2.BORDER_REPLICATE
-            picture = cv2.remap(picture, *maps, cv2.INTER_LINEAR, borderMode=border)
-        inputs.append(_shrunk(picture, input_px))
-    return np.stack(inputs), [*map(np.stack, targets)], [*map(np.stack, weights)], np.stack(masks)
+from .optimizer_rules import Clipping, Rule
+from .reference_augment import augment as augment
+from .reference_augment import vary_color as vary_color
 
 
-def vary_color(picture_ssc: np.ndarray, lab: np.ndarray, clahe_tiles: int) -> np.ndarray:
-    """A BGR picture with L, a, b moved by a part of the way to 255 or 0, then CLAHE on L."""
-    levels = cv2.cvtColor(np.ascontiguousarray(picture_ssc), cv2.COLOR_BGR2LAB).astype(np.float32)
-    part = lab.astype(np.float32)
-    moved = np.where(part >= 0, levels + (255 - levels) * part, levels * (1 + part))
-    lab_ssc = moved.astype(np.uint8)
-    if clahe_tiles:
-        clahe = cv2.createCLAHE(clipLimit=2.0, tileGridSize=(clahe_tiles, clahe_tiles))
-        lab_ssc[..., 0] = clahe.apply(np.ascontiguousarray(lab_ssc[..., 0]))
-    return cv2.cvtColor(lab_ssc, cv2.COLOR_LAB2BGR)
-
-
-def warp_maps(noise: np.ndarray, size_px: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions from which each pixel of the random warp comes: x (S, S) and y (S, S), float32."""
-    points = np.linspace(0, size_px, 5, dtype=np.float32)
-    stretched = int(1.25 * size_px)
-    begin = stretched // 10
-    maps = []
-    for grid in (np.tile(points, (5, 1)) + noise[0], np.tile(points[:, None], 5) + noise[1]):
-        large = cv2.resize(grid, (stretched, stretched), interpolation=cv2.INTER_LINEAR)
-        maps.append(np.ascontiguousarray(large[begin : begin + size_px, begin : begin + size_px]))
-    return maps[0], maps[1]
-
-
-def landmark_maps(
-    record: np.ndarray, source_l2: np.ndarray, destination_l2: np.ndarray, size_px: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions from which each pixel of the warp to landmarks comes: x (S, S) and y (S, S),
-    float32."""
-    source = _turned(source_l2, record, size_px)
-    destination = _turned(destination_l2, record, size_px) + record["landmark_noise"]
-    inner = np.concatenate([source[17:], destination[17:]]).astype(int).astype(np.float32)
-    hull = cv2.convexHull(inner)
-
-    def is_covered(point: np.ndarray) -> bool:
-        return cv2.pointPolygonTest(hull, tuple(map(float, point)), False) >= 0
-
-    kept = [
-        i
-        for i in range(len(source))
-        if i > 17 or not (is_covered(source[i]) or is_covered(destination[i]))
-    ]
-    last, half = size_px - 1, size_px // 2 - 1
-    corners = [(0, 0), (0, last), (last, last), (last, 0)]
-    anchors = np.array([*corners, (half, 0), (half, last), (last, half), (0, half)], float)
-    source = np.concatenate([source[kept], anchors])
-    destination = np.concatenate([destination[kept], anchors])
-    maps = np.full((2, size_px, size_px), np.nan)
-    y, x = np.indices((size_px, size_px))
-    for triangle in delaunay(destination):
-        a, b, c = destination[triangle]
-        of_b, of_c = np.einsum(
-            "ij,jyx->iyx",
-            np.linalg.inv(np.stack([b - a, c - a], 1)),
-            np.stack([x - a[0], y - a[1]]),
-        )
-        shares = np.stack([1 - of_b - of_c, of_b, of_c])
-        inside = (shares >= -1e-9).all(0)
-        maps[:, inside] = source[triangle].T @ shares[:, inside]
-    return maps[0].astype(np.float32), maps[1].astype(np.float32)
-
-
-def delaunay(points_p2: np.ndarray) -> np.ndarray:
-    """The triangles (T, 3) round whose corners runs a circle with no other point within."""
-    triples = np.array(list(itertools.combinations(range(len(points_p2)), 3)))
-    a, b, c = (points_p2[triples[:, i]] for i in range(3))
-    area = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
-    squares = [np.square(corner).sum(1) for corner in (a, b, c)]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        centre_x = sum(
-            s * (q[:, 1] - r[:, 1]) for s, q, r in zip(squares, (b, c, a), (c, a, b), strict=True)
-        ) / (2 * area)
-        centre_y = sum(
-            s * (r[:, 0] - q[:, 0]) for s, q, r in zip(squares, (b, c, a), (c, a, b), strict=True)
-        ) / (2 * area)
-        centre = np.stack([centre_x, centre_y], 1)
-        radius = np.linalg.norm(a - centre, axis=1)
-        empty = np.abs(area) > 1e-9
-        for point in points_p2:
-            empty &= np.linalg.norm(point - centre, axis=1) > radius * (1 - 1e-9)
-    return triples[empty]
-
-
-def _turned(landmarks_l2: np.ndarray, record: np.ndarray, size_px: int) -> np.ndarray:
-    """Landmarks of the store in the turned and mirrored picture, float64."""
-    matrix = record["matrix"].astype(np.float64)
-    points = landmarks_l2 @ matrix[:, :2].T + matrix[:, 2]
-    if record["flip"]:
-        points[:, 0] = size_px - 1 - points[:, 0]
-    return points
-
-
-def maps_before(
-    x_ss: np.ndarray, y_ss: np.ndarray, matrix: np.ndarray, flip: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the picture before of those in the turned and mirrored one, float32."""
-    x = x_ss.shape[0] - 1 - x_ss.astype(np.float64) if flip else x_ss.astype(np.float64)
-    whole = np.vstack([matrix.astype(np.float64), [0, 0, 1]])
-    inverse = np.linalg.inv(whole)[:2]
-    source = np.einsum("ij,jyx->iyx", inverse, np.stack([x, y_ss, np.ones_like(x)]))
-    return source[0].astype(np.float32), source[1].astype(np.float32)
-
-
-def _shrunk(picture: np.ndarray, edge: int) -> np.ndarray:
-    """Picture resized by area; more than four channels one by one where OpenCV refuses them."""
-    if picture.shape[0] == edge:
-        return picture
-    if picture.shape[2] > 4 and picture.shape[0] % edge:
-        planes = [np.ascontiguousarray(plane) for plane in np.moveaxis(picture, -1, 0)]
-        return np.stack(
-            [cv2.resize(p, (edge, edge), interpolation=cv2.INTER_AREA) for p in planes], -1
-        )
-    return cv2.resize(picture, (edge, edge), interpolation=cv2.INTER_AREA)
-
-
-def activate(
+def bias_act(
     x_bchw: Tensor,
     bias_c: Tensor | None,
     *,
-    slope: float,
+    negative_slope: float,
     residual_bchw: Tensor | None = None,
     border: Sequence[int] = (0, 0, 0, 0),
     reflect: bool = False,
 ) -> Tensor:
-    """`mien.kernels.activate` as separate operations, in the dtype of ``x_bchw``."""
+    """`mien.kernels.bias_act` as separate operations, in the dtype of ``x_bchw``."""
     z_bchw = x_bchw if bias_c is None else x_bchw + bias_c.view(-1, 1, 1)
     if residual_bchw is not None:
         z_bchw = z_bchw + residual_bchw
-    return F.pad(F.leaky_relu(z_bchw, slope), tuple(border), "reflect" if reflect else "constant")
+    y_bchw = F.leaky_relu(z_bchw, negative_slope)
+    return F.pad(y_bchw, tuple(border), "reflect" if reflect else "constant")
 
 
-def upscale(x_bchw: Tensor, bias_c: Tensor | None, *, slope: float, factor: int = 2) -> Tensor:
-    """`mien.kernels.upscale` as separate operations, in the dtype of ``x_bchw``."""
-    z_bhwc = activate(x_bchw, bias_c, slope=slope).permute(0, 2, 3, 1)
+def bias_act_depth_to_space(
+    x_bchw: Tensor, bias_c: Tensor | None, *, negative_slope: float, factor: int = 2
+) -> Tensor:
+    """The operation of `mien.kernels.bias_act` as separate ones, in the dtype of ``x_bchw``."""
+    z_bhwc = bias_act(x_bchw, bias_c, negative_slope=negative_slope).permute(0, 2, 3, 1)
     batch, rows, columns, _ = z_bhwc.shape
     blocks = z_bhwc.reshape(batch, rows, columns, factor, factor, -1)
     spread = blocks.permute(0, 1, 3, 2, 4, 5)
@@ -272,13 +77,13 @@ def _enlarging(x_bchw: Tensor, axis: int, factor: int) -> Tensor:
 
 def to_image(x_bchw: Tensor, bias_c: Tensor | None, *, channels: int) -> Tensor:
     """`mien.kernels.to_image` as separate operations; types of 16 bits become fp32."""
-    z_bchw = activate(x_bchw, bias_c, slope=1)[:, :channels]
+    z_bchw = bias_act(x_bchw, bias_c, negative_slope=1)[:, :channels]
     return torch.sigmoid(z_bchw.float() if z_bchw.dtype.itemsize == 2 else z_bchw)
 
 
-def dense_gradient(input_ni: Tensor, slope_no: Tensor) -> Tensor:
+def dense_gradient(input_ni: Tensor, grad_output_no: Tensor) -> Tensor:
     """The gradient (O, I) of a dense weight, which `mien.kernels.dense` leaves as its factors."""
-    return torch.einsum("no,ni->oi", slope_no, input_ni)
+    return torch.einsum("no,ni->oi", grad_output_no, input_ni)
 
 
 def optimize(
@@ -319,15 +124,15 @@ def optimize(
     new: dict[str, list[Tensor]] = {kind: [] for kind in moments}
     for i, gradient in enumerate(clipped(gradients, clipping, norms)):
         decay = rule.weight_decay if decays is None or decays[i] else 0.0
-        kept = {kind: tensors[i] for kind, tensors in moments.items()}
+        own = {kind: tensors[i] for kind, tensors in moments.items()}
         parameter = parameters[i]
         if rule.is_decoupled:
             parameter = (1 - learning_rate * decay) * parameter
         else:
             gradient = gradient + decay * parameter
-        change, kept = _change(gradient, kept, rule, step)
+        change, own = _change(gradient, own, rule, step)
         moved.append(parameter - learning_rate * change)
-        for kind, tensor in kept.items():
+        for kind, tensor in own.items():
             new[kind].append(tensor)
     return moved, new
 
@@ -349,40 +154,42 @@ def clipped(
 
 
 def _change(
-    gradient: Tensor, kept: dict[str, Tensor], rule: Rule, step: int
+    gradient: Tensor, moments: dict[str, Tensor], rule: Rule, step: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """What the learning rate is multiplied with, and the moments after the step."""
     beta_1, beta_2, epsilon = rule.beta_1, rule.beta_2, rule.epsilon
     short, long = 1 - beta_1**step, 1 - beta_2**step
     if rule.name == "lion":
-        sign = (beta_1 * kept["mean"] + (1 - beta_1) * gradient).sign()
-        return sign, {"mean": beta_2 * kept["mean"] + (1 - beta_2) * gradient}
+        sign = (beta_1 * moments["mean"] + (1 - beta_1) * gradient).sign()
+        return sign, {"mean": beta_2 * moments["mean"] + (1 - beta_2) * gradient}
     if rule.name == "rms-prop":
-        square = beta_2 * kept["square"] + (1 - beta_2) * gradient.square()
-        return gradient / (square.sqrt() + epsilon), {"square": square}
-    mean = beta_1 * kept["mean"] + (1 - beta_1) * gradient
+        exp_avg_sq = beta_2 * moments["square"] + (1 - beta_2) * gradient.square()
+        return gradient / (exp_avg_sq.sqrt() + epsilon), {"square": exp_avg_sq}
+    exp_avg = beta_1 * moments["mean"] + (1 - beta_1) * gradient
     if rule.name == "adamax":
-        largest = torch.maximum(beta_2 * kept["largest"], gradient.abs() + epsilon)
-        return mean / short / largest, {"mean": mean, "largest": largest}
+        max_exp_avg_sq = torch.maximum(beta_2 * moments["largest"], gradient.abs() + epsilon)
+        return exp_avg / short / max_exp_avg_sq, {"mean": exp_avg, "largest": max_exp_avg_sq}
     if rule.name == "adabelief":
-        square = beta_2 * kept["square"] + (1 - beta_2) * (gradient - mean).square() + epsilon
+        exp_avg_sq = (
+            beta_2 * moments["square"] + (1 - beta_2) * (gradient - exp_avg).square() + epsilon
+        )
         longest = 2 / (1 - beta_2) - 1
         length = longest - 2 * step * beta_2**step / long
         if length < 5:
-            return mean / short, {"mean": mean, "square": square}
+            return exp_avg / short, {"mean": exp_avg, "square": exp_avg_sq}
         rectified = (length - 4) * (length - 2) * longest
         rectified /= (longest - 4) * (longest - 2) * length
-        change = math.sqrt(long * rectified) / short * mean / (square.sqrt() + epsilon)
-        return change, {"mean": mean, "square": square}
-    square = beta_2 * kept["square"] + (1 - beta_2) * gradient.square()
-    new = {"mean": mean, "square": square}
-    if rule.has_largest_square:
-        new["largest"] = torch.maximum(kept["largest"], square)
-    root = (new.get("largest", square) / long).sqrt() + epsilon
+        change = math.sqrt(long * rectified) / short * exp_avg / (exp_avg_sq.sqrt() + epsilon)
+        return change, {"mean": exp_avg, "square": exp_avg_sq}
+    exp_avg_sq = beta_2 * moments["square"] + (1 - beta_2) * gradient.square()
+    new = {"mean": exp_avg, "square": exp_avg_sq}
+    if rule.has_max_exp_avg_sq:
+        new["largest"] = torch.maximum(moments["largest"], exp_avg_sq)
+    root = (new.get("largest", exp_avg_sq) / long).sqrt() + epsilon
     if rule.name != "nadam":
-        return mean / short / root, new
+        return exp_avg / short / root, new
     momenta = [beta_1 * (1 - 0.5 * 0.96 ** (t * 0.004)) for t in range(1, step + 2)]
-    ahead = momenta[-1] / (1 - math.prod(momenta)) * mean
+    ahead = momenta[-1] / (1 - math.prod(momenta)) * exp_avg
     return (ahead + (1 - momenta[-2]) / (1 - math.prod(momenta[:-1])) * gradient) / root, new
 
 

@@ -1,7 +1,7 @@
 """Step of a rule: what the kernels of an update share, and the same in plain PyTorch.
 
 The formula stands in `mien.kernels.optimize`. A kernel forms or reads a block of a gradient and
-calls `move_block`; where the block lies, and of which tensor it is, is the kernel's affair.
+calls `update_block`; where the block lies, and of which tensor it is, is the kernel's affair.
 """
 
 import itertools
@@ -12,139 +12,139 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .control import (
-    FACTOR,
-    GRADIENT_SIZE,
-    LEARNING_RATE,
-    MOVES,
-    OFFSET,
-    ROOT_SIZE,
-    STEP,
-    STEP_SIZE,
-)
-from .rules import Rule
-from .tables import COPY, DECAYS, LARGEST, MEAN, PARAMETER, SQUARE, tensor_at
+from .optimizer_rules import Rule
+from .optimizer_scalars import Scalar
+from .tensor_table import Column, tensor_at
 
-# For the kernels, which take no other global names than Triton's constants.
-_LEARNING_RATE, _FACTOR = tl.constexpr(LEARNING_RATE), tl.constexpr(FACTOR)
-_STEP_SIZE, _GRADIENT_SIZE = tl.constexpr(STEP_SIZE), tl.constexpr(GRADIENT_SIZE)
-_ROOT_SIZE, _OFFSET = tl.constexpr(ROOT_SIZE), tl.constexpr(OFFSET)
-_PARAMETER, _COPY, _DECAYS = map(tl.constexpr, (PARAMETER, COPY, DECAYS))
-_MEAN, _SQUARE, _LARGEST = map(tl.constexpr, (MEAN, SQUARE, LARGEST))
+# Triton reads no globals but constants.
+_LEARNING_RATE = tl.constexpr(Scalar.LEARNING_RATE)
+_GRADIENT_FACTOR = tl.constexpr(Scalar.GRADIENT_FACTOR)
+_STEP_SIZE = tl.constexpr(Scalar.STEP_SIZE)
+_GRADIENT_STEP_SIZE = tl.constexpr(Scalar.GRADIENT_STEP_SIZE)
+_ROOT_FACTOR = tl.constexpr(Scalar.ROOT_FACTOR)
+_ROOT_OFFSET = tl.constexpr(Scalar.ROOT_OFFSET)
+_PARAMETER, _LOW_PRECISION = tl.constexpr(Column.PARAMETER), tl.constexpr(Column.LOW_PRECISION)
+_EXP_AVG, _EXP_AVG_SQ = tl.constexpr(Column.EXP_AVG), tl.constexpr(Column.EXP_AVG_SQ)
+_MAX_EXP_AVG_SQ, _DECAYS = tl.constexpr(Column.MAX_EXP_AVG_SQ), tl.constexpr(Column.DECAYS)
 
 
 @triton.jit
 def _rule(
-    parameter, gradient, mean, square, largest,
-    step_size, gradient_size, root_size, offset, keep,
+    parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq,
+    step_size, gradient_step_size, root_factor, root_offset, keep,
     beta_1, rest_1, beta_2, rest_2, epsilon,
     RULE: tl.constexpr, AMSGRAD: tl.constexpr,
 ):  # fmt: skip
     """The formula of `optimize` for one block, in fp32; a moment that RULE has not comes back."""
     if RULE == "lion":
-        ahead = beta_1 * mean + rest_1 * gradient
+        ahead = beta_1 * exp_avg + rest_1 * gradient
         change = step_size * (tl.where(ahead > 0, 1.0, 0.0) - tl.where(ahead < 0, 1.0, 0.0))
-        mean = beta_2 * mean + rest_2 * gradient
+        exp_avg = beta_2 * exp_avg + rest_2 * gradient
     elif RULE == "rms-prop":
-        square = beta_2 * square + rest_2 * gradient * gradient
-        change = step_size * (gradient / (tl.sqrt(square) + offset))
+        exp_avg_sq = beta_2 * exp_avg_sq + rest_2 * gradient * gradient
+        change = step_size * (gradient / (tl.sqrt(exp_avg_sq) + root_offset))
     elif RULE == "adamax":
-        mean = beta_1 * mean + rest_1 * gradient
-        largest = tl.maximum(beta_2 * largest, tl.abs(gradient) + epsilon)
-        change = step_size * (mean / largest)
+        exp_avg = beta_1 * exp_avg + rest_1 * gradient
+        max_exp_avg_sq = tl.maximum(beta_2 * max_exp_avg_sq, tl.abs(gradient) + epsilon)
+        change = step_size * (exp_avg / max_exp_avg_sq)
     elif RULE == "adabelief":
-        mean = beta_1 * mean + rest_1 * gradient
-        surprise = gradient - mean
-        square = beta_2 * square + rest_2 * surprise * surprise + epsilon
-        change = step_size * (mean / (tl.sqrt(square) * root_size + offset))
+        exp_avg = beta_1 * exp_avg + rest_1 * gradient
+        surprise = gradient - exp_avg
+        exp_avg_sq = beta_2 * exp_avg_sq + rest_2 * surprise * surprise + epsilon
+        change = step_size * (exp_avg / (tl.sqrt(exp_avg_sq) * root_factor + root_offset))
     else:
-        mean = beta_1 * mean + rest_1 * gradient
-        square = beta_2 * square + rest_2 * gradient * gradient
-        root = square
+        exp_avg = beta_1 * exp_avg + rest_1 * gradient
+        exp_avg_sq = beta_2 * exp_avg_sq + rest_2 * gradient * gradient
+        root = exp_avg_sq
         if AMSGRAD:
-            largest = tl.maximum(largest, square)
-            root = largest
-        moved = step_size * mean
+            max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq)
+            root = max_exp_avg_sq
+        moved = step_size * exp_avg
         if RULE == "nadam":
-            change = (moved + gradient_size * gradient) / (tl.sqrt(root) * root_size + offset)
+            change = (moved + gradient_step_size * gradient) / (
+                tl.sqrt(root) * root_factor + root_offset
+            )
         else:
-            change = step_size * (mean / (tl.sqrt(root) * root_size + offset))
-    return keep * parameter - change, mean, square, largest
+            change = step_size * (exp_avg / (tl.sqrt(root) * root_factor + root_offset))
+    return keep * parameter - change, exp_avg, exp_avg_sq, max_exp_avg_sq
 
 
 @triton.jit
-def sizes_of(control_ptr):
-    """Sizes of the step (factor, step, gradient, root, offset): see `new_control`."""
-    factor = tl.load(control_ptr + _FACTOR).to(tl.float32)
-    step_size = tl.load(control_ptr + _STEP_SIZE).to(tl.float32)
-    gradient_size = tl.load(control_ptr + _GRADIENT_SIZE).to(tl.float32)
-    root_size = tl.load(control_ptr + _ROOT_SIZE).to(tl.float32)
-    offset = tl.load(control_ptr + _OFFSET).to(tl.float32)
-    return factor, step_size, gradient_size, root_size, offset
+def step_sizes_of(scalars_ptr):
+    """What a weight is moved by: (GRADIENT_FACTOR, STEP_SIZE, GRADIENT_STEP_SIZE, ROOT_FACTOR,
+    ROOT_OFFSET) of `Scalar`, in fp32."""
+    factor = tl.load(scalars_ptr + _GRADIENT_FACTOR).to(tl.float32)
+    step_size = tl.load(scalars_ptr + _STEP_SIZE).to(tl.float32)
+    gradient_step_size = tl.load(scalars_ptr + _GRADIENT_STEP_SIZE).to(tl.float32)
+    root_factor = tl.load(scalars_ptr + _ROOT_FACTOR).to(tl.float32)
+    root_offset = tl.load(scalars_ptr + _ROOT_OFFSET).to(tl.float32)
+    return factor, step_size, gradient_step_size, root_factor, root_offset
 
 
 @triton.jit
-def decays_of(row, control_ptr, added_decay, decoupled_decay):
+def decays_of(row, scalars_ptr, added_decay, decoupled_decay):
     """Decays of a tensor of the table: (what is added to its gradients, what is kept of it)."""
     decays = tl.load(row + _DECAYS)
-    learning_rate = tl.load(control_ptr + _LEARNING_RATE)
+    learning_rate = tl.load(scalars_ptr + _LEARNING_RATE)
     return added_decay * decays, (1 - learning_rate * decoupled_decay * decays).to(tl.float32)
 
 
 @triton.jit
-def state_of(row, start, copy_ptr):
-    """Pointers (parameters, means, squares, largests, copies) from an element of a tensor on; what
-    the rule has not is never to be read."""
+def state_of(row, start, low_precision_ptr):
+    """Pointers (parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision) from an element
+    of a tensor on; what the rule has not is never to be read."""
     FULL: tl.constexpr = tl.pointer_type(tl.float32)
     parameters = tensor_at(row + _PARAMETER, FULL) + start
-    means = tensor_at(row + _MEAN, FULL) + start
-    squares = tensor_at(row + _SQUARE, FULL) + start
-    largests = tensor_at(row + _LARGEST, FULL) + start
-    if copy_ptr is not None:
-        copies = tensor_at(row + _COPY, copy_ptr.dtype) + start
+    exp_avgs = tensor_at(row + _EXP_AVG, FULL) + start
+    exp_avg_sqs = tensor_at(row + _EXP_AVG_SQ, FULL) + start
+    max_exp_avg_sqs = tensor_at(row + _MAX_EXP_AVG_SQ, FULL) + start
+    if low_precision_ptr is not None:
+        low_precision = tensor_at(row + _LOW_PRECISION, low_precision_ptr.dtype) + start
     else:
-        copies = parameters
-    return parameters, means, squares, largests, copies
+        low_precision = parameters
+    return parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision
 
 
 @triton.jit
-def move_block(
+def update_block(
     gradient,  # fp32, of the scaled loss
-    parameters, means, squares, largests, copies, at, inside,
-    factor, step_size, gradient_size, root_size, offset, added_decay, keep,
+    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision, at, inside,
+    factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
     beta_1, rest_1, beta_2, rest_2, epsilon, bound,
-    RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr, IS_COPIED: tl.constexpr,
+    RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr,
+    HAS_LOW_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Move the elements at these places, of a block of any shape."""
-    HAS_MEAN: tl.constexpr = RULE != "rms-prop"
-    HAS_SQUARE: tl.constexpr = RULE != "lion" and RULE != "adamax"
-    HAS_LARGEST: tl.constexpr = RULE == "adamax" or AMSGRAD
+    HAS_EXP_AVG: tl.constexpr = RULE != "rms-prop"
+    HAS_EXP_AVG_SQ: tl.constexpr = RULE != "lion" and RULE != "adamax"
+    HAS_MAX_EXP_AVG_SQ: tl.constexpr = RULE == "adamax" or AMSGRAD
     gradient *= factor
     if IS_BOUNDED:
         gradient = tl.minimum(tl.maximum(gradient, -bound), bound)
     parameter = tl.load(parameters + at, mask=inside, other=0.0)
     gradient += added_decay * parameter
-    mean, square, largest = gradient, gradient, gradient  # where the rule has none: never stored
-    if HAS_MEAN:
-        mean = tl.load(means + at, mask=inside, other=0.0)
-    if HAS_SQUARE:
-        square = tl.load(squares + at, mask=inside, other=0.0)
-    if HAS_LARGEST:
-        largest = tl.load(largests + at, mask=inside, other=0.0)
-    parameter, mean, square, largest = _rule(
-        parameter, gradient, mean, square, largest,
-        step_size, gradient_size, root_size, offset, keep,
+    # Where the rule has not a moment, the gradient stands in: it is never stored.
+    exp_avg, exp_avg_sq, max_exp_avg_sq = gradient, gradient, gradient
+    if HAS_EXP_AVG:
+        exp_avg = tl.load(exp_avgs + at, mask=inside, other=0.0)
+    if HAS_EXP_AVG_SQ:
+        exp_avg_sq = tl.load(exp_avg_sqs + at, mask=inside, other=0.0)
+    if HAS_MAX_EXP_AVG_SQ:
+        max_exp_avg_sq = tl.load(max_exp_avg_sqs + at, mask=inside, other=0.0)
+    parameter, exp_avg, exp_avg_sq, max_exp_avg_sq = _rule(
+        parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq,
+        step_size, gradient_step_size, root_factor, root_offset, keep,
         beta_1, rest_1, beta_2, rest_2, epsilon, RULE, AMSGRAD,
     )  # fmt: skip
     tl.store(parameters + at, parameter, mask=inside)
-    if HAS_MEAN:
-        tl.store(means + at, mean, mask=inside)
-    if HAS_SQUARE:
-        tl.store(squares + at, square, mask=inside)
-    if HAS_LARGEST:
-        tl.store(largests + at, largest, mask=inside)
-    if IS_COPIED:
-        tl.store(copies + at, parameter.to(copies.dtype.element_ty), mask=inside)
+    if HAS_EXP_AVG:
+        tl.store(exp_avgs + at, exp_avg, mask=inside)
+    if HAS_EXP_AVG_SQ:
+        tl.store(exp_avg_sqs + at, exp_avg_sq, mask=inside)
+    if HAS_MAX_EXP_AVG_SQ:
+        tl.store(max_exp_avg_sqs + at, max_exp_avg_sq, mask=inside)
+    if HAS_LOW_PRECISION:
+        tl.store(low_precision + at, parameter.to(low_precision.dtype.element_ty), mask=inside)
 
 
 def numbers_of(rule: Rule) -> tuple[float, ...]:
@@ -157,33 +157,34 @@ def numbers_of(rule: Rule) -> tuple[float, ...]:
 
 def plain_update(
     lists: list[list[Tensor]],
-    copies: list[Tensor],
-    control: Tensor,
+    low_precision: list[Tensor],
+    scalars: Tensor,
     factors_t: Tensor | None,
     decays: Sequence[bool],
     rule: Rule,
     bound: float,
 ) -> None:
-    """Move lists of parameters, gradients, means, squares and largests as the kernels do.
+    """Move parameters by gradients, exp_avgs, exp_avg_sqs and max_exp_avg_sqs as the kernels do.
 
     Args:
         lists: Parameters and moments are written to; a kind that the rule lacks is empty.
-        copies: Written to as well; none where the network computes in fp32.
-        control: Control of the step.
+        low_precision: Written to as well; none where the network computes in fp32.
+        scalars: Scalars of the step.
         factors_t: Factor of each tensor where each is clipped by itself.
         decays: Whether the weight decay moves each.
         rule: How they are moved.
         bound: Bound of each number of a gradient; 0: none.
     """
-    now = control.tolist()
-    if not now[MOVES]:
+    values = scalars.tolist()
+    if not values[Scalar.IS_APPLIED]:
         return
+    factor = values[Scalar.GRADIENT_FACTOR]
     gradients = [each.float() for each in lists[1]]
     if factors_t is not None:
-        gradients = [*torch._foreach_mul(gradients, (factors_t * now[FACTOR]).tolist())]
-    elif now[FACTOR] != 1:
+        gradients = [*torch._foreach_mul(gradients, (factors_t * factor).tolist())]
+    elif factor != 1:
         # Not as the fused kernel's grad_scale, which would write the scaled gradients back.
-        gradients = [*torch._foreach_mul(gradients, now[FACTOR])]
+        gradients = [*torch._foreach_mul(gradients, factor)]
     if bound:
         gradients = [*torch._foreach_clamp_min(gradients, -bound)]
         torch._foreach_clamp_max_(gradients, bound)
@@ -192,73 +193,74 @@ def plain_update(
         chosen = [bool(decay and rule.weight_decay) == is_decayed for decay in decays]
         if any(chosen):
             own = [list(itertools.compress(tensors, chosen)) for tensors in lists]
-            _plain_rule(own, now, rule, rule.weight_decay if is_decayed else 0.0)
-    if copies:
-        torch._foreach_copy_(copies, lists[0])
+            _plain_rule(own, values, rule, rule.weight_decay if is_decayed else 0.0)
+    if low_precision:
+        torch._foreach_copy_(low_precision, lists[0])
 
 
 def _plain_rule(
-    lists: list[list[Tensor]], now: list[float], rule: Rule, weight_decay: float
+    lists: list[list[Tensor]], values: list[float], rule: Rule, weight_decay: float
 ) -> None:
-    parameters, gradients, means, squares, largests = lists
+    parameters, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = lists
     if rule.name in ("adam", "adamw"):
         # One core, 50 M weights: 27 ms, as torch._foreach_ operations 160 ms.
         fused = torch._fused_adamw_ if rule.is_decoupled else torch._fused_adam_
         fused(
             parameters,
             gradients,
-            means,
-            squares,
-            largests,
-            [torch.tensor(now[STEP], dtype=torch.float32)] * len(parameters),
-            lr=now[LEARNING_RATE],
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            [torch.tensor(values[Scalar.STEP], dtype=torch.float32)] * len(parameters),
+            lr=values[Scalar.LEARNING_RATE],
             beta1=rule.beta_1,
             beta2=rule.beta_2,
             weight_decay=weight_decay,
             eps=rule.epsilon,
-            amsgrad=rule.has_largest_square,
+            amsgrad=rule.has_max_exp_avg_sq,
             maximize=False,
         )
         return
     if weight_decay and rule.is_decoupled:
-        torch._foreach_mul_(parameters, 1 - now[LEARNING_RATE] * weight_decay)
+        torch._foreach_mul_(parameters, 1 - values[Scalar.LEARNING_RATE] * weight_decay)
     elif weight_decay:
         gradients = [*torch._foreach_add(gradients, parameters, alpha=weight_decay)]
     if rule.name == "lion":
-        changes = torch._foreach_lerp(means, gradients, 1 - rule.beta_1)
+        changes = torch._foreach_lerp(exp_avgs, gradients, 1 - rule.beta_1)
         torch._foreach_sign_(changes)
-        torch._foreach_lerp_(means, gradients, 1 - rule.beta_2)
+        torch._foreach_lerp_(exp_avgs, gradients, 1 - rule.beta_2)
     elif rule.name == "rms-prop":
-        _remember_squares(squares, gradients, rule.beta_2)
-        changes = torch._foreach_div(gradients, _divisors(squares, now))
+        _average_squares(exp_avg_sqs, gradients, rule.beta_2)
+        changes = torch._foreach_div(gradients, _divisors(exp_avg_sqs, values))
     else:
-        torch._foreach_lerp_(means, gradients, 1 - rule.beta_1)
+        torch._foreach_lerp_(exp_avgs, gradients, 1 - rule.beta_1)
         if rule.name == "adamax":
-            torch._foreach_mul_(largests, rule.beta_2)
+            torch._foreach_mul_(max_exp_avg_sqs, rule.beta_2)
             sizes = torch._foreach_abs(gradients)
             torch._foreach_add_(sizes, rule.epsilon)
-            torch._foreach_maximum_(largests, sizes)
-            changes = torch._foreach_div(means, largests)
+            torch._foreach_maximum_(max_exp_avg_sqs, sizes)
+            changes = torch._foreach_div(exp_avgs, max_exp_avg_sqs)
         elif rule.name == "adabelief":
-            _remember_squares(squares, [*torch._foreach_sub(gradients, means)], rule.beta_2)
-            torch._foreach_add_(squares, rule.epsilon)
-            changes = torch._foreach_div(means, _divisors(squares, now))
+            _average_squares(exp_avg_sqs, [*torch._foreach_sub(gradients, exp_avgs)], rule.beta_2)
+            torch._foreach_add_(exp_avg_sqs, rule.epsilon)
+            changes = torch._foreach_div(exp_avgs, _divisors(exp_avg_sqs, values))
         else:
-            _remember_squares(squares, gradients, rule.beta_2)
-            divisors = _divisors(squares, now)
-            torch._foreach_addcdiv_(parameters, gradients, divisors, -now[GRADIENT_SIZE])
-            changes = torch._foreach_div(means, divisors)
-    torch._foreach_add_(parameters, changes, alpha=-now[STEP_SIZE])
+            _average_squares(exp_avg_sqs, gradients, rule.beta_2)
+            divisors = _divisors(exp_avg_sqs, values)
+            gradient_step_size = values[Scalar.GRADIENT_STEP_SIZE]
+            torch._foreach_addcdiv_(parameters, gradients, divisors, -gradient_step_size)
+            changes = torch._foreach_div(exp_avgs, divisors)
+    torch._foreach_add_(parameters, changes, alpha=-values[Scalar.STEP_SIZE])
 
 
-def _remember_squares(squares: list[Tensor], gradients: list[Tensor], beta_2: float) -> None:
-    torch._foreach_mul_(squares, beta_2)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta_2)
+def _average_squares(exp_avg_sqs: list[Tensor], gradients: list[Tensor], beta_2: float) -> None:
+    torch._foreach_mul_(exp_avg_sqs, beta_2)
+    torch._foreach_addcmul_(exp_avg_sqs, gradients, gradients, 1 - beta_2)
 
 
-def _divisors(squares: list[Tensor], now: list[float]) -> list[Tensor]:
-    """What means are divided by; the rule's sizes are in the control."""
-    roots = [*torch._foreach_sqrt(squares)]
-    torch._foreach_mul_(roots, now[ROOT_SIZE])
-    torch._foreach_add_(roots, now[OFFSET])
+def _divisors(exp_avg_sqs: list[Tensor], values: list[float]) -> list[Tensor]:
+    """What exp_avgs are divided by; the scalars hold the rule's share."""
+    roots = [*torch._foreach_sqrt(exp_avg_sqs)]
+    torch._foreach_mul_(roots, values[Scalar.ROOT_FACTOR])
+    torch._foreach_add_(roots, values[Scalar.ROOT_OFFSET])
     return roots

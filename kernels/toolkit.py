@@ -89,8 +89,8 @@ def _card(cuda: ctypes.CDLL, number: int) -> Card:
 
 def cards() -> tuple[Card, ...]:
     """The GPUs that the driver shows."""
-    found = driver()
-    return found.cards if found else ()
+    own_driver = driver()
+    return own_driver.cards if own_driver else ()
 
 
 def has_gpu() -> bool:
@@ -152,16 +152,16 @@ def choose() -> Build:
     if mode == "AUTO" and here > supported == set():
         return Build("OFF", f"mien needs a GPU of sm_{OLDEST} or newer, here is sm_{max(here)}")
     named = _named()
-    wanted = sorted(supported if named is None else named)
+    generations = sorted(supported if named is None else named)
     # The packages are there only where no nvcc fitted, or where they were asked for.
     packaged = _packaged_compilers()
     own = [] if mode == "PYPI" else _own_compilers()
-    fitting = (nvcc for nvcc in (*packaged, *own) if _fits(nvcc, wanted))
+    fitting = (nvcc for nvcc in (*packaged, *own) if _fits(nvcc, generations))
     compiler = next(fitting, next(iter(packaged), None))
     # With a GPU an nvcc that does not work is an error, not a reason to do without.
     is_needed = mode != "AUTO" or bool(here and compiler)
     cuda = "ON" if is_needed else mode
-    return Build(cuda, "there is no nvcc that fits", compiler, tuple(wanted))
+    return Build(cuda, "there is no nvcc that fits", compiler, tuple(generations))
 
 
 def _mode() -> str:
@@ -187,8 +187,8 @@ def _own_compilers() -> list[Path]:
     """Every nvcc that the user has installed, the one that is named first."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), _SYSTEM]
     named = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    found = [*filter(None, named), *(f"{home}/bin/nvcc" for home in homes if home)]
-    return [Path(path) for path in found if Path(path).exists()]
+    candidates = [*filter(None, named), *(f"{home}/bin/nvcc" for home in homes if home)]
+    return [Path(path) for path in candidates if Path(path).exists()]
 
 
 def _packaged_compilers() -> list[Path]:
@@ -196,14 +196,14 @@ def _packaged_compilers() -> list[Path]:
     return sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvcc"))
 
 
-def _fits(nvcc: Path, wanted: list[int]) -> bool:
+def _fits(nvcc: Path, generations: list[int]) -> bool:
     """Whether it knows these generations, and the driver that is here runs what it makes."""
-    found = driver()
+    own_driver = driver()
     release = _release(nvcc)
-    if found and release and int(release.partition(".")[0]) > found.cuda[0]:
+    if own_driver and release and int(release.partition(".")[0]) > own_driver.cuda[0]:
         return False
     known = re.findall(r"compute_(\d+)$", _said_by(nvcc, "--list-gpu-arch"), re.M)
-    return bool(known) and set(map(str, wanted)) <= set(known)
+    return bool(known) and set(map(str, generations)) <= set(known)
 
 
 def _said_by(program: Path, word: str) -> str:
@@ -217,16 +217,16 @@ def _said_by(program: Path, word: str) -> str:
 
 def _release(nvcc: Path) -> str:
     """The CUDA that an nvcc is of, such as 13.0; empty where it does not run."""
-    found = re.search(r"release (\d+\.\d+)", _said_by(nvcc, "--version"))
-    return found[1] if found else ""
+    release = re.search(r"release (\d+\.\d+)", _said_by(nvcc, "--version"))
+    return release[1] if release else ""
 
 
 def _cuda_of_torch() -> str:
     """The CUDA that the installed torch is built for, such as 13.0; torch is not imported."""
-    found = importlib.util.find_spec("torch")
-    if found is None or found.origin is None:
+    torch_spec = importlib.util.find_spec("torch")
+    if torch_spec is None or torch_spec.origin is None:
         return DEFAULT_CUDA
-    version = Path(found.origin).with_name("version.py").read_text()
+    version = Path(torch_spec.origin).with_name("version.py").read_text()
     cuda = re.search(r"^cuda\b.*= *'(\d+\.\d+)", version, re.M)
     return cuda[1] if cuda else DEFAULT_CUDA
 
@@ -245,8 +245,8 @@ def fetch_compiler() -> None:
         names = tomllib.load(file)["dependency-groups"]["nvcc"]
     _tell(f"fetches nvcc of CUDA {cuda} from PyPI, as none here fits (0.1 GB, once)")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    wanted = [f"{name}=={cuda}.*" for name in names]
-    if subprocess.run([*install, *wanted], check=False).returncode:
+    packages = [f"{name}=={cuda}.*" for name in names]
+    if subprocess.run([*install, *packages], check=False).returncode:
         raise ValueError(f"nvcc could not be fetched from PyPI; {otherwise}")
 
 

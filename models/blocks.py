@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..kernels.bias_act import bias_act, bias_act_depth_to_space
 from ..kernels.conv3x3 import conv3x3, pays
 from ..kernels.dense import dense
 from ..kernels.enlarge import enlarge
-from ..kernels.upscale import activate, to_image, upscale
+from ..kernels.to_image import to_image
 from .alignment import Runs, axis, pad_parameter, runs_of
 from .graph import Network, Value, describe
 from .initializers import Draw, depthwise_he_uniform, glorot_uniform, he_uniform, small_uniform
@@ -46,7 +47,7 @@ def uninitialized(kind: type[nn.Module], *sizes: int, **settings: Any) -> Any:
 
 def _framed(x_bchw: Tensor, border: Border, *, reflect: bool = False) -> Tensor:
     # F.pad takes two passes for zeros, and adds up gradients of reflections in no fixed order.
-    return activate(x_bchw, None, slope=1, border=border, reflect=reflect)
+    return bias_act(x_bchw, None, negative_slope=1, border=border, reflect=reflect)
 
 
 class SameConv(nn.Module):
@@ -172,8 +173,8 @@ class ConvBlock(nn.Module):
         or, with ``reflect``, of its own reflection."""
         product, bias = self.conv(x_bchw, framed=framed), self.conv.bias
         if self.norm is not None:
-            product, bias = self.norm(activate(product, bias, slope=1)), None
-        return activate(product, bias, slope=self.slope, border=border, reflect=reflect)
+            product, bias = self.norm(bias_act(product, bias, negative_slope=1)), None
+        return bias_act(product, bias, negative_slope=self.slope, border=border, reflect=reflect)
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the layers of this block to a graph; their output."""
@@ -242,13 +243,18 @@ class Upscale(nn.Module):
         self.conv.conv.icnr_groups = factor**2
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return upscale(self.conv(x_bchw), self.conv.bias, slope=self.slope, factor=self.factor)
+        return bias_act_depth_to_space(
+            self.conv(x_bchw), self.conv.bias, negative_slope=self.slope, factor=self.factor
+        )
 
     def branches(self, x_bchw: Tensor, *slopes: float) -> tuple[Tensor, ...]:
         """The output with each of several slopes, of one convolution."""
         product = self.conv(x_bchw)
         return tuple(
-            upscale(product, self.conv.bias, slope=slope, factor=self.factor) for slope in slopes
+            bias_act_depth_to_space(
+                product, self.conv.bias, negative_slope=slope, factor=self.factor
+            )
+            for slope in slopes
         )
 
     def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
@@ -297,7 +303,7 @@ class HybridUpscale(nn.Module):
         # The bias is added behind: enlarged, it is what it was.
         enlarged = enlarge(self.enlarged(x_bchw), self.factor)
         return tuple(
-            torch.cat((first, activate(enlarged, self.enlarged.bias, slope=slope)), dim=1)
+            torch.cat((first, bias_act(enlarged, self.enlarged.bias, negative_slope=slope)), dim=1)
             for first, (_, slope) in zip(shuffled, slopes, strict=True)
         )
 
@@ -325,7 +331,9 @@ class FastUpscale(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         enlarged, shuffled = enlarge(self.enlarged(x_bchw)), self.shuffled(x_bchw)
-        return activate(enlarged, self.enlarged.bias, slope=self.after, residual_bchw=shuffled)
+        return bias_act(
+            enlarged, self.enlarged.bias, negative_slope=self.after, residual_bchw=shuffled
+        )
 
     def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
         """Add the layers of this block to a graph; their output. ``after``: see `Upscale`."""
@@ -356,9 +364,9 @@ class Residual(nn.Module):
         self.first, self.second = first, second
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        y_bchw = activate(self.first(x_bchw), self.first.bias, slope=0.2)
+        y_bchw = bias_act(self.first(x_bchw), self.first.bias, negative_slope=0.2)
         y_bchw = self.second(y_bchw)
-        return activate(y_bchw, self.second.bias, slope=0.2, residual_bchw=x_bchw)
+        return bias_act(y_bchw, self.second.bias, negative_slope=0.2, residual_bchw=x_bchw)
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the layers of this block to a graph; their output."""
@@ -388,7 +396,9 @@ class SeparableConv(nn.Module):
         left, right = _same_padding(x_bchw.shape[3], 5, 2)
         top, bottom = _same_padding(x_bchw.shape[2], 5, 2)
         framed = _framed(x_bchw, (left, right, top, bottom))
-        return activate(self.pointwise(self.depthwise(framed)), self.pointwise.bias, slope=0)
+        return bias_act(
+            self.pointwise(self.depthwise(framed)), self.pointwise.bias, negative_slope=0
+        )
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the layers of this block to a graph; their output."""

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.bias_act import bias_act
 from ..kernels.enlarge import enlarge
-from ..kernels.upscale import activate
 from .alignment import Runs
 from .autoencoder import Autoencoder, Build, Codes, Outputs, Side
 from .batch_norm import BatchNorm
@@ -43,7 +43,7 @@ class _Densescale(nn.Module):
         self.channels = (outputs, *inputs)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        pooled = activate(F.avg_pool2d(x_bchw, 2), None, slope=0.1)
+        pooled = bias_act(F.avg_pool2d(x_bchw, 2), None, negative_slope=0.1)
         return torch.cat((self.conv(x_bchw), pooled), dim=1)
 
     def describe(self, network: Network, x: Value) -> Value:

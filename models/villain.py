@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..kernels.upscale import activate, upscale
+from ..kernels.bias_act import bias_act, bias_act_depth_to_space
 from .autoencoder import Autoencoder, Build
 from .blocks import (
     ConvBlock,
@@ -43,8 +43,8 @@ class _ResidualTrunk(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         product = self.conv(x_bchw)
-        past = activate(product, self.conv.bias, slope=0.1)
-        return self.residuals(activate(product, self.conv.bias, slope=0.2)) + past
+        past = bias_act(product, self.conv.bias, negative_slope=0.1)
+        return self.residuals(bias_act(product, self.conv.bias, negative_slope=0.2)) + past
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the layers of this block to a graph; their output."""
@@ -61,7 +61,7 @@ class _ShuffledConv(nn.Module):
         self.conv = SameConv(inputs, outputs, 5, 2, reflect=reflect, shuffled=4, draw=normal_002)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return upscale(self.conv(x_bchw), self.conv.bias, slope=0.1)
+        return bias_act_depth_to_space(self.conv(x_bchw), self.conv.bias, negative_slope=0.1)
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the layers of this block to a graph; their output."""

@@ -118,7 +118,7 @@ def test_a_checkpoint_moves_between_aligned_and_plain_models():
     again.load(other.tensors())
     for name, tensor in again.tensors().items():
         assert torch.equal(tensor, trained.tensors()[name]), name
-    for master, theirs in zip(again.masters, trained.masters, strict=True):
+    for master, theirs in zip(again.master_weights, trained.master_weights, strict=True):
         assert torch.equal(master, theirs)
 
 

@@ -63,7 +63,7 @@ def test_a_form_of_every_kind_keeps_its_bounds(number):
 
 def test_what_breaks_a_bound_is_told():
     tile = Form.read(
-        '["upscale._forward_kernel", 1, 3, "*bf16/16", "*bf16/16", null, "*bf16/16", "i32/16", '
+        '["bias_act._forward_kernel", 1, 3, "*bf16/16", "*bf16/16", null, "*bf16/16", "i32/16", '
         '"i32/16", "i32/16", "i32/16", "i32/16", "i32", "i32", 0.1, false, false, 1, 2048, 8, 2048]'
     )
     done = run("compile_forms.py", 90, forms=[tile])

@@ -21,18 +21,8 @@ import triton
 
 import mien
 from mien.kernels import reference
-from mien.kernels.augment import (
-    FACE_PARAMS,
-    Augmented,
-    Landmarks,
-    Ranges,
-    augment,
-    draw,
-    empty,
-    launches,
-    params_from_records,
-    records_of,
-)
+from mien.kernels.augment import Augmented, Landmarks, augment, empty, launches
+from mien.kernels.draw import FACE_PARAMS, Ranges, draw, params_from_records, records_of
 
 CSRC = Path(mien.__file__).parent / "kernels/csrc"
 each_processor = pytest.mark.usefixtures("processor")

@@ -5,7 +5,6 @@ hide: memory that is read before it is written or outside of what the call was g
 that touch the same memory with no barrier between. Planted faults prove that they see it.
 """
 
-import importlib
 import mmap
 import re
 
@@ -17,19 +16,10 @@ from emulator import DECLARATIONS, ORDERS, Emulator, build, build_sample
 from planted_faults import ANOTHER_RESULT, AUGMENT, FACE_LOSS, FILTERED_LOSS
 
 from mien.core.losses import MADE_FOR_A_SIZE
-from mien.kernels import face_loss
-from mien.kernels.augment import (
-    Augmented,
-    Landmarks,
-    Ranges,
-    augment,
-    draw,
-    launches,
-    params_from_records,
-    records_of,
-    workspace_bytes,
-)
-from mien.kernels.face_loss import LAUNCHES, LOSSES
+from mien.kernels import filtered_loss
+from mien.kernels.augment import Augmented, Landmarks, augment, launches, workspace_bytes
+from mien.kernels.draw import Ranges, draw, params_from_records, records_of
+from mien.kernels.face_loss import LAUNCHES, LOSSES, face_loss
 from mien.kernels.filtered_loss import LAUNCHES as FILTERED_LAUNCHES
 from mien.kernels.native import NativeError
 
@@ -402,17 +392,16 @@ def test_offsets_of_face_loss_have_64_bits(emulator, monkeypatch):
 
 def test_offsets_of_filtered_loss_have_64_bits(emulator, monkeypatch):
     """720,896 faces of 3 x 32 x 32: more than 2^31 numbers. The last team alone is run."""
-    module = importlib.import_module("mien.kernels.filtered_loss")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    monkeypatch.setattr(module, "_BLOCKS", 2**16)
+    monkeypatch.setattr(filtered_loss, "_BLOCKS", 2**16)
     faces, face = 11 * 2**16, (3, 32, 32)
     pred, target = (_sparse(faces, *face, dtype=np.float32) for _ in range(2))
     weight = _sparse(faces, 1, 32, 32, dtype=np.float32)
     pred[-1], target[-1], weight[-1] = torch.rand(face), torch.rand(face), torch.rand(1, 32, 32)
     loss = MADE_FOR_A_SIZE["gmsd"](32).float()
     shapes = [number for shape in loss.shapes for number in shape]
-    filters = loss.firsts, loss.taps, module.LOSSES.index("gmsd"), shapes
+    filters = loss.firsts, loss.taps, filtered_loss.LOSSES.index("gmsd"), shapes
     with emulator.running(), emulator.last_blocks(1):
-        values, gradient = module._op(pred, target, weight, *filters)
-    wanted = module._op(*(each[-1:].clone() for each in (pred, target, weight)), *filters)
+        values, gradient = filtered_loss._op(pred, target, weight, *filters)
+    wanted = filtered_loss._op(*(each[-1:].clone() for each in (pred, target, weight)), *filters)
     _assert_same([values[-1, -1], gradient[-1, -1]], [each[-1, -1] for each in wanted])

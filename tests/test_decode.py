@@ -309,7 +309,7 @@ def test_a_file_far_longer_than_its_picture_is_left_to_opencv(own_faces):
 @pytest.mark.parametrize("num_threads", [1, 8])
 def test_pictures_being_decoded_take_no_more_than_a_bound(faces, monkeypatch, num_threads):
     """Whatever the number of threads; one that takes more by itself is decoded alone."""
-    largest = max(decode.decoding_bytes(face.path, face.edge_px) for face in faces)
+    largest = max(face.decoding_bytes for face in faces)
     bound = largest - 1
     monkeypatch.setattr(picture, "_budget", picture._Budget(bound))
     taken, peak, lock = [], [], threading.Lock()

@@ -1,7 +1,6 @@
 """Dense weights moved by the factors of their gradients: values, norms, refusals, both ways."""
 
 import dataclasses
-import importlib
 import math
 
 import pytest
@@ -10,22 +9,17 @@ import torch.nn.functional as F
 import triton
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _convert_float
 
-from mien.kernels import control as control_module
-from mien.kernels import dense, dense_norm, dense_update, optimize, reference
-from mien.kernels.control import (
-    FACTOR,
-    MOVES,
-    NORM,
-    SCALE,
-    SKIPPED,
-    STEP,
-    new_control,
-    new_history,
-)
+from mien.kernels import dense_norm, dense_update, gradient_norm, reference, scalars_update
+from mien.kernels import optimize as optimize_module
+from mien.kernels.dense import dense
 from mien.kernels.dense_norm import dense_norm_op
 from mien.kernels.dense_update import dense_update_op
-from mien.kernels.rules import RULES, Clipping, Rule
-from mien.kernels.tables import Tables, finish_capture
+from mien.kernels.gradient_norm import factors_op
+from mien.kernels.norm_history import new_history
+from mien.kernels.optimize import optimize
+from mien.kernels.optimizer_rules import RULES, Clipping, Rule
+from mien.kernels.optimizer_scalars import Scalar, new_scalars
+from mien.kernels.tensor_table import TensorTable, finish_capture
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 EVERY_RULE = [Rule(name=name) for name in RULES] + [Rule(name="adam", amsgrad=True)]
@@ -90,7 +84,7 @@ class Model:
         }
         self.copies = [each.to(copies) for each in self.parameters] if copies else []
         self.history_c = new_history(device, 10) if clipping.kind == "autoclip" else None
-        self.tables = Tables(
+        self.tables = TensorTable(
             self.parameters, self.moments, self.copies, low_rank=LOW_RANK, **options
         )
 
@@ -109,9 +103,9 @@ class Model:
             for shape, low in zip(SHAPES, LOW_RANK, strict=True)
         ]
 
-    def step(self, gradients, control, **settings):
+    def step(self, gradients, scalars, **settings):
         optimize(
-            gradients, self.tables, control, self.rule,
+            gradients, self.tables, scalars, self.rule,
             clipping=self.clipping, history_c=self.history_c, **settings,
         )  # fmt: skip
 
@@ -121,10 +115,10 @@ class Model:
         return [*self.parameters, *moments, *self.copies, *history]
 
 
-def stand_in(input_ni, slope_no):
+def stand_in(input_ni, grad_output_no):
     """The gradient that autograd is given of a weight with these factors."""
-    weight_oi = input_ni.new_zeros(slope_no.shape[1], input_ni.shape[1]).requires_grad_()
-    (gradient,) = torch.autograd.grad(dense(input_ni, weight_oi, None), weight_oi, slope_no)
+    weight_oi = input_ni.new_zeros(grad_output_no.shape[1], input_ni.shape[1]).requires_grad_()
+    (gradient,) = torch.autograd.grad(dense(input_ni, weight_oi, None), weight_oi, grad_output_no)
     return gradient
 
 
@@ -136,7 +130,7 @@ def in_memory(gradients):
         if factors is None:
             formed.append(gradient.double().cpu())
         else:
-            pair = (factors.input_ni, factors.slope_no)
+            pair = (factors.input_ni, factors.grad_output_no)
             formed.append(reference.dense_gradient(*(each.double().cpu() for each in pair)))
     return formed
 
@@ -145,20 +139,20 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def assert_equals_reference(model, control, dtype, *, steps, rate):
+def assert_equals_reference(model, scalars, dtype, *, steps, rate):
     """Compare every step with one in float64 with gradients that were formed."""
     parameters = [each.double().cpu() for each in model.parameters]
     moments = {k: [each.double().cpu() for each in v] for k, v in model.moments.items()}
     norms = []
     for step in range(1, steps + 1):
         given = model.gradients(dtype, size=1e-2 * (1 + step % 3))
-        model.step(given, control)
+        model.step(given, scalars)
         formed = in_memory(given)
         parameters, moments = reference.optimize(
             parameters, formed, moments, rule=model.rule, learning_rate=rate, step=step,
             clipping=model.clipping, norms=norms, decays=model.tables.decays,
         )  # fmt: skip
-        norms.append(float(control[NORM]))
+        norms.append(float(scalars[Scalar.GRADIENT_NORM]))
         norm = math.sqrt(sum(float(each.square().sum()) for each in formed))
         assert norms[-1] == pytest.approx(norm, rel=3e-7)
         for ours, want in zip(model.parameters, parameters, strict=True):
@@ -175,11 +169,11 @@ def assert_equals_reference(model, control, dtype, *, steps, rate):
 def test_the_layer_is_linear_but_for_its_weights_gradient(dtype):
     torch.manual_seed(1)
     tensors = [torch.randn(shape, dtype=dtype) for shape in ((5, 48), (16, 48), (16,))]
-    slope_no, found = torch.randn(5, 16, dtype=dtype), []
+    grad_output_no, found = torch.randn(5, 16, dtype=dtype), []
     for layer in (F.linear, dense):
         inputs = [each.clone().requires_grad_() for each in tensors]
         output = layer(*inputs)
-        found.append((output, *torch.autograd.grad(output, inputs, slope_no)))
+        found.append((output, *torch.autograd.grad(output, inputs, grad_output_no)))
     (output, of_input, of_weight, of_bias), ours = found
     assert torch.equal(ours[0], output)
     assert torch.equal(ours[1], of_input)
@@ -218,9 +212,9 @@ def test_steps_equal_the_reference(where, rule, dtype, weight_decay):
     model = Model(where, rule=rule, decays=[i % 3 == 0 for i in range(len(SHAPES))])
     # The first steps of rms-prop are ten times the rate.
     rate = 0.01 if rule.name == "rms-prop" else 0.1
-    control = new_control(where, learning_rate=rate)
-    assert_equals_reference(model, control, dtype, steps=2, rate=rate)
-    assert control[STEP] == 2
+    scalars = new_scalars(where, learning_rate=rate)
+    assert_equals_reference(model, scalars, dtype, steps=2, rate=rate)
+    assert scalars[Scalar.STEP] == 2
 
 
 @pytest.mark.parametrize("clipping", EVERY_CLIPPING, ids=lambda clipping: clipping.kind)
@@ -228,73 +222,79 @@ def test_clipped_steps_equal_the_reference(where, clipping):
     """Clip by the gradient itself, so that clipping is not divided out."""
     rule = Rule(name="adabelief", beta_2=0.5, epsilon=1e-4)
     model = Model(where, rule=rule, clipping=clipping)
-    control = new_control(where, learning_rate=0.1)
-    assert_equals_reference(model, control, FP32, steps=4, rate=0.1)
+    scalars = new_scalars(where, learning_rate=0.1)
+    assert_equals_reference(model, scalars, FP32, steps=4, rate=0.1)
 
 
 @pytest.mark.parametrize("faces", [1, 16, 65])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_the_norm_of_any_number_of_faces(where, faces, dtype):
     model = Model(where, rule=Rule(name="lion"))
-    control = new_control(where, learning_rate=0.0, scale=4.0)
+    scalars = new_scalars(where, learning_rate=0.0, scale=4.0)
     given = model.gradients(dtype, faces)
-    model.step(given, control)
+    model.step(given, scalars)
     norm = math.sqrt(sum(float(each.square().sum()) for each in in_memory(given))) / 4
-    assert float(control[NORM]) == pytest.approx(norm, rel=3e-7)
+    assert float(scalars[Scalar.GRADIENT_NORM]) == pytest.approx(norm, rel=3e-7)
 
 
 def test_faces_whose_gradients_cancel_leave_no_norm(where):
     """Rounding may leave the sum of squares below zero: no root is taken of that."""
     model = Model(where, rule=Rule(name="lion"), clipping=Clipping("norm", 0.1))
-    control = new_control(where, learning_rate=0.1)
+    scalars = new_scalars(where, learning_rate=0.1)
     given = [torch.zeros_like(each) for each in model.parameters]
     for number, shape in enumerate(SHAPES):
         if LOW_RANK[number]:
-            input_ni, slope_no = model.random((20, shape[1])), model.random((20, shape[0]))
-            given[number] = stand_in(input_ni.repeat(2, 1), torch.cat((slope_no, -slope_no)))
-    model.step(given, control)
-    assert control[MOVES] == 1
-    assert float(control[NORM]) < 0.1  # of some 240 for a half of the faces
+            input_ni, grad_output_no = model.random((20, shape[1])), model.random((20, shape[0]))
+            given[number] = stand_in(
+                input_ni.repeat(2, 1), torch.cat((grad_output_no, -grad_output_no))
+            )
+    model.step(given, scalars)
+    assert scalars[Scalar.IS_APPLIED] == 1
+    assert float(scalars[Scalar.GRADIENT_NORM]) < 0.1  # of some 240 for a half of the faces
     # Any sums of squares that are below zero.
     model.tables.partials_n.fill_(-1e-3)
-    control_module.factors_op(
-        model.tables.partials_n, control, model.tables.factors_t, model.tables.tensors_tc, 0.1
+    factors_op(
+        model.tables.partials_n, scalars, model.tables.factors_t, model.tables.tensors_tc, 0.1
     )
     assert model.tables.factors_t.tolist() == [1.0] * len(SHAPES)
 
 
 @pytest.mark.parametrize("poison", [math.nan, -math.inf])
-@pytest.mark.parametrize("factor", ["input_ni", "slope_no"])
+@pytest.mark.parametrize("factor", ["input_ni", "grad_output_no"])
 @pytest.mark.parametrize("is_alone", [False, True])
 def test_a_factor_that_is_not_finite_changes_nothing(where, poison, factor, is_alone):
     """Also where the face's other factor is zero."""
     model = Model(where, rule=Rule(name="adam"), copies=BF16)
-    control = new_control(where, learning_rate=1e-2)
-    model.step(model.gradients(), control)
+    scalars = new_scalars(where, learning_rate=1e-2)
+    model.step(model.gradients(), scalars)
     before = [each.clone() for each in model.tensors()]
     bad = model.gradients()
     factors = bad[2].low_rank
     if is_alone:
-        for each in (factors.input_ni, factors.slope_no):
+        for each in (factors.input_ni, factors.grad_output_no):
             each[-1] = 0
     getattr(factors, factor)[-1, -1] = poison
-    model.step(bad, control)
+    model.step(bad, scalars)
     assert equal(model.tensors(), before)
-    assert not math.isfinite(control[NORM])
-    assert (control[SKIPPED], control[FACTOR], control[MOVES]) == (1, 0, 0)
-    model.step(model.gradients(), control)
-    assert control[STEP] == 2
+    assert not math.isfinite(scalars[Scalar.GRADIENT_NORM])
+    assert (
+        scalars[Scalar.SKIPPED_STEPS],
+        scalars[Scalar.GRADIENT_FACTOR],
+        scalars[Scalar.IS_APPLIED],
+    ) == (1, 0, 0)
+    model.step(model.gradients(), scalars)
+    assert scalars[Scalar.STEP] == 2
     assert not equal(model.parameters, before[: len(SHAPES)]), "training did not go on"
 
 
 def test_a_gradient_too_large_for_fp16_is_none_here(where):
     """300 * 300 * 37 has no fp16 number; its factors have, and the sum is in fp32."""
     model = Model(where, rule=Rule(name="lion", beta_2=0.0))
-    control = new_control(where, learning_rate=1e-2, scale=1024.0)
+    scalars = new_scalars(where, learning_rate=1e-2, scale=1024.0)
     given = model.gradients(FP16)
     given[0] = stand_in(*(300 * torch.ones(FACES, n, device=where).half() for n in (48, 80)))
-    model.step(given, control, dynamic_scale=True)
-    assert (control[MOVES], control[SCALE]) == (1, 1024)
+    model.step(given, scalars, dynamic_scale=True)
+    assert (scalars[Scalar.IS_APPLIED], scalars[Scalar.LOSS_SCALE]) == (1, 1024)
     want = torch.full((80, 48), 300 * 300 * FACES / 1024, device=where)
     torch.testing.assert_close(model.moments["mean"][0], want, rtol=1e-6, atol=0)
 
@@ -302,9 +302,9 @@ def test_a_gradient_too_large_for_fp16_is_none_here(where):
 @pytest.mark.parametrize("copies", [BF16, FP16])
 def test_copies_are_the_parameters_rounded(where, copies):
     model = Model(where, rule=Rule(name="adamw", weight_decay=0.1), copies=copies)
-    control = new_control(where, learning_rate=1e-2)
+    scalars = new_scalars(where, learning_rate=1e-2)
     for _ in range(2):
-        model.step(model.gradients(copies), control)
+        model.step(model.gradients(copies), scalars)
     for copy, parameter in zip(model.copies, model.parameters, strict=True):
         # Triton's interpreter truncates to bf16: within one unit in the last place.
         loose = copies == BF16 and where == "cpu"
@@ -316,21 +316,20 @@ def test_copies_are_the_parameters_rounded(where, copies):
 @pytest.mark.parametrize("rule", [Rule(name="adam"), Rule(name="rms-prop")], ids=_name)
 def test_both_ways_agree(triton_device, rule):
     """Kernels and plain PyTorch: a run may begin on one machine and go on on another."""
-    modules = [importlib.import_module("mien.kernels.optimize"), control_module]
-    modules += [dense_norm, dense_update]
+    modules = [optimize_module, gradient_norm, scalars_update, dense_norm, dense_update]
     ends = []
     for is_plain in (False, True):
         rule = dataclasses.replace(rule, weight_decay=0.01, epsilon=1e-4)
         where = "cpu" if is_plain else triton_device
         model = Model(where, rule=rule, clipping=Clipping("global_norm", 0.1))
-        control = new_control(where, learning_rate=1e-2)
+        scalars = new_scalars(where, learning_rate=1e-2)
         with pytest.MonkeyPatch.context() as patch:
             if is_plain:
                 for module in modules:
                     patch.setattr(module, "uses_triton", lambda tensor: False)
             for _ in range(2):
-                model.step(model.gradients(), control)
-        ends.append([each.cpu() for each in (*model.tensors(), control)])
+                model.step(model.gradients(), scalars)
+        ends.append([each.cpu() for each in (*model.tensors(), scalars)])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=4e-6)
 
@@ -340,10 +339,10 @@ def test_the_same_bits_twice(where):
         model = Model(
             where, rule=Rule(name="nadam"), copies=BF16, clipping=Clipping("autoclip", 40)
         )
-        control = new_control(where, learning_rate=1e-2)
+        scalars = new_scalars(where, learning_rate=1e-2)
         for _ in range(2):
-            model.step(model.gradients(BF16), control)
-        return [*model.tensors(), control]
+            model.step(model.gradients(BF16), scalars)
+        return [*model.tensors(), scalars]
 
     assert equal(run(), run())
 
@@ -359,7 +358,7 @@ def test_a_misaligned_factor_is_copied(where):
             given[0].low_rank = dataclasses.replace(
                 factors, input_ni=moved.view(factors.input_ni.shape)
             )
-        model.step(given, new_control(where, learning_rate=1e-2))
+        model.step(given, new_scalars(where, learning_rate=1e-2))
         ends.append(model.tensors())
     assert equal(*ends)
 
@@ -368,22 +367,22 @@ def test_nothing_but_gradients_of_low_rank(where):
     """As a part of an overlapped update may be."""
     weight_oi = torch.randn(32, 16, device=where)
     moments = {kind: [torch.zeros_like(weight_oi)] for kind in ("mean", "square")}
-    tables, control = (
-        Tables([weight_oi], moments, low_rank=[True]),
-        new_control(where, learning_rate=0.1),
+    tables, scalars = (
+        TensorTable([weight_oi], moments, low_rank=[True]),
+        new_scalars(where, learning_rate=0.1),
     )
     before = weight_oi.clone()
     given = stand_in(torch.ones(3, 16, device=where), torch.ones(3, 32, device=where))
-    optimize([given], tables, control, Rule(name="adam"))
+    optimize([given], tables, scalars, Rule(name="adam"))
     torch.testing.assert_close(weight_oi, before - 0.1)
-    assert float(control[NORM]) == pytest.approx(3 * math.sqrt(512))
+    assert float(scalars[Scalar.GRADIENT_NORM]) == pytest.approx(3 * math.sqrt(512))
 
 
 def test_the_operations_of_a_step(where):
     """Three launches more than those of a step without such gradients."""
     model = Model(where, rule=Rule(name="adam"), copies=BF16)
-    control, given = new_control(where, learning_rate=1e-2), model.gradients(BF16)
-    model.step(given, control)
+    scalars, given = new_scalars(where, learning_rate=1e-2), model.gradients(BF16)
+    model.step(given, scalars)
     names = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -392,12 +391,12 @@ def test_the_operations_of_a_step(where):
             return function(*args, **(kwargs or {}))
 
     with Record():
-        model.step(given, control)
+        model.step(given, scalars)
     # Looking up rows of addresses are views, which launch nothing.
     assert [name for name in names if name != "aten::select::int"] == [
         "mien::optimize_norm",
         "mien::dense_norm",
-        "mien::optimize_control",
+        "mien::optimize_scalars",
         "mien::optimize_update",
         "mien::dense_update",
     ]
@@ -414,39 +413,39 @@ def test_a_captured_step_equals_an_eager_one(device, rule):
     ends = []
     for captured in (False, True):
         model = Model(device, rule=rule, copies=BF16, clipping=Clipping("norm", 0.1))
-        control = new_control(device, learning_rate=1e-2)
+        scalars = new_scalars(device, learning_rate=1e-2)
         given = [model.gradients(BF16) for _ in range(2)]
-        model.step(given[0], control)  # compiles
+        model.step(given[0], scalars)  # compiles
         graphs = []
         for each in given if captured else []:
             graphs.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(graphs[-1]):
-                model.step(each, control)
+                model.step(each, scalars)
         finish_capture()
         for step in range(20):
             for old, new in zip(given[step % 2], model.gradients(BF16), strict=True):
                 if hasattr(old, "low_rank"):
                     old.low_rank.input_ni.copy_(new.low_rank.input_ni)
-                    old.low_rank.slope_no.copy_(new.low_rank.slope_no)
+                    old.low_rank.grad_output_no.copy_(new.low_rank.grad_output_no)
                 else:
                     old.copy_(new)
             if captured:
                 graphs[step % 2].replay()
             else:
-                model.step(given[step % 2], control)
-        ends.append([*model.tensors(), control])
+                model.step(given[step % 2], scalars)
+        ends.append([*model.tensors(), scalars])
     assert equal(*ends)
 
 
 def test_refusals(device):
     model = Model(device, rule=Rule(name="adam"))
-    control, given = new_control(device, learning_rate=1e-2), model.gradients()
+    scalars, given = new_scalars(device, learning_rate=1e-2), model.gradients()
 
     def refused(number, gradient, message):
         changed = [*given]
         changed[number] = gradient
         with pytest.raises(ValueError, match=message):
-            model.step(changed, control)
+            model.step(changed, scalars)
 
     def factors(**changes):
         gradient = model.gradients()[2]
@@ -457,9 +456,17 @@ def test_refusals(device):
     refused(0, zeros, r"^gradients\[0\] must be a stand-in that `dense` leaves, got a tensor: is")
     refused(1, given[0], r"^gradients\[1\] must lie in memory, got one of low rank$")
     refused(2, factors(input_ni=zeros), r"^gradients\[2\], its input, must be \(80, 528\) float32")
-    slope_no = torch.zeros(FACES, 16, device=device)
-    refused(2, factors(slope_no=slope_no[:5]), r"its slope, must be \(37, 16\) float32, got \(5")
-    refused(2, factors(slope_no=slope_no.half()), r"its slope, must be \(37, 16\) float32, got")
+    grad_output_no = torch.zeros(FACES, 16, device=device)
+    refused(
+        2,
+        factors(grad_output_no=grad_output_no[:5]),
+        r"its grad_output, must be \(37, 16\) float32, got \(5",
+    )
+    refused(
+        2,
+        factors(grad_output_no=grad_output_no.half()),
+        r"its grad_output, must be \(37, 16\) float32, got",
+    )
 
 
 @pytest.mark.parametrize(
@@ -474,20 +481,32 @@ def test_refusals_of_tables(device, shapes, accumulates, message):
     tensors = [torch.zeros(shape, device=device) for shape in shapes]
     accumulators = [torch.zeros_like(each) for each in tensors] if accumulates else []
     with pytest.raises(ValueError, match=message):
-        Tables(tensors, {"mean": tensors}, [], accumulators, low_rank=[True] * len(shapes))
+        TensorTable(tensors, {"mean": tensors}, [], accumulators, low_rank=[True] * len(shapes))
 
 
 def test_opcheck():
     """The plain way: opcheck clones its inputs, whose addresses the kernels would not know."""
     model = Model("cpu", rule=Rule(name="nadam"), copies=BF16)
-    control, tables = new_control("cpu", learning_rate=1e-2), model.tables
+    scalars, tables = new_scalars("cpu", learning_rate=1e-2), model.tables
     table = tables.dense
     low_rank = table.find(model.gradients())
     state = tables.dense_state
-    norm = (low_rank.inputs, low_rank.slopes, tables.partials_n, table.layers_lc, table.spans_p3)
+    norm = (
+        low_rank.inputs,
+        low_rank.grad_outputs,
+        tables.partials_n,
+        table.layers_lc,
+        table.spans_p3,
+    )
     update = (
-        *(state.parameters, low_rank.inputs, low_rank.slopes, *state.moments, state.copies),
-        *(control, tables.factors_t, tables.tensors_tc, table.layers_lc, table.tiles_m3),
+        *(
+            state.parameters,
+            low_rank.inputs,
+            low_rank.grad_outputs,
+            *state.moments,
+            state.low_precision,
+        ),
+        *(scalars, tables.factors_t, tables.tensors_tc, table.layers_lc, table.tiles_m3),
         *(low_rank.row_t, "nadam", 0.9, 0.999, 1e-8, 0.1, 0.5),
     )
     for operation, arguments in (

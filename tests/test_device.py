@@ -172,7 +172,7 @@ def test_what_triton_builds_with_is_asked_for(machine, monkeypatch, tmp_path):
 
 def test_a_library_that_cannot_be_loaded_is_one_line(tmp_path, sides, monkeypatch, capsys):
     monkeypatch.setattr(native, "_HERE", tmp_path)
-    native.library.cache_clear()
+    native._library.cache_clear()
     try:
         assert main(words_of_training(tmp_path, sides)) == 2
         told = capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_a_library_that_cannot_be_loaded_is_one_line(tmp_path, sides, monkeypatc
         assert main(["doctor"]) == 1
         assert "BAD libmien" in capsys.readouterr().out
     finally:
-        native.library.cache_clear()
+        native._library.cache_clear()
 
 
 @cases(UNFIT | HIDDEN)

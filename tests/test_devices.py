@@ -1,7 +1,6 @@
 """Work runs on the device of its tensors, and of the session, whichever device is current."""
 
 import contextlib
-import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,16 +10,28 @@ import torch
 from mien.core.config import Config, TrainConfig
 from mien.core.training import devices, prepare
 from mien.core.training.resolve import Overrides
-from mien.kernels import activate, enlarge, native, optimize, to_image, upscale
-from mien.kernels.augment import Ranges, draw
-from mien.kernels.control import new_control, new_history
+from mien.kernels import (
+    bias_act,
+    dense_norm,
+    dense_update,
+    enlarge,
+    gradient_norm,
+    native,
+    norm_history,
+    optimize,
+    scalars_update,
+    to_image,
+)
 from mien.kernels.dense import dense
-from mien.kernels.rules import CLIPPINGS, RULES, Clipping, Rule
-from mien.kernels.tables import Tables
+from mien.kernels.draw import Ranges, draw
+from mien.kernels.norm_history import new_history
+from mien.kernels.optimizer_rules import CLIPPINGS, RULES, Clipping, Rule
+from mien.kernels.optimizer_scalars import new_scalars
+from mien.kernels.tensor_table import TensorTable
 
-TRITON = [  # by name, since the package has functions of some of these
-    importlib.import_module(f"mien.kernels.{name}")
-    for name in ("upscale", "control", "enlarge", "optimize", "dense_norm", "dense_update")
+TRITON = [
+    *(bias_act, to_image, enlarge),
+    *(gradient_norm, norm_history, scalars_update, optimize, dense_norm, dense_update),
 ]
 
 
@@ -63,6 +74,11 @@ def test_a_native_launch_runs_on_the_current_stream_of_its_device(monkeypatch):
     assert current.index == 0
 
 
+def kernels(module):
+    """Names of the Triton kernels of a module."""
+    return [name for name in vars(module) if name.endswith("_kernel")]
+
+
 @pytest.fixture
 def guarded(monkeypatch):
     """Kernels launched so far; a launch outside of `torch.cuda.device_of` fails."""
@@ -85,26 +101,27 @@ def guarded(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     for module in TRITON:
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Guarded(name, getattr(module, name)))
+        for name in kernels(module):
+            guard = Guarded(f"{module.__name__}.{name}", getattr(module, name))
+            monkeypatch.setattr(module, name, guard)
     return launched
 
 
 def test_every_triton_launch_runs_on_the_device_of_its_tensors(triton_device, guarded):
     x = torch.randn(1, 8, 2, 2, device=triton_device, requires_grad=True)
     bias = torch.randn(8, device=triton_device, requires_grad=True)
-    activate(x, bias, slope=0.1).sum().backward()
-    upscale(x, bias, slope=0.1).sum().backward()
-    to_image(x, bias, channels=3).sum().backward()
-    enlarge(x).sum().backward()
+    bias_act.bias_act(x, bias, negative_slope=0.1).sum().backward()
+    bias_act.bias_act_depth_to_space(x, bias, negative_slope=0.1).sum().backward()
+    to_image.to_image(x, bias, channels=3).sum().backward()
+    enlarge.enlarge(x).sum().backward()
     for kind in CLIPPINGS:
         parameters = [torch.zeros(8, device=triton_device)]
         rule = Rule(name=RULES[0])
         moments = {kind: [torch.zeros_like(parameters[0])] for kind in rule.moments}
-        optimize(
+        optimize.optimize(
             [torch.ones(8, device=triton_device)],
-            Tables(parameters, moments),
-            new_control(triton_device, learning_rate=0.1),
+            TensorTable(parameters, moments),
+            new_scalars(triton_device, learning_rate=0.1),
             rule,
             clipping=Clipping(kind, 0.0 if kind == "none" else 1.0),
             history_c=new_history(triton_device, 4) if kind == "autoclip" else None,
@@ -113,11 +130,10 @@ def test_every_triton_launch_runs_on_the_device_of_its_tensors(triton_device, gu
     weight = torch.zeros(16, 16, device=triton_device, requires_grad=True)
     (stand_in,) = torch.autograd.grad(dense(faces, weight, None), weight, columns)
     moments = {kind: [torch.zeros_like(weight)] for kind in Rule(name=RULES[0]).moments}
-    tables = Tables([weight.detach()], moments, low_rank=[True])
-    control = new_control(triton_device, learning_rate=0.1)
-    optimize([stand_in], tables, control, Rule(name=RULES[0]))
-    wanted = {name for module in TRITON for name in vars(module) if name.endswith("_kernel")}
-    assert guarded == wanted
+    table = TensorTable([weight.detach()], moments, low_rank=[True])
+    scalars = new_scalars(triton_device, learning_rate=0.1)
+    optimize.optimize([stand_in], table, scalars, Rule(name=RULES[0]))
+    assert guarded == {f"{module.__name__}.{name}" for module in TRITON for name in kernels(module)}
 
 
 def test_no_other_module_launches_triton_kernels():

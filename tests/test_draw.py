@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mien.kernels.augment import WARP_LANDMARKS, Ranges, draw, records_of
+from mien.kernels.draw import WARP_LANDMARKS, Ranges, draw, records_of
 from mien.kernels.native import NativeError
 
 NUM = 20_000
@@ -264,7 +264,7 @@ def test_no_variation_is_the_identity():
         ({"size_px": 4}, "size_px >= 8"),
         ({"first": [0, -1]}, r"first must be 2 numbers, none negative, got \[0, -1\]"),
         ({"first": [0]}, r"first must be 2 numbers, none negative, got \[0\]"),
-        ({"first": torch.zeros(2)}, r"first must be \(2,\) int64, got \(2,\) torch.float32"),
+        ({"first": torch.zeros(2)}, r"first must be \(2,\) int64, got \(2,\) float32"),
         ({"first": torch.zeros(1, dtype=torch.int64)}, r"first must be \(2,\) int64, got \(1,\)"),
         ({"color_clahe_max_size": 9}, "color_clahe_max_size must be 0 to 8, got 9"),
     ],

@@ -31,7 +31,7 @@ from mien.core.faces.geometry import Crop
 from mien.core.faces.synthetic import draw_folder
 from mien.core.precision import resolve
 from mien.core.training import checkpointing
-from mien.kernels.augment import draw, records_of
+from mien.kernels.draw import draw, records_of
 
 CPU = torch.device("cpu")
 

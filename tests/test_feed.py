@@ -6,7 +6,8 @@ import torch
 from mien.core.config import from_dict
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
-from mien.kernels.augment import Landmarks, draw, records_of
+from mien.kernels.augment import Landmarks
+from mien.kernels.draw import draw, records_of
 
 
 def _store(num_faces, seed):

@@ -73,7 +73,7 @@ def test_the_weights_are_those_of_gradients_in_memory(optimizer):
     if optimizer == "lion":  # a sign of what is nearly zero may turn
         far = [
             (a - b).abs().gt(1e-6).double().mean()
-            for a, b in zip(plain.update.masters, fused.update.masters, strict=True)
+            for a, b in zip(plain.update.master_weights, fused.update.master_weights, strict=True)
         ]
         assert max(far) < 0.01
     else:
@@ -95,7 +95,7 @@ def test_in_16_bits_the_gradients_are_not_rounded(mode):
     """Weights differ by what rounding makes of a step: of 3e-3 in three, some hundredths."""
     plain, fused = (_trained(is_on, mode=mode) for is_on in (False, True))
     _assert_close(plain.update.weights(), fused.update.weights(), rtol=0, atol=1e-3)
-    for parameter, master in zip(fused.update.parameters, fused.update.masters, strict=True):
+    for parameter, master in zip(fused.update.parameters, fused.update.master_weights, strict=True):
         assert torch.equal(parameter, master.to(parameter.dtype)), "the network sees other weights"
     assert int(fused.update.skipped) == int(plain.update.skipped)
 

@@ -15,6 +15,7 @@ import time
 import zlib
 
 import cv2
+import deepfacelab
 import numpy as np
 import pytest
 import safetensors.torch
@@ -33,7 +34,9 @@ from mien.core.config.faceswap_ini import read_ini
 from mien.core.data.store import _is_of, _read_raw
 from mien.core.evaluate.evaluate import measured_at
 from mien.core.faces import png
-from mien.core.faces.folder import read_folder
+from mien.core.faces.dfl_pack import read_persons
+from mien.core.faces.dfl_pickle import StoredArray, read_values
+from mien.core.faces.folder import read_face, read_folder
 from mien.core.faces.geometry import Crop, crop_landmarks
 from mien.core.faces.masks import training_masks
 from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
@@ -277,6 +280,85 @@ def test_literals(values, noise, seed):
 def test_slow_literals(text):
     with refused_in_words(FaceFileError):
         png.parse_literal(text)
+
+
+# Faces of DeepFaceLab
+
+
+@pytest.fixture(scope="module")
+def deepfacelab_face(tmp_path_factory):
+    """Picture and metadata of a JPEG with masks, and a folder to write to."""
+    picture_bgr, values = deepfacelab.drawn(edge_px=64)
+    mask = cv2.imencode(".png", np.full((32, 32), 255, np.uint8))[1].tobytes()
+    values["xseg_mask"] = np.frombuffer(mask, np.uint8)
+    polygon = np.array([[1, 1], [60, 1], [30, 60]], np.float32)
+    values["seg_ie_polys"] = {"polys": [{"type": 1, "pts": polygon}]}
+    values["source_rect"] = list(np.array(values["source_rect"], np.float32))
+    return picture_bgr, values, tmp_path_factory.mktemp("deepfacelab")
+
+
+def _use_jpeg(path):
+    """What training, `faces inspect` and an import do with a face of DeepFaceLab."""
+    with refused_in_words(FaceFileError):
+        found, header = read_face(path)
+        crop = Crop("face", 1.0, -0.08, 64)
+        assert 0.0 <= found.outside_share(crop) <= 1.0
+        crop_landmarks(found.landmarks_l2, found.alignment, crop)
+        assert found.read_header().box == header.box
+        with found.open_picture() as image_bgr:
+            assert found.cut_out(image_bgr, crop).shape == (64, 64, 3)
+        for kind in ("extended", "custom_head"):
+            training_masks(found, crop, mask_type=kind, dilation=0, blur_kernel=3, threshold=4)
+
+
+@cases(150)
+@given(seed=seeds)
+def test_pickles(deepfacelab_face, seed):
+    _, values, _ = deepfacelab_face
+    generator = random.Random(seed)
+    data = deepfacelab.dumped(values, generator.choice((2, 3, 4, 5)))
+    with refused_in_words(FaceFileError):
+        found = read_values(harm(data, seed))
+        for value in found.values() if isinstance(found, dict) else ():
+            if isinstance(value, StoredArray):
+                value.values()
+
+
+@cases(100)
+@given(seed=seeds)
+def test_jpegs_of_deepfacelab(deepfacelab_face, seed):
+    """Files that are harmed anywhere, and whole ones whose metadata are odd."""
+    picture_bgr, values, folder = deepfacelab_face
+    generator = random.Random(seed)
+    path = folder / "face.jpg"
+    if generator.random() < 0.5:
+        data = deepfacelab.dumped(odd_values(values, seed), generator.choice((2, 3, 4)))
+    else:
+        data = deepfacelab.dumped(values, generator.choice((2, 3, 4)))
+        if generator.random() < 0.5:
+            data = harm(data[:-1], seed) + b"."
+    jpeg = deepfacelab.jpeg_with(picture_bgr, data[:65_533])
+    path.write_bytes(jpeg if generator.random() < 0.5 else harm(jpeg, seed))
+    _use_jpeg(path)
+
+
+@cases(100)
+@given(seed=seeds)
+def test_packs(deepfacelab_face, seed):
+    picture_bgr, values, folder = deepfacelab_face
+    jpeg = deepfacelab.jpeg_with(picture_bgr, deepfacelab.dumped(values))
+    pack = deepfacelab.pack([jpeg, b"", jpeg], [{"person_name": "anna"}] * 3)
+    generator = random.Random(seed)
+    head = len(pack) - 2 * len(jpeg)
+    path = folder / "faceset.pak"
+    path.write_bytes(
+        harm(pack[:head], seed) + pack[head:] if generator.random() < 0.7 else harm(pack, seed)
+    )
+    with refused_in_words():
+        for found in read_folder(path, minimum=0).faces:
+            assert found.file == path
+    with refused_in_words(FaceFileError):
+        assert len(read_persons(path, 3)) == 3
 
 
 def test_a_million_chunks_are_not_walked_through(face):

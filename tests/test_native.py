@@ -3,13 +3,15 @@
 import hashlib
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import mien
 from mien.kernels import native
-from mien.kernels.augment import FACE_PARAMS, MAX_OUTPUTS
+from mien.kernels.augment import MAX_OUTPUTS
+from mien.kernels.draw import FACE_PARAMS
 
 HEADER = Path(mien.__file__).parent / "kernels/csrc/include/mien.h"
 
@@ -41,22 +43,22 @@ def test_a_library_of_another_header_is_refused(tmp_path, monkeypatch):
     changed = tmp_path / "mien.h"
     changed.write_text(HEADER.read_text() + "\n")
     monkeypatch.setattr(native, "_HEADER", changed)
-    native.library.cache_clear()
+    native._library.cache_clear()
     try:
         with pytest.raises(native.NativeError, match="was built from another mien.h; run"):
             native.library()
     finally:
-        native.library.cache_clear()
+        native._library.cache_clear()
 
 
 def test_a_missing_library_says_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "_HERE", tmp_path)
-    native.library.cache_clear()
+    native._library.cache_clear()
     try:
         with pytest.raises(native.NativeError, match="cannot load .*; run `make setup`"):
             native.library()
     finally:
-        native.library.cache_clear()
+        native._library.cache_clear()
 
 
 def test_errors_carry_the_reason():
@@ -111,3 +113,19 @@ def test_pointers_within_a_word_are_refused(name, size):
 def test_a_wrong_argument_is_a_type_error():
     with pytest.raises(TypeError):
         native.call("augment_cpu", "no job", 1)
+
+
+def test_first_callers_at_the_same_time_get_one_view():
+    """Of two views, the types of one do not fit the functions of the other."""
+    script = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from mien.kernels import native
+together = threading.Barrier(8)
+def load(_):
+    together.wait()
+    return id(native.library()[0])
+with ThreadPoolExecutor(8) as pool:
+    assert len(set(pool.map(load, range(8)))) == 1
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

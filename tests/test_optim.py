@@ -13,7 +13,7 @@ from mien.cli import main
 from mien.core import precision as precisions
 from mien.core.config import OPTIMIZERS, OptimizerConfig
 from mien.core.optim.optimizer import Update
-from mien.kernels.control import LEARNING_RATE
+from mien.kernels.optimizer_scalars import Scalar
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_every_optimizer_equals_the_oracle(path):
     own = "own_without_cache_bug:"
     wanted = [data[f"{own}{name}" if f"{own}{name}" in data.files else name] for name in "kb"]
     for step, rate in enumerate(data["lr_used"]):
-        update.parts[0].control[LEARNING_RATE] = float(rate)
+        update.parts[0].scalars[Scalar.LEARNING_RATE] = float(rate)
         gradient_k = torch.from_numpy(data["grad_k"][step]).t()
         update([gradient_k, torch.from_numpy(data["grad_b"][step])])
         ours = layer.weight.detach().t().numpy(), layer.bias.detach().numpy()
@@ -64,13 +64,13 @@ def test_a_step_that_is_not_finite_changes_nothing(mode, poison):
     layer = nn.Linear(4, 3)
     update = _update(layer, mode, learning_rate=1e-2)
     _move(update, layer(_input(update, torch.ones(1, 4))).sum())
-    before = [tensor.clone() for tensor in (*update.masters, *layer.parameters())]
+    before = [tensor.clone() for tensor in (*update.master_weights, *layer.parameters())]
     state = {name: tensor.clone() for name, tensor in update.tensors().items()}
     bad = torch.ones(1, 4)
     bad[0, 2] = poison
     _move(update, layer(_input(update, bad)).sum())
     assert int(update.skipped) == 1
-    for now, then in zip((*update.masters, *layer.parameters()), before, strict=True):
+    for now, then in zip((*update.master_weights, *layer.parameters()), before, strict=True):
         assert torch.equal(now, then)
     for name, tensor in update.tensors().items():
         if name == "scale" and mode == "fp16":
@@ -78,7 +78,7 @@ def test_a_step_that_is_not_finite_changes_nothing(mode, poison):
         elif name != "good_steps":
             assert torch.equal(tensor, state[name]), name
     _move(update, layer(_input(update, torch.ones(1, 4))).sum())
-    assert not torch.equal(update.masters[0], before[0]), "training did not go on"
+    assert not torch.equal(update.master_weights[0], before[0]), "training did not go on"
 
 
 def test_the_loss_scale_is_undone():
@@ -174,7 +174,7 @@ def test_a_loaded_update_continues_bit_for_bit(mode, settings):
             assert tensor.dtype == torch.float32
         assert torch.equal(tensor, (resumed.weights() | resumed.tensors())[name]), name
     if mode != "fp16":  # whose scale may have left those steps out
-        assert not torch.equal(resumed.masters[0], saved.masters[0])
+        assert not torch.equal(resumed.master_weights[0], saved.master_weights[0])
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_biases_and_norms_do_not_decay():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
     model.register_parameter("odd_bias", nn.Parameter(torch.ones(2, 2)))
     (part,) = _update(model, weight_decay=0.1).parts
-    decays = dict(zip(_update(model).names, part.tables.decays, strict=True))
+    decays = dict(zip(_update(model).names, part.table.decays, strict=True))
     assert {name for name, decay in decays.items() if decay} == {"0.weight"}
 
 

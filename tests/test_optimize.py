@@ -1,7 +1,6 @@
 """Every rule over many tensors: values, non-finite steps, clipping, accumulation, addresses."""
 
 import dataclasses
-import importlib
 import math
 
 import numpy as np
@@ -9,37 +8,17 @@ import pytest
 import torch
 from conftest import oracle_cases
 
-from mien.kernels import control as control_module
-from mien.kernels import optimize, reference
-from mien.kernels import tables as tables_module
-from mien.kernels.control import (
-    ACCUMULATED,
-    BETA_1_POWER,
-    BETA_2_POWER,
-    FACTOR,
-    GOOD_STEPS,
-    LEARNING_RATE,
-    MOVES,
-    NORM,
-    NUM_CONTROLS,
-    RECORDED,
-    SCALE,
-    SKIPPED,
-    STEP,
-    control_op,
-    factors_op,
-    in_order,
-    load_history,
-    new_control,
-    new_history,
-    norm_op,
-    record_op,
-)
-from mien.kernels.optimize import LAUNCHES, _update_op
-from mien.kernels.rules import CLIPPINGS, RULES, Clipping, Rule
-from mien.kernels.tables import Tables, finish_capture
+from mien.kernels import gradient_norm, norm_history, reference, scalars_update, tensor_table
+from mien.kernels import optimize as optimize_module
+from mien.kernels.gradient_norm import factors_op, norm_op
+from mien.kernels.norm_history import in_order, load_history, new_history, record_op
+from mien.kernels.optimize import LAUNCHES, _update_op, optimize
+from mien.kernels.optimizer_rules import CLIPPINGS, RULES, Clipping, Rule
+from mien.kernels.optimizer_scalars import Scalar, new_scalars
+from mien.kernels.scalars_update import scalars_op
+from mien.kernels.tensor_table import TensorTable, finish_capture
 
-optimize_module = importlib.import_module("mien.kernels.optimize")  # the package has the function
+MODULES = (optimize_module, gradient_norm, norm_history, scalars_update)
 ADAM, NO_CLIPPING = Rule(name="adamw"), Clipping()
 EVERY_RULE = [Rule(name=name) for name in RULES] + [Rule(name="adam", amsgrad=True)]
 RAGGED = [(1,), (7,), (0,), (1024,), (16385,), (3, 5, 3, 3)]
@@ -89,7 +68,7 @@ class Model:
         self.accumulators = self._zeros() if accumulation > 1 else []
         self.history_c = new_history(device, history) if history else None
         lists = (self.parameters, self.moments, self.copies, self.accumulators)
-        self.tables = Tables(*lists, **options)
+        self.tables = TensorTable(*lists, **options)
         self.settings = {"accumulation": accumulation, "clipping": clipping}
 
     def _random(self, shape):
@@ -104,9 +83,9 @@ class Model:
             for each in self.parameters
         ]
 
-    def step(self, gradients, control, **settings):
+    def step(self, gradients, scalars, **settings):
         settings = {"rule": self.rule, "history_c": self.history_c} | self.settings | settings
-        optimize(gradients, self.tables, control, **settings)
+        optimize(gradients, self.tables, scalars, **settings)
 
     def tensors(self):
         moments = [tensor for tensors in self.moments.values() for tensor in tensors]
@@ -134,7 +113,7 @@ def _equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def _assert_equals_reference(model, control, gradients, *, steps, learning_rate=0.1, **settings):
+def _assert_equals_reference(model, scalars, gradients, *, steps, learning_rate=0.1, **settings):
     """At every step, whose mean gradients are of a few sizes."""
     parameters, moments = model.doubles()
     times = model.settings["accumulation"]
@@ -143,7 +122,7 @@ def _assert_equals_reference(model, control, gradients, *, steps, learning_rate=
         sizes = [1e-2 * (1 + step % 3)] * times
         given = [model.gradients(gradients, size) for size in sizes]
         for each in given:
-            model.step(each, control)
+            model.step(each, scalars)
         mean = [sum(_doubles(each)) / times for each in zip(*given, strict=True)]
         parameters, moments = reference.optimize(
             parameters,
@@ -157,7 +136,7 @@ def _assert_equals_reference(model, control, gradients, *, steps, learning_rate=
             decays=model.tables.decays,
             **settings,
         )
-        norms.append(float(control[NORM]))
+        norms.append(float(scalars[Scalar.GRADIENT_NORM]))
         norm = math.sqrt(sum(float(each.square().sum()) for each in mean))
         assert norms[-1] == pytest.approx(norm, rel=2e-7)  # measured 3e-8
         # fp32 rounds a weight by up to 2^-24 of it, and of the largest, 2, that is 1.2e-6 steps.
@@ -187,20 +166,20 @@ def test_steps_equal_the_reference(where, rule, gradients, weight_decay):
     model = _near_zero(RAGGED, where, rule=rule, decays=decays)
     # The first steps of rms-prop are ten times the rate.
     rate = 0.01 if rule.name == "rms-prop" else 0.1
-    control = new_control(where, learning_rate=rate)
-    _assert_equals_reference(model, control, gradients, steps=8, learning_rate=rate)
-    now = control.tolist()
-    assert now[STEP] == 8
-    assert now[SKIPPED] == 0
-    assert now[BETA_1_POWER] == pytest.approx(0.9**8, rel=1e-14)
-    assert now[BETA_2_POWER] == pytest.approx(0.999**8, rel=1e-14)
+    scalars = new_scalars(where, learning_rate=rate)
+    _assert_equals_reference(model, scalars, gradients, steps=8, learning_rate=rate)
+    now = scalars.tolist()
+    assert now[Scalar.STEP] == 8
+    assert now[Scalar.SKIPPED_STEPS] == 0
+    assert now[Scalar.BETA_1_POWER] == pytest.approx(0.9**8, rel=1e-14)
+    assert now[Scalar.BETA_2_POWER] == pytest.approx(0.999**8, rel=1e-14)
 
 
 @pytest.mark.parametrize("beta_2", [0.0, 0.6, 0.8, 0.9, 0.99])
 def test_adabelief_begins_as_plain_descent(where, beta_2):
     """For ever, where the memory is so short that its variance is not known."""
     model = _near_zero([(40,)], where, rule=Rule(name="adabelief", beta_2=beta_2, epsilon=1e-16))
-    _assert_equals_reference(model, new_control(where, learning_rate=0.1), FP32, steps=12)
+    _assert_equals_reference(model, new_scalars(where, learning_rate=0.1), FP32, steps=12)
 
 
 @pytest.mark.parametrize(
@@ -221,15 +200,15 @@ def test_clipped_and_summed_steps_equal_the_reference(where, clipping, accumulat
     options = {"clipping": clipping, "accumulation": accumulation, "history": history}
     model = _near_zero(RAGGED, where, rule=rule, **options)
     _assert_equals_reference(
-        model, new_control(where, learning_rate=0.1), FP32, steps=5, learning_rate=0.1
+        model, new_scalars(where, learning_rate=0.1), FP32, steps=5, learning_rate=0.1
     )
 
 
 def test_a_norm_of_many_chunks_is_clipped_by_itself(where):
     model = Model([(300,), (40000,), (0,), (5,)], where, clipping=Clipping("norm", 0.5))
-    control = new_control(where, learning_rate=0.0, scale=4.0)
+    scalars = new_scalars(where, learning_rate=0.0, scale=4.0)
     given = model.gradients(size=1e-2)
-    model.step([4 * each for each in given], control)
+    model.step([4 * each for each in given], scalars)
     for mean, gradient in zip(model.moments["mean"], given, strict=True):
         want = reference.clipped([gradient.double()], Clipping("norm", 0.5))[0]
         torch.testing.assert_close(mean.double(), 0.1 * want, rtol=1e-6, atol=0)
@@ -245,32 +224,34 @@ def test_autoclip_equals_the_oracle(where, oracle, case):
     clipping = Clipping("autoclip", int(data[f"{case}:percentile"]))
     rule = Rule(name="lion", beta_2=0.0)  # its mean is the gradient
     model = Model([(1,)], where, rule=rule, clipping=clipping, history=int(data[f"{case}:history"]))
-    control = new_control(where, learning_rate=0.0)
+    scalars = new_scalars(where, learning_rate=0.0)
     for norm, bound, end in zip(norms, bounds, ends, strict=True):
-        model.step([torch.full((1,), float(norm), device=where)], control)
+        model.step([torch.full((1,), float(norm), device=where)], scalars)
         if not math.isfinite(norm):
-            assert control[MOVES] == 0
+            assert scalars[Scalar.IS_APPLIED] == 0
             continue
-        assert float(control[FACTOR]) == pytest.approx(min(1, bound / (norm + 1e-6)), rel=1e-6)
+        assert float(scalars[Scalar.GRADIENT_FACTOR]) == pytest.approx(
+            min(1, bound / (norm + 1e-6)), rel=1e-6
+        )
         assert float(model.moments["mean"][0]) == pytest.approx(end, rel=1e-6)
 
 
 def test_autoclip_looks_at_the_newest_norms(where):
     """More than its history holds; one that is not finite is not among them."""
     model = Model([(1,)], where, clipping=Clipping("autoclip", 50), history=4)
-    control = new_control(where, learning_rate=0.0)
+    scalars = new_scalars(where, learning_rate=0.0)
     seen = []
     for norm in (3.0, 1.0, 8.0, math.inf, 2.0, 9.0, 4.0, math.nan, 5.0):
-        model.step([torch.full((1,), norm, device=where)], control)
+        model.step([torch.full((1,), norm, device=where)], scalars)
         if math.isfinite(norm):
             seen = [*seen, norm][-4:]
             factor = min(1.0, np.percentile(seen, 50) / (norm + 1e-6))
-            assert float(control[FACTOR]) == pytest.approx(factor, rel=1e-14)
-    assert in_order(model.history_c, control).tolist() == seen
-    assert control[RECORDED] == 7
+            assert float(scalars[Scalar.GRADIENT_FACTOR]) == pytest.approx(factor, rel=1e-14)
+    assert in_order(model.history_c, scalars).tolist() == seen
+    assert scalars[Scalar.RECORDED_NORMS] == 7
     for capacity in (2, 4, 6):
-        other, its_control = new_history(where, capacity), new_control(where, learning_rate=0.0)
-        load_history(other, its_control, in_order(model.history_c, control))
+        other, its_control = new_history(where, capacity), new_scalars(where, learning_rate=0.0)
+        load_history(other, its_control, in_order(model.history_c, scalars))
         kept = in_order(other, its_control).tolist()
         assert kept[-len(seen[-capacity:]) :] == seen[-capacity:]
         assert all(math.isinf(each) for each in kept[:-4])
@@ -279,42 +260,52 @@ def test_autoclip_looks_at_the_newest_norms(where):
 def test_norms_of_unfinished_sums_are_not_recorded(where):
     options = {"accumulation": 2, "clipping": Clipping("autoclip", 50), "history": 2}
     model = Model([(1,)], where, **options)
-    control = new_control(where, learning_rate=0.0)
+    scalars = new_scalars(where, learning_rate=0.0)
     for gradient in (3.0, 5.0, 1.0, math.nan, 7.0):
-        model.step([torch.full((1,), gradient, device=where)], control)
-    assert in_order(model.history_c, control).tolist() == [math.inf, 4]
+        model.step([torch.full((1,), gradient, device=where)], scalars)
+    assert in_order(model.history_c, scalars).tolist() == [math.inf, 4]
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_short_histories(where, capacity):
     model = Model([(1,)], where, clipping=Clipping("autoclip", 0), history=capacity)
-    control = new_control(where, learning_rate=0.0)
+    scalars = new_scalars(where, learning_rate=0.0)
     for norm in (3.0, 2.0, 8.0, 9.0):
-        model.step([torch.full((1,), norm, device=where)], control)
+        model.step([torch.full((1,), norm, device=where)], scalars)
     wanted = min((8.0, 9.0, 2.0)[i] for i in {1: [1], 2: [0, 1], 3: [0, 1, 2]}[capacity])
-    assert float(control[FACTOR]) == pytest.approx(min(1, wanted / (9 + 1e-6)), rel=1e-14)
+    assert float(scalars[Scalar.GRADIENT_FACTOR]) == pytest.approx(
+        min(1, wanted / (9 + 1e-6)), rel=1e-14
+    )
 
 
 def test_weights_move_with_the_last_of_several_gradients(where):
     model = Model(RAGGED, where, accumulation=3, copies=BF16)
-    control = new_control(where, learning_rate=1e-2)
+    scalars = new_scalars(where, learning_rate=1e-2)
     before = [each.clone() for each in (*model.parameters, *model.copies)]
     for count in (1, 2):
-        model.step(model.gradients(BF16), control)
+        model.step(model.gradients(BF16), scalars)
         assert _equal([*model.parameters, *model.copies], before)
-        assert (control[ACCUMULATED], control[MOVES], control[STEP]) == (count, 0, 0)
-    model.step(model.gradients(BF16), control)
-    assert (control[ACCUMULATED], control[MOVES], control[STEP]) == (0, 1, 1)
+        assert (
+            scalars[Scalar.ACCUMULATED_GRADIENTS],
+            scalars[Scalar.IS_APPLIED],
+            scalars[Scalar.STEP],
+        ) == (count, 0, 0)
+    model.step(model.gradients(BF16), scalars)
+    assert (
+        scalars[Scalar.ACCUMULATED_GRADIENTS],
+        scalars[Scalar.IS_APPLIED],
+        scalars[Scalar.STEP],
+    ) == (0, 1, 1)
     assert not _equal(model.parameters, before[: len(RAGGED)])
 
 
 def test_sums_of_short_gradients_are_exact(where):
     """In bf16, 1 added to 256 would be lost."""
     model = Model([(8,)], where, accumulation=100, rule=Rule(name="lion", beta_2=0.0))
-    control = new_control(where, learning_rate=0.0)
+    scalars = new_scalars(where, learning_rate=0.0)
     for _ in range(99):
-        model.step([torch.ones(8, dtype=BF16, device=where)], control)
-    model.step([torch.full((8,), 256.0, dtype=BF16, device=where)], control)
+        model.step([torch.ones(8, dtype=BF16, device=where)], scalars)
+    model.step([torch.full((8,), 256.0, dtype=BF16, device=where)], scalars)
     want = torch.full((8,), 3.55, device=where)
     torch.testing.assert_close(model.moments["mean"][0], want, rtol=1e-6, atol=0)
 
@@ -322,18 +313,26 @@ def test_sums_of_short_gradients_are_exact(where):
 @pytest.mark.parametrize("poisoned", [0, 1, 2])
 def test_one_gradient_that_is_not_finite_leaves_all_of_its_step_out(where, poisoned):
     model = Model(RAGGED, where, accumulation=3)
-    control = new_control(where, learning_rate=1e-2, scale=8.0)
+    scalars = new_scalars(where, learning_rate=1e-2, scale=8.0)
     before = [each.clone() for each in model.parameters]
     for number in range(3):
         given = model.gradients()
         if number == poisoned:
             given[4][7] = math.nan
-        model.step(given, control, dynamic_scale=True)
+        model.step(given, scalars, dynamic_scale=True)
     assert _equal(model.parameters, before)
-    assert (control[STEP], control[SKIPPED], control[SCALE]) == (0, 1, 4)
+    assert (scalars[Scalar.STEP], scalars[Scalar.SKIPPED_STEPS], scalars[Scalar.LOSS_SCALE]) == (
+        0,
+        1,
+        4,
+    )
     for _ in range(3):
-        model.step(model.gradients(), control, dynamic_scale=True)
-    assert (control[STEP], control[SKIPPED], control[SCALE]) == (1, 1, 4)
+        model.step(model.gradients(), scalars, dynamic_scale=True)
+    assert (scalars[Scalar.STEP], scalars[Scalar.SKIPPED_STEPS], scalars[Scalar.LOSS_SCALE]) == (
+        1,
+        1,
+        4,
+    )
     assert all(torch.isfinite(each).all() for each in model.parameters)
     assert not _equal(model.parameters, before)
 
@@ -341,11 +340,11 @@ def test_one_gradient_that_is_not_finite_leaves_all_of_its_step_out(where, poiso
 def test_more_gradients_than_are_asked_for_now_are_averaged(where):
     """A resume may ask for fewer than have been summed up."""
     model = Model([(5,)], where, accumulation=4, rule=Rule(name="lion", beta_2=0.0))
-    control, given = new_control(where, learning_rate=0.0), model.gradients()
+    scalars, given = new_scalars(where, learning_rate=0.0), model.gradients()
     for _ in range(3):
-        model.step(given, control)
-    model.step(given, control, accumulation=2)
-    assert (control[MOVES], control[ACCUMULATED]) == (1, 0)
+        model.step(given, scalars)
+    model.step(given, scalars, accumulation=2)
+    assert (scalars[Scalar.IS_APPLIED], scalars[Scalar.ACCUMULATED_GRADIENTS]) == (1, 0)
     torch.testing.assert_close(model.moments["mean"][0], given[0], rtol=1e-6, atol=0)
 
 
@@ -354,9 +353,9 @@ def test_a_small_first_step_is_exact(where):
     model = Model([(64,)], where, rule=Rule(name="adam", epsilon=1e-12))
     for each in model.parameters:
         each.zero_()
-    control = new_control(where, learning_rate=1.0)
+    scalars = new_scalars(where, learning_rate=1.0)
     given = model.gradients()
-    model.step(given, control)
+    model.step(given, scalars)
     torch.testing.assert_close(model.parameters[0], -given[0].sign(), rtol=1e-6, atol=0)
 
 
@@ -365,41 +364,56 @@ def test_a_small_first_step_is_exact(where):
 @pytest.mark.parametrize("gradients", [FP32, BF16])
 def test_a_step_that_is_not_finite_changes_nothing(where, rule, gradients, poison):
     model = Model(RAGGED, where, rule=rule, copies=BF16)
-    control = new_control(where, learning_rate=1e-2)
-    model.step(model.gradients(gradients), control)
-    before, state = [each.clone() for each in model.tensors()], control.tolist()
+    scalars = new_scalars(where, learning_rate=1e-2)
+    model.step(model.gradients(gradients), scalars)
+    before, state = [each.clone() for each in model.tensors()], scalars.tolist()
     bad = model.gradients(gradients)
     bad[4][16384] = poison  # the last element, in a chunk of its own
-    model.step(bad, control)
+    model.step(bad, scalars)
     assert _equal(model.tensors(), before)
-    now = control.tolist()
-    assert not math.isfinite(now[NORM])
-    assert (now[SKIPPED], now[FACTOR], now[MOVES]) == (1, 0, 0)
-    for index in (LEARNING_RATE, STEP, BETA_1_POWER, BETA_2_POWER, SCALE, GOOD_STEPS):
+    now = scalars.tolist()
+    assert not math.isfinite(now[Scalar.GRADIENT_NORM])
+    assert (now[Scalar.SKIPPED_STEPS], now[Scalar.GRADIENT_FACTOR], now[Scalar.IS_APPLIED]) == (
+        1,
+        0,
+        0,
+    )
+    for index in (
+        Scalar.LEARNING_RATE,
+        Scalar.STEP,
+        Scalar.BETA_1_POWER,
+        Scalar.BETA_2_POWER,
+        Scalar.LOSS_SCALE,
+        Scalar.FINITE_STEPS,
+    ):
         assert now[index] == state[index]
-    model.step(model.gradients(gradients), control)
-    assert control[STEP] == 2
-    assert control[MOVES] == 1
+    model.step(model.gradients(gradients), scalars)
+    assert scalars[Scalar.STEP] == 2
+    assert scalars[Scalar.IS_APPLIED] == 1
     assert not _equal(model.parameters, before[: len(RAGGED)]), "training did not go on"
 
 
 def test_the_loss_scale(where):
     """Halved after a step that is not finite, doubled after 2,000 that are."""
     model = Model([(8,)], where)
-    control = new_control(where, learning_rate=1e-2, scale=65536.0)
+    scalars = new_scalars(where, learning_rate=1e-2, scale=65536.0)
     good, bad = model.gradients(), model.gradients()
     bad[0][3] = math.inf
-    control[GOOD_STEPS] = 1998
-    model.step(good, control, dynamic_scale=True)
-    assert (control[SCALE], control[GOOD_STEPS]) == (65536, 1999)
-    model.step(good, control, dynamic_scale=True)
-    assert (control[SCALE], control[GOOD_STEPS]) == (131072, 0)
-    assert control[FACTOR] == 1 / 65536, "the gradients had the scale of before"
-    model.step(good, control, dynamic_scale=True)
-    model.step(bad, control, dynamic_scale=True)
-    assert (control[SCALE], control[GOOD_STEPS], control[SKIPPED]) == (65536, 0, 1)
-    model.step(bad, control)
-    assert control[SCALE] == 65536, "the scale moved though it is not dynamic"
+    scalars[Scalar.FINITE_STEPS] = 1998
+    model.step(good, scalars, dynamic_scale=True)
+    assert (scalars[Scalar.LOSS_SCALE], scalars[Scalar.FINITE_STEPS]) == (65536, 1999)
+    model.step(good, scalars, dynamic_scale=True)
+    assert (scalars[Scalar.LOSS_SCALE], scalars[Scalar.FINITE_STEPS]) == (131072, 0)
+    assert scalars[Scalar.GRADIENT_FACTOR] == 1 / 65536, "the gradients had the scale of before"
+    model.step(good, scalars, dynamic_scale=True)
+    model.step(bad, scalars, dynamic_scale=True)
+    assert (
+        scalars[Scalar.LOSS_SCALE],
+        scalars[Scalar.FINITE_STEPS],
+        scalars[Scalar.SKIPPED_STEPS],
+    ) == (65536, 0, 1)
+    model.step(bad, scalars)
+    assert scalars[Scalar.LOSS_SCALE] == 65536, "the scale moved though it is not dynamic"
 
 
 def test_the_scale_is_undone(where):
@@ -407,10 +421,10 @@ def test_the_scale_is_undone(where):
     ends = []
     for scale in (1.0, 1024.0):
         model = Model(RAGGED, where, clipping=Clipping("global_norm", 0.5))
-        control = new_control(where, learning_rate=1e-2, scale=scale)
+        scalars = new_scalars(where, learning_rate=1e-2, scale=scale)
         for _ in range(3):
-            model.step([scale * each for each in model.gradients()], control)
-        ends.append([*model.tensors(), control[[NORM, STEP]]])
+            model.step([scale * each for each in model.gradients()], scalars)
+        ends.append([*model.tensors(), scalars[[Scalar.GRADIENT_NORM, Scalar.STEP]]])
     assert _equal(*ends)
 
 
@@ -418,14 +432,14 @@ def test_the_scale_is_undone(where):
 @pytest.mark.parametrize("max_norm", [0.1, 1e6])
 def test_norm_and_clip(where, gradients, max_norm):
     model = Model([*RAGGED, (40000,)], where, clipping=Clipping("global_norm", max_norm))
-    control = new_control(where, learning_rate=1e-2, scale=4.0)
+    scalars = new_scalars(where, learning_rate=1e-2, scale=4.0)
     given = model.gradients(gradients)
     before = [each.clone() for each in given]
-    model.step(given, control)
+    model.step(given, scalars)
     norm = math.sqrt(sum(float(each.double().square().sum()) for each in given)) / 4
-    assert float(control[NORM]) == pytest.approx(norm, rel=2e-7)  # measured 3e-8
+    assert float(scalars[Scalar.GRADIENT_NORM]) == pytest.approx(norm, rel=2e-7)  # measured 3e-8
     factor = min(1, max_norm / (norm + 1e-6)) / 4
-    assert float(control[FACTOR]) == pytest.approx(factor, rel=2e-7)
+    assert float(scalars[Scalar.GRADIENT_FACTOR]) == pytest.approx(factor, rel=2e-7)
     assert _equal(given, before), "the gradients were written to"
     for mean, gradient in zip(model.moments["mean"], given, strict=True):
         torch.testing.assert_close(mean, 0.1 * factor * gradient.float(), rtol=1e-6, atol=0)
@@ -437,7 +451,7 @@ def test_a_gradient_may_lie_in_another_way(where, gradients):
     shapes, ends = [(4, 3, 5, 5), (6, 1, 1, 1), (2, 8, 1, 3), (9,)], []
     for layout in ("same", "contiguous", "misaligned"):
         model = Model(shapes, where, copies=BF16, channels_last=True)
-        control = new_control(where, learning_rate=1e-2)
+        scalars = new_scalars(where, learning_rate=1e-2)
         for _ in range(2):
             given = model.gradients(gradients)
             if layout == "same":
@@ -450,12 +464,12 @@ def test_a_gradient_may_lie_in_another_way(where, gradients):
                     torch.cat([each.new_zeros(1), each.flatten()])[1:].view(each.shape)
                     for each in given
                 ]
-            model.step(given, control)
+            model.step(given, scalars)
         assert all(
             a.stride() == b.stride()
             for a, b in zip(model.parameters, model.moments["mean"], strict=True)
         )
-        ends.append([*model.tensors(), control])
+        ends.append([*model.tensors(), scalars])
     assert _equal(ends[0], ends[1])
     assert _equal(ends[0], ends[2])
 
@@ -464,9 +478,9 @@ def test_a_gradient_may_lie_in_another_way(where, gradients):
 def test_copies_are_the_parameters_rounded(where, copies):
     rule = Rule(name="adamw", weight_decay=0.1)
     model = Model([*RAGGED, (2000,)], where, rule=rule, copies=copies)
-    control = new_control(where, learning_rate=1e-2)
+    scalars = new_scalars(where, learning_rate=1e-2)
     for _ in range(2):
-        model.step(model.gradients(copies), control)
+        model.step(model.gradients(copies), scalars)
     for copy, parameter in zip(model.copies, model.parameters, strict=True):
         if where == "cpu" and copies == BF16:
             # Triton's interpreter truncates to bf16: within one unit in the last place.
@@ -477,7 +491,7 @@ def test_copies_are_the_parameters_rounded(where, copies):
 
 def test_plain_copies_are_rounded_to_nearest():
     model = Model(RAGGED, "cpu", copies=BF16)
-    model.step(model.gradients(BF16), new_control("cpu", learning_rate=1e-2))
+    model.step(model.gradients(BF16), new_scalars("cpu", learning_rate=1e-2))
     assert _equal(model.copies, [each.bfloat16() for each in model.parameters])
 
 
@@ -486,10 +500,10 @@ def test_many_tensors(where):
     shapes = [(1 + 37 * i % 190,) for i in range(68)] + [(0,), (2 * 16384 + 24,)]
     rule = Rule(name="adamw", weight_decay=0.1)
     model = Model(shapes, where, rule=rule, copies=FP16, decays=[i % 3 == 0 for i in range(70)])
-    control = new_control(where, learning_rate=1e-2)
+    scalars = new_scalars(where, learning_rate=1e-2)
     parameters, moments = model.doubles()
     given = model.gradients()
-    model.step(given, control)
+    model.step(given, scalars)
     parameters, _ = reference.optimize(
         parameters,
         _doubles(given),
@@ -510,9 +524,9 @@ def test_many_tensors(where):
 
 def test_nothing_but_empty_tensors(where):
     model = Model([(0,), (3, 0)], where)
-    control = new_control(where, learning_rate=1e-2)
-    model.step(model.gradients(), control)
-    assert (control[STEP], control[NORM]) == (1, 0)
+    scalars = new_scalars(where, learning_rate=1e-2)
+    model.step(model.gradients(), scalars)
+    assert (scalars[Scalar.STEP], scalars[Scalar.GRADIENT_NORM]) == (1, 0)
 
 
 @every_rule
@@ -526,10 +540,10 @@ def test_the_same_bits_twice(where, rule):
             clipping=Clipping("autoclip", 40),
             history=10,
         )
-        control = new_control(where, learning_rate=1e-2)
+        scalars = new_scalars(where, learning_rate=1e-2)
         for _ in range(2):
-            model.step(model.gradients(BF16), control)
-        return [*model.tensors(), control]
+            model.step(model.gradients(BF16), scalars)
+        return [*model.tensors(), scalars]
 
     assert _equal(run(), run())
 
@@ -542,14 +556,14 @@ def test_both_ways_agree(triton_device, rule):
         where = "cpu" if device == "plain" else device
         rule = dataclasses.replace(rule, weight_decay=0.01)
         model = Model(RAGGED, where, rule=rule, clipping=Clipping("global_norm", 0.1))
-        control = new_control(model.device, learning_rate=1e-2)
+        scalars = new_scalars(model.device, learning_rate=1e-2)
         with pytest.MonkeyPatch.context() as patch:
             if device == "plain":
-                for module in (optimize_module, control_module):
+                for module in MODULES:
                     patch.setattr(module, "uses_triton", lambda tensor: False)
             for _ in range(3):
-                model.step(model.gradients(), control)
-        ends.append([each.cpu() for each in (*model.tensors(), control)])
+                model.step(model.gradients(), scalars)
+        ends.append([each.cpu() for each in (*model.tensors(), scalars)])
     for a, b in zip(*ends, strict=True):
         # Steps of rms-prop are ten times as long; the decay nearly cancels some of its gradients.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=3e-6 if rule.name == "rms-prop" else 1e-8)
@@ -578,7 +592,7 @@ def test_a_captured_slot_is_never_used_again(where, monkeypatch):
     eager = rows.find((1, 2)).clone()
     captured = []
     with monkeypatch.context() as patch:
-        patch.setattr(tables_module, "is_capturing", lambda device: True)
+        patch.setattr(tensor_table, "is_capturing", lambda device: True)
         for _ in range(2):  # two graphs with gradients at the same place
             captured.append(rows.find((1, 2)))
         captured.append(rows.find((3, 4)))
@@ -589,10 +603,10 @@ def test_a_captured_slot_is_never_used_again(where, monkeypatch):
     assert eager.tolist() == [1, 2]
     assert [each.tolist() for each in captured] == [[1, 2], [1, 2], [3, 4]]
     assert len({each.data_ptr() for each in captured}) == 3
-    monkeypatch.setattr(tables_module, "is_capturing", lambda device: True)
+    monkeypatch.setattr(tensor_table, "is_capturing", lambda device: True)
     for step in range(112 - len(captured)):
         rows.find((step, 0))
-    with pytest.raises(RuntimeError, match="have been captured 112 times: make new ones"):
+    with pytest.raises(RuntimeError, match="has been captured 112 times: make a new one"):
         rows.find((1, 2))
 
 
@@ -611,14 +625,14 @@ def test_a_captured_step_equals_an_eager_one(device, rule, settings):
     ends = []
     for captured in (False, True):
         model = Model(RAGGED, device, rule=rule, copies=BF16, **settings)
-        control = new_control(device, learning_rate=1e-2)
+        scalars = new_scalars(device, learning_rate=1e-2)
         given = [model.gradients(BF16) for _ in range(2)]
-        model.step(given[0], control)  # compiles
+        model.step(given[0], scalars)  # compiles
         graphs = []
         for each in given if captured else []:
             graphs.append(torch.cuda.CUDAGraph())
             with torch.cuda.graph(graphs[-1]):
-                model.step(each, control)
+                model.step(each, scalars)
         finish_capture()
         for step in range(60):
             for gradient, new in zip(given[step % 2], model.gradients(BF16), strict=True):
@@ -627,21 +641,21 @@ def test_a_captured_step_equals_an_eager_one(device, rule, settings):
                 graphs[step % 2].replay()
             else:
                 # New tensors, so that the addresses change, as they do in eager steps.
-                model.step([each.clone() for each in given[step % 2]], control)
-        ends.append([*model.tensors(), control])
+                model.step([each.clone() for each in given[step % 2]], scalars)
+        ends.append([*model.tensors(), scalars])
     assert _equal(*ends)
 
 
 TENSOR_REFUSALS = [
-    ("parameters", 1, torch.Tensor.half, "must be float32, got float16"),
+    ("parameters", 1, torch.Tensor.half, r"must be \(5,\) float32, got \(5,\) float16"),
     (
         "parameters",
         0,
         lambda each: each.transpose(0, 1),
         r"must be contiguous or channels_last, got strides \(1, 48, 12, 3\)",
     ),
-    ("square", 2, torch.Tensor.double, "must be float32, got float64"),
-    ("mean", 0, lambda each: each[0], r"must be \(2, 3, 4, 4\) as its parameter, got \(3, 4, 4\)"),
+    ("square", 2, torch.Tensor.double, r"must be \(7,\) float32, got \(7,\) float64"),
+    ("mean", 0, lambda each: each[0], r"must be \(2, 3, 4, 4\) float32, got \(3, 4, 4\)"),
     (
         "mean",
         0,
@@ -655,11 +669,16 @@ TENSOR_REFUSALS = [
         lambda each: torch.zeros(6, device=each.device)[1:],
         "must start at a multiple of 16 bytes, got one that starts 4 after: clone it",
     ),
-    ("copies", 0, torch.Tensor.float, "must be bfloat16 or float16, got float32"),
-    ("copies", 2, torch.Tensor.half, "must be bfloat16, got float16"),
-    ("gradients", 0, torch.Tensor.double, "must be float32 or bfloat16 or float16, got float64"),
-    ("gradients", 1, torch.Tensor.half, "must be float32, got float16"),
-    ("gradients", 2, lambda each: each[None], r"must be \(7,\) as its parameter, got \(1, 7\)"),
+    ("low_precision", 0, torch.Tensor.float, "must be .* bfloat16 or float16, got .* float32"),
+    ("low_precision", 2, torch.Tensor.half, r"must be \(7,\) bfloat16, got .* float16"),
+    (
+        "gradients",
+        0,
+        torch.Tensor.double,
+        "must be .* float32 or bfloat16 or float16, got .* float64",
+    ),
+    ("gradients", 1, torch.Tensor.half, "must be .* float32, got .* float16"),
+    ("gradients", 2, lambda each: each[None], r"must be \(7,\) float32, got \(1, 7\)"),
     ("gradients", 2, lambda each: each.to("meta"), "must be on .*, got meta"),
 ]
 SETTING_REFUSALS = [
@@ -695,27 +714,27 @@ SETTING_REFUSALS = [
 
 
 def _lists(device):
-    """What Tables take, and gradients, by name."""
+    """What a TensorTable takes, and gradients, by name."""
     model = Model([(2, 3, 4, 4), (5,), (7,)], device, copies=BF16, channels_last=True)
-    lists = {"parameters": model.parameters, **model.moments, "copies": model.copies}
+    lists = {"parameters": model.parameters, **model.moments, "low_precision": model.copies}
     return lists | {"accumulators": model._zeros(), "gradients": model.gradients()}
 
 
 def _tables(lists, **options):
     moments = {kind: lists[kind] for kind in ("mean", "square")}
-    copies, accumulators = lists["copies"], options.pop("accumulators", [])
-    return Tables(lists["parameters"], moments, copies, accumulators, **options)
+    copies, accumulators = lists["low_precision"], options.pop("accumulators", [])
+    return TensorTable(lists["parameters"], moments, copies, accumulators, **options)
 
 
 @pytest.mark.parametrize(("name", "index", "change", "message"), TENSOR_REFUSALS)
 def test_refusals_of_tensors(device, name, index, change, message):
     lists = _lists(device)
     lists[name][index] = change(lists[name][index])
-    control = new_control(device, learning_rate=1e-2)
+    scalars = new_scalars(device, learning_rate=1e-2)
 
     def step():
         tables = _tables(lists, accumulators=lists["accumulators"])
-        optimize(lists["gradients"], tables, control, ADAM, accumulation=2)
+        optimize(lists["gradients"], tables, scalars, ADAM, accumulation=2)
 
     with pytest.raises(ValueError, match=rf"^{name}\[{index}\] {message}"):
         step()
@@ -727,67 +746,70 @@ def test_refusals_of_settings(kind, settings, message):
         kind(**settings)
 
 
-@pytest.mark.parametrize("name", ["mean", "square", "copies", "gradients"])
+@pytest.mark.parametrize("name", ["mean", "square", "low_precision", "gradients"])
 def test_refusals_of_lengths(device, name):
     lists = _lists(device)
     lists[name] = lists[name][:2]
     with pytest.raises(ValueError, match=f"^{name} must be as many as the parameters, 3, got 2$"):
-        optimize(lists["gradients"], _tables(lists), new_control(device, learning_rate=1e-2), ADAM)
+        optimize(lists["gradients"], _tables(lists), new_scalars(device, learning_rate=1e-2), ADAM)
 
 
 def test_other_refusals(device):
     lists = _lists(device)
     given, tables = lists["gradients"], _tables(lists)
-    control = new_control(device, learning_rate=1e-2)
+    scalars = new_scalars(device, learning_rate=1e-2)
     with pytest.raises(
-        ValueError, match=rf"^control must be float64 \({NUM_CONTROLS},\) on .*: use new_control$"
+        ValueError, match=rf"^scalars must be \({len(Scalar)},\) float64, got .*: use new_scalars$"
     ):
         optimize(given, tables, torch.zeros(10, device=device), ADAM)
     with pytest.raises(ValueError, match="^decays must be as many as the parameters, 3, got 1$"):
         _tables(lists, decays=[True])
     with pytest.raises(ValueError, match="^parameters must be at least one, got none$"):
-        Tables([], {})
+        TensorTable([], {})
     with pytest.raises(
-        ValueError, match="^lion keeps mean, but the tables hold mean, square: make new Tables$"
+        ValueError, match="^lion keeps mean, but the table holds mean, square: make a new Te"
     ):
-        optimize(given, tables, control, Rule(name="lion"))
+        optimize(given, tables, scalars, Rule(name="lion"))
     with pytest.raises(
         ValueError, match="^accumulation must be 1 .* with them, got 2 and 0 accumulators$"
     ):
-        optimize(given, tables, control, ADAM, accumulation=2)
+        optimize(given, tables, scalars, ADAM, accumulation=2)
     with pytest.raises(
         ValueError, match="^history_c goes with autoclip .* autoclip and no history: use new_his"
     ):
-        optimize(given, tables, control, ADAM, clipping=Clipping("autoclip", 10))
+        optimize(given, tables, scalars, ADAM, clipping=Clipping("autoclip", 10))
     autoclip = Clipping("autoclip", 10)
     history_c = new_history(device, 4)
     for wrong_c in (history_c.float(), history_c[:0], history_c.to("meta"), history_c[::2]):
         with pytest.raises(ValueError, match="^history_c must be "):
-            optimize(given, tables, control, ADAM, clipping=autoclip, history_c=wrong_c)
+            optimize(given, tables, scalars, ADAM, clipping=autoclip, history_c=wrong_c)
     lists["parameters"][1].data = lists["parameters"][1].clone()
-    with pytest.raises(ValueError, match="^a tensor has moved since its Tables were made: make"):
-        optimize(given, tables, control, ADAM)
+    with pytest.raises(ValueError, match="^a tensor has moved since its TensorTable was made"):
+        optimize(given, tables, scalars, ADAM)
 
 
 def test_opcheck():
     """The plain way: opcheck clones its inputs, whose addresses the kernels would not know."""
     model = Model([(5,), (3, 2)], "cpu", copies=BF16, accumulation=2)
-    control, tables = new_control("cpu", learning_rate=1e-2), model.tables
+    scalars, tables = new_scalars("cpu", learning_rate=1e-2), model.tables
     gradients, history_c = model.gradients(), new_history("cpu", 3)
     row = tables.gradient_row(gradients)
     partials_n, tensors_tc = tables.partials_n, tables.tensors_tc
     calls = [
-        (norm_op, (gradients, tables.accumulators, partials_n, control, tensors_tc, row)),
-        (record_op, (partials_n, control, history_c, 1)),
-        (control_op, (partials_n, history_c, control, "nadam", 0.9, 0.999, 1e-8)),
-        (factors_op, (partials_n, control, tables.factors_t, tensors_tc, 0.1)),
-        (_update_op, (tables.parameters, gradients, *tables.moments.values(), [], tables.copies)),
+        (norm_op, (gradients, tables.accumulators, partials_n, scalars, tensors_tc, row)),
+        (record_op, (partials_n, scalars, history_c, 1)),
+        (scalars_op, (partials_n, history_c, scalars, "nadam", 0.9, 0.999, 1e-8)),
+        (factors_op, (partials_n, scalars, tables.factors_t, tensors_tc, 0.1)),
+        (
+            _update_op,
+            (tables.parameters, gradients, *tables.moments.values(), [], tables.low_precision),
+        ),
     ]
     more = {
         norm_op: (tables.chunks_n3,),
-        control_op: ("autoclip", 50.0, 1, True),
+        scalars_op: ("autoclip", 50.0, 1, True),
         _update_op: (
-            *(control, tables.factors_t, tensors_tc, row, tables.chunks_n3, tables.plain),
+            *(scalars, tables.factors_t, tensors_tc, row, tables.chunks_n3, tables.plain),
             *(False, "nadam", 0.9, 0.999, 1e-8, 0.1, 0.5),
         ),
     }
@@ -802,8 +824,8 @@ def test_the_operations_of_a_step(where, kind):
     """What LAUNCHES counts, and nothing beside them once the gradients have been seen."""
     clipping, history = Clipping(kind, 1.0), 10 if kind == "autoclip" else 0
     model = Model(RAGGED, where, copies=BF16, clipping=clipping, history=history)
-    control, given = new_control(where, learning_rate=1e-2), model.gradients()
-    model.step(given, control)
+    scalars, given = new_scalars(where, learning_rate=1e-2), model.gradients()
+    model.step(given, scalars)
     names = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
@@ -812,12 +834,12 @@ def test_the_operations_of_a_step(where, kind):
             return function(*args, **(kwargs or {}))
 
     with Record():
-        model.step(given, control)
-    norm, record, control_of, factors, update, *_ = LAUNCHES
+        model.step(given, scalars)
+    norm, record, scalars_of, factors, update, *_ = LAUNCHES
     wanted = {
-        "norm": [norm, control_of, factors, update],
-        "autoclip": [norm, record, "aten::sort", control_of, update],
+        "norm": [norm, scalars_of, factors, update],
+        "autoclip": [norm, record, "aten::sort", scalars_of, update],
     }
     # Looking up the row of addresses is a view, which launches nothing.
     names.remove("aten::select::int")
-    assert names == wanted.get(kind, [norm, control_of, update])
+    assert names == wanted.get(kind, [norm, scalars_of, update])

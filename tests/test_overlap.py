@@ -21,7 +21,7 @@ from mien.core.optim import overlap
 from mien.core.training import engine as engines
 from mien.core.training.loss_buffer import LossRing
 from mien.core.training.step import TrainStep
-from mien.kernels.control import STEP
+from mien.kernels.optimizer_scalars import Scalar
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def test_parts_follow_the_backward_pass_and_are_moved_in_it(monkeypatch):
     assert all(name.startswith("decoder_b") for name in names[0]), "the last to run forward"
     assert "encoder.0.0.conv.conv.weight" in names[-1]
     for part in parts[:-1]:
-        assert sum(tensor.numel() for tensor in part.tables.parameters) >= 10_000
+        assert sum(tensor.numel() for tensor in part.table.parameters) >= 10_000
     moved_after = []
     move = step.update._move
 
@@ -222,7 +222,7 @@ def test_a_part_that_is_not_finite_is_left_and_counted(monkeypatch):
     assert int(update.skipped) == 1
     for name, tensor in update.weights().items():
         assert torch.equal(tensor, before[name]) == name.startswith("0."), name
-    steps = {update.names[part.numbers[0]]: int(part.control[STEP]) for part in update.parts}
+    steps = {update.names[part.numbers[0]]: int(part.scalars[Scalar.STEP]) for part in update.parts}
     assert steps == {"0.weight": 1, "0.bias": 1, "1.weight": 2, "1.bias": 2}
     assert int(update.tensors()["step"]) == 2, "a resume goes on with the largest number"
     assert float(update.tensors()["beta_1_power"]) == pytest.approx(0.81)

@@ -85,6 +85,59 @@ def test_every_room_of_core_has_its_place():
     assert sorted(path.stem for path in paths) == sorted([*CORE, "__init__"])
 
 
+def _hidden_modules(init):
+    """Modules of a package that a function, class or import of its `__init__.py` hides."""
+    inside = {path.stem for path in init.parent.iterdir() if path.suffix == ".py"}
+    inside |= {path.parent.name for path in init.parent.glob("*/__init__.py")}
+    names = set()
+    for node in ast.parse(init.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {alias.asname or alias.name for alias in node.names}
+    return sorted(names & inside)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_name_of_a_package_hides_one_of_its_modules(room):
+    for init in (ROOT / room).rglob("__init__.py"):
+        assert not _hidden_modules(init), init.relative_to(ROOT)
+
+
+def test_the_check_of_hidden_modules_sees_them(tmp_path):
+    for name, code in {
+        "__init__": "from . import plain\nfrom .enlarge import enlarge\ndef draw(): pass",
+        "enlarge": "",
+        "draw": "",
+        "plain": "",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    assert _hidden_modules(tmp_path / "__init__.py") == ["draw", "enlarge"]
+
+
+def _constants_of_places(tree):
+    """(name, place) of each constant that a kernel takes of an enumeration of places."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            targets, values = node.targets[0], node.value
+            is_tuple = isinstance(targets, ast.Tuple) and isinstance(values, ast.Tuple)
+            pairs = zip(targets.elts, values.elts, strict=True) if is_tuple else [(targets, values)]
+            for target, value in pairs:
+                if found := re.fullmatch(r"tl\.constexpr\(\w+\.(\w+)\)", ast.unparse(value)):
+                    yield target.id, found[1]
+
+
+def test_a_constant_of_a_kernel_has_the_name_of_its_place():
+    """Else a kernel would read another scalar, or another column, than it says."""
+    pairs = [
+        pair
+        for path in _modules("kernels")
+        for pair in _constants_of_places(ast.parse(path.read_text()))
+    ]
+    assert len(pairs) > 30
+    assert [name for name, place in pairs if name != f"_{place}"] == []
+
+
 def test_the_import_check_sees_imports():
     assert "losses" in _imported_rooms_of_core(ROOT / "core/training/step.py")
     assert "core" in _imported_rooms(ROOT / "cli/train.py")
@@ -200,10 +253,10 @@ def test_the_lowest_versions_are_those_that_are_allowed():
 
 
 def test_every_kernel_has_a_reference_a_test_and_a_benchmark():
-    from mien import kernels
+    from mien.kernels import OPERATIONS, reference
 
-    for name in kernels.OPERATIONS:
-        assert hasattr(kernels.reference, name), f"kernels/reference.py lacks {name}"
+    for name in OPERATIONS:
+        assert hasattr(reference, name), f"kernels/reference.py lacks {name}"
         assert (ROOT / f"tests/test_{name}.py").exists()
         assert (ROOT / f"benchmarks/bench_{name}.py").exists()
 

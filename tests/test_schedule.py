@@ -14,7 +14,7 @@ from mien.core.checkpoint.state import TrainingState
 from mien.core.config import OptimizerConfig, from_dict
 from mien.core.optim import overlap
 from mien.core.optim.lr_schedule import Schedule, begin_schedule
-from mien.kernels.control import LEARNING_RATE
+from mien.kernels.optimizer_scalars import Scalar
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_a_set_rate_reaches_every_part_and_is_written_once(setting, monkeypatch)
     if setting == "on":
         update._split([[0, 1], [2, 3]])
     update.set_rate(3e-4)
-    assert [float(part.control[LEARNING_RATE]) for part in update.parts] == [3e-4] * len(
+    assert [float(part.scalars[Scalar.LEARNING_RATE]) for part in update.parts] == [3e-4] * len(
         update.parts
     )
     monkeypatch.setattr(torch.Tensor, "fill_", lambda *_: pytest.fail("nothing has changed"))

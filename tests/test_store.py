@@ -122,7 +122,7 @@ def test_pixels_are_the_crop_and_its_masks(folder, store_dir, decoder, placement
     assert (made.num_faces, made.size_px, made.nbytes) == (NUM_FACES, 48, NUM_FACES * 48 * 48 * 8)
     assert made.names == [face.path.name for face in folder.faces]
     assert (made.placement, made.rejected, made.warnings) == (placement, [], [])
-    assert "DALI" in made.backend if decoder == "dali" else "OpenCV" in made.backend
+    assert "DALI" in made.backend if decoder == "dali" else "in threads" in made.backend
     for face, pixels in zip(folder.faces, made.faces_fssc.numpy(), strict=True):
         np.testing.assert_array_equal(pixels, expected(face, CROP, **data))
 
@@ -138,7 +138,7 @@ def test_the_next_start_reads_the_raw_file(folder, store_dir, placement, monkeyp
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(store, "decoding", refuse)
-    monkeypatch.setattr(store, "choose_backend", refuse)
+    monkeypatch.setattr(store, "decoded_by", refuse)
     ticks = []
     second = opened(
         folder, store_dir, placement=placement, progress=lambda *tick: ticks.append(tick)

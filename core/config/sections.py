@@ -70,10 +70,10 @@ class DataConfig(Section):
     """Folders of the faces, how faces are cut out of them and where they are kept."""
 
     input_a: str = setting("", flag="-A --input-a", stays=True, path=True)
-    """Folder of face PNGs of side A: the person in the film."""
+    """Folder of the faces of side A, the person in the film: face PNGs, or DeepFaceLab's JPEGs."""
 
     input_b: str = setting("", flag="-B --input-b", stays=True, path=True)
-    """Folder of face PNGs of side B: the face to put there."""
+    """Folder of the faces of side B, the face to put there: face PNGs, or DeepFaceLab's JPEGs."""
 
     centering: str = setting("face", choices=("face", "head", "legacy"), locked=True)
     """What the crop is centred on: the face, the whole head, or the old, tighter crop."""

@@ -74,6 +74,11 @@ def read_faces(folder: Path, mask: str, warn: Callable[[str], None]) -> Faces:
     faces: Faces = {}
     rejected: list[Rejected] = []
     for path in list_pictures(folder):
+        if path.suffix.lower() != ".png":
+            raise ValueError(
+                f"{folder} holds faces of DeepFaceLab: `mien faces import` writes them as face "
+                "PNGs, give the folder of those"
+            )
         try:
             face, header = read_face(path)
             placed = _placed(face, header)

@@ -17,7 +17,8 @@ does it with CPU threads there, too.
 
 A damaged file fails DALI's whole batch without being named, so that batch is decoded again file by
 file, and the pipeline goes on with the next one. A picture that a batch has no room for is left to
-OpenCV, which bounds what is decoded at a time (`core.faces.picture`).
+OpenCV, which bounds what is decoded at a time (`core.faces.picture`); so are faces that are turned
+in their pictures, whose crop is a warp of all of it.
 
 Letters: s = edge of the crop at the processing size, px; c = 3 colours.
 """
@@ -33,9 +34,8 @@ import cv2
 import numpy as np
 
 from ..faces import geometry
-from ..faces.folder import Face
+from ..faces.face import Face
 from ..faces.geometry import CropBox
-from ..faces.picture import decoding_bytes, open_picture
 from ..faces.png import FaceFileError
 from ..system.output import silent_libraries
 
@@ -109,12 +109,19 @@ def decode_crops(
     return decode(faces, crop, threads, device, warn or (lambda line: None))
 
 
+def decoded_by(faces: list[Face], setting: str, device: str) -> str:
+    """What decodes these faces with that setting, as a sentence."""
+    if faces and not faces[0].is_upright:
+        return "faces are warped out of JPEGs of DeepFaceLab by OpenCV"
+    return choose_backend(setting, device)[1]
+
+
 def decode_one(face: Face, crop: geometry.Crop) -> Result:
     """One face's crop, (s, s, 3) uint8 BGR, without DALI; or why there is none."""
     try:
-        with open_picture(face.path, face.edge_px) as image_bgr:
-            crop_bgr = geometry.resize(geometry.cut(image_bgr, face.crop_box(crop)), crop.size_px)
-            return np.ascontiguousarray(crop_bgr)  # no part of a picture that would stay whole
+        with face.open_picture() as image_bgr:
+            # A copy: a part of a picture would keep all of it.
+            return np.ascontiguousarray(face.cut_out(image_bgr, crop))
     except FaceFileError as error:
         return error.alone()
 
@@ -160,7 +167,8 @@ def _decode_dali(
     with silent_libraries(), ThreadPoolExecutor(threads) as pool:
         while batch := schedule.next():
             if not batch.is_for_dali:
-                yield batch.first, decode_one(batch.faces[0], crop)
+                crops = list(pool.map(lambda face: decode_one(face, crop), batch.faces))
+                yield from enumerate(crops, batch.first)
                 continue
             try:
                 pipeline.schedule_run()
@@ -214,7 +222,8 @@ class _Batch(NamedTuple):
     """Faces that are decoded together.
 
     first: number of the first among all. is_for_dali: false for a single face that a batch has no
-    room for. places: square and decoded part of each face, once DALI has been handed them.
+    room for, and for faces that are turned in their pictures. places: square and decoded part of
+    each face, once DALI has been handed them.
     """
 
     first: int
@@ -229,13 +238,18 @@ def _batches(faces: Iterable[Face]) -> Iterator[_Batch]:
     batch: list[Face] = []
     for face in faces:
         picture_bytes = _bytes_of(face)
-        if batch and (len(batch) == BATCH_SIZE or num_bytes + picture_bytes > MAX_BATCH_BYTES):
-            yield _Batch(first, batch, num_bytes <= MAX_BATCH_BYTES, [])
+        is_full = len(batch) == BATCH_SIZE or num_bytes + picture_bytes > MAX_BATCH_BYTES
+        if batch and (is_full or face.is_upright != batch[0].is_upright):
+            yield _batch_of(first, batch, num_bytes)
             first, num_bytes, batch = first + len(batch), 0, []
         batch.append(face)
         num_bytes += picture_bytes
     if batch:
-        yield _Batch(first, batch, num_bytes <= MAX_BATCH_BYTES, [])
+        yield _batch_of(first, batch, num_bytes)
+
+
+def _batch_of(first: int, faces: list[Face], num_bytes: int) -> _Batch:
+    return _Batch(first, faces, faces[0].is_upright and num_bytes <= MAX_BATCH_BYTES, [])
 
 
 class _Schedule:
@@ -286,7 +300,7 @@ class _Schedule:
 def _bytes_of(face: Face) -> int:
     """Bytes that decoding the face takes; none where its file is gone, which decoding tells of."""
     try:
-        return decoding_bytes(face.path, face.edge_px)
+        return face.decoding_bytes
     except OSError:
         return 0
 

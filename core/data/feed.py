@@ -14,17 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.augment import (
-    FACE_PARAMS,
-    Augmented,
-    Landmarks,
-    Ranges,
-    augment,
-    draw,
-    empty,
-    records_of,
-    workspace_bytes,
-)
+from ...kernels.augment import Augmented, Landmarks, augment, empty, workspace_bytes
+from ...kernels.draw import FACE_PARAMS, Ranges, draw, records_of
 from ..config import Config, to_dict
 from .sides import SIDES
 from .store import FaceStore

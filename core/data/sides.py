@@ -12,7 +12,8 @@ import torch
 
 from ...models.autoencoder import Side
 from ..config import DataConfig, EvaluateConfig, LossConfig
-from ..faces.folder import Face, FaceFolder, Rejected, named, read_folder, uneven
+from ..faces.face import MAX_OUTSIDE_SHARE, Face, as_settings, usual_of
+from ..faces.folder import FaceFolder, Rejected, named, read_folder, uneven
 from ..faces.geometry import Crop
 from ..faces.listing import list_pictures, overlap
 from ..system.paths import expanded
@@ -65,6 +66,8 @@ def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
         for folder in (opened.folder, opened.held_out):
             if folder.passed_over.notice:
                 warnings.append(f"{name}: {folder.path}: {folder.passed_over.notice}")
+        if cut_short := _cut_short(opened):
+            warnings.append(f"{name}: {cut_short}")
         if store.empty:
             warnings.append(
                 f"{name}: {len(store.empty)} of {store.num_faces} faces have an (almost) empty "
@@ -79,6 +82,21 @@ def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
     a, b = (faces[side].store.num_faces for side in SIDES)
     told = uneven("side A", a, "side B", b)
     return [*warnings, told] if told else warnings
+
+
+def _cut_short(opened: SideFaces) -> str:
+    """Words for crops that reach far outside their pictures, and the crop that would not."""
+    faces, crop = opened.trained_on, opened.crop
+    shares = [face.outside_share(crop) for face in faces]
+    count = sum(share > MAX_OUTSIDE_SHARE for share in shares)
+    if not count:
+        return ""
+    shows, usual = usual_of(faces, crop.size_px)
+    return (
+        f"more than {MAX_OUTSIDE_SHARE:.0%} of the crop of {count} of {len(faces)} faces lies "
+        f"outside their pictures (up to {max(shares):.0%}) and is black; what {shows} pictures "
+        f"hold is trained with {as_settings(usual)}"
+    )
 
 
 def _refuse_empty_masks(side: str, store: FaceStore) -> None:

@@ -47,7 +47,7 @@ from ..faces.folder import Face, FaceFolder, Rejected
 from ..faces.geometry import Crop
 from ..faces.png import FaceFileError
 from ..system.durable_files import open_for_reading, sync_folder
-from .decode import choose_backend
+from .decode import decoded_by
 from .pipeline import FaceDecoder, decoding
 
 SCHEMA = "mien.faces/1"
@@ -204,11 +204,11 @@ def open_store(
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         pixels_fssc = _pixels(path, facts, header_bytes, is_to_stay=placement == "file")
         faces_fssc = _placed(pixels_fssc, placement, device)
-        decoded_by = f"faces were decoded at an earlier start, they are read from {path}"
+        told = f"faces were decoded at an earlier start, they are read from {path}"
         tell(len(folder.faces), len(folder.faces))
     else:
         _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
-        _, decoded_by = choose_backend(data.decoder, str(device))
+        told = decoded_by(folder.faces, data.decoder, str(device))
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:
             if not decoder:
@@ -226,7 +226,7 @@ def open_store(
         names=facts.names,
         rejected=[Rejected(folder.path / name, reason) for name, reason in facts.rejected],
         why=why,
-        backend=decoded_by,
+        backend=told,
         reused=saved is not None,
         seconds=time.perf_counter() - begin,
         path=path,
@@ -327,7 +327,7 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
     settings = {"crop": dataclasses.asdict(crop), "mask": mask, "opencv": cv2.__version__}
     # Of a file that is gone, zeros: decoding rejects it, and it may come back as it was.
     files = [
-        [face.path.name, *(face.size_and_time if face.path.exists() else (0, 0))]
+        [face.path.name, *(face.size_and_time if face.file.exists() else (0, 0))]
         for face in folder.faces
     ]
     text = json.dumps([SCHEMA, CONTENT_VERSION, settings, files], sort_keys=True)

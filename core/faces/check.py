@@ -18,25 +18,20 @@ import cv2
 import numpy as np
 
 from ..config import DataConfig
-from .folder import MINIMUM_FACES, Face, FaceFolder, Rejected, native_px, read_folder, uneven
-from .geometry import Crop, crop_landmarks, cut, resize
+from .face import Face, as_settings, usual_crop, usual_of, usual_share
+from .folder import MINIMUM_FACES, FaceFolder, Rejected, read_folder, uneven
+from .geometry import Crop, crop_landmarks
 from .listing import PassedOver, overlap
 from .masks import LANDMARK_MASKS, is_empty, landmark_mask, named_mask, stored_mask, why_empty
-from .picture import open_picture
-from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader, read_header
+from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader
 
 WANTED_FACES = 500
 MANY_FACES = 10_000
 POSE_BIN_DEGREES = 15
 REPEAT_BITS = 10
 
-_CROPS = {"head": Crop("face", 1.0, 0.0, 128), "legacy": Crop("legacy", 1.0, 0.0, 128)}
-"""What is trained on by default, by what the picture shows."""
-
+_CROP_PX = 128
 _DEFAULTS = DataConfig()
-_TRAINED_SHARE = {"head": 0.75, "legacy": 1.0}
-"""Part of the picture's width that this crop takes."""
-
 _HASH_EDGE = 16
 _BLOCK_ROWS = 1024
 
@@ -64,13 +59,14 @@ class Report:
     """What was measured in one folder. `as_dict` makes it ready for JSON.
 
     passed_over: pictures that are not looked at. versions: number of faces of each alignments
-    version; num_legacy: those from before 2.0. sizes_px: number of files of each edge. native_px:
-    width of the picture in px of the source, before extraction scaled it. masks: number of faces
-    that have each stored mask. empty_masks: by mask, faces with (almost) nothing inside it where
-    all else is left at its default, and why. poses: number of faces in each field of 15 degrees of
-    yaw and pitch. lightness: L* over the face. light_balance: L* of the right half minus the left.
-    repeats: groups of files that show nearly the same picture. blurred, blank, odd_landmarks: file
-    names. damaged_masks, unreadable: the reason by file name.
+    version; num_legacy: those from before 2.0. shows: what most of the pictures show: the head
+    crop, the legacy crop, or a face type of DeepFaceLab. sizes_px: number of files of each edge.
+    native_px: width of the picture in px of the source, before extraction scaled it. masks: number
+    of faces that have each stored mask. empty_masks: by mask, faces with (almost) nothing inside it
+    where all else is left at its default, and why. poses: number of faces in each field of 15
+    degrees of yaw and pitch. lightness: L* over the face. light_balance: L* of the right half minus
+    the left. repeats: groups of files that show nearly the same picture. blurred, blank,
+    odd_landmarks: file names. damaged_masks, unreadable: the reason by file name.
     """
 
     path: str
@@ -79,6 +75,7 @@ class Report:
     passed_over: PassedOver
     versions: dict[str, int]
     num_legacy: int
+    shows: str
     sizes_px: dict[int, int]
     native_px: Spread | None
     masks: dict[str, int]
@@ -107,11 +104,6 @@ class Report:
     def is_mixed(self) -> bool:
         """Whether faces from before alignments version 2.0 lie among later ones."""
         return 0 < self.num_legacy < self.num_faces
-
-    @property
-    def shows(self) -> str:
-        """What most of the pictures show: the head crop or the legacy crop."""
-        return "legacy" if self.num_legacy > self.num_faces / 2 else "head"
 
     @property
     def num_repeats(self) -> int:
@@ -200,11 +192,11 @@ def compare(a: Report, b: Report) -> Comparison:
 
 
 def _measure(face: Face) -> _Measured | Rejected:
-    crop = _CROPS[face.centering]
+    crop = usual_crop(face.centering, _CROP_PX)
     try:
-        header = read_header(face.path)[1]
-        with open_picture(face.path, face.edge_px) as image_bgr:
-            crop_bgr = resize(cut(image_bgr, face.crop_box(crop)), crop.size_px)
+        header = face.read_header()
+        with face.open_picture() as image_bgr:
+            crop_bgr = face.cut_out(image_bgr, crop)
     except FaceFileError as error:
         return Rejected(face.path, str(error))
     damaged, empty = _mask_problems(face, header, crop)
@@ -245,7 +237,7 @@ def _mask_problems(face: Face, header: FaceHeader, crop: Crop) -> tuple[str, dic
             mask = named_mask(header, name)
             pixels = stored_mask(
                 mask,
-                face.alignment,
+                face.source_alignment,
                 crop,
                 dilation=_DEFAULTS.mask_dilation,
                 blur_kernel=_DEFAULTS.mask_blur_kernel,
@@ -280,8 +272,9 @@ def _report(found: FaceFolder, measured: list[_Measured]) -> Report:
         passed_over=found.passed_over,
         versions=dict(sorted(versions.items())),
         num_legacy=sum(face.centering == "legacy" for face in faces),
+        shows=usual_of(faces, _CROP_PX)[0] if faces else "head",
         sizes_px=dict(sorted(Counter(face.edge_px for face in faces).items())),
-        native_px=_spread([native_px(face) for face in faces]),
+        native_px=_spread([face.native_px for face in faces]),
         masks=dict(sorted(Counter(name for one in measured for name in one.masks).items())),
         empty_masks=_empty_masks(pairs),
         yaw=_spread([face.alignment.yaw for face in faces]),
@@ -389,6 +382,11 @@ def _version_advice(result: Report) -> list[str]:
             "different crops and cannot be trained together: put them into folders of their own, "
             "or extract all of them again."
         ]
+    if result.num_faces and result.shows not in ("head", "legacy"):
+        return [
+            f"{result.shows} pictures: train them with "
+            f"{as_settings(usual_crop(result.shows, _CROP_PX))}, which they hold."
+        ]
     if result.num_legacy:
         return [
             f"All faces were extracted before alignments version {FIRST_HEAD_VERSION} and show the "
@@ -424,11 +422,11 @@ def _picture_advice(result: Report) -> list[str]:
         )
     if result.sizes_px and result.native_px:
         usual_px = max(result.sizes_px, key=lambda size: (result.sizes_px[size], size))
-        face_px = min(usual_px, result.native_px.median) * _TRAINED_SHARE[result.shows]
+        face_px = min(usual_px, result.native_px.median) * usual_share(result.shows)
         advice.append(
-            f"At {_CROPS[result.shows].centering} centring these files hold about {face_px:.0f} "
-            f"real px of a face: fit for models of up to {_model_px(face_px)} px; larger input is "
-            "not better output."
+            f"At {usual_crop(result.shows, _CROP_PX).centering} centring these files hold about "
+            f"{face_px:.0f} real px of a face: fit for models of up to {_model_px(face_px)} px; "
+            "larger input is not better output."
         )
     advice.extend(_mask_advice(result))
     for names, text in (

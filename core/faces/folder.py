@@ -1,4 +1,6 @@
-"""One side's faces: every face PNG of a folder with its landmarks and alignment, sorted by name.
+"""One side's faces: each of a folder with its landmarks and alignment, sorted by name.
+
+They are face PNGs; or, where a folder holds none, JPEGs of DeepFaceLab, or the pack of them.
 
 A folder may come from a stranger, and hold links: a set of faces is often put together of links to
 files elsewhere. So links to files are followed. They are only read, as pictures, and what is no
@@ -12,62 +14,20 @@ Letters: l = landmark (68), 2 = (x, y).
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from ..system.paths import expanded
-from .geometry import PADDING_RATIO, Alignment, Crop, CropBox, align, crop_box
-from .listing import PassedOver, list_pictures, name_of, passed_over
-from .masks import named_mask
-from .png import (
-    FIRST_HEAD_VERSION,
-    FaceFileError,
-    FaceHeader,
-    NotExtractedError,
-    StoredMask,
-    read_header,
-)
+from .dfl_face import header_of, part_of, read_jpeg
+from .dfl_pack import Part, read_pack
+from .face import Face, checked_alignment, size_and_time
+from .listing import JPEG_SUFFIXES, PACK_SUFFIX, PassedOver, list_pictures, name_of, passed_over
+from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader, NotExtractedError, read_header
 
 MINIMUM_FACES = 25
 _UNEVEN = 5
 _NUM_NAMED = 3
-
-
-@dataclass
-class Face:
-    """A usable face: its file, and what of its header training needs.
-
-    landmarks_l2: (68, 2) float32, px of the source frame. version: alignments version of its
-    extraction, None where the file tells none. size_and_time: bytes of the file, and when it was
-    changed in ns, just before it was read.
-    """
-
-    path: Path
-    edge_px: int
-    landmarks_l2: np.ndarray
-    alignment: Alignment
-    version: float | None = None
-    size_and_time: tuple[int, int] = (0, 0)
-
-    @property
-    def centering(self) -> str:
-        """What the picture shows: the head crop, or the legacy crop of versions before 2.0."""
-        is_legacy = self.version is not None and self.version < FIRST_HEAD_VERSION
-        return "legacy" if is_legacy else "head"
-
-    def crop_box(self, crop: Crop) -> CropBox:
-        """The square of its picture that the crop is made of."""
-        return crop_box(self.alignment, self.edge_px, crop, self.centering)
-
-    def stored_mask(self, name: str) -> StoredMask:
-        """The mask of that name, read from the file again.
-
-        Raises FaceFileError where there is none to be used.
-        """
-        return named_mask(read_header(self.path)[1], name)
 
 
 @dataclass(frozen=True)
@@ -100,7 +60,7 @@ def read_folder(
     centering: str | None = None,
     found: Callable[[Face], None] | None = None,
 ) -> FaceFolder:
-    """The faces of a folder; sub-folders and files that are not named .png are passed over.
+    """The faces of a folder or of a pack; sub-folders and other files are passed over.
 
     strict: refuse the folder at the first file that is no usable face. minimum: faces that a side
     needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts. most: faces
@@ -113,8 +73,8 @@ def read_folder(
     files = list_pictures(folder, side=side)
     faces: list[Face] = []
     rejected: list[Rejected] = []
-    for file in files:  # threads would only wait for each other: this is Python's own work
-        result = _read(file)
+    # Threads would only wait for each other: this is Python's own work.
+    for result in map(_read, _sources(files, side)):
         if isinstance(result, Face):
             faces.append(result)
             if found:
@@ -137,19 +97,15 @@ def read_face(path: Path) -> tuple[Face, FaceHeader]:
 
     Raises FaceFileError where the file is no usable face.
     """
-    size_and_time = _size_and_time(path)
+    part = part_of(path)
+    if part is not None:
+        jpeg_face, metadata = read_jpeg(part)
+        return jpeg_face, header_of(jpeg_face, metadata)
+    found = size_and_time(path)
     edge_px, header = read_header(path)
-    alignment = align(header.landmarks_l2)
-    if not all(np.isfinite(offset).all() for offset in alignment.offsets.values()):
-        raise FaceFileError("has landmarks that fit no head: extract the face again")
-    face = Face(path, edge_px, header.landmarks_l2, alignment, header.version, size_and_time)
+    alignment = checked_alignment(header.landmarks_l2)
+    face = Face(path, edge_px, header.landmarks_l2, alignment, header.version, found)
     return face, header
-
-
-def native_px(face: Face) -> float:
-    """Width of the picture in px of the source."""
-    px_per_unit = 1.0 / float(np.hypot(*face.alignment.matrix_23[:, 0]))
-    return px_per_unit / (1.0 - PADDING_RATIO[face.centering])
 
 
 def named(rejected: Sequence[Rejected]) -> str:
@@ -183,19 +139,23 @@ def uneven(name_a: str, count_a: int, name_b: str, count_b: int) -> str | None:
     )
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes and time of change of a file; zeros where it is gone, which reading it tells of."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
+def _sources(files: list[Path], side: str | None) -> Iterator[Path | Part]:
+    """What holds a face each: files as they are, of a pack its parts."""
+    for file in files:
+        if file.suffix.lower() == PACK_SUFFIX:
+            try:
+                yield from read_pack(file)
+            except FaceFileError as error:
+                raise ValueError(f"{name_of(file, side)}: {error}") from None
+        else:
+            yield file
 
 
-def _read(path: Path) -> Face | Rejected:
+def _read(source: Path | Part) -> Face | Rejected:
     try:
-        return read_face(path)[0]
+        return read_jpeg(source)[0] if isinstance(source, Part) else read_face(source)[0]
     except FaceFileError as error:
+        path = source.path if isinstance(source, Part) else source
         return Rejected(path, str(error), is_extracted=not isinstance(error, NotExtractedError))
 
 
@@ -226,11 +186,15 @@ def _too_few(
 ) -> str:
     """The one line that says why a folder is refused, and what to do."""
     name, tail = name_of(folder, side), named(rejected)
+    kind = "JPEGs" if rejected and rejected[0].path.suffix.lower() in JPEG_SUFFIXES else "PNGs"
     if not faces and any(file.is_extracted for file in rejected):
-        return f"{name}: none of its {len(rejected)} PNGs can be used ({tail})"
-    if not faces:
+        return f"{name}: none of its {len(rejected)} {kind} can be used ({tail})"
+    beside = passed_over(folder)
+    if not faces and rejected and beside.subfolders:
+        return f"{name}: its {len(rejected)} {kind} are not extracted faces{beside.instead}"
+    if not faces and rejected:
         return (
-            f"{name}: its {len(rejected)} PNGs are not extracted faces: extract faces from the "
+            f"{name}: its {len(rejected)} {kind} are not extracted faces: extract faces from the "
             f"pictures first and give the folder they were written to ({tail})"
         )
     unusable = f", {len(rejected)} files are unusable ({tail})" if rejected else ""

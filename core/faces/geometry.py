@@ -10,6 +10,7 @@ Letters: l = landmark (68), 2 = (x, y), 23 = 2 x 3 matrix, hwc = row, column, ch
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -236,6 +237,35 @@ def cut(image_hwc: np.ndarray, box: CropBox) -> np.ndarray:
     row, column = top - box.top, left - box.left
     square[row : row + found.shape[0], column : column + found.shape[1]] = found
     return square
+
+
+def warp(image_hwc: np.ndarray, matrix_23: np.ndarray, size_px: int) -> np.ndarray:
+    """The square image moved by a similarity, (size_px, size_px); zeros outside the image.
+
+    matrix_23: px of the image to px of the result. Cubic where the image grows; where it shrinks,
+    the mean of the area that a pixel covers: of as many points as it has px of the image.
+    """
+    scale = float(np.hypot(matrix_23[0, 0], matrix_23[1, 0]))
+    # A crop may reach far beyond the image; there is no use in more points than that has.
+    times = min(math.ceil(1.0 / scale), max(2 * image_hwc.shape[0] // size_px, 1))
+    larger_23 = matrix_23 * times
+    larger_23[:, 2] += (times - 1) / 2.0  # the middle of that many pixels
+    edge_px = size_px * times
+    larger = cv2.warpAffine(image_hwc, larger_23, (edge_px, edge_px), flags=cv2.INTER_CUBIC)
+    return resize(larger, size_px)
+
+
+def outside_share(matrix_23: np.ndarray, edge_px: int, size_px: int) -> float:
+    """Part of a crop of ``size_px`` that lies outside the square image of ``edge_px``.
+
+    matrix_23: px of the image to px of the crop.
+    """
+    image, crop = (
+        np.array([[0, 0], [edge, 0], [edge, edge], [0, edge]], np.float32) - np.float32(0.5)
+        for edge in (edge_px, size_px)
+    )
+    shared, _ = cv2.intersectConvexConvex(transform(image, matrix_23), crop)
+    return 1.0 - min(shared / size_px**2, 1.0)
 
 
 def resize(image_hwc: np.ndarray, size_px: int, from_px: int | None = None) -> np.ndarray:

@@ -7,10 +7,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from .folder import Face, native_px, read_face
-from .geometry import CENTERINGS, Crop, crop_landmarks, cut, resize
+from .face import Face
+from .folder import read_face
+from .geometry import CENTERINGS, Crop, crop_landmarks
 from .masks import AREAS, LANDMARK_MASKS, area_mask, landmark_mask, named_mask, stored_mask
-from .picture import open_picture
 from .png import FaceFileError, FaceHeader
 
 _TINT_BGR = np.array([64, 64, 255], np.float32)
@@ -25,13 +25,13 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     face, header = read_face(Path(path))
     alignment = face.alignment
-    with open_picture(face.path, face.edge_px):
+    with face.open_picture():
         pass  # refused where it cannot be decoded
     return {
         "file": str(path),
         "edge_px": face.edge_px,
         "shows": f"{face.centering} crop",
-        "native_px": round(native_px(face), 1),
+        "native_px": round(face.native_px, 1),
         "box": dict(zip(("left", "top", "width", "height"), header.box, strict=True)),
         "yaw": round(alignment.yaw, 1),
         "pitch": round(alignment.pitch, 1),
@@ -51,11 +51,8 @@ def contact_sheet(path: str | os.PathLike[str], *, tile_px: int = 192) -> np.nda
     face, header = read_face(Path(path))
     shown = ("legacy",) if face.centering == "legacy" else CENTERINGS
     crops = {name: Crop(name, 1.0, 0.0, tile_px) for name in shown}
-    with open_picture(face.path, face.edge_px) as image_bgr:
-        pictures = {
-            name: resize(cut(image_bgr, face.crop_box(crop)), tile_px)
-            for name, crop in crops.items()
-        }
+    with face.open_picture() as image_bgr:
+        pictures = {name: face.cut_out(image_bgr, crop) for name, crop in crops.items()}
     main = shown[0]
     landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crops[main])
     dots = pictures[main].copy()
@@ -79,7 +76,9 @@ def _stored_tiles(
         try:
             mask = named_mask(header, name)
             crop = crops.get(mask.centering, next(iter(crops.values())))
-            pixels = stored_mask(mask, face.alignment, crop, dilation=0, blur_kernel=0, threshold=0)
+            pixels = stored_mask(
+                mask, face.source_alignment, crop, dilation=0, blur_kernel=0, threshold=0
+            )
         except FaceFileError:  # `inspect` says why
             continue
         tiles.append((name, _tinted(pictures[crop.centering], pixels)))

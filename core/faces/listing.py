@@ -1,7 +1,8 @@
 """The picture files of a folder: which count, which are passed over, and which two folders share.
 
-Files named .png count, links to files too. JPEGs and sub-folders do not: what lies there is counted
-to be told, one level deep and up to a bound.
+Files named .png count, links to files too; where there are none, the pack of faces that DeepFaceLab
+makes, else JPEGs. JPEGs beside others, and sub-folders, do not: what lies there is counted to be
+told, one level deep and up to a bound.
 """
 
 import itertools
@@ -12,6 +13,11 @@ from pathlib import Path
 
 from ..system.paths import expanded
 
+JPEG_SUFFIXES = (".jpg", ".jpeg")
+PACK_NAME = "faceset.pak"
+PACK_SUFFIX = ".pak"
+
+_KINDS = {".png": "PNG", **dict.fromkeys(JPEG_SUFFIXES, "JPEG")}
 _NUM_NAMED = 5
 _MAX_ENTRIES = 20_000
 """Sub-folders and entries in them that are looked at."""
@@ -21,8 +27,9 @@ _MAX_ENTRIES = 20_000
 class PassedOver:
     """Pictures of a folder that are not looked at.
 
-    num_jpegs: in the folder itself. subfolders: those that hold PNGs, or JPEGs where none holds a
-    PNG (kind). num_deeper: pictures of that kind in them; is_whole: there are no more than these.
+    num_jpegs: in the folder itself, beside PNGs or a pack. subfolders: those that hold PNGs, or
+    JPEGs where none holds a PNG (kind). num_deeper: pictures of that kind in them; is_whole: there
+    are no more than these.
     """
 
     num_jpegs: int = 0
@@ -39,8 +46,8 @@ class PassedOver:
         remedies = []
         if self.subfolders:
             remedies.append("put the faces into one folder")
-        if self.num_jpegs or self.kind == "JPEG":
-            remedies.append("only PNGs that extraction wrote can be used")
+        if self.num_jpegs:
+            remedies.append("give JPEGs of DeepFaceLab a folder of their own")
         return f"{' and '.join(self.counts)} are not used: {'; '.join(remedies)}"
 
     @property
@@ -52,11 +59,6 @@ class PassedOver:
             return (
                 f"; its {self._names} {'holds' if is_one else 'hold'} {count}: give "
                 f"{'that one' if is_one else 'one of them'}, or put the faces into one folder"
-            )
-        if self.num_jpegs:
-            return (
-                f" but {self.num_jpegs} JPEGs: only PNGs that extraction wrote can be used; "
-                "extract the faces again, as PNGs"
             )
         return ": give the folder that holds the face PNGs"
 
@@ -80,22 +82,31 @@ class PassedOver:
 def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> list[Path]:
     """The .png files of a folder, sorted by name; links to files count, sub-folders do not.
 
-    side: "a" or "b", for the texts. Raises ValueError, one line, where there is no such folder or
-    no such file in it.
+    Where it has none, its faceset.pak, which may be given itself, too; else its JPEGs.
+    side: "a" or "b", for the texts. Raises ValueError, one line, where there is no such folder, no
+    such file in it, or PNGs and a pack.
     """
     folder = expanded(path)
     name = name_of(folder, side)
     if not folder.exists():
         raise ValueError(f"{name} does not exist: give the folder that holds the face PNGs")
+    if folder.suffix.lower() == PACK_SUFFIX and folder.is_file():
+        return [folder]
     if not folder.is_dir():
         raise ValueError(f"{name} is a file: give the folder that holds the face PNGs")
     try:
         entries = _entries(folder)
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
-    if not entries["PNG"]:
+    kind = _kind_used(entries)
+    if entries["pack"] and entries["PNG"]:
+        raise ValueError(
+            f"{name} holds {PACK_NAME} and {len(entries['PNG'])} PNGs: put either into a folder of "
+            "its own"
+        )
+    if not entries[kind]:
         raise ValueError(f"{name} holds no PNG{_passed_over(folder, entries).instead}")
-    return [folder / file for file in sorted(entries["PNG"])]
+    return [folder / file for file in sorted(entries[kind])]
 
 
 def passed_over(path: str | os.PathLike[str]) -> PassedOver:
@@ -103,7 +114,7 @@ def passed_over(path: str | os.PathLike[str]) -> PassedOver:
     folder = expanded(path)
     try:
         return _passed_over(folder, _entries(folder))
-    except OSError:  # it is gone since its pictures were listed
+    except OSError:  # a pack, or it is gone since its pictures were listed
         return PassedOver()
 
 
@@ -131,8 +142,8 @@ def name_of(folder: Path, side: str | None) -> str:
 
 
 def _entries(folder: Path, most: int | None = None) -> dict[str, list[str]]:
-    """Names in a folder by what they are: PNG, JPEG, folder, other; up to so many."""
-    names: dict[str, list[str]] = {"PNG": [], "JPEG": [], "folder": [], "other": []}
+    """Names in a folder by what they are: PNG, JPEG, pack, folder, other; up to so many."""
+    names: dict[str, list[str]] = {kind: [] for kind in ("PNG", "JPEG", "pack", "folder", "other")}
     with os.scandir(folder) as entries:
         for entry in itertools.islice(entries, most):
             names[_kind(entry)].append(entry.name)
@@ -146,10 +157,15 @@ def _kind(entry: os.DirEntry[str]) -> str:
             return "other"
         if entry.is_dir(follow_symlinks=False):
             return "folder"
-        kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(os.path.splitext(name)[1], "")
+        kind = "pack" if name == PACK_NAME else _KINDS.get(os.path.splitext(name)[1], "")
         return kind if kind and entry.is_file() else "other"
     except OSError:  # a link that leads to itself
         return "other"
+
+
+def _kind_used(entries: dict[str, list[str]]) -> str:
+    """What of a folder holds its faces."""
+    return next((kind for kind in ("PNG", "pack", "JPEG") if entries[kind]), "PNG")
 
 
 def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
@@ -168,7 +184,7 @@ def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
                 counts[name] = len(inner[kind])
     kind = "PNG" if holding["PNG"] else "JPEG"
     return PassedOver(
-        num_jpegs=len(entries["JPEG"]),
+        num_jpegs=len(entries["JPEG"]) if _kind_used(entries) != "JPEG" else 0,
         subfolders=tuple(holding[kind]),
         num_deeper=sum(holding[kind].values()),
         kind=kind,

@@ -13,8 +13,17 @@ from typing import Protocol
 import cv2
 import numpy as np
 
-from .geometry import Alignment, Crop, crop_landmarks, cut, resize, stored_box
-from .png import FaceFileError, FaceHeader, StoredMask
+from .geometry import (
+    Alignment,
+    Crop,
+    crop_landmarks,
+    crop_matrix,
+    cut,
+    resize,
+    stored_box,
+    warp,
+)
+from .png import AS_PICTURE, FaceFileError, FaceHeader, StoredMask
 
 LANDMARK_MASKS = ("components", "extended")
 AREAS = ("eye", "mouth")
@@ -102,6 +111,9 @@ def stored_mask(
         pixels = cv2.LUT(pixels, _threshold_table(threshold))
     if blur_kernel:
         pixels = _blurred(pixels, blur_kernel)
+    if mask.centering == AS_PICTURE:
+        to_picture_33 = np.linalg.inv(mask.affine_33)
+        return warp(pixels, crop_matrix(alignment, crop) @ to_picture_33, crop.size_px)
     patch = cut(pixels, stored_box(alignment, mask.size_px, mask.centering, crop))
     # The stored size, not that of the cut, decides between cubic and area.
     return resize(patch, crop.size_px, from_px=mask.size_px)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..system.durable_files import open_for_reading
 from ..system.output import silent_libraries
+from . import dfl_jpeg
 from .png import FaceFileError, edge_of, is_complete, max_file_bytes, unreadable
 from .png_pixels import decode_rgb
 
@@ -52,40 +53,66 @@ class _Budget:
 _budget = _Budget(DECODING_BYTES)
 
 
-def decoding_bytes(path: Path, edge_px: int) -> int:
-    """Bytes that the picture takes while it is decoded, its file included.
+def decoding_bytes(path: Path, edge_px: int, size: int | None = None) -> int:
+    """Bytes that the picture takes while it is decoded, those of its file included.
 
-    Raises OSError where there is no such file.
+    size: bytes of the file that are the picture; None for all. Raises OSError where there is no
+    such file.
     """
-    return os.stat(path).st_size + _BYTES_PER_PIXEL * edge_px**2
+    size = os.stat(path).st_size if size is None else size
+    return size + _BYTES_PER_PIXEL * edge_px**2
 
 
 @contextlib.contextmanager
 def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
-    """The picture of a face file, (N, N, 3) uint8 BGR with N = edge_px, to be used and let go.
+    """The picture of a face PNG, (N, N, 3) uint8 BGR with N = edge_px, to be used and let go.
 
     Raises FaceFileError where it is damaged or not of that edge, as one that was replaced since.
     """
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(_budget.taken(decoding_bytes(path, edge_px)))
-            file = stack.enter_context(open_for_reading(path, follows_links=True))
-            size = min(os.fstat(file.fileno()).st_size, max_file_bytes(edge_px))
-            encoded = np.fromfile(file, np.uint8, size)
-        except OSError as error:
-            raise unreadable(error) from None
+    with _read(path, edge_px) as encoded:
+        if edge_of(encoded) != edge_px or not is_complete(encoded.data):
+            raise _damaged()
         yield _decoded(encoded, edge_px)
 
 
+@contextlib.contextmanager
+def open_jpeg(path: Path, begin: int, size: int, edge_px: int) -> Iterator[np.ndarray]:
+    """The same of a JPEG that is ``size`` bytes of a file, from ``begin`` on."""
+    with _read(path, edge_px, begin, size) as encoded:
+        jpeg = encoded.tobytes()
+        if dfl_jpeg.edge_of(jpeg) != edge_px or not dfl_jpeg.is_complete(jpeg):
+            raise _damaged()
+        yield _decoded(encoded, edge_px)
+
+
+@contextlib.contextmanager
+def _read(
+    path: Path, edge_px: int, begin: int = 0, size: int | None = None
+) -> Iterator[np.ndarray]:
+    """Bytes of a file, or of a part of it, uint8, and the room to decode them."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(_budget.taken(decoding_bytes(path, edge_px, size)))
+            file = stack.enter_context(open_for_reading(path, follows_links=True))
+            size = os.fstat(file.fileno()).st_size if size is None else size
+            file.seek(begin)
+            encoded = np.fromfile(file, np.uint8, min(size, max_file_bytes(edge_px)))
+        except OSError as error:
+            raise unreadable(error) from None
+        yield encoded
+
+
 def _decoded(encoded: np.ndarray, edge_px: int) -> np.ndarray:
-    image_bgr = None
-    if edge_of(encoded) == edge_px and is_complete(encoded.data):
-        image_bgr = decode_rgb(encoded)
-        if image_bgr is None:
-            with contextlib.suppress(cv2.error), silent_libraries():
-                image_bgr = cv2.imdecode(encoded, _READ_FLAGS)
+    image_bgr = decode_rgb(encoded)
+    if image_bgr is None:
+        with contextlib.suppress(cv2.error), silent_libraries():
+            image_bgr = cv2.imdecode(encoded, _READ_FLAGS)
     if image_bgr is None or image_bgr.shape != (edge_px, edge_px, 3):
-        raise FaceFileError(
-            "the picture is damaged or cut short: copy it again or extract the face again"
-        )
+        raise _damaged()
     return image_bgr
+
+
+def _damaged() -> FaceFileError:
+    return FaceFileError(
+        "the picture is damaged or cut short: copy it again or extract the face again"
+    )

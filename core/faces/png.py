@@ -33,6 +33,9 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEYWORD = b"faceswap"
 NUM_LANDMARKS = 68
 CENTERING_NAMES = ("face", "head", "legacy")
+AS_PICTURE = "picture"
+"""Centering of a mask that lies over the picture as it is, wherever the face is in it."""
+
 MIN_EDGE_PX = 32
 MAX_EDGE_PX = 16384
 MAX_MASK_PX = 4096
@@ -97,7 +100,8 @@ class NotExtractedError(FaceFileError):
 class StoredMask:
     """One mask of a header, still compressed.
 
-    affine_33: maps px of the source frame to px of the mask, float64.
+    centering: what it covers, or AS_PICTURE. affine_33: maps px of the source frame, or of the
+    picture that the landmarks are in, to px of the mask, float64.
     """
 
     data: bytes
@@ -182,8 +186,8 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
         raise unreadable(error) from None
 
 
-def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: FaceHeader) -> None:
-    """Write a face PNG, whole or not at all.
+def encode_face(image_bgr: np.ndarray, header: FaceHeader) -> bytes:
+    """The content of a face PNG.
 
     image_bgr: (N, N, 3) uint8, head-centred crop.
     """
@@ -195,7 +199,15 @@ def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: Face
     encoded, picture = cv2.imencode(".png", image_bgr)
     if not encoded:
         raise RuntimeError(f"OpenCV could not encode a picture of {edge_px} px as PNG")
-    content = insert_header(picture.tobytes(), header)
+    return insert_header(picture.tobytes(), header)
+
+
+def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: FaceHeader) -> None:
+    """Write a face PNG, whole or not at all.
+
+    image_bgr: (N, N, 3) uint8, head-centred crop.
+    """
+    content = encode_face(image_bgr, header)
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -508,7 +520,14 @@ def _numbers(value: Any, name: str) -> np.ndarray:
 def _landmarks_from(value: Any) -> np.ndarray:
     if value is None:
         _refuse("has no landmarks ('landmarks_xy')")
-    landmarks = _numbers(value, "landmarks")
+    return checked_landmarks(_numbers(value, "landmarks"))
+
+
+def checked_landmarks(landmarks: np.ndarray) -> np.ndarray:
+    """The landmarks as training takes them, (68, 2) float32.
+
+    landmarks: finite, float64. Raises FaceFileError where they are no face's.
+    """
     if landmarks.shape != (NUM_LANDMARKS, 2):
         count = landmarks.shape[0] if landmarks.ndim else 0
         _refuse(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ...kernels.rules import MOMENTS
+from ...kernels.optimizer_rules import MOMENTS
 from ...models.alignment import axes_of, crop, pad
 from . import optimizer_state
 

@@ -5,7 +5,7 @@ See docs/fused_dense.md for what that is expected to bring.
 
 from torch import nn
 
-from ...kernels.dense_tables import MULTIPLE
+from ...kernels.dense_table import MULTIPLE
 from ...models.blocks import Dense
 from ..config import OptimizerConfig
 

@@ -1,7 +1,7 @@
 """How the weights are moved: sum up, unscale, check, clip and the optimizer's rule, on the device.
 
 The optimizer keeps the fp32 weights; where the network computes in 16 bits, its parameters are the
-low-precision copies that each update writes. A step whose gradient is not finite changes nothing
+low-precision weights that each update writes. A step whose gradient is not finite changes nothing
 but the count of such steps; with fp16 it also halves the loss scale. With gradient accumulation
 every n-th iteration makes a step, by the mean of n gradients; one that is not finite leaves the
 other n - 1 out as well. With `optimizer.fused_dense` the gradients of large dense layers stay
@@ -15,24 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...kernels.control import (
-    ACCUMULATED,
-    BETA_1_POWER,
-    BETA_2_POWER,
-    GOOD_STEPS,
-    LEARNING_RATE,
-    MOMENTUM_PRODUCT,
-    SCALE,
-    SKIPPED,
-    STEP,
-    in_order,
-    load_history,
-    new_control,
-    new_history,
-)
+from ...kernels.norm_history import in_order, load_history, new_history
 from ...kernels.optimize import optimize
-from ...kernels.rules import Clipping, Rule
-from ...kernels.tables import Tables
+from ...kernels.optimizer_rules import Clipping, Rule
+from ...kernels.optimizer_scalars import Scalar, new_scalars
+from ...kernels.tensor_table import TensorTable
 from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
 from ..precision import Precision
@@ -40,12 +27,12 @@ from . import fused_dense, optimizer_state
 from .frozen import Frozen
 
 _FIRST_SCALE = 65536.0
-_SAVED = {  # what a resume needs of the control numbers, by name
-    "step": STEP,
-    "beta_1_power": BETA_1_POWER,
-    "beta_2_power": BETA_2_POWER,
-    "scale": SCALE,
-    "good_steps": GOOD_STEPS,
+_SAVED: dict[str, int] = {  # what a resume needs of the scalars, by name
+    "step": Scalar.STEP,
+    "beta_1_power": Scalar.BETA_1_POWER,
+    "beta_2_power": Scalar.BETA_2_POWER,
+    "scale": Scalar.LOSS_SCALE,
+    "good_steps": Scalar.FINITE_STEPS,
 }
 _COUNTS = ("step", "beta_1_power", "beta_2_power")
 _LONGEST_HISTORY = 100_000
@@ -98,15 +85,16 @@ class Part:
     numbers: list[int]
     """Indices of them among the model's parameters."""
 
-    tables: Tables
-    control: Tensor
+    table: TensorTable
+    scalars: Tensor
 
 
 class Update:
     """The optimizer of one model and, with fp16, the loss scale.
 
     Takes over the model's weights: where the precision is of 16 bits, the model's parameters become
-    copies in it. Parameters that require no gradient are left as they are.
+    low-precision weights, and the fp32 ones its master weights. Parameters that require no gradient
+    are left as they are.
     """
 
     is_whole = True
@@ -126,28 +114,28 @@ class Update:
         self.low_rank = fused_dense.switch(model, is_on=config.fused_dense)
         """Names of the dense weights whose gradients are never in memory."""
 
-        self.masters = [parameter.detach() for parameter in self.parameters]
-        self.copies: list[Tensor] = []
+        self.master_weights = [parameter.detach() for parameter in self.parameters]
+        self.low_precision_weights: list[Tensor] = []
         if precision.compute is not torch.float32:
             for parameter in self.parameters:
                 parameter.data = parameter.data.to(precision.compute)
-            self.copies = [parameter.detach() for parameter in self.parameters]
+            self.low_precision_weights = [parameter.detach() for parameter in self.parameters]
         self.rule, self.clipping = rule_of(config), clipping_of(config)
         self.accumulation = config.gradient_accumulation
         self.moments = {kind: self._zeros() for kind in self.rule.moments}
         self.accumulators = self._zeros() if self.accumulation > 1 else []
-        device = self.masters[0].device
+        device = self.master_weights[0].device
         self.history_c: Tensor | None = None
         """Norms of past gradients, for autoclip."""
 
         if self.clipping.kind == "autoclip":
             self.history_c = new_history(device, config.autoclip_history or _LONGEST_HISTORY)
-        control = new_control(
+        scalars = new_scalars(
             device,
             learning_rate=config.learning_rate,
             scale=_FIRST_SCALE if precision.scales_loss else 1.0,
         )
-        self.parts = [self._part(list(range(len(self.parameters))), control)]
+        self.parts = [self._part(list(range(len(self.parameters))), scalars)]
         self.rate = config.learning_rate
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
@@ -162,19 +150,21 @@ class Update:
     @property
     def scale(self) -> Tensor | None:
         """What the loss's gradient is multiplied with, on the device; None: nothing."""
-        return self.parts[0].control[SCALE].float() if self.precision.scales_loss else None
+        return (
+            self.parts[0].scalars[Scalar.LOSS_SCALE].float() if self.precision.scales_loss else None
+        )
 
     def set_rate(self, rate: float) -> None:
         """Have the next update take this rate; nothing is read from the device."""
         if rate != self.rate:
             self.rate = rate
             for part in self.parts:
-                part.control[LEARNING_RATE].fill_(rate)
+                part.scalars[Scalar.LEARNING_RATE].fill_(rate)
 
     @property
     def skipped(self) -> Tensor:
         """Steps of this session that were not finite, of the part with the most; on the device."""
-        return torch.stack([part.control[SKIPPED] for part in self.parts]).amax()
+        return torch.stack([part.scalars[Scalar.SKIPPED_STEPS] for part in self.parts]).amax()
 
     @property
     def num_parameters(self) -> int:
@@ -184,7 +174,7 @@ class Update:
     def weights(self) -> dict[str, Tensor]:
         """The model's state in fp32, as a checkpoint holds it."""
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        return state | self._cropped(self.masters) | self.frozen.weights
+        return state | self._cropped(self.master_weights) | self.frozen.weights
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `weights` gave.
@@ -193,30 +183,30 @@ class Update:
             ValueError: A tensor is missing, unknown, or of another shape or number format.
         """
         check_weights(tensors, self.weights())
-        masters = dict(zip(self.names, self.masters, strict=True))
+        master_weights = dict(zip(self.names, self.master_weights, strict=True))
         state = self.model.state_dict()
         for name, tensor in tensors.items():
-            if name in masters:
-                masters[name].copy_(self._padded(name, tensor))
+            if name in master_weights:
+                master_weights[name].copy_(self._padded(name, tensor))
             elif name in self.frozen.weights:
                 self.frozen.load_weight(name, tensor)
             else:
                 state[name].copy_(tensor)
-        for copy, master in zip(self.copies, self.masters, strict=False):
-            copy.copy_(master)
+        for weight, master in zip(self.low_precision_weights, self.master_weights, strict=False):
+            weight.copy_(master)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `.largest` as the
         rule has them, `step`, `scale`.., of an accumulation `accumulated` and
         `<parameter>.accumulator`, of autoclip `history`, its newest norm last."""
-        controls_pc = torch.stack([part.control for part in self.parts])
-        furthest = controls_pc[:, STEP].argmax(0, keepdim=True)
-        control = controls_pc.index_select(0, furthest)[0]
-        found = {name: control[index] for name, index in self._saved.items()}
+        scalars_pc = torch.stack([part.scalars for part in self.parts])
+        furthest = scalars_pc[:, Scalar.STEP].argmax(0, keepdim=True)
+        scalars = scalars_pc.index_select(0, furthest)[0]
+        found = {name: scalars[index] for name, index in self._saved.items()}
         for kind, tensors in self._by_kind().items():
             found |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
         if self.history_c is not None:
-            found["history"] = in_order(self.history_c, control)
+            found["history"] = in_order(self.history_c, scalars)
         return found | self.frozen.state
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -250,22 +240,22 @@ class Update:
             is_scale = name in ("scale", "good_steps")
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
                 for part in self.parts:
-                    part.control[index] = tensors[name].to(part.control)
+                    part.scalars[index] = tensors[name].to(part.scalars)
         for kind, own_tensors in self._by_kind().items():
             for name, tensor in zip(self.names, own_tensors, strict=True):
                 tensor.copy_(self._padded(name, tensors[f"{name}.{kind}"]))
         if self.history_c is not None and history is not None:
-            load_history(self.history_c, self.parts[0].control, history)
+            load_history(self.history_c, self.parts[0].scalars, history)
         self.frozen.load_state(tensors)
 
     @property
     def _saved(self) -> dict[str, int]:
-        """What a resume needs of the control numbers, by name."""
+        """What a resume needs of the scalars, by name."""
         saved = dict(_SAVED)
         if self.rule.name == "nadam":
-            saved["momentum_product"] = MOMENTUM_PRODUCT
+            saved["momentum_product"] = Scalar.MOMENTUM_PRODUCT
         if self.accumulators:
-            saved["accumulated"] = ACCUMULATED
+            saved["accumulated"] = Scalar.ACCUMULATED_GRADIENTS
         return saved
 
     def _by_kind(self) -> dict[str, list[Tensor]]:
@@ -273,41 +263,48 @@ class Update:
         return self.moments | ({"accumulator": self.accumulators} if self.accumulators else {})
 
     def _zeros(self) -> list[Tensor]:
-        return [torch.zeros_like(master) for master in self.masters]
+        return [torch.zeros_like(master) for master in self.master_weights]
 
     def _zeros_of_thawed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Moments of the parameters of which these tensors hold none."""
         return {
             f"{name}.{kind}": torch.zeros_like(master)
-            for name, master in self._cropped(self.masters).items()
+            for name, master in self._cropped(self.master_weights).items()
             if not any(f"{name}.{kind}" in tensors for kind in self.moments)
             for kind in self.moments
         }
 
-    def _part(self, numbers: list[int], control: Tensor) -> Part:
+    def _part(self, numbers: list[int], scalars: Tensor) -> Part:
         def own(tensors: list[Tensor]) -> list[Tensor]:
             return [tensors[number] for number in numbers] if tensors else []
 
         # Biases and norms have one dimension, or a name that says so.
-        decays = [self.masters[n].ndim > 1 and not self.names[n].endswith("bias") for n in numbers]
+        decays = [
+            self.master_weights[n].ndim > 1 and not self.names[n].endswith("bias") for n in numbers
+        ]
         moments = {kind: own(tensors) for kind, tensors in self.moments.items()}
-        copies, accumulators = own(self.copies), own(self.accumulators)
+        low_precision, accumulators = own(self.low_precision_weights), own(self.accumulators)
         low_rank = [self.names[number] in self.low_rank for number in numbers]
-        tables = Tables(
-            own(self.masters), moments, copies, accumulators, decays=decays, low_rank=low_rank
+        table = TensorTable(
+            own(self.master_weights),
+            moments,
+            low_precision,
+            accumulators,
+            decays=decays,
+            low_rank=low_rank,
         )
-        return Part(numbers, tables, control)
+        return Part(numbers, table, scalars)
 
     def _split(self, groups: list[list[int]]) -> None:
         """Have each group of parameters be a part, where there was one for all."""
-        control = self.parts[0].control
-        self.parts = [self._part(numbers, control.clone()) for numbers in groups]
+        scalars = self.parts[0].scalars
+        self.parts = [self._part(numbers, scalars.clone()) for numbers in groups]
 
     def _move(self, part: Part, gradients: Sequence[Tensor]) -> None:
         optimize(
             gradients,
-            part.tables,
-            part.control,
+            part.table,
+            part.scalars,
             self.rule,
             clipping=self.clipping,
             history_c=self.history_c,

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ...kernels.control import GROWTH_STEPS
+from ...kernels.scalars_update import GROWTH_INTERVAL
 
 _ABOVE_ZERO = math.ulp(0.0)
 _LARGEST_SCALE = 2.0**127  # of fp32
@@ -20,7 +20,7 @@ _RANGES = {
     "beta_2_power": (0.0, 1.0),
     "momentum_product": (0.0, 1.0),
     "scale": (_ABOVE_ZERO, _LARGEST_SCALE),
-    "good_steps": (0.0, GROWTH_STEPS),
+    "good_steps": (0.0, GROWTH_INTERVAL),
     "accumulated": (0.0, _MOST),
     "history": (0.0, math.inf),
 }

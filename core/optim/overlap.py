@@ -170,7 +170,7 @@ class OverlappedUpdate(Update):
 
     def _grouped(self, order: list[int]) -> list[list[int]]:
         """Numbers of parameters in this order, some `PART` elements in each group."""
-        ends = itertools.accumulate(self.masters[number].numel() for number in order)
+        ends = itertools.accumulate(self.master_weights[number].numel() for number in order)
         groups: list[list[int]] = [[]]
         begun_at = 0
         for number, end in zip(order, ends, strict=True):

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ...kernels.tables import finish_capture
+from ...kernels.tensor_table import finish_capture
 from ..data.feed import Batch
 from .step import TrainStep
 

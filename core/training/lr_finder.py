@@ -194,14 +194,14 @@ def _means(run: Run, rows_nv: np.ndarray, per_update: int) -> list[float]:
 def _keep(update: Update) -> Callable[[], None]:
     """A function that puts weights, running estimates and the optimizer's state back to now."""
     weights, state = _on_host(update.weights()), _on_host(update.tensors())
-    control, rate = update.parts[0].control.clone(), update.rate
+    scalars, rate = update.parts[0].scalars.clone(), update.rate
 
     def put_back() -> None:
         update.load_weights(weights)
         update.load(state)
         update.set_rate(rate)
         for part in update.parts:  # also what no checkpoint holds: the count of skipped steps
-            part.control.copy_(control)
+            part.scalars.copy_(scalars)
 
     return put_back
 

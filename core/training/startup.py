@@ -205,7 +205,7 @@ def _lines_of_parts(
         update = run.step.update
         sizes = [
             master.numel()
-            for name, master in zip(update.names, update.masters, strict=True)
+            for name, master in zip(update.names, update.master_weights, strict=True)
             if name in update.low_rank
         ]
         lines["dense layers"] = described(len(sizes), sum(sizes))

@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256;  // of a block; chosen on the CPU, unmeasured on a GPU
 
 __device__ constexpr mien::ColorTables kColors = mien::make_color_tables();
 
@@ -346,6 +346,7 @@ __global__ void __launch_bounds__(kThreads) outputs_kernel(const Call call, cons
 // ---- warp to landmarks ------------------------------------------------------------------------
 
 constexpr int kMeshThreads = 160;  // one for each triangle
+// Of the map, a warp a row: chosen on the CPU, unmeasured on a GPU.
 constexpr int kTileWidth = 32, kTileHeight = kThreads / kTileWidth;
 
 // blockIdx.x: the face.
@@ -499,6 +500,7 @@ __global__ void __launch_bounds__(kThreads) input_kernel(const Call call, const 
 
 // ---- draw -------------------------------------------------------------------------------------
 
+// As many as a block may have, since there is one. Chosen on the CPU, unmeasured on a GPU.
 constexpr int kDrawThreads = 1024;
 
 // One block, a warp for each face: only when all have read the counters may they be moved on.

@@ -24,6 +24,8 @@ __device__ void add_up(const mien::LossCall &call, const mien::Tile &tile, int64
     mien::add_up_block(call, num_blocks, tile.block, thread, sums);
 }
 
+// The second of the launch bounds are blocks that a multiprocessor is to have room for. Here and
+// below: chosen by the registers that the compiler says, unmeasured on a GPU.
 template <int kChannels, class RawPred, class RawTarget>
 __global__ void __launch_bounds__(mien::kLossThreads, kChannels == 3 ? 5 : 4)
     loss_forward_kernel(const __grid_constant__ mien::LossCall call) {

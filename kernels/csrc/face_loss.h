@@ -7,7 +7,8 @@
 
 namespace mien {
 
-constexpr int kTileRows = 16, kTileLength = 96;  // numbers of a picture that a block makes
+// Numbers of a picture that a block makes. Chosen on the CPU, unmeasured on a GPU.
+constexpr int kTileRows = 16, kTileLength = 96;
 constexpr int kKinds = MIEN_NUM_LOSS_KINDS;
 
 // Everything a block needs; passed by value to the kernels.

@@ -11,7 +11,7 @@
 
 namespace mien {
 
-constexpr int kTeamThreads = 1024;  // of a block; chosen without a GPU
+constexpr int kTeamThreads = 1024;  // of a block; chosen on the CPU, unmeasured on a GPU
 
 struct Team {
     int thread, threads;

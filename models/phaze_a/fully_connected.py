@@ -6,8 +6,8 @@ Shape letters: B faces, N nodes, C channels, H rows, W columns.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.bias_act import bias_act
 from ...kernels.enlarge import enlarge
-from ...kernels.upscale import activate
 from ..alignment import runs_of
 from ..autoencoder import Build
 from ..blocks import Dense
@@ -45,8 +45,9 @@ class _Enlarge(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         if self.factor > 2:
-            return activate(enlarge(x_bchw, self.factor), None, slope=0.1)
-        x_bchw = activate(x_bchw, None, slope=0.1)  # of fewer pixels: repeated, they stay the same
+            return bias_act(enlarge(x_bchw, self.factor), None, negative_slope=0.1)
+        # Before the pixels are repeated: of fewer pixels, with the same result.
+        x_bchw = bias_act(x_bchw, None, negative_slope=0.1)
         return F.interpolate(x_bchw, scale_factor=2.0) if self.factor == 2 else x_bchw
 
     def describe(self, network: Network, x: Value) -> Value:

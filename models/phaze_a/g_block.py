@@ -6,7 +6,7 @@ Shape letters: B faces, C channels, H rows, W columns, N nodes.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.upscale import activate
+from ...kernels.bias_act import bias_act
 from ..alignment import Runs
 from ..blocks import Dense, SameConv
 from ..graph import Network, Value, describe
@@ -33,9 +33,9 @@ class _Layer(nn.Module):
     def forward(self, x_bchw: Tensor, style_bn: Tensor) -> Tensor:
         noise_bchw = self.blend(self.noise(x_bchw))
         if self.conv is not None:
-            x_bchw = activate(self.conv(x_bchw), self.conv.bias, slope=1)
+            x_bchw = bias_act(self.conv(x_bchw), self.conv.bias, negative_slope=1)
         x_bchw = self.norm(x_bchw, self.gain(style_bn), self.bias(style_bn))
-        return activate(x_bchw, self.blend.bias, slope=0.2, residual_bchw=noise_bchw)
+        return bias_act(x_bchw, self.blend.bias, negative_slope=0.2, residual_bchw=noise_bchw)
 
     def describe(self, network: Network, x: Value, style: Value) -> Value:
         """Add the layers to a graph; their output."""

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.bias_act import bias_act
 from ...kernels.enlarge import enlarge
-from ...kernels.upscale import activate
 from ..alignment import Runs, axis, pad_parameter, runs_of
 from ..batch_norm import BatchNorm
 from ..blocks import (
@@ -52,7 +52,7 @@ class Noise(nn.Module):
         noise_bchw = torch.randn_like(x_bchw) if self.training else None
         if noise_bchw is None and bias_c is None and self.slope == 1:
             return x_bchw
-        return activate(x_bchw, bias_c, slope=self.slope, residual_bchw=noise_bchw)
+        return bias_act(x_bchw, bias_c, negative_slope=self.slope, residual_bchw=noise_bchw)
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the noise, without the LeakyReLU, to a graph; its output."""
@@ -128,7 +128,7 @@ class ResizeImages(nn.Module):
     def forward(self, x_bchw: Tensor) -> Tensor:
         bias = self.enlarged.conv.bias + self.transposed.conv.bias
         product, transposed = self.enlarged(enlarge(x_bchw)), self.transposed(x_bchw)
-        return activate(product, bias, slope=self.slope, residual_bchw=transposed)
+        return bias_act(product, bias, negative_slope=self.slope, residual_bchw=transposed)
 
     def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
         """Add the layers of this block to a graph; their output. ``after``: see `Upscale`."""
@@ -231,7 +231,9 @@ class Level(nn.Module):
             x_bchw = self.noise(x_bchw)
         if self.norm is not None:
             x_bchw = self.norm(x_bchw)
-            x_bchw = x_bchw if self.slope == 1 else activate(x_bchw, None, slope=self.slope)
+            x_bchw = (
+                x_bchw if self.slope == 1 else bias_act(x_bchw, None, negative_slope=self.slope)
+            )
         return self.residuals(x_bchw)
 
     def describe(self, network: Network, x: Value) -> Value:

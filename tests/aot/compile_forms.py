@@ -41,20 +41,20 @@ class Bounds:
 
 
 BOUNDS = {
-    "control._norm_kernel": Bounds(64, 6, 1),
-    "control._record_kernel": Bounds(96, 10, 1),
-    "control._control_kernel": Bounds(96, 17, 13),
-    "control._factors_kernel": Bounds(48, 17),
+    "bias_act._backward_kernel": Bounds(96, 2, 2),
+    "bias_act._forward_kernel": Bounds(64, 2, 2),
     "dense_norm._gram_kernel": Bounds(224, 4),
     "dense_norm._product_kernel": Bounds(72, 5, 1),
     "dense_update._dense_update_kernel": Bounds(96, 18, 4),
-    "enlarge._forward_kernel": Bounds(80, 1, 1),
     "enlarge._backward_kernel": Bounds(80, 1, 1),
+    "enlarge._forward_kernel": Bounds(80, 1, 1),
+    "gradient_norm._factors_kernel": Bounds(48, 17),
+    "gradient_norm._norm_kernel": Bounds(64, 6, 1),
+    "norm_history._record_kernel": Bounds(96, 10, 1),
     "optimize._update_kernel": Bounds(64, 14, 2),
-    "upscale._forward_kernel": Bounds(64, 2, 2),
-    "upscale._backward_kernel": Bounds(96, 2, 2),
-    "upscale._image_kernel": Bounds(64, 0, 1),
-    "upscale._image_backward_kernel": Bounds(72, 0, 2),
+    "scalars_update._scalars_kernel": Bounds(96, 17, 13),
+    "to_image._backward_kernel": Bounds(72, 0, 2),
+    "to_image._forward_kernel": Bounds(64, 0, 1),
 }
 
 RUNS = ("CHANNELS", "LENGTH", "NUM_CHANNELS")

@@ -36,7 +36,7 @@ from mien.core.training.build import build_step, has_aligned_channels
 from mien.kernels import dispatch
 from mien.kernels.augment import empty
 from mien.kernels.face_loss import LAUNCHES as OF_CUDA
-from mien.kernels.rules import CLIPPINGS, RULES
+from mien.kernels.optimizer_rules import CLIPPINGS, RULES
 from mien.models.alignment import MULTIPLE
 
 Settings = dict[str, Any]

@@ -30,7 +30,7 @@ from .head import (
     make_camera,
     project_landmarks,
 )
-from .paint import Drawing, paint
+from .painting import Drawing, paint
 from .relief import shade_face
 from .sheet import SUBPIXEL_BITS, Sheet, fixed_point
 from .tint import tint_face

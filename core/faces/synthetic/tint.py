@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from .head import BROWS, EYES, Color
-from .paint import Drawing, lips_outline
+from .painting import Drawing, lips_outline
 from .sheet import SUBPIXEL_BITS, curve, fixed_point
 
 _RING_ANGLES = np.linspace(0.0, 2.0 * np.pi, 16, endpoint=False)

@@ -7,48 +7,63 @@ of one read and one write each way: x and y forward; the gradient, y and x's gra
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import activate, reference, to_image, upscale
+from ..kernels import reference
+from ..kernels.bias_act import bias_act, bias_act_depth_to_space
 
 Function = Callable[..., Tensor]
 
+Layer = tuple[str, str, int, int, dict[str, Any]]
+"""Layer, operation, channels and edge of x, what the operation is told."""
+
 BATCH = 16
 
-LAYERS = (
-    # layer, operation, channels and edge of x, what the operation is told
-    ("original encoder", "activate", 128, 32, {"slope": 0.1, "border": (1, 2, 1, 2)}),
-    ("original encoder", "activate", 256, 16, {"slope": 0.1, "border": (1, 2, 1, 2)}),
-    ("original decoder", "upscale", 1024, 8, {"slope": 0.1}),
-    ("original decoder", "upscale", 512, 16, {"slope": 0.1}),
-    ("original decoder", "upscale", 256, 32, {"slope": 0.1}),
-    ("original decoder", "to_image", 8, 64, {"channels": 3}),
-    ("dfl_h128 encoder", "activate", 128, 64, {"slope": 0.1, "border": (1, 2, 1, 2)}),
-    ("dfl_h128 decoder", "upscale", 2048, 16, {"slope": 0.1}),
-    ("dfl_h128 decoder", "upscale", 1024, 32, {"slope": 0.1}),
-    ("dfl_h128 decoder", "upscale", 512, 64, {"slope": 0.1}),
-    ("dfl_h128 decoder", "to_image", 8, 128, {"channels": 3}),
+_FRAMED = {"negative_slope": 0.1, "border": (1, 2, 1, 2)}
+_LEAKY = {"negative_slope": 0.1}
+LAYERS: tuple[Layer, ...] = (
+    ("original encoder", "bias_act", 128, 32, _FRAMED),
+    ("original encoder", "bias_act", 256, 16, _FRAMED),
+    ("original decoder", "bias_act_depth_to_space", 1024, 8, _LEAKY),
+    ("original decoder", "bias_act_depth_to_space", 512, 16, _LEAKY),
+    ("original decoder", "bias_act_depth_to_space", 256, 32, _LEAKY),
+    ("dfl_h128 encoder", "bias_act", 128, 64, _FRAMED),
+    ("dfl_h128 decoder", "bias_act_depth_to_space", 2048, 16, _LEAKY),
+    ("dfl_h128 decoder", "bias_act_depth_to_space", 1024, 32, _LEAKY),
+    ("dfl_h128 decoder", "bias_act_depth_to_space", 512, 64, _LEAKY),
 )
+
+_OPERATIONS: dict[str, tuple[Function, Function]] = {
+    "bias_act": (bias_act, reference.bias_act),
+    "bias_act_depth_to_space": (bias_act_depth_to_space, reference.bias_act_depth_to_space),
+}
+"""Ours, and the same in separate operations."""
 
 _CACHE_BYTES = 64 * 2**20
 
 
 def cases() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
     """Yield (what it is, function to time)."""
+    return cases_of(LAYERS, _OPERATIONS)
+
+
+def cases_of(
+    layers: Sequence[Layer], operations: Mapping[str, tuple[Function, Function]]
+) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """Yield (what it is, function to time) of each layer; operations are ours and theirs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    for layer, operation, channels, size_px, options in LAYERS:
+    for layer, operation, channels, size_px, options in layers:
         x_bchw = torch.randn(BATCH, channels, size_px, size_px, device=device, dtype=dtype)
         x_bchw = x_bchw.contiguous(memory_format=torch.channels_last)
         for backward in (False, True):
-            for variant, function in _variants(operation, options, device):
+            for variant, function in _variants(*operations[operation], options, device):
                 run, num_bytes = _timed(function, x_bchw, backward)
                 what = {
-                    "kernel": "upscale",
                     "operation": operation,
                     "layer": layer,
                     "batch": BATCH,
@@ -63,23 +78,14 @@ def cases() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
 
 
 def _variants(
-    operation: str, options: dict[str, Any], device: str
+    ours: Function, theirs: Function, options: dict[str, Any], device: str
 ) -> Iterator[tuple[str, Function]]:
-    ours, theirs = OPERATIONS[operation]
     yield "mien", functools.partial(ours, **options)
     yield "torch-eager", functools.partial(theirs, **options)
     if device == "cuda":
         torch.compiler.reset()  # else the cases before count against the limit of recompilations
         compiled = torch.compile(theirs, dynamic=False)
         yield "torch-compile", functools.partial(compiled, **options)
-
-
-OPERATIONS: dict[str, tuple[Function, Function]] = {
-    "activate": (activate, reference.activate),
-    "upscale": (upscale, reference.upscale),
-    "to_image": (to_image, reference.to_image),
-}
-"""Ours, and the same in separate operations."""
 
 
 def _timed(function: Function, x_bchw: Tensor, backward: bool) -> tuple[Callable[[], None], int]:

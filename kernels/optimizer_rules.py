@@ -6,14 +6,17 @@ Both are plain numbers; `mien.kernels.optimize` and its statement in `reference.
 import math
 from dataclasses import dataclass
 
+from .checks import check_choice
+
 MOMENTS = ("mean", "square", "largest")
-"""What rules remember of each weight's gradients, in fp32; `Rule.moments` says which."""
+"""Moments that rules keep of each weight, in fp32, by the names that they have in checkpoints: in
+code exp_avg, exp_avg_sq and max_exp_avg_sq. `Rule.moments` says which of them a rule has."""
 
 RULES = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop")
 
 CLIPPINGS = ("none", "value", "norm", "global_norm", "autoclip")
 
-_KEPT = {"adamax": ("mean", "largest"), "lion": ("mean",), "rms-prop": ("square",)}
+_MOMENTS_OF_RULE = {"adamax": ("mean", "largest"), "lion": ("mean",), "rms-prop": ("square",)}
 _DECOUPLED = ("adabelief", "adamw", "lion")
 _WITH_AMSGRAD = ("adam", "adamw")
 
@@ -30,23 +33,23 @@ class Rule:
     """One of `RULES`."""
 
     beta_1: float = 0.9
-    """Memory of the mean, 0 to below 1."""
+    """Decay rate of exp_avg, 0 to below 1."""
 
     beta_2: float = 0.999
-    """Memory of the square (of the largest with adamax, of the mean with lion), 0 to below 1."""
+    """Decay rate of exp_avg_sq (of max_exp_avg_sq with adamax, of exp_avg with lion), 0 to below
+    1."""
 
     epsilon: float = 1e-8
     """Keeps the division by a small root in bounds; lion has none."""
 
     weight_decay: float = 0.0
-    """Pull towards 0, of the parameters that `Tables.decays` says."""
+    """Pull towards 0, of the parameters that `TensorTable.decays` says."""
 
     amsgrad: bool = False
-    """Divide by the largest square so far; of adam and adamw, others ignore it."""
+    """Divide by the largest exp_avg_sq so far; of adam and adamw, others ignore it."""
 
     def __post_init__(self) -> None:
-        if self.name not in RULES:
-            raise ValueError(f"rule must be one of {', '.join(RULES)}, got {self.name!r}")
+        check_choice(self.name, "rule", RULES)
         for name, beta in (("beta_1", self.beta_1), ("beta_2", self.beta_2)):
             if not 0 <= beta < 1:
                 raise ValueError(f"{name} must be 0 to below 1, got {beta}")
@@ -57,11 +60,11 @@ class Rule:
     @property
     def moments(self) -> tuple[str, ...]:
         """Names among `MOMENTS` that the rule keeps."""
-        kept = _KEPT.get(self.name, ("mean", "square"))
-        return (*kept, "largest") if self.has_largest_square else kept
+        moments = _MOMENTS_OF_RULE.get(self.name, ("mean", "square"))
+        return (*moments, "largest") if self.has_max_exp_avg_sq else moments
 
     @property
-    def has_largest_square(self) -> bool:
+    def has_max_exp_avg_sq(self) -> bool:
         """Whether it is Adam or AdamW with amsgrad."""
         return self.amsgrad and self.name in _WITH_AMSGRAD
 
@@ -92,8 +95,7 @@ class Clipping:
     """Bound above 0; with autoclip the percentile, 0 to 100; without clipping it is not read."""
 
     def __post_init__(self) -> None:
-        if self.kind not in CLIPPINGS:
-            raise ValueError(f"clipping must be one of {', '.join(CLIPPINGS)}, got {self.kind!r}")
+        check_choice(self.kind, "clipping", CLIPPINGS)
         if self.kind == "autoclip" and not 0 <= self.bound <= 100:
             raise ValueError(f"the percentile of autoclip must be 0 to 100, got {self.bound}")
         if self.kind in CLIPPINGS[1:4] and not 0 < self.bound < math.inf:

@@ -9,27 +9,42 @@ Letters: L layers, M tiles, P spans, C columns of the table of layers.
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import auto
 
 import torch
 from torch import Tensor
 
-from .checks import check_memory, check_tensor
+from .checks import FLOAT_DTYPES, are_aligned, check_memory, check_tensor
 from .dense import LowRank, low_rank_of
+from .places import Places
 
-(
-    TENSOR,
-    INPUTS,
-    OUTPUTS,
-    FIRST_SLOT,
-    FIRST_SPAN_OF_INPUTS,
-    FIRST_SPAN_OF_SLOPES,
-    END_OF_SPANS,
-) = range(7)
-"""Columns of the table of layers: the number of the weight in its `Tables`; its sizes; its first
-partial sum of the norm; the spans of the one factor, then those of the other, and where they end.
-"""
 
-LAYER_COLUMNS = 7
+class LayerColumn(Places):
+    """Column of the table of layers."""
+
+    TENSOR = auto()
+    """Number of the weight in its `TensorTable`."""
+
+    INPUTS = auto()
+    """Columns of the weight."""
+
+    OUTPUTS = auto()
+    """Rows of the weight."""
+
+    FIRST_SLOT = auto()
+    """First partial sum of the norm."""
+
+    FIRST_SPAN_OF_INPUTS = auto()
+    """First span of the layer's input."""
+
+    FIRST_SPAN_OF_GRAD_OUTPUTS = auto()
+    """First span of its grad_output, where those of the input end."""
+
+    END_OF_SPANS = auto()
+    """Span after the last."""
+
+
+NUM_LAYER_COLUMNS = len(LayerColumn)
 
 TILE_OUTPUTS, TILE_INPUTS = 32, 64
 """Rows and columns of a weight that a program moves: of 64 rows its registers would leave room for
@@ -41,13 +56,10 @@ SPAN = 512
 `original`. Chosen on the CPU, unmeasured on a GPU."""
 
 SLOTS = 32
-"""Partial sums of the norm of a layer, a program each."""
+"""Partial sums of the norm of a layer, a program each. Chosen on the CPU, unmeasured on a GPU."""
 
 MULTIPLE = 16
 """Divisor of both sizes of a weight, so that every access is wide."""
-
-_ALIGNMENT = 16  # bytes
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -55,12 +67,12 @@ class LowRankGradients:
     """Gradients of low rank of a step, a layer each."""
 
     inputs: list[Tensor]
-    slopes: list[Tensor]
+    grad_outputs: list[Tensor]
     row_t: Tensor
     """int64 on the device: of each layer the addresses of both, and the number of faces."""
 
 
-class DenseTables:
+class DenseTable:
     """The layers of one optimizer whose gradients are of low rank."""
 
     def __init__(
@@ -73,7 +85,7 @@ class DenseTables:
         """Write what the programs are to do to the device.
 
         Args:
-            numbers: Numbers of the weights in their `Tables`.
+            numbers: Numbers of the weights in their `TensorTable`.
             parameters: Weights (outputs, inputs).
             first_slot: Place where the partial sums of the norm begin; each layer has SLOTS.
             find_row: Function that gives the row on the device with these numbers, 3 a layer.
@@ -100,8 +112,8 @@ class DenseTables:
             torch.tensor(rows, dtype=torch.int64).to(parameters[0].device)
             for rows in (layers, spans, tiles)
         )
-        """int64: of each layer, what the names of columns say; of each span its layer, 0 for the
-        inputs or 1 for the slopes, its first column; of each tile its layer, first output, first
+        """int64: of each layer, what `LayerColumn` says; of each span its layer, 0 for the inputs
+        or 1 for the grad_outputs, its first column; of each tile its layer, first output, first
         input."""
 
     def find(self, gradients: Sequence[Tensor]) -> LowRankGradients:
@@ -111,7 +123,7 @@ class DenseTables:
         Raises:
             ValueError: One is no stand-in, or its factors are of another size or type.
         """
-        found: list[LowRank] = []
+        low_rank: list[LowRank] = []
         for number, parameter in zip(self.numbers, self.parameters, strict=True):
             factors = low_rank_of(gradients[number])
             if factors is None:
@@ -119,15 +131,16 @@ class DenseTables:
                     f"gradients[{number}] must be a stand-in that `dense` leaves, got a tensor: is "
                     "the weight used twice?"
                 )
-            dtypes = (found[0].input_ni.dtype,) if found else _DTYPES
-            found.append(_fitted(number, factors, parameter, dtypes))
-        places = [
-            (each.input_ni.data_ptr(), each.slope_no.data_ptr(), each.num_faces) for each in found
+            dtypes = (low_rank[0].input_ni.dtype,) if low_rank else FLOAT_DTYPES
+            low_rank.append(_fitted(number, factors, parameter, dtypes))
+        addresses = [
+            (each.input_ni.data_ptr(), each.grad_output_no.data_ptr(), each.num_faces)
+            for each in low_rank
         ]
         return LowRankGradients(
-            [each.input_ni for each in found],
-            [each.slope_no for each in found],
-            self._find_row(tuple(itertools.chain(*places))),
+            [each.input_ni for each in low_rank],
+            [each.grad_output_no for each in low_rank],
+            self._find_row(tuple(itertools.chain(*addresses))),
         )
 
 
@@ -147,8 +160,8 @@ def _fitted(
     """The factors, as copies where they are not aligned."""
     outputs, inputs = parameter.shape
     faces, device = max(factors.num_faces, 1), parameter.device
-    pair = (factors.input_ni, factors.slope_no)
+    pair = (factors.input_ni, factors.grad_output_no)
     check_tensor(pair[0], f"gradients[{number}], its input,", (faces, inputs), dtypes, device)
     own = (pair[0].dtype,)
-    check_tensor(pair[1], f"gradients[{number}], its slope,", (faces, outputs), own, device)
-    return LowRank(*(each.clone() if each.data_ptr() % _ALIGNMENT else each for each in pair))
+    check_tensor(pair[1], f"gradients[{number}], its grad_output,", (faces, outputs), own, device)
+    return LowRank(*(each if are_aligned(each) else each.clone() for each in pair))

@@ -6,7 +6,7 @@ graph, so theirs are sent whenever they differ; those of a graph once, after its
 `finish_capture`, so that no replay holds the transfer.
 
 Gradients of low rank have no address but those of their factors, and no chunks but tiles: see
-`dense_tables`.
+`dense_table`.
 
 Letters: T tensors, N chunks of them, S slots, C columns.
 """
@@ -14,6 +14,7 @@ Letters: T tensors, N chunks of them, S slots, C columns.
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import auto
 from functools import partial
 
 import torch
@@ -21,37 +22,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .checks import FLOAT_DTYPES, WIDEST_ACCESS, are_aligned, check_alignment, check_tensor
 from .dense import low_rank_of
-from .dense_tables import SLOTS, DenseTables
-from .rules import MOMENTS
+from .dense_table import SLOTS, DenseTable
+from .optimizer_rules import MOMENTS
+from .places import Places
 
-(
-    PARAMETER,
-    MEAN,
-    SQUARE,
-    LARGEST,
-    COPY,
-    ACCUMULATOR,
-    DECAYS,
-    FIRST_CHUNK,
-    NUM_CHUNKS,
-) = range(9)
-"""Columns of the table of tensors: six addresses, 0 where there is none; 1 if the weight decay
-moves the parameter, else 0; where its partial sums of the norm begin and how many they are."""
 
-COLUMNS = 9
+class Column(Places):
+    """Column of the table of tensors; the first six hold addresses, 0 where there is no tensor."""
+
+    PARAMETER = auto()
+    """Master weights, fp32."""
+
+    EXP_AVG = auto()
+    """First moment."""
+
+    EXP_AVG_SQ = auto()
+    """Second moment."""
+
+    MAX_EXP_AVG_SQ = auto()
+    """Largest second moment with amsgrad; AdaMax's infinity norm."""
+
+    LOW_PRECISION = auto()
+    """Weights that the network computes with, bf16 or fp16."""
+
+    ACCUMULATOR = auto()
+    """Sum of gradients of several backward passes."""
+
+    DECAYS = auto()
+    """Flag: 1 if the weight decay moves the parameter, else 0."""
+
+    FIRST_CHUNK = auto()
+    """Place where the parameter's partial sums of the norm begin."""
+
+    NUM_CHUNKS = auto()
+    """Number of its partial sums."""
+
+
+NUM_COLUMNS = len(Column)
 
 CHUNK = 16384
-"""Elements of a program: some 5,000 programs for 82 M weights, and a short tail."""
+"""Elements of a program: some 5,000 programs for 82 M weights, and a short tail. Chosen on the CPU,
+unmeasured on a GPU."""
 
-_ALIGNMENT = 16  # bytes; what a GPU thread reads at once
 _FULL, _HALF = (torch.float32,), (torch.bfloat16, torch.float16)
+
+# Chosen on the CPU, unmeasured on a GPU. In eager steps PyTorch's allocator gives gradients few
+# different sets of addresses; every captured step keeps its slot for good.
 _EAGER_SLOTS, _CAPTURE_SLOTS = 16, 112
 
 
 @triton.jit
 def tensor_at(address, POINTER: tl.constexpr):
-    """The pointer at an address of a table; `Tables` refuses those that are not aligned."""
+    """The pointer at an address of a table; `TensorTable` refuses those that are not aligned."""
     return tl.multiple_of(tl.load(address).to(POINTER), 16)
 
 
@@ -61,12 +85,12 @@ class State:
 
     parameters: list[Tensor]
     moments: tuple[list[Tensor], ...]
-    """Means, squares, largests."""
+    """exp_avgs, exp_avg_sqs, max_exp_avg_sqs."""
 
-    copies: list[Tensor]
+    low_precision: list[Tensor]
 
 
-class Tables:
+class TensorTable:
     """The tensors of one optimizer and their addresses.
 
     Make it before a CUDA graph is captured: it takes page-locked memory, which a capture forbids.
@@ -76,7 +100,7 @@ class Tables:
         self,
         parameters: Sequence[Tensor],
         moments: Mapping[str, Sequence[Tensor]],
-        copies: Sequence[Tensor] = (),
+        low_precision: Sequence[Tensor] = (),
         accumulators: Sequence[Tensor] = (),
         *,
         decays: Sequence[bool] | None = None,
@@ -88,8 +112,8 @@ class Tables:
             parameters: fp32, contiguous or channels_last, all on one device.
             moments: Moments among `MOMENTS` that the rule keeps; fp32, each tensor of the shape and
                 the strides of its parameter, zeros at the start.
-            copies: The weights that the network computes with: the same, but all bf16 or all fp16;
-                none where it computes in fp32.
+            low_precision: The weights that the network computes with: the same, but all bf16 or all
+                fp16; none where it computes in fp32.
             accumulators: Tensors that sum gradients of several backward passes, laid out as the
                 parameters, fp32; none where each one makes a step.
             decays: Whether the weight decay moves each parameter; default: all.
@@ -101,21 +125,25 @@ class Tables:
         """
         if not parameters:
             raise ValueError("parameters must be at least one, got none")
-        self.parameters, self.copies = list(parameters), list(copies)
+        self.parameters, self.low_precision = list(parameters), list(low_precision)
         self.moments = {kind: list(moments[kind]) for kind in MOMENTS if kind in moments}
         self.accumulators = list(accumulators)
         self.decays = [True] * len(self.parameters) if decays is None else list(decays)
         is_low = [False] * len(self.parameters) if low_rank is None else list(low_rank)
         self._check_lists(is_low)
 
-        device, num_tensors = self.parameters[0].device, len(self.parameters)
         self.plain = [number for number, low in enumerate(is_low) if not low]
         """Numbers of the parameters whose gradients lie in memory."""
 
         low = [number for number, low in enumerate(is_low) if low]
         self.plain_state, self.dense_state = self._state(self.plain), self._state(low)
         self._layouts = _layouts(self.plain_state.parameters)
-        self._made_at = self._addresses()
+        self._first_addresses = self._addresses()
+        self._write(low)
+
+    def _write(self, low: list[int]) -> None:
+        """Make the tables on the device; ``low``: numbers of the gradients of low rank."""
+        device, num_tensors = self.parameters[0].device, len(self.parameters)
         chunks = [
             (index, start, min(CHUNK, self.parameters[index].numel() - start))
             for index in self.plain
@@ -125,9 +153,9 @@ class Tables:
         """int64: tensor, first element, elements."""
 
         decayed = [int(decay) for decay in self.decays]
-        columns = [*self._made_at, decayed, *self._places_of_partials([*self.plain, *low])]
+        columns = [*self._first_addresses, decayed, *self._places_of_partials([*self.plain, *low])]
         self.tensors_tc = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
-        """int64: of each tensor, what the names of columns above say."""
+        """int64: of each tensor, what `Column` says."""
 
         num_partials = len(chunks) + SLOTS * len(low)
         self.partials_n = torch.zeros(num_partials, dtype=torch.float64, device=device)
@@ -137,17 +165,17 @@ class Tables:
         """What the gradient of each tensor is multiplied with where each is clipped by itself."""
 
         self._gradient_rows = _AddressRows(num_tensors, device)
-        self.dense: DenseTables | None = None
-        """Tables of the parameters whose gradients are of low rank; None: there are none."""
+        self.dense: DenseTable | None = None
+        """Table of the parameters whose gradients are of low rank; None: there are none."""
 
         if low:
             find_row = _AddressRows(3 * len(low), device).find
-            self.dense = DenseTables(low, self.dense_state.parameters, len(chunks), find_row)
+            self.dense = DenseTable(low, self.dense_state.parameters, len(chunks), find_row)
 
     def check_unmoved(self) -> None:
         """Raise ValueError if a tensor has got another address since."""
-        if self._addresses() != self._made_at:
-            raise ValueError("a tensor has moved since its Tables were made: make new Tables")
+        if self._addresses() != self._first_addresses:
+            raise ValueError("a tensor has moved since its TensorTable was made: make a new one")
 
     def fitted(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of `plain`; as a copy where one lies in another way than its parameter.
@@ -161,15 +189,16 @@ class Tables:
                 raise ValueError(f"gradients[{number}] must lie in memory, got one of low rank")
         gradients = [gradients[number] for number in self.plain]
         types = {gradient.dtype for gradient in gradients}
-        if len(types) == 1 and types <= {*_FULL, *_HALF} and _layouts(gradients) == self._layouts:
-            if not any(address % _ALIGNMENT for address in map(Tensor.data_ptr, gradients)):
+        if len(types) == 1 and types <= {*FLOAT_DTYPES} and _layouts(gradients) == self._layouts:
+            if are_aligned(*gradients):
                 return list(gradients)  # as a rule
         fitted: list[Tensor] = []
         for number, gradient in zip(self.plain, gradients, strict=True):
             parameter = self.parameters[number]
-            dtypes = (gradients[0].dtype,) if fitted else _FULL + _HALF
-            _check(f"gradients[{number}]", gradient, parameter, dtypes)
-            if not (_same_layout(gradient, parameter) and _is_aligned(gradient)):
+            dtypes = (gradients[0].dtype,) if fitted else FLOAT_DTYPES
+            name, shape = f"gradients[{number}]", tuple(parameter.shape)
+            check_tensor(gradient, name, shape, dtypes, parameter.device)
+            if not (_same_layout(gradient, parameter) and are_aligned(gradient)):
                 gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
             fitted.append(gradient)
         return fitted
@@ -177,14 +206,15 @@ class Tables:
     def gradient_row(self, gradients: Sequence[Tensor]) -> Tensor:
         """Addresses of gradients from `fitted`: int64 (T,) on the device; ask once a step."""
         addresses = [0] * len(self.parameters)
-        for number, gradient in zip(self.plain, gradients, strict=True):
-            addresses[number] = gradient.data_ptr()
+        in_memory = map(Tensor.data_ptr, gradients)
+        for number, address in zip(self.plain, in_memory, strict=True):
+            addresses[number] = address
         return self._gradient_rows.find(tuple(addresses))
 
     def _addresses(self) -> list[list[int]]:
         """Addresses in the columns from PARAMETER to ACCUMULATOR."""
         moments = [self.moments.get(kind, []) for kind in MOMENTS]
-        lists = (self.parameters, *moments, self.copies, self.accumulators)
+        lists = (self.parameters, *moments, self.low_precision, self.accumulators)
         none = [0] * len(self.parameters)
         return [list(map(Tensor.data_ptr, tensors)) if tensors else none for tensors in lists]
 
@@ -202,14 +232,14 @@ class Tables:
             return [tensors[number] for number in numbers] if tensors else []
 
         moments = tuple(own(self.moments.get(kind, [])) for kind in MOMENTS)
-        return State(own(self.parameters), moments, own(self.copies))
+        return State(own(self.parameters), moments, own(self.low_precision))
 
     def _check_lists(self, is_low: list[bool]) -> None:
         self._check_state("parameters", self.parameters, _FULL)
         for kind, tensors in self.moments.items():
             self._check_state(kind, tensors, _FULL)
-        if self.copies:
-            self._check_state("copies", self.copies, _HALF)
+        if self.low_precision:
+            self._check_state("low_precision", self.low_precision, _HALF)
         if self.accumulators:
             self._check_state("accumulators", self.accumulators, _FULL)
         self._check_length("decays", self.decays)
@@ -229,12 +259,9 @@ class Tables:
     ) -> None:
         self._check_length(name, tensors)
         for index, (tensor, parameter) in enumerate(zip(tensors, self.parameters, strict=True)):
-            one = f"{name}[{index}]"
-            _check(one, tensor, parameter, (tensors[0].dtype,) if index else dtypes)
-            if tensor.device != self.parameters[0].device:
-                raise ValueError(
-                    f"{one} must be on {self.parameters[0].device}, got {tensor.device}"
-                )
+            one, shape = f"{name}[{index}]", tuple(parameter.shape)
+            allowed = (tensors[0].dtype,) if index else dtypes
+            check_tensor(tensor, one, shape, allowed, self.parameters[0].device)
             if not _is_dense(tensor):
                 raise ValueError(
                     f"{one} must be contiguous or channels_last, got strides {tensor.stride()}"
@@ -244,11 +271,7 @@ class Tables:
                     f"{one} must have the strides {parameter.stride()} of its parameter, "
                     f"got {tensor.stride()}"
                 )
-            if not _is_aligned(tensor):
-                raise ValueError(
-                    f"{one} must start at a multiple of {_ALIGNMENT} bytes, got one that starts "
-                    f"{tensor.data_ptr() % _ALIGNMENT} after: clone it"
-                )
+            check_alignment(tensor, one, WIDEST_ACCESS)
 
 
 class _AddressRows:
@@ -292,7 +315,7 @@ class _AddressRows:
     def _captured(self, addresses: tuple[int, ...]) -> Tensor:
         if self.num_captured == _CAPTURE_SLOTS:
             raise RuntimeError(
-                f"these Tables have been captured {_CAPTURE_SLOTS} times: make new ones"
+                f"this TensorTable has been captured {_CAPTURE_SLOTS} times: make a new one"
             )
         slot = _EAGER_SLOTS + self.num_captured
         self.num_captured += 1
@@ -337,22 +360,6 @@ def is_capturing(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
-
-
-def _check(name: str, tensor: Tensor, parameter: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.shape != parameter.shape:
-        raise ValueError(
-            f"{name} must be {tuple(parameter.shape)} as its parameter, got {tuple(tensor.shape)}"
-        )
-    if tensor.device != parameter.device:
-        raise ValueError(f"{name} must be on {parameter.device}, got {tensor.device}")
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    return tensor.data_ptr() % _ALIGNMENT == 0
 
 
 def _is_dense(tensor: Tensor) -> bool:
