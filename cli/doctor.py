@@ -126,11 +126,11 @@ def _dali() -> list[Finding]:
 
 
 def _paths() -> list[Finding]:
-    import torch
 
+    from ..core.data.decode import thread_count
     from ..core.precision import resolve
     from ..core.training import engine
-    from ..core.training.devices import choose_device
+    from ..core.training.devices import choose_device, threads_in_words
     from ..kernels import toolkit
 
     compiler = toolkit.choose().compiler
@@ -148,5 +148,5 @@ def _paths() -> list[Finding]:
         Finding("precision", f"{precision.name} ({precision.why})"),
         Finding("engine", f"{name} ({why})"),
         Finding("kernels", "CUDA and Triton" if on_gpu else "C++ threads and PyTorch"),
-        Finding("threads", f"{torch.get_num_threads()} of torch"),
+        Finding("threads", threads_in_words(thread_count(0))),
     ]

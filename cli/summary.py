@@ -8,8 +8,7 @@ from ..core.config import Config
 from ..core.estimate.flops import meta_model, work_of
 from ..core.estimate.summary import Layer, Summary, summarize
 from ..core.training import memory
-from ..core.training.devices import choose_device
-from ..core.training.prepare import free_bytes
+from ..core.training.devices import choose_device, free_bytes
 from .lines import complain, tell, tell_json
 
 _USUAL_BATCH_SIZE = 16

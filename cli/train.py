@@ -232,10 +232,10 @@ def _summary(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: boo
 def _settings_of(overrides: "Overrides", recipe: recipes.Recipe | None) -> "Resolved":
     """The settings that training would have; what there is to tell of them goes to stderr."""
     from ..core.console.reporter import Reporter
-    from ..core.training.prepare import settings_of, tell
+    from ..core.training.prepare import report_notices, settings_of
 
     resolved = settings_of(overrides, recipe)
-    tell(Reporter(sys.stderr), resolved.notices)
+    report_notices(Reporter(sys.stderr), resolved.notices)
     return resolved
 
 
@@ -264,10 +264,10 @@ def _dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: boo
     from ..benchmarks import ceilings, harness, roofline
     from ..core.console.reporter import Reporter
     from ..core.estimate.flops import meta_model
-    from ..core.training.dry_run import rehearse
+    from ..core.training.dry_run import dry_run
     from ..core.training.memory import describe
 
-    trial = rehearse(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
+    trial = dry_run(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
     model, batch_size = trial.config.model, trial.config.train.batch_size
     card = harness.known_ceilings() or ceilings.measure_ceilings(trial.device)
     meta = meta_model(trial.config)

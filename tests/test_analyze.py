@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import itertools
 import json
 import os
 import re
@@ -17,9 +18,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mien.cli import main
+from mien.core.checkpoint.generations import Generations
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import Session, TrainingState
-from mien.core.console.reporter import TensorBoardLog
+from mien.core.console.tensorboard import TensorBoardLog
+from mien.core.history import plots
 from mien.core.history.history import (
     BATCH_SIZE_TAG,
     _EventFile,
@@ -171,6 +174,20 @@ def test_a_graph_of_a_model_of_any_name(tmp_path, capsys, name):
     _log(model, 1, range(1, 4))
     assert _analyze(capsys, model, "--graph", graph)[0] == 0
     assert cv2.imread(str(graph)) is not None
+
+
+def test_labels_of_sessions_that_begin_near_each_other_do_not_overlap():
+    figure, (axis,) = plots._panels(1, "model", plots.Drawing())
+    starts = [(1, 1), (2, 3), (3, 5), (4, 7), (5, 9), (6, 500)]
+    axis.set_xlim(0, 1000)
+    plots._mark(axis, starts)
+    plots._png(figure)
+    boxes = [label.get_window_extent() for label in axis.texts if label.get_visible()]
+    assert len(boxes) == 5, "four rows, and the last session beside the first"
+    for one, other in itertools.combinations(boxes, 2):
+        assert one.x1 <= other.x0 or one.y0 >= other.y1 - 1e-6, "an overlap"
+    frame = axis.get_window_extent()
+    assert all(frame.y0 < box.y0 < box.y1 <= frame.y1 for box in boxes)
 
 
 def test_a_long_line_is_thinned_to_what_can_be_seen():
@@ -484,7 +501,7 @@ def test_logs_that_lack_iterations_are_told_of(tmp_path, capsys):
 
 
 def test_events_that_stand_for_several_iterations_count_as_such(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("mien.core.console.reporter._FINENESS", 10)
+    monkeypatch.setattr("mien.core.console.tensorboard._FINENESS", 10)
     model = tmp_path / "model"
     _save(model, 60, 30)
     _log(model, 1, range(1, 66))  # crashed at 65, the last save was of 60
@@ -552,17 +569,17 @@ def test_refusals(trained, tmp_path, monkeypatch, capsys, words, text):
 def test_a_save_that_a_run_deletes_meanwhile_is_read_anew(tmp_path, monkeypatch):
     model = tmp_path / "model"
     _save(model, 5)
-    listed = ModelFolder.manifests
+    listed = Generations.manifests
 
-    def slow(folder, unreadable):
-        found = listed(folder, unreadable)
-        if (model / "generations/5").is_dir() and found and not folder._lock:
+    def slow(generations, unreadable=None):
+        found = listed(generations, unreadable)
+        if (model / "generations/5").is_dir() and found:
             (model / "generations/5").rename(model / "generations/.5.trash")
             shutil.copytree(model / "generations/.5.trash", model / "generations/5-2")
         return found
 
     with ModelFolder(model, read_only=True) as folder:
-        monkeypatch.setattr(ModelFolder, "manifests", slow)
+        monkeypatch.setattr(Generations, "manifests", slow)
         assert folder.newest_state()["iterations"] == 5
 
 

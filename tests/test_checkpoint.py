@@ -17,6 +17,7 @@ import torch
 
 from mien import __version__
 from mien.core.checkpoint import format as manifests
+from mien.core.checkpoint.generations import Generations
 from mien.core.checkpoint.model_folder import ModelFolder, SaveError
 from mien.core.checkpoint.saver import Saver
 from mien.core.checkpoint.state import TrainingState
@@ -178,14 +179,14 @@ def test_retention_keeps_the_newest(tmp_path):
 def test_old_generations_go_only_after_the_pointer_moved(tmp_path, monkeypatch):
     path = tmp_path / "m"
     seen = []
-    retire = ModelFolder._retire
+    prune = Generations.prune
 
-    def spy(folder: ModelFolder) -> None:
+    def spy(generations: Generations, num_kept: int) -> None:
         pointer = json.loads((path / "state.json").read_text())["generation"]
         seen.append((pointer, names(path)))
-        retire(folder)
+        prune(generations, num_kept)
 
-    monkeypatch.setattr(ModelFolder, "_retire", spy)
+    monkeypatch.setattr(Generations, "prune", spy)
     with new_folder(path, keep_generations=1) as folder:
         save(folder, 1)
         save(folder, 2)

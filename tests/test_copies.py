@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from mien.core.checkpoint import model_folder as checkpoint
+from mien.core.checkpoint import retention
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.saver import Saver
 from mien.core.checkpoint.state import TrainingState
@@ -98,6 +98,16 @@ def test_going_back_uses_the_backup_and_passes_over_damage(tmp_path):
         assert folder.go_back(4) == 3
 
 
+def test_going_back_to_a_backup_of_the_newest_writes_it_where_the_newest_is_damaged(tmp_path):
+    with _folder(tmp_path / "m") as folder:
+        _save(folder, 2)
+        newest = _save(folder, 4)
+        folder.back_up(newest)
+        (newest / "model.safetensors").write_bytes(b"spoilt")
+        assert folder.go_back(4) == 4
+    assert _iterations(tmp_path / "m") == 4, "the next start must not begin at iteration 2"
+
+
 @pytest.mark.usefixtures("disk")
 def test_the_backup_is_replaced_and_a_crash_leaves_one(tmp_path):
     path = tmp_path / "m"
@@ -123,7 +133,7 @@ def test_a_full_disk_leaves_the_old_backup(tmp_path, monkeypatch):
         def refuse(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "copy_files", refuse)
+        monkeypatch.setattr(retention, "copy_files", refuse)
         folder.back_up(newest)
         assert folder.warnings == [
             f"cannot renew {tmp_path}/m/backup: No space left on device; free space; training goes "
@@ -155,7 +165,7 @@ def test_a_snapshot_that_the_disk_refuses_names_the_place(tmp_path, monkeypatch)
         def refuse(*_):
             raise OSError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(checkpoint, "copy_files", refuse)
+        monkeypatch.setattr(retention, "copy_files", refuse)
         folder.snapshot()
         assert f"{tmp_path}/models" in folder.warnings[0]
         assert "Permission denied" in folder.warnings[0]

@@ -188,12 +188,12 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch, setting, num_gpus, visi
 @pytest.mark.usefixtures("fit")
 def test_a_session_makes_its_device_current(monkeypatch, tmp_path, sides):
     current = Current(monkeypatch)
-    monkeypatch.setattr(prepare, "_prepare", lambda *_: current.index)
+    monkeypatch.setattr(prepare, "_build", lambda *_: current.index)
     monkeypatch.setattr(prepare, "_remember_paths", lambda *_: None)
     data = {"input_a": str(sides[0]), "input_b": str(sides[1])}
     given = {"save": {"model_dir": str(tmp_path)}, "train": {"device": "cuda:1"}, "data": data}
     reporter = SimpleNamespace(warning=pytest.fail)
-    with prepare.open_run(Overrides(given), reporter) as index:
+    with prepare.open_setup(Overrides(given), reporter) as index:
         assert index == 1
     assert current.index == 0
 

@@ -197,6 +197,19 @@ def test_unreadable_files_are_named_with_reasons(faces):
     assert said(found.advice, "3 of 33 files cannot be used")
 
 
+def test_a_refused_folder_counts_its_unusable_files_as_the_check_does(faces):
+    (faces / "no_header.png").write_bytes(b"")
+    cut = sorted(faces.glob("*.png"))[0]
+    cut.write_bytes(cut.read_bytes()[:-40])  # its header is whole
+    found = report(faces)
+    with pytest.raises(
+        ValueError, match=rf"fewer than 1000 usable faces \({found.num_faces}\)"
+    ) as e:
+        read_folder(faces, minimum=1000)
+    assert f"{len(found.unreadable)} files are unusable" in str(e.value)
+    assert "cut short" in str(e.value)
+
+
 def test_masks_are_counted_and_checked(faces):
     good = StoredMask(zlib.compress(b"\xff" * 64), 8, "face", np.eye(3))
     bad = StoredMask(b"no zlib", 8, "face", np.eye(3))

@@ -26,9 +26,10 @@ from hypothesis import strategies as st
 from mien import models
 from mien.cli import main
 from mien.core.checkpoint import format as manifests
-from mien.core.checkpoint.model_folder import ModelFolder, read_weights
+from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import TrainingState
 from mien.core.checkpoint.verify import facts_of, nan_scan, verify
+from mien.core.checkpoint.weights import read_weights
 from mien.core.config import Config, from_dict, parse_toml, presets, recipes, to_dict
 from mien.core.config.faceswap_ini import read_ini
 from mien.core.data.store import _is_of, _read_raw

@@ -14,8 +14,8 @@ import torch
 
 from mien.core.checkpoint import lock as locks
 from mien.core.checkpoint import owner as owners
-from mien.core.checkpoint.holder import holder
-from mien.core.checkpoint.lock import LOCK, acquire, holder_of
+from mien.core.checkpoint.lock import LOCK, acquire, owner_in_words
+from mien.core.checkpoint.lock_owner import lock_owner
 from mien.core.checkpoint.model_folder import ModelFolder, SaveError
 from mien.core.checkpoint.owner import OWNER, Owner, read_owner
 from mien.core.checkpoint.state import TrainingState
@@ -150,12 +150,12 @@ def test_without_flock_an_owner_file_keeps_others_out(tmp_path):
         assert read_owner(path) == Owner.of_this_process()
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
             ModelFolder(path)
-        assert holder_of(path) == f"process {os.getpid()}"
-        found = holder(path)
+        assert owner_in_words(path) == f"process {os.getpid()}"
+        found = lock_owner(path)
         assert (found.pid, found.is_here, found.is_running) == (os.getpid(), True, True)
         _save(folder, 1)
     assert not (path / OWNER).exists()
-    assert holder_of(path) is None
+    assert owner_in_words(path) is None
     with ModelFolder(path) as again:
         assert again.warnings == [], "what the disk lacks is told once"
         assert [thread.name for thread in threading.enumerate()].count("mien-owner") == 1

@@ -12,14 +12,9 @@ import numpy as np
 import pytest
 
 from mien.core.console.event_files import older_file
-from mien.core.console.reporter import (
-    LogError,
-    NullLog,
-    Reporter,
-    TensorBoardLog,
-    duration,
-    open_log,
-)
+from mien.core.console.reporter import Reporter
+from mien.core.console.status_line import duration
+from mien.core.console.tensorboard import LogError, NullLog, TensorBoardLog, open_log
 
 STEP = {
     "iteration": 12,
@@ -186,7 +181,7 @@ def test_tensorboard_events_hold_the_scalars(tmp_path):
 def test_the_events_of_a_long_training_are_means(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    monkeypatch.setattr("mien.core.console.reporter._FINENESS", 10)
+    monkeypatch.setattr("mien.core.console.tensorboard._FINENESS", 10)
     log = TensorBoardLog(tmp_path, 1)
     for step in range(1, 45):
         log.scalars({"batch_total": float(step), "learning_rate": 1e-4}, step, 1000.0 + step)
@@ -205,7 +200,7 @@ def test_the_events_of_a_long_training_are_means(tmp_path, monkeypatch):
 
 
 def test_a_flush_leaves_no_iteration_waiting(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.console.reporter._FINENESS", 10)
+    monkeypatch.setattr("mien.core.console.tensorboard._FINENESS", 10)
     log = TensorBoardLog(tmp_path, 1, 101)
     (path,) = log.folder.iterdir()
     sizes = []
@@ -253,7 +248,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capfd):
 
 
 def test_events_reach_the_disk_without_being_flushed(tmp_path, monkeypatch):
-    monkeypatch.setattr("mien.core.console.reporter._SECONDS_BETWEEN_FLUSHES", 0.0)
+    monkeypatch.setattr("mien.core.console.tensorboard._SECONDS_BETWEEN_FLUSHES", 0.0)
     log = TensorBoardLog(tmp_path, 1)
     log.scalars({"batch_total": 1.0}, 1)
     (path,) = log.folder.iterdir()

@@ -19,7 +19,7 @@ from conftest import assert_same_bits, saved_tensors
 from mien import models
 from mien.cli import main
 from mien.core.checkpoint.model_folder import ModelFolder, SaveError
-from mien.core.console.reporter import LogError, TensorBoardLog
+from mien.core.console.tensorboard import LogError, TensorBoardLog
 from mien.core.data.feed import Feed
 from mien.core.faces.png import read_header, write_face
 from mien.core.preview.faces import PreviewLoader
@@ -124,6 +124,29 @@ def test_json_events_tell_the_whole_run(sides, tmp_path, capsys):
     step = next(event for event in events if event["event"] == "step")
     assert {"iteration", "loss_a", "loss_b", "eg_per_s", "data_wait", "memory_mib"} <= step.keys()
     assert events[-1]["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "has_optimizer"),
+    [
+        (("--set", "save.save_optimizer=exit"), True),
+        (("--set", "save.save_optimizer=never"), False),
+        (("--set", "save.save_optimizer=never", "--snapshot-interval", "4"), True),
+    ],
+    ids=["exit", "never", "snapshot"],
+)
+def test_an_iteration_that_is_due_and_the_last_is_saved_once(
+    sides, tmp_path, capsys, more, has_optimizer
+):
+    assert _train(sides, tmp_path / "model", "-i", "4", "--json", "-s", "2", *more) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for kind in ("save", "preview"):
+        assert [e["iteration"] for e in events if e["event"] == kind] == [1, 2, 4]
+    snapshots = [e["iteration"] for e in events if e["event"] == "snapshot"]
+    assert snapshots == [4] * ("--snapshot-interval" in more)
+    assert sorted(os.listdir(tmp_path / "model/generations")) == ["2", "4"]
+    newest = tmp_path / "model/generations/4"
+    assert (newest / "optimizer.safetensors").exists() == has_optimizer
 
 
 def _poisoned(feed, at):

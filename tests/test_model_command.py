@@ -22,7 +22,8 @@ from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import TrainingState
 from mien.core.checkpoint.verify import facts_of, verify
 from mien.core.config import Config, from_dict, model_settings
-from mien.core.console.reporter import Reporter, TensorBoardLog
+from mien.core.console.reporter import Reporter
+from mien.core.console.tensorboard import TensorBoardLog
 from mien.core.history import restore as restoring
 from mien.core.history.history import read_history
 from mien.core.history.restore import restore

@@ -23,9 +23,10 @@ from mien import cli
 from mien.cli.monitor import journal, watch
 from mien.cli.monitor.access import COOKIE, Access
 from mien.cli.monitor.server import make_app
-from mien.core.checkpoint.holder import RequestError, ask, holder
+from mien.core.checkpoint.lock_owner import RequestError, lock_owner, send_request
 from mien.core.checkpoint.model_folder import ModelFolder
-from mien.core.console.reporter import Reporter, TensorBoardLog
+from mien.core.console.reporter import Reporter
+from mien.core.console.tensorboard import TensorBoardLog
 from mien.core.preview.grid import save_png
 
 TOKEN = "a-token-of-the-tests"
@@ -581,7 +582,7 @@ def test_a_process_that_does_not_listen_is_left_alone(tmp_path, trainer):
     process = trainer(tmp_path, listens=False)
     for name in ("save", "preview", "stop"):
         with pytest.raises(RequestError, match=f"does not listen for a {name} now"):
-            ask(tmp_path, name)
+            send_request(tmp_path, name)
     time.sleep(0.3)
     assert process.poll() is None
 
@@ -589,11 +590,11 @@ def test_a_process_that_does_not_listen_is_left_alone(tmp_path, trainer):
 def test_a_process_that_no_longer_trains_is_left_alone(tmp_path, trainer):
     process = trainer(tmp_path / "other")
     (tmp_path / ".lock").write_text(f"{process.pid} {socket.gethostname()}\n")
-    found = holder(tmp_path)
+    found = lock_owner(tmp_path)
     assert found is not None
     assert not found.is_running
     with pytest.raises(RequestError, match="nothing trains"):
-        ask(tmp_path, "stop")
+        send_request(tmp_path, "stop")
     assert process.poll() is None
 
 
@@ -605,24 +606,24 @@ def test_a_run_on_another_host_is_left_alone(tmp_path):
         with pytest.raises(
             RequestError, match=r"the run is on host elsewhere, this is .*; ask there"
         ):
-            ask(tmp_path, "stop")
+            send_request(tmp_path, "stop")
 
 
 @pytest.mark.parametrize("content", ["", "x y", "12", "0 here", "-1 here", "1 2 3", "٣ here"])
 def test_a_lock_file_that_names_no_process_is_nobodys(tmp_path, content):
     (tmp_path / ".lock").write_text(content)
-    assert holder(tmp_path) is None
+    assert lock_owner(tmp_path) is None
     with pytest.raises(RequestError, match="no run to save"):
-        ask(tmp_path, "save")
+        send_request(tmp_path, "save")
 
 
 def test_the_holder_of_a_model_folder_is_found(tmp_path):
     with ModelFolder(tmp_path / "model") as folder:
-        found = holder(folder.path)
+        found = lock_owner(folder.path)
         assert found is not None
         assert (found.pid, found.is_here, found.is_running) == (os.getpid(), True, True)
         (folder.path / "kept").touch()
-    found = holder(folder.path)
+    found = lock_owner(folder.path)
     assert found is not None
     assert not found.is_running
 

@@ -191,6 +191,36 @@ def test_the_docstring_check_sees_attributes_and_arguments():
     assert [text for _, text in _texts(ast.parse(code))][1:] == ["Of it.", "Two,"]
 
 
+MOST_LINES = {ast.FunctionDef: 60, ast.AsyncFunctionDef: 60, ast.ClassDef: 300}
+
+
+def _num_lines(node):
+    """Lines of a function without its docstring, or of a whole class."""
+    if isinstance(node, ast.ClassDef) or ast.get_docstring(node) is None:
+        return node.end_lineno - node.lineno + 1
+    docstring = node.body[0]
+    return node.end_lineno - node.lineno - (docstring.end_lineno - docstring.lineno)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_functions_and_classes_are_read_in_one_sitting(room):
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {_num_lines(node)} lines"
+        for path in _modules(room)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if type(node) in MOST_LINES and _num_lines(node) > MOST_LINES[type(node)]
+    ]
+    assert not found, "a function has at most 60 lines, a class 300:\n" + "\n".join(found)
+
+
+def test_the_check_of_sizes_leaves_out_a_docstring_and_counts_the_rest():
+    code = 'def f(\n    a,\n):\n    """F.\n\n    Two.\n    """\n    return a\n'
+    (function,) = ast.parse(code).body
+    assert _num_lines(function) == 4
+    (whole,) = ast.parse('class A:\n    """A."""\n\n    a: int\n').body
+    assert _num_lines(whole) == 4
+
+
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(PAGES)])
 def test_links_and_pictures_of_a_page_are_there(page):
     path = ROOT / page

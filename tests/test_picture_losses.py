@@ -23,7 +23,7 @@ from mien.core.losses import frequency, lpips, planes, pyramids
 from mien.core.losses.weighted import Loss
 from mien.core.optim.optimizer import Update
 from mien.core.training.loss_buffer import LossRing
-from mien.core.training.prepare import open_run
+from mien.core.training.prepare import open_setup
 from mien.core.training.resolve import Overrides
 from mien.core.training.step import TrainStep
 from mien.kernels import reference
@@ -488,7 +488,7 @@ def test_a_run_is_refused_before_it_begins(tmp_path, sides):
 
     with (
         pytest.raises(ValueError, match=rf"lpips_vgg16 needs .* vgg16.pth .* {Path.cwd()}/no/such"),
-        open_run(Overrides(given), Silent()),
+        open_setup(Overrides(given), Silent()),
     ):
         pass
     assert not (tmp_path / "model" / "faces").exists()

@@ -85,7 +85,7 @@ def test_before_training_a_signal_ends_at_once_and_the_same_line_begins_anew(
         pytest.fail("it goes on")
 
     with monkeypatch.context() as patch:
-        patch.setattr("mien.core.training.prepare.open_sides", decode)
+        patch.setattr("mien.core.training.training_data.open_sides", decode)
         assert _train(sides, tmp_path / "model", "-i", "1") == 4
     assert capsys.readouterr().err == f"mien train: {number.name} received before training began\n"
     assert not list(tmp_path.glob("model/crash_report_*"))
@@ -107,7 +107,7 @@ def test_in_a_change_of_stages_a_signal_ends_at_once_with_the_stage_saved(
             pytest.fail("it goes on")
         return open_sides(*given, **named)
 
-    monkeypatch.setattr("mien.core.training.prepare.open_sides", opening)
+    monkeypatch.setattr("mien.core.training.training_data.open_sides", opening)
     assert _train(sides, tmp_path / "model", *words) == 4
     captured = capsys.readouterr()
     stop = json.loads(captured.out.splitlines()[-1])

@@ -1,8 +1,11 @@
 """What is reported at the start: the settings that decide the result, as lines and as fields."""
 
 import json
+import os
+import re
 
 import pytest
+import torch
 
 from mien.cli import main
 
@@ -39,6 +42,15 @@ def test_the_first_lines_tell_what_decides_the_result(sides, tmp_path, capsys):
     assert lines["optimizer"] == "adam, learning rate 5e-05 (as set), constant"
     assert lines["precision"].startswith("fp32 (")
     assert lines["saves"] == "every 250 iterations, but at least 60 s apart"
+
+
+def test_doctor_counts_the_threads_as_training_does(sides, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    _train(sides, tmp_path / "model")
+    device = _lines(capsys.readouterr().out)["device"]
+    assert device == f"CPU, {len(os.sched_getaffinity(0))} CPU threads, 7 of PyTorch"
+    main(["doctor"])
+    assert re.search(rf"ok  threads +{device.removeprefix('CPU, ')}\n", capsys.readouterr().out)
 
 
 def test_they_tell_what_is_set_otherwise(sides, tmp_path, capsys):

@@ -171,7 +171,7 @@ def test_an_existing_snapshot_is_never_overwritten(sides, tmp_path, recipe, caps
 def test_a_stage_begins_with_nothing_of_the_one_before_in_memory(
     sides, tmp_path, recipe, monkeypatch
 ):
-    original, before, left = unattended.open_run, [], []
+    original, before, left = unattended.open_setup, [], []
 
     @contextmanager
     def opened(*args, **more):
@@ -180,7 +180,7 @@ def test_a_stage_begins_with_nothing_of_the_one_before_in_memory(
             before.append(weakref.ref(run.model))
             yield run
 
-    monkeypatch.setattr(unattended, "open_run", opened)
+    monkeypatch.setattr(unattended, "open_setup", opened)
     assert _train(sides, tmp_path / "model", "--recipe", recipe) == 0
     assert left == [None, None, None], "the second stage looks at one, the third at two"
 
@@ -783,7 +783,7 @@ def test_the_first_iteration_of_a_session_is_no_mean_to_beat(sides, tmp_path, ca
 def test_a_later_stage_that_cannot_begin_is_told_as_the_end(
     sides, tmp_path, recipe, monkeypatch, capsys
 ):
-    opened, open_run = [], unattended.open_run
+    opened, open_run = [], unattended.open_setup
 
     def second_fails(*args, **kwargs):
         opened.append(args)
@@ -791,7 +791,7 @@ def test_a_later_stage_that_cannot_begin_is_told_as_the_end(
             raise ValueError("the faces are gone; put them back")
         return open_run(*args, **kwargs)
 
-    monkeypatch.setattr(unattended, "open_run", second_fails)
+    monkeypatch.setattr(unattended, "open_setup", second_fails)
     assert _train(sides, tmp_path / "model", "--recipe", recipe, "--json") == 2
     said = capsys.readouterr()
     stop = json.loads(said.out.splitlines()[-1])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mien.cli.monitor.journal import Journal
 from mien.cli.monitor.watch import Watch
-from mien.core.checkpoint.holder import holder
 from mien.core.checkpoint.lock import LOCK
+from mien.core.checkpoint.lock_owner import lock_owner
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.console.reporter import Reporter
 
@@ -23,7 +23,7 @@ def _told(folder: Path, session: int) -> Reporter:
 
 def test_a_lock_that_is_a_pipe_is_no_holder_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / LOCK)
-    assert holder(tmp_path) is None
+    assert lock_owner(tmp_path) is None
 
 
 def test_a_run_that_went_back_is_followed_though_its_number_is_lower(tmp_path):

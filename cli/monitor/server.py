@@ -28,7 +28,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from ...core.checkpoint.holder import REQUESTS, RequestError, ask
+from ...core.checkpoint.lock_owner import REQUESTS, RequestError, send_request
 from .access import COOKIE, HEADER, Access
 from .watch import Watch
 
@@ -93,7 +93,7 @@ def make_app(model_dir: Path, access: Access) -> Starlette:
             if not access.is_token(request.headers.get(HEADER) or await _form_token(request)):
                 return _refusal(403, "the token is missing or wrong")
             try:
-                found = ask(model_dir, name)
+                found = send_request(model_dir, name)
             except RequestError as error:
                 return _refusal(409, str(error))
             return JSONResponse({"asked": name, "pid": found.pid})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...core.checkpoint.holder import holder
+from ...core.checkpoint.lock_owner import lock_owner
 from ...core.checkpoint.model_folder import PREVIEW, STATE
 from ...core.history.history import History, event_files, read_history
 from ...core.history.statistics import total_figures
@@ -52,10 +52,10 @@ class Watch:
             self._journal.update()
             latest, events = dict(self._journal.latest), self._journal.events
             session, unreadable = self._journal.session, self._journal.unreadable
-        found = holder(self._path)
+        owner = lock_owner(self._path)
         newest = events[-1] if events else None
         is_fresh = newest is not None and time.time() - newest["time"] < _FRESH_SECONDS
-        if found is not None and found.is_running:
+        if owner is not None and owner.is_running:
             state = "running"
         elif "stop" in latest:
             state = "stopped"
@@ -72,8 +72,8 @@ class Watch:
         return {
             "name": self._path.resolve().name,
             "state": state,
-            "host": None if found is None or found.is_here else found.host,
-            "pid": found.pid if found is not None and found.is_running else None,
+            "host": None if owner is None or owner.is_here else owner.host,
+            "pid": owner.pid if owner is not None and owner.is_running else None,
             "session": session,
             "latest": latest,
             "events": events,

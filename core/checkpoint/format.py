@@ -39,7 +39,7 @@ MAX_COUNT = 10**12 - 1
 
 MAX_TENSOR_NAME = 256
 _MAX_TENSOR_BYTES = 64 << 30
-"""Bytes of a file of tensors where nothing tells how large the model is."""
+"""Largest file of tensors, in bytes, where nothing says how large the model is."""
 
 _HEADER_BYTES = 100 << 20
 """Bytes that names and shapes take at most: the library reads no longer header."""
@@ -89,17 +89,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         _refuse_odd(tensors)
     except DamagedError as error:
         raise ValueError(f"{path.name} could not be read again: {error}") from error
+    # The library writes memory as it lies, and refuses what is strided.
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
         safetensors.torch.save_file(plain, path, metadata=metadata)
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
+        cause = re.search(r"\(os error (\d+)\)", str(error))
+        if cause is None:
             raise
-        number = int(found[1])
+        number = int(cause[1])
         raise OSError(number, os.strerror(number), str(path)) from error
     # The library lets only the owner read it.
     set_permissions(path, path.parent.stat().st_mode & 0o666)
+    # The library does not flush: a power cut would leave the right size, and zeros.
     sync_file(path)
 
 
@@ -134,6 +136,7 @@ def write_manifest(
             for name in sorted(file_names)
         },
     }
+    # A manifest that was cut or edited must not vouch for anything.
     content = body | {"digest": digest_of(body)}
     write_file(folder / MANIFEST, json.dumps(content, indent=1).encode())
 
@@ -159,7 +162,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """
     try:
         tensors, trainer = _mapped_tensors(path)
-    except OSError:  # the disk maps no files, or is one that the next call tells of
+    except OSError:  # the disk maps no files, or refuses the next call too, which says why
         with open_for_reading(path, follows_links=True) as stream:
             content = stream.read()
         tensors = _parse_tensors(path.name, content)
@@ -283,6 +286,7 @@ def _is_file_entry(entry: Any) -> bool:
 def _read_verified(folder: Path, name: str, manifest: Manifest, max_bytes: int) -> bytes:
     """The bytes of one file, equal in size and SHA-256 to what was written."""
     size, sha256 = manifest.files[name]
+    # By the manifest's word, before memory is taken for it.
     _refuse_large(name, size, max_bytes)
     content = read_regular(folder / name, size)
     if len(content) != size:
@@ -320,7 +324,7 @@ def most_tensor_bytes(config: dict[str, Any] | None) -> int:
     """Bytes of the largest file of tensors that a model with these settings can have.
 
     No optimizer keeps more than three numbers a parameter beside the sums of accumulation. Settings
-    that are not valid here, of another version of mien maybe, tell nothing.
+    that are not valid here, of another version of mien maybe, say nothing.
     """
     try:
         if config is None:
@@ -350,6 +354,7 @@ def read_state(folder: Path, manifest: Manifest) -> tuple[dict[str, Any], dict[s
 
 def read_generation(folder: Path, manifest: Manifest) -> Generation:
     """Read a whole generation, the small files first."""
+    # They say how large the tensors can be, which bounds what is read of them.
     state, config = read_state(folder, manifest)
     optimizer, max_bytes = None, most_tensor_bytes(config)
     if OPTIMIZER in manifest.files:

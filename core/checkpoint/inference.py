@@ -27,7 +27,8 @@ from ...models.fields import shown
 from ..config import Config, from_dict, model_settings
 from ..system.durable_files import DamagedError, write_output
 from .format import MODEL, metadata_of, most_tensor_bytes, read_state, read_tensors
-from .model_folder import BACKUP, ModelFolder
+from .generations import BACKUP
+from .model_folder import ModelFolder
 
 SCHEMA = "mien.inference/1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,8 +66,8 @@ def write_inference(
     )  # written out, so that later defaults do not matter
     model = models.meta_model(config.model.trainer, **settings)
     refuse_misfit(source, model, shapes_of(saved))
-    kept = _subnetworks_of(model, SIDES[side])
-    used = {name: tensor for name, tensor in saved.items() if name.partition(".")[0] in kept}
+    needed = _subnetworks_of(model, SIDES[side])
+    used = {name: tensor for name, tensor in saved.items() if name.partition(".")[0] in needed}
     refuse_not_finite(used)
     tensors = {name: _cast(name, tensor, precision) for name, tensor in used.items()}
     metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
@@ -87,7 +88,7 @@ def read_model(
         ValueError: There is no such save, or it is damaged, or its settings are unknown.
     """
     with ModelFolder(path, read_only=True) as folder:
-        source, manifest = folder.find(generation)
+        source, manifest = folder.generations.find(generation)
     try:
         state, values = read_state(source, manifest)
         tensors = read_tensors(source, MODEL, manifest, most_tensor_bytes(values))
@@ -154,7 +155,7 @@ def refuse_misfit(
     shapes: dict[str, tuple[int, ...]],
     sides: tuple[Side, ...] | None = None,
 ) -> None:
-    """Refuse weights that are not, by name and shape, those of the model that is told of.
+    """Refuse weights that are not, by name and shape, those of the model that is described.
 
     Args:
         source: Path of the weights, for the error.

@@ -55,6 +55,7 @@ class KnownPaths:
         for setting, path in paths:
             if not self._is_inside(path):
                 earlier = [other for other in known.get(setting, []) if other != path]
+                # The newest last; the oldest fall out.
                 known[setting] = [*earlier[1 - MAX_PATHS :], path]
         if not known:
             return None

@@ -1,7 +1,8 @@
 """The lock of a model folder: one run at a time.
 
 `.lock` is locked by flock, which ends with the process, and holds "<pid> <host>" for people and for
-`holder`. A disk that refuses flock, as some network disks do, has an owner file instead (`owner`).
+`lock_owner`. A disk that refuses flock, as some network disks do, has an owner file instead: see
+`owner`.
 """
 
 import errno
@@ -13,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..system.durable_files import open_plain
-from .owner import OWNER, InUseError, OwnerFile, read_owner, told_of
+from .owner import OWNER, InUseError, OwnerFile, process_in_words, read_owner
 
 LOCK = ".lock"
 
@@ -50,16 +51,17 @@ class Lock:
         if self._owner is not None:
             self._owner.confirm()
         elif not _is_in_place(self._handle, self._folder):
+            # The file was removed by hand: whoever locks the new one first has the folder.
             handle = _open(self._folder)
             try:
                 _lock(handle)
                 _sign(handle)
             except OSError as error:
-                holder = _told_by(handle)
+                owner = _owner_named_in(handle)
                 os.close(handle)
                 if not isinstance(error, BlockingIOError):
                     raise
-                raise InUseError(holder) from error
+                raise InUseError(owner) from error
             os.close(self._handle)
             self._handle = handle
 
@@ -97,11 +99,11 @@ def acquire(path: Path) -> Lock:
     )
 
 
-def holder_of(path: Path) -> str | None:
-    """Process that holds the lock of a folder now, in words; None where none does."""
+def owner_in_words(path: Path) -> str | None:
+    """Process that owns the lock of a folder now, in words; None where none does."""
     owner = read_owner(path)
     if owner is not None and (owner.is_running or not owner.is_here):
-        return told_of(owner.pid, owner.host)
+        return process_in_words(owner.pid, owner.host)
     try:
         handle = open_plain(path / LOCK, os.O_RDONLY)
     except PermissionError:
@@ -112,7 +114,7 @@ def holder_of(path: Path) -> str | None:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        return _told_by(handle)
+        return _owner_named_in(handle)
     except OSError:  # a disk without flock
         return None
     finally:
@@ -147,10 +149,9 @@ def _taken(path: Path, handle: int) -> Lock | None:
     except FileNotFoundError:  # the folder itself went
         return None
     except (BlockingIOError, InUseError) as error:
-        holder = str(error) if isinstance(error, InUseError) else _told_by(handle)
+        name = str(error) if isinstance(error, InUseError) else _owner_named_in(handle)
         raise ValueError(
-            f"model folder {path} is in use by {holder}; stop that run, or choose another "
-            "--model-dir"
+            f"model folder {path} is in use by {name}; stop that run, or choose another --model-dir"
         ) from error
     except OSError as error:
         is_held = False
@@ -179,12 +180,12 @@ def _lock_or_own(handle: int, folder: Path) -> OwnerFile | None:
         return OwnerFile(folder)
     owner = read_owner(folder)
     if owner is not None and owner.is_running:  # it came by a way to this disk that has no flock
-        raise InUseError(told_of(owner.pid, owner.host))
+        raise InUseError(process_in_words(owner.pid, owner.host))
     return None
 
 
 def _lock(handle: int) -> None:
-    """Take the lock; whoever only asks for its holder has it for a moment and is waited for."""
+    """Take the lock; whoever only looks for its owner has it for a moment and is waited for."""
     for _ in range(_TRIES - 1):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -208,7 +209,7 @@ def _sign(handle: int) -> None:
     os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
 
-def _told_by(handle: int) -> str:
+def _owner_named_in(handle: int) -> str:
     """The process, and the host where it is another, that a lock file names."""
     pid, _, host = os.pread(handle, 300, 0).decode(errors="replace").strip().partition(" ")
-    return told_of(pid, host)
+    return process_in_words(pid, host)

@@ -75,13 +75,13 @@ def read_owner(folder: Path) -> Owner | None:
 
 def _owner_in(path: Path) -> Owner | None:
     try:
-        found = _LINE.fullmatch(read_regular(path, _MAX_BYTES).decode(errors="replace"))
+        match = _LINE.fullmatch(read_regular(path, _MAX_BYTES).decode(errors="replace"))
     except (OSError, DamagedError):
         return None
-    return Owner(int(found[1]), found[2], found[3], int(found[4])) if found else None
+    return Owner(int(match[1]), match[2], match[3], int(match[4])) if match else None
 
 
-def told_of(pid: int | str, host: str) -> str:
+def process_in_words(pid: int | str, host: str) -> str:
     """A process in words, with its host where that is another one."""
     elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
     words = f"process {pid or 'unknown'}{elsewhere}"
@@ -124,6 +124,7 @@ class OwnerFile:
         if self._ended.is_set():
             return
         self._ended.set()
+        # A beat under way would write the file anew after it was removed.
         self._heart.join()
         with suppress(OSError, DamagedError):
             if read_regular(self._path, _MAX_BYTES) == self._line:
@@ -131,7 +132,7 @@ class OwnerFile:
 
     def _beat(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
-            with suppress(OSError, InUseError):  # a save, which matters, tells of both
+            with suppress(OSError, InUseError):  # a save, which matters, meets both
                 self.confirm()
 
     def _take(self) -> None:
@@ -144,16 +145,17 @@ class OwnerFile:
                 finally:
                     os.close(handle)
                 return
-            found = read_owner(self._path.parent)
-            if not self._is_stale(found):
-                raise InUseError(_in_words(found))
-            self._clear_away(found)
+            owner = read_owner(self._path.parent)
+            if not self._is_stale(owner):
+                raise InUseError(_in_words(owner))
+            self._clear_away(owner)
         raise InUseError("another process that is just starting")
 
     def _is_stale(self, owner: Owner | None) -> bool:
         if owner is not None and owner.is_here:
             return not owner.is_running
         try:
+            # The disk's clock against itself: two hosts' clocks may be minutes apart.
             renewed = os.lstat(self._path).st_mtime
         except FileNotFoundError:
             return True
@@ -187,7 +189,7 @@ class OwnerFile:
 
 
 def _in_words(owner: Owner | None) -> str:
-    return "an unknown process" if owner is None else told_of(owner.pid, owner.host)
+    return "an unknown process" if owner is None else process_in_words(owner.pid, owner.host)
 
 
 def _machine() -> str:
@@ -205,4 +207,5 @@ def _start_of(pid: int) -> int | None:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    # A zombie holds nothing any more.
     return None if state in "ZX" else int(fields[18])

@@ -1,4 +1,4 @@
-"""Saves beside the training: copies of the tensors at once, the writing on a thread of its own."""
+"""Asynchronous saves: the tensors are copied at once, and written by a thread of its own."""
 
 import copy
 import time
@@ -26,7 +26,7 @@ class Saved:
     iterations: int
     seconds: float
     snapshot: Path | None = None
-    """A copy of it that was asked for; None where the disk refused that."""
+    """A snapshot of it that was due; None where the disk refused that."""
 
 
 class Saver:
@@ -61,7 +61,7 @@ class Saver:
     ) -> float:
         """Seconds that the caller had to wait for the save before this one.
 
-        The best one so far becomes the backup too, and a snapshot is made where it is wanted. When
+        The best one so far becomes the backup too, and a snapshot is made where it is due. When
         this returns the tensors may change: what is written is what they held at the call (on a
         GPU: what the work queued on the current stream until then makes of them).
 
@@ -73,7 +73,7 @@ class Saver:
         waited = time.monotonic() - started
         labelled = {f"{MODEL}/{name}": tensor for name, tensor in model.items()}
         labelled |= {f"{OPTIMIZER}/{name}": tensor for name, tensor in (optimizer or {}).items()}
-        in_flight = self._snapshot(labelled)
+        in_flight = self._stage(labelled)
         model_copy = {name: self._buffers[f"{MODEL}/{name}"] for name in model}
         optimizer_copy = (
             None
@@ -85,6 +85,7 @@ class Saver:
             in_flight,
             model_copy,
             optimizer_copy,
+            # Training goes on in these dictionaries while they are written.
             copy.deepcopy(state),
             is_best,
             with_snapshot,
@@ -98,7 +99,7 @@ class Saver:
             self._finished.append(pending.result())
 
     def finished(self) -> list[Saved]:
-        """The saves that ended since this was last asked, without waiting; raises as `wait`."""
+        """The saves that ended since the last call, without waiting; raises as `wait`."""
         if self._pending is not None and self._pending.done():
             self.wait()
         done, self._finished = self._finished, []
@@ -106,6 +107,7 @@ class Saver:
 
     def close(self) -> None:
         """Finish the save that is under way and end the thread; raises as `wait`."""
+        # Before the buffers go, which the thread may be reading.
         self._pool.shutdown(wait=True)
         self._buffers.clear()
         self.wait()
@@ -129,15 +131,18 @@ class Saver:
         snapshot = self._folder.snapshot() if with_snapshot else None
         return Saved(path, state["iterations"], time.monotonic() - started, snapshot)
 
-    def _snapshot(self, tensors: dict[str, Tensor]) -> list[tuple[torch.cuda.Event, list[Tensor]]]:
-        """Copy into the buffers; for each GPU, what tells when its copies have arrived."""
+    def _stage(self, tensors: dict[str, Tensor]) -> list[tuple[torch.cuda.Event, list[Tensor]]]:
+        """Copy into the buffers; for each GPU, the event of its copies' arrival."""
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             by_device.setdefault(tensor.device, {})[name] = tensor.detach()
-            kept = self._buffers.get(name)
-            if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 self._buffers[name] = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda
+                    # Pinned once and used again: to pin memory takes longer than to copy it.
+                    tensor.shape,
+                    dtype=tensor.dtype,
+                    pin_memory=tensor.is_cuda,
                 )
         in_flight = []
         for device, group in by_device.items():
@@ -151,7 +156,7 @@ class Saver:
     def _copy_from_gpu(
         self, device: torch.device, tensors: dict[str, Tensor]
     ) -> tuple[torch.cuda.Event, list[Tensor]]:
-        """Queue the copies on a stream of their own, beside the training.
+        """Queue the copies on a stream of their own, while training goes on.
 
         Where the GPU has room, the tensors are first duplicated on it (at memory speed, in the
         training's own stream), so the next step need not wait for PCIe. Where it has none, the
@@ -159,7 +164,7 @@ class Saver:
         """
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
-        side = self._streams[device]
+        copies = self._streams[device]
         training = torch.cuda.current_stream(device)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
         has_room = torch.cuda.mem_get_info(device)[0] > num_bytes + _SPARE_GPU_BYTES
@@ -168,11 +173,12 @@ class Saver:
                 name: tensor.clone(memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
             }
-        side.wait_stream(training)
-        with torch.cuda.stream(side):
+        copies.wait_stream(training)
+        with torch.cuda.stream(copies):
             for name, tensor in tensors.items():
                 self._buffers[name].copy_(tensor, non_blocking=True)
-            event = side.record_event()
+            event = copies.record_event()
+        # The step that follows may change the tensors: it waits on the device, not on the host.
         if not has_room:
             training.wait_event(event)
         return event, list(tensors.values())

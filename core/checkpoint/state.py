@@ -1,4 +1,4 @@
-"""State of a run, beside its tensors: counters, sessions, lowest loss.
+"""State of a training, apart from its tensors: counters, sessions, lowest loss.
 
 A *session* is one start of the training program on a model. The state is written with every save as
 plain JSON and is read back strictly: a wrong type, a missing or an unknown key is refused.
@@ -89,6 +89,7 @@ class TrainingState:
                 settings.setdefault(spec.section, {})[spec.name] = values[spec.section][spec.name]
         now = time.time() if started is None else started
         session = Session(
+            # Not the count: numbers name folders of logs, and early ones are folded into one.
             number=max((old.number for old in self.sessions), default=0) + 1,
             started=min(max(now, 0.0), MAX_SECONDS),
             batch_size=config.train.batch_size if batch_size is None else batch_size,
@@ -131,6 +132,7 @@ class TrainingState:
             return None, False
         mean = self._loss_sum / self._loss_count
         self._loss_sum, self._loss_count = 0.0, 0
+        # A mean that is none would be the lowest for ever.
         if not math.isfinite(mean):
             return mean, False
         lowest = self.lowest_mean_loss
@@ -196,8 +198,8 @@ class TrainingState:
 
 def session_number(folder: str) -> int | None:
     """The number of the session that has a folder of logs of this name; None where none has."""
-    found = _LOGS.fullmatch(folder)
-    return int(found[1]) if found else None
+    match = _LOGS.fullmatch(folder)
+    return int(match[1]) if match else None
 
 
 def _folded(sessions: list[Session]) -> list[Session]:

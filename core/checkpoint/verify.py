@@ -6,8 +6,6 @@ A run may train on it meanwhile: what it replaces while it is read is read again
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from ... import models
 from ..config import from_dict, model_settings
-from ..system.durable_files import DamagedError
+from ..system.durable_files import DamagedError, reading
 from .format import (
     MODEL,
     STATE,
@@ -28,8 +26,9 @@ from .format import (
     read_manifest,
     read_state,
 )
-from .lock import holder_of
-from .model_folder import BACKUP, ModelFolder
+from .generations import BACKUP, FOLDER
+from .lock import owner_in_words
+from .model_folder import ModelFolder
 from .state import TrainingState
 
 _TRIES = 5
@@ -68,9 +67,9 @@ def verify(path: Path) -> list[Verdict]:
     with ModelFolder(path, read_only=True) as folder:
         if folder.is_new:
             raise ValueError(f"nothing has been saved in model folder {path} yet")
-        names = [f"generations/{name}" for name in folder.names()]
+        names = [f"{FOLDER}/{name}" for name in folder.generations.names()]
     names += [BACKUP] if (path / BACKUP).exists() else []
-    with _reading(path):
+    with reading(path):
         verdicts = [verdict for name in names if (verdict := _verdict(path, name))]
         pointer = _pointer_damage(path)
     return verdicts + [Verdict(STATE, None, 0, pointer)] * bool(pointer)
@@ -87,19 +86,19 @@ def nan_scan(path: Path, name: str | None = None) -> tuple[str, int, list[NotFin
         ValueError: There is no such generation, or it is damaged.
     """
     with ModelFolder(path, read_only=True) as folder:
-        source, manifest = folder.find(name)
-    with _reading(path):
+        source, manifest = folder.generations.find(name)
+    with reading(path):
         try:
             generation = read_generation(source, manifest)
         except DamagedError as damage:
             raise ValueError(
                 f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
             ) from damage
-    found = []
+    not_finite = []
     parts = {"model": generation.model, "optimizer": generation.optimizer or {}}
     for file, tensors in parts.items():
-        found += [bad for key, tensor in tensors.items() if (bad := _scan(file, key, tensor))]
-    return source.name, sum(map(len, parts.values())), found
+        not_finite += [bad for key, tensor in tensors.items() if (bad := _scan(file, key, tensor))]
+    return source.name, sum(map(len, parts.values())), not_finite
 
 
 def facts_of(path: Path) -> dict[str, Any]:
@@ -109,15 +108,15 @@ def facts_of(path: Path) -> dict[str, Any]:
         ValueError: There is no model, its state or settings are damaged, or a newer version made
             it.
     """
-    with ModelFolder(path, read_only=True) as folder, _reading(path):
-        source, manifest = folder.find()
+    with ModelFolder(path, read_only=True) as folder, reading(path):
+        source, manifest = folder.generations.find()
         try:
             state_values, config_values = read_state(source, manifest)
         except DamagedError as damage:
             raise ValueError(
                 f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
             ) from damage
-        kept = folder.manifests([])
+        manifests = folder.generations.manifests()
         backup = _manifest_or_none(path / BACKUP)
         snapshots = _snapshots(path)
         linked = [str(copy) for copy in (path / BACKUP, *snapshots) if _is_linked(copy)]
@@ -137,13 +136,13 @@ def facts_of(path: Path) -> dict[str, Any]:
             }
             for session in state.sessions
         ],
-        "generations": [_facts_of_save(found) for found in kept],
+        "generations": [_facts_of_save(each) for each in manifests],
         "backup": None if backup is None else _facts_of_save(backup),
         "snapshots": [str(snapshot) for snapshot in snapshots],
         "linked": linked,
         "run_id": state.run_id,
         "mien_version": manifest.mien_version,
-        "in_use_by": holder_of(path),
+        "in_use_by": owner_in_words(path),
     }
 
 
@@ -172,15 +171,15 @@ def _snapshots(path: Path) -> list[Path]:
     """The snapshots beside a model folder, by iteration."""
     folder = path.resolve()
     pattern = re.compile(re.escape(folder.name) + r"_snapshot_(\d{1,12})_iters")
-    found = ((pattern.fullmatch(other.name), other) for other in folder.parent.iterdir())
-    return [other for _, other in sorted((int(name[1]), other) for name, other in found if name)]
+    names = ((pattern.fullmatch(other.name), other) for other in folder.parent.iterdir())
+    return [other for _, other in sorted((int(name[1]), other) for name, other in names if name)]
 
 
 def _is_linked(copy: Path) -> bool:
     """Whether a backup or snapshot has a file under a second name, as earlier versions made them:
     damage to a save then reaches its copy."""
-    found = [copy / MODEL, *copy.glob(f"generations/*/{MODEL}")]
-    return any(os.lstat(file).st_nlink > 1 for file in found if os.path.lexists(file))
+    files = [copy / MODEL, *copy.glob(f"{FOLDER}/*/{MODEL}")]
+    return any(os.lstat(file).st_nlink > 1 for file in files if os.path.lexists(file))
 
 
 def _manifest_or_none(folder: Path) -> Manifest | None:
@@ -194,25 +193,26 @@ def _verdict(path: Path, name: str) -> Verdict | None:
     """Verdict on a generation or the backup; None where a run has put it away meanwhile."""
     folder = path / name
     for _ in range(_TRIES):
-        before = _number_of(folder)
+        # Damage counts only where the folder stayed the same one while it was read.
+        before = _inode_of(folder)
         manifest = None
         try:
             manifest = read_manifest(folder)
             check_generation(folder, manifest)
             damage = ""
-        except DamagedError as found:
-            damage = str(found)
-        if not damage or _number_of(folder) == before:
+        except DamagedError as error:
+            damage = str(error)
+        if not damage or _inode_of(folder) == before:
             break
-    if damage and _number_of(folder) is None:
+    if damage and _inode_of(folder) is None:
         return None
     if manifest is None:
         return Verdict(name, None, 0, damage)
     return Verdict(name, manifest.iterations, _facts_of_save(manifest)["size_bytes"], damage)
 
 
-def _number_of(folder: Path) -> int | None:
-    """What tells a folder from another of the same name; None where there is none."""
+def _inode_of(folder: Path) -> int | None:
+    """The inode, which tells a folder from another of the same name; None where there is none."""
     try:
         return os.lstat(folder).st_ino
     except FileNotFoundError:
@@ -225,9 +225,9 @@ def _pointer_damage(path: Path) -> str:
     for _ in range(_TRIES):  # a run may replace it, and the generation that it named, at any moment
         try:
             name = read_json(path / STATE).get("generation")
-        except DamagedError as found:
-            return str(found)
-        if isinstance(name, str) and (path / "generations" / name).is_dir():
+        except DamagedError as error:
+            return str(error)
+        if isinstance(name, str) and (path / FOLDER / name).is_dir():
             return ""
         damage = f"generation {name!r}, which it names, is missing"
     return damage
@@ -243,13 +243,3 @@ def _scan(file: str, name: str, tensor: Tensor) -> NotFinite | None:
     if not nan and not infinite:
         return None
     return NotFinite(file, name, nan, infinite, tensor.numel())
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn the disk's refusal to read into one line."""
-    try:
-        yield
-    except OSError as error:
-        name = error.filename or path
-        raise ValueError(f"cannot read {name}: {error.strerror}; mend that first") from error

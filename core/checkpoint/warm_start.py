@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
-from .model_folder import read_weights
+from .weights import read_weights
 
 Reader = Callable[[Path], tuple[dict[str, Tensor], str | None]]
 """Function that gives the tensors of a model, and its family where that is told."""
@@ -24,6 +24,7 @@ def load_weights(model: Autoencoder, path: Path, read: Reader = read_weights) ->
     Raises:
         ValueError: There are no such weights, or they do not fit; then nothing was taken.
     """
+    # A file of another program names no family; its tensors then decide.
     tensors, family = read(path)
     own_family = model.Config.family
     if family not in (None, own_family):

@@ -1,1 +1,1 @@
-"""What a user is told and asks for: reports, event files, keys, requests to stop."""
+"""Reports to the user and requests from them: status lines, event files, keys, signals."""

@@ -21,11 +21,12 @@ from ... import __version__
 from ..checkpoint.model_folder import SaveError
 from ..config import Config, to_toml
 from ..system.durable_files import replace_file
-from .reporter import LogError, Reporter
+from .reporter import Reporter
+from .tensorboard import LogError
 
 _PACKAGES = ("triton", "numpy", "opencv-python-headless", "nvidia-dali-cuda130", "safetensors")
 _EXPECTED = (ValueError, SaveError, LogError, torch.OutOfMemoryError)
-"""What is told in one line where it happens."""
+"""Errors that are reported in one line where they happen."""
 
 
 @contextmanager
@@ -39,6 +40,7 @@ def reporting_crashes(model_dir: Path, config: Config, reporter: Reporter) -> It
         path = _free_path(model_dir)
         try:
             text = crash_report(error, config, list(reporter.latest))
+            # The text may hold names of files that are no UTF-8.
             replace_file(path, text.encode(errors="backslashreplace"))
         except OSError:
             raise error from None  # what failed first is what there is to be mended

@@ -7,39 +7,21 @@ four of them are kept. So a run takes no more than 80 MiB for each, however long
 import os
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..system.durable_files import open_plain
-
-LEVELS = ("debug", "info", "warning", "error")
+from .report import Report
+from .spacing import Spacing
+from .status_line import step_report
 
 _MOST_BYTES = 16 << 20
 _OLDER_FILES = 4
-
-
-@dataclass(frozen=True)
-class Report:
-    """One thing that was told."""
-
-    event: str
-    time: float
-    """Seconds since 1970."""
-
-    level: str
-    text: str
-    """Text for people, of one or more lines."""
-
-    line: str
-    """JSON object for programs, in one line."""
-
-    def is_worth(self, level: str) -> bool:
-        """Whether a reader who wants reports from this level on wants this one."""
-        return LEVELS.index(self.level) >= LEVELS.index(level)
+_SECONDS_BETWEEN_STEPS = 1.0
 
 
 class ReportFile:
-    """A file to which reports are added, each as soon as it is told.
+    """A file to which reports are added, each at once.
 
     Args:
         path: The file; missing folders are made.
@@ -59,7 +41,7 @@ class ReportFile:
         self._handle: int | None = self._open()
 
     def add(self, report: Report) -> str | None:
-        """Keep a report; what to tell the user where the disk refuses, once."""
+        """Keep a report; what to warn of where the disk refuses, once."""
         if self._handle is None or not report.is_worth(self.level):
             return None
         text = report.line + "\n" if self._as_json else _dated(report)
@@ -78,10 +60,11 @@ class ReportFile:
             try:
                 os.close(handle)
             except OSError:
-                pass  # the line that the full disk refused: it has been told
+                pass  # the line that the full disk refused: it has been reported
 
     def _open(self) -> int:
         """A handle that adds to the file and never waits, as for a pipe that nobody reads."""
+        # O_APPEND: lines stay whole where several processes write to one log file.
         flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         if not self._as_json:
             return os.open(self._path, os.O_WRONLY | flags, 0o666)
@@ -95,21 +78,90 @@ class ReportFile:
 
     def _write(self, line: bytes) -> None:
         assert self._handle is not None
-        found = os.fstat(self._handle)
-        if stat.S_ISREG(found.st_mode) and found.st_size + len(line) > _MOST_BYTES:
-            self._put_aside(found)
+        status = os.fstat(self._handle)
+        if stat.S_ISREG(status.st_mode) and status.st_size + len(line) > _MOST_BYTES:
+            self._rotate(status)
         while line:
             line = line[os.write(self._handle, line) :]
 
-    def _put_aside(self, found: os.stat_result) -> None:
+    def _rotate(self, status: os.stat_result) -> None:
         """Go on in a new file, unless another program has put this one aside already."""
-        if self._path.exists() and os.path.samestat(found, os.stat(self._path)):
+        if self._path.exists() and os.path.samestat(status, os.stat(self._path)):
             for number in range(_OLDER_FILES, 0, -1):
                 newer = older_file(self._path, number - 1)
                 if newer.exists():
                     os.replace(newer, older_file(self._path, number))
         self.close()
         self._handle = self._open()
+
+
+class ReportFiles:
+    """The files in which a run's reports are kept: of the steps one a second.
+
+    What is reported before any file is named waits for the first ones.
+    """
+
+    def __init__(self) -> None:
+        self._early: list[Report] | None = []
+        """What was reported before it was known where to keep it; None from then on."""
+
+        self._files: list[ReportFile] = []
+        self._spacing = Spacing(_SECONDS_BETWEEN_STEPS)
+
+    def open(self, *, events: Path | None, log_file: Path | None, level: str) -> list[str]:
+        """Keep reports in other files from now on; what cannot be kept, in words.
+
+        Args:
+            events: File for every report as a JSON line; None: for none.
+            log_file: File for the texts; None: for none.
+            level: Lowest level of these.
+
+        Raises:
+            ValueError: The log file, which the user has named, cannot be written.
+        """
+        self.close()
+        problems = []
+        if log_file is not None:
+            remedy = "free space, or choose another --log-file"
+            try:
+                self._files.append(ReportFile(log_file, level=level, as_json=False, remedy=remedy))
+            except OSError as error:
+                reason = error.strerror or error
+                raise ValueError(
+                    f"log.file {log_file} cannot be written: {reason}; choose another --log-file"
+                ) from error
+        if events is not None:
+            remedy = "free space, or start again with --no-logs"
+            try:
+                self._files.append(ReportFile(events, level="debug", as_json=True, remedy=remedy))
+            except OSError as error:
+                problems.append(f"cannot write to {events}: {error.strerror or error}; {remedy}")
+        early, self._early = self._early, None
+        for report in early or ():
+            problems += self.add(report)
+        return problems
+
+    def add(self, report: Report) -> list[str]:
+        """Keep a report; warnings of files that take no more."""
+        if self._early is not None:
+            self._early.append(report)
+        problems = [file.add(report) for file in self._files]
+        return [problem for problem in problems if problem]
+
+    def add_step(self, fields: dict[str, Any], at: float) -> bool:
+        """Take in the fields of a step; whether it is time to keep what was taken in."""
+        return self._spacing.add(fields, at)
+
+    def keep_steps(self) -> list[str]:
+        """Keep one report for the steps since the last one that was kept; problems as `add`."""
+        held = self._spacing.take()
+        return self.add(step_report(*held)) if held else []
+
+    def close(self) -> None:
+        """Release the files."""
+        files, self._files = self._files, []
+        for file in files:
+            file.close()
 
 
 def older_file(path: Path, number: int) -> Path:

@@ -46,6 +46,7 @@ class Keyboard:
         now = time.monotonic()
         if self._is_over or now - self._looked_at < _SECONDS_BETWEEN_LOOKS:
             return ""
+        # A look is a system call, and a step of a small model takes a millisecond.
         self._looked_at = now
         self._set()  # a shell's `fg` need not send a signal
         if self._original is None or not select.select([self._handle], [], [], 0)[0]:

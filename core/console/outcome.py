@@ -16,4 +16,4 @@ class Outcome(IntEnum):
     """Training must not go on: it has diverged, or the disk takes no more."""
 
     STOPPED = 4
-    """The user has asked for it; the state is saved."""
+    """The user has requested it; the state is saved."""

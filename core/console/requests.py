@@ -1,4 +1,4 @@
-"""What the user asks of a run while it goes on: by signals, and by keys on terminal or window.
+"""Requests of the user while training goes on: by signals, and by keys on terminal or window.
 
 SIGINT, SIGTERM, SIGHUP, Enter    finish the step, save and stop (`stop`)
 SIGUSR1, s                        save now; with it comes a preview
@@ -18,18 +18,18 @@ from ..system.signals import Handlers
 from .keyboard import Keyboard
 from .stop import StopRequest
 
-Wish = Literal["save", "preview", "redraw"]
+Request = Literal["save", "preview", "redraw"]
 """Kinds of request: to save, to preview the present model, to redraw what was seen last."""
 
-_SIGNALS: dict[signal.Signals, Wish] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
-_KEYS: dict[str, Wish] = {"s": "save", "r": "preview", "m": "redraw"}
+_SIGNALS: dict[signal.Signals, Request] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
+_KEYS: dict[str, Request] = {"s": "save", "r": "preview", "m": "redraw"}
 
 
 class Requests:
-    """Note signals and keys while entered, until the run asks for them.
+    """Note signals and keys while entered, until they are taken.
 
     Args:
-        stop: Asks the run to end, by other ways than these; None: a new one.
+        stop: Request to end, which may come in other ways than these; None: a new one.
     """
 
     def __init__(self, stop: StopRequest | None = None) -> None:
@@ -37,7 +37,7 @@ class Requests:
         self.mask_is_toggled = False
         """The tint is to be shown where it is set not to be, and the other way round."""
 
-        self._wishes: set[Wish] = set()
+        self._pending: set[Request] = set()
         self._keyboard: Keyboard | None = None
         self._handlers = Handlers(dict.fromkeys(_SIGNALS, self._note))
 
@@ -56,15 +56,15 @@ class Requests:
         self._handlers.__exit__()
         self.stop.__exit__()
 
-    def take(self) -> set[Wish]:
-        """What was asked for since this was last called."""
+    def take(self) -> set[Request]:
+        """The requests since this was last called."""
         if self._keyboard is not None:
             self.press(self._keyboard.keys())
-        if not self._wishes:
+        if not self._pending:
             return set()
         # A signal between these two names adds to the set that is handed out.
-        wishes, self._wishes = self._wishes, set()
-        return wishes
+        taken, self._pending = self._pending, set()
+        return taken
 
     def press(self, keys: str) -> None:
         """Take in keys; those that mean nothing do nothing."""
@@ -72,8 +72,8 @@ class Requests:
             if key in "\r\n":
                 self.stop.signal_name = self.stop.signal_name or "Enter"
             elif key in _KEYS:
-                self._wishes.add(_KEYS[key])
+                self._pending.add(_KEYS[key])
                 self.mask_is_toggled ^= key == "m"
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._wishes.add(_SIGNALS[signal.Signals(number)])
+        self._pending.add(_SIGNALS[signal.Signals(number)])

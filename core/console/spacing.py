@@ -16,13 +16,14 @@ class Spacing:
         self._seconds = seconds
         self._kept_at: float | None = None
         self._iteration = 0
-        """The last one that was told of."""
+        """Total iteration of the last report."""
 
         self._held: list[tuple[int, dict[str, Any], float]] = []
         """Reports that are not kept yet: iterations that each stands for, fields, time."""
 
     def add(self, fields: dict[str, Any], at: float) -> bool:
         """Take in a report of so many seconds since 1970; whether it is time to keep one."""
+        # A run that went back has lower numbers: each such report stands for one iteration.
         count = max(fields["iteration"] - self._iteration, 1) if self._iteration else 1
         self._iteration = fields["iteration"]
         self._held.append((count, fields, at))

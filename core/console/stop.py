@@ -1,7 +1,7 @@
-"""Stop of a run: the present step is finished and saved; asked twice, the process ends.
+"""Stop of a run: the present step is finished and saved; requested twice, the process ends.
 
-A terminal that is closed (SIGHUP) asks but once, however often: shells and session managers send
-it several times, and the save that the first one asked for must not be cut short by the next.
+A terminal that is closed (SIGHUP) requests it but once, however often: shells and session managers
+send it several times, and the save after the first one must not be cut short by the next.
 """
 
 import signal
@@ -21,7 +21,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequest:
-    """A wish that training ends after its present step, and a save.
+    """A request that training ends after its present step, and a save.
 
     While entered, a signal is noted as one in `signal_name`; a second one ends the process.
     """
@@ -46,7 +46,7 @@ class StopRequest:
         self._handlers.__exit__()
 
     def request(self) -> None:
-        """Ask for it, from any thread."""
+        """Make the request, from any thread."""
         self.signal_name = self.signal_name or "a request"
 
     @contextmanager
@@ -62,9 +62,11 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number in _INSISTENT:
+            # A save that hangs must not make the program one that cannot be stopped.
             for each in _INSISTENT:
                 self._handlers.set(each, signal.SIG_DFL)
         self.signal_name = self.signal_name or signal.Signals(number).name
+        # Nothing here may wait: this runs between any two instructions of the program.
         for action in self.when_noted:
             action()
         if self.is_abrupt:

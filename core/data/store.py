@@ -346,9 +346,10 @@ def _check_usable(facts: _Facts, folder: FaceFolder, strict: bool, minimum: int)
         name, reason = facts.rejected[0]
         raise ValueError(f"{folder.path / name}: {reason}")
     if len(facts.names) < max(minimum, 1):
+        num_files = len(folder.faces) + len(folder.rejected)
         first = "".join(f"; {name}: {reason}" for name, reason in facts.rejected[:1])
         raise ValueError(
-            f"{folder.path} has {len(facts.names)} usable faces of {len(folder.faces)}, "
+            f"{folder.path} has {len(facts.names)} usable faces of {num_files}, "
             f"at least {max(minimum, 1)} are needed{first}"
         )
 

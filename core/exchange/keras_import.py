@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
-from ..checkpoint.model_folder import ModelFolder, read_weights
+from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.weights import read_weights
 from ..config import Config, from_dict
 from ..optim.lr_schedule import found_rate
 from .keras_reader import Found, find, is_of_faceswap, read_model

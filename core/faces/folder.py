@@ -86,6 +86,8 @@ def read_folder(
             raise ValueError(f"{result.path}: {result.reason}")
         rejected.append(result)
     if len(faces) < minimum:
+        # These are so few that it takes no time, and `faces check` counts them too.
+        rejected = sorted(rejected + _without_picture(faces), key=lambda file: file.path)
         raise ValueError(_too_few(folder, faces, rejected, minimum, side))
     if centering is not None:
         _check_versions(name_of(folder, side), faces, centering)
@@ -157,6 +159,19 @@ def _read(source: Path | Part) -> Face | Rejected:
     except FaceFileError as error:
         path = source.path if isinstance(source, Part) else source
         return Rejected(path, str(error), is_extracted=not isinstance(error, NotExtractedError))
+
+
+def _without_picture(faces: list[Face]) -> list[Rejected]:
+    """Take out the faces whose picture is damaged, which no header tells; these files, and why."""
+    rejected = []
+    for face in list(faces):
+        try:
+            with face.open_picture():
+                pass
+        except FaceFileError as error:
+            faces.remove(face)
+            rejected.append(Rejected(face.path, str(error)))
+    return rejected
 
 
 def _check_versions(name: str, faces: list[Face], centering: str) -> None:

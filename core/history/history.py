@@ -1,6 +1,6 @@
 """How a model was trained: its sessions from the newest save, its losses from the events.
 
-Nothing is locked or written, so a model may be read while it trains. Sessions that no save tells of
+Nothing is locked or written, so a model may be read while it trains. Sessions that no save knows of
 yet are taken from the events alone.
 
 A long table of sessions begins with an entry for many together (`session`): so does the history.
@@ -32,7 +32,7 @@ import numpy as np
 from ..checkpoint.format import MAX_COUNT, read_settings
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import Session, TrainingState, session_number
-from ..console.reporter import ITERATION
+from ..console.tensorboard import ITERATION
 from ..system.durable_files import DamagedError, open_regular
 from . import statistics
 from .undone import MARK
@@ -72,7 +72,7 @@ class SessionHistory:
     """Time at which each event ended, in seconds since 1970."""
 
     losses: dict[str, np.ndarray]
-    """(n,) means of each tag that was asked for; NaN where it was not logged."""
+    """(n,) means of each tag that was requested; NaN where it was not logged."""
 
     pauses_s: float = 0.0
     """Seconds between the sessions, where it stands for several."""
@@ -173,7 +173,7 @@ class _EventFile:
     """Events of no time or no iteration that there can be."""
 
     def add(self, event: "Event", wants: Callable[[str], bool]) -> None:
-        """Take in what one event tells."""
+        """Take in one event."""
         if not (0 <= event.wall_time <= _MAX_SECONDS and 0 <= event.step <= MAX_COUNT):
             self.num_unusable += 1
             return
@@ -191,6 +191,7 @@ class _EventFile:
             self._find_places(values, wants)
         if ITERATION not in self.places:
             return
+        # A run that went back logs the same iterations again: the later ones hold.
         if self.iterations and event.step <= self.iterations[-1]:
             self.cut(event.step - 1)
         self.counts.append(max(event.step - self._last_iteration(event.step), 1))
@@ -267,11 +268,11 @@ def _events(stream: BufferedReader) -> Iterator["Event"]:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
 
-    left = os.fstat(stream.fileno()).st_size  # what comes while it is read is left out
-    while left >= _HEADER.size:
+    remaining = os.fstat(stream.fileno()).st_size  # what comes while it is read is left out
+    while remaining >= _HEADER.size:
         (size,) = _HEADER.unpack(stream.read(_HEADER.size))
-        left -= _HEADER.size + size + _FOOTER_BYTES
-        if left < 0 or not 0 < size <= _MAX_RECORD_BYTES:
+        remaining -= _HEADER.size + size + _FOOTER_BYTES
+        if remaining < 0 or not 0 < size <= _MAX_RECORD_BYTES:
             return
         try:
             event = Event.FromString(stream.read(size))
@@ -287,6 +288,7 @@ def _leave_out_undone(files: list[_EventFile], saved: list[Session]) -> None:
     first_of_session: dict[int, float] = {}
     for file in reversed(files):
         own_first = first_of_session.get(file.session, math.inf)
+        # Files are walked from the newest: what began later overrules.
         file.cut(min(first, own_first) - 1)
         if file.first_iteration is not None and file.is_mark:
             first_of_session[file.session] = min(own_first, file.first_iteration)
@@ -305,7 +307,7 @@ def _sessions(
 ) -> list[SessionHistory]:
     """Every session that is saved or logged, by its number.
 
-    The first saved one stands for all up to it: they are told apart where all of it is logged.
+    The first saved one stands for all up to it: they are kept apart where all of it is logged.
     """
     known = {session.number: session for session in saved}
     trained = {file.session for file in files if file.iterations}
@@ -324,8 +326,8 @@ def _sessions(
     sessions = []
     for number in sorted(known.keys() | trained):
         own = logged.get(number, [])
-        told = (file.batch_size for file in reversed(own) if file.batch_size)
-        batch_size = next(told, unsaved_batch_size)
+        batch_sizes = (file.batch_size for file in reversed(own) if file.batch_size)
+        batch_size = next(batch_sizes, unsaved_batch_size)
         if number in known:
             batch_size = known[number].batch_size
         elif earliest is not None and number <= earliest.number:
@@ -372,20 +374,22 @@ def _pauses(files: list[_EventFile]) -> float:
 def _batch_size(model_dir: Path) -> int | None:
     """What the settings in a model folder say, where no event does; None where they do not."""
     train = (read_settings(model_dir) or {}).get("train")
-    found = train.get("batch_size") if isinstance(train, dict) else None
-    return found if type(found) is int and found > 0 else None
+    batch_size = train.get("batch_size") if isinstance(train, dict) else None
+    return batch_size if type(batch_size) is int and batch_size > 0 else None
 
 
 def _missing(sessions: list[SessionHistory]) -> list[str]:
     """A sentence for each session of which less was logged than saved, and one for many of them."""
-    found = [
+    warnings = [
         f"the logs hold {one.num_logged} of the {one.saved.iterations} iterations of session "
         f"{one.number}; its figures are those of the logs"
         for one in sessions
         if one.saved and 0 < one.num_logged < one.saved.iterations
     ]
-    rest = len(found) - _MOST_WARNINGS
-    return found if rest <= 0 else [*found[-_MOST_WARNINGS:], f"so it is of {rest} earlier ones"]
+    rest = len(warnings) - _MOST_WARNINGS
+    if rest <= 0:
+        return warnings
+    return [*warnings[-_MOST_WARNINGS:], f"so it is of {rest} earlier ones"]
 
 
 def _unusable(files: list[_EventFile]) -> list[str]:

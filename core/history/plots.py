@@ -30,6 +30,7 @@ Span = tuple[int, int | None]
 
 _DPI, _WIDTH_INCHES, _PANEL_INCHES = 100, 12.0, 3.6
 _MOST_MARKED_SESSIONS = 30
+_MOST_LABEL_ROWS = 4
 _MOST_LINES = 600  # where sessions begin: one in two pixels
 _MOST_RUNS = 4000  # several in each column of pixels
 _SHOWN_PERCENT = 0.5, 99.5  # of the faint points
@@ -61,12 +62,12 @@ class Tag:
     @classmethod
     def parse(cls, name: str) -> "Tag | None":
         """Parse the name of a logged loss; None for a name of anything else."""
-        found = _TAG.fullmatch(name)
-        if found is None:
+        match = _TAG.fullmatch(name)
+        if match is None:
             return None
-        output = found["output"]
+        output = match["output"]
         number = None if output is None else int(output)
-        return cls(found["kind"], found["side"], number, found["function"])
+        return cls(match["kind"], match["side"], number, match["function"])
 
     @property
     def line(self) -> str:
@@ -82,7 +83,7 @@ class Tag:
 
     @property
     def is_usual(self) -> bool:
-        """Whether it is drawn if nothing else is asked for: what a side's loss consists of."""
+        """Whether it is drawn if nothing else is requested: what a side's loss consists of."""
         return self.kind in ("face", "mask") and self.side is not None
 
     @property
@@ -91,10 +92,10 @@ class Tag:
         of_output = "" if self.output is None else f"_{self.output}"
         of_function = "" if self.function is None else f"/{self.function}"
         stem = self.kind if self.side is None else f"{self.kind}_{self.side}"
-        found = {stem + of_output + of_function}
+        keys = {stem + of_output + of_function}
         if self.side is not None and self.is_usual:
-            found |= {stem, self.side}
-        return found
+            keys |= {stem, self.side}
+        return keys
 
 
 def draw_losses(
@@ -234,18 +235,20 @@ def _legend(drawing: Drawing) -> str:
 def _draw_line(
     axis: "Axes", label: str, places_n: np.ndarray, values_n: np.ndarray, drawing: Drawing
 ) -> np.ndarray:
-    """Draw one series in all the ways that are asked for; the values that must be seen."""
+    """Draw one series in all the ways that are requested; the values that must be seen."""
     finite = np.isfinite(values_n)
     places, values = places_n[finite], values_n[finite]
     if not len(values):
         return values
     if drawing.flatten_outliers:
+        # Before smoothing, which would spread them.
         values = statistics.flatten_outliers(values)
     color, dark = COLORS[label], _dark(COLORS[label])
     if drawing.smoothing:
         main = statistics.smoothed(values, drawing.smoothing)
         _plot(axis, places, values, color, alpha=0.25, linewidth=0.6)
         _plot(axis, places, main, color, linewidth=1.6, label=label)
+        # One peak must not flatten the panel: it shows the smoothed line and most points.
         shown = np.append(main, np.percentile(values, _SHOWN_PERCENT))
     else:
         _plot(axis, places, values, color, linewidth=0.8, label=label)
@@ -315,7 +318,28 @@ def _mark(axis: "Axes", starts: list[tuple[int, float]]) -> None:
         axis.text(place, 0.98, text, va="top", fontsize=8, color="gray", transform=across)
 
 
+def _spread_labels(axis: "Axes") -> None:
+    """Move labels of sessions that begin near each other into rows of their own, from the top; one
+    for which no row has room is left out."""
+    rows_x1: list[float] = []
+    """Right ends of the rows, in pixels."""
+
+    height = axis.get_window_extent().height
+    for label in axis.texts:  # from left to right
+        box = label.get_window_extent()
+        row = next((row for row, x1 in enumerate(rows_x1) if x1 <= box.x0), len(rows_x1))
+        if row == _MOST_LABEL_ROWS:
+            label.set_visible(False)
+            continue
+        rows_x1[row : row + 1] = [box.x1]
+        x, y = label.get_position()
+        label.set_position((x, y - row * box.height / height))
+
+
 def _png(figure: "Figure") -> bytes:
+    figure.draw_without_rendering()  # only the layout knows how wide a label is
+    for axis in figure.axes:
+        _spread_labels(axis)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -6,14 +6,13 @@ The order makes a kill at any moment leave the old or the restored state in use,
        `archived_<time>/`, which gets its own name when it is whole
     2. a copy of the restored save is written as the newest generation; its name is the moment of
        change
-    3. the logs are told what is undone (see `undone`); the preview, the generations that are
+    3. the logs are marked with what is undone (see `undone`); the preview, the generations that are
        archived now, and logs that the restored state does not know, leave
 
 The same command again finishes what a kill interrupted.
 """
 
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,10 @@ from ..checkpoint.format import (
     read_json,
     read_state,
 )
-from ..checkpoint.model_folder import BACKUP, PREVIEW, ModelFolder
+from ..checkpoint.generations import BACKUP, FOLDER, Generations
+from ..checkpoint.model_folder import PREVIEW, ModelFolder
 from ..checkpoint.owner import InUseError
+from ..checkpoint.pointer import write_pointer
 from ..checkpoint.state import TrainingState, session_number
 from ..system.durable_files import (
     DamagedError,
@@ -98,13 +99,13 @@ def _source(folder: ModelFolder, name: str, snapshot: Path | None) -> tuple[Path
                 "this model's own saves --generation NAME chooses one"
             )
         with ModelFolder(snapshot, read_only=True) as other:
-            return other.find()
+            return other.generations.find()
     if name == BACKUP and not (folder.path / BACKUP).exists():
         raise ValueError(
             f"model folder {folder.path} has no backup yet; give --generation NAME or --snapshot "
             "FOLDER"
         )
-    return folder.find(name)
+    return folder.generations.find(name)
 
 
 def _whole(source: Path, manifest: Manifest) -> TrainingState:
@@ -140,8 +141,8 @@ def _refuse_other_model(
 
 
 def _identity(folder: ModelFolder) -> tuple[str, str] | None:
-    """Trainer and run of the model in a folder; None where nothing in it can tell."""
-    manifests = folder.manifests([])
+    """Trainer and run of the model in a folder; None where nothing in it says so."""
+    manifests = folder.generations.manifests()
     if manifests:
         return manifests[0].trainer, manifests[0].run_id
     try:
@@ -155,33 +156,36 @@ def _identity(folder: ModelFolder) -> tuple[str, str] | None:
 def _restored(
     folder: ModelFolder, source: Path, manifest: Manifest, state: TrainingState
 ) -> Restored:
-    generations = folder.path / "generations"
-    kept = folder.manifests([])
-    in_use = kept[0] if kept and _is_copy(generations, kept[0], manifest) else None
-    replaced = [other.name for other in kept if other.sequence > manifest.sequence]
-    if kept and in_use is None:
-        replaced = sorted({*replaced, kept[0].name})
+    generations = folder.generations
+    manifests = generations.manifests()
+    newest = manifests[0] if manifests else None
+    in_use = newest if newest and _is_copy(generations.path, newest, manifest) else None
+    replaced = [other.name for other in manifests if other.sequence > manifest.sequence]
+    if newest and in_use is None:
+        replaced = sorted({*replaced, newest.name})
     if in_use is not None and in_use.name in replaced:
         replaced.remove(in_use.name)
-    unreadable = sorted(set(folder.names()) - {other.name for other in kept})
+    unreadable = sorted(set(generations.names()) - {other.name for other in manifests})
     logs = _unknown_logs(folder.path / "logs", state)
     archive = None
     if replaced or unreadable or logs or in_use is None:
+        # Before anything changes: a kill from here on leaves two names for each save.
         archive = _archive(folder.path, replaced)
     if in_use is None:
         name = folder.save_again(source, manifest, state.to_dict())
     else:
         name = in_use.name
-        folder.point_to(name, state.to_dict())
+        write_pointer(folder.path, name, state.to_dict())
     pictures: list[str] = []
     if archive is not None:
         pictures = _move_preview(folder.path, archive)
+        # After the change: marks of a restore that did not happen would hide good iterations.
         mark_undone(folder.path, state)
         _move_out(generations, replaced, unreadable, archive)
         _move_logs(logs, archive)
     if CONFIG in manifest.files:
         replace_file(
-            folder.path / CONFIG, read_regular(generations / name / CONFIG, MAX_JSON_BYTES)
+            folder.path / CONFIG, read_regular(generations.path / name / CONFIG, MAX_JSON_BYTES)
         )
     archived = [*replaced, *unreadable, *(f"logs/{log.name}" for log in logs), *pictures]
     return Restored(manifest.iterations, name, archive, archived)
@@ -208,29 +212,29 @@ def _archive(path: Path, names: list[str]) -> Path:
         number += 1
         archive = path / f"{stem}-{number}"
     part = path / f".{archive.name}.tmp"
-    (part / "generations").mkdir(parents=True)
+    (part / FOLDER).mkdir(parents=True)
     for name in names:
-        link_files(path / "generations" / name, part / "generations" / name)
+        link_files(path / FOLDER / name, part / FOLDER / name)
     for name in (STATE, CONFIG):
         if (path / name).is_file() and not (path / name).is_symlink():
             link_file(path / name, part / name)
-    sync_folder(part / "generations")
+    sync_folder(part / FOLDER)
     sync_folder(part)
     os.rename(part, archive)
     sync_folder(path)
     return archive
 
 
-def _move_out(generations: Path, replaced: list[str], unreadable: list[str], archive: Path) -> None:
+def _move_out(
+    generations: Generations, replaced: list[str], unreadable: list[str], archive: Path
+) -> None:
     """Take generations away that are archived; one that cannot be read moves there as it is."""
     for name in replaced:
-        trash = generations / f".{name}.trash"
-        os.rename(generations / name, trash)  # a half-deleted one must not look whole
-        shutil.rmtree(trash)
+        generations.delete(name)
     for name in unreadable:
-        os.rename(generations / name, archive / "generations" / name)
-    sync_folder(archive / "generations")
-    sync_folder(generations)
+        os.rename(generations.path / name, archive / FOLDER / name)
+    sync_folder(archive / FOLDER)
+    sync_folder(generations.path)
 
 
 def _move_preview(path: Path, archive: Path) -> list[str]:

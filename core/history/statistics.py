@@ -1,4 +1,4 @@
-"""What a series of losses or of times tells: averages, trend, rates, the figures of a session.
+"""Statistics of losses and times in a row: averages, trend, rates, totals of a session.
 
 Pure functions in float64. Letter: n, one iteration after the other.
 """

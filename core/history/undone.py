@@ -14,14 +14,16 @@ from itertools import accumulate
 from pathlib import Path
 
 from ..checkpoint.state import TrainingState
-from ..console.event_files import Report, ReportFile
-from ..console.reporter import EVENTS, LogError, TensorBoardLog
+from ..console.event_files import ReportFile
+from ..console.report import Report
+from ..console.reporter import EVENTS
+from ..console.tensorboard import LogError, TensorBoardLog
 
 MARK = re.compile(r"events\.out\.tfevents\..*\.restored_(\d{1,12})", re.ASCII)
 
 
 def mark_undone(model_dir: Path, state: TrainingState) -> None:
-    """Have the logs of a model tell of no more than a restored state knows.
+    """Have the logs of a model hold no more than a restored state knows.
 
     Args:
         model_dir: The model folder.
@@ -46,8 +48,8 @@ def mark_undone(model_dir: Path, state: TrainingState) -> None:
 def _remove_marks(train: Path, last: int) -> None:
     """Remove the marks that hide iterations of a session whose last one is in use."""
     for path in train.iterdir() if train.is_dir() else ():
-        found = MARK.fullmatch(path.name)
-        if found and int(found[1]) < last:
+        match = MARK.fullmatch(path.name)
+        if match and int(match[1]) < last:
             path.unlink()
 
 

@@ -286,3 +286,20 @@ def hash_regular(path: Path, max_bytes: int) -> tuple[int, str]:
     with open_regular(path, max_bytes) as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         return stream.tell(), sha256
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the disk's refusal to read something, which is no damage, into one line.
+
+    Args:
+        path: What is named where the disk names nothing.
+
+    Raises:
+        ValueError: In place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename or path
+        raise ValueError(f"cannot read {name}: {error.strerror}; mend that first") from error

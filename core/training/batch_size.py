@@ -31,7 +31,7 @@ def choose(
         config: All settings.
         num_faces: Number of faces of each side.
         precision: What `precision.mode` was resolved to.
-        free_bytes: Asked for the memory that is there for the run.
+        free_bytes: Called for the memory that is there for training, in bytes.
 
     Raises:
         ValueError: A side has fewer faces than are set, or no batch size fits.

@@ -1,4 +1,4 @@
-"""The model of a run and the training step that moves it, built from the settings."""
+"""The model and the training step that moves it, built from the settings."""
 
 from pathlib import Path
 
@@ -13,15 +13,15 @@ from ..config import Config, model_settings
 from ..estimate.flops import meta_model, work_of
 from ..exchange.keras_import import read_any_weights
 from ..losses.weighted import Loss
-from ..optim import overlap
+from ..optim import fused_dense, overlap
 from ..optim.optimizer import Update
 from . import engine as engines
 from .loss_buffer import LossRing
 from .step import TrainStep
 
 _SMALL_BATCH = 16
-"""Faces of a side up to which one decoder leaves a GPU room for the other beside it. Chosen from
-the sizes of the products; unmeasured on a GPU."""
+"""Faces of a side up to which one decoder leaves a GPU room for the other as well. Chosen from the
+sizes of the products; unmeasured on a GPU."""
 
 
 def build_model(
@@ -50,6 +50,7 @@ def build_model(
         config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
     )
     loaded = load_weights(model, Path(source), read_any_weights) if is_new and source else ""
+    # After weights were taken over, which are those of the plain model.
     if has_aligned_channels(config, device):
         model.align(MULTIPLE)
     if config.train.freeze_weights:
@@ -84,10 +85,12 @@ def build_step(
         ValueError: The settings do not go together, or not with the device; one line says why.
     """
     precision = precisions.resolve(config.precision.mode, device)
+    # Before anything runs on the device: TF32 is a switch of the process.
     precision.apply()
     model.to(device)
     if kind_of_update is None:
         on_gpu = device.type == "cuda"
+        # On a CPU there is nothing to overlap with.
         is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
         kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
     update = kind_of_update(model, config.optimizer, precision)
@@ -97,7 +100,7 @@ def build_step(
 
 
 def _has_two_streams(config: Config, device: torch.device) -> bool:
-    """Whether B's decoder runs beside A's."""
+    """Whether B's decoder runs on a stream of its own, at the time of A's."""
     streams, is_small = config.train.decoder_streams, config.train.batch_size <= _SMALL_BATCH
     is_wanted = streams == "two" or (streams == "auto" and is_small)
     # torch.compile knows no streams.
@@ -106,3 +109,22 @@ def _has_two_streams(config: Config, device: torch.device) -> bool:
         and device.type == "cuda"
         and engines.choose(config.train.engine, device)[0] != "compile"
     )
+
+
+def sizes_of(config: Config) -> tuple[int, tuple[int, ...]]:
+    """Edges of the model's input and outputs, in px."""
+    options = models.options_of(config.model.trainer, config.model.options)
+    return models.family(config.model.trainer).sizes(options)
+
+
+def check_step(config: Config, device: torch.device) -> tuple[str, str]:
+    """Name of the engine that runs the step, and why that, before anything is built.
+
+    Raises:
+        ValueError: Settings of the step do not go together, or not with the device; one line says
+            why.
+    """
+    overlap.choose(config.optimizer, precisions.resolve(config.precision.mode, device))
+    name, why = engines.choose(config.train.engine, device)
+    fused_dense.check(config.optimizer, name)
+    return name, why

@@ -1,4 +1,4 @@
-"""Saves, and the pictures and measurements beside them: when they are due, and making them."""
+"""Saves, and the images and measurements with them: when they are due, and making them."""
 
 import math
 import time
@@ -7,36 +7,37 @@ from collections.abc import Callable
 
 from ..config import SAVE_ITERATIONS, SAVE_SECONDS
 from ..console.reporter import Reporter
-from ..console.requests import Requests, Wish
+from ..console.requests import Request, Requests
 from ..evaluate import evaluate as evaluations
 from ..evaluate.evaluate import evaluate, measured_at
 from ..preview.previewer import Look
 from .metrics import MetricsLogger
-from .prepare import Run
+from .outputs import report_warnings
+from .training_setup import TrainingSetup
 
 
 class Checkpointer:
-    """Saves a run, draws its preview and measures it on held-out faces.
+    """Saves a training, draws its preview and measures it on held-out faces.
 
     Args:
-        run: What is saved.
-        reporter: Told of saves and pictures.
-        requests: What the user wishes to see.
-        metrics: Told how long saving and drawing held training up.
+        setup: What is saved.
+        reporter: Reports saves and images.
+        requests: How the user wants to see the preview.
+        metrics: Counts how long saving and drawing held training up.
         check: Called with the pictures of every save before it is made; raises TrainingDiverged.
         parts: The parts of the state that others keep, at every save.
     """
 
     def __init__(
         self,
-        run: Run,
+        setup: TrainingSetup,
         reporter: Reporter,
         requests: Requests,
         metrics: MetricsLogger,
         check: Callable[[Look], None],
         parts: Callable[[], dict[str, dict]],
     ):
-        self.r, self.reporter, self.requests, self.metrics = run, reporter, requests, metrics
+        self.setup, self.reporter, self.requests, self.metrics = setup, reporter, requests, metrics
         self.check, self.parts = check, parts
         self.look: Look | None = None
         """The faces and pictures that the last preview shows."""
@@ -45,36 +46,39 @@ class Checkpointer:
         """Mean losses of the saves that have not been reported, oldest first."""
 
         self.saved_at = time.monotonic()
+        self.saved: tuple[int, bool] | None = None
+        """Total iteration of the last save, and whether the optimizer's state is in it."""
 
-    def step(self, wishes: set[Wish]) -> None:
-        """Save, or renew the preview, where that is due after an iteration or wished for."""
-        is_snapshot = self.snapshot_is_due()
-        if is_snapshot or "save" in wishes or self._is_due():
-            self.save(with_optimizer=is_snapshot, with_snapshot=is_snapshot)
-        elif wishes:
-            self._show(wishes)
+    def step(self, requests: set[Request]) -> None:
+        """Save, or renew the preview, where that is due after an iteration or requested."""
+        if self._snapshot_is_due() or "save" in requests or self._is_due():
+            self.save()
+        elif requests:
+            self._show(requests)
         self.report()
 
-    def snapshot_is_due(self) -> bool:
+    def _snapshot_is_due(self) -> bool:
         """Whether the present iteration is one of which a snapshot is kept."""
-        interval = self.r.config.save.snapshot_interval
-        return interval > 0 and self.r.state.iterations % interval == 0
+        interval = self.setup.config.save.snapshot_interval
+        return interval > 0 and self.setup.state.iterations % interval == 0
 
     def _is_due(self) -> bool:
         """Whether to save: at the first iteration, which finds a full disk early, then as set."""
-        done, settings = self.r.state.session.iterations, self.r.config.save
+        done, settings = self.setup.state.session.iterations, self.setup.config.save
         since = time.monotonic() - self.saved_at
         if done == 1:
             return True
         if settings.save_minutes:
             return since >= 60 * settings.save_minutes
+        # Counted in the session: a resumed one does not save at once because of where it stands.
         if settings.save_interval:
             return done % settings.save_interval == 0
         return done % SAVE_ITERATIONS == 0 and since >= SAVE_SECONDS
 
     def _is_only_first(self) -> bool:
         """Whether a save is due at the first iteration alone: its loss is no mean to compare."""
-        return self.r.state.session.iterations == 1 and self.r.config.save.save_interval != 1
+        is_first = self.setup.state.session.iterations == 1
+        return is_first and self.setup.config.save.save_interval != 1
 
     def save(
         self,
@@ -82,67 +86,85 @@ class Checkpointer:
         is_last: bool = False,
         is_good: bool = True,
         with_optimizer: bool = False,
-        with_snapshot: bool = False,
     ) -> None:
-        """Measure the model, queue a save of the present state, write the pictures beside it.
+        """Measure the model, queue a save of the present state, write the images of it.
+
+        The last save of a session is left out where the present iteration has been saved, with all
+        that is to be in it.
 
         Args:
             is_last: Whether nothing follows in this session.
             is_good: The losses so far are those of a training that has not diverged.
             with_optimizer: Save its state even where the settings leave it out.
-            with_snapshot: Keep a copy beside the model folder.
         """
         self.metrics.log(wait=True)
-        state, began_at = self.r.state, time.monotonic()
+        state, began_at = self.setup.state, time.monotonic()
         if state.session.iterations == 0:
             return  # nothing has changed since the model was made or loaded
-        look = self.look = self.r.pictures.look(state.iterations)
+        with_snapshot = is_good and self._snapshot_is_due()
+        with_optimizer |= with_snapshot or self._keeps_optimizer(is_last)
+        if is_last and is_good and self._has_saved(with_optimizer):
+            return
+        # Before anything is written: images that show a divergence must not become the newest save.
+        look = self.look = self.setup.images.look(state.iterations)
         self.check(look)
         mean_loss, is_best = None, False
         if is_good and (is_last or not self._is_only_first()):
             mean_loss, is_best = state.close_interval()
         self._evaluate()
+        # Last of all, so that the save knows of the measurement just made.
         state.parts |= self.parts()
         saving_at = time.monotonic()
-        self._queue(is_last, is_best, with_optimizer, with_snapshot)
+        self._queue(is_best, with_optimizer, with_snapshot)
+        # The save is reported when it is on the disk, by then the mean is of other iterations.
         self.mean_losses.append(mean_loss)
+        # A save and the events up to it reach the disk together, or a resume would leave a gap.
         self.metrics.flush()
         queued_at = time.monotonic()
         self._write_preview(look)
-        added = self.r.pictures.add_to_timelapse(state.iterations)
+        added = self.setup.images.add_to_timelapse(state.iterations)
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)
         self.saved_at = time.monotonic()
         self.metrics.saving_s += queued_at - saving_at
         self.metrics.drawing_s += self.saved_at - began_at - (queued_at - saving_at)
 
-    def _queue(
-        self, is_last: bool, is_best: bool, with_optimizer: bool, with_snapshot: bool
-    ) -> None:
-        update, kept = self.r.step.update, self.r.config.save.save_optimizer
-        with_optimizer |= kept == "always" or (is_last and kept == "exit")
-        waited = self.r.saver.save(
+    def _keeps_optimizer(self, is_last: bool) -> bool:
+        """Whether the settings want the optimizer's state in a save."""
+        kept = self.setup.config.save.save_optimizer
+        return kept == "always" or (is_last and kept == "exit")
+
+    def _has_saved(self, with_optimizer: bool) -> bool:
+        """Whether the present iteration has been saved, with the optimizer's state if wanted."""
+        if self.saved is None or self.saved[0] != self.setup.state.iterations:
+            return False
+        return self.saved[1] or not with_optimizer
+
+    def _queue(self, is_best: bool, with_optimizer: bool, with_snapshot: bool) -> None:
+        update = self.setup.step.update
+        waited = self.setup.saver.save(
             update.weights(),
             update.tensors() if with_optimizer else None,
-            self.r.state.to_dict(),
+            self.setup.state.to_dict(),
             is_best=is_best,
             with_snapshot=with_snapshot,
         )
+        self.saved = self.setup.state.iterations, with_optimizer
         if waited > 1:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
             )
 
-    def _show(self, wishes: set[Wish]) -> None:
+    def _show(self, requests: set[Request]) -> None:
         """Renew the preview, or draw the last one as it is now wanted."""
         self.metrics.log(wait=True)  # the device has then made all steps
-        if self.look is None or "preview" in wishes:
-            self.look = self.r.pictures.look(self.r.state.iterations)
+        if self.look is None or "preview" in requests:
+            self.look = self.setup.images.look(self.setup.state.iterations)
         self._write_preview(self.look)
 
     def _write_preview(self, look: Look) -> None:
         mask_is_toggled = self.requests.mask_is_toggled
-        path = self.r.pictures.write_preview(look, mask_is_toggled=mask_is_toggled)
+        path = self.setup.images.write_preview(look, mask_is_toggled=mask_is_toggled)
         self.reporter.preview(iteration=look.iteration, path=path)
 
     def _evaluate(self) -> None:
@@ -150,24 +172,24 @@ class Checkpointer:
 
         Not after a signal: who sends one may not wait long, and the save matters more.
         """
-        run, iteration = self.r, self.r.state.iterations
-        is_measured = measured_at(run.state) == iteration
-        if run.evaluation is None or self.requests.stop.signal_name or is_measured:
+        setup, iteration = self.setup, self.setup.state.iterations
+        is_measured = measured_at(setup.state) == iteration
+        if setup.evaluation is None or self.requests.stop.signal_name or is_measured:
             return
-        figures = evaluate(run.model, run.precision, run.evaluation)
+        figures = evaluate(setup.model, setup.precision, setup.evaluation)
+        # JSON holds no NaN, and a plateau could not compare one; the report still shows it.
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
-        run.state.parts[evaluations.PART] = {"iteration": iteration} | finite
-        if run.plan:
-            run.plan.take_figures(iteration, finite)
+        setup.state.parts[evaluations.PART] = {"iteration": iteration} | finite
+        if setup.plan:
+            setup.plan.take_figures(iteration, finite)
         scalars = {f"evaluate/{name}": value for name, value in figures.items()}
         self.metrics.record(scalars, iteration)
         self.reporter.evaluate(iteration=iteration, figures=figures)
 
     def report(self) -> None:
-        """Tell of the saves that have ended, and of what the model folder has to say."""
-        while self.r.folder.warnings:
-            self.reporter.warning(self.r.folder.warnings.pop(0))
-        for saved in self.r.saver.finished():
+        """Report the saves that have ended, and the warnings of the model folder."""
+        report_warnings(self.setup.folder, self.reporter)
+        for saved in self.setup.saver.finished():
             self.reporter.save(
                 iteration=saved.iterations,
                 path=saved.path,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ...kernels import native, toolkit
+from ..data.store import available_host_bytes
 
 _DRIVERS = {12: "R525 or newer", 13: "R580 or newer"}
 """Nvidia's drivers that run a CUDA of this major number."""
@@ -37,10 +38,10 @@ def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
 
     Args:
         setting: auto, cpu, cuda, or cuda:N.
-        warn: Is told where the CPU trains though an Nvidia GPU is here, and why.
+        warn: Called where the CPU trains though an Nvidia GPU is here, and why.
 
     Raises:
-        ValueError: A GPU is asked for, or was chosen, and cannot be used, or libmien cannot be
+        ValueError: A GPU is set, or was chosen, and cannot be used, or libmien cannot be
             loaded; says what to do.
     """
     try:
@@ -118,9 +119,9 @@ def why_hidden() -> Problem | None:
     if too_old:
         return too_old
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        given = os.environ["CUDA_VISIBLE_DEVICES"]
+        visible = os.environ["CUDA_VISIBLE_DEVICES"]
         return Problem(
-            f"CUDA_VISIBLE_DEVICES={given!r} shows this process no GPU",
+            f"CUDA_VISIBLE_DEVICES={visible!r} shows this process no GPU",
             "`unset CUDA_VISIBLE_DEVICES`",
         )
     return Problem(
@@ -185,3 +186,16 @@ def _no_c_compiler() -> Problem | None:
             f"install Python's headers (`apt install {version}-dev`)",
         )
     return None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that this process may use for training."""
+    if device.type != "cuda":
+        return available_host_bytes()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
+def threads_in_words(num_threads: int) -> str:
+    """What works on the CPU: threads that decode and augment, and those of PyTorch, which come
+    from the environment (OMP_NUM_THREADS)."""
+    return f"{num_threads} CPU threads, {torch.get_num_threads()} of PyTorch"

@@ -1,11 +1,11 @@
 """Whether training has diverged: losses and gradients that are no numbers, a loss that does not
-fall, pictures that tell nothing of the faces.
+fall, images that show nothing of the faces.
 
 A model that has diverged seldom recovers; a lower learning rate from before does. Everything here
 is computed on the host, of numbers and pictures that were fetched for the log and the preview.
 
 What must be known again at a resume is the part `divergence` of the training state: a run that has
-diverged and is started again is recognised, and one that is told in many short sessions too.
+diverged and is started again is recognised, and one that shows in many short sessions too.
 
 Letters: N iterations, n faces, S and F edges of a picture in px, C channels.
 """
@@ -49,7 +49,7 @@ EXCESS = 80.0
 
 Tiny models of the families, batches of four, drawn and filmed faces, on the CPU: with Lion and
 RMSprop at 0.01 a loss stays at 1.19 to 1.59 of the first; not that of phaze-a, and of one side of
-dlight (0.94 to 1.14), whose pictures tell. With Adam at 5e-5 it is at most 1.05 of it for some
+dlight (0.94 to 1.14), whose images show it. With Adam at 5e-5 it is at most 1.05 of it for some
 hundred iterations, by the chance of the first batches, and single losses are 0.75 to 0.9 of it.
 """
 
@@ -120,15 +120,19 @@ class NotFinite:
             skipped: Steps of the session whose gradient was not finite, after the last of them.
         """
         count = len(named["batch_total"])
+        # The count is the device's own, of the whole session.
         new, self.skipped = skipped - self.skipped, skipped
+        # Single overflows are how the loss scale finds its size; all in a row are not.
         were_all = new > 0 and new * self.accumulation >= count
         self.overflows = self.overflows + count if were_all else 0
         bad = {name: ~np.isfinite(values) for name, values in named.items()}
+        # The first of them: what follows is not finite because of it.
         bad_rows = np.flatnonzero(np.any([*bad.values()], axis=0))
         if len(bad_rows):
             row = bad_rows[0]
             names = ", ".join(name for name in bad if bad[name][row])
             raise TrainingDiverged(f"not a number at iteration {first + int(row)} ({names})")
+        # Without a loss scale nothing would mend it by itself.
         if new > 0 and not self.scales_loss:
             raise TrainingDiverged("not a number at the gradient")
         if self.overflows >= _OVERFLOWS:
@@ -152,6 +156,7 @@ class Jump:
         for i, total in enumerate(totals.tolist()):
             self.loss_sum += total
             self.loss_count += 1
+            # Means, since losses of single batches jump by themselves.
             if self.loss_count == WINDOW:
                 self._take(self.loss_sum / WINDOW, first + i)
                 self.loss_sum, self.loss_count = 0.0, 0
@@ -161,6 +166,7 @@ class Jump:
             self.lowest = mean
         self.high = self.high + 1 if mean > JUMP * self.lowest else 0
         if self.high == STAYED:
+            # Saves from before the first high mean are good.
             begun = iteration - STAYED * WINDOW
             raise TrainingDiverged(
                 f"the loss jumped from {self.lowest:.4f} to {mean:.4f} after iteration {begun} and "
@@ -249,17 +255,21 @@ class Side:
             begun: Iterations of earlier sessions.
         """
         is_judged = done - begun >= WINDOW
-        contrast, wanted = _contrast(predictions), _contrast(targets)
+        contrast, target_contrast = _contrast(predictions), _contrast(targets)
+        # Faces that are themselves black and white, as drawn ones, are no sign of it.
         if is_judged and _pinned(predictions) >= PINNED > _pinned(targets):
             raise self._shows(name, "pure colours")
-        if contrast < _FLAT_LEVELS and wanted > _VARIED_LEVELS:
+        if contrast < _FLAT_LEVELS and target_contrast > _VARIED_LEVELS:
+            # A young model shows one colour before it learns; one that has shown faces does not.
             if self.has_varied or done - begun >= _SURELY_LEARNT:
                 raise self._shows(name, "one colour")
+        # A still, or faces that are all alike, cannot tell whether the model knows them apart.
         elif contrast >= _VARIED_LEVELS and _variety(targets) >= _LEAST_VARIETY:
-            share = _variety(predictions) / contrast / (_variety(targets) / wanted)
+            # Each by its own contrast: blurred faces are not the same face.
+            share = _variety(predictions) / contrast / (_variety(targets) / target_contrast)
             if share >= SAME:
                 self.good_until = done
-                self.has_varied |= contrast >= _LEARNT_SHARE * wanted
+                self.has_varied |= contrast >= _LEARNT_SHARE * target_contrast
             elif is_judged:
                 raise self._shows(name, "the same picture")
 
@@ -303,6 +313,7 @@ class DivergenceDetector:
             for key, side in self.sides.items():
                 side.check_zero(key.upper(), float(faces[key][i]))
                 side.check_loss(key.upper(), losses[key], iteration)
+        # Last: of causes that show at once, the one of a single side says more.
         self.jump.check(named["batch_total"], first)
 
     def _take_first(self, losses: dict[str, float], iteration: int) -> None:
@@ -314,6 +325,7 @@ class DivergenceDetector:
             return
         self.moved += self.rate(iteration - 1)
         for key, side in self.sides.items():
+            # A running mean: one batch alone may be far off.
             before = side.first_loss or 0.0
             side.first_loss = before + (losses[key] - before) / iteration or None
 
@@ -328,9 +340,9 @@ class DivergenceDetector:
             done: Iterations in total.
             begun: Iterations of earlier sessions.
         """
-        shown = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
-        for (key, side), faces, wanted in shown:
-            side.check_pictures(key.upper(), faces, wanted, done, begun)
+        images = zip(self.sides.items(), predictions[..., :3], targets[..., :3], strict=True)
+        for (key, side), predicted, target in images:
+            side.check_pictures(key.upper(), predicted, target, done, begun)
 
     def to_dict(self) -> dict[str, Any]:
         """The part of the training state, as plain values."""
@@ -365,8 +377,8 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
 def _what_is_learnt(config: Config) -> tuple[Any, ...]:
     """The settings of faces and losses, less those of where and how the faces are kept."""
     usual = DataConfig()
-    kept = {name: getattr(usual, name) for name in _HOW_FACES_ARE_KEPT}
-    return config.loss, config.augment, replace(config.data, **kept)
+    defaults = {name: getattr(usual, name) for name in _HOW_FACES_ARE_KEPT}
+    return config.loss, config.augment, replace(config.data, **defaults)
 
 
 def _sides_of(state: TrainingState) -> dict[str, Side]:

@@ -1,4 +1,4 @@
-"""A rehearsal: everything that training does up to the second step, and nothing of it kept."""
+"""A dry run: everything that training does up to the second step, and nothing of it kept."""
 
 import resource
 import tempfile
@@ -12,17 +12,19 @@ from ..config import Config
 from ..config.recipes import Recipe
 from ..console.reporter import Reporter
 from . import memory
+from .devices import free_bytes
 from .engine import WARM_UP
-from .prepare import Run, free_bytes, open_rehearsal
+from .prepare import open_dry_run
 from .recipe_progress import Plan
 from .resolve import Overrides
+from .training_setup import TrainingSetup
 
 STEPS = 2
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What a run with these settings is like."""
+class DryRun:
+    """What training with these settings is like."""
 
     config: Config
     """All settings, the batch size among them."""
@@ -55,7 +57,7 @@ class Rehearsal:
     """Peak that was measured: GPU memory taken, or on a CPU the resident memory of the process."""
 
 
-def rehearse(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> Rehearsal:
+def dry_run(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> DryRun:
     """Run two steps of what the settings describe: of the model in the folder, where there is one,
     as its next two would be. It is only read.
 
@@ -66,37 +68,39 @@ def rehearse(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = N
     """
     with (
         tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch,
-        open_rehearsal(overrides, reporter, recipe, Path(scratch)) as run,
+        open_dry_run(overrides, reporter, recipe, Path(scratch)) as setup,
     ):
-        return _rehearsed(run)
+        return _run_steps(setup)
 
 
-def _rehearsed(run: Run) -> Rehearsal:
-    begun_at, free, losses = run.state.iterations, free_bytes(run.device), []
-    on_gpu = run.device.type == "cuda"
-    steps = WARM_UP + STEPS if run.engine.name == "graph" else STEPS  # the last ones are replays
-    for _ in range(steps):
+def _run_steps(setup: TrainingSetup) -> DryRun:
+    begun_at, free, losses = setup.state.iterations, free_bytes(setup.device), []
+    on_gpu = setup.device.type == "cuda"
+    # The first steps of a graph are eager; what is measured must be replays.
+    num_steps = WARM_UP + STEPS if setup.engine.name == "graph" else STEPS
+    for _ in range(num_steps):
         begin = time.perf_counter()
-        run.set_rate()
-        run.engine(run.state.faces_seen)
-        run.state.advance()
-        named = run.step.loss.named(run.step.ring.fetch(1)())
+        setup.set_rate()
+        setup.engine(setup.state.faces_seen)
+        setup.state.advance()
+        # Fetching waits for the device, so the time is that of the whole step.
+        named = setup.step.loss.named(setup.step.ring.fetch(1)())
         step_s = time.perf_counter() - begin
         losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
-    need = memory.footprint(run.config, run.precision) if on_gpu else None
-    return Rehearsal(
-        config=run.config,
+    need = memory.footprint(setup.config, setup.precision) if on_gpu else None
+    return DryRun(
+        config=setup.config,
         iterations=begun_at,
-        learning_rate=run.schedule.rate(begun_at),
-        plan=run.plan,
-        precision=run.precision.name,
-        device=run.device,
-        num_parameters=run.step.update.num_parameters,
-        memory=None if need is None else need.at(run.config.train.batch_size),
+        learning_rate=setup.schedule.rate(begun_at),
+        plan=setup.plan,
+        precision=setup.precision.name,
+        device=setup.device,
+        num_parameters=setup.step.update.num_parameters,
+        memory=None if need is None else need.at(setup.config.train.batch_size),
         free_bytes=free,
         losses=losses,
         step_s=step_s,
-        peak_mib=_peak_bytes(run.device) / 2**20,
+        peak_mib=_peak_bytes(setup.device) / 2**20,
     )
 
 

@@ -1,7 +1,7 @@
 """Three ways to run the same step: eager, compiled, and replayed as one CUDA graph.
 
 A graph holds everything from the loss of one batch to the update of the weights, and the draw and
-augmentation of the next batch beside the backward pass, so an iteration is one call of the driver,
+augmentation of the next batch during the backward pass, so an iteration is one call of the driver,
 with no Python, no transfer and no wait in it.
 """
 
@@ -68,7 +68,7 @@ def make(
         name: Name as `choose` gives it.
         step: Trains on a batch.
         feed: Source of batches.
-        warn: Is told where the engine falls back, and why.
+        warn: Called where the engine falls back, and why.
         noise_seed: Seed of a model that draws random numbers: fixes those of every iteration.
     """
     kinds = {"eager": Engine, "compile": Compiled, "graph": Graphed}
@@ -102,6 +102,7 @@ class Engine:
         """
         if self.noise_seed is None:
             return
+        # A hash, so that the seed and the faces of both sides are one number of 64 bits.
         place = f"{self.noise_seed} {sorted(faces_seen.items())}"
         digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
         torch.manual_seed(int.from_bytes(digest))
@@ -124,8 +125,10 @@ class Compiled(Engine):
 
     def _try(self, faces_seen: dict[str, int]) -> None:
         """Compile on a batch that comes again, so a failure costs nothing but time."""
+        # Also where it fails: each trial takes minutes.
         self.is_tried = True
         plain = self.step.network
+        # fullgraph: a break in the graph would cost what compiling brings, without a word.
         self.step.network = torch.compile(plain, fullgraph=True, dynamic=False)
         try:
             self.step.outputs(self.feed.next(faces_seen).input_nchw)
@@ -172,9 +175,11 @@ class Graphed(Engine):
         if self.name != "graph":
             return super().__call__(faces_seen)
         following = self.feed.following(faces_seen)
+        # At the first iteration, and where the sequence was left, as by the search for a rate.
         if faces_seen != self.made_for:
             self.feed.seek(faces_seen)
             self.batches[self.turn] = self.feed.batch(self.turn)
+        # The feed stands at the next batch, which this iteration makes while it trains.
         self.feed.seek(following)
         self._seed_noise(faces_seen)
         if self.turn in self.graphs:
@@ -183,6 +188,7 @@ class Graphed(Engine):
             self._warm_up()
         else:
             self._capture()
+        # After a warm-up, too: the next batch is in the other set.
         self.turn, self.made_for = 1 - self.turn, following
 
     def _iteration(self) -> None:
@@ -192,9 +198,9 @@ class Graphed(Engine):
 
     @contextmanager
     def _making_the_next(self) -> Iterator[None]:
-        """Make the next batch on a stream of its own, beside what runs inside; afterwards it is
-        there."""
+        """Make the next batch on a stream of its own, during what runs inside; it is then there."""
         other = 1 - self.turn
+        # The other set of tensors may still be read by the iteration before.
         self.batch_stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.batch_stream):
             self.batches[other] = self.feed.batch(other)
@@ -235,6 +241,7 @@ class Graphed(Engine):
         else:
             finish_capture()
             self.graphs[self.turn] = graph
+            # A capture runs nothing; the iteration that was recorded is owed.
             graph.replay()
 
 

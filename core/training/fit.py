@@ -1,4 +1,4 @@
-"""Training from Python: no signals, no keys, nothing printed unless asked for."""
+"""Training from Python: no signals, no keys, nothing printed unless requested."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def train(
     with ExitStack() as stack:
         stream = None if echo else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         reporter = Reporter(stream, listener=_parsed(on_event))
-        overrides = Overrides(lasting=_given(settings))
+        overrides = Overrides(lasting=_overrides_in(settings))
         chosen = None if recipe is None else recipes.load(str(recipe))
         return train_unattended(overrides, reporter, chosen, Requests(stop))
 
@@ -59,7 +59,7 @@ def _parsed(on_event: Callable[[dict[str, Any]], None] | None) -> Callable[[str]
     return None if on_event is None else lambda line: on_event(json.loads(line))
 
 
-def _given(settings: Config | Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _overrides_in(settings: Config | Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The settings as plain tables, of a `Config` those that a user has set."""
     if not isinstance(settings, Config):
         return {section: dict(table) for section, table in settings.items()}

@@ -22,6 +22,7 @@ class LossRing:
 
     def push(self, row_v: Tensor) -> None:
         """Keep the numbers of one iteration."""
+        # The row's number lives on the device: a captured graph replays with the next one.
         self.rows.index_copy_(0, self.next_row, row_v[None])
         self.next_row.add_(1)
 
@@ -35,6 +36,7 @@ class LossRing:
         """
         if count > CAPACITY:
             raise ValueError(f"the last {CAPACITY} rows are kept, asked for {count}")
+        # The device works in order, so the copy is made before any later row is written.
         copies = to_host(self.rows[:count])
         self.next_row.zero_()
         return lambda: copies()[0]
@@ -45,6 +47,7 @@ def to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     on_gpu = tensors[0].is_cuda
     copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for t in tensors]
     for copy, tensor in zip(copies, tensors, strict=True):
+        # Pinned memory: only into that does a copy go on while the host does other things.
         copy.copy_(tensor, non_blocking=True)
     copied = torch.cuda.Event() if on_gpu else None
     if copied:

@@ -4,7 +4,7 @@ Update i = 1..N is made at the rate 1e-10 * g^(i - 1), g^N = 1e9. Of the losses 
 
     average = a * average + (1 - a) * L          smoothed = average / (1 - a^i)
 
-is noted beside the rate 1e-10 * g^i. The search ends when it is more than four times the lowest so
+is noted for the rate 1e-10 * g^i. The search ends when it is more than four times the lowest so
 far, or when a loss is not finite. The rate to train with is that at which it was lowest, divided by
 what the strength says. After Smith, "Cyclical Learning Rates for Training Neural Networks", 2017.
 
@@ -28,7 +28,7 @@ from ..data.sides import SIDES
 from ..optim.lr_schedule import LR_FINDER
 from ..optim.optimizer import Update
 from ..system.durable_files import replace_file
-from .prepare import Run
+from .training_setup import TrainingSetup
 
 LOWEST, HIGHEST = 1e-10, 1e-1
 """Rates between which the search moves."""
@@ -66,6 +66,7 @@ class Search:
             return False
         count = len(self.rates) + 1
         self._average = _MEMORY * self._average + (1 - _MEMORY) * loss
+        # The average begins at 0; this takes out what it lacks.
         smoothed = self._average / (1 - _MEMORY**count)
         self.rates.append(self.rate(count))
         self.smoothed.append(smoothed)
@@ -85,13 +86,13 @@ class Search:
         return {strength: best / divisor for strength, divisor in STRENGTHS.items()}
 
 
-def is_due(run: Run) -> bool:
-    """Whether the run is of a new model whose rate has yet to be found."""
-    is_new = run.state.iterations == 0 and LR_FINDER not in run.state.parts
-    return run.config.optimizer.use_lr_finder and is_new
+def is_due(setup: TrainingSetup) -> bool:
+    """Whether the model is new and its rate has yet to be found."""
+    is_new = setup.state.iterations == 0 and LR_FINDER not in setup.state.parts
+    return setup.config.optimizer.use_lr_finder and is_new
 
 
-def find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> None:
+def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> None:
     """Find the rate of a new model and have its schedule begin with it; nothing else changes.
 
     If the user wants to stop, nothing is found.
@@ -99,7 +100,7 @@ def find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> None:
     Raises:
         ValueError: No usable rate was found, or too few updates are to find one.
     """
-    config = run.config.optimizer
+    config = setup.config.optimizer
     per_update, iterations = config.gradient_accumulation, config.lr_finder_iterations
     if iterations // per_update < _LEAST_UPDATES:
         raise ValueError(
@@ -108,25 +109,25 @@ def find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> None:
             f"{iterations}"
         )
     search = Search(iterations // per_update)
-    put_back = _keep(run.step.update)
-    _search(run, search, reporter, stop)
-    put_back()
+    restore = _restorer_of(setup.step.update)
+    _search(setup, search, reporter, stop)
+    restore()
     if stop.signal_name:
         return
     picture = None
     if config.lr_finder_mode != "set" and len(search.rates) > _NOT_DRAWN + 1:
         now = time.strftime("%Y-%m-%d_%H.%M.%S")
-        picture = run.folder.path / f"learning_rate_finder_{now}.png"
+        picture = setup.folder.path / f"learning_rate_finder_{now}.png"
         picture = _drawn(search, picture, reporter)
     rates = _usable(search, config.lr_finder_strength, iterations)
     reporter.found_rates(rates, chosen=config.lr_finder_strength, picture=picture)
     rate = rates[config.lr_finder_strength]
-    run.state.parts[LR_FINDER] = {"rate": rate}
-    run.schedule = replace(run.schedule, base_rate=rate, source="found")
+    setup.state.parts[LR_FINDER] = {"rate": rate}
+    setup.schedule = replace(setup.schedule, base_rate=rate, source="found")
 
 
 def _drawn(search: Search, picture: Path, reporter: Reporter) -> Path | None:
-    """The picture; None where the disk refuses it, which is told."""
+    """The picture; None where the disk refuses it, of which a warning is given."""
     try:
         draw(search, picture)
     except OSError as error:
@@ -151,59 +152,60 @@ def _usable(search: Search, strength: str, iterations: int) -> dict[str, float]:
     return rates
 
 
-def _search(run: Run, search: Search, reporter: Reporter, stop: StopRequest) -> None:
+def _search(setup: TrainingSetup, search: Search, reporter: Reporter, stop: StopRequest) -> None:
     """Train at rising rates until the search is over, or the user wants to stop."""
-    per_update = run.config.optimizer.gradient_accumulation
-    num_updates = run.config.optimizer.lr_finder_iterations // per_update
-    with reporter.progress("Learning rate finder, updates") as tell:
-        for done, loss in enumerate(_losses(run, search, num_updates), 1):
-            tell(done, num_updates)
+    per_update = setup.config.optimizer.gradient_accumulation
+    num_updates = setup.config.optimizer.lr_finder_iterations // per_update
+    with reporter.progress("Learning rate finder, updates") as report:
+        for done, loss in enumerate(_losses(setup, search, num_updates), 1):
+            report(done, num_updates)
             if stop.signal_name or not search.add(loss):
                 return
 
 
-def _losses(run: Run, search: Search, num_updates: int) -> Iterator[float]:
+def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[float]:
     """Loss A + loss B of every update, the mean over its iterations.
 
-    On a GPU the host asks for those of some updates at once and goes on, so more updates are made
+    On a GPU the host fetches those of some updates at once and goes on, so more updates are made
     than were looked at.
     """
-    on_gpu = run.device.type == "cuda"
-    per_update = run.config.optimizer.gradient_accumulation
+    on_gpu = setup.device.type == "cuda"
+    per_update = setup.config.optimizer.gradient_accumulation
     block = max(1, _STEPS_AHEAD // per_update) if on_gpu else 1
-    asked: deque[Callable[[], np.ndarray]] = deque()
+    fetched: deque[Callable[[], np.ndarray]] = deque()
     for first in range(0, num_updates, block):
         updates = range(first, min(first + block, num_updates))
         for update in updates:
-            run.step.update.set_rate(search.rate(update))
+            setup.step.update.set_rate(search.rate(update))
             for iteration in range(update * per_update, (update + 1) * per_update):
-                seen = iteration * run.config.train.batch_size
-                run.engine(dict.fromkeys(SIDES, seen))
-        asked.append(run.step.ring.fetch(len(updates) * per_update))
-        if len(asked) > (1 if on_gpu else 0):
-            yield from _means(run, asked.popleft()(), per_update)
-    for rows in asked:
-        yield from _means(run, rows(), per_update)
+                # Batches as in training, from the first face: the search sees what training will.
+                seen = iteration * setup.config.train.batch_size
+                setup.engine(dict.fromkeys(SIDES, seen))
+        fetched.append(setup.step.ring.fetch(len(updates) * per_update))
+        if len(fetched) > (1 if on_gpu else 0):
+            yield from _means(setup, fetched.popleft()(), per_update)
+    for rows in fetched:
+        yield from _means(setup, rows(), per_update)
 
 
-def _means(run: Run, rows_nv: np.ndarray, per_update: int) -> list[float]:
-    totals_n = run.step.loss.named(rows_nv)["batch_total"].astype(np.float64)
+def _means(setup: TrainingSetup, rows_nv: np.ndarray, per_update: int) -> list[float]:
+    totals_n = setup.step.loss.named(rows_nv)["batch_total"].astype(np.float64)
     return totals_n.reshape(-1, per_update).mean(1).tolist()
 
 
-def _keep(update: Update) -> Callable[[], None]:
+def _restorer_of(update: Update) -> Callable[[], None]:
     """A function that puts weights, running estimates and the optimizer's state back to now."""
     weights, state = _on_host(update.weights()), _on_host(update.tensors())
     scalars, rate = update.parts[0].scalars.clone(), update.rate
 
-    def put_back() -> None:
+    def restore() -> None:
         update.load_weights(weights)
         update.load(state)
         update.set_rate(rate)
         for part in update.parts:  # also what no checkpoint holds: the count of skipped steps
             part.scalars.copy_(scalars)
 
-    return put_back
+    return restore
 
 
 def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

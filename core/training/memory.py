@@ -109,11 +109,13 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
     model = _model_of(config, precision)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    # Two sizes give a line: what does not grow with the batch is its value at 0.
     small, large = (_measure(model, config, precision.compute, size) for size in _PROBES)
     fixed = {
         name: trained * size
         for name, size in _bytes_of_a_parameter(config, precision.compute).items()
     }
+    # These layers leave two small factors in the place of a gradient.
     fixed["gradients"] -= precision.compute.itemsize * _never_in_memory(model, config)
     fixed |= {"frozen weights": frozen * precision.compute.itemsize}
     fixed |= {"decoded faces": store_bytes, "workspaces": _LIBRARY_BYTES, "CUDA": _CONTEXT_BYTES}
@@ -144,6 +146,7 @@ def advice(config: Config, precision: Precision, free_bytes: int, *, store_bytes
         f"{free_bytes / MIB:,.0f} MiB were free; "
     )
     fits = need.largest_batch(free_bytes)
+    # Below the batch that failed: an estimate that says it fits has just been proved wrong.
     smaller = [size for size in batch_sizes() if size < batch_size and size <= fits]
     if smaller:
         return f"{begin}use --batch-size {smaller[-1]}"
@@ -215,15 +218,16 @@ def _measure(
         input_dtype=compute,
         device="meta",
     )
-    given = [batch.input_bchw, *batch.targets_bchw, *batch.weights_b1hw]
-    given += [] if batch.mask_b1hw is None else [batch.mask_b1hw]
-    saved = _Saved([*model.parameters(), *given])
+    tensors = [batch.input_bchw, *batch.targets_bchw, *batch.weights_b1hw]
+    tensors += [] if batch.mask_b1hw is None else [batch.mask_b1hw]
+    saved = _Saved([*model.parameters(), *tensors])
     with saved.hooks(), _Largest() as largest:
         outputs_a, outputs_b = model(batch.input_bchw)
     outputs = [*outputs_a, *outputs_b]
     size_px = max(model.input_px, *model.output_px)
     return {
-        "batches": 2 * sum(tensor.nbytes for tensor in given),  # one in use, the next in the making
+        # One batch is in use, the next in the making.
+        "batches": 2 * sum(tensor.nbytes for tensor in tensors),
         "kept for backward": saved.num_bytes,
         "outputs and their gradients": 2 * sum(tensor.nbytes for tensor in outputs),
         "largest layer": largest.num_bytes,
@@ -246,6 +250,7 @@ class _Saved:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
+        # Views of one storage are saved many times, and take their memory once.
         if storage._cdata not in self.seen:
             self.seen.add(storage._cdata)
             self.known.append(storage)
@@ -265,6 +270,7 @@ class _Largest(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        # A view takes no memory.
         if isinstance(out, Tensor) and not func.is_view:
             first = next((arg for arg in args if isinstance(arg, Tensor)), out)
             self.num_bytes = max(self.num_bytes, out.nbytes + first.nbytes)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..console.reporter import LogError, NullLog, Reporter
+from ..console.reporter import Reporter
+from ..console.tensorboard import LogError, NullLog
 from ..data.sides import SIDES
 from .loss_buffer import CAPACITY, to_host
-from .prepare import Run
+from .training_setup import TrainingSetup
 
 _SECONDS_BETWEEN_LINES = 1.0
 
@@ -57,25 +58,29 @@ class MetricsLogger:
     On a GPU losses are reported one interval late, so that the host need not wait for the device.
 
     Args:
-        run: Run whose losses they are.
+        setup: The session whose losses they are.
         reporter: Shows the status line.
-        until: Total iteration at which the run is to end.
+        until: Total iteration at which training is to end.
         take: Called with the losses of each interval, once they are on the host.
     """
 
     def __init__(
-        self, run: Run, reporter: Reporter, until: int, take: Callable[[Losses, Interval], None]
+        self,
+        setup: TrainingSetup,
+        reporter: Reporter,
+        until: int,
+        take: Callable[[Losses, Interval], None],
     ):
-        self.r, self.reporter, self.until, self.take = run, reporter, until, take
-        self.is_late = run.device.type == "cuda"
+        self.setup, self.reporter, self.until, self.take = setup, reporter, until, take
+        self.is_late = setup.device.type == "cuda"
         self.unlogged = 0
-        """Iterations whose losses have not been asked for."""
+        """Iterations whose losses have not been fetched."""
 
         self.on_their_way: deque[Interval] = deque()
         self.began_at = self.asked_at = time.monotonic()
-        self.waited_s = run.feed.waited_s
+        self.waited_s = setup.feed.waited_s
         self.saving_s, self.drawing_s = 0.0, 0.0
-        """Seconds of the session for which saves, and the pictures beside them, held it up."""
+        """Seconds of the session for which saves, and the images made with them, held it up."""
 
     def step(self) -> None:
         """Count an iteration that was just started, and log where that is due."""
@@ -85,20 +90,22 @@ class MetricsLogger:
 
     def _is_due(self) -> bool:
         """Whether to log: at the first iteration, then at every interval, else once a second."""
-        interval = self.r.config.train.log_interval
-        if self.r.state.session.iterations == 1 or self.unlogged == (interval or CAPACITY):
+        interval = self.setup.config.train.log_interval
+        if self.setup.state.session.iterations == 1 or self.unlogged == (interval or CAPACITY):
             return True
         return not interval and time.monotonic() - self.asked_at >= _SECONDS_BETWEEN_LINES
 
     def log(self, wait: bool = False) -> None:
         """Fetch the losses since the last time; report those that are there, or wait for all."""
         if self.unlogged:
-            now, ended_at, waited_s = time.monotonic(), time.time(), self.r.feed.waited_s
+            # Two clocks: intervals must not jump with the time of day, and graphs are drawn by it.
+            now, ended_at, waited_s = time.monotonic(), time.time(), self.setup.feed.waited_s
+            # The copies are queued, and waited for an interval later, when they have long arrived.
             self.on_their_way.append(
                 Interval(
-                    rows=self.r.step.ring.fetch(self.unlogged),
-                    skipped=to_host(self.r.step.update.skipped),
-                    first=self.r.state.iterations - self.unlogged + 1,
+                    rows=self.setup.step.ring.fetch(self.unlogged),
+                    skipped=to_host(self.setup.step.update.skipped),
+                    first=self.setup.state.iterations - self.unlogged + 1,
                     count=self.unlogged,
                     seconds=max(now - self.asked_at, 1e-9),
                     waited_s=waited_s - self.waited_s,
@@ -106,6 +113,7 @@ class MetricsLogger:
                 )
             )
             self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
+        # One interval stays under way on a GPU; on a CPU its losses are there at once.
         while len(self.on_their_way) > (1 if self.is_late and not wait else 0):
             self._report(self.on_their_way.popleft())
 
@@ -113,11 +121,11 @@ class MetricsLogger:
         self, scalars: Mapping[str, float], iteration: int, wall_time: float | None = None
     ) -> None:
         """Write an event."""
-        self._write(lambda: self.r.log.scalars(dict(scalars), iteration, wall_time))
+        self._write(lambda: self.setup.log.scalars(dict(scalars), iteration, wall_time))
 
     def flush(self) -> None:
         """Have all events so far be in their file."""
-        self._write(lambda: self.r.log.flush())
+        self._write(lambda: self.setup.log.flush())
 
     def _write(self, write: Callable[[], None]) -> None:
         """Do something with the log; what cannot be written is reported once."""
@@ -125,36 +133,40 @@ class MetricsLogger:
             write()
         except LogError as error:
             self.reporter.warning(f"{error}; no more events are written in this session")
-            self.r.log = NullLog()
+            # Training is worth more than its graph: it goes on without.
+            self.setup.log = NullLog()
 
     def _report(self, interval: Interval) -> None:
-        named, schedule = self.r.step.loss.named(interval.rows()), self.r.schedule
+        named, schedule = self.setup.step.loss.named(interval.rows()), self.setup.schedule
         for i in range(interval.count):
             scalars = {k: float(v[i]) for k, v in named.items() if k.startswith("batch_")}
             if not schedule.is_constant:
+                # The rate was that before the iteration was counted.
                 scalars["learning_rate"] = schedule.rate(interval.first + i - 1)
             self.record(scalars, interval.first + i, interval.wall_time(i))
         self._status(named, interval)
         self.take(named, interval)
 
     def _status(self, named: Losses, interval: Interval) -> None:
-        faces = len(SIDES) * self.r.config.train.batch_size * interval.count
-        memory = torch.cuda.max_memory_allocated(self.r.device) / 2**20 if self.is_late else None
-        state, elapsed_s = self.r.state, time.monotonic() - self.began_at
-        behind, left = state.iterations - interval.last, max(self.until - state.iterations, 0)
-        if self.r.plan:
-            left = self.r.plan.iterations_left(state.iterations, at_most=left)
+        faces = len(SIDES) * self.setup.config.train.batch_size * interval.count
+        memory = torch.cuda.max_memory_allocated(self.setup.device) if self.is_late else None
+        state, elapsed_s = self.setup.state, time.monotonic() - self.began_at
+        # The losses may be of iterations a while ago; what is left is counted from now.
+        behind = state.iterations - interval.last
+        remaining = max(self.until - state.iterations, 0)
+        if self.setup.plan:
+            remaining = self.setup.plan.iterations_left(state.iterations, at_most=remaining)
         self.reporter.step(
             iteration=interval.last,
             loss_a=float(named["loss_a"].mean()),
             loss_b=float(named["loss_b"].mean()),
             eg_per_s=faces / interval.seconds,
             data_wait=min(interval.waited_s / interval.seconds, 1.0),
-            memory_mib=memory,
-            learning_rate=self.r.schedule.rate(interval.last - 1),
+            memory_mib=None if memory is None else memory / 2**20,
+            learning_rate=self.setup.schedule.rate(interval.last - 1),
             session_iterations=state.session.iterations - behind,
             elapsed_s=elapsed_s,
             saving=self.saving_s / elapsed_s,
             drawing=self.drawing_s / elapsed_s,
-            seconds_left=(left + behind) * interval.seconds / interval.count,
+            seconds_left=(remaining + behind) * interval.seconds / interval.count,
         )

@@ -123,6 +123,7 @@ class Plan:
     def take_figures(self, iteration: int, figures: dict[str, float]) -> None:
         """Take in what was measured at a save; the same iteration only once."""
         plateau = self.stage.plateau
+        # The same weights measured twice would count as no progress.
         if plateau is None or plateau.metric not in figures or iteration <= self.place.measured:
             return
         self.place.measured = iteration
@@ -196,12 +197,14 @@ def find_place(saved: dict[str, Any] | None, recipe: Recipe | None) -> Plan | No
     plan = _saved_plan(state) if state else None
     if recipe is not None:
         names = [stage.name for stage in recipe.stages]
+        # A recipe of another name, or without this stage, begins anew; an edited one goes on.
         if plan is None or plan.recipe.name != recipe.name or plan.stage.name not in names:
             plan = Plan(recipe, Place(begun=iterations))
         else:
             plan.place.stage = names.index(plan.stage.name)
             plan.recipe = recipe
     if plan is not None:
+        # A stage that was over when the run ended is not entered for one more iteration.
         plan.advance(iterations)
     return plan
 

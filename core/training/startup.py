@@ -1,7 +1,7 @@
 """What is reported before the first iteration: the settings that decide the result, and the path
 that each part takes; as fields for programs and as lines for people."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -10,13 +10,12 @@ from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
 from ..data.sides import SideFaces
 from ..optim.fused_dense import described
 from .batch_size import BatchSize
-
-if TYPE_CHECKING:
-    from .prepare import Run
+from .devices import threads_in_words
+from .training_setup import TrainingSetup
 
 
 def start_report(
-    run: "Run",
+    setup: TrainingSetup,
     faces: dict[str, SideFaces],
     batch: BatchSize,
     engine_why: str,
@@ -26,17 +25,17 @@ def start_report(
     """The fields and the lines of the start.
 
     Args:
-        run: Ready to go.
+        setup: Ready to go.
         faces: Faces of each side.
         batch: The batch size and why.
         engine_why: How the engine was chosen.
         num_threads: Threads that decode and augment.
         loaded: What a new model began with, in words; empty where with nothing.
     """
-    config = run.config
+    config = setup.config
     fields = {
         **_fields_of_settings(config),
-        **_fields_of_run(run, faces, batch),
+        **_fields_of_setup(setup, faces, batch),
         "num_threads": num_threads,
         "load_weights": config.model.load_weights or None,
     }
@@ -49,10 +48,10 @@ def start_report(
         "crop": f"{config.data.centering}, coverage {config.data.coverage:g} %, vertical offset "
         f"{config.data.vertical_offset} %",
         "augment": _augmentation(config),
-        "optimizer": f"{config.optimizer.optimizer}, learning rate {run.schedule}",
-        "precision": f"{run.precision.name} ({run.precision.why})",
+        "optimizer": f"{config.optimizer.optimizer}, learning rate {setup.schedule}",
+        "precision": f"{setup.precision.name} ({setup.precision.why})",
         "saves": _saves(config),
-        **_lines_of_parts(run, faces, fields, engine_why),
+        **_lines_of_parts(setup, faces, fields, engine_why),
     }
     return fields, lines | ({"loaded": loaded} if loaded else {})
 
@@ -85,22 +84,24 @@ def _fields_of_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _fields_of_run(run: "Run", faces: dict[str, SideFaces], batch: BatchSize) -> dict[str, Any]:
-    """What the run was found to be."""
-    loss, schedule, model = run.step.loss, run.schedule, run.model
-    held_out = run.evaluation and {
+def _fields_of_setup(
+    setup: TrainingSetup, faces: dict[str, SideFaces], batch: BatchSize
+) -> dict[str, Any]:
+    """What the session has come to be: of the model, the state, the device."""
+    loss, schedule, model = setup.step.loss, setup.schedule, setup.model
+    held_out = setup.evaluation and {
         side: {
             "count": len(opened.held_out.faces),
-            "measured": len(run.evaluation.faces[side].inputs_nssc),
+            "measured": len(setup.evaluation.faces[side].inputs_nssc),
         }
         for side, opened in faces.items()
     }
     return {
         "mien": __version__,
-        "model_dir": run.config.save.model_dir,
-        "iteration": run.state.iterations,
-        "session": run.state.session.number,
-        "parameters": run.step.update.num_parameters,
+        "model_dir": setup.config.save.model_dir,
+        "iteration": setup.state.iterations,
+        "session": setup.state.session.number,
+        "parameters": setup.step.update.num_parameters,
         "input_px": model.input_px,
         "output_px": list(model.output_px),
         "batch_size": batch.size,
@@ -111,20 +112,20 @@ def _fields_of_run(run: "Run", faces: dict[str, SideFaces], batch: BatchSize) ->
         "learning_rate_is_found": schedule.source == "found",
         "warmup_steps": schedule.config.warmup_steps,
         "schedule": schedule.config.schedule,
-        "precision": run.precision.name,
-        "device": run.device.type,
-        "device_name": _device_name(run.device),
-        "engine": run.engine.name,
+        "precision": setup.precision.name,
+        "device": setup.device.type,
+        "device_name": _device_name(setup.device),
+        "engine": setup.engine.name,
         "faces_a": faces["a"].store.num_faces,
         "faces_b": faces["b"].store.num_faces,
         "held_out": held_out,
         "frozen": list(model.frozen),
-        "stage": run.plan
+        "stage": setup.plan
         and {
-            "recipe": run.plan.recipe.name,
-            "name": run.plan.stage.name,
-            "number": run.plan.place.stage + 1,
-            "count": len(run.plan.recipe.stages),
+            "recipe": setup.plan.recipe.name,
+            "name": setup.plan.stage.name,
+            "number": setup.plan.place.stage + 1,
+            "count": len(setup.plan.recipe.stages),
         },
     }
 
@@ -175,34 +176,34 @@ def _saves(config: Config) -> str:
 
 
 def _lines_of_parts(
-    run: "Run", faces: dict[str, SideFaces], fields: dict[str, Any], engine_why: str
+    setup: TrainingSetup, faces: dict[str, SideFaces], fields: dict[str, Any], engine_why: str
 ) -> dict[str, str]:
     """Path that each part takes."""
-    parameters, iterations = fields["parameters"] / 1e6, run.state.iterations
+    parameters, iterations = fields["parameters"] / 1e6, setup.state.iterations
     begin = f"resumes at iteration {iterations}" if iterations else "is new"
     place = f" in {fields['model_dir']}" if fields["model_dir"] else ""
-    libmien = "CUDA" if run.device.type == "cuda" else "C++ threads"
+    libmien = "CUDA" if setup.device.type == "cuda" else "C++ threads"
     lines = {
         "mien": __version__,
         "model": f"{parameters:.1f} M parameters{place}; it {begin}",
-        "device": f"{fields['device_name']}, {fields['num_threads']} CPU threads",
-        "engine": f"{run.engine.name} ({engine_why})",
+        "device": f"{fields['device_name']}, {threads_in_words(fields['num_threads'])}",
+        "engine": f"{setup.engine.name} ({engine_why})",
         "kernels": f"libmien, {libmien}",
     }
     for side, opened in faces.items():
-        store, path = opened.store, getattr(run.config.data, f"input_{side}")
+        store, path = opened.store, getattr(setup.config.data, f"input_{side}")
         lines[f"faces {side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
-    if run.plan:
-        lines["stage"] = str(run.plan)
+    if setup.plan:
+        lines["stage"] = str(setup.plan)
     if fields["held_out"]:
         held_out = fields["held_out"]
         counts = ", ".join(f"{held_out[side]['count']} of {side.upper()}" for side in held_out)
         measured = " and ".join(str(each["measured"]) for each in held_out.values())
         lines["held out"] = f"{counts}, never trained on; {measured} of them measured at every save"
-    if run.config.train.freeze_weights:
-        lines["frozen"] = _frozen(run)
-    if run.config.optimizer.fused_dense:
-        update = run.step.update
+    if setup.config.train.freeze_weights:
+        lines["frozen"] = _frozen(setup)
+    if setup.config.optimizer.fused_dense:
+        update = setup.step.update
         sizes = [
             master.numel()
             for name, master in zip(update.names, update.master_weights, strict=True)
@@ -212,9 +213,9 @@ def _lines_of_parts(
     return lines
 
 
-def _frozen(run: "Run") -> str:
+def _frozen(setup: TrainingSetup) -> str:
     """What is left as it is."""
-    if not run.model.frozen:
-        return f"nothing: {run.config.model.trainer} names no layers to freeze"
-    parameters = run.step.update.frozen.num_parameters / 1e6
-    return f"{parameters:.1f} M parameters of {', '.join(run.model.frozen)}"
+    if not setup.model.frozen:
+        return f"nothing: {setup.config.model.trainer} names no layers to freeze"
+    parameters = setup.step.update.frozen.num_parameters / 1e6
+    return f"{parameters:.1f} M parameters of {', '.join(setup.model.frozen)}"

@@ -28,7 +28,7 @@ class TrainStep:
         loss: What is minimised.
         update: Moves the weights.
         ring: Takes the losses.
-        side_stream: Stream on which B's decoder runs beside A's; None: after it.
+        side_stream: Stream on which B's decoder runs at the time of A's; None: after it.
     """
 
     def __init__(
@@ -47,25 +47,25 @@ class TrainStep:
         self.loss, self.update, self.ring, self.side_stream = loss, update, ring, side_stream
 
     def __call__(
-        self, batch: Batch, beside_backward: AbstractContextManager[object] = _NOTHING
+        self, batch: Batch, during_backward: AbstractContextManager[object] = _NOTHING
     ) -> None:
-        """Train on one batch; the backward pass runs within ``beside_backward``."""
+        """Train on one batch; the backward pass runs within ``during_backward``."""
         outputs = self.forward(batch.input_nchw)
         losses = self.loss(outputs, batch, self.update.scale)
-        with beside_backward:
+        with during_backward:
             gradients = self.backward(outputs, losses.gradients)
         self.update(gradients)
         self.ring.push(losses.row_v)
 
     def forward(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
-        """What the decoders of A and B make of their halves of the batch; norms remember it."""
+        """Outputs of both decoders for their sides of the batch; running statistics are updated."""
         outputs = self.outputs(input_nchw)
         # What B's norms have seen on the side stream lives on until their backward pass.
         remember(self.norms)
         return outputs
 
     def outputs(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
-        """Outputs of both decoders for their halves of the batch; no running estimate moves."""
+        """Outputs of both decoders for their sides of the batch; no statistic is updated."""
         if self.side_stream is None:
             return self.network(input_nchw)
         return self.network(input_nchw, self.side_stream)
@@ -79,6 +79,8 @@ class TrainStep:
         """
         pairs = zip((*outputs[0], *outputs[1]), gradients, strict=True)
         # An output has no history where all that leads to it is frozen.
-        roots, slopes = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
+        trained = (pair for pair in pairs if pair[0].requires_grad)
+        outputs_with_history, grad_outputs = zip(*trained, strict=True)
         with self.update.beside_backward():
-            return torch.autograd.grad(roots, self.parameters, slopes)
+            # Not backward(), which would keep the gradients on the parameters and add to them.
+            return torch.autograd.grad(outputs_with_history, self.parameters, grad_outputs)

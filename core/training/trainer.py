@@ -10,14 +10,14 @@ import torch
 from ..checkpoint.model_folder import SaveError
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
-from ..console.requests import Requests, Wish
+from ..console.requests import Request, Requests
 from ..preview.previewer import Look
 from . import divergence as divergences
 from . import recipe_progress as stages
 from .checkpointing import Checkpointer
 from .divergence import DivergenceDetector, NotFinite, TrainingDiverged
 from .metrics import Interval, Losses, MetricsLogger
-from .prepare import Run
+from .training_setup import TrainingSetup
 
 _STEPS_AHEAD = 32
 """Steps that the host runs ahead of a GPU at most: enough to keep it busy while a log is written.
@@ -40,37 +40,37 @@ class End:
 
 
 class Trainer:
-    """Drives one run to its end.
+    """Drives one session of training to its end.
 
     On a GPU the host runs a few steps ahead of the device.
 
     Args:
-        run: What is trained.
-        reporter: Told how it goes.
-        requests: What the user asks for meanwhile.
+        setup: What is trained, and what trains it.
+        reporter: Reports how it goes.
+        requests: Requests of the user meanwhile.
         until: Total iteration at which it ends.
     """
 
-    def __init__(self, run: Run, reporter: Reporter, requests: Requests, until: int):
-        self.r, self.requests, self.until = run, requests, until
+    def __init__(self, setup: TrainingSetup, reporter: Reporter, requests: Requests, until: int):
+        self.setup, self.requests, self.until = setup, requests, until
         self.stop = requests.stop
-        self.on_gpu = run.device.type == "cuda"
+        self.on_gpu = setup.device.type == "cuda"
         self.ahead: deque[torch.cuda.Event] = deque()
         """The ends of the steps that the device has not been seen to reach."""
 
-        self.policy = run.config.train.nan_protection
-        accumulation = run.config.optimizer.gradient_accumulation
+        self.policy = setup.config.train.nan_protection
+        accumulation = setup.config.optimizer.gradient_accumulation
         self.detector = DivergenceDetector(
-            run.state,
-            NotFinite(run.precision.scales_loss, accumulation),
-            rate=None if run.config.model.load_weights else run.schedule.rate,
+            setup.state,
+            NotFinite(setup.precision.scales_loss, accumulation),
+            rate=None if setup.config.model.load_weights else setup.schedule.rate,
         )
         self.divergence: TrainingDiverged | None = None
         """Reason that this training must not go on; then nothing more is looked for."""
 
-        self.metrics = MetricsLogger(run, reporter, until, self._take)
+        self.metrics = MetricsLogger(setup, reporter, until, self._take)
         self.checkpointer = Checkpointer(
-            run, reporter, requests, self.metrics, self._check_pictures, self._parts
+            setup, reporter, requests, self.metrics, self._check_pictures, self._parts
         )
         self.began_at = time.monotonic()
         self.seconds = 0.0
@@ -82,12 +82,11 @@ class Trainer:
             try:
                 end = self._train()
                 # The next stage goes on with the optimizer's state, whether it is to stay or not.
-                with_optimizer = end.goes_on or self.checkpointer.snapshot_is_due()
-                self.checkpointer.save(is_last=True, with_optimizer=with_optimizer)
+                self.checkpointer.save(is_last=True, with_optimizer=end.goes_on)
             except TrainingDiverged as divergence:
                 self.divergence = divergence
                 end = self._recover(divergence)
-            self.r.saver.wait()
+            self.setup.saver.wait()
             self.checkpointer.report()
         except SaveError as error:
             reason = f"{self.divergence}; {error}" if self.divergence else str(error)
@@ -95,30 +94,38 @@ class Trainer:
         return end
 
     def _remaining(self) -> int:
-        return max(self.until - self.r.state.iterations, 0)
+        return max(self.until - self.setup.state.iterations, 0)
 
     def _train(self) -> End:
-        state = self.r.state
-        while self._remaining() and not self.stop.signal_name:
-            end = self._end_of_stage()
-            if end:
-                return end
-            self.r.set_rate()
-            self.r.engine(state.faces_seen)
+        state, end = self.setup.state, self._end()
+        while end is None:
+            # The rate goes to the device before the step: a captured graph reads it from there.
+            self.setup.set_rate()
+            self.setup.engine(state.faces_seen)
             state.advance()
             self.seconds = time.monotonic() - self.began_at
             self._wait_for_device()
             self.metrics.step()
-            self.checkpointer.step(self._wishes())
-        if self._remaining():
+            end = self._end()
+            if end is None:  # else the last save, which follows, is the one of this iteration
+                self.checkpointer.step(self._new_requests())
+                end = self._end()  # the save may have measured what ends the stage
+        return end
+
+    def _end(self) -> End | None:
+        """How the loop ends, where the present iteration is its last one."""
+        if not self._remaining():
+            return End(Outcome.DONE, "all iterations are done")
+        if self.stop.signal_name:
             return End(Outcome.STOPPED, f"{self.stop.signal_name} received; the state is saved")
-        return End(Outcome.DONE, "all iterations are done")
+        return self._end_of_stage()
 
     def _end_of_stage(self) -> End | None:
         """How the loop ends, where the present stage of the recipe is over."""
-        plan, iterations = self.r.plan, self.r.state.iterations
+        plan, iterations = self.setup.plan, self.setup.state.iterations
         if plan is None:
             return None
+        # On a GPU losses come late; a plateau must not be judged without its last ones.
         if plan.closes_window(iterations):
             self.metrics.log(wait=True)
         why = plan.end(iterations, self.seconds)
@@ -130,7 +137,7 @@ class Trainer:
 
     def _recover(self, divergence: TrainingDiverged) -> End:
         """What follows when training must not go on: a way back, or the end."""
-        folder, state = self.r.folder, self.r.state
+        folder, state = self.setup.folder, self.setup.state
         if divergence.remedy:
             self._save_as_it_is()
             return End(Outcome.HALTED, f"{divergence}. {divergence.remedy}")
@@ -138,13 +145,15 @@ class Trainer:
             self._save_as_it_is()  # the weights are those before the step that failed
             reason = f"{divergence}; {self._untouched()}. {self._advice()}"
             return End(Outcome.HALTED, f"{reason}, and start again")
-        self.r.saver.wait()
+        # A save that is still being written may be the one to go back to.
+        self.setup.saver.wait()
         back_at = folder.go_back(
             state.iterations if divergence.good_until is None else divergence.good_until
         )
         if back_at is None:
             reason = f"{divergence}; no save from before is left. {self._advice()}"
             return End(Outcome.HALTED, f"{reason}, and begin a new model")
+        # The caller opens everything anew, from the save, with a lower rate.
         if self.policy == "rollback":
             return End(Outcome.HALTED, str(divergence), goes_on=True, back_at=back_at)
         reason = f"{divergence}; the model is back at iteration {back_at}. {self._advice()}"
@@ -152,14 +161,14 @@ class Trainer:
 
     def _advice(self) -> str:
         """What to do about a rate that was too high."""
-        rate = self.r.schedule.rate(self.r.state.iterations)
+        rate = self.setup.schedule.rate(self.setup.state.iterations)
         return (
             f"Lower optimizer.learning_rate, which is {rate:g}, or set optimizer.epsilon_exponent "
             "to -5 or -4 with bf16 or fp16"
         )
 
     def _untouched(self) -> str:
-        if self.r.step.update.is_whole:
+        if self.setup.step.update.is_whole:
             return "no weight was touched by it"
         return "with optimizer.overlap some other weights may have moved"
 
@@ -170,12 +179,13 @@ class Trainer:
         end = torch.cuda.Event(blocking=True)
         end.record()
         self.ahead.append(end)
+        # Wait for the oldest step only: to wait for the newest would leave the GPU idle.
         if len(self.ahead) > _STEPS_AHEAD:
             self.ahead.popleft().synchronize()
 
-    def _wishes(self) -> set[Wish]:
-        """What the user has asked for since the last step."""
-        self.requests.press(self.r.pictures.keys())
+    def _new_requests(self) -> set[Request]:
+        """Requests of the user since the last step."""
+        self.requests.press(self.setup.images.keys())
         return self.requests.take()
 
     def _save_as_it_is(self) -> None:
@@ -184,12 +194,13 @@ class Trainer:
 
     def _take(self, named: Losses, interval: Interval) -> None:
         """Take in the losses of some iterations; raise TrainingDiverged."""
+        # Losses that were under way when training diverged would only repeat it.
         if self.divergence:
             return
         self._check(named, interval)
-        self.r.state.add_losses(float(named["batch_total"].sum()), interval.count)
-        if self.r.plan:
-            self.r.plan.take_losses(named)
+        self.setup.state.add_losses(float(named["batch_total"].sum()), interval.count)
+        if self.setup.plan:
+            self.setup.plan.take_losses(named)
 
     def _check(self, named: Losses, interval: Interval) -> None:
         """Raise TrainingDiverged where the losses say that training must not go on."""
@@ -198,7 +209,7 @@ class Trainer:
 
     def _check_pictures(self, look: Look) -> None:
         """Raise TrainingDiverged where the pictures say that training must not go on."""
-        state = self.r.state
+        state = self.setup.state
         if not self.divergence and self.policy != "off":
             self.detector.check_pictures(
                 look.predictions[:, 0],
@@ -210,6 +221,6 @@ class Trainer:
     def _parts(self) -> dict[str, dict[str, Any]]:
         """What the state keeps of the watch on divergence and of the recipe."""
         parts = {divergences.PART: self.detector.to_dict()}
-        if self.r.plan:
-            parts[stages.PART] = self.r.plan.to_dict(self.seconds)
+        if self.setup.plan:
+            parts[stages.PART] = self.setup.plan.to_dict(self.seconds)
         return parts

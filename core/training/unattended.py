@@ -1,7 +1,7 @@
 """A run from its start to its end: stage after stage of its recipe, and back after a divergence.
 
-A stage and a rollback end a session: the run is closed, and opened again from its last save as if
-the user had started it again, so that nothing of what follows depends on what was in memory.
+A stage and a rollback end a session: everything is closed, and opened again from the last save as
+if the user had started it again, so that nothing of what follows depends on what was in memory.
 """
 
 import gc
@@ -20,9 +20,10 @@ from ..console.requests import Requests
 from ..console.stop import Interrupted, StopRequest
 from ..optim.lr_schedule import rate_factor
 from .lr_finder import find_rate, is_due
-from .prepare import Run, open_run
+from .prepare import open_setup
 from .resolve import Overrides
 from .trainer import End, Trainer
+from .training_setup import TrainingSetup
 
 
 def train(
@@ -35,9 +36,9 @@ def train(
 
     Args:
         overrides: What the user set.
-        reporter: Is told how it goes.
+        reporter: Reports how it goes.
         recipe: Stages to train in; None: those that the model was saved with, if any.
-        requests: What the user asks for meanwhile: entered, by signals and keys; None: nothing.
+        requests: Requests of the user meanwhile: entered, by signals and keys; None: none.
 
     Raises:
         ValueError: A setting or a folder cannot be used, and nothing has been trained.
@@ -50,29 +51,32 @@ def train(
     stop = requests.stop
     stop.when_noted.append(reporter.hurry)
     while True:
-        with _told_of(reporter, iteration, is_later=until is not None), ExitStack() as stack:
-            opening = open_run(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
+        with _reporting_end(reporter, iteration, is_later=until is not None), ExitStack() as stack:
+            opening = open_setup(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
             try:
+                # There is nothing to save yet, and decoding may take minutes.
                 with stop.at_once():
-                    run = stack.enter_context(opening)
+                    setup = stack.enter_context(opening)
             except Interrupted:
                 if until is None:
                     raise  # there is nothing to save
                 break
             if until is None:
-                until = run.state.iterations + run.config.train.iterations
-            end = _find_rate(run, reporter, stop) if is_due(run) else None
+                # Once: later sessions of this start share the iterations that the user has set.
+                until = setup.state.iterations + setup.config.train.iterations
+            end = _find_rate(setup, reporter, stop) if is_due(setup) else None
             if end is None:
-                end = rollbacks.meet(Trainer(run, reporter, requests, until).run(), run)
-        iteration, with_found = run.state.iterations, run.config.optimizer.use_lr_finder
-        del run
+                end = rollbacks.meet(Trainer(setup, reporter, requests, until).run(), setup)
+        iteration, use_lr_finder = setup.state.iterations, setup.config.optimizer.use_lr_finder
+        # All tensors go, or two models would be on the GPU while the next session opens.
+        del setup
         _free_memory()
         assert end is not None  # whatever is raised above leaves this function
         if not end.goes_on or stop.signal_name:
             break
-        tell = reporter.stage if end.back_at is None else reporter.warning
-        tell(end.reason)
-        overrides = overrides.with_session(_settled(with_found))
+        report = reporter.stage if end.back_at is None else reporter.warning
+        report(end.reason)
+        overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None
     if end.goes_on:
         end = End(Outcome.STOPPED, f"{stop.signal_name} received; the state is saved")
@@ -81,8 +85,8 @@ def train(
 
 
 @contextmanager
-def _told_of(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[None]:
-    """Report a mistake or a full disk that ends a later session as the run's end too."""
+def _reporting_end(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[None]:
+    """Report a mistake or a full disk that ends a later session as the end of training too."""
     try:
         yield
     except (ValueError, SaveError) as error:
@@ -92,23 +96,23 @@ def _told_of(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[
         raise
 
 
-def _settled(with_found: bool) -> dict[str, Any]:
-    """What the first session has settled, where the user is not to be understood anew."""
-    return {"model": {"load_weights": ""}, "optimizer": {"use_lr_finder": with_found}}
+def _session_settings(use_lr_finder: bool) -> dict[str, Any]:
+    """Settings of later sessions, where the user's own must not begin something anew."""
+    return {"model": {"load_weights": ""}, "optimizer": {"use_lr_finder": use_lr_finder}}
 
 
 def _free_memory() -> None:
-    """Give back what a closed run held of a GPU: there may be no room for another beside it."""
+    """Give back what a closed session held of a GPU: there may be no room for two."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def _find_rate(run: Run, reporter: Reporter, stop: StopRequest) -> End | None:
+def _find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> End | None:
     """Find a new model's learning rate; how it ends, where no training is to follow."""
-    find_rate(run, reporter, stop)
+    find_rate(setup, reporter, stop)
     if stop.signal_name:
         return End(Outcome.STOPPED, f"{stop.signal_name} received before training began")
-    if run.config.optimizer.lr_finder_mode == "graph_and_exit":
+    if setup.config.optimizer.lr_finder_mode == "graph_and_exit":
         return End(Outcome.DONE, "the graph is drawn; no model was made")
     return None
 
@@ -124,16 +128,16 @@ class _Rollbacks:
         self.lowest: float | None = None
         """The lowest mean loss at the last of them."""
 
-    def meet(self, end: End, run: Run) -> End:
+    def meet(self, end: End, setup: TrainingSetup) -> End:
         """The end of a loop: the same, or where the model has gone back, whether it tries again."""
         if end.back_at is None:
             self.rate_factor = None
             return end
-        settings, lowest = run.config.train, run.state.lowest_mean_loss
+        settings, lowest = setup.config.train, setup.state.lowest_mean_loss
         if self.lowest is not None and lowest is not None and lowest < self.lowest:
             self.count = 0  # training got further than ever in between
         self.count, self.lowest = self.count + 1, lowest
-        self.rate_factor = rate_factor(run.state) * settings.rollback_factor
+        self.rate_factor = rate_factor(setup.state) * settings.rollback_factor
         if self.count > settings.rollback_limit:
             return End(
                 Outcome.HALTED,

@@ -1,10 +1,10 @@
-"""The process that trains a model, seen from outside: whether there is one, and asking it for work.
+"""The owner of a model folder's lock, seen from outside: the process that trains, and its requests.
 
 It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it; on a disk
-without flock it has an owner file there. It is asked by a signal. One that a process does not
-listen for would end it without a save, and a number that has been given to another process would
-hit that one: so the lock, the host and the caught signals are looked at first, with the process
-held by a handle that no other can take over.
+without flock it has an owner file there. A request is a signal. One that a process does not listen
+for would end it without a save, and a number that has been given to another process would hit that
+one: so the lock, the host and the caught signals are looked at first, with the process held by a
+handle that no other can take over.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ class RequestError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Holder:
+class LockOwner:
     """Process that has last locked a model folder."""
 
     pid: int
@@ -42,11 +42,11 @@ class Holder:
         return self.host == socket.gethostname()
 
 
-def holder(model_dir: Path) -> Holder | None:
+def lock_owner(model_dir: Path) -> LockOwner | None:
     """Process that has last locked the folder; None where none has, or a run is just starting."""
     owner = read_owner(model_dir)  # of a disk without flock
     if owner is not None and (owner.is_running or not owner.is_here):
-        return Holder(owner.pid, owner.host, owner.is_running)
+        return LockOwner(owner.pid, owner.host, owner.is_running)
     try:
         handle = open_plain(model_dir / LOCK, os.O_RDONLY)
     except OSError:
@@ -58,54 +58,54 @@ def holder(model_dir: Path) -> Holder | None:
         pid, host = int(words[0]), words[1]
         # A free lock is tried only if the process is there: else the trial could refuse a new run.
         is_running = host == socket.gethostname() and _exists(pid) and _is_locked(handle)
-        return Holder(pid, host, is_running)
+        return LockOwner(pid, host, is_running)
     finally:
         os.close(handle)
 
 
-def ask(model_dir: Path, request: str) -> Holder:
-    """Ask the process that trains the model to save, to draw a preview, or to save and stop.
+def send_request(model_dir: Path, request: str) -> LockOwner:
+    """Request of the process that trains a model to save, to draw a preview, or to save and stop.
 
     Args:
         model_dir: The model folder.
         request: One of `REQUESTS`.
 
     Returns:
-        The process that was asked.
+        The process that the request was sent to.
 
     Raises:
         RequestError: Where none holds the folder on this host, or it does not listen for this.
     """
     number = REQUESTS[request]
-    found = holder(model_dir)
-    if found is None or (found.is_here and not found.is_running):
+    owner = lock_owner(model_dir)
+    if owner is None or (owner.is_here and not owner.is_running):
         raise RequestError(f"no run to {request}: nothing trains {model_dir} now")
-    if not found.is_here:
+    if not owner.is_here:
         raise RequestError(
-            f"the run is on host {found.host}, this is {socket.gethostname()}; ask there"
+            f"the run is on host {owner.host}, this is {socket.gethostname()}; ask there"
         )
     try:
-        process = os.pidfd_open(found.pid)
+        process = os.pidfd_open(owner.pid)
     except OSError as error:
-        raise RequestError(f"process {found.pid} cannot be asked: {error.strerror}") from error
+        raise RequestError(f"process {owner.pid} cannot be asked: {error.strerror}") from error
     try:
-        if holder(model_dir) != found:
+        if lock_owner(model_dir) != owner:
             raise RequestError("the run has just ended or another one began; look again")
-        if not _listens(found.pid, number):
+        if not _listens(owner.pid, number):
             raise RequestError(
-                f"process {found.pid} does not listen for a {request} now: it is starting, or "
+                f"process {owner.pid} does not listen for a {request} now: it is starting, or "
                 "stopping already; try again in a moment"
             )
         signal.pidfd_send_signal(process, number)
     except PermissionError as error:
         raise RequestError(
-            f"process {found.pid} belongs to another user; start mien monitor as that one"
+            f"process {owner.pid} belongs to another user; start mien monitor as that one"
         ) from error
     except (ProcessLookupError, FileNotFoundError) as error:
-        raise RequestError(f"process {found.pid} has just ended") from error
+        raise RequestError(f"process {owner.pid} has just ended") from error
     finally:
         os.close(process)
-    return found
+    return owner
 
 
 def _exists(pid: int) -> bool:

@@ -1,0 +1,171 @@
+"""Scalars of a run as TensorBoard events.
+
+Of the iterations, the sides written `a` and `b`; means over several iterations once there are more
+than 20,000:
+
+    batch_total                       loss A + loss B
+    batch_face_a[_k]                  weighted sum of the functions (of output k, if several)
+    batch_mask_a                      loss of the predicted mask
+    batch_weighted_a/<function>       one function with its weight
+    batch_unweighted_a/<function>     and without
+    learning_rate                     where it is not constant
+
+and of saves, where faces are held out:
+
+    evaluate/<name>                   a metric of `core.evaluate.evaluate`
+
+TensorBoard itself is imported only where a TensorBoardLog is made.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+from .spacing import Means
+
+_SECONDS_BETWEEN_FLUSHES = 30.0
+_FINENESS = 20_000
+"""An event stands for a 20,000th of the iterations so far at most, which is less than a graph can
+show; a hundred million iterations take 200,000 events."""
+
+ITERATION = "batch_total"
+"""The scalar that every event of iterations has."""
+
+
+class LogError(RuntimeError):
+    """The TensorBoard events cannot be written; the message says why and what to do."""
+
+
+class Log(Protocol):
+    """Destination of scalars."""
+
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
+        """Record the values of one iteration; those with `ITERATION` may wait for the next ones.
+
+        Args:
+            values: Values by name, as above.
+            step: Total iteration.
+            wall_time: Time at which it ended, in seconds since 1970; now, where it is not given.
+        """
+
+    def flush(self) -> None:
+        """Hand everything to the disk."""
+
+    def close(self) -> None:
+        """Flush, and release the file."""
+
+
+class NullLog:
+    """Keeps nothing (`--no-logs`)."""
+
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
+        """Drop the values."""
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class TensorBoardLog:
+    """Events of one session, under <model dir>/logs/session_<n>/train.
+
+    Args:
+        model_dir: The model folder.
+        session: Number of the session.
+        first_step: Total iteration of the session's first step; TensorBoard hides what a session of
+            the same number, lost in a crash, wrote from there on.
+        ending: What the file's name ends in, to be known by.
+
+    Raises:
+        LogError: Here and in every method, where the disk refuses.
+    """
+
+    def __init__(
+        self, model_dir: Path, session: int, first_step: int = 1, *, ending: str = ""
+    ) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        self.folder = model_dir / "logs" / f"session_{session}" / "train"
+        # Not by its SummaryWriter, whose thread prints a traceback where the disk is full.
+        self._file: BinaryIO = self._guarded(lambda: self._create(ending))
+        self._records = RecordWriter(self._file)
+        self._flushed_at = time.monotonic()
+        self._means = Means()
+        began = SessionLog(status=SessionLog.START)
+        self._guarded(lambda: self._add(file_version="brain.Event:2"))
+        self._guarded(lambda: self._add(step=first_step, session_log=began))
+
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
+        """Record the values of one iteration, as `Log.scalars`."""
+        now = time.time() if wall_time is None else wall_time
+        # What belongs to a save is written at once, after the iterations before it.
+        if ITERATION not in values:
+            self._write_means()
+            self._write(values, step, now)
+        else:
+            self._means.add(values, step, now)
+            # Early iterations, where most happens, keep an event each.
+            if self._means.count >= step // _FINENESS:
+                self._write_means()
+        if time.monotonic() - self._flushed_at >= _SECONDS_BETWEEN_FLUSHES:
+            self._flush()
+
+    def flush(self) -> None:
+        """Hand everything to the disk."""
+        self._write_means()
+        self._flush()
+
+    def close(self) -> None:
+        """Flush, and release the file."""
+        try:
+            self._write_means()
+        finally:
+            self._guarded(self._file.close)
+
+    def _write_means(self) -> None:
+        means, self._means = self._means, Means()
+        if means.count:
+            self._write(means.values(), means.step, means.wall_time)
+
+    def _write(self, values: dict[str, float], step: int, wall_time: float) -> None:
+        entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+        summary = self._summary(value=entries)
+        self._guarded(lambda: self._add(wall_time, step=step, summary=summary))
+
+    def _flush(self) -> None:
+        self._flushed_at = time.monotonic()
+        self._guarded(self._file.flush)
+
+    def _create(self, ending: str) -> BinaryIO:
+        """A new file with a name that TensorBoard knows and reads after earlier ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # The clock of the machine may stand still or go back; no two files may have one name.
+        parts = (f"{int(time.time()):010d}", socket.gethostname(), os.getpid(), time.monotonic_ns())
+        name = ".".join(map(str, ("events.out.tfevents", *parts))) + ending
+        return (self.folder / name).open("xb")
+
+    def _add(self, wall_time: float | None = None, **fields: Any) -> None:
+        now = time.time() if wall_time is None else wall_time
+        self._records.write(self._event(wall_time=now, **fields).SerializeToString())
+
+    def _guarded(self, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except OSError as error:
+            raise LogError(
+                f"cannot write logs to {self.folder}: {error.strerror or error}; free space or "
+                "make it writable, or start again with --no-logs"
+            ) from error
+
+
+def open_log(model_dir: Path, session: int, *, enabled: bool, first_step: int = 1) -> Log:
+    """Destination of this session's scalars."""
+    return TensorBoardLog(model_dir, session, first_step) if enabled else NullLog()

@@ -1,0 +1,123 @@
+"""What a session writes and shows next to its saves: previews, measurements, events, lines."""
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from ...models.autoencoder import Autoencoder
+from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.state import TrainingState
+from ..config import Config
+from ..console.reporter import EVENTS, Reporter
+from ..console.tensorboard import Log, LogError, NullLog, open_log
+from ..data.decode import thread_count
+from ..data.sides import SideFaces
+from ..evaluate.evaluate import Evaluation, open_evaluation
+from ..history.history import BATCH_SIZE_TAG
+from ..precision import Precision
+from ..preview.faces import PreviewLoader
+from ..preview.previewer import Pictures
+from ..preview.window import PreviewWindow
+from .build import sizes_of
+
+
+def open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
+    """Open the window that shows the preview, where the settings want one."""
+    if not config.preview.window:
+        return None
+    window = PreviewWindow(config.preview.preview_scale)
+    stack.callback(window.close)
+    return window
+
+
+def open_images(
+    config: Config,
+    model: Autoencoder,
+    faces: dict[str, SideFaces],
+    precision: Precision,
+    folder: ModelFolder,
+    window: PreviewWindow | None,
+    reporter: Reporter,
+) -> tuple[Pictures, Evaluation | None]:
+    """The preview, and where faces are held out the measuring of the model by them.
+
+    Args:
+        config: All settings.
+        model: Network that makes the images.
+        faces: Faces of each side.
+        precision: Number formats of the model.
+        folder: Place of `preview.png`.
+        window: Window that shows the preview; None: none.
+        reporter: Warns of what cannot be written or measured.
+    """
+    input_px, output_px = sizes_of(config)
+    num_threads = thread_count(config.data.num_threads)
+    images = Pictures(
+        config,
+        model,
+        precision,
+        loader=PreviewLoader(
+            config.data,
+            has_mask=config.loss.penalized_mask_loss or config.loss.learn_mask,
+            input_px=input_px,
+            output_px=output_px[-1],
+            num_threads=num_threads,
+        ),
+        faces={side: opened.trained_on for side, opened in faces.items()},
+        folder=folder.path,
+        window=window,
+        warn=reporter.warning,
+    )
+    evaluation = open_evaluation(
+        config,
+        faces,
+        input_px=input_px,
+        output_px=output_px,
+        num_threads=num_threads,
+        warn=reporter.warning,
+    )
+    return images, evaluation
+
+
+def report_warnings(folder: ModelFolder, reporter: Reporter) -> None:
+    """Report the warnings of a model folder, each once."""
+    while folder.warnings:
+        reporter.warning(folder.warnings.pop(0))
+
+
+def open_logs(
+    config: Config,
+    model_dir: Path,
+    state: TrainingState,
+    reporter: Reporter,
+    stack: ExitStack,
+) -> Log:
+    """Open this session's log; its events and lines are kept in their files from now on."""
+    log = _open_log(config, model_dir, state, reporter)
+    stack.callback(_close_log, log, reporter)
+    events = model_dir / "logs" / f"session_{state.session.number}" / EVENTS
+    reporter.keep_in(
+        events=events if config.save.logs else None,
+        log_file=Path(config.log.file) if config.log.file else None,
+        level=config.log.level,
+    )
+    return log
+
+
+def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: Reporter) -> Log:
+    """Open the log of scalars; where the disk refuses, a warning is given and none are kept."""
+    number, done = state.session.number, state.iterations
+    try:
+        log = open_log(model_dir, number, enabled=config.save.logs, first_step=done + 1)
+        # The history reckons EG/s from it, also of a session that no save knows of.
+        log.scalars({BATCH_SIZE_TAG: state.session.batch_size}, done)
+    except LogError as error:
+        reporter.warning(f"{error}; no events are written in this session")
+        return NullLog()
+    return log
+
+
+def _close_log(log: Log, reporter: Reporter) -> None:
+    try:
+        log.close()
+    except LogError as error:
+        reporter.warning(f"{error}; the last events are lost")
