@@ -1,4 +1,4 @@
-"""mien model: what a model folder holds, whether it is whole, going back, weights for use."""
+"""mien model: what a model folder holds, whether it is whole, going back, other programs' files."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.system.paths import expanded
+from . import exchange
 from .lines import tell, tell_json
 
 _MIB = 2**20
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--side", choices=("a", "b", "both"), default="both", help="as whom faces are decoded"
     )
     inference.add_argument("--force", action="store_true", help="replace the file")
-    for sub in verb.values():
+    for sub in (*verb.values(), *exchange.add_verbs(verbs)):
         sub.add_argument("--json", action="store_true", help="print the facts as JSON")
 
 
@@ -65,14 +66,18 @@ def run(args: argparse.Namespace) -> int:
         "restore": _restore,
         "nan-scan": _nan_scan,
         "inference": _inference,
+        "export": exchange.run_export,
+        "import": exchange.run_import,
     }
     return verbs[args.verb](args)
 
 
 def _info(args: argparse.Namespace) -> int:
     from ..core.checkpoint.verify import facts_of
+    from ..core.exchange.targets import targets_of
 
     facts = facts_of(args.model)
+    facts["exports"] = targets_of(facts["trainer"], facts["options"])
     if args.json:
         tell_json(facts)
         return 0
@@ -87,6 +92,7 @@ def _info(args: argparse.Namespace) -> int:
         "lowest loss": _number(facts["lowest_mean_loss"]),
         "backup": _backup(facts),
         "run": f"{facts['run_id']}, saved by mien {facts['mien_version']}",
+        "exports": ", ".join(facts["exports"]),
         "in use": f"by {facts['in_use_by']}" if facts["in_use_by"] else "by no run",
     }
     for name, text in lines.items():

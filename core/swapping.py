@@ -7,7 +7,6 @@ row, column, channel.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from .. import models
 from ..models.autoencoder import Autoencoder, Side
-from .checkpoint.inference import SCHEMA, read_model, refuse_misfit, shapes_of
+from .checkpoint.inference import SCHEMA, built, network_of, read_model, refuse_misfit
 from .checkpoint.inference import SIDES as SIDES_OF
-from .config import DataConfig, from_dict, model_settings
+from .config import DataConfig, from_dict
 from .faces.geometry import resize
 
 _WARM_UP_RUNS = 2
@@ -241,9 +240,7 @@ def _levels(shares: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _of_folder(path: Path, generation: str | None, device: str | torch.device) -> SwapModel:
     source, state, config, tensors = read_model(path, generation)
-    trainer, settings = config.model.trainer, model_settings(config)
-    refuse_misfit(source, models.meta_model(trainer, **settings), shapes_of(tensors))
-    network = _built(trainer, settings, tensors).to(device)
+    network = network_of(source, config, tensors).to(device)
     return _ready(network, SIDES_OF["both"], config.data, state["run_id"], state["iterations"])
 
 
@@ -276,7 +273,7 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error
     plain = {name: _as_fp32(tensor) for name, tensor in tensors.items()}
-    network = _built(metadata["trainer"], options, plain).to(device)
+    network = built(metadata["trainer"], options, plain).to(device)
     return _ready(network, sides, data, run_id, iterations)
 
 
@@ -300,10 +297,3 @@ def _ready(
 
 def _as_fp32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _built(trainer: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Autoencoder:
-    """The network with these weights, in evaluation mode."""
-    network = models.build(trainer, seed=None, pretrained=False, **settings)
-    network.load_state_dict(tensors, strict=False)
-    return network.eval().requires_grad_(False)

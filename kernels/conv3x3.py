@@ -54,7 +54,9 @@ class _Rooms(threading.local):
         size = torch.Size(shape).numel()
         room = self.rooms.get(name)
         if room is None or room.numel() < size:
-            room = self.rooms[name] = torch.empty(size)
+            # A tensor of inference mode could be written to in no later call outside it.
+            with torch.inference_mode(False):
+                room = self.rooms[name] = torch.empty(size)
         return room[:size].view(shape)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
+from .graph import Network, Value
 from .initializers import initialize
 
 Side = Literal["a", "b"]
@@ -116,6 +117,34 @@ class Autoencoder(nn.Module, abc.ABC):
     def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
         """Decode any faces as ``side``: its own faces are re-created, the other's swapped."""
         return self._as_side(self.encode(faces_bchw), side)
+
+    def graph(self) -> Network:
+        """Description of the model for exporters: two faces in, then all outputs of A, all of B.
+
+        Raises:
+            ValueError: A part of it cannot be described, or one of its weights has no place in the
+                description; it is named.
+        """
+        model = Network(self.graph_name)
+        edge_px = self.input_px
+        faces = [model.input((edge_px, edge_px, 3), f"face_in_{side}") for side in ("a", "b")]
+        for face, side in zip(faces, cast(tuple[Side, ...], ("a", "b")), strict=True):
+            model.outputs += self.describe_side(model, face, side)
+        described = {id(entry.tensor) for layer in model.layers() for entry in layer.weights}
+        for name, tensor in self.state_dict(keep_vars=True).items():
+            if id(tensor) not in described:
+                raise ValueError(f"{name} of {self.Config.family} has no place in a graph")
+        return model
+
+    @property
+    def graph_name(self) -> str:
+        """Name of the model as a graph."""
+        return self.Config.family.replace("-", "_")
+
+    def describe_side(self, model: Network, face: Value, side: Side) -> tuple[Value, ...]:
+        """Add what a face of one side goes through to a graph; the outputs."""
+        name = f"decoder_{side}"
+        return model.run(name, getattr(self, name), *model.run("encoder", self.encoder, face))
 
     def subnetwork(self, path: str) -> nn.Module:
         """The part at this path of attributes, such as `encoder`.

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .alignment import Runs, runs_of
+from .graph import Network, Value
 
 
 class BatchNorm(nn.Module):
@@ -72,6 +73,13 @@ class BatchNorm(nn.Module):
             seen.append((mean, inverse))
         self.seen = tuple(seen)  # in place of what was there: a guard on it would compile anew
         return normalised[0] if self.sides == 1 else torch.cat(normalised)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the norm, as it is outside training, to a graph; its output."""
+        momentum = 1 - self.momentum
+        return network.add(
+            "BatchNormalization", x, weights=self, axis=-1, epsilon=self.eps, momentum=momentum
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A conversion of the network to 16 bits passes by the running estimates."""

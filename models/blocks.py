@@ -25,7 +25,9 @@ from ..kernels.dense import dense
 from ..kernels.enlarge import enlarge
 from ..kernels.to_image import to_image
 from .alignment import Runs, axis, pad_parameter, runs_of
+from .graph import Network, Value, describe
 from .initializers import Draw, depthwise_he_uniform, glorot_uniform, he_uniform, small_uniform
+from .keras_weights import keras_entries
 
 
 def _same_padding(size_px: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -111,6 +113,22 @@ class SameConv(nn.Module):
             return conv3x3(x_bchw, self.conv.weight, padding)
         return F.conv2d(x_bchw, self.conv.weight, None, self.stride, padding)
 
+    def describe(self, network: Network, x: Value, *, name: str = "") -> Value:
+        """Add the layers of this block to a graph; their output, with the bias."""
+        if self.reflect:
+            x = network.add("ReflectionPadding2D", x, stride=self.stride, kernel_size=self.kernel)
+        return network.add(
+            "Conv2D",
+            x,
+            weights=self.conv,
+            name=name,
+            filters=self.conv.out_channels,
+            kernel_size=self.kernel,
+            strides=self.stride,
+            padding="valid" if self.reflect or self.is_valid else "same",
+            use_bias=self.bias is not None,
+        )
+
     def align(self, multiple: int) -> None:
         """Pad the channels to a multiple; see `alignment`."""
         by_output = axis(0, self.channels, self.shuffled, multiple)
@@ -158,6 +176,12 @@ class ConvBlock(nn.Module):
             product, bias = self.norm(bias_act(product, bias, negative_slope=1)), None
         return bias_act(product, bias, negative_slope=self.slope, border=border, reflect=reflect)
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output."""
+        x = self.conv.describe(network, x)
+        x = x if self.norm is None else describe(network, self.norm, x)
+        return network.leaky_relu(x, self.slope)
+
 
 class ConvBlocks(nn.Sequential):
     """`ConvBlock`s in a row; each frames its output as the next one needs it.
@@ -195,7 +219,8 @@ def downscales(
 
 
 class Upscale(nn.Module):
-    """[B, C, H, W] -> [B, outputs, factor H, factor W]: convolution, LeakyReLU, depth-to-space."""
+    """[B, C, H, W] -> [B, outputs, factor H, factor W]: convolution, LeakyReLU ``slope``,
+    depth-to-space, LeakyReLU ``after``."""
 
     def __init__(
         self,
@@ -205,11 +230,13 @@ class Upscale(nn.Module):
         kernel: int = 3,
         factor: int = 2,
         slope: float = 0.1,
+        after: float = 1.0,
         reflect: bool = False,
         draw: Draw = he_uniform,
     ):
         super().__init__()
-        self.factor, self.slope, self.channels = factor, slope, runs_of(outputs)
+        self.factor, self.slopes, self.channels = factor, (slope, after), runs_of(outputs)
+        self.slope = slope * after
         self.conv = SameConv(
             inputs, outputs, kernel, reflect=reflect, shuffled=factor**2, draw=draw
         )
@@ -230,12 +257,24 @@ class Upscale(nn.Module):
             for slope in slopes
         )
 
+    def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
+        """Add the layers of this block to a graph; their output.
+
+        Args:
+            network: Network that gets them.
+            x: Input.
+            after: Add the LeakyReLU after all as well.
+        """
+        x = network.leaky_relu(self.conv.describe(network, x), self.slopes[0])
+        x = network.add("PixelShuffler", x, size=self.factor)
+        return network.leaky_relu(x, self.slopes[1]) if after else x
+
 
 class HybridUpscale(nn.Module):
     """Half of the channels from `Upscale`, half from a convolution that is enlarged bilinearly.
 
-    [B, C, H, W] -> [B, 2 (outputs - outputs // 2), factor H, factor W]. ``slope`` is of the first
-    half; ``slope_enlarged`` of the second, which by itself has no activation.
+    [B, C, H, W] -> [B, 2 (outputs - outputs // 2), factor H, factor W]. LeakyReLU ``slope`` is of
+    the first half alone, ``after`` of both.
     """
 
     def __init__(
@@ -245,18 +284,18 @@ class HybridUpscale(nn.Module):
         *,
         factor: int = 2,
         slope: float = 0.1,
-        slope_enlarged: float = 1.0,
+        after: float = 1.0,
         reflect: bool = False,
     ):
         super().__init__()
         half = outputs - outputs // 2
-        self.factor, self.slope, self.slope_enlarged = factor, slope, slope_enlarged
+        self.factor, self.slope, self.after = factor, slope * after, after
         self.channels = (half, half)
-        self.shuffled = Upscale(inputs, half, factor=factor, reflect=reflect)
+        self.shuffled = Upscale(inputs, half, factor=factor, slope=slope, reflect=reflect)
         self.enlarged = SameConv(inputs, half, 3)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return self.branches(x_bchw, (self.slope, self.slope_enlarged))[0]
+        return self.branches(x_bchw, (self.slope, self.after))[0]
 
     def branches(self, x_bchw: Tensor, *slopes: tuple[float, float]) -> tuple[Tensor, ...]:
         """The output with each of several pairs of slopes, of one pair of convolutions."""
@@ -268,16 +307,24 @@ class HybridUpscale(nn.Module):
             for first, (_, slope) in zip(shuffled, slopes, strict=True)
         )
 
+    def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
+        """Add the layers of this block to a graph; their output. ``after``: see `Upscale`."""
+        first = self.shuffled.describe(network, x)
+        second = self.enlarged.describe(network, x)
+        second = network.add("UpSampling2D", second, size=self.factor, interpolation="bilinear")
+        x = network.add("Concatenate", first, second, axis=-1)
+        return network.leaky_relu(x, self.after) if after else x
+
 
 class FastUpscale(nn.Module):
     """[B, C, H, W] -> [B, outputs, 2H, 2W]: the sum of both ways of `HybridUpscale`, and of it
-    LeakyReLU ``slope``."""
+    LeakyReLU ``after``."""
 
     def __init__(
-        self, inputs: int | Runs, outputs: int, *, slope: float = 1.0, reflect: bool = False
+        self, inputs: int | Runs, outputs: int, *, after: float = 1.0, reflect: bool = False
     ):
         super().__init__()
-        self.slope = slope
+        self.after = after
         self.enlarged = SameConv(inputs, outputs, 3)
         self.shuffled = Upscale(inputs, outputs, reflect=reflect)
         self.channels = self.shuffled.channels
@@ -285,8 +332,15 @@ class FastUpscale(nn.Module):
     def forward(self, x_bchw: Tensor) -> Tensor:
         enlarged, shuffled = enlarge(self.enlarged(x_bchw)), self.shuffled(x_bchw)
         return bias_act(
-            enlarged, self.enlarged.bias, negative_slope=self.slope, residual_bchw=shuffled
+            enlarged, self.enlarged.bias, negative_slope=self.after, residual_bchw=shuffled
         )
+
+    def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
+        """Add the layers of this block to a graph; their output. ``after``: see `Upscale`."""
+        enlarged = self.enlarged.describe(network, x)
+        enlarged = network.add("UpSampling2D", enlarged, size=2, interpolation="bilinear")
+        x = network.add("Add", enlarged, self.shuffled.describe(network, x))
+        return network.leaky_relu(x, self.after) if after else x
 
 
 class Residual(nn.Module):
@@ -313,6 +367,11 @@ class Residual(nn.Module):
         y_bchw = bias_act(self.first(x_bchw), self.first.bias, negative_slope=0.2)
         y_bchw = self.second(y_bchw)
         return bias_act(y_bchw, self.second.bias, negative_slope=0.2, residual_bchw=x_bchw)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output."""
+        y = network.leaky_relu(self.first.describe(network, x), 0.2)
+        return network.leaky_relu(network.add("Add", self.second.describe(network, y), x), 0.2)
 
 
 class SeparableConv(nn.Module):
@@ -341,6 +400,22 @@ class SeparableConv(nn.Module):
             self.pointwise(self.depthwise(framed)), self.pointwise.bias, negative_slope=0
         )
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output."""
+        arrays = (*keras_entries(self.depthwise), *keras_entries(self.pointwise))
+        x = network.add(
+            "SeparableConv2D",
+            x,
+            weights=arrays,
+            filters=self.pointwise.conv.out_channels,
+            kernel_size=5,
+            strides=2,
+            padding="same",
+            use_bias=True,
+            depth_multiplier=1,
+        )
+        return network.add("Activation", x, activation="relu")
+
 
 class ToImage(nn.Module):
     """[B, C, H, W] -> [B, outputs, H, W] in 0..1: convolution, then a sigmoid in fp32."""
@@ -352,6 +427,12 @@ class ToImage(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return to_image(self.conv(x_bchw), self.conv.bias, channels=self.outputs)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output, named for what it shows."""
+        name = f"{'mask' if self.outputs == 1 else 'face'}_out_{x.shape[0]}_{network.name}"
+        x = self.conv.describe(network, x, name=f"{name}_conv2d")
+        return network.add("Activation", x, name=name, activation="sigmoid")
 
 
 class Dense(nn.Module):
@@ -389,6 +470,20 @@ class Dense(nn.Module):
             return out_bn
         return out_bn.view(out_bn.shape[0], edge, edge, -1).permute(0, 3, 1, 2)
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output, a picture if it makes one."""
+        x = self.describe_product(network, x)
+        edge, channels = self.outputs
+        if not edge:
+            return x
+        return network.add("Reshape", x, target_shape=(edge, edge, sum(channels)))
+
+    def describe_product(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block but the last, which makes a picture of a vector."""
+        x = network.add("Flatten", x) if len(x.shape) == 3 else x
+        units = self.linear.out_features
+        return network.add("Dense", x, weights=self.linear, units=units, use_bias=True)
+
     def align(self, multiple: int) -> None:
         """Pad the channels of pictures on either side; see `alignment`."""
         by_output, by_input = (
@@ -419,6 +514,11 @@ class Decoder(nn.Module):
     def forward(self, code_bchw: Tensor) -> tuple[Tensor, ...]:
         face = self.face(code_bchw)
         return (face,) if self.mask is None else (face, self.mask(code_bchw))
+
+    def describe(self, network: Network, code: Value) -> tuple[Value, ...]:
+        """Add the layers of both branches to a graph; their outputs."""
+        branches = (self.face,) if self.mask is None else (self.face, self.mask)
+        return tuple(describe(network, branch, code) for branch in branches)
 
 
 def branch(
@@ -456,7 +556,7 @@ def residual_upscale(
     draw: Draw = he_uniform,
     first: Draw = he_uniform,
 ) -> list[nn.Module]:
-    """`Upscale` with LeakyReLU 0.2, then `Residual` blocks whose first convolution is drawn by
-    ``first``."""
-    step = Upscale(inputs, outputs, kernel=kernel, slope=0.2, reflect=reflect, draw=draw)
+    """`Upscale` with LeakyReLU 0.2 after it, then `Residual` blocks whose first convolution is
+    drawn by ``first``."""
+    step = Upscale(inputs, outputs, kernel=kernel, slope=1, after=0.2, reflect=reflect, draw=draw)
     return [step, *(Residual(outputs, reflect=reflect, draw=first) for _ in range(residuals))]

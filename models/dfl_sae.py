@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .alignment import Runs
 from .autoencoder import Autoencoder, Build, Codes, Outputs, Side
 from .blocks import Dense, ToImage, Upscale, branch, downscales, residual_upscale
+from .graph import Network, Value, describe, flattened
 from .options import Options, option
 from .registry import register
 
@@ -32,6 +33,11 @@ class _Level(nn.Module):
     def forward(self, x_bchw: Tensor) -> tuple[Tensor, Tensor | None]:
         x_bchw = self.steps(x_bchw)
         return x_bchw, None if self.to_image is None else self.to_image(x_bchw)
+
+    def describe(self, network: Network, x: Value) -> tuple[Value, ...]:
+        """Add the layers of this block to a graph; the picture and, if it shows one, the face."""
+        x = describe(network, self.steps, x)
+        return (x,) if self.to_image is None else (x, self.to_image.describe(network, x))
 
 
 class _Decoder(nn.Module):
@@ -54,6 +60,14 @@ class _Decoder(nn.Module):
             x_bchw, face = level(x_bchw)
             faces += [] if face is None else [face]
         return (*faces,) if self.mask is None else (*faces, self.mask(code_bchw))
+
+    def describe(self, network: Network, code: Value) -> tuple[Value, ...]:
+        """Add the layers of all branches to a graph; the outputs."""
+        x, faces = code, []
+        for level in self.levels:
+            x, *shown = describe(network, level, x)
+            faces += shown
+        return (*faces,) if self.mask is None else (*faces, describe(network, self.mask, code))
 
 
 @register("dfl-sae")
@@ -139,3 +153,19 @@ class DflSae(Autoencoder):
 
     def decode(self, codes: Codes, side: Side) -> Outputs:
         return super().decode(codes, side) if self.is_df else self.decoder_both(*codes)
+
+    @property
+    def graph_name(self) -> str:
+        return f"dfl_sae_{self.config.architecture}"
+
+    def describe_side(self, model: Network, face: Value, side: Side) -> tuple[Value, ...]:
+        if self.is_df:
+            (code,) = model.run("encoder_df", self.encoder_df, face)
+            name = f"decoder_{side}"
+            return model.run(name, getattr(self, name), code)
+        (code,) = model.run("encoder_liae", flattened(self.encoder_liae), face)
+        own = () if side == "a" else model.run("intermediate_b", self.intermediate_b, code)
+        both = model.run("intermediate_both", self.intermediate_both, code)
+        (first,), (second,) = own or both, both  # A's twice, of one call
+        joined = model.add("Concatenate", first, second, axis=-1)
+        return model.run("decoder_both", self.decoder_both, joined)

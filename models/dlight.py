@@ -7,6 +7,7 @@ Shape letters: B faces, w = width (64), r = output_size / 64.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from .blocks import (
     ToImage,
     Upscale,
 )
+from .graph import Network, Value, describe
 from .options import Options, option
 from .registry import register
 
@@ -44,6 +46,12 @@ class _Densescale(nn.Module):
         pooled = bias_act(F.avg_pool2d(x_bchw, 2), None, negative_slope=0.1)
         return torch.cat((self.conv(x_bchw), pooled), dim=1)
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output."""
+        pooled = network.add("AveragePooling2D", x, pool_size=2, strides=2, padding="valid")
+        first = self.conv.describe(network, x)
+        return network.add("Concatenate", first, network.leaky_relu(pooled, 0.1), axis=-1)
+
 
 class _Enlarged(nn.Module):
     """A stem: the code, enlarged bilinearly."""
@@ -56,6 +64,11 @@ class _Enlarged(nn.Module):
         """Inputs of the face's branch and, if two are asked for, of the mask's."""
         return (enlarge(x_bchw, self.factor),) * count
 
+    def describe_starts(self, network: Network, x: Value) -> tuple[Value, Value]:
+        """Add the stem to a graph; the inputs of the face's branch and of the mask's."""
+        x = network.add("UpSampling2D", x, size=self.factor, interpolation="bilinear")
+        return x, x
+
 
 class _Hybrid(HybridUpscale):
     """A stem: the code, scaled up by `HybridUpscale`."""
@@ -64,6 +77,11 @@ class _Hybrid(HybridUpscale):
         """Inputs of the face's branch and, if two are asked for, of the mask's."""
         return self.branches(x_bchw, *((0.2, 0.2), (0.1, 0.1))[:count])
 
+    def describe_starts(self, network: Network, x: Value) -> tuple[Value, Value]:
+        """Add the stem to a graph; the inputs of the face's branch and of the mask's."""
+        x = self.describe(network, x, after=False)
+        return network.leaky_relu(x, 0.2), network.leaky_relu(x, 0.1)
+
 
 class _Shuffled(Upscale):
     """A stem: the code, scaled up by `Upscale`."""
@@ -71,6 +89,11 @@ class _Shuffled(Upscale):
     def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
         """Inputs of the face's branch and, if two are asked for, of the mask's."""
         return (self(x_bchw),) * count
+
+    def describe_starts(self, network: Network, x: Value) -> tuple[Value, Value]:
+        """Add the stem to a graph; the inputs of the face's branch and of the mask's."""
+        x = self.describe(network, x)
+        return x, x
 
 
 class _Decoder(nn.Module):
@@ -92,6 +115,12 @@ class _Decoder(nn.Module):
         branches = (self.face,) if self.mask is None else (self.face, self.mask)
         starts = self.stem.starts(code_bchw, len(branches))
         return tuple(branch(start) for branch, start in zip(branches, starts, strict=True))
+
+    def describe(self, network: Network, code: Value) -> tuple[Value, ...]:
+        """Add the layers of all branches to a graph; their outputs."""
+        for_face, for_mask = self.stem.describe_starts(network, code)
+        face = describe(network, self.face, for_face)
+        return (face,) if self.mask is None else (face, describe(network, self.mask, for_mask))
 
 
 def _hybrids(inputs: Runs, widths: tuple[int, ...], outputs: int, reflect: bool) -> list[nn.Module]:
@@ -142,7 +171,7 @@ class Dlight(Autoencoder):
         for width in (growth // 2, growth, 2 * growth, 4 * growth, 8 * growth):
             convs.append(_Densescale(channels, width, reflect))
             channels = convs[-1].channels
-        self.encoder = nn.Sequential(
+        self.encoder: nn.Sequential = nn.Sequential(
             *convs,
             Dense((4, channels), nodes),
             nn.Dropout(0.05),
@@ -166,6 +195,19 @@ class Dlight(Autoencoder):
             return self.decoder_b_fast(*codes)
         return super().decode(codes, side)
 
+    def describe_side(self, model: Network, face: Value, side: Side) -> tuple[Value, ...]:
+        name = "decoder_b_fast" if self.is_fast and side == "b" else f"decoder_{side}"
+        codes = model.run("encoder", self._describe_encoder, face)
+        return model.run(name, getattr(self, name), *codes)
+
+    def _describe_encoder(self, network: Network, x: Value) -> Value:
+        """Add the encoder to a graph; dropout comes before its vector becomes a picture."""
+        code, dropout = cast(Dense, self.encoder[-2]), self.encoder[-1]
+        x = describe(network, self.encoder[:-2], x)
+        x = describe(network, dropout, code.describe_product(network, x))
+        edge_px, channels = code.outputs
+        return network.add("Reshape", x, target_shape=(edge_px, edge_px, sum(channels)))
+
 
 def _masks(w: int) -> tuple[int, ...]:
     """Channels of a mask's upscales."""
@@ -174,7 +216,7 @@ def _masks(w: int) -> tuple[int, ...]:
 
 def _good_decoder(w: int, factor: int, build: Build) -> _Decoder:
     reflect = build.reflect_padding
-    stem = _Hybrid(16 * w, 8 * w, factor=factor, reflect=reflect)
+    stem = _Hybrid(16 * w, 8 * w, factor=factor, slope=1, reflect=reflect)
     inputs = stem.channels
     face: list[nn.Module] = _residuals(inputs, 3, reflect)
     # (channels, residual blocks of which the first has biases, whether a batch norm follows)
@@ -183,7 +225,7 @@ def _good_decoder(w: int, factor: int, build: Build) -> _Decoder:
         (4 * w, 1, True, False),
         (2 * w, 1, False, True),
     ):
-        step = HybridUpscale(inputs, width, slope=0.2, slope_enlarged=0.2, reflect=reflect)
+        step = HybridUpscale(inputs, width, slope=1, after=0.2, reflect=reflect)
         inputs = step.channels
         face += [step, *_residuals(inputs, num_residuals, reflect, has_biases)]
         face += [BatchNorm(width, sides=1)] if has_norm else []

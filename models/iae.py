@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Build, Codes, Outputs, Side
 from .blocks import Dense, downscales, upscale_decoder
+from .graph import Network, Value, flattened
 from .options import Options, option
 from .registry import register
 
@@ -60,3 +61,9 @@ class Iae(Autoencoder):
 
     def decode(self, codes: Codes, _side: Side) -> Outputs:
         return self.decoder(*codes)
+
+    def describe_side(self, model: Network, face: Value, side: Side) -> tuple[Value, ...]:
+        (code,) = model.run("encoder", flattened(self.encoder), face)
+        inters = (f"inter_{side}", "inter_both")
+        codes = [value for name in inters for value in model.run(name, getattr(self, name), code)]
+        return model.run("decoder", self.decoder, model.add("Concatenate", *codes, axis=-1))

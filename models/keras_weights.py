@@ -26,6 +26,12 @@ class Entry:
     load: Callable[[np.ndarray], None]
     """Takes an array of that shape."""
 
+    read: Callable[[], np.ndarray] | None = None
+    """Gives the array as it is now; None where that cannot be told."""
+
+    tensor: Tensor | None = None
+    """Tensor of the model that holds the numbers, where one alone does."""
+
 
 def keras_entries(module: nn.Module) -> Iterator[Entry]:
     """Every array that fills a model, in order.
@@ -55,7 +61,12 @@ def _entry(module: nn.Module, tensor: Tensor) -> Entry:
         tensor.detach().copy_(source.permute(back))
 
     shape = cast(Any, module).keras_shape() if hasattr(module, "keras_shape") else turned
-    return Entry(shape, load)
+
+    def read() -> np.ndarray:
+        array = tensor.detach().float().cpu().permute(order).numpy()
+        return np.ascontiguousarray(array).reshape(shape)
+
+    return Entry(shape, load, read, tensor)
 
 
 def load_keras_weights(model: nn.Module, arrays: Sequence[np.ndarray]) -> None:

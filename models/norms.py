@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .alignment import Runs, runs_of
+from .graph import Network, Value
 
 _TINY = 1e-12  # keeps the gradient of a root finite where a face is all one value
 
@@ -31,6 +32,18 @@ class InstanceNorm(nn.Module):
         variance, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
         scale = self.weight / (variance.clamp_min(_TINY).sqrt() + 1e-3)
         return torch.addcmul(self.bias - mean * scale, x, scale).to(x_bchw.dtype)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the norm to a graph; its output."""
+        return network.add(
+            "InstanceNormalization",
+            x,
+            weights=self,
+            axis=None,
+            epsilon=1e-3,
+            center=True,
+            scale=True,
+        )
 
 
 class AdaptiveInstanceNorm(nn.Module):
@@ -63,6 +76,10 @@ class GroupNorm(nn.Module):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return nn.functional.group_norm(x, 32, weight, bias, 1e-6).to(x_bchw.dtype)
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the norm to a graph; its output."""
+        return network.add("GroupNormalization", x, weights=self, axis=-1, epsilon=1e-6, group=32)
+
     def keras_shape(self) -> tuple[int, ...]:
         """Shape under which both parameters are stored elsewhere."""
         return 1, 1, 1, len(self.weight)
@@ -83,6 +100,10 @@ class LayerNorm(nn.Module):
         y = nn.functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-3)
         return y.permute(0, 3, 1, 2).to(x_bchw.dtype)
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the norm to a graph; its output."""
+        return network.add("LayerNormalization", x, weights=self, axis=-1, epsilon=1e-3)
+
 
 class RmsNorm(nn.Module):
     """``gain * x / root of the mean square`` over the channels of each pixel (Zhang et al. 2019);
@@ -97,3 +118,7 @@ class RmsNorm(nn.Module):
         x = _wide(x_bchw).permute(0, 2, 3, 1)
         y = nn.functional.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-8)
         return y.permute(0, 3, 1, 2).to(x_bchw.dtype)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the norm to a graph; its output."""
+        return network.add("RMSNormalization", x, weights=self, axis=-1, epsilon=1e-8)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .autoencoder import Autoencoder, Build, Outputs
 from .blocks import ConvBlock, Dense, Residual, ToImage, Upscale, branch, residual_upscale
+from .graph import Network, Value, describe
 from .options import Options, option
 from .registry import register
 
@@ -40,7 +41,7 @@ class _Decoder(nn.Module):
         super().__init__()
         channels = first[1]
         self.dense = nn.Sequential(Dense(code, nodes), Dense(nodes, first))
-        self.upscale = Upscale(channels, channels, slope=0.2, reflect=reflect)
+        self.upscale = Upscale(channels, channels, slope=1, after=0.2, reflect=reflect)
         steps: list[nn.Module] = [Residual(channels, bias=False, reflect=reflect)]
         if residual:
             for before, after in zip((channels, *widths), widths[:-1], strict=False):
@@ -59,6 +60,14 @@ class _Decoder(nn.Module):
             return (self.face(self.upscale(x_bchw)),)
         for_face, for_mask = self.upscale.branches(x_bchw, 0.2, 0.1)
         return self.face(for_face), self.mask(for_mask)
+
+    def describe(self, network: Network, code: Value) -> tuple[Value, ...]:
+        """Add the layers of both branches to a graph; their outputs."""
+        x = self.upscale.describe(network, describe(network, self.dense, code), after=False)
+        face = describe(network, self.face, network.leaky_relu(x, 0.2))
+        if self.mask is None:
+            return (face,)
+        return face, describe(network, self.mask, network.leaky_relu(x, 0.1))
 
 
 @register("realface")

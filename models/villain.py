@@ -24,6 +24,7 @@ from .blocks import (
     branch,
     residual_upscale,
 )
+from .graph import Network, Value, describe
 from .initializers import normal_002
 from .options import Options, option
 from .registry import register
@@ -45,6 +46,12 @@ class _ResidualTrunk(nn.Module):
         past = bias_act(product, self.conv.bias, negative_slope=0.1)
         return self.residuals(bias_act(product, self.conv.bias, negative_slope=0.2)) + past
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output."""
+        x = self.conv.describe(network, x)
+        y = describe(network, self.residuals, network.leaky_relu(x, 0.2))
+        return network.add("Add", y, network.leaky_relu(x, 0.1))
+
 
 class _ShuffledConv(nn.Module):
     """[B, C, H, W] -> [B, outputs, H, W]: 5x5 of stride 2, LeakyReLU 0.1, depth-to-space."""
@@ -55,6 +62,11 @@ class _ShuffledConv(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return bias_act_depth_to_space(self.conv(x_bchw), self.conv.bias, negative_slope=0.1)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output."""
+        x = network.leaky_relu(self.conv.describe(network, x), 0.1)
+        return network.add("PixelShuffler", x, size=2)
 
 
 @register("villain")

@@ -69,6 +69,15 @@ def test_faces_in_parts_give_the_same(monkeypatch):
         torch.testing.assert_close(part, expected, rtol=1e-5, atol=1e-4)  # sums of hundreds
 
 
+def test_training_goes_on_after_inference(monkeypatch):
+    monkeypatch.setattr(module, "_rooms", module._Rooms())  # no memory is kept yet
+    pair = _pair(2, 16, 16, 8, 8)
+    with torch.inference_mode():
+        wanted = conv3x3(*pair)
+    found, *_ = _results(conv3x3, *pair, 1)
+    assert torch.equal(found, wanted)
+
+
 def test_transforms_do_not_depend_on_threads():
     pair = _pair(3, 40, 24, 8, 8)
     before = torch.get_num_threads()

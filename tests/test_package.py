@@ -16,8 +16,9 @@ import mien
 ROOT = Path(mien.__file__).parent
 ROOMS = ["cli", "benchmarks", "core", "models", "kernels"]  # imports run down this list only
 CORE = [  # and so they do inside core
-    *("convert", "swapping", "training", "history", "preview", "evaluate", "optim", "losses"),
-    *("estimate", "data", "faces", "console", "checkpoint", "precision", "config", "system"),
+    *("convert", "swapping", "training", "exchange", "history", "preview", "evaluate", "optim"),
+    *("losses", "estimate", "data", "faces", "console", "checkpoint", "precision", "config"),
+    "system",
 ]
 
 PAGES = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]

@@ -58,7 +58,7 @@ def write_inference(
         ValueError: There is no such save, or it is damaged or holds numbers that are none; the
             target is not allowed; the disk refuses.
     """
-    _refuse_target(path, target, force=force)
+    refuse_target(path, target, ".safetensors", force=force)
     source, state, config, saved = read_model(path, generation)
     settings = model_settings(config)
     settings |= dataclasses.asdict(
@@ -67,11 +67,9 @@ def write_inference(
     model = models.meta_model(config.model.trainer, **settings)
     refuse_misfit(source, model, shapes_of(saved))
     needed = _subnetworks_of(model, SIDES[side])
-    tensors = {
-        name: _cast(name, tensor, precision)
-        for name, tensor in saved.items()
-        if name.partition(".")[0] in needed
-    }
+    used = {name: tensor for name, tensor in saved.items() if name.partition(".")[0] in needed}
+    refuse_not_finite(used)
+    tensors = {name: _cast(name, tensor, precision) for name, tensor in used.items()}
     metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
     _write(target, tensors, metadata, force=force)
     return metadata
@@ -120,9 +118,20 @@ def _metadata(
     }
 
 
-def _refuse_target(path: Path, target: Path, *, force: bool) -> None:
-    if target.suffix != ".safetensors":
-        raise ValueError(f"the file to write must end in .safetensors, got {target}")
+def refuse_target(path: Path, target: Path, suffix: str, *, force: bool) -> None:
+    """Refuse a file to write that is none, that there is, or that lies among a model's saves.
+
+    Args:
+        path: The model folder.
+        target: The file.
+        suffix: End of its name.
+        force: Whether it may take the place of another.
+
+    Raises:
+        ValueError: It cannot be written; one line says why.
+    """
+    if target.suffix != suffix:
+        raise ValueError(f"the file to write must end in {suffix}, got {target}")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is no folder; make it first, or choose another place")
     place = target.parent.resolve()
@@ -173,6 +182,29 @@ def refuse_misfit(
         )
 
 
+def network_of(source: Path, config: Config, tensors: dict[str, Tensor]) -> Autoencoder:
+    """Network with the weights of a save, in evaluation mode on the CPU.
+
+    Args:
+        source: Path of the save, for the error.
+        config: Settings of the save.
+        tensors: Weights of the save.
+
+    Raises:
+        ValueError: The weights are not those of the settings.
+    """
+    trainer, settings = config.model.trainer, model_settings(config)
+    refuse_misfit(source, models.meta_model(trainer, **settings), shapes_of(tensors))
+    return built(trainer, settings, tensors)
+
+
+def built(trainer: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Autoencoder:
+    """Network of a family with these weights, in evaluation mode."""
+    network = models.build(trainer, seed=None, pretrained=False, **settings)
+    network.load_state_dict(tensors, strict=False)
+    return network.eval().requires_grad_(False)
+
+
 def _subnetworks_of(model: Autoencoder, sides: tuple[Side, ...]) -> set[str]:
     """Names of the sub-networks that a face goes through to be decoded as any of these sides."""
     ran: set[str] = set()
@@ -193,15 +225,24 @@ def _subnetworks_of(model: Autoencoder, sides: tuple[Side, ...]) -> set[str]:
     return ran
 
 
+def refuse_not_finite(tensors: dict[str, Tensor]) -> None:
+    """Refuse weights among which there are numbers that are none.
+
+    Raises:
+        ValueError: There are; the first tensor that holds one is named.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{name!r} holds numbers that are not finite (`mien model nan-scan` lists them); "
+                "restore a save from before"
+            )
+
+
 def _cast(name: str, tensor: Tensor, precision: str) -> Tensor:
-    """The tensor in the number format; ValueError where a number is none, or too large for it."""
+    """The tensor in the number format; ValueError where a number is too large for it."""
     if not tensor.is_floating_point():
         return tensor
-    if not tensor.isfinite().all():
-        raise ValueError(
-            f"{name!r} holds numbers that are not finite (`mien model nan-scan` lists them); "
-            "restore a save from before"
-        )
     cast_tensor = tensor.to(PRECISIONS[precision])
     if not cast_tensor.isfinite().all():
         raise ValueError(f"{name!r} holds numbers too large for {precision}; use bf16 or fp32")
@@ -213,7 +254,11 @@ def _write(
 ) -> None:
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # Not by `write_tensors`: the library writes to a file of a random name, which a kill leaves.
-    content = safetensors.torch.save(plain, metadata)
+    write_export(target, safetensors.torch.save(plain, metadata), force=force)
+
+
+def write_export(target: Path, content: bytes, *, force: bool) -> None:
+    """Write a file for use, whole or not at all; ValueError where the disk refuses."""
     try:
         write_output(target, content, force=force)
     except OSError as error:

@@ -1,5 +1,6 @@
 """Sub-networks of a new model taken from another one of its family."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,19 +9,23 @@ from torch import Tensor
 from ...models.autoencoder import Autoencoder
 from .weights import read_weights
 
+Reader = Callable[[Path], tuple[dict[str, Tensor], str | None]]
+"""Function that gives the tensors of a model, and its family where that is told."""
 
-def load_weights(model: Autoencoder, path: Path) -> str:
+
+def load_weights(model: Autoencoder, path: Path, read: Reader = read_weights) -> str:
     """What was taken, in words: the model's `load_layers` get the numbers that they have in a save.
 
     Args:
         model: New, in fp32, not aligned.
         path: A model folder, one generation of it, or a model.safetensors.
+        read: Reader of such a path, or of more.
 
     Raises:
         ValueError: There are no such weights, or they do not fit; then nothing was taken.
     """
     # A file of another program names no family; its tensors then decide.
-    tensors, family = read_weights(path)
+    tensors, family = read(path)
     own_family = model.Config.family
     if family not in (None, own_family):
         raise ValueError(

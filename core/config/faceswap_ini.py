@@ -54,6 +54,9 @@ _LOSS = {
     ),
     **_named_alike("data", "mask_type mask_dilation mask_blur_kernel mask_threshold"),
 }
+MODEL_PLACES: dict[str, _Place] = _GLOBAL | _OPTIMIZER | _LOSS
+"""Place of each option that faceswap keeps with a model, by its name there."""
+
 _AUGMENTATION = {
     **_named_alike("preview", "preview_images mask_opacity mask_color"),
     **_named_alike(
@@ -70,7 +73,7 @@ _SECTIONS: dict[str, dict[str, _Place]] = {  # of the old layout first: what is 
     "trainer.augmentation": _AUGMENTATION,
     "trainer.loader": {},
 }
-_SWITCHES = {  # true or false there, words here
+SWITCHES = {  # true or false there, words here
     "autoclip": {True: "autoclip", False: "none"},
     "mixed_precision": {True: "auto", False: "fp32"},
     "nan_protection": {True: "halt", False: "off"},
@@ -173,11 +176,11 @@ def _parsed(path: Path) -> configparser.ConfigParser:
 def _value_of(key: str, text: str, place: _Place) -> tuple[Any, Any]:
     """The value as the file has it, and as mien's setting has it."""
     section, name = place
-    if key not in _SWITCHES:
+    if key not in SWITCHES:
         value = _typed(text, fields_of(SECTIONS[section])[name].type)
         return value, value
     meant = _typed(text, bool)
-    return meant, _SWITCHES[key].get(meant, meant)
+    return meant, SWITCHES[key].get(meant, meant)
 
 
 def _typed(text: str, kind: Any) -> Any:

@@ -26,8 +26,17 @@ with np.load(Path(__file__).with_name("mean_face.npz"), allow_pickle=False) as _
     _HEAD_26_3 = _constants["mean3d_26"]
     _HEAD_LANDMARKS = _constants["pnp_landmark_indices"]
 
-_MEAN_CENTRE = _MEAN_51_2.mean(axis=0)
-_MEAN_X, _MEAN_Y = np.ascontiguousarray((_MEAN_51_2 - _MEAN_CENTRE).T)
+_MEAN_JAW_2 = np.array(
+    [
+        *([-0.122, 0.299], [-0.117, 0.458], [-0.100, 0.618], [-0.069, 0.771], [-0.010, 0.911]),
+        *([0.085, 1.029], [0.205, 1.121], [0.342, 1.188], [0.494, 1.205], [0.641, 1.187]),
+        *([0.769, 1.122], [0.886, 1.032], [0.979, 0.916], [1.040, 0.773], [1.073, 0.617]),
+        *([1.093, 0.459], [1.102, 0.301]),
+    ]
+)
+MEAN_FACE_L2 = np.concatenate([_MEAN_JAW_2, _MEAN_51_2])
+"""All 68 landmarks of the mean face, seen from the front, normalised; float64."""
+
 _CAMERA_33 = np.array([[4.0, 0.0, 0.5], [0.0, 4.0, 0.5], [0.0, 0.0, 1.0]])
 _NO_DISTORTION = np.zeros((4, 1))
 _OFFSET_CENTERINGS = ("head", "face")
@@ -115,7 +124,7 @@ def align(landmarks_l2: np.ndarray) -> Alignment:
 
     landmarks_l2: (68, 2), px of the source frame, finite, not all on one line.
     """
-    matrix_23 = _similarity(landmarks_l2[INNER_LANDMARKS].astype(np.float64))
+    matrix_23 = similarity(landmarks_l2[INNER_LANDMARKS].astype(np.float64), _MEAN_51_2)
     normalized_l2 = transform(landmarks_l2, matrix_23)
     _, rotation, translation = cv2.solvePnP(
         _HEAD_26_3,
@@ -138,15 +147,19 @@ def transform(points_l2: np.ndarray, matrix_23: np.ndarray) -> np.ndarray:
     return cv2.transform(points_l2[None].astype(np.float32), matrix_23)[0]
 
 
-def _similarity(points_l2: np.ndarray) -> np.ndarray:
-    """Least-squares similarity of the inner landmarks to the mean face, (2, 3) float64."""
-    centre = points_l2.mean(axis=0)
+def similarity(points_l2: np.ndarray, template_l2: np.ndarray) -> np.ndarray:
+    """Least-squares similarity from points to those of a template, (2, 3) float64.
+
+    points_l2, template_l2: (L, 2) float64, not all in one place.
+    """
+    centre, template_centre = points_l2.mean(axis=0), template_l2.mean(axis=0)
     x, y = (points_l2 - centre).T
+    template_x, template_y = np.ascontiguousarray((template_l2 - template_centre).T)
     spread = x @ x + y @ y
-    cosine = (x @ _MEAN_X + y @ _MEAN_Y) / spread
-    sine = (x @ _MEAN_Y - y @ _MEAN_X) / spread
+    cosine = (x @ template_x + y @ template_y) / spread
+    sine = (x @ template_y - y @ template_x) / spread
     turn = np.array([[cosine, -sine], [sine, cosine]])
-    return np.column_stack([turn, _MEAN_CENTRE - turn @ centre])
+    return np.column_stack([turn, template_centre - turn @ centre])
 
 
 def padding_px(crop: Crop) -> int:

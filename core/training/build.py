@@ -11,6 +11,7 @@ from .. import precision as precisions
 from ..checkpoint.warm_start import load_weights
 from ..config import Config, model_settings
 from ..estimate.flops import meta_model, work_of
+from ..exchange.keras_import import read_any_weights
 from ..losses.weighted import Loss
 from ..optim import fused_dense, overlap
 from ..optim.optimizer import Update
@@ -48,7 +49,7 @@ def build_model(
     model = models.build(
         config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
     )
-    loaded = load_weights(model, Path(source)) if is_new and source else ""
+    loaded = load_weights(model, Path(source), read_any_weights) if is_new and source else ""
     # After weights were taken over, which are those of the plain model.
     if has_aligned_channels(config, device):
         model.align(MULTIPLE)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..alignment import Runs
 from ..autoencoder import Autoencoder, Build, Codes, Outputs, Side, beside, halves, lend
+from ..graph import Network, Value
 from ..registry import register
 from .backbones import Backbone
 from .config import Config as PhazeAConfig
@@ -151,6 +152,27 @@ class PhazeA(Autoencoder):
         if self.has_one_decoder:
             return self.decoder_both(*codes)
         return super().decode(codes, side)
+
+    def describe_side(self, model: Network, face: Value, side: Side) -> tuple[Value, ...]:
+        config = self.config
+
+        def run(name: str, is_split: bool, *inputs: Value) -> tuple[Value, ...]:
+            name = f"{name}_{side if is_split else 'both'}"
+            return model.run(name, getattr(self, name), *inputs)
+
+        (found,) = model.run("encoder", self.encoder, face)
+        code = run("fc", config.split_fc, found)
+        if config.shared_fc == "full":
+            code += model.run("fc_shared", self.fc_shared, found)
+        elif config.shared_fc == "half":  # of A's, which a side may have called already
+            is_called = side == "a" or not config.split_fc
+            code += code if is_called else model.run("fc_a", self.fc_a, found)
+        if len(code) > 1:
+            code = (model.add("Concatenate", *code, name=f"inter_{side}", axis=-1),)
+        if config.enable_gblock:
+            style = model.run("fc_gblock", self.fc_gblock, found)
+            code = run("g_block", config.split_gblock, *code, *style)
+        return run("decoder", config.split_decoders, *code)
 
     def forward(
         self, faces_nchw: Tensor, side_stream: torch.cuda.Stream | None = None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..alignment import Runs
 from ..autoencoder import Build, Outputs
 from ..blocks import ToImage
+from ..graph import Network, Value, describe
 from .config import Config
 from .layers import Level, Reshape, dny_entry
 
@@ -94,4 +95,13 @@ class Decoder(nn.Module):
         branches: Outputs = (code_bchw,) * self.num_branches
         for step in (*self.steps, self.images):
             branches = tuple(each(x) for each, x in zip(step, branches, strict=True))
+        return branches
+
+    def describe(self, network: Network, code: Value) -> tuple[Value, ...]:
+        """Add the layers of all branches to a graph; the outputs."""
+        branches = (code,) * self.num_branches
+        for step in (*self.steps, self.images):
+            branches = tuple(
+                describe(network, each, x) for each, x in zip(step, branches, strict=True)
+            )
         return branches

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..alignment import Runs, runs_of
 from ..autoencoder import Build
 from ..blocks import ConvBlock, Dense, downscales
+from ..graph import Network, Value, describe
 from .backbones import Backbone, Normalize, backbone
 from .config import Config
 from .layers import NORMS
@@ -40,6 +41,10 @@ class FsOriginal(nn.Module):
 
     def forward(self, faces_bcss: Tensor) -> Tensor:
         return self.convs(faces_bcss)
+
+    def describe(self, network: Network, face: Value) -> Value:
+        """Add the layers to a graph; their output."""
+        return describe(network, self.convs, face)
 
 
 def _alternative(widths: list[int], reflect: bool) -> nn.Sequential:
@@ -87,6 +92,14 @@ class Bottleneck(nn.Module):
         # Not by a pooling layer: on a GPU its gradient is summed in no fixed order.
         return x_bchw.amax((2, 3), keepdim=True) if self.kind == "max_pooling" else x_bchw
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers to a graph; their output, a vector."""
+        x = x if self.norm is None else describe(network, self.norm, x)
+        if self.dense is not None:
+            return self.dense.describe(network, x)
+        kinds = {"average_pooling": "GlobalAveragePooling2D", "max_pooling": "GlobalMaxPooling2D"}
+        return network.add(kinds.get(self.kind, "Flatten"), x)
+
 
 class Encoder(nn.Module):
     """[B, 3, S, S] -> [B, N] or [B, C, H, W]: what every network behind it takes."""
@@ -105,6 +118,20 @@ class Encoder(nn.Module):
     def forward(self, faces_bcss: Tensor) -> Tensor:
         x = self.backbone(faces_bcss)
         return x if self.bottleneck is None else self.bottleneck(x)
+
+    def describe(self, network: Network, face: Value) -> Value:
+        """Add the layers to a graph; their output.
+
+        Raises:
+            ValueError: The encoder is a known network, which has no description here.
+        """
+        if not isinstance(self.backbone, FsOriginal):
+            raise ValueError(
+                f"a phaze-a model with the encoder {self.backbone.name} can only be exported as "
+                "safetensors: the layers of known networks are not described"
+            )
+        x = self.backbone.describe(network, face)
+        return x if self.bottleneck is None else self.bottleneck.describe(network, x)
 
 
 def _known_network(config: Config) -> Backbone:

@@ -11,6 +11,7 @@ from ...kernels.enlarge import enlarge
 from ..alignment import runs_of
 from ..autoencoder import Build
 from ..blocks import Dense
+from ..graph import Network, Value, describe
 from .config import Config
 from .decoder import upscales
 from .encoder import Bottleneck, Code, Encoder
@@ -28,6 +29,11 @@ class _Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.dense(x if self.dropout is None else self.dropout(x))
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers to a graph, dropout even where nothing is dropped; their output."""
+        rate = 0.0 if self.dropout is None else self.dropout.p
+        return self.dense.describe(network, network.add("Dropout", x, rate=rate))
+
 
 class _Enlarge(nn.Module):
     """[B, C, H, W] -> [B, C, factor H, factor W], LeakyReLU 0.1; by repetition of pixels once,
@@ -43,6 +49,13 @@ class _Enlarge(nn.Module):
         # Before the pixels are repeated: of fewer pixels, with the same result.
         x_bchw = bias_act(x_bchw, None, negative_slope=0.1)
         return F.interpolate(x_bchw, scale_factor=2.0) if self.factor == 2 else x_bchw
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers to a graph; their output."""
+        if self.factor > 1:
+            interpolation = "bilinear" if self.factor > 2 else "nearest"
+            x = network.add("UpSampling2D", x, size=self.factor, interpolation=interpolation)
+        return network.leaky_relu(x, 0.1)
 
 
 def _begin(encoder: Encoder, config: Config) -> tuple[list[nn.Module], Code]:
@@ -88,6 +101,10 @@ class FullyConnected(nn.Module):
     def forward(self, code: Tensor) -> Tensor:
         return self.steps(code)
 
+    def describe(self, network: Network, code: Value) -> Value:
+        """Add the layers to a graph; their output."""
+        return describe(network, self.steps, code)
+
 
 def _reshape(code: Code, config: Config) -> Reshape:
     """The bottleneck's output as a picture, without a dense layer."""
@@ -116,3 +133,7 @@ class Style(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         return self.steps(code)
+
+    def describe(self, network: Network, code: Value) -> Value:
+        """Add the layers to a graph; their output."""
+        return describe(network, self.steps, code)

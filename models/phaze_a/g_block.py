@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ...kernels.bias_act import bias_act
 from ..alignment import Runs
 from ..blocks import Dense, SameConv
+from ..graph import Network, Value, describe
 from ..initializers import glorot_uniform, he_normal
 from ..norms import AdaptiveInstanceNorm
 from .layers import Noise
@@ -36,6 +37,22 @@ class _Layer(nn.Module):
         x_bchw = self.norm(x_bchw, self.gain(style_bn), self.bias(style_bn))
         return bias_act(x_bchw, self.blend.bias, negative_slope=0.2, residual_bchw=noise_bchw)
 
+    def describe(self, network: Network, x: Value, style: Value) -> Value:
+        """Add the layers to a graph; their output."""
+        bias, gain = (dense.describe(network, style) for dense in (self.bias, self.gain))
+        noise = self.blend.describe(network, self.noise.describe(network, x))
+        x = x if self.conv is None else self.conv.describe(network, x)
+        x = network.add(
+            "AdaInstanceNormalization",
+            *(x, bias, gain),
+            axis=-1,
+            momentum=0.99,
+            epsilon=1e-3,
+            center=True,
+            scale=True,
+        )
+        return network.leaky_relu(network.add("Add", x, noise), 0.2)
+
 
 class GBlock(nn.Module):
     """Code [B, C, H, W] and style [B, N] -> code [B, C, H, W]."""
@@ -57,3 +74,13 @@ class GBlock(nn.Module):
         for layer in self.layers:
             x_bchw = layer(x_bchw, style_bn)
         return x_bchw
+
+    def describe(self, network: Network, code: Value, style: Value) -> Value:
+        """Add the layers to a graph; their output."""
+        for number, dense in enumerate(self.style):
+            style = network.leaky_relu(style, 0.1) if number else style
+            style = describe(network, dense, style)
+        x = self.noise.describe(network, self.conv.describe(network, code))
+        for layer in self.layers:
+            x = describe(network, layer, x, style)
+        return x

@@ -4,6 +4,7 @@ Shape letters: B faces, C channels, H rows, W columns.
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from ..blocks import (
     Upscale,
     uninitialized,
 )
+from ..graph import Network, Value, describe
 from ..initializers import glorot_uniform
 from ..norms import GroupNorm, InstanceNorm, LayerNorm, RmsNorm
 
@@ -52,6 +54,10 @@ class Noise(nn.Module):
             return x_bchw
         return bias_act(x_bchw, bias_c, negative_slope=self.slope, residual_bchw=noise_bchw)
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the noise, without the LeakyReLU, to a graph; its output."""
+        return network.add("GaussianNoise", x, stddev=1.0)
+
 
 class Reshape(nn.Module):
     """All values of a face, in NHWC order, as a picture of another edge: [B, channels, edge, edge].
@@ -67,6 +73,11 @@ class Reshape(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x_bhwc = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
         return x_bhwc.reshape(len(x), self.edge_px, self.edge_px, -1).permute(0, 3, 1, 2)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add this layer to a graph; its output."""
+        target = (self.edge_px, self.edge_px, sum(self.channels))
+        return network.add("Reshape", x, target_shape=target)
 
 
 class TransposedConv(nn.Module):
@@ -84,6 +95,19 @@ class TransposedConv(nn.Module):
     def forward(self, x_bchw: Tensor) -> Tensor:
         return F.conv_transpose2d(x_bchw, self.conv.weight, None, 2, 1, 1)
 
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add this layer to a graph; its output, with the bias."""
+        return network.add(
+            "Conv2DTranspose",
+            x,
+            weights=self.conv,
+            filters=sum(self.channels),
+            kernel_size=3,
+            strides=2,
+            padding="same",
+            use_bias=True,
+        )
+
     def align(self, multiple: int) -> None:
         """Pad the channels to a multiple; see `alignment`."""
         by_output = axis(1, self.channels, 1, multiple)
@@ -93,11 +117,11 @@ class TransposedConv(nn.Module):
 
 class ResizeImages(nn.Module):
     """[B, C, H, W] -> [B, outputs, 2H, 2W]: LeakyReLU of the sum of a convolution of the enlarged
-    picture and a transposed convolution."""
+    picture and a transposed convolution: 0.2, then ``after``."""
 
-    def __init__(self, inputs: Runs, outputs: int, *, slope: float):
+    def __init__(self, inputs: Runs, outputs: int, *, after: float):
         super().__init__()
-        self.slope, self.channels = slope, runs_of(outputs)
+        self.after, self.slope, self.channels = after, 0.2 * after, runs_of(outputs)
         self.enlarged = SameConv(inputs, outputs, 3)
         self.transposed = TransposedConv(inputs, outputs)
 
@@ -106,21 +130,36 @@ class ResizeImages(nn.Module):
         product, transposed = self.enlarged(enlarge(x_bchw)), self.transposed(x_bchw)
         return bias_act(product, bias, negative_slope=self.slope, residual_bchw=transposed)
 
+    def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
+        """Add the layers of this block to a graph; their output. ``after``: see `Upscale`."""
+        enlarged = network.add("KResizeImages", x, size=2, interpolation="bilinear")
+        enlarged = self.enlarged.describe(network, enlarged)
+        transposed = self.transposed.describe(network, x)
+        x = network.leaky_relu(network.add("Add", enlarged, transposed), 0.2)
+        return network.leaky_relu(x, self.after) if after else x
+
 
 class Dny(nn.Module):
-    """[B, C, H, W] -> [B, outputs, 2H, 2W]: enlarged, then two 3x3 convolutions with LeakyReLU 0.2
-    and ``slope``."""
+    """[B, C, H, W] -> [B, outputs, 2H, 2W]: enlarged, then two 3x3 convolutions with LeakyReLU 0.2,
+    the second also with ``after``."""
 
-    def __init__(self, inputs: Runs, outputs: int, *, slope: float, reflect: bool):
+    def __init__(self, inputs: Runs, outputs: int, *, after: float, reflect: bool):
         super().__init__()
         self.convs = ConvBlocks(
             ConvBlock(inputs, outputs, 3, 1, slope=0.2, reflect=reflect),
-            ConvBlock(outputs, outputs, 3, 1, slope=slope, reflect=reflect),
+            ConvBlock(outputs, outputs, 3, 1, slope=0.2 * after, reflect=reflect),
         )
-        self.channels = self.convs.channels
+        self.after, self.channels = after, self.convs.channels
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         return self.convs(enlarge(x_bchw))
+
+    def describe(self, network: Network, x: Value, *, after: bool = True) -> Value:
+        """Add the layers of this block to a graph; their output. ``after``: see `Upscale`."""
+        x = network.add("UpSampling2D", x, size=2, interpolation="bilinear")
+        for block in self.convs:
+            x = network.leaky_relu(cast(ConvBlock, block).conv.describe(network, x), 0.2)
+        return network.leaky_relu(x, self.after) if after else x
 
 
 def dny_entry(inputs: Runs, outputs: int, *, reflect: bool) -> ConvBlocks:
@@ -135,20 +174,18 @@ Upscaler = Upscale | ResizeImages | FastUpscale | HybridUpscale | Dny
 
 
 def upscaler(
-    method: str, inputs: Runs, filters: int, *, slope: float = 1.0, reflect: bool
+    method: str, inputs: Runs, filters: int, *, after: float = 1.0, reflect: bool
 ) -> Upscaler:
-    """[B, C, H, W] -> [B, filters, 2H, 2W], with LeakyReLU ``slope`` behind all that it does."""
+    """[B, C, H, W] -> [B, filters, 2H, 2W], with LeakyReLU ``after`` behind all that it does."""
     if method == "subpixel":
-        return Upscale(inputs, filters, slope=0.1 * slope, reflect=reflect)
+        return Upscale(inputs, filters, after=after, reflect=reflect)
     if method == "resize_images":
-        return ResizeImages(inputs, filters, slope=0.2 * slope)
+        return ResizeImages(inputs, filters, after=after)
     if method == "upscale_fast":
-        return FastUpscale(inputs, filters, slope=slope, reflect=reflect)
+        return FastUpscale(inputs, filters, after=after, reflect=reflect)
     if method == "upscale_hybrid":
-        return HybridUpscale(
-            inputs, filters, slope=0.1 * slope, slope_enlarged=slope, reflect=reflect
-        )
-    return Dny(inputs, filters, slope=0.2 * slope, reflect=reflect)
+        return HybridUpscale(inputs, filters, after=after, reflect=reflect)
+    return Dny(inputs, filters, after=after, reflect=reflect)
 
 
 class Level(nn.Module):
@@ -176,7 +213,7 @@ class Level(nn.Module):
         self.slope = slope = 0.2 if residuals else after
         is_last, noise_is_last = norm == "none" and not noise, norm == "none"
         self.step = upscaler(
-            method, inputs, filters, slope=slope if is_last else 1.0, reflect=reflect
+            method, inputs, filters, after=slope if is_last else 1.0, reflect=reflect
         )
         self.channels = self.step.channels
         self.noise = Noise(self.channels, slope=slope if noise_is_last else 1.0) if noise else None
@@ -198,3 +235,10 @@ class Level(nn.Module):
                 x_bchw if self.slope == 1 else bias_act(x_bchw, None, negative_slope=self.slope)
             )
         return self.residuals(x_bchw)
+
+    def describe(self, network: Network, x: Value) -> Value:
+        """Add the layers of this block to a graph; their output."""
+        x = self.step.describe(network, x, after=False)
+        for part in filter(None, (self.noise, self.norm)):
+            x = describe(network, part, x)
+        return describe(network, self.residuals, network.leaky_relu(x, self.slope))

@@ -1,0 +1,144 @@
+"""Export of a model folder as one that faceswap converts with and trains on."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...models.autoencoder import Autoencoder
+from ...models.graph_evaluation import evaluate
+from ..checkpoint.state import TrainingState
+from ..system.durable_files import discard, sync_file, sync_folder
+from .keras_file import write_keras
+from .keras_reader import graph_of, open_weights
+from .keras_state import state_of
+from .keras_weights_file import require_h5py
+from .matching import match
+from .onnx_check import MAX_DIFFERENCE, sample_pictures
+from .trained_model import read_trained_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class KerasExport:
+    """Facts about a folder that was written."""
+
+    path: Path
+    files: tuple[str, ...]
+    size_bytes: int
+    difference: float
+    """Largest difference of an output between the file, read back, and the model."""
+
+    num_faces: int
+    """Faces of the model's own folders among what was compared with."""
+
+
+def export_keras(
+    path: Path, target: Path, *, generation: str | None = None, force: bool = False
+) -> KerasExport:
+    """Write a folder that faceswap loads.
+
+    Args:
+        path: The model folder; it is only read.
+        target: Folder to write, which is new or empty.
+        generation: Name of a save, or `backup`; None: the newest.
+        force: Replace the model of faceswap that is in the folder.
+
+    Raises:
+        ValueError: h5py is missing; the save or the target cannot be used; the family cannot be
+            said in Keras, or the file differs from the model.
+    """
+    require_h5py()
+    model = read_trained_model(path, generation)
+    name = model.config.model.trainer.replace("-", "_")
+    files = (f"{name}.keras", f"{name}_state.json")
+    _refuse_target(path, target, files, force=force)
+    graph = model.network.graph()
+    state = state_of(model.config, TrainingState.from_dict(model.state), graph)
+    faces = model.faces()
+    try:
+        with _beside(target) as folder:
+            write_keras(folder / files[0], graph, model.metadata)
+            difference = _difference(folder / files[0], model.network, faces)
+            if not difference <= MAX_DIFFERENCE:
+                raise ValueError(
+                    f"the file differs from the model by {difference:.1e} (at most "
+                    f"{MAX_DIFFERENCE:.0e}), so it was not kept; export as safetensors instead"
+                )
+            (folder / files[1]).write_text(json.dumps(state), encoding="utf-8")
+            size_bytes = sum((folder / file).stat().st_size for file in files)
+            _move(folder, target, files)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    return KerasExport(
+        path=target,
+        files=files,
+        size_bytes=size_bytes,
+        difference=difference,
+        num_faces=len(faces),
+    )
+
+
+def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: bool) -> None:
+    """Refuse a folder in which something else is, or that lies among the saves."""
+    if not target.parent.is_dir():
+        raise ValueError(f"{target.parent} is no folder; make it first, or choose another place")
+    if target.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{target} lies in the model folder {path}; choose another place")
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise ValueError(f"{target} is no folder; choose another name")
+    there = sorted(entry.name for entry in target.iterdir())
+    others = [name for name in there if name.endswith((".keras", "_state.json"))]
+    foreign = [name for name in others if name not in files]
+    if foreign or (there and not others):
+        raise ValueError(f"{target} holds {(foreign or there)[0]}; choose a new or empty folder")
+    if there and not force:
+        raise ValueError(f"{target} holds a model already; add --force to replace it")
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, which is gone in the end if nothing has moved it away."""
+    folder = target.with_name(f".{target.name}.tmp")
+    discard(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        discard(folder)
+
+
+def _move(folder: Path, target: Path, files: tuple[str, ...]) -> None:
+    """Put the files, durable on the disk, into their folder: at once where it is new."""
+    for file in files:
+        sync_file(folder / file)
+    sync_folder(folder)
+    if target.is_dir() and any(target.iterdir()):
+        for file in files:
+            os.replace(folder / file, target / file)
+        sync_folder(target)
+    else:
+        os.rename(folder, target)
+    sync_folder(target.parent)
+
+
+def _difference(path: Path, network: Autoencoder, faces: Sequence[np.ndarray]) -> float:
+    """Largest difference of an output between a written file and the model, over all faces."""
+    graph, edge_px = graph_of(path), network.input_px
+    pictures_nssc = np.stack(sample_pictures(edge_px, faces))
+    faces_ncss = torch.from_numpy(pictures_nssc).permute(0, 3, 1, 2).contiguous()
+    model_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
+    with open_weights(path, graph, model_bytes) as arrays, torch.no_grad():
+        for ours, theirs in match(graph, network.graph()).items():
+            theirs.weights = arrays.entries(theirs, [entry.shape for entry in ours.weights])
+        names = (value.call.layer.name for value in graph.inputs)
+        found = evaluate(graph, graph.outputs, dict.fromkeys(names, faces_ncss))
+        wanted = [*network.swap(faces_ncss, "a"), *network.swap(faces_ncss, "b")]
+    differences = [(one - other).abs().max() for one, other in zip(found, wanted, strict=True)]
+    return float(torch.stack(differences).max())

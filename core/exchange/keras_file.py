@@ -1,0 +1,79 @@
+"""Model folder of faceswap, written: the graph and its weights as one *.keras file, and the state.
+
+The file is written by zipfile and h5py alone. Layers stand in the order in which Keras will number
+them, for it finds weights by those numbers.
+"""
+
+import json
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...models.graph import Layer, Network
+from .keras_archive import CONFIG, METADATA, WEIGHTS
+from .keras_config import to_json
+from .keras_order import slots_of
+from .keras_weights_file import require_h5py
+
+KERAS_VERSION = "3.14.1"
+"""Version whose files these are like; one that is older would have its layers renamed."""
+
+
+def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
+    """Write a *.keras file.
+
+    Args:
+        path: The file, which is not there yet.
+        graph: Description of a model whose weights can be read.
+        metadata: Origin of the model, beside the version.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    saved = time.strftime("%Y-%m-%d@%H:%M:%S", time.gmtime())
+    head = {"keras_version": KERAS_VERSION, "date_saved": saved} | metadata
+    with (
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".h5") as arrays,
+        zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive,
+    ):
+        archive.writestr(METADATA, json.dumps(head))
+        archive.writestr(CONFIG, json.dumps(to_json(graph)))
+        _write_arrays(Path(arrays.name), graph)
+        archive.write(arrays.name, WEIGHTS)
+
+
+def _write_arrays(path: Path, graph: Network) -> None:
+    with require_h5py().File(path, "w") as file:
+        _fill(file, graph)
+
+
+def _fill(group: Any, network: Network) -> None:
+    """Write the layers of a network into a group, each into its slot."""
+    group.create_group("vars").attrs["name"] = network.name
+    for layer, slot in slots_of(network):
+        place = group.create_group(f"layers/{slot}")
+        if isinstance(layer, Network):
+            _fill(place, layer)
+            continue
+        arrays = place.create_group("vars")
+        arrays.attrs["name"] = layer.name
+        for number, numbers in enumerate(_arrays(layer)):
+            arrays.create_dataset(str(number), data=numbers)
+
+
+def _arrays(layer: Layer) -> list[np.ndarray]:
+    """Weights of a layer, fp32 little endian.
+
+    Raises:
+        ValueError: One cannot be read.
+    """
+    arrays = []
+    for entry in layer.weights:
+        if entry.read is None:
+            raise ValueError(f"the weights of {layer.name} have no form in a Keras file")
+        arrays.append(np.asarray(entry.read(), "<f4"))
+    return arrays

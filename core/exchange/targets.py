@@ -1,0 +1,23 @@
+"""What a model can be exported to."""
+
+from typing import Any
+
+from ... import models
+
+TARGETS = ("keras", "dfm", "onnx", "safetensors")
+
+
+def targets_of(family: str, options: dict[str, Any] | None) -> list[str]:
+    """Members of `TARGETS` that a model can be written as.
+
+    Args:
+        family: Name of its family.
+        options: Options of the model; None: unknown, as is then what it can be written as.
+    """
+    if options is None:
+        return []
+    try:
+        models.meta_model(family, **options).graph()
+    except ValueError:  # a layer of it has no description
+        return ["safetensors"]
+    return [*TARGETS]

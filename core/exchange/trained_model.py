@@ -1,0 +1,77 @@
+"""What is to be exported: the network of a save, its crop, its origin, and faces to try it on."""
+
+import hashlib
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...models.autoencoder import Autoencoder
+from ..checkpoint.format import metadata_of
+from ..checkpoint.inference import network_of, read_model, refuse_not_finite
+from ..config import Config, to_dict
+from ..data.decode import decode_one
+from ..faces.folder import read_folder
+from ..faces.geometry import Crop
+
+_FACES_OF_SIDE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A save of a model folder, ready to be written for another program."""
+
+    network: Autoencoder
+    """Network in evaluation mode."""
+
+    config: Config
+    state: dict[str, Any]
+    """State of the training, as saved."""
+
+    metadata: dict[str, str]
+    """Origin: kind, run, version of mien, iterations, hash of the settings."""
+
+    @property
+    def crop(self) -> Crop:
+        """Crop that it was trained on, at the size of its largest pictures."""
+        data, network = self.config.data, self.network
+        size_px = max(network.input_px, network.output_px[-1])
+        return Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
+
+    def faces(self) -> list[np.ndarray]:
+        """Crops of the first faces of both folders, (S, S, 3) uint8, BGR; none of a folder that
+        is not there any more."""
+        crops = []
+        for path in (self.config.data.input_a, self.config.data.input_b):
+            with suppress(ValueError):
+                folder = read_folder(path, minimum=0, most=_FACES_OF_SIDE)
+                crops += [decode_one(face, self.crop) for face in folder.faces]
+        return [crop for crop in crops if isinstance(crop, np.ndarray)]
+
+
+def read_trained_model(path: Path, generation: str | None = None) -> TrainedModel:
+    """Read a save of a model folder, which is only read.
+
+    Args:
+        path: The model folder.
+        generation: Name of a save, or `backup`; None: the newest.
+
+    Raises:
+        ValueError: There is no such save, or it is damaged, does not fit its own settings, or holds
+            numbers that are none.
+    """
+    source, state, config, tensors = read_model(path, generation)
+    refuse_not_finite(tensors)
+    settings = json.dumps(to_dict(config), sort_keys=True)
+    origin = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest()}
+    metadata = metadata_of(state) | origin
+    del metadata["format"]  # of the tensors' own file
+    return TrainedModel(
+        network=network_of(source, config, tensors),
+        config=config,
+        state=state,
+        metadata=metadata,
+    )
