@@ -14,16 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Config
     from .console.outcome import Outcome
-    from .console.stop import StopRequest
     from .swapping import SwapModel, load_model, swap
     from .training.fit import train
 
-__all__ = ["Config", "Outcome", "StopRequest", "SwapModel", "load_model", "swap", "train"]
+__all__ = ["Config", "Outcome", "SwapModel", "load_model", "swap", "train"]
 
 _PLACES = {
     "Config": ".config",
     "Outcome": ".console.outcome",
-    "StopRequest": ".console.stop",
     "SwapModel": ".swapping",
     "load_model": ".swapping",
     "swap": ".swapping",

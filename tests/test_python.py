@@ -14,8 +14,8 @@ import torch
 
 from mien import core
 from mien.cli import main
-from mien.core import Config, Outcome, StopRequest, load_model, swap, train
-from mien.core.config import from_dict
+from mien.core import Config, Outcome, load_model, swap, train
+from mien.core.config import from_dict, to_toml
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 
@@ -96,7 +96,7 @@ def test_a_config_of_what_is_set_leaves_the_rest_to_the_model(faces, model_dir, 
 
 
 def test_a_request_from_another_thread_stops_after_a_save(faces, tmp_path):
-    stop, reached = StopRequest(), threading.Event()
+    stop, reached = threading.Event(), threading.Event()
     ended = []
 
     def on_event(event):
@@ -105,18 +105,41 @@ def test_a_request_from_another_thread_stops_after_a_save(faces, tmp_path):
 
     def run():
         settings = _settings(faces, tmp_path / "m", iterations=100_000)
-        ended.append(train(settings, on_event=on_event, stop=stop))
+        ended.append(train(settings, on_event=on_event, should_stop=stop.is_set))
 
     thread = threading.Thread(target=run)
     thread.start()
     assert reached.wait(300)
-    stop.request()
+    stop.set()
     thread.join(300)
     assert ended == [Outcome.STOPPED]
     assert load_model(tmp_path / "m").network is not None
 
 
+def test_metrics_are_the_steps_among_the_events(faces, tmp_path):
+    """Of a file of settings here: a third way to give them."""
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(from_dict(_settings(faces, tmp_path / "m"))))
+    metrics, events = [], []
+    outcome = train(path, on_metrics=metrics.append, on_event=events.append)
+    assert outcome is Outcome.DONE
+    assert metrics == [event for event in events if event["event"] == "step"]
+    assert metrics[-1]["iteration"] == 3
+
+
+def test_a_config_takes_tables_for_sections():
+    config = Config(train={"iterations": 5}, model={"trainer": "lightweight"})
+    assert (config.train.iterations, config.model.trainer) == (5, "lightweight")
+    assert config == from_dict({"train": {"iterations": 5}, "model": {"trainer": "lightweight"}})
+    with pytest.raises(ValueError, match="unknown setting train.iteration; did you mean"):
+        Config(train={"iteration": 5})
+    with pytest.raises(ValueError, match="train must be a table of settings, got 5"):
+        Config(train=5)
+
+
 def test_mistakes_are_value_errors_of_one_line(tmp_path):
+    with pytest.raises(ValueError, match="train must be a table of settings, got 5"):
+        train({"train": 5})
     with pytest.raises(ValueError, match="no model folder given"):
         train(Config())
     with pytest.raises(ValueError, match="train.batch_size must be"):

@@ -12,9 +12,11 @@ folder of a model only under the rules of `core.checkpoint.known_paths`.
 import dataclasses
 import re
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from ...models.fields import Checked, setting
+from ...models.fields import Checked, fields_of, named, nearest, setting, shown
 
 MASK_TYPES = (
     "bisenet-fp_face",
@@ -492,7 +494,12 @@ class PreviewConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """One training run, whole."""
+    """One training run, whole: each section as its class, or as a table of its settings.
+
+    Raises:
+        ValueError: A table has an unknown key (the nearest known one is named), a value is not
+            allowed, or values do not go together.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -507,6 +514,8 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:
+        for name in SECTIONS:
+            object.__setattr__(self, name, section_of(name, getattr(self, name)))
         uses_mask = self.loss.penalized_mask_loss or self.loss.learn_mask
         if uses_mask and self.data.mask_type == "none":
             raise ValueError(
@@ -525,6 +534,31 @@ class Config:
 SECTIONS: dict[str, type] = {
     spec.name: typing.cast(type, spec.default_factory) for spec in dataclasses.fields(Config)
 }
+
+
+def section_of(name: str, values: Any) -> Any:
+    """A section, as it is or made of a table of its settings.
+
+    Raises:
+        ValueError: It is neither, or the table has an unknown key (the nearest known one is named)
+            or a value that is not allowed.
+    """
+    kind = SECTIONS[name]
+    if isinstance(values, kind):
+        return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} must be a table of settings, got {shown(values)}")
+    refuse_unknown(values, fields_of(kind), f"{name}.")
+    return kind(**values)
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str = "") -> None:
+    """Refuse a key that is no name of a section or, with its prefix, of a setting."""
+    for key in values:
+        if key not in known:
+            near = nearest(key, known)
+            hint = f"; did you mean {prefix}{near}?" if near else ""
+            raise ValueError(f"unknown setting {prefix}{named(key)}{hint}")
 
 
 def section_name(kind: type) -> str:

@@ -5,9 +5,9 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from ...models.fields import Field, named, nearest, shown
+from ...models.fields import Field
 from ...models.fields import fields_of as rules_of
-from .sections import SECTIONS, Config, section_name
+from .sections import SECTIONS, Config, refuse_unknown, section_name, section_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +76,8 @@ def sections_of(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: On an unknown section or key (the nearest known one is named) or a bad value.
     """
-    _refuse_unknown(values, SECTIONS, "")
-    sections = {}
-    for name, kind in SECTIONS.items():
-        table = values.get(name, {})
-        if not isinstance(table, dict):
-            raise ValueError(f"{name} must be a table of settings, got {shown(table)}")
-        _refuse_unknown(table, fields_of(kind), f"{name}.")
-        sections[name] = kind(**table)
-    return sections
-
-
-def _refuse_unknown(values: dict[str, Any], known: dict[str, Any], prefix: str) -> None:
-    for key in values:
-        if key not in known:
-            near = nearest(key, known)
-            hint = f"; did you mean {prefix}{near}?" if near else ""
-            raise ValueError(f"unknown setting {prefix}{named(key)}{hint}")
+    refuse_unknown(values, SECTIONS)
+    return {name: section_of(name, values.get(name, {})) for name in SECTIONS}
 
 
 def model_settings(config: Config) -> dict[str, Any]:

@@ -24,12 +24,15 @@ class StopRequest:
     """A request that training ends after its present step, and a save.
 
     While entered, a signal is noted as one in `signal_name`; a second one ends the process.
+
+    Args:
+        should_stop: Function that is called between steps, in the thread that trains, and makes
+            the request when it returns true; None: none.
     """
 
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        """Name of the signal, or of the key that was pressed to stop, or "a request"."""
-
+    def __init__(self, should_stop: Callable[[], bool] | None = None) -> None:
+        self._signal_name: str | None = None
+        self._should_stop = should_stop
         self.when_noted: list[Callable[[], None]] = []
         """Functions called at every signal, for what must not be left undone if another one
         follows."""
@@ -38,16 +41,23 @@ class StopRequest:
         self.is_abrupt = False
         """Whether a signal raises `Interrupted` now."""
 
+    @property
+    def signal_name(self) -> str | None:
+        """Name of the signal or key that stops it, or "a request"; None: it goes on."""
+        if self._signal_name is None and self._should_stop is not None and self._should_stop():
+            self._signal_name = "a request"
+        return self._signal_name
+
+    @signal_name.setter
+    def signal_name(self, name: str) -> None:
+        self._signal_name = name
+
     def __enter__(self) -> "StopRequest":
         self._handlers.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._handlers.__exit__()
-
-    def request(self) -> None:
-        """Make the request, from any thread."""
-        self.signal_name = self.signal_name or "a request"
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -65,7 +75,7 @@ class StopRequest:
             # A save that hangs must not make the program one that cannot be stopped.
             for each in _INSISTENT:
                 self._handlers.set(each, signal.SIG_DFL)
-        self.signal_name = self.signal_name or signal.Signals(number).name
+        self._signal_name = self._signal_name or signal.Signals(number).name
         # Nothing here may wait: this runs between any two instructions of the program.
         for action in self.when_noted:
             action()

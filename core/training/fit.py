@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, recipes, to_dict
+from ..config import Config, read_toml, recipes, to_dict
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Requests
@@ -15,13 +15,16 @@ from ..console.stop import StopRequest
 from .resolve import Overrides
 from .unattended import train as train_unattended
 
+Listener = Callable[[dict[str, Any]], None]
+
 
 def train(
-    settings: Config | Mapping[str, Mapping[str, Any]],
+    config: Config | Mapping[str, Mapping[str, Any]] | str | Path,
     *,
     recipe: str | Path | None = None,
-    on_event: Callable[[dict[str, Any]], None] | None = None,
-    stop: StopRequest | None = None,
+    on_metrics: Listener | None = None,
+    on_event: Listener | None = None,
+    should_stop: Callable[[], bool] | None = None,
     echo: bool = False,
 ) -> Outcome:
     """Train a new model, or go on with the one in `save.model_dir`.
@@ -30,13 +33,16 @@ def train(
     determinism are the process's.
 
     Args:
-        settings: Values by section, as in a file of settings; of a `Config` those that are no
-            defaults.
+        config: File of settings, or values by section, as such a file has them; of a `Config`
+            those that are no defaults.
         recipe: The name or file of stages to train in; None: those that the model was saved with,
             if any.
-        on_event: Called with each report, which has the form of a line of `--json`, in the thread
-            that trains. What it raises ends the training, with the last save as it was.
-        stop: Ends the training, after a save, when `StopRequest.request` is called.
+        on_metrics: Called with the iteration, the losses and EG/s, as a `step` line of `--json` has
+            them, at most a few times a second. What it raises ends the training, with the last
+            save as it was.
+        on_event: Called in the same way with every report, a `step` too.
+        should_stop: Called between steps; the training ends after a save when it returns true.
+            All three are called in the thread that trains.
         echo: Print what `mien train` prints.
 
     Returns:
@@ -48,23 +54,40 @@ def train(
     """
     with ExitStack() as stack:
         stream = None if echo else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-        reporter = Reporter(stream, listener=_parsed(on_event))
-        overrides = Overrides(lasting=_overrides_in(settings))
+        reporter = Reporter(stream, listener=_listener(on_metrics, on_event))
+        overrides = Overrides(lasting=_overrides_in(config))
         chosen = None if recipe is None else recipes.load(str(recipe))
-        return train_unattended(overrides, reporter, chosen, Requests(stop))
+        requests = Requests(StopRequest(should_stop))
+        return train_unattended(overrides, reporter, chosen, requests)
 
 
-def _parsed(on_event: Callable[[dict[str, Any]], None] | None) -> Callable[[str], None] | None:
-    """The listener for lines of JSON that hands out what they hold."""
-    return None if on_event is None else lambda line: on_event(json.loads(line))
+def _listener(
+    on_metrics: Listener | None, on_event: Listener | None
+) -> Callable[[str], None] | None:
+    """What takes the lines of JSON and hands out what they hold; None where nobody listens."""
+    if on_metrics is None and on_event is None:
+        return None
+
+    def hand_out(line: str) -> None:
+        event = json.loads(line)
+        if on_metrics is not None and event["event"] == "step":
+            on_metrics(event)
+        if on_event is not None:
+            on_event(event)
+
+    return hand_out
 
 
-def _overrides_in(settings: Config | Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _overrides_in(
+    config: Config | Mapping[str, Mapping[str, Any]] | str | Path,
+) -> dict[str, Any]:
     """The settings as plain tables, of a `Config` those that a user has set."""
-    if not isinstance(settings, Config):
-        return {section: dict(table) for section, table in settings.items()}
+    if isinstance(config, (str, Path)):
+        return read_toml(Path(config).expanduser())
+    if isinstance(config, Mapping):
+        return dict(config)
     usual = to_dict(Config())
     return {
         section: {name: value for name, value in table.items() if value != usual[section][name]}
-        for section, table in to_dict(settings).items()
+        for section, table in to_dict(config).items()
     }
