@@ -6,11 +6,9 @@ normalisation of the picture becomes the backbone's. The channels of the picture
 the reference trains these networks, and all that follows them, on RGB.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,16 +17,27 @@ from torch import Tensor, nn
 from ..batch_norm import BatchNorm
 from ..keras_weights import Entry
 
-if TYPE_CHECKING:
-    from .backbones import Backbone
-
 # The same network here as there, its layers made in the same order but for ResNet's shortcuts.
 _SAME = r"clipv_.*|densenet\d+|efficientnet_.*|mobilenet|mobilenet_v2|resnet\d+|vgg\d+"
 
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def entries(backbone: Backbone) -> list[Entry]:
+class KnownNetwork(Protocol):
+    """A backbone, as far as its arrays go."""
+
+    mean: Tensor
+    std: Tensor
+    trunk: Any
+    name: str
+    is_vector: bool
+
+    @property
+    def normalize(self) -> str:
+        """How it scales a picture."""
+
+
+def entries(backbone: KnownNetwork) -> list[Entry]:
     """All arrays of the reference's network, in its order.
 
     Raises:
@@ -109,7 +118,7 @@ def _norm(layer: BatchNorm, *, adds: bool) -> Iterator[Entry]:
     yield Entry(shape, _copy(layer.running_var))
 
 
-def _normalization(backbone: Backbone) -> Iterator[Entry]:
+def _normalization(backbone: KnownNetwork) -> Iterator[Entry]:
     """Mean and variance of the picture's channels, and a count that nothing uses."""
     yield Entry((3,), _copy(backbone.mean, lambda t: t.reshape(3, 1, 1)))
     yield Entry((3,), _copy(backbone.std, lambda t: _deviation(t).reshape(3, 1, 1)))
