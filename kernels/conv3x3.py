@@ -56,7 +56,7 @@ class _Rooms(threading.local):
         if room is None or room.numel() < size:
             # A tensor of inference mode could be written to in no later call outside it.
             with torch.inference_mode(False):
-                room = self.rooms[name] = torch.empty(size)
+                room = self.rooms[name] = torch.empty(size, dtype=torch.float32, device="cpu")
         return room[:size].view(shape)
 
 
@@ -79,6 +79,11 @@ def pays(x_bchw: Tensor, weight: Tensor, padding: int) -> bool:
         and min(rows, columns) >= 4
         and x_bchw.numel() > 0
     )
+
+
+def _empty(size: tuple[int, ...]) -> Tensor:
+    """Numbers that libmien is to write: fp32 on the CPU, whatever the caller's defaults are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu", memory_format=NHWC)
 
 
 def _transform(
@@ -123,7 +128,7 @@ def _convolve(x_bchw: Tensor, weight: Tensor, padding: int, *, is_turned: bool =
     batch, inputs, rows, columns = x_bchw.shape
     outputs = weight.shape[1 if is_turned else 0]
     size = (batch, outputs, rows + 2 * padding - 2, columns + 2 * padding - 2)
-    y_bchw = torch.empty(size, memory_format=NHWC)
+    y_bchw = _empty(size)
     kernels = _tiles_of("KERNEL", "kernels", weight, len(weight), is_turned=is_turned)
     kernels = kernels if is_turned else kernels.transpose(1, 2)
     face_tiles = size[2] * size[3] // 4
@@ -176,7 +181,7 @@ def _weight_gradient(grad_bchw: Tensor, x_bchw: Tensor, padding: int) -> Tensor:
             torch.bmm(grads, pixels, out=kernels)
         else:
             torch.baddbmm(kernels, grads, pixels, out=kernels)
-    weight = torch.empty((outputs, inputs, 3, 3), memory_format=NHWC)
+    weight = _empty((outputs, inputs, 3, 3))
     _transform("KERNEL_GRADIENT", weight, kernels)
     return weight
 
@@ -211,7 +216,8 @@ def conv3x3(x_bchw: Tensor, weight: Tensor, padding: int = 1) -> Tensor:
     Differentiable; the results are those of a direct convolution within 1e-5 of their size.
 
     Args:
-        x_bchw: fp32, on the CPU; its rows and columns are even and, with the padding, at least 4.
+        x_bchw: fp32, on the CPU, of one face or more; its rows and columns are even and, with the
+            padding, at least 4.
         weight: [O, I, 3, 3] fp32.
         padding: Zeros before and after each axis, 0 or 1.
 
@@ -226,7 +232,12 @@ def conv3x3(x_bchw: Tensor, weight: Tensor, padding: int = 1) -> Tensor:
         raise ValueError(f"x and weight must have 4 axes, got {x_bchw.ndim} and {weight.ndim}")
     check_tensor(x_bchw, "x", tuple(x_bchw.shape), (torch.float32,), cpu)
     check_tensor(weight, "weight", (len(weight), x_bchw.shape[1], 3, 3), (torch.float32,), cpu)
-    rows, columns = x_bchw.shape[2:]
+    batch, inputs, rows, columns = x_bchw.shape
+    if not batch or not inputs or not len(weight):
+        raise ValueError(
+            "x must have at least 1 face, and both at least 1 channel, got "
+            f"{tuple(x_bchw.shape)} and {tuple(weight.shape)}"
+        )
     if padding not in (0, 1) or rows % 2 or columns % 2 or min(rows, columns) + 2 * padding < 4:
         raise ValueError(
             "rows and columns must be even and, with padding 0 or 1, at least 4, "

@@ -78,6 +78,28 @@ def test_training_goes_on_after_inference(monkeypatch):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_defaults_of_the_caller_do_not_matter(monkeypatch, default):
+    pair = _pair(2, 16, 16, 8, 8)
+    wanted = _results(conv3x3, *pair, 1)
+    monkeypatch.setattr(module, "_rooms", module._Rooms())  # no memory is kept yet
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        y = conv3x3(*pair, 1)
+        grads = torch.autograd.grad(y, pair, torch.ones_like(y))
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(y, wanted[0])
+    assert [grad.dtype for grad in grads] == [torch.float32] * 2
+    for grad, expected in zip(
+        grads,
+        torch.autograd.grad(reference.conv3x3(*pair, 1), pair, torch.ones_like(y)),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-4)  # sums of hundreds
+
+
 def test_transforms_do_not_depend_on_threads():
     pair = _pair(3, 40, 24, 8, 8)
     before = torch.get_num_threads()
@@ -118,6 +140,9 @@ def test_tensors_of_another_layout_are_copied():
         ((1, 4, 5, 4), (4, 4, 3, 3), 1, "rows and columns must be even"),
         ((1, 4, 4, 4), (4, 4, 3, 3), 2, "rows and columns must be even"),
         ((1, 4, 2, 4), (4, 4, 3, 3), 0, "at least 4, got 2x4 and 0"),
+        ((0, 4, 4, 4), (4, 4, 3, 3), 1, r"at least 1 face, .* got \(0, 4, 4, 4\)"),
+        ((1, 4, 4, 4), (0, 4, 3, 3), 1, r"at least 1 channel, got .* \(0, 4, 3, 3\)"),
+        ((1, 0, 4, 4), (4, 0, 3, 3), 1, r"at least 1 channel, got \(1, 0, 4, 4\)"),
     ],
 )
 def test_other_forms_are_refused(x, weight, padding, message):
