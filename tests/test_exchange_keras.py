@@ -6,6 +6,7 @@ MIEN_FUZZ is the number of cases of the test with damaged files (default: 40).
 import builtins
 import collections
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -17,7 +18,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ORACLE, oracle_files, tiny_options
+from conftest import tiny_options
+from oracle_numbers import ORACLE, oracle_files
 
 from mien import models
 from mien.cli import main
@@ -25,7 +27,7 @@ from mien.cli.exchange import EXPORTERS
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import TrainingState
 from mien.core.config import from_dict, model_settings
-from mien.core.exchange import keras_export
+from mien.core.exchange import keras_export, legacy_attributes, legacy_h5
 from mien.core.exchange.keras_config import from_json, to_json
 from mien.core.exchange.keras_order import snake_case, weight_paths
 from mien.core.exchange.keras_reader import find, graph_of, read_model, settings_of_model
@@ -635,6 +637,44 @@ def _spoilt_bytes(rng, content, num_bytes):
     for _ in range(rng.choice((1, 2, 8, 32))):
         spoilt[rng.randrange(min(num_bytes, len(spoilt)))] = rng.randrange(256)
     return bytes(spoilt[: rng.randrange(len(spoilt))] if rng.random() < 0.1 else spoilt)
+
+
+def _legacy(path, layers):
+    """A file of Keras 2 with a graph of these layers."""
+    with h5py.File(path, "w") as file:
+        file.attrs["keras_version"] = "2.4.0"
+        file.attrs["model_config"] = json.dumps({"config": {"name": "model", "layers": layers}})
+    return path
+
+
+def test_modules_in_the_working_folder_are_not_run(tmp_path, monkeypatch):
+    path = _legacy(tmp_path / "model.h5", [])
+    for name in ("h5py", "json", "resource"):
+        (tmp_path / f"{name}.py").write_text(f"open('{name}.run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert legacy_h5.graph_of(path)["config"] == {"name": "model", "layers": []}
+    assert not list(tmp_path.glob("*.run"))
+
+
+def test_attributes_without_a_process_are_refused_in_a_line(tmp_path, monkeypatch):
+    path = _legacy(tmp_path / "model.h5", [])
+
+    def refuse(*_, **__):
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(legacy_attributes.subprocess, "run", refuse)
+    with pytest.raises(
+        ValueError, match="no process could be started for it .*unavailable.*ulimit"
+    ):
+        graph_of(path)
+
+
+@pytest.mark.parametrize("node", [[], {}, 7, [[]], [["face"]], [["face", "0", 0]]])
+def test_damaged_calls_of_keras_2_are_refused_in_a_line(tmp_path, node):
+    face = {"class_name": "InputLayer", "config": {"name": "face"}, "inbound_nodes": []}
+    out = {"class_name": "Flatten", "config": {"name": "out"}, "inbound_nodes": [node]}
+    with pytest.raises(ValueError, match=r"model.h5: its graph is damaged$"):
+        graph_of(_legacy(tmp_path / "model.h5", [face, out]))
 
 
 def test_damaged_folders_are_read_or_refused_in_a_line(exported, tmp_path):

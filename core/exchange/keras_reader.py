@@ -113,7 +113,7 @@ def graph_of(path: Path) -> Network:
 def _parsed(values: Any) -> Network:
     try:
         return from_json(values)
-    except (TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
+    except (TypeError, LookupError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError("its graph is damaged") from error
 
 

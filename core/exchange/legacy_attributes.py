@@ -1,7 +1,8 @@
 """Attributes of an HDF5 file as JSON, read by a process of its own.
 
 The library trusts the lengths of texts in attributes: a damaged one makes it take gigabytes, or
-crash. Here that ends a process that nothing depends on.
+crash. Here that ends a process that nothing depends on. It runs this file by its path, and takes no
+modules from the working folder, which may be a stranger's.
 """
 
 import json
@@ -22,11 +23,16 @@ def read_attributes(path: Path, *names: str) -> dict[str, str]:
     """Texts of some attributes of a file; empty for one that there is not, or is no such text.
 
     Raises:
-        ValueError: The file is damaged.
+        ValueError: The file is damaged, or there can be no such process.
     """
-    command = [sys.executable, "-m", __name__, str(path), *names]
+    command = [sys.executable, "-P", __file__, str(path), *names]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_MAX_SECONDS, check=True)
+    except OSError as error:
+        raise ValueError(
+            f"its HDF5 part cannot be read: no process could be started for it ({error.strerror}); "
+            "free memory, or raise `ulimit -u`"
+        ) from error
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         raise ValueError("its HDF5 part is damaged") from error
     return json.loads(done.stdout)

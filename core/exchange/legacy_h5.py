@@ -39,7 +39,7 @@ def graph_of(path: Path) -> Json:
         raise ValueError("it has no graph of a readable size")
     try:
         return _modern(json.loads(text))
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError("its graph is damaged") from error
 
 
