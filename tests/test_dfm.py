@@ -28,6 +28,7 @@ from mien.core.exchange.onnx_check import (
     verify,
 )
 from mien.core.faces.geometry import MEAN_FACE_L2, Crop, transform
+from mien.models.graph_evaluation import evaluate
 
 METADATA = {"kind": "synthetic face model", "run_id": "17"}
 FACEFUSION = Crop("face", 1.0, -0.08, 64)
@@ -254,6 +255,19 @@ def test_file_that_differs_is_refused():
     plan, content = dfm_of(other)
     with pytest.raises(ValueError, match="differs from the model by .*nothing was written"):
         verify(content, sample_pictures(plan.size_px), expected_of_dfm(network, plan))
+
+
+def test_what_a_file_is_to_give_is_exact():
+    """In fp32 the model's own rounding would be taken for the file's, and refuse a large model."""
+    network = network_of("lightweight", learn_mask=True)
+    faces_1ssc = sample_pictures(64)[0][None]
+    graph, faces_1chw = network.graph(), torch.from_numpy(faces_1ssc).permute(0, 3, 1, 2)
+    names = (value.call.layer.name for value in graph.inputs)
+    wanted = evaluate(graph, graph.outputs, dict.fromkeys(names, faces_1chw))
+    found = expected_of_plain(network)(faces_1ssc)
+    for one, other in zip(found, wanted, strict=True):
+        assert abs(one - other.permute(0, 2, 3, 1).numpy()).max() <= 1e-12
+    assert {tensor.dtype for tensor in network.parameters()} == {torch.float32}
 
 
 def test_file_of_another_size_is_refused():

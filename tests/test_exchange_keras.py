@@ -663,9 +663,7 @@ def test_attributes_without_a_process_are_refused_in_a_line(tmp_path, monkeypatc
         raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(legacy_attributes.subprocess, "run", refuse)
-    with pytest.raises(
-        ValueError, match="no process could be started for it .*unavailable.*ulimit"
-    ):
+    with pytest.raises(ValueError, match="no process could be started .*unavailable.*ulimit"):
         graph_of(path)
 
 

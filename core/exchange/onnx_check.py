@@ -1,10 +1,13 @@
 """Comparison of an ONNX file with the model that it was made of, before anybody gets it.
 
-What the file is to give is computed by the model itself and by OpenCV, without the file's graph.
+What the file is to give is computed by the model itself and by OpenCV, without the file's graph,
+and in fp64: a difference is then the rounding of whatever runs the file. Between two orders of fp32
+sums it can pass 1e-4 where layers are large.
 
 Letters: N faces, S edge of a picture in px, c channels.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 
-from ...models.autoencoder import Autoencoder
+from ...models.autoencoder import Autoencoder, Side
 from .dfm import SIDES, DfmPlan, constant_mask
 from .dfm_crops import Placement
 from .onnx_graph import import_onnx
@@ -22,7 +25,7 @@ MAX_DIFFERENCE = 1e-4
 
 Arrays = list[np.ndarray]
 Expected = Callable[[np.ndarray], Arrays]
-"""What a file gives for one picture (1, S, S, 3) float32, as (1, S, S, c) each."""
+"""What a file gives for one picture (1, S, S, 3) float32, as (1, S, S, c) each, fp32 or fp64."""
 
 
 @dataclass(frozen=True)
@@ -105,21 +108,22 @@ def sample_pictures(size_px: int, faces: Sequence[np.ndarray] = ()) -> Arrays:
 
 def expected_of_plain(network: Autoencoder) -> Expected:
     """What a file of the model as it is gives."""
+    exact = copy.deepcopy(network).double()
 
     def run(faces_nssc: np.ndarray) -> Arrays:
-        return [output for side in SIDES for output in _decoded(network, faces_nssc, side)]
+        return [output for side in SIDES for output in _decoded(exact, faces_nssc, side)]
 
     return run
 
 
 def expected_of_dfm(network: Autoencoder, plan: DfmPlan) -> Expected:
     """What a .dfm gives."""
-    placement = plan.placement
+    placement, exact = plan.placement, copy.deepcopy(network).double()
 
     def run(picture_1ssc: np.ndarray) -> Arrays:
         picture_ssc = picture_1ssc[0]
         face = _sized(_inside(picture_ssc, placement), network.input_px)
-        of_a, of_b = (_decoded(network, face[None], side) for side in SIDES)
+        of_a, of_b = (_decoded(exact, face[None], side) for side in SIDES)
         swapped = _put(of_b[-2 if network.build.learn_mask else -1][0], picture_ssc, placement)
         nothing = np.zeros_like(picture_ssc[..., :1])
         if plan.mask == "learned":
@@ -132,10 +136,9 @@ def expected_of_dfm(network: Autoencoder, plan: DfmPlan) -> Expected:
 
 
 @torch.inference_mode()
-def _decoded(network: Autoencoder, faces_nssc: np.ndarray, side: str) -> Arrays:
-    faces_nchw = torch.from_numpy(faces_nssc).permute(0, 3, 1, 2)
-    outputs = network.swap(faces_nchw, "a" if side == "a" else "b")
-    return [output.float().permute(0, 2, 3, 1).numpy() for output in outputs]
+def _decoded(exact: Autoencoder, faces_nssc: np.ndarray, side: Side) -> Arrays:
+    faces_nchw = torch.from_numpy(faces_nssc).permute(0, 3, 1, 2).double()
+    return [output.permute(0, 2, 3, 1).numpy() for output in exact.swap(faces_nchw, side)]
 
 
 def _inside(picture_ssc: np.ndarray, placement: Placement) -> np.ndarray:
