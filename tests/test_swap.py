@@ -3,9 +3,12 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import struct
+from contextlib import closing
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +18,11 @@ import pytest
 import torch
 
 from mien.cli import main
-from mien.core.convert import convert, film, video
+from mien.core.checkpoint import inference
+from mien.core.convert import convert, film, output, video
 from mien.core.convert.blend import BlendOptions, face_mask, matched, softened
 from mien.core.convert.film import SwapSettings, swap_film
-from mien.core.convert.frames import read_picture
+from mien.core.convert.frames import Frame, read_picture
 from mien.core.convert.patch import cut_patch, paste, patch_matrix, rescaled
 from mien.core.convert.placement import read_faces
 from mien.core.data.decode import decode_one
@@ -633,6 +637,34 @@ def test_unusable_faces_are_named(run, place):
     assert "does not name the frame" in message
 
 
+def test_a_full_disk_is_told_and_frames_are_completed_later(run, place, monkeypatch):
+    real, written = output.write_file, []
+
+    def write_two(path, content):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path.name)
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_file", write_two)
+        with pytest.raises(ValueError, match="cannot be written: No space left on device; mend"):
+            run(num_threads=1)
+    assert sorted(path.name for path in (place / "out").iterdir()) == sorted(written)
+    report, _ = run()
+    assert (report.frames, report.kept) == (NUM_FACES + 1, 1)
+
+
+def test_a_full_disk_leaves_no_sheet(run, place, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(inference, "write_output", refuse)
+    with pytest.raises(ValueError, match="cannot write .*sheet.png: No space left on device"):
+        run(sheet=place / "sheet.png")
+    assert not (place / "sheet.png").exists()
+
+
 # Videos
 
 
@@ -742,6 +774,30 @@ def test_a_part_of_a_video_is_removed(run, place, clip):
     assert report.is_stopped
     assert not list(place.glob("*film.mp4*"))
     assert not (place / "film.mp4").exists()
+
+
+def test_a_full_disk_leaves_no_part_of_a_video(tmp_path):
+    written = video.VideoOutput(
+        tmp_path / "film.mp4", None, Fraction(25), "synthetic face", has_sound=False
+    )
+    random = np.random.default_rng(0)
+
+    def write():
+        with closing(written):
+            for number in range(80):
+                image = random.integers(0, 255, (128, 128, 3), np.uint8)
+                frame = Frame(f"{number}", partial(np.copy, image))
+                written.put(written.encode(frame, image))
+            written.finish()
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # as a disk that is full
+    try:
+        with pytest.raises(ValueError, match=r"film.mp4 cannot be written: File too large"):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_frames_of_other_sizes_make_no_video(run, place):

@@ -15,11 +15,11 @@ import numpy as np
 
 from ...models.autoencoder import Side
 from .. import precision
+from ..checkpoint.inference import write_export
 from ..data.decode import thread_count
 from ..faces.inspect import tiled
 from ..faces.masks import LANDMARK_MASKS
 from ..swapping import BatchDecoder, SwapModel, load_model, require_side
-from ..system.durable_files import write_output
 from ..training.devices import choose_device
 from .blend import FEATHER_SHARE, LEARNED, BlendOptions
 from .convert import TILE_PX, Converter
@@ -336,5 +336,5 @@ def _write_sheet(
 ) -> Path | None:
     """Write the picture of some faces before and after."""
     assert settings.sheet is not None
-    write_output(settings.sheet, encoded_png(tiled(tiles, TILE_PX), text), force=settings.force)
+    write_export(settings.sheet, encoded_png(tiled(tiles, TILE_PX), text), force=settings.force)
     return settings.sheet

@@ -93,7 +93,8 @@ class PictureOutput:
         text: What each swapped frame says about itself.
 
     Raises:
-        ValueError: The folder holds other files, or frames that were made with something else.
+        ValueError: The folder holds other files, or frames that were made with something else; or
+            the disk refuses a file.
         OSError: It cannot be made.
     """
 
@@ -105,7 +106,7 @@ class PictureOutput:
             folder.mkdir()
         self._names = {entry.name for entry in os.scandir(folder)}
         if not self._names:
-            write_file(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+            _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         elif MANIFEST not in self._names:
             raise ValueError(f"{folder} is not empty: give a new folder, or empty this one first")
         else:
@@ -123,8 +124,7 @@ class PictureOutput:
             content = read_bytes(frame.path)
         else:
             content = cv2.imencode(".png", frame.read(), _FAST_PNG)[1].tobytes()
-        with contextlib.suppress(FileExistsError):  # another process has been quicker
-            write_file(self.folder / self._name(frame, image_hwc is not None), content)
+        _write(self.folder / self._name(frame, image_hwc is not None), content)
 
     def put(self, _encoded: None) -> None:
         """Do nothing: the frame is written."""
@@ -139,6 +139,18 @@ class PictureOutput:
     @staticmethod
     def _name(frame: Frame, is_swapped: bool) -> str:
         return f"{frame.stem}.png" if is_swapped or frame.path is None else frame.path.name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, unless another process has been quicker; ValueError where the disk refuses."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            write_file(path, content)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror or error}; mend that and call it again, "
+            "what is written stays"
+        ) from None
 
 
 def _refuse_other(path: Path, manifest: dict[str, Any]) -> None:

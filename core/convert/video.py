@@ -11,6 +11,7 @@ import importlib
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -215,7 +216,8 @@ class VideoOutput:
         if self._sound:
             self._sound.close()
         if self._container is not None:
-            self._container.close()
+            with suppress(_av().FFmpegError):  # of a full disk, which has been told
+                self._container.close()
         discard(self._part)
 
     def _open(self, width_px: int, height_px: int) -> None:
