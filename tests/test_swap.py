@@ -1,5 +1,6 @@
 """`mien swap`: the faces of a film, decoded as the other side, in its frames again."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -635,6 +636,19 @@ def test_unusable_faces_are_named(run, place):
     _, events = run()
     (message,) = [event["message"] for event in events if event["event"] == "warning"]
     assert "does not name the frame" in message
+
+
+def test_another_film_in_the_same_folders_is_no_continuation(run, place):
+    run()
+    path = faces_of(place)[0]
+    face, header = read_face(path)
+    header = dataclasses.replace(header, landmarks_l2=header.landmarks_l2 + np.float32(1.5))
+    with open_picture(path, face.edge_px) as image:
+        write_face(path, image.copy(), header)
+    before = {each: each.read_bytes() for each in (place / "out").iterdir()}
+    with pytest.raises(ValueError, match="holds frames made with landmarks_sha256 .*new folder"):
+        run()
+    assert {each: each.read_bytes() for each in (place / "out").iterdir()} == before
 
 
 def test_a_full_disk_is_told_and_frames_are_completed_later(run, place, monkeypatch):

@@ -205,7 +205,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
         model, decode, settings.batch_size, options, faces, shown if settings.sheet else frozenset()
     )
     text = origin(model, settings.side)
-    output = _open_output(settings, model, options, source, sum(map(len, faces.values())), text)
+    output = _open_output(settings, model, options, source, faces, text)
     num_frames = len(stems if chosen is None else chosen)
     emit(
         "start",
@@ -314,7 +314,7 @@ def _open_output(
     model: SwapModel,
     options: BlendOptions,
     source: Video | PictureFolder,
-    num_faces: int,
+    faces: Faces,
     text: str,
 ) -> PictureOutput | VideoOutput:
     if settings.output.suffix.lower() in CONTAINERS:
@@ -325,9 +325,7 @@ def _open_output(
             text,
             has_sound=settings.preview is None,
         )
-    manifest = manifest_of(
-        model, settings.side, options, settings.frames, settings.faces, num_faces
-    )
+    manifest = manifest_of(model, settings.side, options, settings.frames, settings.faces, faces)
     return PictureOutput(settings.output, manifest, text)
 
 

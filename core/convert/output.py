@@ -23,6 +23,7 @@ from ..swapping import SwapModel
 from ..system.durable_files import DamagedError, read_regular, sync_folder, write_file
 from .blend import BlendOptions
 from .frames import Frame, read_bytes
+from .placement import Faces, landmarks_digest
 
 MANIFEST = "mien_swap.json"
 SCHEMA = "mien.swap/1"
@@ -51,9 +52,12 @@ def origin(model: SwapModel, side: Side) -> str:
 
 
 def manifest_of(
-    model: SwapModel, side: Side, options: BlendOptions, frames: Path, faces: Path, num_faces: int
+    model: SwapModel, side: Side, options: BlendOptions, frames: Path, folder: Path, faces: Faces
 ) -> dict[str, Any]:
-    """What decides how the frames look, ready for JSON."""
+    """What decides how the frames look, ready for JSON.
+
+    The folders alone do not: another film may have been put into them since.
+    """
     return {
         "schema": SCHEMA,
         "kind": "synthetic face",
@@ -62,8 +66,9 @@ def manifest_of(
         "side": side,
         **asdict(options),
         "frames": str(frames.resolve()),
-        "faces": str(faces.resolve()),
-        "num_faces": num_faces,
+        "faces": str(folder.resolve()),
+        "num_faces": sum(map(len, faces.values())),
+        "landmarks_sha256": landmarks_digest(faces),
     }
 
 

@@ -7,6 +7,8 @@ extraction calls them `<video>_<number of six digits>`.
 Letters: l = landmark (68), 2 = (x, y) in px of the frame.
 """
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -131,6 +133,15 @@ def require_frames(
         raise ValueError(f"{text}; give all frames, or add --partial to leave those faces out")
     warn(f"{text}; those faces are left out")
     return {stem: found for stem, found in faces.items() if stem in stems}
+
+
+def landmarks_digest(faces: Faces) -> str:
+    """SHA-256 of the frames' names and the landmarks in them: two films never have the same."""
+    sha256 = hashlib.sha256()
+    for stem, found in sorted(faces.items()):
+        for placed in found:
+            sha256.update(os.fsencode(stem) + b"\0" + placed.face.landmarks_l2.tobytes())
+    return sha256.hexdigest()
 
 
 def first_number(stems: Iterable[str]) -> int:
