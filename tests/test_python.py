@@ -17,7 +17,7 @@ from mien.cli import main
 from mien.core import Config, Outcome, load_model, swap, train
 from mien.core.config import from_dict, to_toml
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,32 @@ def test_the_import_loads_no_torch():
 
 def test_the_page_is_true(faces, tmp_path):
     """All its examples, one after another, in a folder with faces."""
-    (tmp_path / "faces").symlink_to(faces)
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    examples = _examples(ROOT / "docs" / "python.md")
     assert len(examples) == 4
     paths = [str(path) for path in sorted((faces / "a").iterdir())[:3]]
+    _run([f"paths = {paths}", *examples, "assert losses[-1][0] == 6, losses"], faces, tmp_path)
+
+
+def test_the_readme_is_true(faces, tmp_path):
+    """Its example, of a narrow model that trains for two iterations."""
+    (example,) = _examples(ROOT / "README.md")
+    narrow = example.replace('"lightweight"}', '"lightweight", "options": {"width": 8}}')
+    short = narrow.replace("10_000", "2")
+    assert narrow != example
+    assert short != narrow
+    crops = "import numpy as np; crops = np.zeros((3, 96, 96, 3), np.uint8)"
+    _run([crops, short, "assert faces_of_b.shape == (3, 64, 64, 3)"], faces, tmp_path)
+
+
+def _examples(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
+def _run(lines, faces, tmp_path):
+    """Run the lines as a program, in a folder with faces; it prints nothing and leaves a model."""
+    (tmp_path / "faces").symlink_to(faces)
     script = tmp_path / "page.py"
-    script.write_text(
-        "\n".join([f"paths = {paths}", *examples, "assert losses[-1][0] == 6, losses"])
-    )
+    script.write_text("\n".join(lines))
     done = subprocess.run(
         [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False
     )
