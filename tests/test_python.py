@@ -1,5 +1,6 @@
 """The door for Python: `mien.core` trains, stops and swaps; the page about it is true."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -14,8 +15,11 @@ import torch
 
 from mien import core
 from mien.cli import main
-from mien.core import Config, Outcome, load_model, swap, train
+from mien.core import Config, Outcome, load_model, read_crops, swap, train
 from mien.core.config import from_dict, to_toml
+from mien.core.data.decode import decode_one
+from mien.core.faces.folder import read_face
+from mien.core.faces.geometry import Crop
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,8 +73,26 @@ def test_the_readme_is_true(faces, tmp_path):
     short = narrow.replace("10_000", "2")
     assert narrow != example
     assert short != narrow
-    crops = "import numpy as np; crops = np.zeros((3, 96, 96, 3), np.uint8)"
-    _run([crops, short, "assert faces_of_b.shape == (3, 64, 64, 3)"], faces, tmp_path)
+    paths = [str(path) for path in sorted((faces / "a").iterdir())[:3]]
+    _run([f"paths = {paths}", short, "assert faces_of_b.shape == (3, 64, 64, 3)"], faces, tmp_path)
+
+
+def test_crops_are_those_that_training_cuts_out(faces, model_dir, tmp_path):
+    model = dataclasses.replace(load_model(model_dir[0]), coverage=75.0, vertical_offset=-8)
+    path = sorted((faces / "a").iterdir())[0]
+    crops = read_crops(model, [str(path), path])
+    assert crops.shape == (2, model.input_px, model.input_px, 3)
+    expected = decode_one(read_face(path)[0], Crop("face", 0.75, -0.08, model.input_px))
+    assert (crops == expected).all()
+    no_face = tmp_path / "no_face.png"
+    no_face.write_bytes(b"no picture")
+    for paths, message in (
+        ([], "paths must name one face file or more, got none"),
+        ([path, no_face], f"^{re.escape(str(no_face))}: "),
+        ([tmp_path / "missing.png"], f"^{re.escape(str(tmp_path / 'missing.png'))}: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_crops(model, paths)
 
 
 def _examples(page):
