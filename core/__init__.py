@@ -1,9 +1,10 @@
 """mien from Python: train a model, and swap faces with it.
 
-    from mien.core import load_model, swap, train
+    from mien.core import load_model, read_crops, swap, train
 
     train({"data": {"input_a": "faces/a", "input_b": "faces/b"}, "save": {"model_dir": "out"}})
-    faces_of_b, masks = swap(load_model("out"), faces_of_a)
+    model = load_model("out")
+    faces_of_b, masks = swap(model, read_crops(model, ["faces/a/0001.png"]))
 
 What is named here is loaded when it is first used, so that the import costs no PyTorch.
 """
@@ -14,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import Config
     from .console.outcome import Outcome
-    from .swapping import SwapModel, load_model, swap
+    from .swapping import SwapModel, load_model, read_crops, swap
     from .training.fit import train
 
-__all__ = ["Config", "Outcome", "SwapModel", "load_model", "swap", "train"]
+__all__ = ["Config", "Outcome", "SwapModel", "load_model", "read_crops", "swap", "train"]
 
 _PLACES = {
     "Config": ".config",
     "Outcome": ".console.outcome",
     "SwapModel": ".swapping",
     "load_model": ".swapping",
+    "read_crops": ".swapping",
     "swap": ".swapping",
     "train": ".training.fit",
 }

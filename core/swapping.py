@@ -5,6 +5,7 @@ row, column, channel.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from ..models.autoencoder import Autoencoder, Side
 from .checkpoint.inference import SCHEMA, built, network_of, read_model, refuse_misfit
 from .checkpoint.inference import SIDES as SIDES_OF
 from .config import DataConfig, from_dict
-from .faces.geometry import resize
+from .data.decode import decode_one
+from .faces.folder import read_face
+from .faces.geometry import Crop, resize
+from .faces.png import FaceFileError
 
 _WARM_UP_RUNS = 2
 """Runs before a capture, as the training's graph has them; unmeasured on a GPU."""
@@ -60,6 +64,11 @@ class SwapModel:
         return self.network.output_px[-1]
 
     @property
+    def crop(self) -> Crop:
+        """Part of a face that the network takes, at its size."""
+        return Crop(self.centering, self.coverage / 100, self.vertical_offset / 100, self.input_px)
+
+    @property
     def has_mask(self) -> bool:
         """Whether a mask comes back with each face."""
         return self.network.build.learn_mask
@@ -90,6 +99,36 @@ def load_model(
     if generation is not None:
         raise ValueError(f"{path} is no model folder, so it has no generation {generation!r}")
     return _of_file(path, device)
+
+
+def read_crops(model: SwapModel, paths: Iterable[str | Path]) -> np.ndarray:
+    """Cut the faces out of face files as the model was trained on them.
+
+    Args:
+        model: Model from `load_model`.
+        paths: Face PNGs, or JPEGs of DeepFaceLab.
+
+    Returns:
+        (N, E, E, 3) uint8, BGR, at the edge that the model takes.
+
+    Raises:
+        ValueError: There is no path, or a file is no usable face; one line says which.
+    """
+    crops = [_read_crop(Path(path).expanduser(), model.crop) for path in paths]
+    if not crops:
+        raise ValueError("paths must name one face file or more, got none")
+    return np.stack(crops)
+
+
+def _read_crop(path: Path, crop: Crop) -> np.ndarray:
+    """One face's crop, (E, E, 3) uint8 BGR."""
+    try:
+        decoded = decode_one(read_face(path)[0], crop)
+        if isinstance(decoded, FaceFileError):
+            raise decoded
+    except FaceFileError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return decoded
 
 
 def swap(

@@ -60,6 +60,11 @@ def test_every_setting_is_documented_and_enforced(spec):
             "0.0, with which nothing would move; set a bound, or clipping to none",
         ),
         ({"preview": {"mask_color": "red"}}, "preview.mask_color must be #rrggbb, got 'red'"),
+        (
+            {"train": {"learning_rate": 1e-4}},
+            "unknown setting train.learning_rate; did you mean optimizer.learning_rate?",
+        ),
+        ({"batch_size": 4}, "unknown setting batch_size; did you mean train.batch_size?"),
         ({"train": {5: 1}}, "unknown setting train.5"),
         ({5: {}}, "unknown setting 5"),
     ],

@@ -1,5 +1,6 @@
 """The door for Python: `mien.core` trains, stops and swaps; the page about it is true."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -14,10 +15,13 @@ import torch
 
 from mien import core
 from mien.cli import main
-from mien.core import Config, Outcome, load_model, swap, train
+from mien.core import Config, Outcome, load_model, read_crops, swap, train
 from mien.core.config import from_dict, to_toml
+from mien.core.data.decode import decode_one
+from mien.core.faces.folder import read_face
+from mien.core.faces.geometry import Crop
 
-PAGE = Path(__file__).parents[1] / "docs" / "python.md"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +60,50 @@ def test_the_import_loads_no_torch():
 
 def test_the_page_is_true(faces, tmp_path):
     """All its examples, one after another, in a folder with faces."""
-    (tmp_path / "faces").symlink_to(faces)
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    examples = _examples(ROOT / "docs" / "python.md")
     assert len(examples) == 4
     paths = [str(path) for path in sorted((faces / "a").iterdir())[:3]]
+    _run([f"paths = {paths}", *examples, "assert losses[-1][0] == 6, losses"], faces, tmp_path)
+
+
+def test_the_readme_is_true(faces, tmp_path):
+    """Its example, of a narrow model that trains for two iterations."""
+    (example,) = _examples(ROOT / "README.md")
+    narrow = example.replace('"lightweight"}', '"lightweight", "options": {"width": 8}}')
+    short = narrow.replace("10_000", "2")
+    assert narrow != example
+    assert short != narrow
+    paths = [str(path) for path in sorted((faces / "a").iterdir())[:3]]
+    _run([f"paths = {paths}", short, "assert faces_of_b.shape == (3, 64, 64, 3)"], faces, tmp_path)
+
+
+def test_crops_are_those_that_training_cuts_out(faces, model_dir, tmp_path):
+    model = dataclasses.replace(load_model(model_dir[0]), coverage=75.0, vertical_offset=-8)
+    path = sorted((faces / "a").iterdir())[0]
+    crops = read_crops(model, [str(path), path])
+    assert crops.shape == (2, model.input_px, model.input_px, 3)
+    expected = decode_one(read_face(path)[0], Crop("face", 0.75, -0.08, model.input_px))
+    assert (crops == expected).all()
+    no_face = tmp_path / "no_face.png"
+    no_face.write_bytes(b"no picture")
+    for paths, message in (
+        ([], "paths must name one face file or more, got none"),
+        ([path, no_face], f"^{re.escape(str(no_face))}: "),
+        ([tmp_path / "missing.png"], f"^{re.escape(str(tmp_path / 'missing.png'))}: "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_crops(model, paths)
+
+
+def _examples(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+
+
+def _run(lines, faces, tmp_path):
+    """Run the lines as a program, in a folder with faces; it prints nothing and leaves a model."""
+    (tmp_path / "faces").symlink_to(faces)
     script = tmp_path / "page.py"
-    script.write_text(
-        "\n".join([f"paths = {paths}", *examples, "assert losses[-1][0] == 6, losses"])
-    )
+    script.write_text("\n".join(lines))
     done = subprocess.run(
         [sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False
     )

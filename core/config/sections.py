@@ -556,9 +556,18 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str 
     """Refuse a key that is no name of a section or, with its prefix, of a setting."""
     for key in values:
         if key not in known:
-            near = nearest(key, known)
-            hint = f"; did you mean {prefix}{near}?" if near else ""
+            meant = _meant(key, known, prefix)
+            hint = f"; did you mean {meant}?" if meant else ""
             raise ValueError(f"unknown setting {prefix}{named(key)}{hint}")
+
+
+def _meant(key: object, known: Iterable[str], prefix: str) -> str | None:
+    """The setting of that name in another section, or else the nearest name in this one."""
+    for name, kind in SECTIONS.items():
+        if key in fields_of(kind):
+            return f"{name}.{key}"
+    near = nearest(key, known)
+    return f"{prefix}{near}" if near else None
 
 
 def section_name(kind: type) -> str:

@@ -114,8 +114,7 @@ class Converter:
         self._decode, self._batch_size = decode, batch_size
         self._options, self._faces, self._shown = options, faces, shown
         self._output_px = model.output_px
-        offset = model.vertical_offset / 100
-        self._crop = Crop(model.centering, model.coverage / 100, offset, model.input_px)
+        self._crop = model.crop
 
     def convert(
         self, frames: Iterable[Frame], output: Output, num_threads: int
