@@ -17,7 +17,7 @@ from ..core.config import from_dict
 from ..core.precision import Precision
 from ..core.training import memory
 from ..models.alignment import MULTIPLE
-from ..models.batch_norm import norms_of, remember
+from ..models.batch_norm import norms_of, update_running_stats
 from . import launches
 from .bench_step import mien_step, step_row
 from .harness import rounded
@@ -83,7 +83,7 @@ def network_launches(model: Variant) -> dict[str, int]:
     """Kernels of a step's forward and backward pass, with aligned channels as on a GPU."""
     network = model.meta_model()
     network.align(MULTIPLE)
-    network.lay_out()
+    network.to_channels_last()
     edge, parameters = network.input_px, list(network.parameters())
     faces = torch.empty(2, MULTIPLE, edge, edge, device="meta", dtype=torch.bfloat16)
     faces = faces.contiguous(memory_format=torch.channels_last)
@@ -92,7 +92,7 @@ def network_launches(model: Variant) -> dict[str, int]:
 
     def forward() -> None:
         made["outputs"] = [output for side in network(faces) for output in side]
-        remember(norms)
+        update_running_stats(norms)
 
     def backward() -> None:
         pulls = [torch.empty_like(output) for output in made["outputs"]]

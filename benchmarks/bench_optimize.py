@@ -85,7 +85,7 @@ class _State:
 def parameters_of(model: str, width: int) -> list[Tensor]:
     """The parameters of a model on the meta device: their shapes and strides."""
     made = models.meta_model(model, width=width)
-    made.lay_out()
+    made.to_channels_last()
     return list(made.parameters())
 
 

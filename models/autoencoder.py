@@ -37,7 +37,8 @@ class Build:
 
 
 class Autoencoder(nn.Module, abc.ABC):
-    """A face goes through `encode`, which both sides share, then `mix` and `decode` of one side."""
+    """Encoder of both sides and their decoders: `encode` is of both, `side_code` and `decode` of
+    one."""
 
     Config: Any
     tiny: Any
@@ -80,8 +81,8 @@ class Autoencoder(nn.Module, abc.ABC):
         """What the two sides share, computed once for any number of faces, 0..1."""
         return (self.encoder(faces_nchw),)
 
-    def mix(self, codes: Codes, _side: Side) -> Codes:
-        """What the decoder of a side is given, of what the sides share."""
+    def side_code(self, codes: Codes, _side: Side) -> Codes:
+        """Input of the decoder of a side, from what `encode` gave for both."""
         return codes
 
     def decode(self, codes: Codes, side: Side) -> Outputs:
@@ -97,22 +98,22 @@ class Autoencoder(nn.Module, abc.ABC):
             faces_nchw: A's faces, then as many of B, 0..1.
             side_stream: Decode B there while A is decoded; the backward pass then does likewise.
                 The codes must live until then: an encoder's last operation keeps its result, and
-                those of a frozen one are lent.
+                for those of a frozen one see `record_stream`.
         """
         codes = self.encode(faces_nchw)
-        lend(codes, side_stream)
-        # Split, not sliced: the gradients of both halves then meet in one copy.
-        code_a, code_b = halves(codes)
+        record_stream(codes, side_stream)
+        # Split, not sliced: the gradients of both sides then meet in one copy.
+        code_a, code_b = split_sides(codes)
         if self.has_one_decoder:
-            mixed = zip(self.mix(code_a, "a"), self.mix(code_b, "b"), strict=True)
+            mixed = zip(self.side_code(code_a, "a"), self.side_code(code_b, "b"), strict=True)
             outputs = self.decode(tuple(torch.cat(sides) for sides in mixed), "a")
-            return halves(outputs)
-        return beside(
+            return split_sides(outputs)
+        return decode_on_streams(
             lambda: self._as_side(code_a, "a"), lambda: self._as_side(code_b, "b"), side_stream
         )
 
     def _as_side(self, codes: Codes, side: Side) -> Outputs:
-        return self.decode(self.mix(codes, side), side)
+        return self.decode(self.side_code(codes, side), side)
 
     def swap(self, faces_bchw: Tensor, side: Side) -> Outputs:
         """Decode any faces as ``side``: its own faces are re-created, the other's swapped."""
@@ -219,13 +220,13 @@ class Autoencoder(nn.Module, abc.ABC):
             ValueError: They are not where the options say.
         """
 
-    def lay_out(self) -> None:
+    def to_channels_last(self) -> None:
         """Put the weights in channels_last order."""
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def lend(codes: Codes, side_stream: torch.cuda.Stream | None) -> None:
-    """Keep the memory of codes without a history from others until the side stream is past them.
+def record_stream(codes: Codes, side_stream: torch.cuda.Stream | None) -> None:
+    """Reserve the memory of codes without a history until the side stream is past them.
 
     A backward pass drops them when B's part is queued, not done. Codes with a history live longer.
     """
@@ -235,18 +236,19 @@ def lend(codes: Codes, side_stream: torch.cuda.Stream | None) -> None:
                 code.record_stream(side_stream)
 
 
-def halves(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The first and the last half of each batch."""
+def split_sides(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Parts of A and of B of each batch: its first and its last half."""
     first, last = zip(*(t.split(t.shape[0] // 2) for t in tensors), strict=True)
     return first, last
 
 
-def beside(
+def decode_on_streams(
     of_a: Callable[[], Outputs], of_b: Callable[[], Outputs], side_stream: torch.cuda.Stream | None
 ) -> tuple[Outputs, Outputs]:
-    """What both give; B's on the side stream, if there is one, while A's is computed."""
+    """Outputs of both sides; B's on the side stream, if there is one, while A's are computed."""
     if side_stream is None:
         return of_a(), of_b()
+    # B reads codes that the current stream may still be computing.
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         outputs_b = of_b()

@@ -5,7 +5,7 @@ channel over faces, rows and columns (Ioffe and Szegedy 2015). The faces of A an
 shared network as one batch; each side must meet its own statistics, as though it were there alone.
 
 A network may hold a hundred norms, so none moves its running estimates by itself: a forward pass in
-training notes the statistics of its batch, and `remember` then moves all estimates at once.
+training notes the statistics of its batch; `update_running_stats` then moves all of them at once.
 
 Shape letters: S sides, B faces of all sides, 2 (mean, variance), C channels of one norm or of many,
 H rows, W columns.
@@ -26,8 +26,8 @@ from .graph import Network, Value
 class BatchNorm(nn.Module):
     """[B, C, H, W] -> the same shape, dtype and memory format.
 
-    In training each side is normalised by its own statistics, which `remember` has yet to take up;
-    else the running estimates normalise. Statistics are fp32 whatever the input is.
+    In training each side is normalised by its own statistics, which `update_running_stats` has yet
+    to take up; else the running estimates normalise. Statistics are fp32 whatever the input is.
     """
 
     running_mean: Tensor
@@ -96,12 +96,12 @@ class BatchNorm(nn.Module):
 
 
 def norms_of(network: nn.Module) -> list[BatchNorm]:
-    """Every batch norm of a network, for `remember`."""
+    """Every batch norm of a network, for `update_running_stats`."""
     return [module for module in network.modules() if isinstance(module, BatchNorm)]
 
 
 @torch.no_grad()
-def remember(norms: Sequence[BatchNorm]) -> None:
+def update_running_stats(norms: Sequence[BatchNorm]) -> None:
     """Move the running estimates of all norms by what they have seen since the last time.
 
     The estimates take a step towards the statistics of each side in turn; a channel whose mean or

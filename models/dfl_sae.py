@@ -144,7 +144,7 @@ class DflSae(Autoencoder):
         code = self.encoder_liae(faces_nchw)
         return code, self.intermediate_both(code)
 
-    def mix(self, codes: Codes, side: Side) -> Codes:
+    def side_code(self, codes: Codes, side: Side) -> Codes:
         if self.is_df:
             return codes
         code, of_both = codes

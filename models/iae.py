@@ -54,7 +54,7 @@ class Iae(Autoencoder):
         code = self.encoder(faces_nchw)
         return code, self.inter_both(code)
 
-    def mix(self, codes: Codes, side: Side) -> Codes:
+    def side_code(self, codes: Codes, side: Side) -> Codes:
         code, of_both = codes
         own = (self.inter_a if side == "a" else self.inter_b)(code)
         return (torch.cat((own, of_both), dim=1),)

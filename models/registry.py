@@ -85,7 +85,7 @@ def build(
         model.initialize(seed)
         if pretrained:
             model.load_pretrained()
-    model.lay_out()
+    model.to_channels_last()
     return model
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mien.benchmarks import launches
-from mien.models.batch_norm import BatchNorm, norms_of, remember
+from mien.models.batch_norm import BatchNorm, norms_of, update_running_stats
 
 # One or two roundings of the output's format, of values up to 4.
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 4e-2, torch.float16: 5e-3}
@@ -75,7 +75,7 @@ def test_values_gradients_and_estimates(shape, sides, dtype):
         torch.testing.assert_close(got.double(), want, rtol=0, atol=atol)
 
     _assert_moved(norm, [])
-    remember([norm])
+    update_running_stats([norm])
     _assert_moved(norm, statistics)
 
 
@@ -92,7 +92,7 @@ def test_estimates_normalise_outside_training(dtype):
     out = norm(x)
     assert out.dtype is dtype
     torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    remember([norm])
+    update_running_stats([norm])
     for name, buffer in norm.named_buffers():
         assert torch.equal(buffer, before[name]), name
 
@@ -106,7 +106,7 @@ def test_norms_of_all_kinds_move_together():
         x = _input((4, norm.channels, 5, 3), torch.float32)
         norm(x)
         everything.append(_reference(x.double(), norm.weight, norm.bias, norm.sides, norm.eps)[1])
-    remember([*norms, idle])
+    update_running_stats([*norms, idle])
     for norm, statistics in zip(norms, everything, strict=True):
         _assert_moved(norm, statistics)
     _assert_moved(idle, [])
@@ -119,7 +119,7 @@ def test_what_was_seen_is_remembered_once():
     norm(x)
     assert not any(part.requires_grad for side in norm.seen for part in side)
     for _ in range(2):
-        remember([norm])
+        update_running_stats([norm])
         _assert_moved(norm, _reference(x.double(), norm.weight, norm.bias, 2, norm.eps)[1])
 
 
@@ -134,11 +134,11 @@ def test_launches_do_not_grow_with_the_norms():
         def again(norms=norms, seen=seen):
             for norm in norms:
                 norm.seen = seen
-            remember(norms)
+            update_running_stats(norms)
 
         counts.append(launches.count(again))
     assert counts[0] == counts[1] < 20
-    assert launches.count(lambda: remember([])) == 0
+    assert launches.count(lambda: update_running_stats([])) == 0
 
 
 def test_each_side_is_as_though_alone():
@@ -148,8 +148,8 @@ def test_each_side_is_as_though_alone():
     assert torch.equal(norm(x), apart)
     for part in (x[:3], x[3:]):
         alone(part)
-        remember([alone])
-    remember([norm])
+        update_running_stats([alone])
+    update_running_stats([norm])
     for one, two in zip(norm.buffers(), alone.buffers(), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
     assert not torch.allclose(BatchNorm(4, sides=1)(x), apart, atol=0.1)
@@ -164,7 +164,7 @@ def test_a_channel_that_is_not_finite_leaves_no_trace(value):
     only_a(x[:2])
     x[3, 1, 0, 0] = value
     norm(x)
-    remember([norm, clean, only_a])
+    update_running_stats([norm, clean, only_a])
     for moved, of_both, of_a in zip(*(n.buffers() for n in (norm, clean, only_a)), strict=True):
         torch.testing.assert_close(moved, torch.stack((of_both[0], of_a[1])))
 
@@ -176,7 +176,7 @@ def test_a_conversion_to_16_bits_passes_by_the_estimates():
     assert norm.weight.dtype is torch.bfloat16
     assert torch.equal(norm.running_mean, torch.full((3,), 1 / 3))
     norm(torch.randn(2, 3, 4, 4, dtype=torch.bfloat16))
-    remember([norm])
+    update_running_stats([norm])
     assert norm.running_var.dtype is torch.float32
 
 
@@ -199,8 +199,8 @@ def test_a_compiled_pass_notes_what_an_eager_one_does(dtype):
             assert not any(part.requires_grad for side in norm.seen for part in side)
             out.sum().backward()
         plain(x)
-        remember([norm])
-        remember([plain])
+        update_running_stats([norm])
+        update_running_stats([plain])
     # In bf16 statistics up to 2 are rounded to 2**-8; three steps of 0.01 towards twice that.
     tolerance = 1e-6 if dtype is torch.float32 else 5e-4
     for moved, wanted in zip(norm.buffers(), plain.buffers(), strict=True):
@@ -214,12 +214,12 @@ def test_a_step_is_captured_in_a_graph():
     x = _input((4, 8, 6, 6), torch.bfloat16).cuda()
     graph = torch.cuda.CUDAGraph()
     norm(x)
-    remember([norm])
+    update_running_stats([norm])
     torch.cuda.synchronize()
     before = norm.running_mean.clone()
     with torch.cuda.graph(graph):
         out = norm(x)
-        remember([norm])
+        update_running_stats([norm])
     graph.replay()
     torch.cuda.synchronize()
     assert out.isfinite().all()

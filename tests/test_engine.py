@@ -12,7 +12,7 @@ from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
 from mien.core.training import engine as engines
 from mien.core.training.step import TrainStep
-from mien.models.batch_norm import BatchNorm, remember
+from mien.models.batch_norm import BatchNorm, update_running_stats
 
 NOTHING = nullcontext()
 
@@ -125,8 +125,8 @@ def _noisy(name, device):
     out = torch.zeros(3, 1000, device=device)
     place = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def step(_, beside_backward=NOTHING):
-        with beside_backward:
+    def step(_, during_backward=NOTHING):
+        with during_backward:
             out.index_copy_(0, place, F.dropout(x)[None])
 
     feed = SimpleNamespace(
@@ -163,7 +163,7 @@ def test_a_trial_compilation_leaves_running_estimates_alone(monkeypatch):
     step.forward(faces)
     once = BatchNorm(3)
     once(faces)
-    remember([once])
+    update_running_stats([once])
     assert torch.equal(network.running_mean, once.running_mean)
     assert torch.equal(network.running_var, once.running_var)
 
@@ -248,8 +248,8 @@ def _numbers_trained_on(monkeypatch, places, failing=()):
     gpu, trained, warnings = Recorder(monkeypatch, failing), [], []
     feed = CountingFeed(gpu)
 
-    def step(batch, beside_backward=NOTHING):
-        with beside_backward:
+    def step(batch, during_backward=NOTHING):
+        with during_backward:
             gpu.run(lambda: trained.append(batch[0]))
 
     step.side_stream = "beside"

@@ -25,7 +25,7 @@ from mien.core.data.sides import open_sides
 from mien.core.data.store import open_store
 from mien.core.evaluate.evaluate import Evaluation, evaluate, masked_psnr, masked_ssim
 from mien.core.evaluate.onnx_network import Network
-from mien.core.evaluate.swap_metrics import IdentityJudge, PoseJudge, aligned
+from mien.core.evaluate.swap_metrics import IdentityMetric, PoseMetric, aligned
 from mien.core.faces.folder import MINIMUM_FACES, read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.synthetic import draw_folder
@@ -237,7 +237,7 @@ def test_what_is_outside_the_mask_does_not_count_and_equal_pictures_have_100_db(
     assert float(masked_psnr(pred, target, 1 - mask)) < 20
 
 
-def _evaluation(model, count=5, judges=(), batch_size=2):
+def _evaluation(model, count=5, swap_metrics=(), batch_size=2):
     random = np.random.default_rng(4)
     faces = {}
     for side in "ab":
@@ -249,16 +249,16 @@ def _evaluation(model, count=5, judges=(), batch_size=2):
             random.random((count, 68, 2), np.float32) * output_px,
             [],
         )
-    return Evaluation(faces, tuple(judges), batch_size)
+    return Evaluation(faces, tuple(swap_metrics), batch_size)
 
 
 @pytest.mark.parametrize("learn_mask", [False, True])
-def test_the_figures_are_those_of_each_sides_own_decoder(learn_mask):
+def test_the_metrics_are_those_of_each_sides_own_decoder(learn_mask):
     """Against faces that go through `swap` one by one."""
     model = models.build("lightweight", seed=1, width=8, learn_mask=learn_mask)
     evaluation = _evaluation(model)
-    figures = evaluate(model, resolve("fp32", CPU), evaluation)
-    assert list(figures) == ["ssim_a", "psnr_a", "ssim_b", "psnr_b"]
+    metrics = evaluate(model, resolve("fp32", CPU), evaluation)
+    assert list(metrics) == ["ssim_a", "psnr_a", "ssim_b", "psnr_b"]
     model.eval()
     for side, faces in evaluation.faces.items():
         values = []
@@ -275,20 +275,20 @@ def test_the_figures_are_those_of_each_sides_own_decoder(learn_mask):
                 [float(f(face.double(), target, mask)) for f in (masked_ssim, masked_psnr)]
             )
         expected = np.mean(values, axis=0)
-        assert [figures[f"ssim_{side}"], figures[f"psnr_{side}"]] == pytest.approx(
+        assert [metrics[f"ssim_{side}"], metrics[f"psnr_{side}"]] == pytest.approx(
             expected, rel=1e-5
         )
 
 
-def test_judges_see_faces_of_a_decoded_by_b():
+def test_swap_metrics_see_faces_of_a_decoded_by_b():
     model = models.build("lightweight", seed=1, width=8)
     seen = []
 
-    def judge(swaps_nffc):
+    def metric(swaps_nffc):
         seen.append(swaps_nffc)
         return {"pose_swap": 0.5}
 
-    evaluation = _evaluation(model, judges=[judge])
+    evaluation = _evaluation(model, swap_metrics=[metric])
     assert evaluate(model, resolve("fp32", CPU), evaluation)["pose_swap"] == 0.5
     inputs = torch.from_numpy(evaluation.faces["a"].inputs_nssc).permute(0, 3, 1, 2) / 255
     with torch.no_grad():
@@ -447,11 +447,11 @@ def test_pose_is_the_landmarks_distance_in_distances_of_the_eyes(unit):
     pictures[1, 0, 0, 0] = 1
     pictures[:, 0, 0, 1] = 1
     faces = SimpleNamespace(landmarks_nl2=landmarks, targets_nffc=pictures.copy())
-    judge = PoseJudge(_Finder(landmarks, unit), faces)
+    metric = PoseMetric(_Finder(landmarks, unit), faces)
     pictures[:, 0, 0, 1] = 4
-    figures = judge(pictures)
-    assert figures["pose_original"] == pytest.approx((1 / 20 + 1 / 10) / 2, rel=1e-5)
-    assert figures["pose_swap"] == pytest.approx((4 / 20 + 4 / 10) / 2, rel=1e-5)
+    metrics = metric(pictures)
+    assert metrics["pose_original"] == pytest.approx((1 / 20 + 1 / 10) / 2, rel=1e-5)
+    assert metrics["pose_swap"] == pytest.approx((4 / 20 + 4 / 10) / 2, rel=1e-5)
 
 
 def test_what_finds_no_landmarks_is_refused():
@@ -461,12 +461,12 @@ def test_what_finds_no_landmarks_is_refused():
     with pytest.raises(
         ValueError, match=r"must give x, y of 68 landmarks in 0\.\.1 or px, but mis"
     ):
-        PoseJudge(_Finder(landmarks, 1 / 16), faces)
+        PoseMetric(_Finder(landmarks, 1 / 16), faces)
     finder = _Finder(np.zeros((1, 5, 2), np.float32), 1)
     with pytest.raises(
         ValueError, match="must give 136 numbers, x and y of 68 landmarks, gives 10"
     ):
-        PoseJudge(finder, faces)
+        PoseMetric(finder, faces)
 
 
 def _five(landmarks_l2, points_p2):
@@ -535,19 +535,19 @@ def test_identity_is_the_cosine_distance_to_the_mean_of_real_faces():
         side: SimpleNamespace(landmarks_nl2=landmarks, targets_nffc=plain(*color))
         for side, color in (("a", (200, 0, 0)), ("b", (0, 200, 0)))
     }
-    judge = IdentityJudge(Recogniser(), faces)
-    figures = judge(plain(60, 80, 0))
-    assert figures == pytest.approx({"identity_a": 1 - 0.6, "identity_b": 1 - 0.8}, abs=1e-6)
+    metric = IdentityMetric(Recogniser(), faces)
+    metrics = metric(plain(60, 80, 0))
+    assert metrics == pytest.approx({"identity_a": 1 - 0.6, "identity_b": 1 - 0.8}, abs=1e-6)
     faces["a"].targets_nffc = plain(0, 0, 0)
     Recogniser.__call__ = lambda self, picture: np.float32([np.nan, 1])
     with pytest.raises(ValueError, match="must give a vector of finite numbers for a real face"):
-        IdentityJudge(Recogniser(), faces)
+        IdentityMetric(Recogniser(), faces)
 
 
 # As a user sees it.
 
 
-def test_figures_rise_while_a_model_learns(many, tmp_path, capsys):
+def test_metrics_rise_while_a_model_learns(many, tmp_path, capsys):
     onnx = tmp_path / "landmarks.onnx"
     settings = read_folder(many[0]), DataConfig()
     sizes = {"count": 36, "input_px": 64, "output_px": (64,), "num_threads": 1}
@@ -581,12 +581,12 @@ def test_figures_rise_while_a_model_learns(many, tmp_path, capsys):
 
 
 def _the_state_and_tensorboard_hold(event, model_dir):
-    figures = {name: value for name, value in event.items() if name not in ("event", "time")}
+    metrics = {name: value for name, value in event.items() if name not in ("event", "time")}
     saved = json.loads((model_dir / "generations/40/state.json").read_text())
-    assert saved["parts"]["evaluate"] == figures
+    assert saved["parts"]["evaluate"] == metrics
     log = EventAccumulator(str(model_dir / "logs/session_1/train"))
     log.Reload()
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if name != "iteration":
             told = {e.step: e.value for e in log.Scalars(f"evaluate/{name}")}
             assert told[40] == pytest.approx(value)

@@ -14,7 +14,7 @@ from mien.core import precision as precisions
 from mien.core.config import from_dict
 from mien.core.optim import overlap
 from mien.core.training import memory
-from mien.models.batch_norm import BatchNorm, norms_of, remember
+from mien.models.batch_norm import BatchNorm, norms_of, update_running_stats
 
 
 def _step(model, mode="fp32", setting="off", **settings):
@@ -112,7 +112,7 @@ def test_batch_norms_of_a_frozen_part_keep_their_estimates():
         model.eval()
         model.train()
     model(torch.rand(4, 3, 64, 64))
-    remember(norms_of(model))
+    update_running_stats(norms_of(model))
     assert torch.equal(model.encoder[-1].running_mean, torch.zeros(32))
 
 

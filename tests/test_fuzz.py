@@ -753,7 +753,7 @@ def _resume(values):
         assert 0 <= schedule.rate(iterations) < math.inf
     if plan:
         plan.take_losses(LOSSES)
-        plan.take_figures(state.iterations + 40, FIGURES)
+        plan.take_metrics(state.iterations + 40, FIGURES)
         plan.end(state.iterations + 40, seconds=60.0)
         plan.advance(state.iterations + 40)
         assert plan.iterations_left(state.iterations + 40, at_most=9) <= 9

@@ -127,7 +127,7 @@ def test_a_layer_that_is_used_twice_is_moved_after_both(mode, monkeypatch):
         x = torch.rand(5, 4).to(update.precision.compute)
         for _ in range(5):
             loss = update.model(x).float().square().sum()
-            with update.beside_backward():
+            with update.overlap_backward():
                 gradients = torch.autograd.grad(loss, update.parameters)
             update(gradients)
         done.append(update)
@@ -193,7 +193,7 @@ def _two_layers(poisoned):
         hidden = model[0](torch.ones(2, 3))
         if is_poisoned:
             hidden.register_hook(lambda gradient: gradient * float("nan"))
-        with update.beside_backward():
+        with update.overlap_backward():
             gradients = torch.autograd.grad(model[1](hidden).sum(), update.parameters)
         update(gradients)
 
@@ -220,7 +220,7 @@ def test_a_part_that_is_not_finite_is_left_and_counted(monkeypatch):
 def test_a_backward_pass_that_fails_leaves_nothing_behind():
     layer = nn.Linear(3, 3)
     update = _update(layer, "on", learning_rate=1e-2)
-    with pytest.raises(KeyboardInterrupt), update.beside_backward():
+    with pytest.raises(KeyboardInterrupt), update.overlap_backward():
         raise KeyboardInterrupt
     before = layer.weight.detach().clone()
     gradients = torch.autograd.grad(layer(torch.ones(1, 3)).sum(), update.parameters)
@@ -257,12 +257,12 @@ def test_a_stream_is_forked_before_each_part_and_joined_after_the_last(monkeypat
     monkeypatch.setattr(torch.cuda, "stream", on)
     for parts in (1, 2):
         asked.clear()
-        with update.beside_backward():
+        with update.overlap_backward():
             gradients = torch.autograd.grad(layer(torch.ones(1, 3)).sum(), update.parameters)
         update(gradients)
         assert asked == ["side waits for main", "on side", "done"] * parts + ["main waits for side"]
     asked.clear()
-    with update.beside_backward():
+    with update.overlap_backward():
         pass
     update(gradients)
     assert not asked, "a CUDA graph can only join a stream that was forked"

@@ -141,7 +141,7 @@ def test_a_plateau_of_a_measured_figure_counts_each_once():
     plan = Plan(_recipe({"plateau": {"metric": "ssim_a", "patience": 2, "improvement": 1}}))
     for iteration, value in ((10, 0.5), (20, 0.6), (20, 0.1), (30, 0.601), (40, 0.59)):
         assert plan.end(iteration) is None
-        plan.take_figures(iteration, {"ssim_a": value})
+        plan.take_metrics(iteration, {"ssim_a": value})
     assert plan.end(41) is not None
     assert not plan.closes_window(0), "no loss is waited for"
 

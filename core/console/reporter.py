@@ -127,7 +127,7 @@ class Reporter:
             session_iterations: Number of these that are of this session.
             elapsed_s: Seconds since the session's first iteration.
             saving: Share of that time for which saves held training up, 0 to 1.
-            drawing: The same of the pictures and figures that are made with them.
+            drawing: The same of the images and metrics that are made with them.
             seconds_left: Seconds until the last iteration of the session or of its stage.
         """
         fields = {
@@ -166,11 +166,11 @@ class Reporter:
         fields = {"iteration": iteration, "path": path, "seconds": seconds, "mean_loss": mean_loss}
         self._log("save", text, fields)
 
-    def evaluate(self, *, iteration: int, figures: dict[str, float]) -> None:
+    def evaluate(self, *, iteration: int, metrics: dict[str, float]) -> None:
         """Report how the model does on faces that it is not trained on."""
-        shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         text = f"Measured on held-out faces at iteration {iteration}: {shown}"
-        self._log("evaluate", text, {"iteration": iteration} | figures)
+        self._log("evaluate", text, {"iteration": iteration} | metrics)
 
     def preview(self, *, iteration: int, path: Path) -> None:
         """Report that a new preview is there."""

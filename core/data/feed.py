@@ -85,10 +85,10 @@ class Feed:
         """Whether `batch` leaves the host out."""
 
         self._gathers = device.type == "cuda" and not self.is_capturable
-        self._rooms: list[_Room] = []
+        self._buffers: list[_BatchBuffers] = []
         if device.type == "cuda":
-            first = _Room(self)
-            self._rooms = [first, _Room(self, beside=first)]
+            first = _BatchBuffers(self)
+            self._buffers = [first, _BatchBuffers(self, shared_with=first)]
         self._ahead: tuple[dict[str, int], Future[Batch]] | None = None
         # On a GPU the kernels queue up behind the step; on the CPU a thread works ahead.
         self._worker = ThreadPoolExecutor(1, "mien-feed") if device.type == "cpu" else None
@@ -135,7 +135,7 @@ class Feed:
 
     def _make(self, first: list[int] | Tensor, turn: int = 0) -> Batch:
         """The batch after so many faces of each side."""
-        room, config = self._rooms[turn] if self._rooms else _Room(self), self.config
+        buffers, config = self._buffers[turn] if self._buffers else _BatchBuffers(self), self.config
         faces = [self.stores[side].faces_fssc for side in SIDES]
         num_faces = [len(faces_fssc) for faces_fssc in faces]
         params_nx = draw(
@@ -145,14 +145,14 @@ class Feed:
             count=config.train.batch_size,
             num_faces=num_faces,
             size_px=self.size_px,
-            out=None if self._gathers else room.params_nx,
+            out=None if self._gathers else buffers.params_nx,
         )
         if self._gathers:
             faces = [each.to(self.device) for each in _chosen(faces, params_nx)]
-            room.params_nx.copy_(params_nx)
+            buffers.params_nx.copy_(params_nx)
         out = augment(
             faces,
-            room.params_nx,
+            buffers.params_nx,
             num_faces=num_faces if self._gathers else None,
             input_px=self.input_px,
             output_px=self.output_px,
@@ -163,9 +163,9 @@ class Feed:
             mouth_multiplier=config.loss.mouth_multiplier,
             learn_mask=config.loss.learn_mask,
             single_interpolation=self.single_interpolation,
-            out=room.out,
+            out=buffers.out,
             num_threads=self.num_threads,
-            workspace=room.workspace,
+            workspace=buffers.workspace,
         )
         return Batch(
             out.input_bchw, tuple(out.targets_bchw), tuple(out.weights_b1hw), out.mask_b1hw
@@ -177,16 +177,16 @@ class Feed:
             self._worker.shutdown(wait=True, cancel_futures=True)
 
 
-class _Room:
+class _BatchBuffers:
     """The tensors that a batch is made in: its parameters, itself, and on a GPU a workspace.
 
     Args:
         feed: Feed whose batches they are for.
-        beside: A set that is never in use at the same moment for anything but its result, and lends
-            parameters and workspace; None: there is none.
+        shared_with: Buffers whose parameters and workspace are used here too: no two batches are
+            made at the same moment. None: there are none.
     """
 
-    def __init__(self, feed: Feed, beside: "_Room | None" = None):
+    def __init__(self, feed: Feed, shared_with: "_BatchBuffers | None" = None):
         faces, device = len(SIDES) * feed.config.train.batch_size, feed.device
         sizes: dict[str, Any] = {"input_px": feed.input_px, "output_px": feed.output_px}
         self.out: Augmented = empty(
@@ -197,7 +197,9 @@ class _Room:
             input_dtype=feed.dtype,
             device=device,
         )
-        self.params_nx, self.workspace = _scratch(feed) if beside is None else beside.scratch
+        self.params_nx, self.workspace = (
+            _scratch(feed) if shared_with is None else shared_with.scratch
+        )
 
     @property
     def scratch(self) -> tuple[Tensor, Tensor | None]:

@@ -1,9 +1,9 @@
-"""How good a model is on faces that it was never trained on; what the figures can tell, and what
-they cannot, is in docs/evaluating.md.
+"""How good a model is on faces that it was never trained on; what the metrics can show, and
+what they cannot, is in docs/evaluating.md.
 
     ssim_a, ssim_b    SSIM of each side's faces by its own decoder, inside the face mask
     psnr_a, psnr_b    the same of PSNR, dB
-    pose_swap, pose_original, identity_a, identity_b    of A by decoder B: `judges`
+    pose_swap, pose_original, identity_a, identity_b    of A by decoder B: `swap_metrics`
 
 Letters: b faces of a batch, s and f edges in px, c = 3 colours, h = w = f.
 """
@@ -25,7 +25,7 @@ from ..faces.folder import skipped
 from ..precision import Precision
 from ..system import saved_values
 from .onnx_network import Network
-from .swap_metrics import IdentityJudge, Judge, PoseJudge
+from .swap_metrics import IdentityMetric, PoseMetric, SwapMetric
 
 PART = "evaluate"
 """Name under which the state keeps the latest metrics, with the total iteration they are of."""
@@ -41,8 +41,8 @@ class Evaluation:
     faces: dict[str, HeldOutFaces]
     """Held-out faces by side."""
 
-    judges: tuple[Judge, ...]
-    """What is told of the swaps."""
+    swap_metrics: tuple[SwapMetric, ...]
+    """Metrics of A's held-out faces as decoded by B."""
 
     batch_size: int
     """Faces that go through the model at once."""
@@ -57,7 +57,7 @@ def open_evaluation(
     num_threads: int,
     warn: Callable[[str], None],
 ) -> Evaluation | None:
-    """The held-out faces and the networks that judge swaps; None where no faces are held out.
+    """The held-out faces and the networks that measure swaps; None where no faces are held out.
 
     Raises:
         ValueError: No held-out face of a side can be used, or a network's file cannot.
@@ -79,21 +79,21 @@ def open_evaluation(
     for held_out in loaded.values():
         if held_out.rejected:
             warn(skipped(held_out.rejected, "held out"))
-    judges: list[Judge] = []
+    swap_metrics: list[SwapMetric] = []
     if settings.landmark_model:
         network = Network(settings.landmark_model, "evaluate.landmark_model")
-        judges.append(PoseJudge(network, loaded["a"]))
+        swap_metrics.append(PoseMetric(network, loaded["a"]))
     if settings.embedding_model:
         network = Network(
             settings.embedding_model, "evaluate.embedding_model", middle=127.5, span=127.5
         )
-        judges.append(IdentityJudge(network, loaded))
+        swap_metrics.append(IdentityMetric(network, loaded))
     batch_size = min(config.train.batch_size, _MOST_FACES_AT_ONCE)
-    return Evaluation(loaded, tuple(judges), batch_size)
+    return Evaluation(loaded, tuple(swap_metrics), batch_size)
 
 
 def measured_at(state: TrainingState) -> int | None:
-    """The total iteration of the figures that a state holds; None where there are none.
+    """Total iteration of the metrics that a state holds; None where there are none.
 
     Raises:
         ValueError: The part that was saved is not valid.
@@ -109,8 +109,8 @@ def measured_at(state: TrainingState) -> int | None:
 
 @torch.no_grad()
 def evaluate(model: Autoencoder, precision: Precision, evaluation: Evaluation) -> dict[str, float]:
-    """The figures of the present weights, by name; of the model nothing is changed by it."""
-    figures = {}
+    """Metrics of the present weights, by name; the model is left as it was."""
+    metrics = {}
     swaps: list[np.ndarray] = []
     model.eval()
     for side in SIDES:
@@ -121,20 +121,20 @@ def evaluate(model: Autoencoder, precision: Precision, evaluation: Evaluation) -
             batch = slice(begin, begin + evaluation.batch_size)
             inputs_bcss = _shares(model, faces.inputs_nssc[batch], precision.compute)
             codes = model.encode(inputs_bcss)
-            pred_bchw = _face(model, model.decode(model.mix(codes, side), side)).double()
+            pred_bchw = _face(model, model.decode(model.side_code(codes, side), side)).double()
             target_bchw = _shares(model, faces.targets_nffc[batch], torch.float64)
             mask_b1hw = _shares(model, faces.masks_nff[batch, ..., None], torch.float64)
             for face in zip(pred_bchw, target_bchw, mask_b1hw, strict=True):  # spares memory
                 similarities.append(float(masked_ssim(*face)))
                 ratios.append(float(masked_psnr(*face)))
-            if side == "a" and evaluation.judges:
-                swaps.append(_pixels(_face(model, model.decode(model.mix(codes, "b"), "b"))))
-        figures[f"ssim_{side}"] = float(np.mean(similarities))
-        figures[f"psnr_{side}"] = float(np.mean(ratios))
+            if side == "a" and evaluation.swap_metrics:
+                swaps.append(_pixels(_face(model, model.decode(model.side_code(codes, "b"), "b"))))
+        metrics[f"ssim_{side}"] = float(np.mean(similarities))
+        metrics[f"psnr_{side}"] = float(np.mean(ratios))
     model.train()
-    for judge in evaluation.judges:
-        figures |= judge(np.concatenate(swaps))
-    return figures
+    for metric in evaluation.swap_metrics:
+        metrics |= metric(np.concatenate(swaps))
+    return metrics
 
 
 def masked_ssim(pred_chw: Tensor, target_chw: Tensor, mask_1hw: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What others' networks say of swaps: do they look where the original looks, and who is it.
+"""Metrics of swaps by networks of others: do they look where the original looks, and who is it.
 
 Letters: n faces of A, f edge of a picture, px; c = B, G, R; l = landmark (68), p = point (5),
 2 = (x, y), e = embedding.
@@ -13,7 +13,7 @@ from ..data.held_out import HeldOutFaces
 from ..faces import geometry
 from .onnx_network import Network
 
-Judge = Callable[[np.ndarray], dict[str, float]]
+SwapMetric = Callable[[np.ndarray], dict[str, float]]
 """Metric: from A's held-out faces as decoded by B, (n, f, f, 3) uint8, to values by name."""
 
 NUM_LANDMARKS = 68
@@ -34,7 +34,7 @@ _ALIGNED_P2 = np.array(
 )
 
 
-class PoseJudge:
+class PoseMetric:
     """Compares the landmarks that a network finds in a swap with those of the original's header.
 
     The network takes the whole crop in RGB, 0..1, and gives 136 numbers: x and y of each landmark,
@@ -50,8 +50,8 @@ class PoseJudge:
         one, other = _OUTER_EYE_CORNERS
         between_n2 = self.truth_nl2[:, one] - self.truth_nl2[:, other]
         self.eye_distances_n = np.linalg.norm(between_n2, axis=1)
-        found_nl2 = self._found(faces_a.targets_nffc)
-        is_share = np.abs(found_nl2).max() <= _LARGEST_SHARE
+        predicted_nl2 = self._predicted(faces_a.targets_nffc)
+        is_share = np.abs(predicted_nl2).max() <= _LARGEST_SHARE
         self.picture_px = 1 if is_share else network.size_px
         """Edge of the picture in the network's unit."""
 
@@ -71,10 +71,12 @@ class PoseJudge:
 
     def _error(self, pictures_nffc: np.ndarray) -> float:
         scale = pictures_nffc.shape[1] / self.picture_px
-        distances_nl = np.linalg.norm(self._found(pictures_nffc) * scale - self.truth_nl2, axis=2)
+        distances_nl = np.linalg.norm(
+            self._predicted(pictures_nffc) * scale - self.truth_nl2, axis=2
+        )
         return float((distances_nl.mean(axis=1) / self.eye_distances_n).mean())
 
-    def _found(self, pictures_nffc: np.ndarray) -> np.ndarray:
+    def _predicted(self, pictures_nffc: np.ndarray) -> np.ndarray:
         """Landmarks (n, 68, 2) in the network's unit."""
         size_px = self.network.size_px
         rows = [self.network(geometry.resize(each, size_px)) for each in pictures_nffc]
@@ -86,7 +88,7 @@ class PoseJudge:
         return np.stack(rows).reshape(-1, NUM_LANDMARKS, 2)
 
 
-class IdentityJudge:
+class IdentityMetric:
     """Compares what a face recogniser makes of a swap with what it makes of real A and real B.
 
     The recogniser takes a face aligned as for ArcFace, in RGB, as (pixel - 127.5) / 127.5, and

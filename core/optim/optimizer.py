@@ -143,7 +143,7 @@ class Update:
         their sum until as many are there as `optimizer.gradient_accumulation` says."""
         self._move(self.parts[0], gradients)
 
-    def beside_backward(self) -> AbstractContextManager[None]:
+    def overlap_backward(self) -> AbstractContextManager[None]:
         """Context manager for the backward pass; here nothing is done beside it."""
         return nullcontext()
 

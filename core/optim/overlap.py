@@ -117,7 +117,7 @@ class OverlappedUpdate(Update):
         """Parts that the backward pass has moved and `__call__` is not to move again."""
 
     @contextmanager
-    def beside_backward(self) -> Iterator[None]:
+    def overlap_backward(self) -> Iterator[None]:
         """Update the weights during the backward pass inside; afterwards the current stream waits.
 
         The gradients must live as long as the context.

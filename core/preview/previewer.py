@@ -161,7 +161,7 @@ class Pictures:
             pixels = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(device)
             other = SIDES[1 - SIDES.index(side)]
             codes = model.encode(pixels.to(self._precision.compute) / 255)
-            decoded = [model.decode(model.mix(codes, to), to) for to in (side, other)]
+            decoded = [model.decode(model.side_code(codes, to), to) for to in (side, other)]
             predictions.append([_to_pixels(each, model.build.learn_mask) for each in decoded])
         model.train()
         return np.array(predictions)

@@ -168,7 +168,7 @@ class Checkpointer:
         self.reporter.preview(iteration=look.iteration, path=path)
 
     def _evaluate(self) -> None:
-        """Measure the present weights, once, on held-out faces; the figures go into the state.
+        """Measure the present weights, once, on held-out faces; the metrics go into the state.
 
         Not after a signal: who sends one may not wait long, and the save matters more.
         """
@@ -176,15 +176,15 @@ class Checkpointer:
         is_measured = measured_at(setup.state) == iteration
         if setup.evaluation is None or self.requests.stop.signal_name or is_measured:
             return
-        figures = evaluate(setup.model, setup.precision, setup.evaluation)
+        metrics = evaluate(setup.model, setup.precision, setup.evaluation)
         # JSON holds no NaN, and a plateau could not compare one; the report still shows it.
-        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         setup.state.parts[evaluations.PART] = {"iteration": iteration} | finite
         if setup.plan:
-            setup.plan.take_figures(iteration, finite)
-        scalars = {f"evaluate/{name}": value for name, value in figures.items()}
+            setup.plan.take_metrics(iteration, finite)
+        scalars = {f"evaluate/{name}": value for name, value in metrics.items()}
         self.metrics.record(scalars, iteration)
-        self.reporter.evaluate(iteration=iteration, figures=figures)
+        self.reporter.evaluate(iteration=iteration, metrics=metrics)
 
     def report(self) -> None:
         """Report the saves that have ended, and the warnings of the model folder."""

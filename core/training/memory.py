@@ -182,7 +182,7 @@ def _model_of(config: Config, precision: Precision) -> Autoencoder:
     model = meta_model(config)
     if config.precision.align_channels != "off":
         model.align(MULTIPLE)
-    model.lay_out()
+    model.to_channels_last()
     return model.to(precision.compute)
 
 

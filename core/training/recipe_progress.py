@@ -120,14 +120,14 @@ class Plan:
                 self._take(self.place.loss_sum / self.place.loss_count)
                 self.place.loss_sum, self.place.loss_count = 0.0, 0
 
-    def take_figures(self, iteration: int, figures: dict[str, float]) -> None:
+    def take_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
         """Take in what was measured at a save; the same iteration only once."""
         plateau = self.stage.plateau
         # The same weights measured twice would count as no progress.
-        if plateau is None or plateau.metric not in figures or iteration <= self.place.measured:
+        if plateau is None or plateau.metric not in metrics or iteration <= self.place.measured:
             return
         self.place.measured = iteration
-        self._take(figures[plateau.metric])
+        self._take(metrics[plateau.metric])
 
     def end(self, iterations: int, seconds: float = 0.0) -> str | None:
         """Reason that the stage is over, given the total iteration and the seconds of this
@@ -224,7 +224,7 @@ def _saved_plan(state: TrainingState) -> Plan | None:
     return Plan(recipe, place, is_entered=False)
 
 
-def check_figures(plan: Plan | None, config: Config) -> None:
+def check_metrics(plan: Plan | None, config: Config) -> None:
     """Refuse a recipe that watches what is not measured."""
     for stage in plan.recipe.stages if plan else ():
         plateau, measured = stage.plateau, config.evaluate

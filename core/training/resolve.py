@@ -147,7 +147,7 @@ def resolve(
     lasting = path_settings.with_paths(lasting, dict.fromkeys(unwritable, ""))
     config = from_dict(merge(session, _every_option(session, trainer)))
     kept = from_dict(merge(lasting, _every_option(lasting, trainer)))
-    stages.check_figures(plan, config)
+    stages.check_metrics(plan, config)
     if model:
         _refuse_swapped(model.last["data"], config.data)
         notices += _changes(model, to_dict(config))

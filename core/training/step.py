@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder, Outputs
-from ...models.batch_norm import norms_of, remember
+from ...models.batch_norm import norms_of, update_running_stats
 from ..data.feed import Batch
 from ..losses.weighted import Loss
 from ..optim.optimizer import Update
@@ -62,7 +62,7 @@ class TrainStep:
         """Outputs of both decoders for their sides of the batch; running statistics are updated."""
         outputs = self.outputs(input_nchw)
         # What B's norms have seen on the side stream lives on until their backward pass.
-        remember(self.norms)
+        update_running_stats(self.norms)
         return outputs
 
     def outputs(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
@@ -82,6 +82,6 @@ class TrainStep:
         # An output has no history where all that leads to it is frozen.
         trained = (pair for pair in pairs if pair[0].requires_grad)
         outputs_with_history, grad_outputs = zip(*trained, strict=True)
-        with self.update.beside_backward():
+        with self.update.overlap_backward():
             # Not backward(), which would keep the gradients on the parameters and add to them.
             return torch.autograd.grad(outputs_with_history, self.parameters, grad_outputs)

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from ..alignment import Runs
-from ..autoencoder import Autoencoder, Build, Codes, Outputs, Side, beside, halves, lend
+from ..autoencoder import (
+    Autoencoder,
+    Build,
+    Codes,
+    Outputs,
+    Side,
+    decode_on_streams,
+    record_stream,
+    split_sides,
+)
 from ..graph import Network, Value
 from ..registry import register
 from .backbones import Backbone
@@ -126,7 +135,7 @@ class PhazeA(Autoencoder):
             return (self.g_block_both(own, *style),)
         return (own, *style)
 
-    def mix(self, codes: Codes, side: Side) -> Codes:
+    def side_code(self, codes: Codes, side: Side) -> Codes:
         """``(code,)``, or ``(code, style)`` where a g-block of both sides is still to come."""
         if self.config.split_fc:
             codes = self._own(codes, side)
@@ -182,12 +191,12 @@ class PhazeA(Autoencoder):
         if not (config.split_fc and has_shared_gblock and config.split_decoders):
             return super().forward(faces_nchw, side_stream)
         # Between networks of one side there is one of both, which takes them as one batch.
-        code_a, code_b = halves(self.encode(faces_nchw))
-        mixed = zip(self.mix(code_a, "a"), self.mix(code_b, "b"), strict=True)
+        code_a, code_b = split_sides(self.encode(faces_nchw))
+        mixed = zip(self.side_code(code_a, "a"), self.side_code(code_b, "b"), strict=True)
         codes = (self.g_block_both(*(torch.cat(sides) for sides in mixed)),)
-        lend(codes, side_stream)
-        code_a, code_b = halves(codes)
-        return beside(
+        record_stream(codes, side_stream)
+        code_a, code_b = split_sides(codes)
+        return decode_on_streams(
             lambda: self.decode(code_a, "a"), lambda: self.decode(code_b, "b"), side_stream
         )
 

@@ -172,7 +172,7 @@ def _run(config: Config) -> None:
     model, precision = meta_model(config), precisions.resolve(config.precision.mode, META)
     if has_aligned_channels(config, META):
         model.align(MULTIPLE)
-    model.lay_out()
+    model.to_channels_last()
     # Where it may run beside the backward pass: then its first step is as one without that, and the
     # later ones have parts.
     kind_of_update = overlap.choose(config.optimizer, precision, is_worth=True)
