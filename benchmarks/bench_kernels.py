@@ -28,7 +28,11 @@ from .ceilings import ceiling_s
 from .harness import measure, pace, rounded, spread_ms
 
 _CACHE_BYTES = 64 * 2**20
+"""Bytes that are more than the cache of a GPU; an H100 has 50 MB of L2."""
+
 _GRAPH_CALLS, _MAX_GRAPH_CALLS = 64, 1024
+"""Calls in one CUDA graph, so that Python is not what is timed. Chosen, unmeasured on a GPU."""
+
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 

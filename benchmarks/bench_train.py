@@ -27,6 +27,7 @@ from .variants import variant
 
 NUM_FACES, PNG_PX = 100, 256
 WINDOWS = 5
+"""Parts of a run whose speeds give the spread. Chosen, unmeasured."""
 
 
 def rows(modes: tuple[str, ...] = ("fp32", "bf16")) -> Iterator[dict[str, Any]]:

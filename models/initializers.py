@@ -100,7 +100,7 @@ def convolution_aware(weight: Tensor, generator: torch.Generator) -> None:
         return
     spectrum = rows * (columns // 2 + 1)
     # The eigenvectors are in batches, for there may be thousands of outputs.
-    batch = max(1, 2**22 // spectrum**2)
+    batch = max(1, 2**22 // spectrum**2)  # 16 MiB of fp32 matrices; chosen, unmeasured
     matrices = -(-inputs // spectrum)
     drawn = torch.empty(outputs, inputs, rows, columns)
     for begin in range(0, outputs, max(1, batch // matrices)):

@@ -21,8 +21,15 @@ from .graphs import loss_points, speed_points
 from .journal import Journal
 
 POINTS = 1500
-_FRESH_SECONDS = 15.0
+"""Points of a graph at most. Chosen, unmeasured."""
+
+_FRESH_SECONDS = (
+    15.0  # after which a session without events is not called running; chosen, unmeasured
+)
 _SECONDS_BETWEEN_READS, _SHARE_OF_TIME = 4.0, 0.05
+"""Seconds between two readings of the logs, longer where reading takes more than that share of the
+time. Chosen, unmeasured."""
+
 _MAX_PREVIEW_BYTES = 256 << 20
 _MOST_SESSIONS = 500  # rows of the table
 _MOST_BEGINS = 200  # lines in a graph where sessions begin; more would hide it

@@ -25,6 +25,8 @@ from ..system.durable_files import DamagedError, discard, open_plain, read_regul
 
 OWNER = ".owner"
 RENEW_SECONDS, STALE_SECONDS = 15.0, 300.0
+"""Seconds between two signs of life of an owner, and after which a silent one is given up: twenty
+missed ones. Chosen, unmeasured."""
 
 _MAX_BYTES = 1000
 _TRIES = 5

@@ -15,6 +15,7 @@ from .report import Report
 from .spacing import Spacing
 from .status_line import step_report
 
+# Bounds of what reports take of a disk; chosen, unmeasured.
 _MOST_BYTES = 16 << 20
 _OLDER_FILES = 4
 _SECONDS_BETWEEN_STEPS = 1.0

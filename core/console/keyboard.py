@@ -15,7 +15,7 @@ from types import FrameType
 
 from ..system.signals import Handlers
 
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_LOOKS = 0.1  # at the keys; chosen, unmeasured
 
 
 class Keyboard:

@@ -25,7 +25,7 @@ from .status_line import StatusLine, step_report
 
 EVENTS = "events.jsonl"
 
-_LATEST = 100
+_LATEST = 100  # reports that a crash report holds; chosen, unmeasured
 _REQUESTED_EXITS = (0, 4)  # exit codes of what is done, and of what the user has stopped
 
 

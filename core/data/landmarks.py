@@ -11,7 +11,7 @@ from ...kernels.augment import NUM_NEAREST, Landmarks
 from ..faces.folder import Face
 from ..faces.geometry import Crop, crop_landmarks
 
-_BLOCK_FACES = 1024
+_BLOCK_FACES = 1024  # bounds the matrix of distances; chosen, unmeasured
 
 
 def store_landmarks(faces: list[Face], crop: Crop) -> np.ndarray:

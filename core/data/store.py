@@ -53,17 +53,22 @@ from .pipeline import FaceDecoder, decoding
 SCHEMA = "mien.faces/1"
 BYTES_PER_PIXEL = 8
 BLOCK_BYTES = 4096
+"""Multiple at which pixels begin in a file: a page, so that they can be mapped."""
+
 MAX_HEADER_BYTES = 256 * 1024**2
 MINIMUM_FACES = 25
 ROOM_SHARE = 0.5
+"""Share of the free memory that faces may take; training needs the rest. Chosen, unmeasured."""
+
 CONTENT_VERSION = 2
 """Version that is raised where the same files and settings give other pixels, or more is told of
 them."""
 
 COPY_BYTES = 256 * 1024**2
+"""Bytes that go to a GPU at a time. Chosen, unmeasured on a GPU."""
 
 _GIB = 1024**3
-_OLD_SECONDS = 86_400.0
+_OLD_SECONDS = 86_400.0  # a day: longer than decoding takes; chosen, unmeasured
 _NOT_OFFERED = {errno.ENODEV, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 """How a disk says that it maps no files, or reserves no room for them."""
 

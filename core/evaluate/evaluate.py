@@ -30,7 +30,7 @@ from .swap_metrics import IdentityMetric, PoseMetric, SwapMetric
 PART = "evaluate"
 """Name under which the state keeps the latest metrics, with the total iteration they are of."""
 
-_MOST_FACES_AT_ONCE = 16  # a GPU may be filled by training; the preview takes as many
+_MOST_FACES_AT_ONCE = 16  # training may fill a GPU; the preview takes as many; unmeasured
 _LEAST_ERROR = 1e-10  # 100 dB; none at all would be infinitely many
 
 

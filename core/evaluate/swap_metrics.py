@@ -19,8 +19,9 @@ SwapMetric = Callable[[np.ndarray], dict[str, float]]
 NUM_LANDMARKS = 68
 _OUTER_EYE_CORNERS = 36, 45
 _LARGEST_SHARE = 2.0  # shares of the picture may leave it a little, px are far larger
+# Chosen, unmeasured:
 _WORST_DETECTOR = 0.5  # mean error, in distances of the eyes, of what is no detector of landmarks
-_ALIGNED_PX = 112
+_ALIGNED_PX = 112  # of ArcFace, as are the points below
 # Where both eyes, the nose and the corners of the mouth lie in the 112 x 112 px pictures that
 # recognisers take since ArcFace (Deng et al. 2019).
 _ALIGNED_P2 = np.array(

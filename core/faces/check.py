@@ -29,11 +29,13 @@ WANTED_FACES = 500
 MANY_FACES = 10_000
 POSE_BIN_DEGREES = 15
 REPEAT_BITS = 10
+"""Faces of a side that advice is content with, and finds many; degrees of a field of poses; bits by
+which the hashes of one picture's copies differ at most. Chosen, unmeasured."""
 
 _CROP_PX = 128
 _DEFAULTS = DataConfig()
 _HASH_EDGE = 16
-_BLOCK_ROWS = 1024
+_BLOCK_ROWS = 1024  # bounds the matrix of hashes; chosen, unmeasured
 
 Progress = Callable[[int, int], None]
 

@@ -24,6 +24,7 @@ SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
 what rollbacks have multiplied the rate with."""
 
 _LEAST_SHARE = 1e-12
+"""Smallest number that a saved rate or factor may be. Chosen, unmeasured."""
 
 SCHEDULE_SETTINGS = {"warmup_steps", "schedule", "schedule_iterations", "schedule_factor"}
 """Settings of which a change, also by a stage, begins the schedule anew."""

@@ -27,6 +27,8 @@ from . import fused_dense, optimizer_state
 from .frozen import Frozen
 
 _FIRST_SCALE = 65536.0
+"""Loss scale that fp16 begins with: 2**16, as PyTorch's GradScaler does. Not measured by mien."""
+
 _SAVED: dict[str, int] = {  # what a resume needs of the scalars, by name
     "step": Scalar.STEP,
     "beta_1_power": Scalar.BETA_1_POWER,
@@ -36,6 +38,8 @@ _SAVED: dict[str, int] = {  # what a resume needs of the scalars, by name
 }
 _COUNTS = ("step", "beta_1_power", "beta_2_power")
 _LONGEST_HISTORY = 100_000
+"""Norms that autoclip keeps where no length is set: the most that can be. Chosen, unmeasured."""
+
 _RMS_MEMORY = 0.99
 """Decay rate of RMSprop's mean square."""
 

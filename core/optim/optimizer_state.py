@@ -9,7 +9,7 @@ from ...kernels.scalars_update import GROWTH_INTERVAL
 
 _ABOVE_ZERO = math.ulp(0.0)
 _LARGEST_SCALE = 2.0**127  # of fp32
-_MOST = 1e12
+_MOST = 1e12  # steps, gradients: what no run reaches
 _LARGEST = torch.finfo(torch.float32).max
 _RANGES = {
     "mean": (-_LARGEST, _LARGEST),

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 TITLE = "mien: Enter stop, s save, r renew, m mask"
-_SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_BETWEEN_LOOKS = 0.05  # at the keys of the window; chosen, unmeasured
 
 
 class PreviewWindow:

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 _PATIENCE_MS = 1000
+"""Milliseconds to wait for a reader of the output. Chosen, unmeasured."""
+
 _STANDARD = (1, 2)
 
 

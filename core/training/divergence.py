@@ -25,20 +25,21 @@ PART = "divergence"
 """Name under which the state keeps what is known of earlier iterations."""
 
 WINDOW = 100
-"""Iterations whose mean loss counts as one value; pictures count from so many in a session on."""
+"""Iterations whose mean loss counts as one value; pictures count from so many in a session on.
+Chosen, unmeasured."""
 
 JUMP = 2.0
-"""A mean of so many times the lowest one is no noise."""
+"""A mean of so many times the lowest one is no noise. Chosen, unmeasured."""
 
 STAYED = 3
-"""Means in a row, that high, that count as a jump."""
+"""Means in a row, that high, that count as a jump. Chosen, unmeasured."""
 
 UNMOVED = 5e-4
 """Sum of the rates up to which a new model's losses are those of its first weights: one iteration
 at 0.01, eleven at 5e-5. No weight has moved by more, whatever the optimizer."""
 
 FIRST = 100
-"""Iterations whose losses are taken for that, at most."""
+"""Iterations whose losses are taken for that, at most. Chosen, unmeasured."""
 
 ABOVE = 400
 """Iterations in a row with a higher loss than the first weights had. Where nothing is learnt, the
@@ -72,6 +73,7 @@ those models turn black or neon, 0.00 to 0.15 where they learn, from the first i
 _MOVED = "moved"
 """Name under which the part keeps the sum of the rates that counts up to `UNMOVED`."""
 
+# Thresholds of images; where nothing else is said, chosen and unmeasured.
 _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
 _HOW_FACES_ARE_KEPT = ("decoder", "placement", "store_dir", "num_threads", "strict")
 _ENDS = 2  # levels
@@ -79,7 +81,8 @@ _LEAST_VARIETY = 4.0  # levels: mean standard deviation over faces, of 255; a st
 _LEARNT_SHARE = 0.25  # of the faces' own deviation: more than noise, and than one colour early on
 _SURELY_LEARNT = 5000  # iterations after which a network shows more than one colour
 _OVERFLOWS = 50
-"""Iterations in a row that moved nothing with fp16: no loss scale helps any more."""
+"""Iterations in a row that moved nothing with fp16: no loss scale helps any more. Chosen,
+unmeasured."""
 
 
 class TrainingDiverged(Exception):

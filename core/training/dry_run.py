@@ -20,6 +20,7 @@ from .resolve import Overrides
 from .training_setup import TrainingSetup
 
 STEPS = 2
+"""Steps of a dry run. Chosen, unmeasured."""
 
 
 @dataclass(frozen=True)

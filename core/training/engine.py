@@ -17,7 +17,8 @@ from ..data.feed import Batch
 from .step import TrainStep
 
 WARM_UP = 3
-"""Iterations before the capture, in which libraries choose their algorithms and take memory."""
+"""Iterations before the capture, in which libraries choose their algorithms and take memory.
+Chosen, unmeasured on a GPU."""
 
 
 class Source(Protocol):

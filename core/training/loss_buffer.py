@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 CAPACITY = 4096
-"""Iterations; a loop must fetch at least this often."""
+"""Iterations; a loop must fetch at least this often. Chosen, unmeasured."""
 
 
 class LossBuffer:

@@ -37,10 +37,20 @@ STRENGTHS = {"default": 10.0, "aggressive": 5.0, "extreme": 2.5}
 """What the rate at which the loss was lowest is divided by."""
 
 _MEMORY, _DIVERGED = 0.98, 4.0
+"""Decay of the average loss, and how many times the lowest one ends the search. Chosen,
+unmeasured."""
+
 _LEAST_RATE = 1e-9
 _LEAST_UPDATES = 100
-_STEPS_AHEAD = 32  # enough to keep a GPU busy while the host looks at the losses
-_NOT_DRAWN = 10  # first points, whose average is young
+"""Smallest rate to take, and fewest updates to search with. Chosen, unmeasured."""
+
+_STEPS_AHEAD = 32
+"""Steps that the host runs ahead of a GPU at most, as in the trainer. Chosen on the CPU,
+unmeasured on a GPU."""
+
+_NOT_DRAWN = 10
+"""First points, whose average is young. Chosen, unmeasured."""
+
 _COLORS = {"default": "green", "aggressive": "gold", "extreme": "red"}
 
 

@@ -31,11 +31,13 @@ from ..precision import Precision
 MIB = 2**20
 
 USABLE_SHARE = 0.9
-"""Share of the free memory to use; the allocator's blocks and other programs take the rest."""
+"""Share of the free memory to use; the allocator's blocks and other programs take the rest. Chosen,
+unmeasured on a GPU."""
 
+# Both chosen, unmeasured on a GPU.
 _CONTEXT_BYTES = 500 * MIB  # driver, kernels of PyTorch and of the libraries
 _LIBRARY_BYTES = 256 * MIB  # workspaces of cuBLAS (32 MiB a stream) and of cuDNN's convolutions
-_PROBES = (4, 12)  # faces a side
+_PROBES = (4, 12)  # faces a side: two sizes give the line; chosen, unmeasured
 
 
 @dataclass(frozen=True)

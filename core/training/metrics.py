@@ -15,6 +15,8 @@ from .loss_buffer import CAPACITY, to_host
 from .training_setup import TrainingSetup
 
 _SECONDS_BETWEEN_LINES = 1.0
+"""Seconds between two status lines where no interval is set: an interval of iterations would be
+most of the work at thousands a minute. Chosen, unmeasured."""
 
 Losses = dict[str, np.ndarray]
 """Losses by name, (N,) each, of N iterations."""
