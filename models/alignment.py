@@ -45,6 +45,7 @@ def axis(number: int, runs: Runs, repeats: int, multiple: int) -> Axis:
     for size in runs:
         begins.append(torch.arange(end, end + size))
         end += size + -size % multiple
+    # A shuffle takes groups of channels apart: each group has the same zeros again.
     places = torch.arange(repeats)[:, None] * end + torch.cat(begins)
     return Axis(number, places.flatten(), repeats * end)
 
@@ -67,12 +68,14 @@ def crop(tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
+    # Kernels and cuDNN want NHWC; index_copy and index_select may return another layout.
     layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
     return tensor.contiguous(memory_format=layout)
 
 
 def pad_parameter(layer: nn.Module, name: str, axes: Axes) -> None:
     """Pad one parameter of a layer in place and remember how, for `axes_of`."""
+    # Axes that fit already are left out: to crop them at a save would copy for nothing.
     needed = tuple(each for each in axes if each.length > len(each.places))
     parameter = getattr(layer, name)
     if parameter is None or not needed:

@@ -104,6 +104,7 @@ class Autoencoder(nn.Module, abc.ABC):
         record_stream(codes, side_stream)
         # Split, not sliced: the gradients of both sides then meet in one copy.
         code_a, code_b = split_sides(codes)
+        # One call of the decoder for both sides in place of two.
         if self.has_one_decoder:
             mixed = zip(self.side_code(code_a, "a"), self.side_code(code_b, "b"), strict=True)
             outputs = self.decode(tuple(torch.cat(sides) for sides in mixed), "a")
@@ -131,6 +132,7 @@ class Autoencoder(nn.Module, abc.ABC):
         faces = [model.input((edge_px, edge_px, 3), f"face_in_{side}") for side in ("a", "b")]
         for face, side in zip(faces, cast(tuple[Side, ...], ("a", "b")), strict=True):
             model.outputs += self.describe_side(model, face, side)
+        # By identity: two weights may hold equal numbers, none may be left out of a file.
         described = {id(entry.tensor) for layer in model.layers() for entry in layer.weights}
         for name, tensor in self.state_dict(keep_vars=True).items():
             if id(tensor) not in described:
@@ -173,11 +175,13 @@ class Autoencoder(nn.Module, abc.ABC):
                 f"{', '.join(self.freeze_layers)} are frozen; freeze less of it"
             )
         self.frozen = self.freeze_layers
+        # Frozen parts go to evaluation at once, whatever mode the model is in.
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
         """A frozen part computes as in evaluation always: no dropout, the running estimates."""
         super().train(mode)
+        # After the call above, which has put every part into the same mode.
         for path in self.frozen:
             self.subnetwork(path).eval()
         return self
@@ -197,6 +201,7 @@ class Autoencoder(nn.Module, abc.ABC):
 
         A model with statistics over channels stays as it is: zeros would count in them.
         """
+        # All or none: a padded block before a norm that cannot be padded would not fit it.
         for module in self.modules():
             if any(run % multiple for run in getattr(module, "normal_channels", ())):
                 return

@@ -104,6 +104,7 @@ class SameConv(nn.Module):
         """The products, without the bias; ``framed``: the input has its border already."""
         border = _NO_BORDER if framed else self.border(*x_bchw.shape[2:])
         missing = self.conv.weight.shape[1] - x_bchw.shape[1]  # of an aligned model: see `align`
+        # Faces that no feed has padded, as those of a preview, have 3 channels.
         if missing:
             x_bchw = F.pad(x_bchw, (0, 0, 0, 0, 0, missing))
         if any(border):
@@ -172,6 +173,7 @@ class ConvBlock(nn.Module):
         """``framed``: the input has its border already; ``border``: the output gets one, of zeros
         or, with ``reflect``, of its own reflection."""
         product, bias = self.conv(x_bchw, framed=framed), self.conv.bias
+        # A norm needs the bias before it; without one the same kernel adds it and activates.
         if self.norm is not None:
             product, bias = self.norm(bias_act(product, bias, negative_slope=1)), None
         return bias_act(product, bias, negative_slope=self.slope, border=border, reflect=reflect)
@@ -198,6 +200,7 @@ class ConvBlocks(nn.Sequential):
                 rows, columns = rows - block.conv.kernel + 1, columns - block.conv.kernel + 1
             rows, columns = -(-rows // stride), -(-columns // stride)
             follower = blocks[number].conv if number < len(blocks) else None
+            # The pass that writes the output writes the border too.
             border = follower.border(rows, columns) if follower else _NO_BORDER
             reflect = follower is not None and follower.reflect
             x_bchw = block(x_bchw, framed=framed, border=border, reflect=reflect)
@@ -236,10 +239,12 @@ class Upscale(nn.Module):
     ):
         super().__init__()
         self.factor, self.slopes, self.channels = factor, (slope, after), runs_of(outputs)
+        # Of a negative value both LeakyReLUs multiply; a shuffle between them changes no value.
         self.slope = slope * after
         self.conv = SameConv(
             inputs, outputs, kernel, reflect=reflect, shuffled=factor**2, draw=draw
         )
+        # ICNR then draws one kernel for all pixels that a shuffle makes of one.
         self.conv.conv.icnr_groups = factor**2
 
     def forward(self, x_bchw: Tensor) -> Tensor:
@@ -462,7 +467,9 @@ class Dense(nn.Module):
             pixels = x.shape[2] * x.shape[3]
             missing = self.linear.weight.shape[1] // pixels - x.shape[1]  # see `SameConv`
             x = F.pad(x, (0, 0, 0, 0, 0, missing)) if missing else x
+            # NHWC is the order in memory, so that flattening copies nothing.
             x = x.permute(0, 2, 3, 1).flatten(1)
+        # Low rank: the weight's gradient stays two factors, which the update multiplies.
         layer = self.linear
         out_bn = dense(x, layer.weight, layer.bias) if self.is_low_rank else layer(x)
         edge = self.outputs[0]

@@ -1,6 +1,6 @@
 """Normalisations whose statistics are of one face. All compute in fp32, in eager operations.
 
-Each tells the runs of channels that it takes together, ``normal_channels``: none may be padded.
+Each has the runs of channels that it takes together, ``normal_channels``: none may be padded.
 
 Shape letters: B faces, C channels, H rows, W columns.
 """
@@ -29,6 +29,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         x = _wide(x_bchw)
+        # Over all channels: a run of padding would count as zeros, hence `normal_channels`.
         variance, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
         scale = self.weight / (variance.clamp_min(_TINY).sqrt() + 1e-3)
         return torch.addcmul(self.bias - mean * scale, x, scale).to(x_bchw.dtype)
@@ -95,6 +96,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(sum(self.normal_channels)))
 
     def forward(self, x_bchw: Tensor) -> Tensor:
+        # Channels last in memory: the permutation is a view, no copy.
         x = _wide(x_bchw).permute(0, 2, 3, 1)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         y = nn.functional.layer_norm(x, x.shape[-1:], weight, bias, 1e-3)

@@ -50,6 +50,7 @@ def family(name: str) -> type["Autoencoder"]:
     if name not in FAMILIES:
         refusal = no_such("no trainer", name, FAMILIES)
         raise ValueError(f"{refusal}; there are: {', '.join(available())}")
+    # Importing registers the class; until then a family costs no start-up time.
     importlib.import_module(FAMILIES[name], __package__)
     return _classes[name]
 
@@ -93,6 +94,7 @@ def meta_model(name: str, **settings: Any) -> "Autoencoder":
     """The model that `build` makes, without memory for its weights."""
     import torch
 
+    # Shapes alone, for estimates of memory and FLOPs.
     with torch.device("meta"):
         return _made(name, settings)
 
@@ -102,5 +104,6 @@ def _made(name: str, settings: dict[str, Any]) -> "Autoencoder":
 
     shapes = [item.name for item in dataclasses.fields(Build)]
     shape = Build(**{key: settings[key] for key in shapes if key in settings})
+    # The rest are options of the family, which its `Config` checks.
     options = {key: value for key, value in settings.items() if key not in shapes}
     return family(name)(options_of(name, options), shape)

@@ -103,7 +103,7 @@ def decode_crops(
 
     faces: taken as there is work for them, a few batches ahead. Each crop is (s, s, 3) uint8 BGR
     and the caller's own. num_threads: 0 for as many as there are cores. device: "cuda" (or
-    "cuda:1") lets DALI decode on the GPU. warn: told, in one line, where the rest is decoded by
+    "cuda:1") lets DALI decode on the GPU. warn: called with one line where the rest is decoded by
     OpenCV because DALI fails on files that are sound.
     """
     if backend not in BACKENDS:
@@ -302,7 +302,7 @@ class _Schedule:
 
 
 def _bytes_of(face: Face) -> int:
-    """Bytes that decoding the face takes; none where its file is gone, which decoding tells of."""
+    """Bytes that decoding the face takes; none where its file is gone, which decoding reports."""
     try:
         return face.decoding_bytes
     except OSError:
@@ -339,5 +339,5 @@ def _pipeline(schedule: _Schedule, threads: int, device: str) -> Any:
 def _cause(error: RuntimeError) -> str:
     """The line of a DALI error that says what happened."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    found = lines.index("encountered:") + 1 if "encountered:" in lines else 0
-    return lines[found] if found < len(lines) else "no reason given"
+    first = lines.index("encountered:") + 1 if "encountered:" in lines else 0
+    return lines[first] if first < len(lines) else "no reason given"

@@ -99,11 +99,13 @@ class Feed:
             self.seek(faces_seen)
             return self.batch()
         started = time.perf_counter()
+        # Another batch is due than was foreseen: at the start, and where the sequence was left.
         if self._ahead is None or self._ahead[0] != faces_seen:
             batch = self._make(_numbers(faces_seen))
         else:
             batch = self._ahead[1].result()
         following = self.following(faces_seen)
+        # Made while the caller trains on the batch that is returned now.
         self._ahead = following, self._worker.submit(self._make, _numbers(following))
         self.waited_s += time.perf_counter() - started
         return batch
@@ -114,6 +116,7 @@ class Feed:
         To be called before each batch, also before one that a captured graph makes: as long as its
         replays follow one another, it does nothing.
         """
+        # Written only where the count jumps: a fill is a launch, and replays count by themselves.
         if faces_seen != self._expected:
             for seen, number in zip(self.seen, _numbers(faces_seen), strict=True):
                 seen.fill_(number)
@@ -124,7 +127,9 @@ class Feed:
         self._expected = None  # a graph that is being captured makes no batch now
         if not self._gathers:
             return self._make(self.seen, turn)
+        # The host must know which faces to gather, so it waits for the count here.
         batch = self._make(self.seen.tolist(), turn)
+        # Drawn from the host's numbers, which leaves the count on the device as it was.
         self.seen.add_(self.config.train.batch_size)
         return batch
 
@@ -148,6 +153,7 @@ class Feed:
             out=None if self._gathers else buffers.params_nx,
         )
         if self._gathers:
+            # Only the faces of this batch cross to the GPU; the file holds all of them.
             faces = [each.to(self.device) for each in _chosen(faces, params_nx)]
             buffers.params_nx.copy_(params_nx)
         out = augment(

@@ -95,20 +95,20 @@ def check_held_out(data: DataConfig, evaluate: EvaluateConfig) -> None:
     Folders must share no faces with one another or with those that are trained on. Files are
     compared, not pictures: a copy of a trained face is not found.
     """
-    given = [side for side in "ab" if getattr(evaluate, f"held_out_{side}")]
-    if len(given) == 1:
-        missing = "b" if given == ["a"] else "a"
+    with_folder = [side for side in "ab" if getattr(evaluate, f"held_out_{side}")]
+    if len(with_folder) == 1:
+        missing = "b" if with_folder == ["a"] else "a"
         raise ValueError(
-            f"evaluate.held_out_{given[0]} is given, but evaluate.held_out_{missing} is not; give "
-            "both, or neither"
+            f"evaluate.held_out_{with_folder[0]} is given, but evaluate.held_out_{missing} is not; "
+            "give both, or neither"
         )
-    if given and evaluate.held_out:
+    if with_folder and evaluate.held_out:
         raise ValueError(
             f"evaluate.held_out is {evaluate.held_out} and evaluate.held_out_a and held_out_b are "
             "folders; choose one of the two ways to hold faces out"
         )
     for name in ("landmark_model", "embedding_model"):
-        if getattr(evaluate, name) and not given and not evaluate.held_out:
+        if getattr(evaluate, name) and not with_folder and not evaluate.held_out:
             raise ValueError(
                 f"evaluate.{name} needs faces to measure on; set evaluate.held_out, or "
                 "evaluate.held_out_a and held_out_b"

@@ -2,7 +2,7 @@
 
 Reading headers is Python's own work, so one thread does it for both sides; decoding and drawing are
 OpenCV's and DALI's, which run beside it. What is ready waits in a queue of bounded size, since only
-the last header tells how many faces there are, whether they are to be used, and where to put them.
+the last header shows how many faces there are, whether they are to be used, and where to put them.
 
 Letters: s = edge of the crop at the processing size, px; c = 3.
 """
@@ -53,7 +53,7 @@ class Decoded(NamedTuple):
 
 
 class FaceDecoder:
-    """Faces being decoded by a thread, from the first one that it is told of.
+    """Faces being decoded by a thread, from the first one that is added.
 
     Iterating it, once, gives a `Decoded` for each, in order; it ends after `end`. warnings: what
     went wrong without stopping anything.
@@ -81,6 +81,7 @@ class FaceDecoder:
     def close(self) -> None:
         """Let the thread end early, as soon as it has what it is at, and `end` was called."""
         self._is_closed.set()
+        # Has it never begun, it never will; has it, the flag ends it at the next face.
         self._work.cancel()
         self._room.release()
 
@@ -141,6 +142,7 @@ def _decoded(
 ) -> Generator[Decoded, None, None]:
     """Each face's crop and masks. Masks are made in threads, a little ahead of the decoding."""
     threads = thread_count(data.num_threads)
+    # Crops and masks are made at their own pace, from one and the same sequence of faces.
     for_crops, for_masks = itertools.tee(faces)
     crops = decode_crops(
         for_crops,
@@ -150,10 +152,11 @@ def _decoded(
         device=device,
         warn=warn,
     )
+    # Closed even where the caller stops early, so that no thread goes on decoding.
     with contextlib.closing(crops), ThreadPoolExecutor(threads) as pool:
-        made = _masks_ahead(pool, for_masks, crop, data)
-        for (_, crop_bgr), made_masks in zip(crops, made, strict=True):
-            yield Decoded(crop_bgr, made_masks)
+        masks_ahead = _masks_ahead(pool, for_masks, crop, data)
+        for (_, crop_bgr), face_masks in zip(crops, masks_ahead, strict=True):
+            yield Decoded(crop_bgr, face_masks)
 
 
 def _masks_ahead(
@@ -167,6 +170,7 @@ def _masks_ahead(
     waiting: deque[Future[list[Masks | FaceFileError]]] = deque()
     while part := list(itertools.islice(faces, MASKS_IN_TASK)):
         waiting.append(pool.submit(make_all, part))
+        # Masks wait in order: the oldest task is the one whose faces are due.
         if len(waiting) > TASKS_AHEAD:
             yield from waiting.popleft().result()
     while waiting:
@@ -179,6 +183,7 @@ def _masks_of(face: Face, crop: Crop, data: DataConfig) -> Masks | FaceFileError
         is_empty = masks.is_empty(masks_ssc[..., 0])
         reason = masks.why_empty(face, data.mask_type) if is_empty else ""
     except FaceFileError as error:
+        # Without its frames, which hold the file's content until the face is reported.
         return error.alone()
     landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
     return Masks(masks_ssc, reason, masks.areas_outside(landmarks_l2, crop.size_px))

@@ -24,7 +24,7 @@ from .store import FaceStore, is_decoded, open_store
 
 SIDES: tuple[Side, Side] = ("a", "b")
 
-Tell = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class SideFaces:
     @property
     def trained_on(self) -> list[Face]:
         """The folder's faces less those that the store had to leave out."""
-        kept = set(self.store.names)
-        return [face for face in self.folder.faces if face.path.name in kept]
+        usable = set(self.store.names)
+        return [face for face in self.folder.faces if face.path.name in usable]
 
     @property
     def landmarks_fl2(self) -> np.ndarray:
@@ -80,8 +80,8 @@ def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
                     f"the crop, so loss.{area}_multiplier does nothing for them"
                 )
     a, b = (faces[side].store.num_faces for side in SIDES)
-    told = uneven("side A", a, "side B", b)
-    return [*warnings, told] if told else warnings
+    difference = uneven("side A", a, "side B", b)
+    return [*warnings, difference] if difference else warnings
 
 
 def _cut_short(opened: SideFaces) -> str:
@@ -109,7 +109,7 @@ def _refuse_empty_masks(side: str, store: FaceStore) -> None:
         )
 
 
-def _no_progress(_title: str) -> AbstractContextManager[Tell]:
+def _no_progress(_title: str) -> AbstractContextManager[Progress]:
     return nullcontext(lambda _done, _total: None)
 
 
@@ -121,7 +121,7 @@ def open_sides(
     store_dir: Path | None,
     earlier_dir: Path | None = None,
     device: torch.device,
-    progress: Callable[[str], AbstractContextManager[Tell]] = _no_progress,
+    progress: Callable[[str], AbstractContextManager[Progress]] = _no_progress,
 ) -> dict[str, SideFaces]:
     """Open both sides' faces at the processing size; headers are read while faces are decoded.
 
@@ -132,14 +132,14 @@ def open_sides(
         store_dir: Folder that keeps the decoded faces; None keeps none.
         earlier_dir: Folder of decoded faces that are read too, and left alone.
         device: Device on which training runs.
-        progress: Called with a title; gives what is to be told ``(done, total)``.
+        progress: Called with a title; gives a function that takes ``(done, total)``.
 
     Raises:
         ValueError: A folder is missing, holds too few faces or such as do not fit the settings, or
             shares faces with another.
     """
     paths = {side: getattr(data, f"input_{side}") for side in SIDES}
-    for side, path in paths.items():  # what can be seen at a glance is told first
+    for side, path in paths.items():  # what can be seen at a glance is refused first
         list_pictures(path, side=side)
     shared = overlap(*paths.values())
     if shared:
@@ -148,11 +148,11 @@ def open_sides(
     crop = Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
     opened = {}
     with _reading(paths, data, evaluate, crop, (store_dir, earlier_dir), device) as coming:
-        for side, (found, decoder) in coming.items():
+        for side, (reading, decoder) in coming.items():
             folder, held_out = hold_out(
-                found.result(), evaluate, side=side, strict=data.strict, centering=data.centering
+                reading.result(), evaluate, side=side, strict=data.strict, centering=data.centering
             )
-            with progress(f"Decoding faces of {side.upper()}") as tell:
+            with progress(f"Decoding faces of {side.upper()}") as report_progress:
                 store = open_store(
                     folder,
                     crop,
@@ -161,7 +161,7 @@ def open_sides(
                     earlier_dir=earlier_dir,
                     device=device,
                     decoder=decoder,
-                    progress=tell,
+                    progress=report_progress,
                 )
             _refuse_empty_masks(side, store)
             opened[side] = SideFaces(folder, store, crop, held_out)
@@ -184,13 +184,17 @@ def _reading(
     """
 
     def read(side: Side, decoder: FaceDecoder | None) -> FaceFolder:
-        def found(face: Face) -> None:
+        def on_face(face: Face) -> None:
             if decoder and is_trained_on(face.path.name, evaluate):
                 decoder.add(face)
 
         try:
             return read_folder(
-                paths[side], strict=data.strict, side=side, centering=data.centering, found=found
+                paths[side],
+                strict=data.strict,
+                side=side,
+                centering=data.centering,
+                on_face=on_face,
             )
         finally:
             if decoder:

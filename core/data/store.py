@@ -61,7 +61,7 @@ ROOM_SHARE = 0.5
 """Share of the free memory that faces may take; training needs the rest. Chosen, unmeasured."""
 
 CONTENT_VERSION = 2
-"""Version that is raised where the same files and settings give other pixels, or more is told of
+"""Version that is raised where the same files and settings give other pixels, or more is stored of
 them."""
 
 COPY_BYTES = 256 * 1024**2
@@ -160,11 +160,12 @@ class _Facts:
 
     def fit(self, plan: "_Facts") -> bool:
         """Whether they are those of the planned faces, of which some may be left out."""
+        # The plan counts on every face; a file knows which of them decoding rejected.
         left_out = {name for name, _ in self.rejected}
         names = [name for name in plan.names if name not in left_out]
-        wanted = (plan.key, plan.size_px, plan.settings, names)
+        expected = (plan.key, plan.size_px, plan.settings, names)
         is_known = left_out <= set(plan.names) and {name for name, _ in self.empty} <= set(names)
-        return is_known and (self.key, self.size_px, self.settings, self.names) == wanted
+        return is_known and (self.key, self.size_px, self.settings, self.names) == expected
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -197,7 +198,7 @@ def open_store(
     and data.strict is set, or where the faces do not fit in the place that is asked for.
     """
     begin = time.perf_counter()
-    tell = progress or (lambda done, total: None)
+    report_progress = progress or (lambda done, total: None)
     facts = _plan(folder, crop, data)
     path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
     saved = _find_raw([store_dir, earlier_dir], facts)
@@ -205,19 +206,22 @@ def open_store(
     if saved:
         path, facts, header_bytes = saved
         _check_usable(facts, folder, data.strict, minimum)
+        # Not the plan's bytes: faces that were rejected take no room.
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         pixels_fssc = _pixels(path, facts, header_bytes, is_to_stay=placement == "file")
         faces_fssc = _placed(pixels_fssc, placement, device)
-        told = f"faces were decoded at an earlier start, they are read from {path}"
-        tell(len(folder.faces), len(folder.faces))
+        backend = f"faces were decoded at an earlier start, they are read from {path}"
+        report_progress(len(folder.faces), len(folder.faces))
     else:
         _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
-        told = decoded_by(folder.faces, data.decoder, str(device))
+        backend = decoded_by(folder.faces, data.decoder, str(device))
         placement, why = choose_placement(data.placement, facts.num_bytes, device)
         with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:
             if not decoder:
                 decoder = stack.enter_context(decoding(folder.faces, crop, data, device))
-            decoded = _decode_into(build.pixels_fssc, folder.faces, decoder, data.strict, tell)
+            decoded = _decode_into(
+                build.pixels_fssc, folder.faces, decoder, data.strict, report_progress
+            )
             facts = dataclasses.replace(facts, **decoded)
             _check_usable(facts, folder, data.strict, minimum)
             faces_fssc = build.end(facts)
@@ -230,7 +234,7 @@ def open_store(
         names=facts.names,
         rejected=[Rejected(folder.path / name, reason) for name, reason in facts.rejected],
         why=why,
-        backend=told,
+        backend=backend,
         reused=saved is not None,
         seconds=time.perf_counter() - begin,
         path=path,
@@ -279,6 +283,7 @@ def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tupl
 
 def available_host_bytes() -> int:
     """Memory that this process may still take: the machine's, or its control group's if less."""
+    # Used only where /proc shows no MemAvailable, which counts caches as free.
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -363,29 +368,30 @@ def _decode_into(
     faces: list[Face],
     decoder: FaceDecoder,
     strict: bool,
-    tell: Callable[[int, int], None],
+    report_progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Fill the rows, one for each usable face; what `_Facts` says of these and of the others."""
     names: list[str] = []
     rejected: list[list[str]] = []
     empty: list[list[str]] = []
     areas_outside = dict.fromkeys(masks.AREAS, 0)
-    for number, (face, (crop_bgr, made)) in enumerate(zip(faces, decoder, strict=True)):
+    for number, (face, (crop_bgr, face_masks)) in enumerate(zip(faces, decoder, strict=True)):
         name = face.path.name
-        if isinstance(crop_bgr, FaceFileError) or isinstance(made, FaceFileError):
-            error = crop_bgr if isinstance(crop_bgr, FaceFileError) else made
+        if isinstance(crop_bgr, FaceFileError) or isinstance(face_masks, FaceFileError):
+            error = crop_bgr if isinstance(crop_bgr, FaceFileError) else face_masks
             rejected.append([name, str(error)])
+            # The caller refuses the folder by this face; the others need not be decoded.
             if strict:
                 break
         else:
             row = [pixels_fssc[len(names)]]
-            cv2.mixChannels([crop_bgr, made.masks_ssc], row, _TO_PIXEL)
+            cv2.mixChannels([crop_bgr, face_masks.masks_ssc], row, _TO_PIXEL)
             names.append(name)
-            if made.why_empty:
-                empty.append([name, made.why_empty])
-            for area in made.areas_outside:
+            if face_masks.why_empty:
+                empty.append([name, face_masks.why_empty])
+            for area in face_masks.areas_outside:
                 areas_outside[area] += 1
-        tell(number + 1, len(faces))
+        report_progress(number + 1, len(faces))
     return {"names": names, "rejected": rejected, "empty": empty, "areas_outside": areas_outside}
 
 
@@ -454,14 +460,14 @@ class _Build:
         """The faces in their place. Meanwhile the raw file is written out."""
         pixels_fssc = self.pixels_fssc[: len(facts.names)]
         with ThreadPoolExecutor(1) as background:
-            kept = background.submit(self._raw.keep, facts, pixels_fssc) if self._raw else None
+            writing = background.submit(self._raw.keep, facts, pixels_fssc) if self._raw else None
             if self._memory is not None and self._placement == "host":
                 faces_fssc = self._memory[: len(facts.names)]
             else:
                 faces_fssc = _placed(pixels_fssc, self._placement, self._device)
             try:
-                if kept:
-                    kept.result()
+                if writing:
+                    writing.result()
             except OSError as error:
                 assert self._raw is not None
                 self._give_up(self._raw.path, error)
@@ -534,6 +540,7 @@ class _RawFile:
         pixels_fssc: (f, s, s, 8) uint8, all of the faces; written here where they are not mapped.
         """
         header = _header(facts, self._header_bytes)
+        # The room was set aside before it was known how many faces would be rejected.
         if len(header) > self._header_bytes:
             raise OSError(errno.EFBIG, "the list of faces that were left out is too long")
         with open(self._file, "wb", closefd=False) as file:
@@ -541,6 +548,7 @@ class _RawFile:
             if self.pixels_fssc is None:
                 file.write(pixels_fssc.data)
         os.ftruncate(self._file, self._header_bytes + facts.num_bytes)
+        # The content before the name: a name on the disk must mean a whole file.
         os.fsync(self._file)
         os.rename(self._temporary, self.path)
         self._temporary = ""
@@ -586,12 +594,12 @@ def _read_header(path: Path) -> tuple[bytes, int, int] | None:
         return text, header_bytes, os.fstat(file.fileno()).st_size
 
 
-def _find_raw(folders: list[Path | None], wanted: _Facts) -> tuple[Path, _Facts, int] | None:
+def _find_raw(folders: list[Path | None], plan: _Facts) -> tuple[Path, _Facts, int] | None:
     """The first whole raw file of the wanted facts in some folders, its facts and header bytes."""
     for folder in filter(None, folders):
-        path = Path(folder) / f"{wanted.key}.faces"
+        path = Path(folder) / f"{plan.key}.faces"
         raw = _read_raw(path)
-        if raw and raw[0].fit(wanted):
+        if raw and raw[0].fit(plan):
             return path, *raw
     return None
 
@@ -641,6 +649,7 @@ def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -
 
 def _remove_obsolete(path: Path, folder: str) -> None:
     """Remove what a new raw file replaces, and what a killed process left half done."""
+    # Only files of the same folder: others in a shared store_dir are somebody's next start.
     for other in path.parent.glob("*.faces"):
         if other != path and _is_of(other, folder):
             with contextlib.suppress(OSError):

@@ -127,13 +127,13 @@ def _watched(model: Autoencoder) -> Iterator[dict[str, _Call]]:
 
 def _parameters_of(model: nn.Module, calls: dict[str, _Call]) -> dict[str, int]:
     """Parameters, by path, of the modules that ran, with those of modules that did not."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
         while path not in calls and "." in path:
             path = path.rpartition(".")[0]
-        found[path] = found.get(path, 0) + parameter.numel()
-    return found
+        counts[path] = counts.get(path, 0) + parameter.numel()
+    return counts
 
 
 def _layers(

@@ -1,6 +1,6 @@
 """Networks that others trained, read from ONNX files and run by OpenCV on the CPU.
 
-OpenCV does not tell how large a picture a network takes, so that is read from the file. ONNX is
+OpenCV does not report how large an image a network takes, so that is read from the file. ONNX is
 a protobuf message; of its fields (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto) these
 are followed: ModelProto.graph 7, GraphProto.initializer 5 and .input 11, TensorProto.name 8,
 ValueInfoProto.name 1 and .type 2, TypeProto.tensor_type 1, Tensor.shape 2,

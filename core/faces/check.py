@@ -150,13 +150,13 @@ def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     progress: called with the number of pictures done and of all.
     Raises ValueError where there is no such folder or no PNG in it.
     """
-    found = read_folder(folder, minimum=0)
+    opened = read_folder(folder, minimum=0)
     faces: list[Face] = []
     measured: list[_Measured] = []
-    rejected = list(found.rejected)
+    rejected = list(opened.rejected)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (face, result) in enumerate(
-            zip(found.faces, pool.map(_measure, found.faces), strict=True), 1
+            zip(opened.faces, pool.map(_measure, opened.faces), strict=True), 1
         ):
             if isinstance(result, Rejected):
                 rejected.append(result)
@@ -164,10 +164,10 @@ def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
                 faces.append(face)
                 measured.append(result)
             if progress:
-                progress(done, len(found.faces))
+                progress(done, len(opened.faces))
     rejected.sort(key=lambda file: file.path)
-    found = dataclasses.replace(found, faces=faces, rejected=rejected)
-    measurements = _report(found, measured)
+    opened = dataclasses.replace(opened, faces=faces, rejected=rejected)
+    measurements = _report(opened, measured)
     return dataclasses.replace(measurements, advice=_advice(measurements))
 
 
@@ -187,9 +187,9 @@ def compare(a: Report, b: Report) -> Comparison:
                 f"add such faces to {other}."
             )
     advice.extend(_light_advice(a, b))
-    told = uneven(a.path, a.num_faces, b.path, b.num_faces)
-    if told:
-        advice.append(f"{told}.")
+    difference = uneven(a.path, a.num_faces, b.path, b.num_faces)
+    if difference:
+        advice.append(f"{difference}.")
     return Comparison(shared, only_a, only_b, advice)
 
 
@@ -259,8 +259,8 @@ def _signs(grey: np.ndarray) -> np.ndarray:
     return np.where(low > np.median(low), np.float32(1), np.float32(-1))
 
 
-def _report(found: FaceFolder, measured: list[_Measured]) -> Report:
-    faces = found.faces
+def _report(opened: FaceFolder, measured: list[_Measured]) -> Report:
+    faces = opened.faces
     names = [face.path.name for face in faces]
     pairs = list(zip(names, measured, strict=True))
     sharpness = np.array([one.sharpness for one in measured])
@@ -268,10 +268,10 @@ def _report(found: FaceFolder, measured: list[_Measured]) -> Report:
     blank = [name for name, one in pairs if one.is_blank]
     versions = Counter("unknown" if face.version is None else str(face.version) for face in faces)
     return Report(
-        path=str(found.path),
-        num_files=len(faces) + len(found.rejected),
+        path=str(opened.path),
+        num_files=len(faces) + len(opened.rejected),
         num_faces=len(faces),
-        passed_over=found.passed_over,
+        passed_over=opened.passed_over,
         versions=dict(sorted(versions.items())),
         num_legacy=sum(face.centering == "legacy" for face in faces),
         shows=usual_of(faces, _CROP_PX)[0] if faces else "head",
@@ -291,18 +291,18 @@ def _report(found: FaceFolder, measured: list[_Measured]) -> Report:
         blank=blank,
         odd_landmarks=[face.path.name for face in faces if face.alignment.average_distance > 0.08],
         damaged_masks={name: one.damaged for name, one in pairs if one.damaged},
-        unreadable={file.path.name: file.reason for file in found.rejected},
+        unreadable={file.path.name: file.reason for file in opened.rejected},
         advice=[],
     )
 
 
 def _empty_masks(pairs: list[tuple[str, _Measured]]) -> dict[str, dict[str, str]]:
     """Faces whose mask is empty, and why, by mask."""
-    found: dict[str, dict[str, str]] = {}
+    by_mask: dict[str, dict[str, str]] = {}
     for file, one in pairs:
         for name, reason in one.empty.items():
-            found.setdefault(name, {})[file] = reason
-    return dict(sorted(found.items()))
+            by_mask.setdefault(name, {})[file] = reason
+    return dict(sorted(by_mask.items()))
 
 
 def _spread(values: list[float]) -> Spread | None:
@@ -399,8 +399,8 @@ def _version_advice(result: Report) -> list[str]:
 
 def _variety_advice(result: Report) -> list[str]:
     advice = []
-    for name, spread, wanted in (("yaw", result.yaw, 40.0), ("pitch", result.pitch, 20.0)):
-        if spread and spread.range < wanted:
+    for name, spread, least_range in (("yaw", result.yaw, 40.0), ("pitch", result.pitch, 20.0)):
+        if spread and spread.range < least_range:
             advice.append(
                 f"Little variety of {name}: 90 % of the faces lie within {spread.range:.0f} "
                 f"degrees ({spread.p5:.0f} to {spread.p95:.0f}); add faces that look elsewhere."

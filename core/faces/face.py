@@ -97,12 +97,12 @@ def checked_alignment(landmarks_l2: np.ndarray) -> Alignment:
 
 
 def size_and_time(path: Path) -> tuple[int, int]:
-    """Bytes and time of change of a file; zeros where it is gone, which reading it tells of."""
+    """Bytes and time of change of a file; zeros where it is gone, which reading it reports."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 @dataclass

@@ -58,14 +58,14 @@ def read_folder(
     side: str | None = None,
     most: int | None = None,
     centering: str | None = None,
-    found: Callable[[Face], None] | None = None,
+    on_face: Callable[[Face], None] | None = None,
 ) -> FaceFolder:
     """The faces of a folder or of a pack; sub-folders and other files are passed over.
 
     strict: refuse the folder at the first file that is no usable face. minimum: faces that a side
     needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts. most: faces
     after which the rest of the folder is not read. centering: of the crop that they are for; None
-    for none, then pictures of any kind come back. found: called with each face when it is read.
+    for none, then pictures of any kind come back. on_face: called with each face when it is read.
     Raises ValueError, one line, where the folder is missing, holds no faces or too few, or faces
     that show another crop.
     """
@@ -77,8 +77,8 @@ def read_folder(
     for result in map(_read, _sources(files, side)):
         if isinstance(result, Face):
             faces.append(result)
-            if found:
-                found(result)
+            if on_face:
+                on_face(result)
             if len(faces) == most:
                 break
             continue
@@ -103,10 +103,10 @@ def read_face(path: Path) -> tuple[Face, FaceHeader]:
     if part is not None:
         jpeg_face, metadata = read_jpeg(part)
         return jpeg_face, header_of(jpeg_face, metadata)
-    found = size_and_time(path)
+    size_time = size_and_time(path)
     edge_px, header = read_header(path)
     alignment = checked_alignment(header.landmarks_l2)
-    face = Face(path, edge_px, header.landmarks_l2, alignment, header.version, found)
+    face = Face(path, edge_px, header.landmarks_l2, alignment, header.version, size_time)
     return face, header
 
 
@@ -204,9 +204,9 @@ def _too_few(
     kind = "JPEGs" if rejected and rejected[0].path.suffix.lower() in JPEG_SUFFIXES else "PNGs"
     if not faces and any(file.is_extracted for file in rejected):
         return f"{name}: none of its {len(rejected)} {kind} can be used ({tail})"
-    beside = passed_over(folder)
-    if not faces and rejected and beside.subfolders:
-        return f"{name}: its {len(rejected)} {kind} are not extracted faces{beside.instead}"
+    others = passed_over(folder)
+    if not faces and rejected and others.subfolders:
+        return f"{name}: its {len(rejected)} {kind} are not extracted faces{others.instead}"
     if not faces and rejected:
         return (
             f"{name}: its {len(rejected)} {kind} are not extracted faces: extract faces from the "

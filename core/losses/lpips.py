@@ -213,35 +213,35 @@ class Lpips(PictureLoss):
         self.linears = nn.ParameterList(_tensors(file, own).values())
 
 
-def _find(name: str, folder: str, wanted: str, what: str) -> Path:
+def _find(name: str, folder: str, stem: str, what: str) -> Path:
     """The one file ``<wanted>.*`` or ``<wanted>-*.*`` of the folder."""
-    remedy = f"{what}, {wanted}.pth (or .safetensors): put it into the folder loss.lpips_weights"
+    remedy = f"{what}, {stem}.pth (or .safetensors): put it into the folder loss.lpips_weights"
     if not folder:
         raise ValueError(f"{name} needs {remedy}, which is not set")
     place = expanded(folder)
-    names = (f"{wanted}.", f"{wanted}-")
-    found = sorted(
+    names = (f"{stem}.", f"{stem}-")
+    files = sorted(
         file
         for file in (place.iterdir() if place.is_dir() else ())
         if file.name.startswith(names) and file.suffix in SUFFIXES
     )
-    if not found:
+    if not files:
         raise ValueError(f"{name} needs {remedy}, {place}")
-    if len(found) > 1:
-        several = ", ".join(file.name for file in found)
+    if len(files) > 1:
+        several = ", ".join(file.name for file in files)
         raise ValueError(f"{place} has several weights for {name}, keep one: {several}")
-    return found[0]
+    return files[0]
 
 
-def _tensors(file: Path, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tensors(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """The wanted tensors of a file, in fp32; shapes are those of ``wanted``."""
-    found = read_tensors(file)
-    for name, tensor in wanted.items():
-        if name not in found:
+    tensors = read_tensors(file)
+    for name, tensor in expected.items():
+        if name not in tensors:
             raise ValueError(f"{file} has no tensor {name}; name another loss.lpips_weights")
-        if found[name].shape != tensor.shape:
+        if tensors[name].shape != tensor.shape:
             raise ValueError(
                 f"{file}: {name} must have shape {tuple(tensor.shape)}, got "
-                f"{tuple(found[name].shape)}; name another loss.lpips_weights"
+                f"{tuple(tensors[name].shape)}; name another loss.lpips_weights"
             )
-    return {name: found[name].float() for name in wanted}
+    return {name: tensors[name].float() for name in expected}

@@ -25,6 +25,7 @@ class Frozen:
     def __init__(self, parameters: Mapping[str, Tensor], compute: torch.dtype):
         self.parameters = parameters
         self.weights = {
+            # On the host: no GPU memory for numbers that no step reads.
             name: crop(parameter.detach(), axes_of(parameter)).to("cpu", copy=True)
             for name, parameter in parameters.items()
         }
@@ -35,6 +36,7 @@ class Frozen:
         `.square`.."""
 
         for parameter in parameters.values():
+            # After the exact numbers were kept above: 16 bits cannot give them back.
             parameter.data = parameter.data.to(compute)
 
     @property
@@ -58,6 +60,7 @@ class Frozen:
         for name, weight in self.weights.items():
             for key in (f"{name}.{kind}" for kind in MOMENTS):
                 tensor = tensors.get(key)
+                # Another optimizer, or none, may have left the state: what is missing is no fault.
                 if tensor is None:
                     continue
                 optimizer_state.check(key, tensor, weight)

@@ -11,7 +11,7 @@ from ..config import OptimizerConfig
 
 LEAST = 1_000_000
 """Weights of a layer, at least: of fewer, 6 MB are no longer moved, which takes an H100 2
-microseconds, and the launches take as long. By figures, unmeasured on a GPU."""
+microseconds, and the launches take as long. By calculation, unmeasured on a GPU."""
 
 
 def check(config: OptimizerConfig, engine: str) -> None:

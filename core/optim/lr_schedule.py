@@ -53,6 +53,7 @@ class Schedule:
         return self.base_rate * self.factor * self._warmth(since) * self._fall(since)
 
     def _warmth(self, since: int) -> float:
+        # With accumulation the rate warms up by updates: iterations between them move nothing.
         updates = since // self.config.gradient_accumulation
         return min(1.0, (updates + 1) / max(1, self.config.warmup_steps))
 
@@ -122,6 +123,7 @@ def _begun(state: TrainingState, settings: dict[str, Any]) -> int:
     part, prefix = state.parts[SCHEDULE], f"parts.{SCHEDULE}."
     saved_values.require_keys(part, {"begun", "settings"}, prefix)
     begun = saved_values.count(part, "begun", prefix, high=state.iterations)
+    # A change of its settings begins it anew; a resume with the same ones goes on.
     is_same = saved_values.table(part, "settings", prefix) == settings
     return begun if is_same else state.iterations
 
@@ -155,10 +157,10 @@ def _saved_share(state: TrainingState, part: str, key: str) -> float | None:
 
 
 def settle_rate(
-    found: float | None, saved: OptimizerConfig, given: dict[str, Any]
+    found: float | None, saved: OptimizerConfig, overrides: dict[str, Any]
 ) -> tuple[dict[str, Any], list[Notice]]:
-    """The settings that are given at a resume, by name, with the finder off where it has no say;
-    and why it has none.
+    """Settings that override the saved ones at a resume, by name, with the finder off where it has
+    no say; and why it has none.
 
     A found rate stays in use until `optimizer.learning_rate` is given. Given together with the
     finder, as a settings file does, it must differ from the saved one.
@@ -166,22 +168,24 @@ def settle_rate(
     Args:
         found: The rate that the finder found for the model; None: it was trained without.
         saved: The settings of what is resumed.
-        given: What the user set of the optimizer.
+        overrides: Settings of the optimizer that the user gave.
     """
-    if not given.get("use_lr_finder", saved.use_lr_finder):
-        return given, []
-    rate = given.get("learning_rate", saved.learning_rate)
-    without = given | {"use_lr_finder": False}
+    if not overrides.get("use_lr_finder", saved.use_lr_finder):
+        return overrides, []
+    rate = overrides.get("learning_rate", saved.learning_rate)
+    without = overrides | {"use_lr_finder": False}
     if found is None:
         why = (
             "optimizer.use_lr_finder does nothing here: it is for a new model, and this one was "
             f"trained without; the learning rate is {rate:g}, as set"
         )
         return without, [Notice(why, is_warning=True)]
-    if rate != saved.learning_rate or ("learning_rate" in given and "use_lr_finder" not in given):
+    if rate != saved.learning_rate or (
+        "learning_rate" in overrides and "use_lr_finder" not in overrides
+    ):
         why = (
             f"the learning rate is {rate:g}, as set, in place of {found:g}, as found; "
             "--use-lr-finder goes back to that"
         )
         return without, [Notice(why)]
-    return given, []
+    return overrides, []

@@ -111,6 +111,7 @@ class Update:
         precision: Precision,
     ):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # Frozen parameters get no moments and no place in the table, so they cost no launch.
         others = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self.model, self.precision = model, precision
         self.frozen = Frozen(others, precision.compute)
@@ -122,6 +123,7 @@ class Update:
         self.low_precision_weights: list[Tensor] = []
         if precision.compute is not torch.float32:
             for parameter in self.parameters:
+                # The master weights above keep the fp32 numbers; the parameter now is the copy.
                 parameter.data = parameter.data.to(precision.compute)
             self.low_precision_weights = [parameter.detach() for parameter in self.parameters]
         self.rule, self.clipping = rule_of(config), clipping_of(config)
@@ -160,6 +162,7 @@ class Update:
 
     def set_rate(self, rate: float) -> None:
         """Have the next update take this rate; nothing is read from the device."""
+        # A fill is a launch; a constant rate needs none.
         if rate != self.rate:
             self.rate = rate
             for part in self.parts:
@@ -196,6 +199,7 @@ class Update:
                 self.frozen.load_weight(name, tensor)
             else:
                 state[name].copy_(tensor)
+        # The network must compute with what was loaded before the first update writes it.
         for weight, master in zip(self.low_precision_weights, self.master_weights, strict=False):
             weight.copy_(master)
 
@@ -204,14 +208,15 @@ class Update:
         rule has them, `step`, `scale`.., of an accumulation `accumulated` and
         `<parameter>.accumulator`, of autoclip `history`, its newest norm last."""
         scalars_pc = torch.stack([part.scalars for part in self.parts])
+        # Parts count by themselves; of those that differ the furthest holds after a resume.
         furthest = scalars_pc[:, Scalar.STEP].argmax(0, keepdim=True)
         scalars = scalars_pc.index_select(0, furthest)[0]
-        found = {name: scalars[index] for name, index in self._saved.items()}
+        state = {name: scalars[index] for name, index in self._saved.items()}
         for kind, tensors in self._by_kind().items():
-            found |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
+            state |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
         if self.history_c is not None:
-            found["history"] = in_order(self.history_c, scalars)
-        return found | self.frozen.state
+            state["history"] = in_order(self.history_c, scalars)
+        return state | self.frozen.state
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave; the settings stay as configured now.
@@ -228,6 +233,7 @@ class Update:
             ValueError: A tensor is missing, has another shape or number format, or holds a number
                 that no optimizer does.
         """
+        # As reference of names, shapes and formats: what was saved may be a stranger's.
         own = self.tensors()
         thawed = self._zeros_of_thawed(tensors)
         counts = [*_COUNTS, *(["momentum_product"] if self.rule.name == "nadam" else [])]

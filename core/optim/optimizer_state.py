@@ -45,8 +45,8 @@ def check(name: str, tensor: Tensor | None, like: Tensor) -> None:
     if tensor is not None and kind == "history" and tensor.ndim == 1:
         shape = tuple(like.shape)
     if tensor is None or shape != tuple(like.shape) or tensor.dtype != like.dtype:
-        found = "none" if tensor is None else _described(tensor)
-        raise ValueError(f"optimizer state of {name} must be {_described(like)}, got {found}")
+        got = "none" if tensor is None else _described(tensor)
+        raise ValueError(f"optimizer state of {name} must be {_described(like)}, got {got}")
     if kind not in _RANGES or not tensor.numel():
         return
     low, high = _RANGES[kind]

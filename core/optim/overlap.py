@@ -26,8 +26,8 @@ little is left to do when the backward pass has ended."""
 
 FLOPS_PER_BYTE = 184
 """Number of bf16 operations that a card computes in the time in which it copies a byte: 790 TFLOP/s
-by 4.3 TB/s of an H200 (an H100 has 263, an RTX 4090 174). Figures of other people's measurements;
-not measured by mien."""
+by 4.3 TB/s of an H200 (an H100 has 263, an RTX 4090 174). Measurements of others;
+none by mien."""
 
 LEAST_SHARE = 0.1
 """Share of a step that the update must take to run beside the backward pass: no more than that can
@@ -125,6 +125,7 @@ class OverlappedUpdate(Update):
         self.arrived, self.moved = {}, set()
         self.came_on = [set() for _ in self.parts]
         part_of = {n: i for i, part in enumerate(self.parts) for n in part.numbers}
+        # For this backward pass alone: the hooks of another must move nothing.
         handles = [
             parameter.register_hook(partial(self._take, number, part_of[number]))
             for number, parameter in enumerate(self.parameters)
@@ -134,6 +135,7 @@ class OverlappedUpdate(Update):
         finally:
             for handle in handles:
                 handle.remove()
+        # The next forward pass reads the weights on the current stream.
         if self.stream and self.moved:
             torch.cuda.current_stream().wait_stream(self.stream)
 
@@ -144,6 +146,7 @@ class OverlappedUpdate(Update):
                 self._move(part, [gradients[number] for number in part.numbers])
         order = list(self.arrived)
         self.arrived, self.moved = {}, set()
+        # Once only: a captured graph replays the parts that it has seen.
         if order and not self.is_ordered:
             self._split(self._grouped(order))
             self.is_ordered = True
@@ -162,6 +165,7 @@ class OverlappedUpdate(Update):
         if not all(each in self.arrived for each in part.numbers):
             return
         if self.stream:
+            # A gradient is ready on the stream that computed it; with two decoders there are two.
             for stream in self.came_on[index]:
                 self.stream.wait_stream(stream)
         with torch.cuda.stream(self.stream):  # None: does nothing

@@ -101,9 +101,9 @@ def _check(
     square = len(shape) == 6 and shape[3] == shape[4] > 0
     if not square or shape[:2] != (2, 2) or shape[2] < 1 or shape[5] not in (3, 4):
         raise ValueError(f"predictions must be (2, 2, N, o, o, 3 or 4), got {shape}")
-    wanted = (2, shape[2])
+    expected = (2, shape[2])
     square = targets.ndim == 5 and targets.shape[2] == targets.shape[3] >= shape[3]
-    if not square or targets.shape[:2] != wanted or targets.shape[4] not in (3, 4):
+    if not square or targets.shape[:2] != expected or targets.shape[4] not in (3, 4):
         text = f"(2, {shape[2]}, f, f, 3 or 4) with f at least {shape[3]}"
         raise ValueError(f"targets must be {text}, got {targets.shape}")
     if has_mask and targets.shape[4] != 4:

@@ -1,6 +1,6 @@
 """The pictures of a run: the preview, and one more of the time-lapse at every save.
 
-To draw them changes nothing of the training. A picture that cannot be written is told of once.
+To draw them changes nothing of the training. An image that cannot be written is reported once.
 
 Letters: n faces of a side, S edge of a prediction in px, C its channels, 3 or with the mask 4.
 """
@@ -181,7 +181,7 @@ class Pictures:
     def _write(
         self, save: Callable[[Path, np.ndarray], None], path: Path, image: np.ndarray, *, at: Path
     ) -> bool:
-        """Whether it could be written; where not, ``at`` is told of once."""
+        """Whether it could be written; where not, ``at`` is reported once."""
         try:
             save(path, image)
         except OSError as error:

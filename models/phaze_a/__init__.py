@@ -123,14 +123,16 @@ class PhazeA(Autoencoder):
         """Codes: where a side has a network of its own, ``(the encoder's output, the shared
         code)``, else ``(code,)``; then the style, unless it has been used. What the model lacks is
         left out."""
-        config, found = self.config, self.encoder(faces_nchw)
-        style = (self.fc_gblock(found),) if config.enable_gblock else ()
+        config, encoded = self.config, self.encoder(faces_nchw)
+        style = (self.fc_gblock(encoded),) if config.enable_gblock else ()
         if config.split_fc:
             shared = {"full": "fc_shared", "half": "fc_a"}.get(config.shared_fc)
-            return (found, *(() if shared is None else (getattr(self, shared)(found),)), *style)
-        own = self.fc_both(found)
+            return (encoded, *(() if shared is None else (getattr(self, shared)(encoded),)), *style)
+        own = self.fc_both(encoded)
         if config.shared_fc != "none":
-            own = torch.cat((own, self.fc_shared(found) if config.shared_fc == "full" else own), 1)
+            own = torch.cat(
+                (own, self.fc_shared(encoded) if config.shared_fc == "full" else own), 1
+            )
         if style and not config.split_gblock:
             return (self.g_block_both(own, *style),)
         return (own, *style)
@@ -146,13 +148,13 @@ class PhazeA(Autoencoder):
     def _own(self, codes: Codes, side: Side) -> Codes:
         """The code of a side, its own channels before the shared ones; then the style."""
         if self.config.shared_fc == "none":
-            found, *style = codes
-            return ((self.fc_a if side == "a" else self.fc_b)(found), *style)
-        found, shared, *style = codes
+            encoded, *style = codes
+            return ((self.fc_a if side == "a" else self.fc_b)(encoded), *style)
+        encoded, shared, *style = codes
         if side == "a" and self.config.shared_fc == "half":
             own = shared
         else:
-            own = (self.fc_a if side == "a" else self.fc_b)(found)
+            own = (self.fc_a if side == "a" else self.fc_b)(encoded)
         return (torch.cat((own, shared), dim=1), *style)
 
     def decode(self, codes: Codes, side: Side) -> Outputs:
@@ -169,17 +171,17 @@ class PhazeA(Autoencoder):
             name = f"{name}_{side if is_split else 'both'}"
             return model.run(name, getattr(self, name), *inputs)
 
-        (found,) = model.run("encoder", self.encoder, face)
-        code = run("fc", config.split_fc, found)
+        (encoded,) = model.run("encoder", self.encoder, face)
+        code = run("fc", config.split_fc, encoded)
         if config.shared_fc == "full":
-            code += model.run("fc_shared", self.fc_shared, found)
+            code += model.run("fc_shared", self.fc_shared, encoded)
         elif config.shared_fc == "half":  # of A's, which a side may have called already
             is_called = side == "a" or not config.split_fc
-            code += code if is_called else model.run("fc_a", self.fc_a, found)
+            code += code if is_called else model.run("fc_a", self.fc_a, encoded)
         if len(code) > 1:
             code = (model.add("Concatenate", *code, name=f"inter_{side}", axis=-1),)
         if config.enable_gblock:
-            style = model.run("fc_gblock", self.fc_gblock, found)
+            style = model.run("fc_gblock", self.fc_gblock, encoded)
             code = run("g_block", config.split_gblock, *code, *style)
         return run("decoder", config.split_decoders, *code)
 

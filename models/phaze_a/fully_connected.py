@@ -110,11 +110,11 @@ def _reshape(code: Code, config: Config) -> Reshape:
     """The bottleneck's output as a picture, without a dense layer."""
     edge_px, channels = (0, ()) if isinstance(code, int) else code
     values = code if isinstance(code, int) else edge_px**2 * sum(channels)
-    wanted = config.fc_channels * config.fc_dimensions**2
-    if values != wanted:
+    needed = config.fc_channels * config.fc_dimensions**2
+    if values != needed:
         raise ValueError(
             f"model.options.fc_depth of {config.family} must be 1 or more where the bottleneck "
-            f"gives {values} values and fc_max_filters and fc_dimensions ask for {wanted}, got 0; "
+            f"gives {values} values and fc_max_filters and fc_dimensions ask for {needed}, got 0; "
             "the nearest is 1"
         )
     return Reshape(channels, config.fc_dimensions, config.fc_channels)
