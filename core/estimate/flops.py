@@ -152,15 +152,15 @@ class Recorder(TorchDispatchMode):
         numel = sum(t.numel() for t in inputs)
         shape = {"rows": out.numel() // columns, "columns": columns, "flops": flops}
         if not self.backward:
-            found = Product("forward", **shape, **_values(weights, numel, out.numel()))
+            product = Product("forward", **shape, **_values(weights, numel, out.numel()))
         elif weights:
-            found = Product("data", **shape, **_values(weights, out.numel(), numel))
+            product = Product("data", **shape, **_values(weights, out.numel(), numel))
         else:  # a gradient of an output and a kept input make the weight's
             is_dense = {tuple(out.shape), tuple(out.shape[::-1])} & self.dense_shapes
             dense_values = out.numel() if is_dense else 0
             values = _values([out], numel, 0)
-            found = Product("weight", **shape, **values, dense_values=dense_values)
-        self.products.append(found)
+            product = Product("weight", **shape, **values, dense_values=dense_values)
+        self.products.append(product)
 
     def _convolution_backward(
         self, out: tuple, grad: Tensor, x: Tensor, weight: Tensor, transposed: bool

@@ -85,11 +85,11 @@ def import_faces(source: str | Path, output: str | Path, *, progress: Progress) 
     Raises ValueError, one line, where there are no such faces, or where the folder holds another
     file by a name that is to be written.
     """
-    found, faces = _read_faces(source)
+    opened, faces = _read_faces(source)
     target = expanded(output)
-    if target.resolve() == found.path.resolve():
+    if target.resolve() == opened.path.resolve():
         raise ValueError(f"{target} holds the faces themselves: give another folder for the PNGs")
-    persons, notices = _persons_of(found)
+    persons, notices = _persons_of(opened)
     places = _places(faces, target, persons)
     with refusals_told():
         for folder in sorted({place.path.parent for place in places}):
@@ -98,7 +98,7 @@ def import_faces(source: str | Path, output: str | Path, *, progress: Progress) 
     pairs = list(zip(faces, results, strict=True))
     written = [face for face, result in pairs if not result.reason]
     kinds = Counter(face.face_type for face in written)
-    rejected = {file.path.name: file.reason for file in found.rejected}
+    rejected = {file.path.name: file.reason for file in opened.rejected}
     return Imported(
         folder=str(target),
         num_written=sum(result.is_new for result in results),
@@ -110,7 +110,7 @@ def import_faces(source: str | Path, output: str | Path, *, progress: Progress) 
         cut_short=dict(sorted(_cut_short(written).items())),
         rejected=rejected | {face.path.name: one.reason for face, one in pairs if one.reason},
         damaged_masks={face.path.name: one.damaged_mask for face, one in pairs if one.damaged_mask},
-        notices=[*notices, *filter(None, [found.passed_over.notice])],
+        notices=[*notices, *filter(None, [opened.passed_over.notice])],
     )
 
 
@@ -122,21 +122,21 @@ def _read_faces(source: str | Path) -> tuple[FaceFolder, list[JpegFace]]:
             f"{source} holds {len(files)} PNGs: give the folder of DeepFaceLab's JPEGs, or its "
             "faceset.pak; face PNGs are trained on as they are"
         )
-    found = read_folder(source, minimum=0)
-    faces = [face for face in found.faces if isinstance(face, JpegFace)]
+    opened = read_folder(source, minimum=0)
+    faces = [face for face in opened.faces if isinstance(face, JpegFace)]
     if not faces:
-        why = f" ({named(found.rejected)})" if found.rejected else ""
+        why = f" ({named(opened.rejected)})" if opened.rejected else ""
         raise ValueError(
             f"{source} holds no usable face of DeepFaceLab{why}: give the folder of aligned faces, "
             "or its faceset.pak"
         )
-    return found, faces
+    return opened, faces
 
 
-def _persons_of(found: FaceFolder) -> tuple[dict[str, str | None], list[str]]:
+def _persons_of(opened: FaceFolder) -> tuple[dict[str, str | None], list[str]]:
     """The person of each face of a pack, by its name, and what to tell where it cannot be known."""
-    paths = sorted(face.path for face in found.faces)
-    paths = sorted([*paths, *(file.path for file in found.rejected)])
+    paths = sorted(face.path for face in opened.faces)
+    paths = sorted([*paths, *(file.path for file in opened.rejected)])
     pack = paths[0].parent
     if pack.suffix.lower() != PACK_SUFFIX or not pack.is_file():
         return {}, []

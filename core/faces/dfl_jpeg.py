@@ -89,8 +89,8 @@ def _segments(jpeg: bytes) -> Iterator[tuple[int, int, int]]:
     Raises FaceFileError where there is none.
     """
     if not jpeg.startswith(_START):
-        found = "is no JPEG" if jpeg else "is empty (0 bytes)"
-        raise NotExtractedError(f"{found}: {_AGAIN}")
+        problem = "is no JPEG" if jpeg else "is empty (0 bytes)"
+        raise NotExtractedError(f"{problem}: {_AGAIN}")
     position = len(_START)
     for _ in range(MAX_SEGMENTS):
         while jpeg[position : position + 2] == b"\xff\xff":  # fill

@@ -233,9 +233,9 @@ def cut(image_hwc: np.ndarray, box: CropBox) -> np.ndarray:
         return image_hwc[box.top : bottom, box.left : right]
     square = np.zeros((box.side, box.side, *image_hwc.shape[2:]), image_hwc.dtype)
     left, top = max(box.left, 0), max(box.top, 0)
-    found = image_hwc[top : max(bottom, 0), left : max(right, 0)]
+    inside = image_hwc[top : max(bottom, 0), left : max(right, 0)]
     row, column = top - box.top, left - box.left
-    square[row : row + found.shape[0], column : column + found.shape[1]] = found
+    square[row : row + inside.shape[0], column : column + inside.shape[1]] = inside
     return square
 
 

@@ -195,5 +195,5 @@ def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
 def _file_numbers(folder: Path) -> Iterator[tuple[int, int]]:
     """Device and number of each picture: the same for every name of one file."""
     for path in list_pictures(folder):
-        found = path.stat()
-        yield found.st_dev, found.st_ino
+        status = path.stat()
+        yield status.st_dev, status.st_ino

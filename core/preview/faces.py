@@ -57,11 +57,11 @@ class PreviewLoader:
             self.data.centering, 1.0, offset, full_size_px(self.output_px, coverage)
         )
         sides = [self._usable(side, seen, shown) for side in faces.values()]
-        for usable, given in zip(sides, faces.values(), strict=True):
+        for usable, of_side in zip(sides, faces.values(), strict=True):
             if not usable:
                 raise ValueError(
-                    f"none of {len(given)} faces of {given[0].path.parent} can be shown: they are "
-                    f"damaged, or lack the mask {self.data.mask_type}; extract them again"
+                    f"none of {len(of_side)} faces of {of_side[0].path.parent} can be shown: they "
+                    f"are damaged, or lack the mask {self.data.mask_type}; extract them again"
                 )
         least = min(len(side) for side in sides)
         return PreviewFaces(
@@ -76,7 +76,7 @@ class PreviewLoader:
         crops = []
         for crop in (seen, shown):
             decoded = decode_crops(faces, crop, backend="opencv", num_threads=self.num_threads)
-            crops.append([found for _, found in decoded])
+            crops.append([crop_bgr for _, crop_bgr in decoded])
         usable = []
         for face, small, full in zip(faces, *crops, strict=True):
             if isinstance(small, FaceFileError) or isinstance(full, FaceFileError):

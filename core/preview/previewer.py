@@ -131,16 +131,16 @@ class Pictures:
             return None
         faces = {}
         for side in SIDES:
-            found = read_folder(
+            opened = read_folder(
                 getattr(settings, f"timelapse_input_{side}"),
                 minimum=1,
                 side=side,
                 most=settings.preview_images,
                 centering=self._config.data.centering,
             )
-            if found.rejected:
-                self._warn(skipped(found.rejected, "of the time-lapse"))
-            faces[str(side)] = found.faces
+            if opened.rejected:
+                self._warn(skipped(opened.rejected, "of the time-lapse"))
+            faces[str(side)] = opened.faces
         try:
             self._timelapse_folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
