@@ -239,7 +239,7 @@ def test_adaptive_norm():
 
 
 def test_resize_images():
-    layer = ResizeImages((4,), 6, slope=0.02)
+    layer = ResizeImages((4,), 6, after=0.1)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 4, 3, 5).contiguous(memory_format=torch.channels_last)
