@@ -97,12 +97,16 @@ def _keras(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
 
 
 def _safetensors(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
-    from ..core.checkpoint.inference import write_inference
+    from ..core.exchange.tensors_export import export_tensors
 
-    metadata = write_inference(args.model, target, generation=args.generation, force=args.force)
-    size_bytes = target.stat().st_size
-    lines = [f"wrote {target}: {metadata['trainer']}, both sides, {size_bytes / _MIB:,.1f} MiB"]
-    return {"path": str(target), "size_bytes": size_bytes, "metadata": metadata}, lines
+    done = export_tensors(args.model, target, generation=args.generation, force=args.force)
+    size = f"{done.size_bytes / _MIB:,.1f} MiB"
+    lines = [
+        f"wrote {done.path}: {done.metadata['trainer']}, both sides, {size}",
+        f"read back, it differs by {done.difference:.1e} from the model, on 2 made pictures and "
+        f"{done.num_faces} of its own faces",
+    ]
+    return asdict(done) | {"path": str(done.path)}, lines
 
 
 def _onnx(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
