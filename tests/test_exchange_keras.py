@@ -702,6 +702,20 @@ def test_damaged_folders_are_read_or_refused_in_a_line(exported, tmp_path):
     assert outcomes["read"]
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("path", oracle_files("exchange/*/*.h5"), ids=lambda path: path.parent.name)
+def test_damaged_files_of_faceswap_2_are_read_or_refused_in_a_line(path, tmp_path):
+    """A process each: a quarter of the cases."""
+    folder = shutil.copytree(path.parent, tmp_path / "theirs")
+    (folder / path.name).chmod(0o644)
+    content = path.read_bytes()
+    for number in range(-(-FUZZ // 4)):
+        rng = random.Random(number)
+        spoilt = _spoilt_bytes(rng, content, rng.choice((800, 40_000, len(content))))
+        (folder / path.name).write_bytes(spoilt)
+        assert "\n" not in _said_of(folder)
+
+
 # Parts
 
 
