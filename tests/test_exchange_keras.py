@@ -62,11 +62,12 @@ def _folders():
 
 
 def _configs():
-    """Names of the models in configs.zip."""
-    if ORACLE is None:
-        return []
-    with zipfile.ZipFile(ORACLE / "exchange/configs.zip") as archive:
-        return sorted({name.partition("/")[0] for name in archive.namelist()})
+    """Names of the models in configs.zip; none where the oracle lacks it."""
+    names = set()
+    for path in oracle_files("exchange/configs.zip"):
+        with zipfile.ZipFile(path) as archive:
+            names |= {name.partition("/")[0] for name in archive.namelist()}
+    return sorted(names)
 
 
 def _trained(path, family="lightweight", options=None, **more):
