@@ -254,7 +254,7 @@ def test_programs_with_several_tiles(triton_device, monkeypatch, programs):
 
 
 def test_more_partial_sums_than_one_block(triton_device):
-    """That the program which ends last adds up: 50 of 32 pixels here, 32 at a time."""
+    """Sums that the program which ends last adds up: 50 of 32 pixels here, 32 at a time."""
     x, bias = leaf(1, 64, 40, 40, place=triton_device), leaf(64, place=triton_device)
     _compare_bias_act({"x_bchw": x, "bias_c": bias}, {"negative_slope": 0.1})
 

@@ -879,7 +879,7 @@ def test_the_saver_writes_what_the_tensors_held_at_the_call(tmp_path, monkeypatc
 
 
 def test_two_saves_never_overlap_and_the_wait_is_told(tmp_path, monkeypatch):
-    """By a clock that each save moves by a second, once the next one waits for it."""
+    """Seconds of a clock that each save moves by one, once the next one waits for it."""
     under_way, most, seconds = [], [], []
     is_waited_for = threading.Semaphore(0)
     write, wait = ModelFolder.save, Saver.wait

@@ -24,9 +24,9 @@ from mien.core.exchange.dfm_crops import PROGRAMS, Placement
 from mien.core.exchange.onnx_check import (
     expected_of_dfm,
     expected_of_plain,
-    sample_pictures,
     verify,
 )
+from mien.core.exchange.trained_model import sample_pictures
 from mien.core.faces.geometry import MEAN_FACE_L2, Crop, transform
 from mien.models.graph_evaluation import evaluate
 
@@ -258,7 +258,7 @@ def test_file_that_differs_is_refused():
 
 
 def test_what_a_file_is_to_give_is_exact():
-    """In fp32 the model's own rounding would be taken for the file's, and refuse a large model."""
+    """Rounding of the model in fp32 would be taken for the file's, and refuse a large model."""
     network = network_of("lightweight", learn_mask=True)
     faces_1ssc = sample_pictures(64)[0][None]
     graph, faces_1chw = network.graph(), torch.from_numpy(faces_1ssc).permute(0, 3, 1, 2)

@@ -307,7 +307,7 @@ def test_real_faces_of_all_sizes_are_read(faces_dir):
 
 
 def test_too_few_handles_are_no_fault_of_a_face(tmp_path, monkeypatch):
-    """To leave out those that could not be opened would train on other faces, by chance."""
+    """Leaving out those that could not be opened would train on other faces, by chance."""
     folder = write_faces(tmp_path / "a", ["f1.png", "f2.png"])
 
     def refuse(*_args, **_options):

@@ -116,7 +116,7 @@ def test_a_wrong_argument_is_a_type_error():
 
 
 def test_first_callers_at_the_same_time_get_one_view():
-    """Of two views, the types of one do not fit the functions of the other."""
+    """Types of one view do not fit the functions of another."""
     script = """
 import threading
 from concurrent.futures import ThreadPoolExecutor

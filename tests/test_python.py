@@ -157,7 +157,7 @@ def test_a_request_from_another_thread_stops_after_a_save(faces, tmp_path):
 
 
 def test_metrics_are_the_steps_among_the_events(faces, tmp_path):
-    """Of a file of settings here: a third way to give them."""
+    """Settings come from a file here: a third way to give them."""
     path = tmp_path / "run.toml"
     path.write_text(to_toml(from_dict(_settings(faces, tmp_path / "m"))))
     metrics, events = [], []

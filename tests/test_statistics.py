@@ -64,7 +64,7 @@ def test_times_as_the_oracle(oracle):
 
 @pytest.mark.oracle
 def test_totals_as_the_oracle(oracle):
-    """Of two sessions, whose iterations follow from all faces and all iterations."""
+    """Sums of two sessions, whose iterations follow from all faces and all iterations."""
     expected = ast.literal_eval(str(oracle(FILE)["totals"]))
     start, end, elapsed_s = (expected[name] for name in ("start", "end", "elapsed"))
     size, other_size = map(int, expected["batch"].split(","))

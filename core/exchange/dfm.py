@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ...models.autoencoder import Autoencoder, Side
+from ...models.autoencoder import Autoencoder
+from ..data.sides import SIDES
 from ..faces.geometry import MEAN_FACE_L2, Crop, transform
 from ..faces.masks import landmark_mask
 from .dfm_crops import PROGRAMS, Placement, model_square, place, program_square
@@ -21,7 +22,6 @@ from .onnx_graph import OnnxGraph, Port
 from .onnx_layers import ModelWriter
 
 MASKS = ("learned", "mean", "ones")
-SIDES: tuple[Side, ...] = ("a", "b")
 
 _FEATHER = 0.06
 """Width of the mean face's soft edge, normalised."""

@@ -19,8 +19,8 @@ from .keras_reader import graph_of, open_weights
 from .keras_state import state_of
 from .keras_weights_file import require_h5py
 from .matching import match
-from .onnx_check import MAX_DIFFERENCE, sample_pictures
-from .trained_model import read_trained_model
+from .onnx_check import MAX_DIFFERENCE
+from .trained_model import read_trained_model, sample_pictures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ...models.autoencoder import Autoencoder, Side
-from .dfm import SIDES, DfmPlan, constant_mask
+from ..data.sides import SIDES
+from .dfm import DfmPlan, constant_mask
 from .dfm_crops import Placement
 from .onnx_graph import import_onnx
 
@@ -91,19 +92,6 @@ def _runner(content: bytes) -> tuple[str, Expected]:
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (port,) = session.get_inputs()
     return "onnxruntime", lambda faces: list(session.run(None, {port.name: faces}))
-
-
-def sample_pictures(size_px: int, faces: Sequence[np.ndarray] = ()) -> Arrays:
-    """Pictures to compare with: random values, one value, and faces if there are any.
-
-    Args:
-        size_px: Edge of the pictures.
-        faces: (E, E, 3) uint8 each.
-    """
-    random = np.random.default_rng(0).random((size_px, size_px, 3), np.float32)
-    area = cv2.INTER_AREA
-    resized = (cv2.resize(face, (size_px, size_px), interpolation=area) for face in faces)
-    return [random, np.full_like(random, 0.5), *[face.astype(np.float32) / 255 for face in resized]]
 
 
 def expected_of_plain(network: Autoencoder) -> Expected:

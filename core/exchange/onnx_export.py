@@ -8,11 +8,10 @@ from .dfm import dfm_file, dfm_plan, plain_file
 from .onnx_check import (
     expected_of_dfm,
     expected_of_plain,
-    sample_pictures,
     verify,
 )
 from .onnx_graph import import_onnx
-from .trained_model import read_trained_model
+from .trained_model import read_trained_model, sample_pictures
 
 _TURNING_HEAD = (
     "a head-centred crop follows the turning head, the square of a program does not: beyond 15 "

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from ..checkpoint.inference import write_inference
+from ..data.sides import SIDES
 from ..swapping import load_model
-from .dfm import SIDES
-from .onnx_check import sample_pictures
-from .trained_model import read_trained_model
+from .trained_model import read_trained_model, sample_pictures
 
 
 @dataclass(frozen=True)

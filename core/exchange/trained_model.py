@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from ...models.autoencoder import Autoencoder
@@ -75,3 +77,16 @@ def read_trained_model(path: Path, generation: str | None = None) -> TrainedMode
         state=state,
         metadata=metadata,
     )
+
+
+def sample_pictures(size_px: int, faces: Sequence[np.ndarray] = ()) -> list[np.ndarray]:
+    """Pictures to compare with: random values, one value, and faces if there are any.
+
+    Args:
+        size_px: Edge of the pictures.
+        faces: (E, E, 3) uint8 each.
+    """
+    random = np.random.default_rng(0).random((size_px, size_px, 3), np.float32)
+    area = cv2.INTER_AREA
+    resized = (cv2.resize(face, (size_px, size_px), interpolation=area) for face in faces)
+    return [random, np.full_like(random, 0.5), *[face.astype(np.float32) / 255 for face in resized]]

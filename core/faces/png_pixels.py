@@ -9,8 +9,8 @@ import numpy as np
 from isal import igzip_lib, isal_zlib
 
 from ...kernels import native
+from .png import SIGNATURE
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _RGB_8_BITS = b"\x08\x02\x00\x00\x00"  # depth, colours, and the only ways to deflate and filter
 _TEXT = frozenset((b"iTXt", b"tEXt", b"zTXt", b"tIME", b"pHYs", b"gAMA", b"sRGB", b"cHRM"))
 """Chunks that do not change how the pixels are read."""
@@ -41,7 +41,7 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
 
 def _parts_of(png: memoryview) -> tuple[int, int, list[memoryview]] | None:
     """Rows, columns and deflated data of a PNG of this kind, their checksums compared."""
-    if png[:8] != _SIGNATURE or png[12:16] != b"IHDR" or len(png) < 33:
+    if png[:8] != SIGNATURE or png[12:16] != b"IHDR" or len(png) < 33:
         return None
     columns, rows = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
     if png[24:29] != _RGB_8_BITS or not 0 < rows <= 2**16 or not 0 < columns <= 2**16:
