@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ COMMANDS = {
     "monitor": "Show a run on a page in the browser: status, preview, graphs, log.",
     "bench": "Measure the parts and the whole.",
     "doctor": "Say what this machine has and which path each part will take.",
+    "completion": "Have the Tab key complete commands and flags in a shell.",
 }
 
 EXIT_CODES = """exit codes:
@@ -53,6 +55,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code (see `EXIT_CODES`)."""
     argv = sys.argv[1:] if argv is None else argv
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell at each press of the Tab key
+        _complete()
     command = argv[0] if argv and argv[0] in COMMANDS else None
     with guarded_streams():
         try:
@@ -105,8 +109,29 @@ def _flags_of(command: str, module: ModuleType | None) -> dict[str, str]:
     return flags
 
 
+def _complete() -> None:
+    """Tell the shell what may follow on its command line, and leave."""
+    from argcomplete import autocomplete
+
+    words = os.environ.get("COMP_LINE", "").split()[1:]
+    command = words[0] if words and words[0] in COMMANDS else None
+    autocomplete(_parser(command)[0])
+
+
 def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, ModuleType]:
     """The arguments, and the module of the subcommand."""
+    parser, subparsers, module = _parser(command)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        subparsers[args.command].error(_unknown(unknown[0], args.command, module))
+    assert module is not None  # argparse has refused everything else
+    return args, module
+
+
+def _parser(
+    command: str | None,
+) -> tuple[_Parser, dict[str, argparse.ArgumentParser], ModuleType | None]:
+    """The parser, those of all commands, and the module of this one, whose flags it knows."""
     parser = _Parser(
         prog="mien",
         description="Train face-swap autoencoders, fast and without losing a run.",
@@ -121,8 +146,4 @@ def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, Mo
         if name == command:
             module = importlib.import_module(f".{name}", __package__)
             module.add_arguments(sub)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        subparsers.choices[args.command].error(_unknown(unknown[0], args.command, module))
-    assert module is not None  # argparse has refused everything else
-    return args, module
+    return parser, subparsers.choices, module

@@ -2,12 +2,10 @@
 
 import argparse
 import contextlib
-import functools
 import json
 import os
 import select
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import models
@@ -15,115 +13,14 @@ from ..core import config as settings
 from ..core.config import presets, recipes
 from .lines import complain, tell, tell_json
 from .settings_file import read_settings, stages_in
+from .train_flags import add_arguments
 
 if TYPE_CHECKING:
     from ..core.console.stop import StopRequest
     from ..core.training.recipe_progress import Plan
     from ..core.training.resolve import Overrides, Resolved
 
-
-_EPILOG = (
-    "A flag holds for this session, save for those that make a model (-t, -A, -B, -r, --seed); "
-    "what comes by --set, --configfile, --preset or --recipe stays with the model. "
-    "While it runs, on a terminal and in the window: Enter saves and quits, s saves, r renews the "
-    "preview, m shows it with or without its mask. From elsewhere: SIGTERM saves and quits, "
-    "SIGUSR1 saves, SIGUSR2 renews the preview."
-)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting that has one, and the ways to give all the others."""
-    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
-    parser.epilog = _EPILOG
-    for spec in settings.all_settings():
-        if spec.flags:
-            _add_flag(parser, spec)
-    quiet: dict[str, Any] = {"default": argparse.SUPPRESS}
-    parser.add_argument(
-        "-C",
-        "--configfile",
-        type=Path,
-        metavar="RUN.TOML|TRAIN.INI",
-        help="settings and stages, or a faceswap train.ini; what of it has no effect is told",
-        **quiet,
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME", help="settings under a name: see `mien preset list`", **quiet
-    )
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME|FILE",
-        help="train in stages: see `mien recipe list`; none: leave the recipe of a model",
-        **quiet,
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        metavar="SECTION.KEY=VALUE",
-        help="any setting; `--print-config` shows them all",
-        **quiet,
-    )
-    parser.add_argument(
-        "--print-config", action="store_true", help="print every setting as TOML and leave", **quiet
-    )
-    parser.add_argument(
-        "--options",
-        action="store_true",
-        help="print the options of the trainer, `model.options`, and leave",
-        **quiet,
-    )
-    parser.add_argument(
-        "-u",
-        "--summary",
-        action="store_true",
-        help="print the model layer by layer and leave; needs no faces",
-        **quiet,
-    )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="run two steps, say what the run needs and how fast it could be, and leave",
-        **quiet,
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print events, one JSON object a line", **quiet
-    )
-
-
-def _add_flag(parser: argparse.ArgumentParser, spec: settings.Spec) -> None:
-    options: dict[str, Any] = {
-        "dest": f"{spec.section}.{spec.name}",
-        "default": argparse.SUPPRESS,
-        "help": spec.doc.replace("%", "%%"),
-    }
-    if spec.type is bool:
-        options["action"], opposite = "store_true", "store_false"
-        if spec.turns_off:
-            options["action"], opposite = opposite, options["action"]
-            options["help"] = f"Turn this off: {options['help']}"
-    else:
-        options["type"] = functools.partial(_value, spec)
-        options["metavar"] = spec.name.upper()
-        if spec.default != "":
-            options["help"] += f" (default: {spec.default})"
-        if spec.choices:
-            options["help"] += f" One of: {', '.join(spec.choices)}."
-        if spec.name == "trainer":
-            options["help"] += f" There are: {', '.join(models.available())}."
-    parser.add_argument(*spec.flags, **options)
-    if spec.type is bool:
-        options |= {"action": opposite, "help": f"The opposite of {spec.flags[-1]}."}
-        parser.add_argument(spec.opposite, **options)
-
-
-def _value(spec: settings.Spec, text: str) -> Any:
-    """The value of a flag; a word that stands for a number is left to the settings themselves."""
-    if spec.type is str or text.partition(":")[0] in spec.words:
-        return text
-    try:
-        return spec.type(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {spec.rule}, got {text!r}") from None
+__all__ = ["add_arguments", "given_settings", "run"]
 
 
 def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe | None]":
