@@ -93,22 +93,27 @@ def draw(
     count: int,
     num_faces: Sequence[int],
     size_px: int,
+    offset: int = 0,
+    advance: int | None = None,
     device: torch.device | str | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Parameters of ``count`` faces of each side, uint8 (N, bytes of FACE_PARAMS).
 
-    Row i belongs to A's serial number ``first[0] + i``, row ``count + i`` to B's ``first[1] + i``.
+    Row i belongs to A's serial number ``first[0] + offset + i``, row ``count + i`` to B's
+    ``first[1] + offset + i``.
 
     Args:
         ranges: How far to vary.
         seed: Any 64-bit number.
         first: Serial number of each side's first face; or an int64 tensor of them on the device,
-            which is read and then moved on by ``count`` when the drawing runs, so that each replay
-            of a captured graph draws the next faces.
+            which is read and then moved on by ``advance`` when the drawing runs, so that each
+            replay of a captured graph draws the next faces.
         count: How many of each side.
         num_faces: Faces in each side's store: one number for A alone, or two.
         size_px: The stores' edge S.
+        offset: Faces of each side that are left to others before those drawn here.
+        advance: Faces of each side that are drawn here and by others; None: ``count``.
         device: Device to draw on; default: that of ``first``, the CPU for numbers.
         out: Tensor to put them in.
 
@@ -121,6 +126,8 @@ def draw(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # as tensors name theirs
     _check(ranges, first, count, num_faces, size_px, device)
+    advance = count if advance is None else advance
+    _check_share(offset, count, advance)
     shape = (len(num_faces) * count, FACE_PARAMS.itemsize)
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -129,7 +136,8 @@ def draw(
 
     ffi, _ = native.library()
     ranges_struct = _struct_of(ffi, ranges)
-    job = _job(ffi, seed, first, count, num_faces, size_px, out)
+    job = _job(ffi, seed, first, offset, num_faces, size_px, out)
+    job.count, job.advance = count, advance
     if dispatch.uses_cuda(device):
         native.launch("draw", device, ranges_struct, job)
     else:
@@ -159,6 +167,14 @@ def _check(
         check_memory(first, "first")
     elif len(first) != sides or min(first) < 0:
         raise ValueError(f"first must be {sides} numbers, none negative, got {list(first)}")
+
+
+def _check_share(offset: int, count: int, advance: int) -> None:
+    if offset < 0 or advance < offset + count:
+        raise ValueError(
+            f"offset must be >= 0 and advance >= offset + count, got {offset} and {advance} with "
+            f"count {count}"
+        )
 
 
 def _struct_of(ffi: Any, ranges: Ranges) -> Any:
@@ -191,7 +207,7 @@ def _job(
     ffi: Any,
     seed: int,
     first: Sequence[int] | Tensor,
-    count: int,
+    offset: int,
     num_faces: Sequence[int],
     size_px: int,
     out: Tensor,
@@ -200,11 +216,11 @@ def _job(
     job.seed = seed % 2**64
     job.num_sides = len(num_faces)
     job.size_px = size_px
-    job.count = count
     job.num_faces = list(num_faces)
     if isinstance(first, Tensor):
         job.counters = ffi.cast("int64_t *", first.data_ptr())
+        job.first = [offset] * len(num_faces)
     else:
-        job.first = list(first)
+        job.first = [number + offset for number in first]
     job.params = ffi.cast("mien_face *", out.data_ptr())
     return job

@@ -96,7 +96,7 @@ def _beyond(params_nx):
 def _drawn():
     first = torch.tensor([3, 2**40])
     options = {"seed": 2**63 + 5, "num_faces": [77, 1001], "size_px": 64}
-    params_nx = draw(VARIED, first=first, count=20, **options)
+    params_nx = draw(VARIED, first=first, count=20, offset=3, advance=31, **options)
     more_nx = draw(Ranges(), first=[5, 0], count=3, **options)
     return [params_nx, first, more_nx]
 

@@ -287,6 +287,28 @@ def test_counters_are_read_and_moved_on():
 
 
 @each_processor
+@pytest.mark.parametrize("shares", [[8], [4, 4], [3, 3, 2], [1, 7]])
+def test_shares_of_a_batch_are_the_batch(shares):
+    options = {"seed": 3, "num_faces": [7, 9], "size_px": 64}
+    whole = draw(Ranges(), first=[10, 20], count=8, **options)
+    offset = 0
+    for count in shares:
+        counters = torch.tensor([10, 20])
+        share = {"count": count, "offset": offset, "advance": 8}
+        rows = [*range(offset, offset + count), *range(8 + offset, 8 + offset + count)]
+        assert torch.equal(draw(Ranges(), first=counters, **share, **options), whole[rows])
+        assert torch.equal(draw(Ranges(), first=[10, 20], **share, **options), whole[rows])
+        assert counters.tolist() == [18, 28]
+        offset += count
+
+
+@pytest.mark.parametrize("share", [{"offset": -1}, {"advance": 3}, {"offset": 2, "advance": 5}])
+def test_shares_beyond_their_batch_are_refused(share):
+    with pytest.raises(ValueError, match=r"advance >= offset \+ count"):
+        draw(Ranges(), first=[0], count=4, num_faces=[7], size_px=64, seed=0, **share)
+
+
+@each_processor
 def test_counters_begin_anew_behind_the_last_number():
     options = {"seed": 3, "count": 4, "num_faces": [7], "size_px": 64}
     counters = torch.tensor([2**63 - 2])

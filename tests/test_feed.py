@@ -17,7 +17,9 @@ def _store(num_faces, seed):
     return FaceStore(faces, "host", names, [], "", "", reused=False, seconds=0.0)
 
 
-def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", landmarks=None, **sections):
+def _feed(
+    dtype=torch.float32, threads=2, channels=3, device="cpu", landmarks=None, share=None, **sections
+):
     values = {"train": {"batch_size": 4}} | sections
     stores = {"a": _store(7, 1), "b": _store(5, 2)}
     if device == "cuda":
@@ -33,6 +35,7 @@ def _feed(dtype=torch.float32, threads=2, channels=3, device="cpu", landmarks=No
         num_threads=threads,
         input_channels=channels,
         landmarks=landmarks,
+        **(share or {}),
     )
 
 
@@ -70,6 +73,30 @@ def test_seek_and_batch_go_on_by_themselves():
     _assert_equal(moving.batch(), plain.next(resumed))
     plain.close()
     moving.close()
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_shares_of_several_processes_are_the_batch(gathers):
+    plain, seen = _feed(), {"a": 40, "b": 8}
+    feeds = [_feed(share={"offset": 0, "count": 3}), _feed(share={"offset": 3, "count": 1})]
+    for _ in range(2):
+        for feed in feeds:
+            feed._gathers = gathers
+            feed.seek(seen)
+        shares = [feed.batch() for feed in feeds]
+        assert all(feed.seen.tolist() == [seen["a"] + 4, seen["b"] + 4] for feed in feeds)
+        whole = plain.next(seen)
+        for name in ("input_nchw", "targets", "weights"):
+            tensors, parts = getattr(whole, name), [getattr(share, name) for share in shares]
+            if name == "input_nchw":
+                tensors, parts = [tensors], [[part] for part in parts]
+            for tensor, *pieces in zip(tensors, *parts, strict=True):
+                sides = zip(*(piece.chunk(2) for piece in pieces), strict=True)
+                assert torch.equal(tensor, torch.cat([torch.cat(side) for side in sides]))
+        seen = plain.following(seen)
+        assert feeds[1].following(seen) == plain.following(seen)
+    for feed in (plain, *feeds):
+        feed.close()
 
 
 def _landmarks(device):

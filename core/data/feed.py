@@ -46,6 +46,9 @@ class Feed:
     faces were seen is counted on the device, so that `batch` can be captured in a CUDA graph
     together with the step; each replay then makes the next batch. Faces in a file are no use to a
     graph: the host gathers those of each batch (`is_capturable`).
+
+    Where several processes train one run, a feed makes only the faces of its share: ``count`` of
+    each side, behind the ``offset`` first ones of the batch. Together they make the batch.
     """
 
     def __init__(
@@ -60,7 +63,13 @@ class Feed:
         num_threads: int,
         input_channels: int = 3,
         landmarks: tuple[Landmarks, Landmarks] | None = None,
+        offset: int = 0,
+        count: int | None = None,
     ):
+        self.offset, self.batch_size = offset, config.train.batch_size
+        self.count = self.batch_size if count is None else count
+        """Faces of each side that are made here, of a batch of ``batch_size``."""
+
         self.stores, self.config, self.device, self.dtype = stores, config, device, dtype
         self.input_px, self.output_px, self.num_threads = input_px, output_px, num_threads
         self.input_channels, self.size_px = input_channels, stores["a"].size_px
@@ -130,13 +139,12 @@ class Feed:
         # The host must know which faces to gather, so it waits for the count here.
         batch = self._make(self.seen.tolist(), turn)
         # Drawn from the host's numbers, which leaves the count on the device as it was.
-        self.seen.add_(self.config.train.batch_size)
+        self.seen.add_(self.batch_size)
         return batch
 
     def following(self, faces_seen: dict[str, int]) -> dict[str, int]:
         """The faces of each side that have been seen after the batch after ``faces_seen``."""
-        size = self.config.train.batch_size
-        return {side: faces_seen[side] + size for side in SIDES}
+        return {side: faces_seen[side] + self.batch_size for side in SIDES}
 
     def _make(self, first: list[int] | Tensor, turn: int = 0) -> Batch:
         """The batch after so many faces of each side."""
@@ -147,7 +155,9 @@ class Feed:
             self.ranges,
             seed=config.train.seed,
             first=first,
-            count=config.train.batch_size,
+            count=self.count,
+            offset=self.offset,
+            advance=self.batch_size,
             num_faces=num_faces,
             size_px=self.size_px,
             out=None if self._gathers else buffers.params_nx,
@@ -193,7 +203,7 @@ class _BatchBuffers:
     """
 
     def __init__(self, feed: Feed, shared_with: "_BatchBuffers | None" = None):
-        faces, device = len(SIDES) * feed.config.train.batch_size, feed.device
+        faces, device = len(SIDES) * feed.count, feed.device
         sizes: dict[str, Any] = {"input_px": feed.input_px, "output_px": feed.output_px}
         self.out: Augmented = empty(
             faces,
@@ -215,7 +225,7 @@ class _BatchBuffers:
 
 def _scratch(feed: Feed) -> tuple[Tensor, Tensor | None]:
     """Parameters of the faces of a batch and, on a GPU, a workspace to make it in."""
-    faces, device = len(SIDES) * feed.config.train.batch_size, feed.device
+    faces, device = len(SIDES) * feed.count, feed.device
     shape = (faces, FACE_PARAMS.itemsize)
     params_nx = torch.empty(shape, dtype=torch.uint8, device=device)
     if device.type != "cuda":

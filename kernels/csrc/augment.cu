@@ -512,7 +512,7 @@ __global__ void __launch_bounds__(kDrawThreads)
         mien::draw_row(ranges, job, row, lane, 32);
     __syncthreads();
     if (job.counters && threadIdx.x < job.num_sides)
-        job.counters[threadIdx.x] = mien::serial_of(job.counters[threadIdx.x], job.count, 0);
+        job.counters[threadIdx.x] = mien::serial_of(job.counters[threadIdx.x], job.advance, 0);
 }
 
 mien_status launched(const char *what) {

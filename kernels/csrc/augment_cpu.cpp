@@ -174,6 +174,7 @@ mien_status check_draw(const mien_ranges *ranges, const mien_draw_job *job) {
     if (!ranges || !job || (!job->params && job->count > 0))
         return fail(MIEN_INVALID_ARGUMENT, "null pointer");
     if (const mien_status status = check_number("count", job->count, 0)) return status;
+    if (const mien_status status = check_number("advance", job->advance, 0)) return status;
     if (job->num_sides < 1 || job->num_sides > MIEN_MAX_SIDES)
         return fail(MIEN_INVALID_ARGUMENT, "num_sides must be 1..%d, got %d", MIEN_MAX_SIDES,
                     job->num_sides);
@@ -216,7 +217,7 @@ mien_status mien_draw_cpu(const mien_ranges *ranges, const mien_draw_job *job) {
     for (int64_t row = 0; row < job->num_sides * job->count; ++row)
         mien::draw_row(*ranges, *job, row, 0, 1);
     for (int side = 0; job->counters && side < job->num_sides; ++side)
-        job->counters[side] = mien::serial_of(job->counters[side], job->count, 0);
+        job->counters[side] = mien::serial_of(job->counters[side], job->advance, 0);
     return MIEN_OK;
 }
 

@@ -103,7 +103,7 @@ def draws(data):
     fields = {"seed": st.integers(0, 2**64 - 1), "num_sides": sides, "count": count}
     fields |= {"num_faces": numbers, "size_px": whole(8, 4096, 0, 7, 4097, -1)}
     first = mostly(st.integers(0, 2**63 - 1), INT64)
-    fields |= {"first": st.lists(first, min_size=2, max_size=2)}
+    fields |= {"first": st.lists(first, min_size=2, max_size=2), "advance": whole(0, 99, *HUGE)}
     job = struct(data, "mien_draw_job", fields)
     job.params = memory.piece("mien_face *", rows * ffi.sizeof("mien_face"))
     if data.draw(st.booleans()):

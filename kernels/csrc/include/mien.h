@@ -84,6 +84,7 @@ typedef struct {
     int64_t first[MIEN_MAX_SIDES];     /* serial number of each side's first face */
     int64_t *counters; /* [num_sides] added to `first` when it runs, then moved on; or NULL. A sum
                           beyond 63 bits begins anew at 0. */
+    int64_t advance;   /* by which counters are moved on: count, and what others draw; below 2^31 */
     mien_face *params; /* [num_sides * count] */
 } mien_draw_job;
 
