@@ -89,7 +89,7 @@ def test_parts_follow_the_backward_pass_and_are_moved_in_it(monkeypatch):
     move = step.update._move
 
     def note(part, gradients):
-        moved_after.append(len(step.update.arrived))
+        moved_after.append(len(step.update.arrivals.arrived))
         move(part, gradients)
 
     monkeypatch.setattr(step.update, "_move", note)
@@ -252,7 +252,7 @@ def test_a_stream_is_forked_before_each_part_and_joined_after_the_last(monkeypat
 
     layer = nn.Linear(3, 3)
     update = _update(layer, "on")
-    update.stream = side
+    update.arrivals.stream = side
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: main)
     monkeypatch.setattr(torch.cuda, "stream", on)
     for parts in (1, 2):

@@ -6,10 +6,8 @@ On a GPU the updates run on a stream of their own, forked from the backward pass
 at its end, so a CUDA graph holds all of it.
 """
 
-import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from ..config import OptimizerConfig
 from ..estimate.flops import UPDATE_BYTES, Work
 from ..precision import Precision
+from .arrivals import Arrivals, grouped
 from .optimizer import Update, clipping_of
 
 PART = 4_000_000
@@ -105,81 +104,26 @@ class OverlappedUpdate(Update):
     def __init__(self, model: nn.Module, config: OptimizerConfig, precision: Precision):
         super().__init__(model, config, precision)
         device = self.parameters[0].device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.is_ordered = False
-        self.arrived: dict[int, Tensor] = {}
-        """Gradients by the number of their parameter, in the order in which they came."""
+        numbers = [part.numbers for part in self.parts]
+        self.arrivals = Arrivals(self.parameters, numbers, self._move_part, stream)
 
-        self.came_on: list[set[torch.cuda.Stream]] = []
-        """Streams on which the gradients of each part came; none without a GPU."""
-
-        self.moved: set[int] = set()
-        """Parts that the backward pass has moved and `__call__` is not to move again."""
-
-    @contextmanager
-    def overlap_backward(self) -> Iterator[None]:
+    def overlap_backward(self) -> AbstractContextManager[None]:
         """Update the weights during the backward pass inside; afterwards the current stream waits.
 
         The gradients must live as long as the context.
         """
-        self.arrived, self.moved = {}, set()
-        self.came_on = [set() for _ in self.parts]
-        part_of = {n: i for i, part in enumerate(self.parts) for n in part.numbers}
-        # For this backward pass alone: the hooks of another must move nothing.
-        handles = [
-            parameter.register_hook(partial(self._take, number, part_of[number]))
-            for number, parameter in enumerate(self.parameters)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        # The next forward pass reads the weights on the current stream.
-        if self.stream and self.moved:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        return self.arrivals.during_backward()
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move what the backward pass has not, by the gradients, one of each parameter."""
-        for index, part in enumerate(self.parts):
-            if index not in self.moved:
-                self._move(part, [gradients[number] for number in part.numbers])
-        order = list(self.arrived)
-        self.arrived, self.moved = {}, set()
+        order = self.arrivals.finish(gradients)
         # Once only: a captured graph replays the parts that it has seen.
         if order and not self.is_ordered:
-            self._split(self._grouped(order))
+            self._split(grouped(order, [each.numel() for each in self.master_weights], PART))
+            self.arrivals.parts = [part.numbers for part in self.parts]
             self.is_ordered = True
 
-    def _take(self, number: int, index: int, gradient: Tensor) -> None:
-        """Note the gradient of one parameter; move its part if that was the last one missing.
-
-        A hook of the parameter. Autograd calls it with the sum over all uses, on the stream where
-        that is ready, when every operation that used the parameter has queued its own gradients.
-        So nothing queued later reads the old value, or autograd would refuse to go on.
-        """
-        self.arrived[number] = gradient
-        part = self.parts[index]
-        if self.stream:
-            self.came_on[index].add(torch.cuda.current_stream())
-        if not all(each in self.arrived for each in part.numbers):
-            return
-        if self.stream:
-            # A gradient is ready on the stream that computed it; with two decoders there are two.
-            for stream in self.came_on[index]:
-                self.stream.wait_stream(stream)
-        with torch.cuda.stream(self.stream):  # None: does nothing
-            self._move(part, [self.arrived[each] for each in part.numbers])
-        self.moved.add(index)
-
-    def _grouped(self, order: list[int]) -> list[list[int]]:
-        """Numbers of parameters in this order, some `PART` elements in each group."""
-        ends = itertools.accumulate(self.master_weights[number].numel() for number in order)
-        groups: list[list[int]] = [[]]
-        begun_at = 0
-        for number, end in zip(order, ends, strict=True):
-            groups[-1].append(number)
-            if end - begun_at >= PART:
-                begun_at = end
-                groups.append([])
-        return [group for group in groups if group]
+    def _move_part(self, index: int, gradients: Sequence[Tensor]) -> None:
+        self._move(self.parts[index], gradients)
