@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...models.autoencoder import Autoencoder
+
 
 class Arrivals:
     """Parts of a model's gradients, handled one after the other while the backward pass goes on.
@@ -108,3 +110,25 @@ def grouped(order: Sequence[int], sizes: Sequence[int], least: int) -> list[list
             num_elements = 0
             groups.append([])
     return [group for group in groups if group]
+
+
+def arrival_order(model: Autoencoder) -> list[int]:
+    """Numbers of the trained parameters, in the order in which a backward pass forms gradients.
+
+    It depends on the model alone, so every process that trains it finds the same.
+
+    Args:
+        model: Model on the meta device; its parameters are left as they are.
+    """
+    order: list[int] = []
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    handles = [
+        parameter.register_hook(lambda _, number=number: order.append(number))
+        for number, parameter in enumerate(parameters)
+    ]
+    faces_nchw = torch.empty(4, 3, model.input_px, model.input_px, device="meta")
+    outputs = [each for side in model(faces_nchw) for each in side if each.requires_grad]
+    torch.autograd.grad(outputs, parameters, [torch.empty_like(each) for each in outputs])
+    for handle in handles:
+        handle.remove()
+    return order
