@@ -130,7 +130,7 @@ def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, Mo
 
 def _parser(
     command: str | None,
-) -> tuple[_Parser, dict[str, argparse.ArgumentParser], ModuleType | None]:
+) -> tuple[_Parser, dict[str, _Parser], ModuleType | None]:
     """The parser, those of all commands, and the module of this one, whose flags it knows."""
     parser = _Parser(
         prog="mien",

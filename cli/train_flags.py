@@ -33,6 +33,7 @@ _TITLES = {
     "save": "saving",
     "preview": "watching",
     "log": "watching",
+    "notify": "watching",
 }
 """Title under which the flags of each section stand, in the order of the page."""
 

@@ -67,6 +67,9 @@ class Field:
     stays: bool = False
     """Whether a model keeps what a flag gives."""
 
+    is_private: bool = False
+    """Whether it is the user's alone: no file of a run holds it, and none can set it."""
+
     name: str = ""
     default: Any = None
     doc: str = ""
@@ -154,10 +157,17 @@ class Field:
         return str(bound) if self.type is int else f"{bound:g}"
 
 
-def setting(default: Any, *, path: bool = False, flag: str = "", **rule: Any) -> Any:
+def setting(
+    default: Any, *, path: bool = False, private: bool = False, flag: str = "", **rule: Any
+) -> Any:
     """A field of a dataclass with its rule: keywords are those of `Field`, and names of its flag
     with spaces between them."""
-    metadata = {"is_path": path, "flags": tuple(flag.split()), **rule}
+    metadata = {
+        "is_path": path,
+        "is_private": private,
+        "flags": tuple(flag.split()),
+        **rule,
+    }
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

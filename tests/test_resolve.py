@@ -63,6 +63,8 @@ def _other(spec):
         return others[0] if others else None
     if spec.is_path:
         return "/other.png"
+    if spec.is_private:
+        return "the user's alone"
     if spec.type is str:
         return {"trainer": "original", "mask_color": "#00ff00"}[spec.name]
     return spec.type(spec.high if spec.default != spec.high else spec.low)
@@ -99,7 +101,7 @@ def test_what_is_set_by_file_or_set_lasts(spec):
         pytest.skip(f"{spec.name} has one choice only")
     first = _resolve(lasting={spec.section: {spec.name: value}})
     kept = getattr(getattr(first.kept, spec.section), spec.name)
-    is_of_a_start = spec.full_name in ("save.model_dir", "model.load_weights")
+    is_of_a_start = spec.is_private or spec.full_name in ("save.model_dir", "model.load_weights")
     assert kept == ("" if is_of_a_start else merge(kept, value) if spec.type is dict else value)
 
 
@@ -272,6 +274,9 @@ def test_every_setting_is_refused_or_updated_as_its_lock_says(spec):
     resolved = _resolve(saved, given)
     if spec.full_name in ("save.model_dir", "model.load_weights", "optimizer.use_lr_finder"):
         return
+    if spec.is_private:  # a notice of it would be kept with the others
+        assert resolved.notices == []
+        return
     assert _told(resolved)[0].startswith(f"updated {spec.full_name} from ")
     assert len(resolved.notices) == 1
 
@@ -351,7 +356,8 @@ def test_a_found_rate_stays_with_the_model_whatever_flags_are_given():
 def test_every_text_without_choices_is_a_path_or_known_not_to_be_one():
     free = {spec.full_name for spec in all_settings() if spec.type is str and not spec.choices}
     paths = {spec.full_name for spec in PATHS}
-    assert free - paths == {"model.trainer", "preview.mask_color"}
+    private = {spec.full_name for spec in all_settings() if spec.is_private}
+    assert free - paths - private == {"model.trainer", "preview.mask_color"}
     assert paths <= free
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...models.fields import MAX_COUNT
-from ..config import Config, all_settings, to_dict
+from ..config import Config, all_settings, to_dict, without_private
 from ..system import saved_values
 from ..system.saved_values import MAX_SECONDS, require, require_keys
 
@@ -82,7 +82,7 @@ class TrainingState:
         """
         if config.model.trainer != self.trainer:
             raise ValueError(f"the state is of {self.trainer}, not of {config.model.trainer}")
-        values = to_dict(config)
+        values = without_private(to_dict(config))
         settings: dict[str, dict[str, Any]] = {}
         for spec in all_settings():
             if not spec.locked:

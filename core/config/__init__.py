@@ -14,6 +14,7 @@ from .sections import (
     LogConfig,
     LossConfig,
     ModelConfig,
+    NotifyConfig,
     OptimizerConfig,
     PrecisionConfig,
     PreviewConfig,
@@ -29,6 +30,7 @@ from .settings import (
     model_settings,
     sections_of,
     to_dict,
+    without_private,
 )
 from .toml import (
     MAX_TOML_BYTES,
@@ -54,6 +56,7 @@ __all__ = [
     "TrainConfig",
     "SaveConfig",
     "LogConfig",
+    "NotifyConfig",
     "EvaluateConfig",
     "PreviewConfig",
     "LOSSES",
@@ -70,6 +73,7 @@ __all__ = [
     "section_name",
     "sections_of",
     "to_dict",
+    "without_private",
     "MAX_TOML_BYTES",
     "MAX_TOML_DEPTH",
     "MAX_TOML_DOTS",

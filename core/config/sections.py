@@ -5,7 +5,8 @@ A *locked* setting is part of a model's identity: it is fixed when the model fol
 file, ``--set section.key=value`` and the command line's flags. Ranges are enforced at construction.
 
 A flag holds for the session that it is given in; all else a model keeps for its next sessions. What
-a model is made with *stays* even where a flag gives it. A setting that is a *path* counts in the
+a model is made with *stays* even where a flag gives it. One that is *private* is for the start that
+it is given to: no file of a run holds it. A setting that is a *path* counts in the
 folder of a model only under the rules of `core.checkpoint.known_paths`.
 """
 
@@ -425,6 +426,19 @@ class LogConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NotifyConfig(Section):
+    """Who is told of the end of a run, a stage, a rollback or a failure; no model keeps it."""
+
+    command: str = setting("", private=True, flag="--notify-command")
+    """Command for the shell that is run at each: $MIEN_EVENT and $MIEN_TEXT say what happened, and
+    it reads the same as a line of JSON."""
+
+    url: str = setting("", private=True, flag="--notify-url")
+    """Place to send a message to, as a URL of Apprise: ntfys://ntfy.sh/topic, discord://id/token,
+    mailto://..."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(Section):
     """How good the model is, measured at every save on faces that it is never trained on."""
 
@@ -510,6 +524,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    notify: NotifyConfig = field(default_factory=NotifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 

@@ -92,6 +92,15 @@ def model_settings(config: Config) -> dict[str, Any]:
     }
 
 
+def without_private(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested plain values with the defaults of what no file of a run may hold."""
+    public = {section: dict(table) for section, table in values.items()}
+    for spec in all_settings():
+        if spec.is_private:
+            public.setdefault(spec.section, {})[spec.name] = spec.default
+    return public
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The whole config as plain values, fit for TOML and JSON."""
     return dataclasses.asdict(config)

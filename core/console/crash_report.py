@@ -4,6 +4,7 @@ It holds the traceback, versions, settings and the latest events. Of the faces i
 and no file.
 """
 
+import json
 import os
 import platform
 import re
@@ -19,7 +20,7 @@ import torch
 
 from ... import __version__
 from ..checkpoint.model_folder import SaveError
-from ..config import Config, to_toml
+from ..config import Config, all_settings, to_dict, to_toml
 from ..system.durable_files import replace_file
 from .reporter import Reporter
 from .tensorboard import LogError
@@ -74,7 +75,18 @@ def crash_report(error: Exception, config: Config, events: list[str]) -> str:
         "latest events": "\n".join(events),
     }
     text = "\n".join(f"== {title} ==\n{content.rstrip()}\n" for title, content in parts.items())
-    return _without_faces(text, config)
+    return _without_secrets(_without_faces(text, config), config)
+
+
+def _without_secrets(text: str, config: Config) -> str:
+    """The same without the values of private settings, which the command line has, too."""
+    values = to_dict(config)
+    for spec in all_settings():
+        secret = values[spec.section][spec.name] if spec.is_private else ""
+        # As it is, and as TOML and JSON write it.
+        for written in {secret, json.dumps(secret)[1:-1]} - {""}:
+            text = text.replace(written, "(private)")
+    return text
 
 
 def _version(name: str) -> str:

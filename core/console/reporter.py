@@ -20,6 +20,7 @@ from typing import Any, TextIO, cast
 from ..system.output import Output
 from ..system.printable import printable
 from .event_files import ReportFiles
+from .notify import Notifier
 from .report import Report
 from .status_line import StatusLine, step_report
 
@@ -69,6 +70,12 @@ class Reporter:
         """The latest events as JSON lines, oldest first."""
 
         self._files = ReportFiles()
+        self._notifier: Notifier | None = None
+
+    def notify_by(self, notifier: Notifier) -> None:
+        """Have the events that matter told to the user elsewhere, too."""
+        self._end_notifications()  # those of the session before
+        self._notifier = notifier
 
     def keep_in(self, *, events: Path | None, log_file: Path | None, level: str) -> None:
         """Keep reports in files, those so far in the first ones of all; print from a level on.
@@ -183,7 +190,8 @@ class Reporter:
 
     def stage(self, reason: str) -> None:
         """Report that a stage of the recipe is over, and why; the next one begins."""
-        self._log("stage", f"{reason[0].upper()}{reason[1:]}", {"reason": reason})
+        text = f"{reason[0].upper()}{reason[1:]}"
+        self._log("stage", text, {"reason": reason}, is_news=True)
 
     def snapshot(self, *, iteration: int, path: Path) -> None:
         """Report that a copy of the model was made, next to its folder."""
@@ -234,6 +242,11 @@ class Reporter:
         fields = {"message": message} | facts
         self._log("warning", f"Warning: {message}", fields, level="warning")
 
+    def rollback(self, reason: str) -> None:
+        """Warn that training has gone back to a save, and why; it goes on at a lower rate."""
+        fields = {"message": reason}
+        self._log("warning", f"Warning: {reason}", fields, level="warning", is_news=True)
+
     def crash(self, *, error: str, path: Path) -> None:
         """Report a failure of mien itself: on stderr, where its traceback follows."""
         self._keep_steps()
@@ -244,13 +257,18 @@ class Reporter:
         if self._as_json:
             self._print("crash", report.line)
         Output(sys.stderr).write(report.text + "\n")
+        if self._notifier is not None:
+            self._notifier.tell(report)
+        self._end_notifications()
 
     def stop(self, *, iteration: int, reason: str, exit_code: int) -> None:
         """Report why training ended; the last event of all."""
         fields = {"iteration": iteration, "reason": reason, "exit_code": exit_code}
         level = "info" if exit_code in _REQUESTED_EXITS else "error"
-        self._log("stop", f"Stopped at iteration {iteration}: {reason}", fields, level)
+        text = f"Stopped at iteration {iteration}: {reason}"
+        self._log("stop", text, fields, level, is_news=True)
         self.close()
+        self._end_notifications()
         self._files.close()
 
     def close(self) -> None:
@@ -258,18 +276,33 @@ class Reporter:
         if self._live is not None:
             self._live.close()
 
+    def _end_notifications(self) -> None:
+        """Wait for the last notification; what was not sent is told on stderr: stop is the last
+        report of all."""
+        notifier, self._notifier = self._notifier, None
+        for problem in notifier.close() if notifier else []:
+            Output(sys.stderr).write(printable(f"Warning: {problem}") + "\n")
+
     def hurry(self) -> None:
         """Wait no more for whoever does not read what is printed; also for handlers of signals."""
         self._stream.hurry()
 
     def _log(
-        self, event: str, text: str | list[str], fields: dict[str, Any], level: str = "info"
+        self,
+        event: str,
+        text: str | list[str],
+        fields: dict[str, Any],
+        level: str = "info",
+        *,
+        is_news: bool = False,
     ) -> None:
-        """Show and keep a report, of one line or of some."""
+        """Show and keep a report, of one line or of some; news are told elsewhere, too."""
         self._keep_steps()
         lines = [text] if isinstance(text, str) else text
         report = self._report(event, lines, fields, level)
         self._show(report)
+        if is_news and self._notifier is not None:
+            self._notifier.tell(report)
         self._warn_all(self._files.add(report))
 
     def _report(self, event: str, lines: list[str], fields: dict[str, Any], level: str) -> Report:

@@ -7,6 +7,7 @@ from ...models.autoencoder import Autoencoder
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import TrainingState
 from ..config import Config
+from ..console.notify import Notifier
 from ..console.reporter import EVENTS, Reporter
 from ..console.tensorboard import Log, LogError, NullLog, open_log
 from ..data.decode import thread_count
@@ -100,6 +101,8 @@ def open_logs(
         log_file=Path(config.log.file) if config.log.file else None,
         level=config.log.level,
     )
+    if config.notify.command or config.notify.url:
+        reporter.notify_by(Notifier(config.notify, model_dir))
     return log
 
 

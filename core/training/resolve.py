@@ -30,6 +30,7 @@ from ..config import (
     path_settings,
     sections_of,
     to_dict,
+    without_private,
 )
 from ..config.path_settings import Place
 from ..config.recipes import Recipe
@@ -39,8 +40,9 @@ from ..system.paths import expanded
 from . import recipe_progress as stages
 from .recipe_progress import Plan
 
-_OF_A_START = {"save": {"model_dir": ""}, "model": {"load_weights": ""}}
-"""Settings that no model keeps: where it is now, and what it began with."""
+_OF_A_START = without_private({"save": {"model_dir": ""}, "model": {"load_weights": ""}})
+"""Settings that no model keeps: where it is now, what it began with, and what is the user's alone,
+which a stranger's folder must never set."""
 
 _NOT_COMPARED = {"save.model_dir", "model.load_weights"}
 
@@ -286,7 +288,7 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
     """A sentence for each free setting that is other than in the last session."""
     not_compared = {".".join(place) for place in model.strange} | _NOT_COMPARED
     for spec in all_settings():
-        if spec.locked or spec.full_name in not_compared:
+        if spec.locked or spec.is_private or spec.full_name in not_compared:
             continue
         last, own, value = (each[spec.section][spec.name] for each in (model.last, model.own, new))
         if last != value:

@@ -74,7 +74,7 @@ def train(
         assert end is not None  # whatever is raised above leaves this function
         if not end.goes_on or stop.signal_name:
             break
-        report = reporter.stage if end.back_at is None else reporter.warning
+        report = reporter.stage if end.back_at is None else reporter.rollback
         report(end.reason)
         overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None

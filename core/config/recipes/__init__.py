@@ -248,5 +248,5 @@ def _check_settings(values: dict[str, Any], place: str) -> None:
         name = spec.full_name
         if spec.locked:
             raise ValueError(f"{place}.set: {name} is fixed when a model is made; leave it out")
-        if spec.is_path or name in _NOT_IN_A_STAGE:
+        if spec.is_path or spec.is_private or name in _NOT_IN_A_STAGE:
             raise ValueError(f"{place}.set: {name} is for the whole run; leave it out")
