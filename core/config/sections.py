@@ -427,7 +427,7 @@ class LogConfig(Section):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotifyConfig(Section):
-    """Who is told of the end of a run, a stage, a rollback or a failure; no model keeps it."""
+    """Notifications of the end of a run, a stage, a rollback or a failure; no model keeps them."""
 
     command: str = setting("", private=True, flag="--notify-command")
     """Command for the shell that is run at each: $MIEN_EVENT and $MIEN_TEXT say what happened, and
