@@ -1,6 +1,8 @@
 """Two measurements of the same things on the same device: what changed, and is it more than noise?
 
-Run: ``mien bench step --compare FILE``.
+Or of two devices, from two files: how much faster is one?
+
+Run: ``mien bench step --compare FILE``, ``mien bench --compare FILE FILE``.
 """
 
 from collections.abc import Iterable
@@ -104,8 +106,12 @@ def lines(found: Iterable[Change]) -> Iterable[str]:
 
 def markdown(found: Iterable[Change], old: dict[str, Any], new: dict[str, Any]) -> str:
     """A table of before and after."""
+    if old["card"] == new["card"]:
+        title = f"**{new['card']}**, before: commit {old['commit']}, after: commit {new['commit']}"
+    else:
+        title = f"before: **{old['card']}**, after: **{new['card']}**"
     head = [
-        f"**{new['card']}**, before: commit {old['commit']}, after: commit {new['commit']}",
+        title,
         "",
         "| what | figure | before | after | ratio | |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -15,13 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from ..core.system.durable_files import replace_file
+from ..core.system.user_folders import state_folder
 
 _PACKAGE = Path(__file__).parents[1]
 IS_SOURCE_TREE = (_PACKAGE / "pyproject.toml").is_file()
-_OURS = (_PACKAGE if IS_SOURCE_TREE else Path()) / "benchmarks/results"
-RESULTS = Path(os.environ.get("MIEN_RESULTS") or _OURS)
-"""Folder of the files of results: beside this code, or below the working folder where mien was
-installed as a wheel; MIEN_RESULTS names another folder, as on a machine that is lent."""
+
+
+def user_results() -> Path:
+    """Folder of what users measure: in their folder for state, or below the working folder where
+    they have none; MIEN_RESULTS names another."""
+    named = os.environ.get("MIEN_RESULTS")
+    if named:
+        return Path(named)
+    try:
+        return state_folder() / "benchmarks"
+    except ValueError:  # no home, as of a service
+        return Path("benchmarks/results")
+
+
+_IN_TREE = _PACKAGE / "benchmarks/results"
+RESULTS = _IN_TREE if IS_SOURCE_TREE and "MIEN_RESULTS" not in os.environ else user_results()
+"""Folder of what developers measure: beside this code; the user's own where mien was installed as a
+wheel, or MIEN_RESULTS, as on a machine that is lent."""
 
 SCHEMA = 2
 
@@ -234,10 +249,10 @@ def card_state() -> dict[str, float] | None:
     return {name: float(value) for name, value in known if value.strip()[:1].isdigit()}
 
 
-def results_path(where: dict[str, Any]) -> Path:
-    """The file of a card and commit, as `environment` tells them."""
+def results_path(where: dict[str, Any], folder: Path | None = None) -> Path:
+    """The file of a card and commit, as `environment` tells them; folder: None: `RESULTS`."""
     slug = "".join(c if c.isalnum() else "-" for c in where["card"].lower()).strip("-")
-    return RESULTS / f"{slug}-{where['torch'].partition('+')[0]}-{where['commit']}.json"
+    return (folder or RESULTS) / f"{slug}-{where['torch'].partition('+')[0]}-{where['commit']}.json"
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -278,17 +293,18 @@ def write_results(
     *,
     ceilings: dict[str, Any] | None = None,
     conditions: dict[str, Any] | None = None,
+    folder: Path | None = None,
 ) -> Path:
     """Put the rows into this card's and commit's file, in place of equal measurements there.
 
     ceilings: what the card can do; conditions: `card_state` before and after, by benchmark. Those
-    of the file stay where none are given.
+    of the file stay where none are given. folder: where the file is; None: in `RESULTS`.
 
     Raises:
         ValueError: The disk refuses.
     """
     where = environment()
-    path = results_path(where)
+    path = results_path(where, folder)
     old = read_results(path) if path.exists() else {"rows": []}
     new = {identity(row) for row in rows}
     content = {

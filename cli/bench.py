@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .lines import tell, tell_json
+from .lines import show, tell, tell_json
 
 ALL = ("kernels", "data", "step", "train", "roofline")
-KINDS = (*ALL, "models", "ceilings", "learning", "report")
+KINDS = ("machine", *ALL, "models", "ceilings", "learning", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,24 +16,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kind",
         nargs="?",
-        default="all",
+        default="machine",
         choices=("all", *KINDS),
-        help="kernels: each against PyTorch; data: batches from the store, first start-up; step: "
-        "training steps, Python calls and launches; train: the whole loop; roofline: what a step "
-        "could reach; all: these five; models: every model, what it takes to make it and how fast "
-        "a GPU trains it; ceilings: what this card can do, measured anew; learning: "
-        "curves against a reference (needs --reference and faces); report: put the newest results "
-        "into README.md and docs of mien's own folder, or print them where there is none",
+        help="machine, which needs no word: the speed of the main models here, in under three "
+        "minutes. The others are for who works on mien: kernels: each against PyTorch; data: "
+        "batches from the store, first start-up; step: training steps, Python calls and launches; "
+        "train: the whole loop; roofline: what a step could reach; all: these five; models: every "
+        "model, what it takes to make it and how fast a GPU trains it; ceilings: what this card "
+        "can do, measured anew; learning: curves against a reference (needs --reference and "
+        "faces); report: put the newest results into README.md and docs of mien's own folder, or "
+        "print them where there is none",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--no-save", action="store_true", help="print only; write no file")
     parser.add_argument(
-        "--no-save", action="store_true", help="print only; write nothing to benchmarks/results"
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the file with the results (default: the user's folder for state; of "
+        "benchmarks for who works on mien: benchmarks/results)",
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="kernels: every figure, of every variant"
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="NAME", help="kernels, models: these alone"
     )
     parser.add_argument(
-        "--compare", type=Path, metavar="FILE", help="results of before, of the same device"
+        "--compare",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="results of before, of the same device; two files, also of two cards: compare them "
+        "and measure nothing",
     )
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="with --compare: write the table there too"
@@ -56,7 +71,6 @@ def run(args: argparse.Namespace) -> int:
         return _report()
     from .. import kernels
     from ..benchmarks import compare, harness
-    from ..core.system.durable_files import write_output
     from ..core.training.devices import require_fit_gpu
 
     unknown = sorted(set(args.only) - set(kernels.OPERATIONS))
@@ -64,38 +78,83 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"no kernel {unknown[0]!r}; there are: {', '.join(kernels.OPERATIONS)}")
     if args.markdown and not args.compare:
         raise ValueError("--markdown writes a comparison: add --compare FILE")
-    before = harness.read_results(args.compare) if args.compare else None
+    files = [harness.read_results(path) for path in args.compare or ()]
+    if len(files) > 2:
+        raise ValueError(f"--compare takes one file or two, got {len(files)}")
+    if len(files) == 2:
+        return _compared(args, *files)
     require_fit_gpu()
     here = harness.environment()
-    if before:
-        compare.require_same_device(before, here)
-    ceilings = _ceilings(args)
+    if files:
+        compare.require_same_device(files[0], here)
+    rows = _measured(args, _ceilings(args))
+    _print_end(args, rows, here)
+    if files:
+        _compared(args, files[0], here | {"rows": rows})
+    return 1 if any("error" in row for row in rows) else 0
+
+
+def _measured(args: argparse.Namespace, ceilings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of all parts that are asked for, each printed and written as soon as it is there."""
+    from ..benchmarks import harness
+
+    rows: list[dict[str, Any]] = []
     if args.kind == "ceilings":
         _print(ceilings, args.json)
-    rows: list[dict[str, Any]] = []
-    for kind in ALL if args.kind == "all" else [args.kind] * (args.kind != "ceilings"):
+        if not args.no_save:
+            harness.write_results([], ceilings=ceilings, folder=args.results)
+        return rows
+    for kind in ALL if args.kind == "all" else [args.kind]:
         state = harness.card_state()
-        for row in _measure(kind, args.only, ceilings):
+        for row in _rows(kind, args.only, ceilings):
             rows.append(row)
             if not args.json:
-                _print_row(row)
+                _print_measured(row, args.verbose)
             if not args.no_save:  # at once, so that a failure later on costs none of it
                 conditions = {kind: {"before": state, "after": harness.card_state()}}
-                harness.write_results([row], ceilings=ceilings, conditions=conditions)
-    if args.kind == "ceilings" and not args.no_save:
-        harness.write_results([], ceilings=ceilings)
-    if args.json and rows:
-        _print(rows, True)
-    if not args.no_save and not args.json:
-        tell(f"written to {harness.results_path(here)}")
-    if before:
-        changes = compare.changes(before["rows"], rows)
-        if not args.json:
-            tell(*compare.lines(changes))
-        if args.markdown:
-            text = compare.markdown(changes, before, here)
-            write_output(args.markdown, text.encode(), force=True)
-    return 1 if any("error" in row for row in rows) else 0
+                harness.write_results(
+                    [row], ceilings=ceilings, conditions=conditions, folder=_folder(args)
+                )
+    return rows
+
+
+def _folder(args: argparse.Namespace) -> Path | None:
+    """Folder of the results; None: that of who works on mien."""
+    from ..benchmarks import harness
+
+    return args.results or (harness.user_results() if args.kind == "machine" else None)
+
+
+def _print_end(args: argparse.Namespace, rows: list[dict[str, Any]], here: dict[str, Any]) -> None:
+    """Print what can only be said of all rows together."""
+    from ..benchmarks import bench_machine, harness
+
+    if args.json:
+        if rows:
+            _print(rows, True)
+        return
+    if args.kind == "machine":
+        show(bench_machine.table(rows, here))
+    if not args.no_save:
+        tell(f"written to {harness.results_path(here, _folder(args))}")
+
+
+def _compared(args: argparse.Namespace, old: dict[str, Any], new: dict[str, Any]) -> int:
+    """Print what became of each figure; an exit code."""
+    from ..benchmarks import compare
+    from ..core.system.durable_files import write_output
+
+    changes = compare.changes(old["rows"], new["rows"])
+    if not changes:
+        raise ValueError("nothing was measured in both, so there is nothing to compare")
+    if not args.json:
+        if old["card"] != new["card"]:
+            tell(f"{old['card']} -> {new['card']}")
+        tell(*compare.lines(changes))
+    if args.markdown:
+        text = compare.markdown(changes, old, new)
+        write_output(args.markdown, text.encode(), force=True)
+    return 0
 
 
 def _report() -> int:
@@ -122,11 +181,12 @@ def _ceilings(args: argparse.Namespace) -> dict[str, Any]:
     return known or ceilings.measure_ceilings(device)
 
 
-def _measure(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _rows(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of one part."""
     from ..benchmarks import (
         bench_data,
         bench_kernels,
+        bench_machine,
         bench_models,
         bench_step,
         bench_train,
@@ -134,6 +194,8 @@ def _measure(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[d
     )
     from ..benchmarks.ceilings import card_of
 
+    if kind == "machine":
+        return bench_machine.rows(ceilings)
     if kind == "kernels":
         return bench_kernels.rows(ceilings, tuple(only))
     if kind == "data":
@@ -156,10 +218,37 @@ def _print(value: Any, as_json: bool) -> None:
     _print_row({key: item for key, item in value.items() if key != "convolutions"})
 
 
+def _print_measured(row: dict[str, Any], is_verbose: bool) -> None:
+    """Print a row as it is measured: of the machine to show progress, of a kernel its speed."""
+    if row["kind"] == "machine":
+        speed = f"{row['eg_per_s']:,.4g} EG/s" if "eg_per_s" in row else row["error"]
+        tell(f"{row['model']}, {row['precision']}, batch {row['batch_size']}: {speed}")
+    elif row["kind"] != "kernel" or is_verbose or "error" in row:
+        _print_row(row)
+    elif row["variant"] == "mien":
+        tell(_kernel_line(row), *_losses(row))
+
+
+def _kernel_line(row: dict[str, Any]) -> str:
+    """A kernel's time, beside PyTorch's and what the device could do."""
+    case = " ".join(f"{key}={value}" for key, value in row["case"].items())
+    parts = [f"{row['median_ms']:g} ms"]
+    for name, ratio in row.items():
+        if name.startswith("speedup_over_"):
+            parts.append(f"{ratio:g}x {name.removeprefix('speedup_over_').replace('_', '-')}")
+    if row["share_of_ceiling"]:
+        parts.append(f"{row['share_of_ceiling']:.0%} of the ceiling")
+    return f"{row['kernel']} {case}: {', '.join(parts)}"
+
+
 def _print_row(row: dict[str, Any]) -> None:
-    tell("  ".join(f"{key}={value}" for key, value in row.items()))
-    for name in row.get("loses_to", []):
-        tell(f"  loses to {name}: {row['kernel']} {row['case']}")
+    tell("  ".join(f"{key}={value}" for key, value in row.items()), *_losses(row))
+
+
+def _losses(row: dict[str, Any]) -> list[str]:
+    """A line for each variant that is faster than mien's own."""
+    others = row.get("loses_to", [])
+    return [f"  loses to {name}: {row['kernel']} {row['case']}" for name in others]
 
 
 def _learning(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import jsonschema
@@ -12,6 +13,7 @@ from mien.benchmarks import (
     bench_augment,
     bench_data,
     bench_kernels,
+    bench_machine,
     bench_step,
     bench_train,
     ceilings,
@@ -213,6 +215,59 @@ def test_compare_on_the_command_line(folder, monkeypatch, capsys):
     assert main(["bench", "step", "--markdown", "x"]) == 2
     assert main(["bench", "kernels", "--only", "nothing"]) == 2
     assert "no kernel 'nothing'; there are: " in capsys.readouterr().err
+
+
+def test_two_files_are_compared_and_nothing_is_measured(folder, capsys, monkeypatch):
+    monkeypatch.setattr(bench_step, "rows", lambda *_: pytest.fail("measured"))
+    content = {"schema": 2, **harness.environment(), "ceilings": CEILINGS, "conditions": {}}
+    paths = [folder / "one.json", folder / "two.json"]
+    for path, card, row in zip(
+        paths, ("H100", "H200"), (step_row(20.0), step_row(30.0)), strict=True
+    ):
+        path.write_text(json.dumps(content | {"card": card, "rows": [row]}))
+    table = folder / "table.md"
+    words = ["bench", "--compare", *map(str, paths)]
+    assert main([*words, "--markdown", str(table)]) == 0
+    assert capsys.readouterr().out.startswith("H100 -> H200\nstep original 16 bf16 mien-eager: ")
+    assert table.read_text().startswith("before: **H100**, after: **H200**\n")
+    paths[1].write_text(json.dumps(content | {"rows": []}))
+    assert main(words) == 2
+    assert "nothing was measured in both" in capsys.readouterr().err
+    assert main([*words, str(paths[0])]) == 2
+    assert "--compare takes one file or two, got 3" in capsys.readouterr().err
+
+
+def test_without_a_word_the_speed_of_this_machine_is_one_table(folder, capsys, monkeypatch):
+    """It is the user's own, so it goes to the user's folder, and not into the source tree."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    monkeypatch.setattr(bench_machine, "CPU_MODELS", ("lightweight",))
+    monkeypatch.setattr(bench_machine, "GPU_MODELS", ("lightweight",))
+    monkeypatch.setattr(bench_machine, "BATCH_SIZES", (1, 2))
+    monkeypatch.setattr(
+        bench_machine, "_PACE", dict.fromkeys(("cpu", "cuda"), harness.Pace(1, 0.0, 0))
+    )
+    assert main(["bench"]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines()[:-1])) <= 80
+    assert re.search(r"lightweight +│ bf16 +│ +[\d.,]+ │ +[\d.,]+ │ +[12] │ arithmetic", printed)
+    (path,) = folder.glob("state/mien/benchmarks/*.json")
+    assert printed.endswith(f"written to {path}\n")
+    jsonschema.validate(harness.read_results(path), SCHEMA)
+    assert not harness.RESULTS.exists()
+    assert main(["bench", "--no-save", "--json", "--results", str(folder / "never")]) == 0
+    assert {row["kind"] for row in json.loads(capsys.readouterr().out)} == {"machine"}
+    assert not (folder / "never").exists()
+
+
+def test_a_model_whose_cells_take_too_long_is_left_out(monkeypatch):
+    row = {"model": "original", "precision": "bf16", "batch_size": 8, "eg_per_s": 20.0}
+    rows = [row | {"binds": "update"}, row | {"batch_size": 16, "eg_per_s": 20.5, "binds": "gaps"}]
+    drawn = bench_machine.table(rows, {"card": "a card"})
+    cells = [list(column.cells) for column in drawn.columns]
+    assert [cell for (cell,) in cells] == ["original", "bf16", "20", "20.5", "-", "8", "optimizer"]
+    monkeypatch.setattr(bench_machine, "_BUDGET_S", 0.0)
+    assert list(bench_machine.rows(CEILINGS)) == []
 
 
 def test_the_readme_and_the_picture(folder):
