@@ -352,11 +352,10 @@ def test_an_installed_mien_needs_no_source_tree(installed, words, told):
     assert told in _run_installed(installed, "-m", *words)
 
 
-def test_an_installed_mien_reports_what_it_has_measured(installed, monkeypatch):
-    monkeypatch.setenv("XDG_STATE_HOME", str(installed / "state"))
+def test_an_installed_mien_reports_what_it_has_measured(installed):
     report = ["-m", "mien.cli", "bench", "report"]
     assert "mien bench: no results in" in _run_installed(installed, *report, code=2)
     write = "from mien.benchmarks import harness, launches; harness.write_results([]); "
     _run_installed(installed, "-c", write + "launches.read_budget()")
-    assert (installed / "state/mien/benchmarks").is_dir()
+    assert (installed / "work/.local/state/mien/benchmarks").is_dir()
     assert "cores, torch" in _run_installed(installed, *report)
