@@ -71,6 +71,7 @@ def test_settings_hold_until_a_later_stage_sets_them_again():
         ([{"set": {"augment": {"wrap": False}}}], "did you mean augment.warp?"),
         ([{"set": {"data": {"coverage": 80}}}], "data.coverage is fixed when a model is made"),
         ([{"set": {"train": {"iterations": 5}}}], "train.iterations is for the whole run"),
+        ([{"set": {"train": {"until": 5}}}], "train.until is for the whole run"),
         ([{"set": {"loss": {"loss_weight_2": 900}}}], "loss.loss_weight_2 must be a whole number"),
     ],
 )

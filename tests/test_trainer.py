@@ -47,6 +47,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(sides, tmp_path, mode):
     assert [session["iterations"] for session in state["sessions"]] == [2, 4]
 
 
+def test_a_total_of_iterations_ends_a_run_however_often_it_is_started(sides, tmp_path, capsys):
+    model_dir = tmp_path / "model"
+    words = ("--set", "train.until=3", "-i", "2", "--json")
+    for last, left, reason in (
+        (2, [1, 0], "all iterations are done"),
+        (3, [0], "all 3 iterations of train.until are done; raise it to train further"),
+        (3, [], "all 3 iterations of train.until are done; raise it to train further"),
+    ):
+        assert _train(sides, model_dir, "--set", "train.log_interval=1", *words) == 0
+        events = json_events(capsys.readouterr().out)
+        assert (events[-1]["iteration"], events[-1]["reason"]) == (last, reason)
+        steps = [event for event in events if event["event"] == "step"]
+        assert [step["iteration"] for step in steps] == list(range(last - len(left) + 1, last + 1))
+        assert [step["seconds_left"] > 0 for step in steps] == [count > 0 for count in left]
+    assert _train(sides, model_dir, "--until", "4") == 0, "a flag weighs more"
+    assert json.loads((model_dir / "state.json").read_text())["iterations"] == 4
+
+
 @pytest.mark.slow
 def test_a_noisy_model_resumes_with_the_same_noise(sides, tmp_path):
     options = dataclasses.asdict(models.family("unbalanced").tiny)

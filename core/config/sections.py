@@ -334,6 +334,10 @@ class TrainConfig(Section):
     iterations: int = setting(1_000_000, low=1, high=1_000_000_000, flag="-i --iterations")
     """Iterations of this session; a resumed model goes this many further."""
 
+    until: int = setting(0, low=0, high=1_000_000_000, flag="--until")
+    """Total iteration at which training ends, however often it was started, where `iterations` does
+    not end it before; 0 is off."""
+
     seed: int = setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
     """Fixes the initial weights, the order of the faces and every random number."""
 
@@ -375,6 +379,11 @@ class TrainConfig(Section):
             object.__setattr__(self, "batch_size", word)
             object.__setattr__(self, "auto_batch_limit", int(limit))
         Section.__post_init__(self)
+
+    def last_iteration(self, done: int) -> int:
+        """The total iteration at which a training ends that begins after ``done`` of them."""
+        last = done + self.iterations
+        return min(last, self.until) if self.until else last
 
 
 SAVE_ITERATIONS, SAVE_SECONDS = 250, 60.0

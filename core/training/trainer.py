@@ -115,10 +115,16 @@ class Trainer:
     def _end(self) -> End | None:
         """How the loop ends, where the present iteration is its last one."""
         if not self._remaining():
-            return End(Outcome.DONE, "all iterations are done")
+            return End(Outcome.DONE, self._why_done())
         if self.stop.signal_name:
             return End(Outcome.STOPPED, f"{self.stop.signal_name} received; the state is saved")
         return self._end_of_stage()
+
+    def _why_done(self) -> str:
+        total = self.setup.config.train.until
+        if total and self.setup.state.iterations >= total:
+            return f"all {total:,} iterations of train.until are done; raise it to train further"
+        return "all iterations are done"
 
     def _end_of_stage(self) -> End | None:
         """How the loop ends, where the present stage of the recipe is over."""

@@ -63,7 +63,7 @@ def train(
                 break
             if until is None:
                 # Once: later sessions of this start share the iterations that the user has set.
-                until = setup.state.iterations + setup.config.train.iterations
+                until = setup.config.train.last_iteration(setup.state.iterations)
             end = _find_rate(setup, reporter, stop) if is_due(setup) else None
             if end is None:
                 end = rollbacks.meet(Trainer(setup, reporter, requests, until).run(), setup)

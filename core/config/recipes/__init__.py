@@ -41,7 +41,8 @@ RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
 MAX_STAGES = 100
 _LOSSES = ("loss", "loss_a", "loss_b")
 _NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
-    *("train.iterations", "train.device", "model.options", "optimizer.use_lr_finder"),
+    *("train.iterations", "train.until", "train.device", "model.options"),
+    "optimizer.use_lr_finder",
 }
 
 
