@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str], command: str | None) -> int:
     try:
         args, module = _parse(argv, command)
+        args.words = argv
         require_working_folder()
         with refusals_told():
             return module.run(args)

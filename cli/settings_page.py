@@ -32,7 +32,7 @@ def render() -> str:
 
 
 def _row(spec: Spec) -> str:
-    default = json.dumps(spec.default) if spec.default not in ("", {}) else ""
+    default = json.dumps(spec.default) if spec.default not in ("", {}, ()) else ""
     flags = " ".join(f"`{flag}`" for flag in (*spec.flags, spec.opposite) if flag)
     flags += " stays" if spec.stays else ""
     lock = "locked" if spec.locked else "free"
@@ -46,7 +46,7 @@ def _values(spec: Spec) -> str:
         return ", ".join(spec.choices)
     if spec.low is not None:
         return " or ".join([*spec.words, f"{spec.low} to {spec.high}"])
-    return {bool: "true, false", str: "text", dict: "a table"}[spec.type]
+    return {bool: "true, false", str: "text", dict: "a table"}.get(spec.type, "words")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .train_flags import add_arguments
 
 if TYPE_CHECKING:
     from ..core.console.stop import StopRequest
+    from ..core.distribute.ranks import Ranks
     from ..core.training.recipe_progress import Plan
     from ..core.training.resolve import Overrides, Resolved
 
@@ -74,16 +75,48 @@ def run(args: argparse.Namespace) -> int:
         return _summary(overrides, recipe, as_json="json" in args)
     if "dry_run" in args:
         return _dry_run(overrides, recipe, as_json="json" in args)
+    from ..core.distribute.ranks import from_environment
+
+    ranks = from_environment()
+    if sections["distribute"] != settings.DistributeConfig():
+        _refuse_in_a_rank(ranks)
+        from .launch import launch_ranks
+
+        return launch_ranks(args.words, overrides, recipe, as_json="json" in args)
+    return _train(overrides, recipe, ranks, as_json="json" in args)
+
+
+def _refuse_in_a_rank(ranks: "Ranks | None") -> None:
+    """Refuse to start ranks where this process is one."""
+    if ranks is not None:
+        raise ValueError(
+            f"this process is rank {ranks.rank} of {ranks.size} already, by its environment (RANK "
+            "or SLURM_PROCID); leave out --gpus, --exclude-gpus and --restarts"
+        )
+
+
+def _train(
+    overrides: "Overrides",
+    recipe: recipes.Recipe | None,
+    ranks: "Ranks | None",
+    *,
+    as_json: bool,
+) -> int:
+    """Train in this process, alone or as one of several ranks."""
     from ..core.checkpoint.model_folder import SaveError
     from ..core.console.outcome import Outcome
     from ..core.console.reporter import Reporter
     from ..core.console.requests import Requests
+    from ..core.console.stop import StopRequest
     from ..core.training.unattended import train
 
-    reporter = Reporter(as_json="json" in args, level=sections["log"].level)
+    reporter = Reporter(as_json=as_json, level=overrides.sections["log"].level)
+    # A signal may come to a rank twice, from a terminal and from its launcher, which can insist.
+    stop = StopRequest(can_insist=ranks is None)
     try:
-        with Requests() as requests:
-            requests.stop.when_noted.append(lambda: _acknowledge(requests.stop))
+        with Requests(stop) as requests:
+            if ranks is None or ranks.is_first:
+                stop.when_noted.append(lambda: _acknowledge(stop))
             return train(overrides, reporter, recipe, requests)
     except SaveError as error:  # before the first step; later the loop tells of it
         complain("train", error)

@@ -150,7 +150,9 @@ def _add_flag(group: argparse._ArgumentGroup, spec: settings.Spec) -> None:
     else:
         options["type"] = functools.partial(_value, spec)
         options["metavar"] = spec.name.upper()
-        if spec.default != "":
+        if spec.type == tuple[str, ...]:
+            options["nargs"] = "+"
+        if spec.default not in ("", ()):
             options["help"] += f" (default: {spec.default})"
         if spec.choices:
             options["help"] += f" One of: {', '.join(spec.choices)}."
@@ -168,7 +170,7 @@ def _add_flag(group: argparse._ArgumentGroup, spec: settings.Spec) -> None:
 
 def _value(spec: settings.Spec, text: str) -> Any:
     """The value of a flag; a word that stands for a number is left to the settings themselves."""
-    if spec.type is str or text.partition(":")[0] in spec.words:
+    if spec.type in (str, tuple[str, ...]) or text.partition(":")[0] in spec.words:
         return text
     try:
         return spec.type(text)

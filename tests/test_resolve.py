@@ -33,6 +33,9 @@ SAVED = {
     "train": {"batch_size": 8, "seed": 5},
 }
 _WEIGHTS = {"model": {"load_weights": "/other/model"}}
+OF_A_START = {"save.model_dir", "model.load_weights"} | {
+    f"distribute.{name}" for name in ("gpus", "exclude_gpus", "restarts")
+}
 FLAGS = [spec for spec in all_settings() if spec.flags]
 PATHS = [spec for spec in all_settings() if spec.is_path]
 
@@ -66,7 +69,9 @@ def _other(spec):
     if spec.is_private:
         return "the user's alone"
     if spec.type is str:
-        return {"trainer": "original", "mask_color": "#00ff00"}[spec.name]
+        return {"trainer": "original", "mask_color": "#00ff00", "gpus": "2"}[spec.name]
+    if spec.type == tuple[str, ...]:
+        return ("1",)
     return spec.type(spec.high if spec.default != spec.high else spec.low)
 
 
@@ -101,8 +106,9 @@ def test_what_is_set_by_file_or_set_lasts(spec):
         pytest.skip(f"{spec.name} has one choice only")
     first = _resolve(lasting={spec.section: {spec.name: value}})
     kept = getattr(getattr(first.kept, spec.section), spec.name)
-    is_of_a_start = spec.is_private or spec.full_name in ("save.model_dir", "model.load_weights")
-    assert kept == ("" if is_of_a_start else merge(kept, value) if spec.type is dict else value)
+    is_of_a_start = spec.is_private or spec.full_name in OF_A_START
+    expected = merge(kept, value) if spec.type is dict else value
+    assert kept == (spec.default if is_of_a_start else expected)
 
 
 def test_a_flag_weighs_more_than_what_lasts_and_leaves_it():
@@ -272,7 +278,7 @@ def test_every_setting_is_refused_or_updated_as_its_lock_says(spec):
             _resolve(saved, given)
         return
     resolved = _resolve(saved, given)
-    if spec.full_name in ("save.model_dir", "model.load_weights", "optimizer.use_lr_finder"):
+    if spec.full_name in OF_A_START | {"optimizer.use_lr_finder"}:
         return
     if spec.is_private:  # a notice of it would be kept with the others
         assert resolved.notices == []
@@ -357,7 +363,7 @@ def test_every_text_without_choices_is_a_path_or_known_not_to_be_one():
     free = {spec.full_name for spec in all_settings() if spec.type is str and not spec.choices}
     paths = {spec.full_name for spec in PATHS}
     private = {spec.full_name for spec in all_settings() if spec.is_private}
-    assert free - paths - private == {"model.trainer", "preview.mask_color"}
+    assert free - paths - private == {"model.trainer", "preview.mask_color", "distribute.gpus"}
     assert paths <= free
 
 

@@ -386,6 +386,45 @@ class TrainConfig(Section):
         return min(last, self.until) if self.until else last
 
 
+_COUNT_OR_NUMBERS = re.compile(r"all|[1-9]\d{0,2}|(\d{1,3},)+(\d{1,3})?", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistributeConfig(Section):
+    """GPUs of this machine that a run is spread over; a model keeps none of this."""
+
+    gpus: str = setting("", flag="--gpus")
+    """Train on several GPUs, with a process on each: all of them, how many (2), or which (0,2,3, as
+    nvidia-smi numbers them; 3, is the fourth alone). With `train.device` cpu: so many processes."""
+
+    exclude_gpus: tuple[str, ...] = setting((), flag="-X --exclude-gpus")
+    """Numbers of GPUs to leave alone, as nvidia-smi has them."""
+
+    restarts: int = setting(0, low=0, high=1000, flag="--restarts")
+    """Times that training goes on from the last save where a process or its GPU fails, with the
+    GPUs that are left."""
+
+    def __post_init__(self) -> None:
+        if type(self.gpus) is int:  # as a file may have it
+            object.__setattr__(self, "gpus", str(self.gpus))
+        excluded = self.exclude_gpus
+        numbers = excluded if isinstance(excluded, list | tuple) else [excluded]
+        words = tuple(filter(None, re.split(r"[\s,]+", " ".join(map(str, numbers)))))
+        object.__setattr__(self, "exclude_gpus", words)
+        Section.__post_init__(self)
+        gpus = "".join(self.gpus.split())
+        object.__setattr__(self, "gpus", gpus)
+        if gpus and not _COUNT_OR_NUMBERS.fullmatch(gpus):
+            raise ValueError(
+                "distribute.gpus must be all, how many (2) or which with commas between (0,2,3), "
+                f"got {shown(gpus)}"
+            )
+        if not all(word.isdecimal() and len(word) <= 3 for word in words):
+            raise ValueError(
+                f"distribute.exclude_gpus must be numbers of GPUs, got {shown(' '.join(words))}"
+            )
+
+
 SAVE_ITERATIONS, SAVE_SECONDS = 250, 60.0
 """Iterations and seconds after which a save is due where neither is set: both have to be over."""
 
@@ -531,6 +570,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distribute: DistributeConfig = field(default_factory=DistributeConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     log: LogConfig = field(default_factory=LogConfig)
     notify: NotifyConfig = field(default_factory=NotifyConfig)

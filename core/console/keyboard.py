@@ -18,6 +18,22 @@ from ..system.signals import Handlers
 _SECONDS_BETWEEN_LOOKS = 0.1  # at the keys; chosen, unmeasured
 
 
+class Terminal:
+    """Attributes of the terminal behind a handle as they are now, to be put back."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._original: list | None = None
+        with suppress(termios.error):  # it is no terminal
+            self._original = termios.tcgetattr(handle)
+
+    def restore(self) -> None:
+        """Put the terminal back, where this program is the one in its foreground."""
+        if self._original is not None and _is_in_foreground(self._handle):
+            with suppress(termios.error):  # it was closed at this moment
+                termios.tcsetattr(self._handle, termios.TCSANOW, self._original)
+
+
 class Keyboard:
     """Make the terminal behind a handle give single keys, while entered."""
 
@@ -63,7 +79,7 @@ class Keyboard:
         self._put_back()
 
     def _set(self) -> None:
-        if self._is_over or self._original is not None or not self._is_ours():
+        if self._is_over or self._original is not None or not _is_in_foreground(self._handle):
             return
         with suppress(termios.error):  # it was closed at this moment
             original = termios.tcgetattr(self._handle)
@@ -72,17 +88,10 @@ class Keyboard:
 
     def _put_back(self) -> None:
         original, self._original = self._original, None
-        if original is None or not self._is_ours():
+        if original is None or not _is_in_foreground(self._handle):
             return
         with suppress(termios.error):  # it was closed at this moment
             termios.tcsetattr(self._handle, termios.TCSANOW, original)
-
-    def _is_ours(self) -> bool:
-        """Whether the terminal is there, and this program is the one in its foreground."""
-        try:
-            return os.tcgetpgrp(self._handle) == os.getpgrp()
-        except OSError:
-            return False
 
     def _step_aside(self, number: int, _frame: FrameType | None) -> None:
         self._put_back()
@@ -93,3 +102,11 @@ class Keyboard:
         if not self._is_over:
             self._handlers.set(signal.SIGTSTP, self._step_aside)
             self._set()
+
+
+def _is_in_foreground(handle: int) -> bool:
+    """Whether the terminal is there, and this program is the one in its foreground."""
+    try:
+        return os.tcgetpgrp(handle) == os.getpgrp()
+    except OSError:
+        return False

@@ -28,11 +28,15 @@ class StopRequest:
     Args:
         should_stop: Function that is called between steps, in the thread that trains, and makes
             the request when it returns true; None: none.
+        can_insist: Whether a second signal ends the process; not of one among several, which
+            whoever started them ends together.
     """
 
-    def __init__(self, should_stop: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self, should_stop: Callable[[], bool] | None = None, *, can_insist: bool = True
+    ) -> None:
         self._signal_name: str | None = None
-        self._should_stop = should_stop
+        self._should_stop, self._can_insist = should_stop, can_insist
         self.when_noted: list[Callable[[], None]] = []
         """Functions called at every signal, for what must not be left undone if another one
         follows."""
@@ -71,7 +75,7 @@ class StopRequest:
             self.is_abrupt = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number in _INSISTENT:
+        if self._can_insist and number in _INSISTENT:
             # A save that hangs must not make the program one that cannot be stopped.
             for each in _INSISTENT:
                 self._handlers.set(each, signal.SIG_DFL)

@@ -91,6 +91,21 @@ def require_fit_gpu() -> None:
             raise ValueError(str(unfit))
 
 
+def count_gpus() -> int:
+    """Number of GPUs that a run can be spread over.
+
+    Raises:
+        ValueError: There is none; says why and what to do.
+    """
+    if _torch_has_gpu():
+        return torch.cuda.device_count()
+    reason = why_hidden() or "there is no Nvidia GPU, or none is shown to this process"
+    raise ValueError(
+        f"distribute.gpus spreads a run over GPUs, but {reason}; leave it out, or train in several "
+        "processes of the CPU with --device cpu --gpus 2"
+    )
+
+
 def _torch_has_gpu() -> bool:
     """Whether torch can use a GPU; what it warns of is what `why_hidden` says in one line."""
     with warnings.catch_warnings():

@@ -40,11 +40,18 @@ from ..system.paths import expanded
 from . import recipe_progress as stages
 from .recipe_progress import Plan
 
-_OF_A_START = without_private({"save": {"model_dir": ""}, "model": {"load_weights": ""}})
-"""Settings that no model keeps: where it is now, what it began with, and what is the user's alone,
-which a stranger's folder must never set."""
+_OF_A_START: dict[str, dict[str, Any]] = {
+    "save": {"model_dir": ""},
+    "model": {"load_weights": ""},
+    "distribute": {"gpus": "", "exclude_gpus": (), "restarts": 0},
+}
+"""Settings that no model keeps, nor are they compared with those of the last session: where it is
+now, what it began with, and the GPUs of one start."""
 
-_NOT_COMPARED = {"save.model_dir", "model.load_weights"}
+_NOT_KEPT = without_private(_OF_A_START)
+"""Those, and what is the user's alone, which a stranger's folder must never set."""
+
+_NOT_COMPARED = {f"{section}.{name}" for section, names in _OF_A_START.items() for name in names}
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def resolve(
     own = model.own if model else {}
     trainer = own["model"]["trainer"] if model else sections["model"].trainer
     session = merge(overrides.lasting, overrides.session, by_stage)
-    lasting = merge(overrides.of_the_model, by_stage, _OF_A_START)
+    lasting = merge(overrides.of_the_model, by_stage, _NOT_KEPT)
     paths, lasting_paths = (
         path_settings.absolute_paths(each, trainer) for each in (session, lasting)
     )
@@ -189,7 +196,7 @@ def _saved_model(saved: Generation, trust: Callable[[str, str], bool]) -> _Saved
             "choose another --model-dir"
         )
     state = TrainingState.from_dict(saved.state)
-    own = to_dict(from_dict(merge(saved.config, _OF_A_START)))
+    own = to_dict(from_dict(merge(saved.config, _NOT_KEPT)))
     strange = {
         place: path
         for place, path in path_settings.paths_in(own, own["model"]["trainer"]).items()

@@ -42,7 +42,8 @@ MAX_STAGES = 100
 _LOSSES = ("loss", "loss_a", "loss_b")
 _NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
     *("train.iterations", "train.until", "train.device", "model.options"),
-    "optimizer.use_lr_finder",
+    *("optimizer.use_lr_finder", "distribute.gpus", "distribute.exclude_gpus"),
+    "distribute.restarts",
 }
 
 
