@@ -46,7 +46,7 @@ class Place:
     """A GPU or the CPU, in words."""
 
     visible: str | None = None
-    """Its name in CUDA_VISIBLE_DEVICES; None: it is no GPU."""
+    """Name in CUDA_VISIBLE_DEVICES; None: it is no GPU."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def launch(
         places: Place of each rank.
         restarts: Times to go on from the last save.
         saved: Gives what is saved, as a clause.
-        report: Called with a line about a rank that was lost.
+        report: Called with a line about how the run ended where no rank has one.
     """
     with Launcher() as launcher:
         for restart in itertools.count():
@@ -105,6 +105,8 @@ def launch(
     if launcher.insisted_by:
         signal.signal(launcher.insisted_by, signal.SIG_DFL)
         os.kill(os.getpid(), launcher.insisted_by)
+    if launcher.stopped_by and _first(ended).code < 0:  # it did not listen yet
+        report(f"{launcher.stopped_by.name} received before training began")
     return exit_code(ended, stopped=launcher.stopped_by is not None)
 
 
@@ -142,7 +144,7 @@ class Launcher:
         """A second one, upon which the ranks were killed."""
 
         self._ranks: list[_Rank] = []
-        """Those under way."""
+        """Ranks under way."""
 
         self._has_insisted = False
         self._terminal = Terminal(0)
@@ -237,10 +239,10 @@ class _Rank:
     """A rank under way.
 
     Args:
-        number: Its rank.
-        place: What it trains on.
-        process: Its process, whose standard error is a pipe.
-        selector: Where it is registered while it runs.
+        number: Number of the rank.
+        place: Place that it trains on.
+        process: Process whose standard error is a pipe.
+        selector: Selector that wakes the launcher when it has written or ended.
     """
 
     def __init__(

@@ -13,9 +13,9 @@ def places_on_gpus(
     """The GPUs that a run is to be spread over; where only some are excluded, the first other one.
 
     Args:
-        config: Which.
+        config: Choice of GPUs.
         num_gpus: Number of GPUs that this process sees.
-        environment: Its variables; CUDA_VISIBLE_DEVICES says what the GPUs are called.
+        environment: Variables of this process; CUDA_VISIBLE_DEVICES names its GPUs.
 
     Raises:
         ValueError: A GPU is not there, or too few are.
@@ -43,7 +43,7 @@ def places_on_gpus(
 
 
 def places_on_cpu(config: DistributeConfig) -> list[Place]:
-    """So many processes on the CPU.
+    """Processes on the CPU, as many as are set.
 
     Raises:
         ValueError: Not a number of processes is set, but GPUs.
