@@ -178,6 +178,8 @@ def test_a_config_takes_tables_for_sections():
 
 
 def test_mistakes_are_value_errors_of_one_line(tmp_path):
+    with pytest.raises(ValueError, match="^the settings of distribute are for `mien train`"):
+        train({"distribute": {"gpus": 2}})
     with pytest.raises(ValueError, match="train must be a table of settings, got 5"):
         train({"train": 5})
     with pytest.raises(ValueError, match="no model folder given"):

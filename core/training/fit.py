@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, read_toml, recipes, to_dict
+from ..config import Config, DistributeConfig, read_toml, recipes, to_dict
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Requests
@@ -56,6 +56,11 @@ def train(
         stream = None if echo else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         reporter = Reporter(stream, listener=_listener(on_metrics, on_event))
         overrides = Overrides(lasting=_overrides_in(config))
+        if overrides.sections["distribute"] != DistributeConfig():
+            raise ValueError(
+                "the settings of distribute are for `mien train`, which starts a process for each "
+                "GPU; leave them out"
+            )
         chosen = None if recipe is None else recipes.load(str(recipe))
         requests = Requests(StopRequest(should_stop))
         return train_unattended(overrides, reporter, chosen, requests)
