@@ -49,7 +49,7 @@ _OF_A_START: dict[str, dict[str, Any]] = {
 now, what it began with, and the GPUs of one start."""
 
 _NOT_KEPT = without_private(_OF_A_START)
-"""Those, and what is the user's alone, which a stranger's folder must never set."""
+"""Defaults of those, and of what is the user's alone, which a stranger's folder must never set."""
 
 _NOT_COMPARED = {f"{section}.{name}" for section, names in _OF_A_START.items() for name in names}
 
