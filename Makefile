@@ -87,6 +87,8 @@ format: setup
 
 docs: setup
 	$(BIN)/python -m mien.cli.settings_page > docs/settings.md
+	$(BIN)/python -m mien.benchmarks.preset_costs > build/costs.json
+	mv build/costs.json core/config/presets/costs.json
 
 bench: setup
 	$(BIN)/mien bench all

@@ -63,7 +63,7 @@ setup(
         "mien.cli.monitor": ["page.*"],
         "mien.kernels": ["csrc/include/*.h"],
         "mien.core.faces": ["*.npz"],
-        "mien.core.config.presets": ["*.toml"],
+        "mien.core.config.presets": ["*.toml", "costs.json"],
         "mien.core.config.recipes": ["*.toml"],
     },
     include_package_data=False,

@@ -26,11 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     save.add_argument("name", metavar="NAME", help="letters, digits, '.', '-' and '_'")
     save.add_argument(
+        "folder", nargs="?", type=Path, metavar="MODEL_DIR", help="the same as --from MODEL_DIR"
+    )
+    save.add_argument(
         "--from",
         dest="source",
         type=Path,
-        metavar="MODEL_DIR|RUN.TOML|TRAIN.INI",
-        help="a model's folder, a file of settings, or a faceswap train.ini",
+        metavar="MODEL_DIR|RUN.TOML|TRAIN.INI|PRESET.JSON",
+        help="a model's folder, a file of settings, or a train.ini or preset of faceswap",
     )
     save.add_argument("-t", "--trainer", metavar="TRAINER", help="model family")
     save.add_argument(
@@ -56,11 +59,28 @@ def _list(args: argparse.Namespace) -> int:
         max(len(word) for word in words)
         for words in zip(*((preset.name, preset.trainer) for preset in available), strict=True)
     )
+    costs = presets.costs()
     for preset in available:
-        mark = "own  " if preset.is_own else "mien "
-        words = f"{preset.name:<{name_width}}  {preset.trainer:<{trainer_width}}"
-        tell(f"{mark} {words}  {preset.description}".rstrip())
+        mark = "own " if preset.is_own else "mien"
+        words = f"{mark} {preset.name:<{name_width}} {preset.trainer:<{trainer_width}}"
+        cost = _cost(costs[preset.name]) if preset.name in costs and not preset.is_own else ""
+        tell(f"{words} {cost}".rstrip(), f"     {preset.description}".rstrip())
+    tell(
+        "",
+        "px in and out, batch size, GPU memory and the most EG/s of an RTX 4090 and an H100, in",
+        "bf16: computed from the model, not measured; good steps reach half of it.",
+    )
     return 0
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    """What a preset asks of a GPU, in columns."""
+    speeds = cost["roofline_eg_per_s"]
+    sizes = f"{cost['input_px']}->{cost['output_px']}"
+    return (
+        f"{sizes:>9} b{cost['batch_size']:<3}{cost['memory_mib'] / 1024:5.1f} GiB"
+        f"{speeds['rtx4090']:7,}{speeds['h100']:8,}"
+    )
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -73,6 +93,9 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _save(args: argparse.Namespace) -> int:
+    if args.folder and args.source:
+        raise ValueError(f"--from {args.source} and {args.folder} are two sources; give one")
+    args.source = args.folder or args.source
     layers = [settings.parse_assignment(text) for text in args.set]
     if args.trainer is not None:
         layers.append({"model": {"trainer": args.trainer}})
@@ -121,4 +144,5 @@ def _facts(preset: presets.Preset) -> dict[str, Any]:
         "description": preset.description,
         "is_own": preset.is_own,
         "path": str(preset.path),
+        "cost": None if preset.is_own else presets.costs().get(preset.name),
     }

@@ -1,11 +1,11 @@
-"""A file of settings that a user names: mien's TOML, or a faceswap train.ini."""
+"""A file of settings that a user names: mien's TOML, or faceswap's train.ini or preset."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
 from ..core.config import from_dict, presets, read_toml, recipes
-from ..core.config.faceswap_ini import read_ini
+from ..core.config.faceswap_ini import read_ini, read_preset
 from ..core.console.reporter import Reporter
 from ..core.system.paths import expanded
 
@@ -14,17 +14,19 @@ def read_settings(path: Path, others: dict[str, Any], *, as_json: bool) -> dict[
     """The settings in a file, by section and key.
 
     Args:
-        path: A train.ini where its name ends so, else TOML.
+        path: A train.ini where its name ends so, a preset of faceswap where it ends in .json, else
+            TOML.
         others: Other settings of the user: a train.ini is read for the trainer there, or for that
             in the model's folder there.
-        as_json: Tell as JSON events what a train.ini holds in vain, else in lines; on stderr.
+        as_json: Tell as JSON events what of faceswap's files is in vain, else in lines; on stderr.
 
     Raises:
         ValueError: The file cannot be read, or holds anything else.
     """
-    if not _is_ini(path):
+    if _is_toml(path):
         return (stages_in(path) or presets.read(path)).settings
-    settings, report = read_ini(path, _trainer(others))
+    is_ini = path.suffix.lower() == ".ini"
+    settings, report = read_ini(path, _trainer(others)) if is_ini else read_preset(path)
     reporter = Reporter(sys.stderr, as_json=as_json)
     for line in report:
         reporter.notice(f"{path.name}: {line}")
@@ -33,11 +35,11 @@ def read_settings(path: Path, others: dict[str, Any], *, as_json: bool) -> dict[
 
 def stages_in(path: Path) -> recipes.Recipe | None:
     """The recipe that a file of settings is, where it lists stages; ValueError as above."""
-    return recipes.read(path) if not _is_ini(path) and "stage" in read_toml(path) else None
+    return recipes.read(path) if _is_toml(path) and "stage" in read_toml(path) else None
 
 
-def _is_ini(path: Path) -> bool:
-    return path.suffix.lower() == ".ini"
+def _is_toml(path: Path) -> bool:
+    return path.suffix.lower() not in (".ini", ".json")
 
 
 def _trainer(others: dict[str, Any]) -> str:

@@ -92,7 +92,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--configfile",
         type=Path,
         metavar="RUN.TOML|TRAIN.INI",
-        help="Settings and stages, or a faceswap train.ini; what of it has no effect is told.",
+        help="Settings and stages, or a faceswap train.ini or preset (.json); what of it has no "
+        "effect is told.",
         **quiet,
     )
     preset = group.add_argument(

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import tomllib
 
 import pytest
@@ -10,6 +11,7 @@ import tomli_w
 from oracle_numbers import oracle_models
 
 from mien import models
+from mien.benchmarks import preset_costs
 from mien.cli import main
 from mien.core.config import from_dict, presets, read_toml, to_dict
 
@@ -30,7 +32,7 @@ def _options(name):
 
 
 def test_there_are_the_seventeen():
-    found = presets.available()
+    found = [preset for preset in presets.available() if preset.trainer == "phaze-a"]
     assert [preset.name for preset in found] == NAMES
     for preset in found:
         assert preset.trainer == "phaze-a"
@@ -39,6 +41,29 @@ def test_there_are_the_seventeen():
         assert preset.settings.keys() == {"model"}
         assert len(_options(preset.name)) == 48
         assert _options(preset.name).keys() == _options("original").keys()
+
+
+@pytest.mark.parametrize("family", [name for name in models.available() if name != "phaze-a"])
+def test_every_family_has_its_three(family):
+    """Quality, speed and low memory, each with the memory and the speed that its name promises."""
+    costs = presets.costs()
+    quality, speed, lowmem = (f"{family}-{aim}" for aim in ("quality", "speed", "lowmem"))
+    for name in (quality, speed, lowmem):
+        preset = presets.load(name)
+        assert preset.trainer == family
+        models.options_of(family, preset.settings["model"].get("options", {}))
+    assert costs[lowmem]["memory_mib"] < costs[quality]["memory_mib"]
+    assert costs[speed]["roofline_eg_per_s"]["h100"] > costs[quality]["roofline_eg_per_s"]["h100"]
+    assert costs[quality]["parameters_m"] > costs[lowmem]["parameters_m"]
+
+
+@pytest.mark.parametrize("name", ["dfaker-speed", "original-lowmem", "iae"])
+def test_costs_are_those_that_are_computed(name):
+    assert preset_costs.cost_of(presets.load(name).settings) == presets.costs()[name], "make docs"
+
+
+def test_every_packaged_preset_has_its_cost():
+    assert presets.costs().keys() == {preset.name for preset in presets.available()}
 
 
 PREFIX = "phaze_a/preset-"
@@ -119,12 +144,18 @@ def test_list_and_show(own, capsys):
     capsys.readouterr()
     assert main(["preset", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "own   a-mine          original  Small."
-    assert lines[1].startswith("mien  clipfaker128    phaze-a   A FaRL vision transformer")
-    assert len(lines) == 18
+    assert lines[:2] == ["own  a-mine              original", "     Small."]
+    assert re.fullmatch(
+        r"mien clipfaker128        phaze-a +64->128 b16 +[\d.]+ GiB +[\d,]+ +[\d,]+", lines[2]
+    )
+    assert lines[3].startswith("     A FaRL vision transformer")
+    assert max(map(len, lines)) <= 100
     assert main(["preset", "list", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert [fact["name"] for fact in facts] == ["a-mine", *NAMES]
+    assert [fact["name"] for fact in facts if fact["trainer"] == "phaze-a"] == NAMES
+    assert facts[0]["name"] == "a-mine"
+    assert facts[0]["cost"] is None
+    assert facts[1]["cost"]["memory_mib"] > 0
     assert main(["preset", "show", "stojo"]) == 0
     assert 'enc_architecture = "efficientnet_b4"' in capsys.readouterr().out
     assert main(["preset", "show", "a-mine", "--json"]) == 0
@@ -209,6 +240,67 @@ def test_a_pipe_in_the_place_of_settings_is_waited_for_by_nobody(own, tmp_path, 
         assert f"{name} is a pipe, not a plain file" in capsys.readouterr().err
     assert main(["preset", "list"]) == 0
     assert "mine.toml is a pipe" in capsys.readouterr().out
+
+
+PRESET = {"__filetype": "faceswap_preset", "__section": "train|model|phaze_a", "output_size": 256}
+
+
+def test_a_preset_of_faceswap_is_read(own, tmp_path, capsys):
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(PRESET | {"freeze_layers": "encoder", "fc_dropout": 0.25, "odd": 1}))
+    assert main(["preset", "save", "theirs", "--from", str(file)]) == 0
+    assert "odd: left out; phaze-a has no such option" in capsys.readouterr().err
+    assert presets.load("theirs").settings["model"] == {
+        "trainer": "phaze-a",
+        "options": {"output_size": 256, "freeze_layers": ["encoder"], "fc_dropout": 0.25},
+    }
+    assert _given(capsys, "-C", str(file))["model"]["options"]["output_size"] == 256
+
+
+def test_a_preset_of_faceswap_that_is_for_every_model(own, tmp_path, capsys):
+    file = tmp_path / "loss.json"
+    file.write_text(json.dumps({"__section": "train|global|loss", "loss_function": "ms_ssim"}))
+    printed = _given(capsys, "-t", "dlight", "-C", str(file))
+    assert (printed["loss"]["loss_function"], printed["model"]["trainer"]) == ("ms_ssim", "dlight")
+
+
+def test_a_preset_of_faceswap_is_known_by_its_name(own, tmp_path, capsys):
+    file = tmp_path / "model_dfl_sae_wide_preset.json"
+    file.write_text(json.dumps({"input_size": 192, "architecture": "liae"}))
+    model = _given(capsys, "-C", str(file))["model"]
+    assert (model["trainer"], model["options"]["input_size"]) == ("dfl-sae", 192)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[1]", "must be a preset of faceswap"),
+        ('{"a": {"b": 1}}', "must be a preset of faceswap"),
+        (" " * (1 << 20) + "{}", "must be a preset of faceswap"),
+        ("{}", "does not say what it is a preset for"),
+        ('{"__section": "train|model|nobody", "a": 1}', "is for model.nobody, which mien does not"),
+        ('{"__section": "convert|color", "a": 1}', "does not say what it is a preset for"),
+        ('{"__section": "train|model|phaze_a", "output_size": 3}', "output_size of phaze-a must be"),
+    ],
+)
+def test_what_is_no_preset_of_faceswap_is_refused(own, tmp_path, capsys, text, complaint):
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    assert main(["preset", "save", "theirs", "--from", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert said.count("\n") == 1
+    assert not own.exists()
+
+
+def test_a_preset_of_a_model_folder_needs_no_flag(own, tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(tomli_w.dumps({"model": {"trainer": "iae"}}))
+    assert main(["preset", "save", "again", str(tmp_path / "config.toml")]) == 0
+    assert presets.load("again").trainer == "iae"
+    assert main(["preset", "save", "x", str(tmp_path), "--from", str(tmp_path)]) == 2
+    assert "are two sources; give one" in capsys.readouterr().err
 
 
 def test_a_damaged_own_preset_is_named(own, capsys):

@@ -1,22 +1,27 @@
-"""A faceswap `train.ini` as settings of mien.
+"""A faceswap `train.ini`, or a preset that its window has saved, as settings of mien.
 
 Two layouts are read: the present one, and that of August 2023, where the optimizer's keys stand in
 `[global]` and those of the augmentation in `[trainer.original]`. Of a key that both have, the
 present one counts. The file does not name the trainer, and holds the options of all; those of one
 are read. As in faceswap, a word may be written in capitals.
+
+A preset is JSON with the options of one section, whose name it tells, as does the name of the file:
+`model_phaze_a_NAME_preset.json`.
 """
 
 import configparser
 import dataclasses
 import io
+import json
 import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from ... import models
+from ...models.fields import shown
 from ..system.durable_files import open_for_reading
-from . import SECTIONS, decoded, fields_of
+from . import SECTIONS, ModelConfig, decoded, fields_of
 
 MAX_BYTES = 1 << 20
 """Largest file that is read; one with every help text has a tenth of it."""
@@ -113,7 +118,67 @@ def read_ini(path: Path, trainer: str) -> tuple[dict[str, dict[str, Any]], list[
         ValueError: The file cannot be read or is of another kind; a value breaks its rule; there is
             no such trainer.
     """
-    file = _parsed(path)
+    return _settings_in(_parsed(path), path, trainer)
+
+
+def read_preset(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The settings of a preset of faceswap's window, as `read_ini` gives them.
+
+    Raises:
+        ValueError: The file cannot be read or is no such preset; a value breaks its rule.
+    """
+    values = _parsed_preset(path)
+    section = _section_in(values, path)
+    family = section.removeprefix("model.").replace("_", "-")
+    if section not in _SECTIONS and family not in models.available():
+        raise ValueError(f"{path} is for {section}, which mien does not train")
+    file = configparser.ConfigParser(interpolation=None, default_section="")
+    options = {key: str(value) for key, value in values.items() if not key.startswith("__")}
+    file.read_dict({section: options})
+    trainer = family if section.startswith("model.") else ModelConfig().trainer
+    settings, report = _settings_in(file, path, trainer)
+    if not section.startswith("model."):
+        del settings["model"]["trainer"]  # it holds for every family
+    return settings, report
+
+
+def _parsed_preset(path: Path) -> dict[str, Any]:
+    """The options of a preset, each a plain value."""
+    try:
+        with open_for_reading(path, follows_links=True) as opened:
+            content = opened.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        values = json.loads(decoded(content)) if len(content) <= MAX_BYTES else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {shown(str(error))}") from error
+    plain = (str, int, float, list)  # true and false are ints
+    if not isinstance(values, dict) or not all(isinstance(v, plain) for v in values.values()):
+        raise ValueError(f"{path} must be a preset of faceswap, a table of at most 1 MiB")
+    return values
+
+
+def _section_in(values: dict[str, Any], path: Path) -> str:
+    """The section that a preset is for, as a train.ini names it."""
+    named = str(values.get("__section", "")).split("|")
+    if named[0] == "train" and len(named) > 1:
+        return ".".join(named[1:])
+    # The longest first: `phaze_a` before what else a name may begin with.
+    families = sorted(models.available(), key=len, reverse=True)
+    for family in families:
+        if path.name.startswith(f"model_{family.replace('-', '_')}_"):
+            return _section_of(family)
+    raise ValueError(
+        f"{path} does not say what it is a preset for: it has no __section, and its name does not "
+        "begin with model_ and a trainer"
+    )
+
+
+def _settings_in(
+    file: configparser.ConfigParser, path: Path, trainer: str
+) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The settings of the sections, and what there is to know of the rest."""
     settings: dict[str, dict[str, Any]] = {"model": {"trainer": trainer}}
     report: list[str] = []
     read_from: dict[_Place, str] = {}

@@ -4,6 +4,7 @@ A preset is a TOML file of settings as `--configfile` takes it, with a line that
 weighs less than all else that a user gives, and more than the defaults.
 """
 
+import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ def _readable(path: Path) -> Preset:
         return read(path)
     except ValueError as error:
         return Preset(path.stem, path, f"cannot be used: {error}", {})
+
+
+def costs() -> dict[str, dict[str, Any]]:
+    """What each of mien's own presets asks of a GPU, computed by `benchmarks.preset_costs`."""
+    return json.loads((PACKAGED / "costs.json").read_text(encoding="utf-8"))
 
 
 def load(name: str) -> Preset:
