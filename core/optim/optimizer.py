@@ -82,6 +82,11 @@ def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
             raise ValueError(f"{name} has another number format, {tensors[name].dtype}")
 
 
+def _zeros_like(expected: Tensor) -> Tensor:
+    """Zeros of the shape and format of a tensor, which need not have memory."""
+    return torch.zeros(expected.shape, dtype=expected.dtype)
+
+
 @dataclass(frozen=True)
 class Part:
     """Parameters that are moved together, with a finite check and a count of steps of their own."""
@@ -130,6 +135,8 @@ class Update:
         self.accumulation = config.gradient_accumulation
         self.moments = {kind: self._zeros() for kind in self.rule.moments}
         self.accumulators = self._zeros() if self.accumulation > 1 else []
+        """Sums of gradients, in fp32, of parameters whose update is not due."""
+
         device = self.master_weights[0].device
         self.history_c: Tensor | None = None
         """Norms of past gradients, for autoclip."""
@@ -176,12 +183,17 @@ class Update:
     @property
     def num_parameters(self) -> int:
         """Numbers in `weights`."""
-        return sum(tensor.numel() for tensor in self.weights().values())
+        return sum(tensor.numel() for tensor in self._expected_weights().values())
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state in fp32, as a checkpoint holds it."""
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        return state | self._cropped(self.master_weights) | self.frozen.weights
+        return state | self._cropped(self._whole("weight")) | self.frozen.weights
+
+    def _expected_weights(self) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and formats that `weights` gives; not all have memory."""
+        state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+        return state | self._whole_shapes() | self.frozen.weights
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `weights` gave.
@@ -189,17 +201,20 @@ class Update:
         Raises:
             ValueError: A tensor is missing, unknown, or of another shape or number format.
         """
-        check_weights(tensors, self.weights())
-        master_weights = dict(zip(self.names, self.master_weights, strict=True))
+        check_weights(tensors, self._expected_weights())
+        numbers = {name: number for number, name in enumerate(self.names)}
         state = self.model.state_dict()
         for name, tensor in tensors.items():
-            if name in master_weights:
-                master_weights[name].copy_(self._padded(name, tensor))
+            if name in numbers:
+                self._take("weight", numbers[name], self._padded(name, tensor))
             elif name in self.frozen.weights:
                 self.frozen.load_weight(name, tensor)
             else:
                 state[name].copy_(tensor)
-        # The network must compute with what was loaded before the first update writes it.
+        self._round_weights()
+
+    def _round_weights(self) -> None:
+        """Have the network compute with the master weights before the first update writes them."""
         for weight, master in zip(self.low_precision_weights, self.master_weights, strict=False):
             weight.copy_(master)
 
@@ -207,16 +222,28 @@ class Update:
         """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `.largest` as the
         rule has them, `step`, `scale`.., of an accumulation `accumulated` and
         `<parameter>.accumulator`, of autoclip `history`, its newest norm last."""
-        scalars_pc = torch.stack([part.scalars for part in self.parts])
-        # Parts count by themselves; of those that differ the furthest holds after a resume.
-        furthest = scalars_pc[:, Scalar.STEP].argmax(0, keepdim=True)
-        scalars = scalars_pc.index_select(0, furthest)[0]
+        scalars = self._furthest_scalars()
         state = {name: scalars[index] for name, index in self._saved.items()}
-        for kind, tensors in self._by_kind().items():
-            state |= {f"{k}.{kind}": v for k, v in self._cropped(tensors).items()}
+        for kind in self._kinds:
+            state |= {f"{k}.{kind}": v for k, v in self._cropped(self._whole(kind)).items()}
         if self.history_c is not None:
             state["history"] = in_order(self.history_c, scalars)
         return state | self.frozen.state
+
+    def _expected(self) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and formats that `tensors` gives; not all have memory."""
+        scalars = self._furthest_scalars()
+        state = {name: scalars[index] for name, index in self._saved.items()}
+        for kind in self._kinds:
+            state |= {f"{name}.{kind}": like for name, like in self._whole_shapes().items()}
+        return state if self.history_c is None else state | {"history": self.history_c}
+
+    def _furthest_scalars(self) -> Tensor:
+        """Scalars of the part that has moved most often: parts count by themselves, and of those
+        that differ the furthest holds after a resume."""
+        scalars_pc = torch.stack([part.scalars for part in self.parts])
+        furthest = scalars_pc[:, Scalar.STEP].argmax(0, keepdim=True)
+        return scalars_pc.index_select(0, furthest)[0]
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave; the settings stay as configured now.
@@ -233,15 +260,15 @@ class Update:
             ValueError: A tensor is missing, has another shape or number format, or holds a number
                 that no optimizer does.
         """
-        # As reference of names, shapes and formats: what was saved may be a stranger's.
-        own = self.tensors()
+        # What was saved may be a stranger's.
+        own = self._expected()
         thawed = self._zeros_of_thawed(tensors)
         counts = [*_COUNTS, *(["momentum_product"] if self.rule.name == "nadam" else [])]
         fresh = {name: own[name] for name in counts} if thawed else {}
         tensors = thawed | tensors | fresh
         if any(f"{name}.accumulator" not in tensors for name in self.names):
             begun = {f"{name}.accumulator" for name in self.names} | {"accumulated"}
-            tensors |= {name: torch.zeros_like(own[name]) for name in begun & own.keys()}
+            tensors |= {name: _zeros_like(own[name]) for name in begun & own.keys()}
         history = tensors.get("history")
         for name, tensor in own.items():
             if name != "history" or history is not None:
@@ -251,9 +278,9 @@ class Update:
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
                 for part in self.parts:
                     part.scalars[index] = tensors[name].to(part.scalars)
-        for kind, own_tensors in self._by_kind().items():
-            for name, tensor in zip(self.names, own_tensors, strict=True):
-                tensor.copy_(self._padded(name, tensors[f"{name}.{kind}"]))
+        for kind in self._kinds:
+            for number, name in enumerate(self.names):
+                self._take(kind, number, self._padded(name, tensors[f"{name}.{kind}"]))
         if self.history_c is not None and history is not None:
             load_history(self.history_c, self.parts[0].scalars, history)
         self.frozen.load_state(tensors)
@@ -268,9 +295,32 @@ class Update:
             saved["accumulated"] = Scalar.ACCUMULATED_GRADIENTS
         return saved
 
-    def _by_kind(self) -> dict[str, list[Tensor]]:
+    @property
+    def _kinds(self) -> list[str]:
         """Moments and accumulators, by the last part of their names in a checkpoint."""
-        return self.moments | ({"accumulator": self.accumulators} if self.accumulators else {})
+        return [*self.moments, *(["accumulator"] if self.accumulators else [])]
+
+    def _own(self, kind: str) -> list[Tensor]:
+        """Tensors of one kind: `weight`, or one of `_kinds`."""
+        others = {"weight": self.master_weights, "accumulator": self.accumulators}
+        return others[kind] if kind in others else self.moments[kind]
+
+    def _whole(self, kind: str) -> list[Tensor]:
+        """Tensors of one kind as a checkpoint holds them, one for every parameter."""
+        return self._own(kind)
+
+    def _take(self, kind: str, number: int, tensor: Tensor) -> None:
+        """Take up one of the tensors that `_whole` gives."""
+        self._own(kind)[number].copy_(tensor)
+
+    def _whole_shapes(self) -> dict[str, Tensor]:
+        """Tensors without memory, of the names, shapes and formats of a kind in a checkpoint."""
+        return self._cropped(
+            [
+                torch.empty_like(parameter, dtype=torch.float32, device="meta")
+                for parameter in self.parameters
+            ]
+        )
 
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(master) for master in self.master_weights]
@@ -278,8 +328,8 @@ class Update:
     def _zeros_of_thawed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Moments of the parameters of which these tensors hold none."""
         return {
-            f"{name}.{kind}": torch.zeros_like(master)
-            for name, master in self._cropped(self.master_weights).items()
+            f"{name}.{kind}": _zeros_like(like)
+            for name, like in self._whole_shapes().items()
             if not any(f"{name}.{kind}" in tensors for kind in self.moments)
             for kind in self.moments
         }
