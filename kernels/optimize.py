@@ -34,7 +34,7 @@ does one that only adds to the accumulators.
 Letters: T tensors, N chunks of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -219,6 +219,7 @@ def optimize(
     history_c: Tensor | None = None,
     accumulation: int = 1,
     dynamic_scale: bool = False,
+    whole_squares: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Move the tensors of the table by one step, in place; or, of several, the sum of gradients.
 
@@ -241,6 +242,8 @@ def optimize(
         accumulation: Gradients of a step, at least 1; above 1 the table needs accumulators.
         dynamic_scale: Halve the loss scale after a step that is not finite, double it after
             2,000 that are.
+        whole_squares: Called with the sums of squares of the table's chunks, float64, where those
+            are not all there are; gives those that the norms are of.
 
     Raises:
         ValueError: On tensors that do not fit.
@@ -252,7 +255,7 @@ def optimize(
     low_rank = table.dense.find(gradients) if table.dense else None
     _update_scalars(
         fitted, row_t, low_rank, table, scalars, rule, clipping, history_c, accumulation,
-        dynamic_scale,
+        dynamic_scale, whole_squares,
     )  # fmt: skip
     _update_weights(fitted, row_t, low_rank, table, scalars, rule, clipping)
 
@@ -268,6 +271,7 @@ def _update_scalars(
     history_c: Tensor | None,
     accumulation: int,
     dynamic_scale: bool,
+    whole_squares: Callable[[Tensor], Tensor] | None,
 ) -> None:
     """Write into the scalars what the gradients make of the step: all before the update."""
     partials_n, tensors_tc = table.partials_n, table.tensors_tc
@@ -281,6 +285,8 @@ def _update_scalars(
             low_rank.inputs, low_rank.grad_outputs, partials_n, table.dense.layers_lc,
             table.dense.spans_p3, low_rank.row_t,
         )  # fmt: skip
+    if whole_squares is not None:
+        partials_n = whole_squares(partials_n)
     sorted_c = None
     if history_c is not None:
         record_op(partials_n, scalars, history_c, accumulation)

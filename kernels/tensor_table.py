@@ -105,6 +105,7 @@ class TensorTable:
         *,
         decays: Sequence[bool] | None = None,
         low_rank: Sequence[bool] | None = None,
+        slices_of: Sequence[int] | None = None,
     ):
         """Check the tensors and write their addresses to the device.
 
@@ -119,6 +120,9 @@ class TensorTable:
             decays: Whether the weight decay moves each parameter; default: all.
             low_rank: Whether each gradient comes as a stand-in of `dense`; default: none. Their
                 parameters are matrices of sizes that are multiples of 16; none are accumulated.
+            slices_of: Numbers of the parameters that the tensors are slices of, where the rest is
+                with others; `optimize` then gets the sums of squares of whole parameters, in the
+                order of those numbers.
 
         Raises:
             ValueError: On a tensor that does not fit.
@@ -139,9 +143,9 @@ class TensorTable:
         self.plain_state, self.dense_state = self._state(self.plain), self._state(low)
         self._layouts = _layouts(self.plain_state.parameters)
         self._first_addresses = self._addresses()
-        self._write(low)
+        self._write(low, slices_of)
 
-    def _write(self, low: list[int]) -> None:
+    def _write(self, low: list[int], slices_of: Sequence[int] | None) -> None:
         """Make the tables on the device; ``low``: numbers of the gradients of low rank."""
         device, num_tensors = self.parameters[0].device, len(self.parameters)
         chunks = [
@@ -153,7 +157,10 @@ class TensorTable:
         """int64: tensor, first element, elements."""
 
         decayed = [int(decay) for decay in self.decays]
-        columns = [*self._first_addresses, decayed, *self._places_of_partials([*self.plain, *low])]
+        places = self._places_of_partials([*self.plain, *low])
+        if slices_of is not None:
+            places = list(slices_of), [1] * num_tensors
+        columns = [*self._first_addresses, decayed, *places]
         self.tensors_tc = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
         """int64: of each tensor, what `Column` says."""
 

@@ -306,6 +306,10 @@ class OptimizerConfig(Section):
     it is measured on a GPU; by figures it pays up to a batch size of some 100. Not with
     gradient_accumulation, nor with the compile engine."""
 
+    reduce: str = setting("same", choices=("same", "fp32"))
+    """Type in which several processes add up their gradients: the one that they have (same), or
+    fp32, which is twice the bytes of 16 bits. With gradient_accumulation it is fp32."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig(Section):
@@ -372,6 +376,16 @@ class TrainConfig(Section):
 
     deterministic: bool = setting(False)
     """Let a GPU use only algorithms that give the same bits in every run, slower or not."""
+
+    distribution: str = setting("auto", choices=("auto", "mirrored", "sharded"))
+    """How several processes divide the update: each moves all weights (mirrored), or its own share
+    of them, for which it alone keeps the moments (sharded); auto: what is predicted to be faster.
+    The weights are the same but for rounding, and a save is the same file."""
+
+    micro_batch: int = setting(0, low=0, high=4096)
+    """Faces of each side whose gradient is computed at a time; those of a batch are then added up
+    in fp32 in an order that hangs on nothing else, so that 1, 2, 4 or 8 processes come to the same
+    bits. It is slower, and takes less memory. 0: the whole share of a process at once."""
 
     def __post_init__(self) -> None:
         word, _, limit = str(self.batch_size).partition(":")

@@ -1,18 +1,17 @@
 """Gradients summed over the ranks of a run, in parts, while the backward pass goes on.
 
-Each rank's gradients are copied into one flat buffer, whose parts are summed as they lie. All ranks
-then hold the same bits, so each of them checks, clips and moves its weights alike.
+Each rank's gradients are copied into one flat buffer, whose parts are summed as they lie. With
+gradient accumulation they are added up there, in fp32, and only their sum is sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from ..optim.arrivals import Arrivals
-from .group import Group
-from .layout import Layout, new_flat
+from .layout import Layout
 
 
 class Exchange:
@@ -22,43 +21,48 @@ class Exchange:
     the run's batch gets the gradient of the mean over that batch.
 
     Args:
-        group: Ranks of the run.
         parameters: Parameters that the gradients are of.
-        order: Numbers of them in the order in which their gradients come; the same on all ranks.
-        wire: Type in which gradients are sent and summed.
+        layout: Places of the gradients, the same on all ranks; their parts are sent one by one.
+        wire: Type in which gradients are added up and sent.
+        send: Called with a part of the buffer that is complete; sums it over the ranks.
+        then: Called with the number of a part that was sent.
     """
 
     def __init__(
-        self, group: Group, parameters: Sequence[Tensor], order: Sequence[int], wire: torch.dtype
+        self,
+        parameters: Sequence[Tensor],
+        layout: Layout,
+        wire: torch.dtype,
+        send: Callable[[Tensor], None],
+        then: Callable[[int], None],
     ):
         device = parameters[0].device
-        self.group = group
-        self.layout = Layout(
-            parameters, order, num_ranks=group.ranks.size, element_bytes=wire.itemsize
-        )
-        flat = new_flat(self.layout, wire, device)
-        self.sums, self.parts = self.layout.views(flat), self.layout.parts_of(flat)
+        self.layout, self.send, self.then = layout, send, then
+        self.flat = layout.new_flat(wire, device)
+        self.sums, self.parts = layout.views(self.flat), layout.parts_of(self.flat)
+        self.is_first, self.is_due = True, True
+        """Whether the next gradients begin a sum, and whether they complete it."""
+
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.arrivals = Arrivals(parameters, self.layout.parts, self._sum, stream)
+        self.arrivals = Arrivals(parameters, layout.parts, self._handle, stream)
 
     def during_backward(self) -> AbstractContextManager[None]:
-        """Send parts during the backward pass inside, each when all its gradients are there.
+        """Add up and send parts during the backward pass inside, each when its gradients are there.
 
         The gradients must live as long as the context.
         """
         return self.arrivals.during_backward()
 
-    def __call__(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients summed over the ranks, in the order of the parameters."""
+    def finish(self, gradients: Sequence[Tensor]) -> None:
+        """Add up and send the parts that the backward pass has not."""
         self.arrivals.finish(gradients)
-        return self.sums
 
-    def total(self, row_v: Tensor) -> Tensor:
-        """A row of few numbers summed over the ranks: the losses, weighed by each rank's share."""
-        total_v = row_v.clone()
-        self.group.all_reduce(total_v)
-        return total_v
-
-    def _sum(self, index: int, gradients: list[Tensor]) -> None:
-        torch._foreach_copy_([self.sums[number] for number in self.layout.parts[index]], gradients)
-        self.group.all_reduce(self.parts[index])
+    def _handle(self, index: int, gradients: list[Tensor]) -> None:
+        sums = [self.sums[number] for number in self.layout.parts[index]]
+        if self.is_first:
+            torch._foreach_copy_(sums, gradients)
+        else:
+            torch._foreach_add_(sums, gradients)
+        if self.is_due:
+            self.send(self.parts[index])
+            self.then(index)

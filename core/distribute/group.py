@@ -28,6 +28,11 @@ _CLOSING_S = 10.0
 _FAILURE = "failure"
 
 
+# By their names since PyTorch 2.13, which warns of the ones before.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class RankLost(Exception):
     """The other ranks cannot be reached any more; says which has ended, as far as is known."""
 
@@ -49,6 +54,25 @@ class Group:
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Sum a tensor over the ranks in place; all then hold the same bits."""
         dist.all_reduce(tensor, op)
+
+    def reduce_scatter(self, tensor: Tensor) -> None:
+        """Sum a tensor over the ranks, each rank its own slice, in place; the rest is of no use."""
+        _reduce_scatter(self.slice_of(tensor), tensor)
+
+    def all_gather(self, tensor: Tensor) -> None:
+        """Overwrite a tensor, in place, by each rank's own slice of it."""
+        _all_gather(tensor, self.slice_of(tensor))
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, on the CPU; of all but the first rank: none."""
+        own = tensor.to("cpu")
+        gathered = [torch.empty_like(own) for _ in range(self.ranks.size * self.ranks.is_first)]
+        dist.gather(own, gathered or None)
+        return gathered
+
+    def slice_of(self, tensor: Tensor) -> Tensor:
+        """The rank's slice of a flat tensor whose length the number of ranks divides."""
+        return tensor.view(self.ranks.size, -1)[self.ranks.rank]
 
     def broadcast(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite the tensors of all ranks by those of the first."""

@@ -8,7 +8,7 @@ other n - 1 out as well. With `optimizer.fused_dense` the gradients of large den
 factors until the update multiplies them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -109,6 +109,9 @@ class Update:
     is_whole = True
     """Whether a step that is not finite moves nothing at all."""
 
+    adds_up = True
+    """Whether the tables add up the gradients of an accumulation; else they get the sums."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -133,10 +136,11 @@ class Update:
             self.low_precision_weights = [parameter.detach() for parameter in self.parameters]
         self.rule, self.clipping = rule_of(config), clipping_of(config)
         self.accumulation = config.gradient_accumulation
-        self.moments = {kind: self._zeros() for kind in self.rule.moments}
-        self.accumulators = self._zeros() if self.accumulation > 1 else []
+        self.moments: dict[str, list[Tensor]] = {}
+        self.accumulators: list[Tensor] = []
         """Sums of gradients, in fp32, of parameters whose update is not due."""
 
+        self._allocate()
         device = self.master_weights[0].device
         self.history_c: Tensor | None = None
         """Norms of past gradients, for autoclip."""
@@ -151,6 +155,11 @@ class Update:
         self.parts = [self._part(list(range(len(self.parameters))), scalars)]
         self.rate = config.learning_rate
 
+    def _allocate(self) -> None:
+        """Make what is kept of every parameter from step to step, besides its weights."""
+        self.moments = {kind: self._zeros() for kind in self.rule.moments}
+        self.accumulators = self._zeros() if self.accumulation > 1 else []
+
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) loss, one of each parameter; or keep
         their sum until as many are there as `optimizer.gradient_accumulation` says."""
@@ -159,6 +168,18 @@ class Update:
     def overlap_backward(self) -> AbstractContextManager[None]:
         """Context manager for the backward pass; here nothing is done beside it."""
         return nullcontext()
+
+    def total(self, row_v: Tensor) -> Tensor:
+        """A row of losses, each weighed by its rank's share of the batch, of all ranks: of one."""
+        return row_v
+
+    @property
+    def phase(self) -> int:
+        """Number of the kind of iteration that comes next; each needs a graph of its own."""
+        return 0
+
+    def end_iteration(self) -> None:
+        """Count an iteration, also one that was the replay of a graph."""
 
     @property
     def scale(self) -> Tensor | None:
@@ -335,32 +356,37 @@ class Update:
         }
 
     def _part(self, numbers: list[int], scalars: Tensor) -> Part:
+        return Part(numbers, self._table(numbers), scalars)
+
+    def _table(self, numbers: list[int]) -> TensorTable:
         def own(tensors: list[Tensor]) -> list[Tensor]:
             return [tensors[number] for number in numbers] if tensors else []
 
-        # Biases and norms have one dimension, or a name that says so.
-        decays = [
-            self.master_weights[n].ndim > 1 and not self.names[n].endswith("bias") for n in numbers
-        ]
-        moments = {kind: own(tensors) for kind, tensors in self.moments.items()}
-        low_precision, accumulators = own(self.low_precision_weights), own(self.accumulators)
-        low_rank = [self.names[number] in self.low_rank for number in numbers]
-        table = TensorTable(
+        return TensorTable(
             own(self.master_weights),
-            moments,
-            low_precision,
-            accumulators,
-            decays=decays,
-            low_rank=low_rank,
+            {kind: own(tensors) for kind, tensors in self.moments.items()},
+            own(self.low_precision_weights),
+            own(self.accumulators) if self.adds_up else [],
+            decays=[self._decays(number) for number in numbers],
+            low_rank=[self.names[number] in self.low_rank for number in numbers],
         )
-        return Part(numbers, table, scalars)
+
+    def _decays(self, number: int) -> bool:
+        """Whether weight decay moves a parameter: biases and norms, which it leaves alone, have
+        one dimension, or a name that says so."""
+        return self.parameters[number].ndim > 1 and not self.names[number].endswith("bias")
 
     def _split(self, groups: list[list[int]]) -> None:
         """Have each group of parameters be a part, where there was one for all."""
         scalars = self.parts[0].scalars
         self.parts = [self._part(numbers, scalars.clone()) for numbers in groups]
 
-    def _move(self, part: Part, gradients: Sequence[Tensor]) -> None:
+    def _move(
+        self,
+        part: Part,
+        gradients: Sequence[Tensor],
+        whole_squares: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         optimize(
             gradients,
             part.table,
@@ -368,8 +394,10 @@ class Update:
             self.rule,
             clipping=self.clipping,
             history_c=self.history_c,
-            accumulation=self.accumulation,
+            # Where the table has none, the gradients are the sums already.
+            accumulation=self.accumulation if part.table.accumulators else 1,
             dynamic_scale=self.precision.scales_loss,
+            whole_squares=whole_squares,
         )
 
     def _cropped(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:

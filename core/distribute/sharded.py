@@ -1,0 +1,196 @@
+"""An update on several ranks that each rank does for its own slice of the weights (ZeRO-1).
+
+The gradients of a part are summed over the ranks, each rank getting its slice of the sums; it moves
+that slice of the weights; then all ranks gather the slices of all. So the bytes that are sent are
+those of a plain sum, while the work of the update, the moments and, where the network computes in
+16 bits, the master weights are divided among the ranks (Rajbhandari et al., 2020).
+
+Letters: N chunks, P parameters, M chunks of a parameter at most.
+"""
+
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.tensor_table import CHUNK, TensorTable
+from ..optim.optimizer import Part
+from .group import Group
+from .layout import Piece
+from .update import MirroredUpdate
+
+
+@dataclass(frozen=True)
+class SlicedPart(Part):
+    """Parameters that are moved together, of which this rank moves some pieces."""
+
+    gradients: list[Tensor]
+    """Gradient of each piece, where the sum over the ranks lies."""
+
+    squares: "WholeSquares"
+
+
+class ShardedUpdate(MirroredUpdate):
+    """An update of which each rank keeps, and moves, a slice of every part.
+
+    `weights`, `tensors`, `load_weights` and `load` are called by all ranks at once. The first rank
+    gets the whole tensors of a checkpoint, on the host; the others get some without memory.
+    """
+
+    def _allocate(self) -> None:
+        self._connect()
+        parts = range(len(self.layout.parts))
+        rank = self.group.ranks.rank
+        self.pieces = [each for part in parts for each in self.layout.pieces(part, rank)]
+        """Pieces of parameters that this rank moves."""
+
+        masters = self.master_weights
+        self._lay_out_weights()
+        self.slices = {kind: self._new_slices() for kind in self.rule.moments}
+        """What this rank keeps, by kind: its slices of the parts, one behind the other."""
+
+        self.moments = {kind: self._views_of_own(each) for kind, each in self.slices.items()}
+        self.master_weights = self._views(self.flat_weights)
+        if self.low_precision_weights:
+            self.low_precision_weights = self.master_weights
+            self.slices["weight"] = self._new_slices()
+            self.master_weights = self._views_of_own(self.slices["weight"])
+            for number, master in enumerate(masters):
+                self._take("weight", number, master)
+
+    def _lay_out_weights(self) -> None:
+        """Move what the network computes with into one buffer, whose parts can be gathered."""
+        first = self.parameters[0]
+        self.flat_weights = self.layout.new_flat(first.dtype, first.device)
+        views = self.layout.views(self.flat_weights)
+        for parameter, view in zip(self.parameters, views, strict=True):
+            view.copy_(parameter.detach())
+            parameter.data = view
+
+    def _new_slices(self) -> Tensor:
+        length = self.layout.length // self.layout.num_ranks
+        return torch.zeros(length, device=self.flat_weights.device)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        return [flat[each.place : each.place + each.length] for each in self.pieces]
+
+    def _views_of_own(self, slices: Tensor) -> list[Tensor]:
+        return [slices[each.own_place : each.own_place + each.length] for each in self.pieces]
+
+    def _places(self, numbers: Collection[int]) -> list[int]:
+        """Places of the pieces of some parameters."""
+        return [place for place, piece in enumerate(self.pieces) if piece.number in numbers]
+
+    def _part(self, numbers: list[int], scalars: Tensor) -> Part:
+        places = self._places({*numbers})
+        pieces = [self.pieces[place] for place in places]
+        gradients = self._views(self.exchange.flat)
+        by_parameter = len(self.parameters) if self.clipping.kind == "norm" else None
+        squares = WholeSquares(self.group, pieces, by_parameter, self.flat_weights.device)
+        own = [gradients[place] for place in places]
+        return SlicedPart(numbers, self._table(numbers), scalars, own, squares)
+
+    def _table(self, numbers: list[int]) -> TensorTable:
+        places = self._places({*numbers})
+
+        def own(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensors[place] for place in places] if tensors else []
+
+        slices_of = [self.pieces[place].number for place in places]
+        return TensorTable(
+            own(self.master_weights),
+            {kind: own(tensors) for kind, tensors in self.moments.items()},
+            own(self.low_precision_weights),
+            decays=[self._decays(number) for number in slices_of],
+            slices_of=slices_of if self.clipping.kind == "norm" else None,
+        )
+
+    def _send(self, part: Tensor) -> None:
+        self.group.reduce_scatter(part)
+
+    def _move_part(self, index: int) -> None:
+        part = self.parts[index]
+        assert isinstance(part, SlicedPart)
+        self._move(part, part.gradients, part.squares)
+        flats = self.layout.parts_of(self.flat_weights)
+        self._gather([flats[index]] if self.overlaps else flats)
+
+    def _gather(self, flats: Sequence[Tensor]) -> None:
+        """Have every rank hold what each has moved."""
+        for flat in flats:
+            self.group.all_gather(flat)
+
+    def _whole(self, kind: str) -> list[Tensor]:
+        if kind == "weight" and not self.low_precision_weights:
+            return [parameter.detach() for parameter in self.parameters]
+        if kind not in self.slices:
+            return super()._whole(kind)
+        slices = self.group.gather(self.slices[kind])
+        if not slices:
+            return [
+                torch.empty_like(p, dtype=torch.float32, device="meta") for p in self.parameters
+            ]
+        whole = self.layout.new_flat(torch.float32, torch.device("cpu"))
+        for (first, end), part in zip(self.layout.spans, self.layout.parts_of(whole), strict=True):
+            begin, stop = (place // self.layout.num_ranks for place in (first, end))
+            part.copy_(torch.cat([each[begin:stop] for each in slices]))
+        return self.layout.views(whole)
+
+    def _take(self, kind: str, number: int, tensor: Tensor) -> None:
+        if kind == "accumulator":
+            super()._take(kind, number, tensor)
+            return
+        parameter = self.parameters[number]
+        in_place = torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device)
+        flat = in_place.copy_(tensor).as_strided((parameter.numel(),), (1,))
+        for place in self._places({number}):
+            piece = self.pieces[place]
+            values = flat[piece.first : piece.first + piece.length]
+            self._own(kind)[place][: len(values)].copy_(values)
+
+    def _round_weights(self) -> None:
+        super()._round_weights()
+        self._gather(self.layout.parts_of(self.flat_weights))
+
+
+class WholeSquares:
+    """Sums of squares of the gradients of whole parameters, of which each rank has some pieces.
+
+    Args:
+        group: Ranks of the run.
+        pieces: Pieces whose chunks have partial sums, in their order.
+        num_parameters: Parameters, where each one's own sum is asked for; None: the sum over all.
+        device: Device of the sums.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        pieces: Sequence[Piece],
+        num_parameters: int | None,
+        device: torch.device,
+    ):
+        self.group = group
+        self.places_pm: Tensor | None = None
+        if num_parameters is None:
+            return
+        counts = [-(-piece.length // CHUNK) for piece in pieces]
+        ends = [*itertools.accumulate(counts)]
+        # Behind the chunks there is a zero, for parameters of fewer chunks than others.
+        places = torch.full((num_parameters, max(counts)), ends[-1])
+        for piece, count, end in zip(pieces, counts, ends, strict=True):
+            places[piece.number, :count] = torch.arange(end - count, end)
+        self.places_pm = places.to(device)
+
+    def __call__(self, partials_n: Tensor) -> Tensor:
+        """The sum over all ranks, (1,), or that of each parameter, (P,)."""
+        if self.places_pm is None:
+            squares = partials_n.sum()[None]
+        else:
+            # Not index_add, whose order of summation a GPU leaves to chance.
+            extended = torch.cat((partials_n, partials_n.new_zeros(1)))
+            squares = extended[self.places_pm].sum(1)
+        self.group.all_reduce(squares)
+        return squares

@@ -1,0 +1,147 @@
+"""Updates of one model on several ranks, by the gradients of all of them.
+
+All ranks come to the same sums, bit for bit, so each of them checks, clips and moves its weights
+alike, and nothing has to be agreed on: where one rank's gradient is not finite, no rank moves.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.optimizer_scalars import Scalar
+from ..config import OptimizerConfig
+from ..optim.optimizer import Update
+from ..precision import Precision
+from .exchange import Exchange
+from .group import Group
+from .layout import Layout
+
+
+class MirroredUpdate(Update):
+    """An update of which each rank holds, and moves, all weights; every rank calls it alike.
+
+    Gradients that no update is due for stay on their rank, which adds them up. By the summed
+    gradients the weights are those of `Update`; with ``overlaps`` each part of the buffer is moved
+    by itself, as those of `OverlappedUpdate` are.
+
+    Args:
+        model: Model on its device, with the same weights on all ranks.
+        config: Settings of the optimizer.
+        precision: Precision as it was resolved.
+        group: Ranks of the run.
+        order: Numbers of the trained parameters in the order in which their gradients come.
+        overlaps: Whether each part is moved once it was summed, during the backward pass.
+    """
+
+    adds_up = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: OptimizerConfig,
+        precision: Precision,
+        *,
+        group: Group,
+        order: Sequence[int],
+        overlaps: bool = False,
+    ):
+        self.group, self.order = group, order
+        self.wire = precision.compute
+        """Type in which gradients are sent."""
+
+        if config.reduce == "fp32" or config.gradient_accumulation > 1:
+            self.wire = torch.float32
+        self.overlaps, self.is_whole = overlaps, not overlaps
+        self.accumulated = 0
+        """Gradients since the last update, as the host counts them."""
+
+        super().__init__(model, config, precision)
+        if overlaps:
+            self._split(self.layout.parts)
+
+    def _allocate(self) -> None:
+        super()._allocate()
+        self._connect()
+
+    def _connect(self) -> None:
+        """Make the buffer that is sent, which adds up gradients, too."""
+        self.layout = Layout(
+            self.parameters,
+            self.order,
+            num_ranks=self.group.ranks.size,
+            element_bytes=self.wire.itemsize,
+        )
+        self.exchange = Exchange(self.parameters, self.layout, self.wire, self._send, self._then)
+        self.accumulators = self.exchange.sums if self.accumulation > 1 else []
+
+    @property
+    def phase(self) -> int:
+        """Whether the next gradients are added to others, 0 or 1, plus 2 if an update is due."""
+        return (self.accumulated > 0) + 2 * self._is_due
+
+    @property
+    def _is_due(self) -> bool:
+        return self.accumulated + 1 >= self.accumulation
+
+    def end_iteration(self) -> None:
+        """Count an iteration, also one that was the replay of a graph."""
+        self.accumulated = 0 if self._is_due else self.accumulated + 1
+
+    def overlap_backward(self) -> AbstractContextManager[None]:
+        """Send gradients during the backward pass inside; with ``overlaps`` move weights, too.
+
+        The gradients must live as long as the context.
+        """
+        self.exchange.is_first, self.exchange.is_due = self.accumulated == 0, self._is_due
+        return self.exchange.during_backward()
+
+    def __call__(self, gradients: Sequence[Tensor]) -> None:
+        """Move the weights by the gradients of the (scaled) losses of all ranks; or keep the sum of
+        this rank's where no update is due."""
+        self.exchange.finish(gradients)
+        if not self._is_due:
+            self.parts[0].scalars[Scalar.ACCUMULATED_GRADIENTS].add_(1)
+        elif not self.overlaps:
+            self._move_part(0)
+
+    def total(self, row_v: Tensor) -> Tensor:
+        """A row of losses, each weighed by its rank's share of the batch, of all ranks."""
+        total_v = row_v.clone()
+        self.group.all_reduce(total_v)
+        return total_v
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what `tensors` gave, as `Update` does; all ranks call it with the same."""
+        super().load(tensors)
+        self.accumulated = int(self.parts[0].scalars[Scalar.ACCUMULATED_GRADIENTS])
+
+    def _send(self, part: Tensor) -> None:
+        self.group.all_reduce(part)
+
+    def _then(self, index: int) -> None:
+        if self.overlaps:
+            self._move_part(index)
+
+    def _move_part(self, index: int) -> None:
+        part = self.parts[index]
+        self._move(part, [self.exchange.sums[number] for number in part.numbers])
+
+    def _whole(self, kind: str) -> list[Tensor]:
+        """Tensors of one kind as a checkpoint holds them; accumulators are summed over the ranks,
+        all of which call it."""
+        if kind != "accumulator":
+            return super()._whole(kind)
+        total = torch.zeros_like(self.exchange.flat)
+        if self.accumulated:
+            total.copy_(self.exchange.flat)
+            self.group.all_reduce(total)
+        return self.layout.views(total)
+
+    def _take(self, kind: str, number: int, tensor: Tensor) -> None:
+        # A sum over the ranks goes on as the first one's.
+        if kind == "accumulator" and not self.group.ranks.is_first:
+            self.accumulators[number].zero_()
+        else:
+            super()._take(kind, number, tensor)
