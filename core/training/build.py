@@ -12,12 +12,15 @@ from ..checkpoint.warm_start import load_weights
 from ..config import Config, model_settings
 from ..estimate.flops import meta_model, work_of
 from ..exchange.keras_import import read_any_weights
+from ..distribute.exchange import Exchange
+from ..distribute.group import Group
 from ..losses.weighted import Loss
 from ..optim import fused_dense, overlap
+from ..optim.arrivals import arrival_order
 from ..optim.optimizer import Update
 from . import engine as engines
 from .loss_buffer import LossBuffer
-from .step import TrainStep
+from .step import SharedStep, TrainStep
 
 _SMALL_BATCH = 16
 """Faces of a side up to which one decoder leaves a GPU room for the other as well. Chosen from the
@@ -71,6 +74,7 @@ def build_step(
     *,
     loss: Loss | None = None,
     kind_of_update: type[Update] | None = None,
+    group: Group | None = None,
 ) -> TrainStep:
     """The training step of a model, on its device, and the precision of this process with it.
 
@@ -80,6 +84,7 @@ def build_step(
         device: Device on which it is trained.
         loss: What is minimised; None: what the settings lead to.
         kind_of_update: What moves the weights; None: what the settings lead to.
+        group: Ranks that train it together; None: this process alone.
 
     Raises:
         ValueError: The settings do not go together, or not with the device; one line says why.
@@ -89,14 +94,25 @@ def build_step(
     precision.apply()
     model.to(device)
     if kind_of_update is None:
-        on_gpu = device.type == "cuda"
-        # On a CPU there is nothing to overlap with.
-        is_worth = on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
+        # On a CPU there is nothing to overlap with; of several ranks the exchange overlaps.
+        may_overlap = device.type == "cuda" and group is None
+        is_worth = may_overlap and overlap.pays(
+            work_of(meta_model(config), config.train.batch_size)
+        )
         kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
     update = kind_of_update(model, config.optimizer, precision)
     loss = loss or Loss(config.loss, model.output_px, device)
     stream = torch.cuda.Stream(device) if _has_two_streams(config, device) else None
-    return TrainStep(model, loss, update, LossBuffer(loss.num_values, device), stream)
+    shared = _shared_step(config, update, device, group) if group else None
+    return TrainStep(model, loss, update, LossBuffer(loss.num_values, device), stream, shared)
+
+
+def _shared_step(config: Config, update: Update, device: torch.device, group: Group) -> SharedStep:
+    """This rank's part of a step that the ranks take together."""
+    order = arrival_order(meta_model(config))
+    exchange = Exchange(group, update.parameters, order, update.parameters[0].dtype)
+    batch_size = config.train.batch_size
+    return SharedStep(exchange, group.ranks.share(batch_size).weight(batch_size), device)
 
 
 def _has_two_streams(config: Config, device: torch.device) -> bool:

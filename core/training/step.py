@@ -13,11 +13,37 @@ from torch import Tensor
 from ...models.autoencoder import Autoencoder, Outputs
 from ...models.batch_norm import norms_of, update_running_stats
 from ..data.feed import Batch
+from ..distribute.exchange import Exchange
 from ..losses.weighted import Loss
 from ..optim.optimizer import Update
 from .loss_buffer import LossBuffer
 
 _NOTHING = nullcontext()
+
+
+class SharedStep:
+    """What is this rank's of a step that several take together: its weight, and the exchange.
+
+    Losses are means over the faces of this rank. Each counts by the rank's share of the batch, so
+    that the sum over the ranks is the mean over the batch, however the faces are divided.
+
+    Args:
+        exchange: Sums gradients and losses over the ranks.
+        weight: Share of the batch that is this rank's.
+        device: Device that it trains on.
+    """
+
+    def __init__(self, exchange: Exchange, weight: float, device: torch.device):
+        self.exchange = exchange
+        self.weight = torch.tensor(weight, device=device)
+
+    def scale(self, loss_scale: Tensor | None) -> Tensor:
+        """What the loss's gradient is multiplied with: the weight, times the loss scale if any."""
+        return self.weight if loss_scale is None else self.weight * loss_scale
+
+    def total(self, row_v: Tensor) -> Tensor:
+        """The losses of the whole batch, from those of this rank's faces."""
+        return self.exchange.total(row_v * self.weight)
 
 
 class TrainStep:
@@ -29,6 +55,7 @@ class TrainStep:
         update: Moves the weights.
         loss_buffer: Takes the losses.
         side_stream: Stream on which B's decoder runs at the time of A's; None: after it.
+        shared: This rank's part of the step, where several take it together; None: it is alone.
     """
 
     def __init__(
@@ -38,6 +65,7 @@ class TrainStep:
         update: Update,
         loss_buffer: LossBuffer,
         side_stream: torch.cuda.Stream | None = None,
+        shared: SharedStep | None = None,
     ):
         self.network: Callable[..., Any] = model
         """What computes the outputs: the model, or the model compiled."""
@@ -46,17 +74,28 @@ class TrainStep:
         self.parameters = update.parameters
         self.loss, self.update = loss, update
         self.loss_buffer, self.side_stream = loss_buffer, side_stream
+        self.shared = shared
 
     def __call__(
         self, batch: Batch, during_backward: AbstractContextManager[object] = _NOTHING
     ) -> None:
         """Train on one batch; the backward pass runs within ``during_backward``."""
         outputs = self.forward(batch.input_nchw)
-        losses = self.loss(outputs, batch, self.update.scale)
+        losses = self.loss(outputs, batch, self._scale)
         with during_backward:
             gradients = self.backward(outputs, losses.gradients)
-        self.update(gradients)
-        self.loss_buffer.push(losses.row_v)
+        if self.shared is None:
+            self.update(gradients)
+            self.loss_buffer.push(losses.row_v)
+        else:
+            self.update(self.shared.exchange(gradients))
+            self.loss_buffer.push(self.shared.total(losses.row_v))
+
+    @property
+    def _scale(self) -> Tensor | None:
+        """What the gradient of this process's loss is multiplied with; None: nothing."""
+        scale = self.update.scale
+        return scale if self.shared is None else self.shared.scale(scale)
 
     def forward(self, input_nchw: Tensor) -> tuple[Outputs, Outputs]:
         """Outputs of both decoders for their sides of the batch; running statistics are updated."""
@@ -82,6 +121,10 @@ class TrainStep:
         # An output has no history where all that leads to it is frozen.
         trained = (pair for pair in pairs if pair[0].requires_grad)
         outputs_with_history, grad_outputs = zip(*trained, strict=True)
-        with self.update.overlap_backward():
+        with self.update.overlap_backward(), self._exchange_during_backward():
             # Not backward(), which would keep the gradients on the parameters and add to them.
             return torch.autograd.grad(outputs_with_history, self.parameters, grad_outputs)
+
+    def _exchange_during_backward(self) -> AbstractContextManager[None]:
+        """Context manager in which gradients go to the other ranks as they come."""
+        return nullcontext() if self.shared is None else self.shared.exchange.during_backward()
