@@ -16,6 +16,9 @@ from mien.models.batch_norm import BatchNorm, update_running_stats
 
 NOTHING = nullcontext()
 
+PLAIN_UPDATE = SimpleNamespace(phase=0, end_iteration=lambda: None)
+"""What an engine asks of an update, where each iteration is like every other."""
+
 
 def _store(seed, device):
     generator = torch.Generator().manual_seed(seed)
@@ -103,6 +106,7 @@ def _noise(faces_seen, noise_seed=3):
         drawn.append(torch.rand(4))
 
     feed = SimpleNamespace(next=lambda _: None)
+    step.update = PLAIN_UPDATE
     engine = engines.make("eager", step, feed, pytest.fail, noise_seed=noise_seed)
     engine(dict.fromkeys("ab", faces_seen))
     return drawn[0]
@@ -136,6 +140,7 @@ def _noisy(name, device):
         following=lambda seen: seen,
         is_capturable=True,
     )
+    step.update = PLAIN_UPDATE
     engine = engines.make(name, step, feed, pytest.fail, noise_seed=3)
     for number in range(engines.WARM_UP + 3):
         place.fill_(max(number - engines.WARM_UP, 0))
@@ -252,7 +257,7 @@ def _numbers_trained_on(monkeypatch, places, failing=()):
         with during_backward:
             gpu.run(lambda: trained.append(batch[0]))
 
-    step.side_stream = "beside"
+    step.side_stream, step.update = "beside", PLAIN_UPDATE
     engine = engines.make("graph", step, feed, warnings.append)
     for place in places:
         engine({"a": place, "b": place})
@@ -263,7 +268,7 @@ def test_a_graph_trains_on_each_batch_and_makes_the_next_one(monkeypatch):
     places = [4 * n for n in range(20)]
     trained, engine, feed, warnings = _numbers_trained_on(monkeypatch, places)
     assert trained == places
-    assert (engine.name, engine.graphs.keys(), warnings) == ("graph", {0, 1}, [])
+    assert (engine.name, engine.graphs.keys(), warnings) == ("graph", {(0, 0), (1, 0)}, [])
     assert feed.made == len(places) + 1, "a batch was made twice, or one is not made ahead"
 
 
@@ -291,7 +296,7 @@ def test_where_a_capture_fails_the_same_batches_are_trained_on(monkeypatch, fail
 def test_a_graphed_step_has_the_bits_of_an_eager_one(mode, streams):
     cuda = torch.device("cuda", torch.cuda.current_device())
     graphed = _trained("graph", mode, cuda, iterations=12, streams=streams)
-    assert graphed[2].graphs.keys() == {0, 1}
+    assert graphed[2].graphs.keys() == {(0, 0), (1, 0)}
     _assert_same_bits(graphed, _trained("eager", mode, cuda, iterations=12, streams=streams))
 
 

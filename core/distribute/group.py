@@ -63,6 +63,14 @@ class Group:
         """Overwrite a tensor, in place, by each rank's own slice of it."""
         _all_gather(tensor, self.slice_of(tensor))
 
+    def swap(self, sent: Tensor, received: Tensor, rank: int) -> None:
+        """Exchange tensors of one size with another rank, which calls it with this one's number."""
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, sent, rank), dist.P2POp(dist.irecv, received, rank)]
+        )
+        for work in works:
+            work.wait()
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, on the CPU; of all but the first rank: none."""
         own = tensor.to("cpu")

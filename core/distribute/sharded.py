@@ -35,8 +35,7 @@ class SlicedPart(Part):
 class ShardedUpdate(MirroredUpdate):
     """An update of which each rank keeps, and moves, a slice of every part.
 
-    `weights`, `tensors`, `load_weights` and `load` are called by all ranks at once. The first rank
-    gets the whole tensors of a checkpoint, on the host; the others get some without memory.
+    `weights` and `tensors` are for the first rank, after all have called `gather`.
     """
 
     def _allocate(self) -> None:
@@ -115,33 +114,36 @@ class ShardedUpdate(MirroredUpdate):
         assert isinstance(part, SlicedPart)
         self._move(part, part.gradients, part.squares)
         flats = self.layout.parts_of(self.flat_weights)
-        self._gather([flats[index]] if self.overlaps else flats)
-
-    def _gather(self, flats: Sequence[Tensor]) -> None:
-        """Have every rank hold what each has moved."""
-        for flat in flats:
+        for flat in [flats[index]] if self.overlaps else flats:
             self.group.all_gather(flat)
 
-    def _whole(self, kind: str) -> list[Tensor]:
-        if kind == "weight" and not self.low_precision_weights:
-            return [parameter.detach() for parameter in self.parameters]
+    @property
+    def _divided(self) -> list[str]:
+        return [*super()._divided, *self.slices]
+
+    def _gather(self, kind: str) -> list[Tensor]:
         if kind not in self.slices:
-            return super()._whole(kind)
+            return super()._gather(kind)
         slices = self.group.gather(self.slices[kind])
         if not slices:
-            return [
-                torch.empty_like(p, dtype=torch.float32, device="meta") for p in self.parameters
-            ]
+            return []
         whole = self.layout.new_flat(torch.float32, torch.device("cpu"))
         for (first, end), part in zip(self.layout.spans, self.layout.parts_of(whole), strict=True):
             begin, stop = (place // self.layout.num_ranks for place in (first, end))
             part.copy_(torch.cat([each[begin:stop] for each in slices]))
         return self.layout.views(whole)
 
+    def _whole(self, kind: str) -> list[Tensor]:
+        if kind == "weight" and kind not in self.slices:
+            return [parameter.detach() for parameter in self.parameters]
+        return super()._whole(kind)
+
     def _take(self, kind: str, number: int, tensor: Tensor) -> None:
         if kind == "accumulator":
             super()._take(kind, number, tensor)
             return
+        if kind == "weight":
+            self.parameters[number].detach().copy_(tensor)
         parameter = self.parameters[number]
         in_place = torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device)
         flat = in_place.copy_(tensor).as_strided((parameter.numel(),), (1,))
@@ -149,10 +151,6 @@ class ShardedUpdate(MirroredUpdate):
             piece = self.pieces[place]
             values = flat[piece.first : piece.first + piece.length]
             self._own(kind)[place][: len(values)].copy_(values)
-
-    def _round_weights(self) -> None:
-        super()._round_weights()
-        self._gather(self.layout.parts_of(self.flat_weights))
 
 
 class WholeSquares:

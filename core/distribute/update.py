@@ -57,6 +57,9 @@ class MirroredUpdate(Update):
         self.accumulated = 0
         """Gradients since the last update, as the host counts them."""
 
+        self.gathered: dict[str, list[Tensor]] = {}
+        """Whole tensors of kinds that are divided among the ranks, as they are now."""
+
         super().__init__(model, config, precision)
         if overlaps:
             self._split(self.layout.parts)
@@ -87,6 +90,7 @@ class MirroredUpdate(Update):
 
     def end_iteration(self) -> None:
         """Count an iteration, also one that was the replay of a graph."""
+        self.gathered.clear()
         self.accumulated = 0 if self._is_due else self.accumulated + 1
 
     def overlap_backward(self) -> AbstractContextManager[None]:
@@ -106,11 +110,10 @@ class MirroredUpdate(Update):
         elif not self.overlaps:
             self._move_part(0)
 
-    def total(self, row_v: Tensor) -> Tensor:
-        """A row of losses, each weighed by its rank's share of the batch, of all ranks."""
-        total_v = row_v.clone()
-        self.group.all_reduce(total_v)
-        return total_v
+    def gather(self) -> None:
+        """Bring together what `weights` and `tensors` then give on the first rank."""
+        for kind in self._divided:
+            self.gathered[kind] = self._gather(kind)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave, as `Update` does; all ranks call it with the same."""
@@ -128,16 +131,21 @@ class MirroredUpdate(Update):
         part = self.parts[index]
         self._move(part, [self.exchange.sums[number] for number in part.numbers])
 
-    def _whole(self, kind: str) -> list[Tensor]:
-        """Tensors of one kind as a checkpoint holds them; accumulators are summed over the ranks,
-        all of which call it."""
-        if kind != "accumulator":
-            return super()._whole(kind)
+    @property
+    def _divided(self) -> list[str]:
+        """Kinds of tensors of which no rank alone has what a checkpoint holds."""
+        return ["accumulator"] if self.accumulators else []
+
+    def _gather(self, kind: str) -> list[Tensor]:
+        """Tensors of such a kind as a checkpoint holds them, on the first rank at least."""
         total = torch.zeros_like(self.exchange.flat)
         if self.accumulated:
             total.copy_(self.exchange.flat)
             self.group.all_reduce(total)
         return self.layout.views(total)
+
+    def _whole(self, kind: str) -> list[Tensor]:
+        return self.gathered[kind] if kind in self._divided else super()._whole(kind)
 
     def _take(self, kind: str, number: int, tensor: Tensor) -> None:
         # A sum over the ranks goes on as the first one's.

@@ -169,9 +169,8 @@ class Update:
         """Context manager for the backward pass; here nothing is done beside it."""
         return nullcontext()
 
-    def total(self, row_v: Tensor) -> Tensor:
-        """A row of losses, each weighed by its rank's share of the batch, of all ranks: of one."""
-        return row_v
+    def gather(self) -> None:
+        """Bring together what `weights` and `tensors` give, where ranks hold it; none do."""
 
     @property
     def phase(self) -> int:
@@ -200,6 +199,13 @@ class Update:
     def skipped(self) -> Tensor:
         """Steps of this session that were not finite, of the part with the most; on the device."""
         return torch.stack([part.scalars[Scalar.SKIPPED_STEPS] for part in self.parts]).amax()
+
+    def changing_tensors(self) -> list[Tensor]:
+        """Tensors of this process that steps change in place, but for the scalars of parts."""
+        state = [tensor.detach() for tensor in self.model.state_dict().values()]
+        history = [] if self.history_c is None else [self.history_c]
+        moments = [tensor for tensors in self.moments.values() for tensor in tensors]
+        return [*state, *self.master_weights, *moments, *self.accumulators, *history]
 
     @property
     def num_parameters(self) -> int:
@@ -232,12 +238,6 @@ class Update:
                 self.frozen.load_weight(name, tensor)
             else:
                 state[name].copy_(tensor)
-        self._round_weights()
-
-    def _round_weights(self) -> None:
-        """Have the network compute with the master weights before the first update writes them."""
-        for weight, master in zip(self.low_precision_weights, self.master_weights, strict=False):
-            weight.copy_(master)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `.largest` as the
@@ -333,6 +333,9 @@ class Update:
     def _take(self, kind: str, number: int, tensor: Tensor) -> None:
         """Take up one of the tensors that `_whole` gives."""
         self._own(kind)[number].copy_(tensor)
+        if kind == "weight" and self.low_precision_weights:
+            # The network computes with them before the first update writes them.
+            self.low_precision_weights[number].copy_(tensor)
 
     def _whole_shapes(self) -> dict[str, Tensor]:
         """Tensors without memory, of the names, shapes and formats of a kind in a checkpoint."""

@@ -10,16 +10,20 @@ from ...models.autoencoder import Autoencoder
 from .. import precision as precisions
 from ..checkpoint.warm_start import load_weights
 from ..config import Config, model_settings
+from ..distribute.group import Group
+from ..distribute.ranks import ALONE
+from ..distribute.sharded import ShardedUpdate
+from ..distribute.update import MirroredUpdate
 from ..estimate.flops import meta_model, work_of
 from ..exchange.keras_import import read_any_weights
-from ..distribute.exchange import Exchange
-from ..distribute.group import Group
 from ..losses.weighted import Loss
 from ..optim import fused_dense, overlap
 from ..optim.arrivals import arrival_order
 from ..optim.optimizer import Update
 from . import engine as engines
+from . import micro_batch as micro_batches
 from .loss_buffer import LossBuffer
+from .micro_batch import MicroBatchStep
 from .step import SharedStep, TrainStep
 
 _SMALL_BATCH = 16
@@ -93,26 +97,58 @@ def build_step(
     # Before anything runs on the device: TF32 is a switch of the process.
     precision.apply()
     model.to(device)
-    if kind_of_update is None:
-        # On a CPU there is nothing to overlap with; of several ranks the exchange overlaps.
-        may_overlap = device.type == "cuda" and group is None
-        is_worth = may_overlap and overlap.pays(
-            work_of(meta_model(config), config.train.batch_size)
-        )
-        kind_of_update = overlap.choose(config.optimizer, precision, is_worth=is_worth)
-    update = kind_of_update(model, config.optimizer, precision)
+    micro_batches.check(config, group.ranks if group else ALONE)
+    if group is not None and not config.train.micro_batch:
+        update = _shared_update(config, model, precision, group)
+    else:
+        kind = kind_of_update or _kind_of_update(config, precision, device)
+        update = kind(model, config.optimizer, precision)
     loss = loss or Loss(config.loss, model.output_px, device)
     stream = torch.cuda.Stream(device) if _has_two_streams(config, device) else None
-    shared = _shared_step(config, update, device, group) if group else None
-    return TrainStep(model, loss, update, LossBuffer(loss.num_values, device), stream, shared)
+    shared = _shared_step(config, device, group) if group else None
+    buffer = LossBuffer(loss.num_values, device)
+    if config.train.micro_batch:
+        return MicroBatchStep(model, loss, update, buffer, stream, shared, config, group)
+    return TrainStep(model, loss, update, buffer, stream, shared)
 
 
-def _shared_step(config: Config, update: Update, device: torch.device, group: Group) -> SharedStep:
-    """This rank's part of a step that the ranks take together."""
+def _kind_of_update(
+    config: Config, precision: precisions.Precision, device: torch.device
+) -> type[Update]:
+    """The update that the settings lead to, of one process."""
+    if config.train.micro_batch:
+        return Update
+    # On a CPU there is nothing to overlap with.
+    is_worth = device.type == "cuda" and overlap.pays(
+        work_of(meta_model(config), config.train.batch_size)
+    )
+    return overlap.choose(config.optimizer, precision, is_worth=is_worth)
+
+
+def _shared_update(
+    config: Config, model: Autoencoder, precision: precisions.Precision, group: Group
+) -> Update:
+    """The update that the settings lead to, of several ranks."""
+    kind = ShardedUpdate if _is_sharded(config, model) else MirroredUpdate
+    # Gradients are sent during the backward pass anyway; auto leaves the weights for afterwards.
+    overlaps = overlap.choose(config.optimizer, precision) is overlap.OverlappedUpdate
     order = arrival_order(meta_model(config))
-    exchange = Exchange(group, update.parameters, order, update.parameters[0].dtype)
+    return kind(model, config.optimizer, precision, group=group, order=order, overlaps=overlaps)
+
+
+def _is_sharded(config: Config, model: Autoencoder) -> bool:
+    """Whether each rank moves its own slice of the weights."""
+    if config.train.distribution != "auto":
+        return config.train.distribution == "sharded"
+    # Where the update is no share of the step worth dividing, a plain sum hides better.
+    on_gpu = next(model.parameters()).is_cuda
+    return on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
+
+
+def _shared_step(config: Config, device: torch.device, group: Group) -> SharedStep:
+    """This rank's part of a step that the ranks take together."""
     batch_size = config.train.batch_size
-    return SharedStep(exchange, group.ranks.share(batch_size).weight(batch_size), device)
+    return SharedStep(group, group.ranks.share(batch_size).weight(batch_size), device)
 
 
 def _has_two_streams(config: Config, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ with no Python, no transfer and no wait in it.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -95,6 +96,7 @@ class Engine:
         batch = self.feed.next(faces_seen)
         self._seed_noise(faces_seen)
         self.step(batch)
+        self.step.update.end_iteration()
 
     def _seed_noise(self, faces_seen: dict[str, int]) -> None:
         """Have the iteration's dropout and noise depend on nothing but the seed and its faces.
@@ -143,7 +145,8 @@ class Graphed(Engine):
 
     Beside its backward pass an iteration makes the batch of the next one, which depends on the
     number of faces seen alone. So there are two sets of tensors for batches, which take turns, and
-    a graph for each: one that trains on the first set and fills the second, and the reverse.
+    a graph for each: one that trains on the first set and fills the second, and the reverse. Where
+    iterations differ in what the update does, there is such a pair for each `Update.phase`.
     """
 
     name = "graph"
@@ -156,8 +159,8 @@ class Graphed(Engine):
         noise_seed: int | None = None,
     ):
         super().__init__(step, feed, warn, noise_seed)
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        """Graphs by the set of tensors that they train on."""
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        """Graphs by the set of tensors that they train on, and the phase of the update."""
 
         self.batches: list[Batch | None] = [None, None]
         self.turn = 0
@@ -166,7 +169,9 @@ class Graphed(Engine):
         self.made_for: dict[str, int] | None = None
         """The faces seen before the batch that is in that set; None: it holds none."""
 
-        self.warm = 0
+        self.warm: Counter[int] = Counter()
+        """Iterations before a capture, by the phase of the update."""
+
         # One for all iterations before the replays: memory is cached by stream.
         self.stream, self.batch_stream = torch.cuda.Stream(), torch.cuda.Stream()
         if not feed.is_capturable:
@@ -183,12 +188,15 @@ class Graphed(Engine):
         # The feed stands at the next batch, which this iteration makes while it trains.
         self.feed.seek(following)
         self._seed_noise(faces_seen)
-        if self.turn in self.graphs:
-            self.graphs[self.turn].replay()
-        elif self.warm < WARM_UP:
+        phase = self.step.update.phase
+        if (self.turn, phase) in self.graphs:
+            self.graphs[self.turn, phase].replay()
+        elif self.warm[phase] < WARM_UP:
+            self.warm[phase] += 1
             self._warm_up()
         else:
-            self._capture()
+            self._capture((self.turn, phase))
+        self.step.update.end_iteration()
         # After a warm-up, too: the next batch is in the other set.
         self.turn, self.made_for = 1 - self.turn, following
 
@@ -210,18 +218,17 @@ class Graphed(Engine):
 
     def _warm_up(self) -> None:
         """A real iteration, on the stream of the capture to come."""
-        self.warm += 1
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self._iteration()
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def _capture(self) -> None:
+    def _capture(self, key: tuple[int, int]) -> None:
         """Record an iteration without running it, then run it."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         if not self.graphs:
             torch.cuda.reset_peak_memory_stats()  # libraries took more while they chose
-        # Nothing of one graph is needed in the other, and they run by turns: one pool for both.
+        # Nothing of one graph is needed in another, and they run by turns: one pool for all.
         pool = next((each.pool() for each in self.graphs.values()), None)
         try:
             # thread_local: the saver's thread may copy to the host meanwhile.
@@ -241,7 +248,7 @@ class Graphed(Engine):
             self.step(batch)
         else:
             finish_capture()
-            self.graphs[self.turn] = graph
+            self.graphs[key] = graph
             # A capture runs nothing; the iteration that was recorded is owed.
             graph.replay()
 

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from ..console.reporter import Reporter
 from ..console.stop import StopRequest
@@ -205,22 +204,18 @@ def _means(setup: TrainingSetup, rows_nv: np.ndarray, per_update: int) -> list[f
 
 def _restorer_of(update: Update) -> Callable[[], None]:
     """A function that puts weights, running estimates and the optimizer's state back to now."""
-    weights, state = _on_host(update.weights()), _on_host(update.tensors())
+    # Copies that take no memory of a GPU.
+    copies = [tensor.to("cpu", copy=True) for tensor in update.changing_tensors()]
     scalars, rate = update.parts[0].scalars.clone(), update.rate
 
     def restore() -> None:
-        update.load_weights(weights)
-        update.load(state)
+        for tensor, copy in zip(update.changing_tensors(), copies, strict=True):
+            tensor.copy_(copy)
         update.set_rate(rate)
-        for part in update.parts:  # also what no checkpoint holds: the count of skipped steps
+        for part in update.parts:  # of which there may be more by now
             part.scalars.copy_(scalars)
 
     return restore
-
-
-def _on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that take no memory of a GPU."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def draw(search: Search, picture: Path) -> None:

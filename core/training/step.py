@@ -13,28 +13,29 @@ from torch import Tensor
 from ...models.autoencoder import Autoencoder, Outputs
 from ...models.batch_norm import norms_of, update_running_stats
 from ..data.feed import Batch
-from ..distribute.exchange import Exchange
+from ..distribute.group import Group
 from ..losses.weighted import Loss
 from ..optim.optimizer import Update
 from .loss_buffer import LossBuffer
 
-_NOTHING = nullcontext()
+NOTHING = nullcontext()
+"""Context of a backward pass beside which nothing is done."""
 
 
 class SharedStep:
-    """What is this rank's of a step that several take together: its weight, and the exchange.
+    """What is this rank's of a step that several take together: its weight in the batch.
 
     Losses are means over the faces of this rank. Each counts by the rank's share of the batch, so
     that the sum over the ranks is the mean over the batch, however the faces are divided.
 
     Args:
-        exchange: Sums gradients and losses over the ranks.
+        group: Ranks that take the step.
         weight: Share of the batch that is this rank's.
         device: Device that it trains on.
     """
 
-    def __init__(self, exchange: Exchange, weight: float, device: torch.device):
-        self.exchange = exchange
+    def __init__(self, group: Group, weight: float, device: torch.device):
+        self.group = group
         self.weight = torch.tensor(weight, device=device)
 
     def scale(self, loss_scale: Tensor | None) -> Tensor:
@@ -43,7 +44,9 @@ class SharedStep:
 
     def total(self, row_v: Tensor) -> Tensor:
         """The losses of the whole batch, from those of this rank's faces."""
-        return self.exchange.total(row_v * self.weight)
+        total_v = row_v * self.weight
+        self.group.all_reduce(total_v)
+        return total_v
 
 
 class TrainStep:
@@ -77,19 +80,16 @@ class TrainStep:
         self.shared = shared
 
     def __call__(
-        self, batch: Batch, during_backward: AbstractContextManager[object] = _NOTHING
+        self, batch: Batch, during_backward: AbstractContextManager[object] = NOTHING
     ) -> None:
         """Train on one batch; the backward pass runs within ``during_backward``."""
         outputs = self.forward(batch.input_nchw)
         losses = self.loss(outputs, batch, self._scale)
         with during_backward:
             gradients = self.backward(outputs, losses.gradients)
-        if self.shared is None:
-            self.update(gradients)
-            self.loss_buffer.push(losses.row_v)
-        else:
-            self.update(self.shared.exchange(gradients))
-            self.loss_buffer.push(self.shared.total(losses.row_v))
+        self.update(gradients)
+        row_v = losses.row_v
+        self.loss_buffer.push(row_v if self.shared is None else self.shared.total(row_v))
 
     @property
     def _scale(self) -> Tensor | None:
@@ -121,10 +121,6 @@ class TrainStep:
         # An output has no history where all that leads to it is frozen.
         trained = (pair for pair in pairs if pair[0].requires_grad)
         outputs_with_history, grad_outputs = zip(*trained, strict=True)
-        with self.update.overlap_backward(), self._exchange_during_backward():
+        with self.update.overlap_backward():
             # Not backward(), which would keep the gradients on the parameters and add to them.
             return torch.autograd.grad(outputs_with_history, self.parameters, grad_outputs)
-
-    def _exchange_during_backward(self) -> AbstractContextManager[None]:
-        """Context manager in which gradients go to the other ranks as they come."""
-        return nullcontext() if self.shared is None else self.shared.exchange.during_backward()
