@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.tensor_table import CHUNK, TensorTable
-from ..optim.optimizer import Part
+from ..optim.optimizer import Part, decays
 from .group import Group
 from .layout import Piece
 from .update import MirroredUpdate
@@ -102,7 +102,7 @@ class ShardedUpdate(MirroredUpdate):
             own(self.master_weights),
             {kind: own(tensors) for kind, tensors in self.moments.items()},
             own(self.low_precision_weights),
-            decays=[self._decays(number) for number in slices_of],
+            decays=[decays(self.names[number], self.parameters[number]) for number in slices_of],
             slices_of=slices_of if self.clipping.kind == "norm" else None,
         )
 

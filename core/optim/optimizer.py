@@ -8,7 +8,7 @@ other n - 1 out as well. With `optimizer.fused_dense` the gradients of large den
 factors until the update multiplies them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -87,6 +87,34 @@ def _zeros_like(expected: Tensor) -> Tensor:
     return torch.zeros(expected.shape, dtype=expected.dtype)
 
 
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay moves a parameter: biases and norms, which it leaves alone, have one
+    dimension, or a name that says so."""
+    return parameter.ndim > 1 and not name.endswith("bias")
+
+
+def _saved_scalars(rule: Rule, accumulation: int) -> dict[str, int]:
+    """Places of the scalars that a resume needs, by name."""
+    saved = dict(_SAVED)
+    if rule.name == "nadam":
+        saved["momentum_product"] = Scalar.MOMENTUM_PRODUCT
+    if accumulation > 1:
+        saved["accumulated"] = Scalar.ACCUMULATED_GRADIENTS
+    return saved
+
+
+def _zeros_of_thawed(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor], moments: Collection[str]
+) -> dict[str, Tensor]:
+    """Moments of the parameters of which a checkpoint's tensors hold none."""
+    return {
+        f"{name}.{kind}": _zeros_like(like)
+        for name, like in shapes.items()
+        if not any(f"{name}.{kind}" in tensors for kind in moments)
+        for kind in moments
+    }
+
+
 @dataclass(frozen=True)
 class Part:
     """Parameters that are moved together, with a finite check and a count of steps of their own."""
@@ -96,6 +124,14 @@ class Part:
 
     table: TensorTable
     scalars: Tensor
+
+
+def _furthest_scalars(parts: Sequence[Part]) -> Tensor:
+    """Scalars of the part that has moved most often: parts count by themselves, and of those that
+    differ the furthest holds after a resume."""
+    scalars_pc = torch.stack([part.scalars for part in parts])
+    furthest = scalars_pc[:, Scalar.STEP].argmax(0, keepdim=True)
+    return scalars_pc.index_select(0, furthest)[0]
 
 
 class Update:
@@ -136,6 +172,7 @@ class Update:
             self.low_precision_weights = [parameter.detach() for parameter in self.parameters]
         self.rule, self.clipping = rule_of(config), clipping_of(config)
         self.accumulation = config.gradient_accumulation
+        self._saved = _saved_scalars(self.rule, self.accumulation)
         self.moments: dict[str, list[Tensor]] = {}
         self.accumulators: list[Tensor] = []
         """Sums of gradients, in fp32, of parameters whose update is not due."""
@@ -243,7 +280,7 @@ class Update:
         """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `.largest` as the
         rule has them, `step`, `scale`.., of an accumulation `accumulated` and
         `<parameter>.accumulator`, of autoclip `history`, its newest norm last."""
-        scalars = self._furthest_scalars()
+        scalars = _furthest_scalars(self.parts)
         state = {name: scalars[index] for name, index in self._saved.items()}
         for kind in self._kinds:
             state |= {f"{k}.{kind}": v for k, v in self._cropped(self._whole(kind)).items()}
@@ -253,18 +290,11 @@ class Update:
 
     def _expected(self) -> dict[str, Tensor]:
         """Tensors of the names, shapes and formats that `tensors` gives; not all have memory."""
-        scalars = self._furthest_scalars()
+        scalars = _furthest_scalars(self.parts)
         state = {name: scalars[index] for name, index in self._saved.items()}
         for kind in self._kinds:
             state |= {f"{name}.{kind}": like for name, like in self._whole_shapes().items()}
         return state if self.history_c is None else state | {"history": self.history_c}
-
-    def _furthest_scalars(self) -> Tensor:
-        """Scalars of the part that has moved most often: parts count by themselves, and of those
-        that differ the furthest holds after a resume."""
-        scalars_pc = torch.stack([part.scalars for part in self.parts])
-        furthest = scalars_pc[:, Scalar.STEP].argmax(0, keepdim=True)
-        return scalars_pc.index_select(0, furthest)[0]
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave; the settings stay as configured now.
@@ -283,7 +313,7 @@ class Update:
         """
         # What was saved may be a stranger's.
         own = self._expected()
-        thawed = self._zeros_of_thawed(tensors)
+        thawed = _zeros_of_thawed(tensors, self._whole_shapes(), self.moments)
         counts = [*_COUNTS, *(["momentum_product"] if self.rule.name == "nadam" else [])]
         fresh = {name: own[name] for name in counts} if thawed else {}
         tensors = thawed | tensors | fresh
@@ -305,16 +335,6 @@ class Update:
         if self.history_c is not None and history is not None:
             load_history(self.history_c, self.parts[0].scalars, history)
         self.frozen.load_state(tensors)
-
-    @property
-    def _saved(self) -> dict[str, int]:
-        """What a resume needs of the scalars, by name."""
-        saved = dict(_SAVED)
-        if self.rule.name == "nadam":
-            saved["momentum_product"] = Scalar.MOMENTUM_PRODUCT
-        if self.accumulators:
-            saved["accumulated"] = Scalar.ACCUMULATED_GRADIENTS
-        return saved
 
     @property
     def _kinds(self) -> list[str]:
@@ -349,15 +369,6 @@ class Update:
     def _zeros(self) -> list[Tensor]:
         return [torch.zeros_like(master) for master in self.master_weights]
 
-    def _zeros_of_thawed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Moments of the parameters of which these tensors hold none."""
-        return {
-            f"{name}.{kind}": _zeros_like(like)
-            for name, like in self._whole_shapes().items()
-            if not any(f"{name}.{kind}" in tensors for kind in self.moments)
-            for kind in self.moments
-        }
-
     def _part(self, numbers: list[int], scalars: Tensor) -> Part:
         return Part(numbers, self._table(numbers), scalars)
 
@@ -370,14 +381,9 @@ class Update:
             {kind: own(tensors) for kind, tensors in self.moments.items()},
             own(self.low_precision_weights),
             own(self.accumulators) if self.adds_up else [],
-            decays=[self._decays(number) for number in numbers],
+            decays=[decays(self.names[n], self.parameters[n]) for n in numbers],
             low_rank=[self.names[number] in self.low_rank for number in numbers],
         )
-
-    def _decays(self, number: int) -> bool:
-        """Whether weight decay moves a parameter: biases and norms, which it leaves alone, have
-        one dimension, or a name that says so."""
-        return self.parameters[number].ndim > 1 and not self.names[number].endswith("bias")
 
     def _split(self, groups: list[list[int]]) -> None:
         """Have each group of parameters be a part, where there was one for all."""

@@ -146,7 +146,7 @@ def _is_sharded(config: Config, model: Autoencoder) -> bool:
 
 
 def _shared_step(config: Config, device: torch.device, group: Group) -> SharedStep:
-    """This rank's part of a step that the ranks take together."""
+    """Weight of this rank in a step that the ranks take together."""
     batch_size = config.train.batch_size
     return SharedStep(group, group.ranks.share(batch_size).weight(batch_size), device)
 

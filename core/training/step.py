@@ -23,7 +23,7 @@ NOTHING = nullcontext()
 
 
 class SharedStep:
-    """What is this rank's of a step that several take together: its weight in the batch.
+    """Weight of this rank in a step that several take together, and the losses of all.
 
     Losses are means over the faces of this rank. Each counts by the rank's share of the batch, so
     that the sum over the ranks is the mean over the batch, however the faces are divided.
@@ -58,7 +58,7 @@ class TrainStep:
         update: Moves the weights.
         loss_buffer: Takes the losses.
         side_stream: Stream on which B's decoder runs at the time of A's; None: after it.
-        shared: This rank's part of the step, where several take it together; None: it is alone.
+        shared: Weight of this rank, where several take it together; None: it is alone.
     """
 
     def __init__(
