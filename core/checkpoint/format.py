@@ -33,8 +33,11 @@ MODEL, OPTIMIZER, STATE, CONFIG = (
     "config.toml",
 )
 MANIFEST = "manifest.json"
+# Forty times the longest state that a run writes, which has 0.4 MiB (`state.Session`).
 MAX_JSON_BYTES = 16 << 20
+# Far from Python's limit of recursion: what was read is copied and written again by recursion.
 MAX_JSON_DEPTH = 32
+# Twelve digits, as the name of a generation has at most.
 MAX_COUNT = 10**12 - 1
 
 MAX_TENSOR_NAME = 256
@@ -147,6 +150,7 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(body: dict[str, Any]) -> str:
+    # Sorted, so that a manifest that somebody has put in another order still vouches.
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -240,11 +244,13 @@ def read_manifest(folder: Path) -> Manifest:
     if body.pop("digest", None) != digest_of(body):
         raise DamagedError(f"{MANIFEST} does not match its own SHA-256")
     schema = body.get("schema")
+    # Before all other rules: a newer version may have changed them, and is no damage.
     if isinstance(schema, int) and schema > MANIFEST_SCHEMA:
         raise ValueError(
             f"{folder} was saved by a newer version of mien ({body.get('mien_version')}, this is "
             f"{__version__}); update mien"
         )
+    # No other names than these, since each is joined to a path.
     files, rest = body.get("files"), (body.get("sequence"), body.get("iterations"))
     known = {MODEL, OPTIMIZER, STATE, CONFIG}
     good = (
@@ -252,6 +258,7 @@ def read_manifest(folder: Path) -> Manifest:
         and isinstance(files, dict)
         and {MODEL, STATE} <= files.keys() <= known
         and all(_is_file_entry(entry) for entry in files.values())
+        # `type`, since true and false are whole numbers to `isinstance`.
         and all(type(number) is int and 0 <= number <= MAX_COUNT for number in rest)
         and all(_is_word(body.get(key)) for key in ("trainer", "run_id", "mien_version"))
     )

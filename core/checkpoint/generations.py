@@ -61,6 +61,7 @@ class Generations:
         return sorted(
             entry.name
             for entry in os.scandir(self.path)
+            # A link may be a stranger's: what it leads to would be read, and pruned.
             if is_name(entry.name) and entry.is_dir(follow_symlinks=False)
         )
 
@@ -154,6 +155,7 @@ class Generations:
 
         Whatever is still there at the end is removed.
         """
+        # Only now, so that a run which is refused leaves no empty folder.
         self.path.mkdir(exist_ok=True)
         temporary = self.path / f".{self._free_name(iterations)}.tmp"
         discard(temporary)

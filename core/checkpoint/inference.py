@@ -58,6 +58,7 @@ def write_inference(
         ValueError: There is no such save, or it is damaged or holds numbers that are none; the
             target is not allowed; the disk refuses.
     """
+    # First of all: gigabytes need not be read for a file that cannot be written.
     refuse_target(path, target, ".safetensors", force=force)
     source, state, config, saved = read_model(path, generation)
     settings = model_settings(config)
@@ -68,6 +69,7 @@ def write_inference(
     refuse_misfit(source, model, shapes_of(saved))
     needed = _subnetworks_of(model, SIDES[side])
     used = {name: tensor for name, tensor in saved.items() if name.partition(".")[0] in needed}
+    # Only what is exported is looked at: one side may be sound where the other has diverged.
     refuse_not_finite(used)
     tensors = {name: _cast(name, tensor, precision) for name, tensor in used.items()}
     metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
@@ -134,6 +136,7 @@ def refuse_target(path: Path, target: Path, suffix: str, *, force: bool) -> None
         raise ValueError(f"the file to write must end in {suffix}, got {target}")
     if not target.parent.is_dir():
         raise ValueError(f"{target.parent} is no folder; make it first, or choose another place")
+    # Resolved, since a link may lead among the saves, too.
     place = target.parent.resolve()
     for name in ("generations", BACKUP):
         if place.is_relative_to((path / name).resolve()):
@@ -201,6 +204,7 @@ def network_of(source: Path, config: Config, tensors: dict[str, Tensor]) -> Auto
 def built(trainer: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Autoencoder:
     """Network of a family with these weights, in evaluation mode."""
     network = models.build(trainer, seed=None, pretrained=False, **settings)
+    # A file of one side lacks the sub-networks of the other.
     network.load_state_dict(tensors, strict=False)
     return network.eval().requires_grad_(False)
 
@@ -213,6 +217,7 @@ def _subnetworks_of(model: Autoencoder, sides: tuple[Side, ...]) -> set[str]:
         for name, subnetwork in model.named_children()
         for module in subnetwork.modules()
     ]
+    # Asked of a pass on the meta device, which costs nothing, so that no family has to declare it.
     model.eval()  # one face has no statistics
     face_1chw = torch.empty(1, 3, model.input_px, model.input_px, device="meta")
     try:
@@ -241,6 +246,7 @@ def refuse_not_finite(tensors: dict[str, Tensor]) -> None:
 
 def _cast(name: str, tensor: Tensor, precision: str) -> Tensor:
     """The tensor in the number format; ValueError where a number is too large for it."""
+    # Counters of norms, which no format rounds.
     if not tensor.is_floating_point():
         return tensor
     cast_tensor = tensor.to(PRECISIONS[precision])

@@ -41,6 +41,7 @@ class KnownPaths:
     def __init__(self, model_dir: Path, run_id: str) -> None:
         self._model_dir = os.path.realpath(model_dir)
         self._run_id = run_id
+        # Both: a copy elsewhere, or another model in its place, is not what was trusted.
         identity = f"{run_id} ".encode(errors="surrogatepass") + os.fsencode(self._model_dir)
         self._name = f"{hashlib.sha256(identity).hexdigest()}.json"
 

@@ -21,6 +21,7 @@ LOCK = ".lock"
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 """How a disk says that it has no flock."""
 
+# Whoever looks for the owner holds the lock for a moment: 80 ms outlast that. Chosen, unmeasured.
 _TRIES, _PAUSE_SECONDS = 5, 0.02
 
 
@@ -205,6 +206,7 @@ def _is_in_place(handle: int, folder: Path) -> bool:
 
 def _sign(handle: int) -> None:
     """Write down who holds the lock."""
+    # Not under a new name: the lock is on this very file.
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 

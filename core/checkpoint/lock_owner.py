@@ -85,6 +85,7 @@ def send_request(model_dir: Path, request: str) -> LockOwner:
             f"the run is on host {owner.host}, this is {socket.gethostname()}; ask there"
         )
     try:
+        # From here on the handle means this process, even if another one gets its number.
         process = os.pidfd_open(owner.pid)
     except OSError as error:
         raise RequestError(f"process {owner.pid} cannot be asked: {error.strerror}") from error

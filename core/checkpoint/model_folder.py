@@ -207,12 +207,14 @@ class ModelFolder:
             SaveError: Where the disk refuses; all earlier saves are as they were.
         """
         self._require_lock()
+        # NaN is no JSON: `parse_json` refuses it, so such a save could not be read again.
         state_bytes = json.dumps(state, indent=1, allow_nan=False).encode()
         metadata = metadata_of(state)
         tensors = {MODEL: model} | ({} if optimizer is None else {OPTIMIZER: optimizer})
         texts = {STATE: state_bytes} | ({} if self._config is None else {CONFIG: self._config})
         file_names = frozenset(tensors | texts)
         current = self._current
+        # The state counts every iteration, so equal bytes mean equal weights.
         if current and (current.file_names, current.state) == (file_names, state_bytes):
             return self.generations.path / current.name
         with self._save_errors(), self.generations.adding(state["iterations"]) as temporary:
@@ -287,6 +289,7 @@ class ModelFolder:
         if newest is None:
             return None
         folder, manifest, state = newest
+        # What a start loads is the newest, so the old one is written again as that.
         if [manifest] != self.generations.manifests()[:1]:
             with self._save_errors():
                 self.save_again(folder, manifest, state)
@@ -390,6 +393,7 @@ class ModelFolder:
 def _refuse_foreign(path: Path, *, read_only: bool) -> None:
     """Refuse a path that is no folder, and one that holds other things than a model, or links."""
     try:  # in one call: another run may be making or removing the folder
+        # A disk that is mounted for one model has this folder at its root.
         names = set(os.listdir(path)) - {"lost+found"}
     except NotADirectoryError as error:
         raise ValueError(f"model folder {path} is a file; choose another --model-dir") from error
@@ -407,6 +411,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
             f"{links[0]} is a link, which a model folder may not hold: put what it leads to "
             "in its place"
         )
+    # A lock is enough: a run that was killed before its first save leaves no more than that.
     if names and not names & {LOCK, OWNER, FOLDER}:
         raise ValueError(
             f"model folder {path} is not empty and holds no model; choose a new or empty folder"

@@ -28,6 +28,7 @@ RENEW_SECONDS, STALE_SECONDS = 15.0, 300.0
 """Seconds between two signs of life of an owner, and after which a silent one is given up: twenty
 missed ones. Chosen, unmeasured."""
 
+# The longest line that `_LINE` takes has 543.
 _MAX_BYTES = 1000
 _TRIES = 5
 _LINE = re.compile(r"([1-9]\d{0,9}) (\S{1,255}) (\S{1,255}) (\d{1,20})\n", re.ASCII)

@@ -27,6 +27,7 @@ def read_pointer(model_dir: Path) -> str | None:
     Raises:
         DamagedError: The file is not one of mien's.
     """
+    # A missing pointer is none to warn of: a kill before the first save's end leaves that.
     path = model_dir / STATE
     if not path.exists():
         return None
@@ -40,6 +41,7 @@ def is_same_save(one: Path, other: Path) -> bool:
         first, second = (read_json(folder / STATE) for folder in (one, other))
     except (DamagedError, OSError):
         return False
+    # The name may differ: a second save of one iteration has a number behind it.
     return first | {"generation": None} == second | {"generation": None}
 
 

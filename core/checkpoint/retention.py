@@ -44,6 +44,7 @@ def replace_backup(model_dir: Path, generation: Path) -> None:
 def finish_backup(model_dir: Path) -> None:
     """Finish or undo what a crash left of a change of backups."""
     backup, old, new = (model_dir / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
+    # Killed between the two renames, when neither had the name.
     if old.is_dir() and not backup.exists():
         os.rename(old, backup)
     for leftover in (old, new):
@@ -80,6 +81,7 @@ def write_snapshot(
         write_pointer(new, generation.name, state)
         if config is not None:
             write_file(new / CONFIG, config)
+        # From within: its name must not reach the disk before what it holds.
         sync_folder(new / FOLDER)
         sync_folder(new)
         os.rename(new, target)

@@ -38,6 +38,7 @@ class Saver:
 
     def __init__(self, folder: ModelFolder) -> None:
         self._folder = folder
+        # One thread: saves are numbered in their order, and share their buffers.
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mien-save")
         self._pending: Future[Saved] | None = None
         self._finished: list[Saved] = []
@@ -96,6 +97,7 @@ class Saver:
         """Return when no save is under way; raise what the last one raised."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
+            # Taken out before it can raise, so that an error is told once.
             self._finished.append(pending.result())
 
     def finished(self) -> list[Saved]:

@@ -91,11 +91,13 @@ class TrainingState:
         session = Session(
             # Not the count: numbers name folders of logs, and early ones are folded into one.
             number=max((old.number for old in self.sessions), default=0) + 1,
+            # A clock that is far off must not make a state that the next start refuses.
             started=min(max(now, 0.0), MAX_SECONDS),
             batch_size=config.train.batch_size if batch_size is None else batch_size,
             logs=config.save.logs,
             settings=settings,
         )
+        # At the start: at the end, after days, the last save would be refused.
         self._refuse_to_pass_the_counts(session, config.train.iterations)
         self.sessions = _folded([*self.sessions, session])
         return session
@@ -191,6 +193,7 @@ class TrainingState:
         for name, part in state.parts.items():
             require(isinstance(part, dict), f"parts.{name}", "an object", part)
         numbers = [session.number for session in state.sessions]
+        # They name folders of logs: one number twice would mix two sessions' figures.
         require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
         state.sessions = _folded(state.sessions)
         return state
@@ -206,6 +209,7 @@ def _folded(sessions: list[Session]) -> list[Session]:
     """The same sessions in a table of bounded size; see the top of this file."""
     for old in sessions[:-_MOST_WITH_SETTINGS]:
         old.settings = {}
+    # One entry less of the newest, since the early ones together take it.
     early, recent = sessions[: 1 - _MOST_SESSIONS], sessions[1 - _MOST_SESSIONS :]
     if len(early) < 2:
         return sessions
@@ -214,6 +218,7 @@ def _folded(sessions: list[Session]) -> list[Session]:
     together = Session(
         number=early[-1].number,
         started=early[0].started,
+        # The mean over iterations: times the iterations it still gives the faces that were seen.
         batch_size=max(round(faces / iterations), 1) if iterations else early[-1].batch_size,
         logs=any(old.logs for old in early),
         iterations=min(iterations, MAX_COUNT),

@@ -95,6 +95,7 @@ def nan_scan(path: Path, name: str | None = None) -> tuple[str, int, list[NotFin
                 f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
             ) from damage
     not_finite = []
+    # Of the optimizer too: a moment that is infinite spoils the weights at the next step.
     parts = {"model": generation.model, "optimizer": generation.optimizer or {}}
     for file, tensors in parts.items():
         not_finite += [bad for key, tensor in tensors.items() if (bad := _scan(file, key, tensor))]
@@ -194,6 +195,7 @@ def _verdict(path: Path, name: str) -> Verdict | None:
     folder = path / name
     for _ in range(_TRIES):
         # Damage counts only where the folder stayed the same one while it was read.
+        # The name alone does not tell: the backup gets a new folder under its old name.
         before = _inode_of(folder)
         manifest = None
         try:

@@ -35,6 +35,7 @@ def load_weights(model: Autoencoder, path: Path, read: Reader = read_weights) ->
     for part in model.load_layers:
         model.subnetwork(part)
         taken |= {name: t for name, t in tensors.items() if name.startswith(f"{part}.")}
+        # All is compared before anything is copied: a refused model is as it was made.
         _check(model, part, taken, path)
     if not taken:
         raise ValueError(

@@ -29,6 +29,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """
     try:
         if path.is_file():
+            # A single file has no manifest, so its own header has to do.
             return read_tensor_file(path)
         if (path / MANIFEST).is_file():
             manifest = read_manifest(path)
@@ -37,6 +38,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:
     except (OSError, DamagedError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"cannot read weights from {path}: {reason}") from error
+    # Asked here: `ModelFolder` takes an empty folder, too, for a model that is to begin.
     if not (path / FOLDER).is_dir():
         raise ValueError(
             f"no weights in {path}: it must be a model folder, a generation of one, or a "

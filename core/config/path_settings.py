@@ -33,6 +33,7 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
     options = values.get("model", {}).get("options", {})
     for name, option in options_of(models.family(trainer).Config).items():
         path = options.get(name)
+        # Options are checked by their family later: what is there may still be of any type.
         if option.is_path and path and isinstance(path, str):
             paths["model", "options", name] = path
     return paths

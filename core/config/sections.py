@@ -19,6 +19,7 @@ from typing import Any
 
 from ...models.fields import Checked, fields_of, named, nearest, setting, shown
 
+# The names by which faceswap's extraction stores masks in its face PNGs.
 MASK_TYPES = (
     "bisenet-fp_face",
     "bisenet-fp_head",
@@ -161,6 +162,7 @@ class AugmentConfig(Section):
     """Largest number of steps by which the CLAHE grid is refined."""
 
 
+# As in faceswap the first slot cannot have flip, lpips or none.
 LOSSES = (
     "ffl",
     "gmsd",
@@ -232,6 +234,7 @@ class OptimizerConfig(Section):
     optimizer: str = setting("adam", choices=OPTIMIZERS, locked=True)
     """The rule."""
 
+    # faceswap's slider ends at 1e-4; the finder, which tries rates up to 0.1, may find more.
     learning_rate: float = setting(5e-5, low=1e-6, high=1e-2)
     """Step size."""
 
@@ -250,6 +253,7 @@ class OptimizerConfig(Section):
     epsilon_exponent: int = setting(-7, low=-20, high=0)
     """The optimizer's epsilon is 10 to this power; lion has none."""
 
+    # Below 1, which would never take in a gradient.
     ada_beta_1: float = setting(0.9, low=0.0, high=0.999999, locked=True)
     """Memory of the gradient's mean."""
 
@@ -332,6 +336,7 @@ class TrainConfig(Section):
     """Faces of each side in one iteration; auto (or 0): the most that fit in memory, up to
     `auto_batch_limit`. auto:N sets that too."""
 
+    # A larger batch has more EG/s and fewer updates for the same faces.
     auto_batch_limit: int = setting(64, low=4, high=4096)
     """Largest batch size that auto chooses; beyond 64 training is faster and often worse."""
 
@@ -342,6 +347,7 @@ class TrainConfig(Section):
     """Total iteration at which training ends, however often it was started, where `iterations` does
     not end it before; 0 is off."""
 
+    # The largest number that a TOML file holds.
     seed: int = setting(0, low=0, high=2**63 - 1, locked=True, flag="--seed")
     """Fixes the initial weights, the order of the faces and every random number."""
 
@@ -388,6 +394,7 @@ class TrainConfig(Section):
     bits. It is slower, and takes less memory. 0: the whole share of a process at once."""
 
     def __post_init__(self) -> None:
+        # Taken apart before the fields are checked, to which `auto:48` is no value.
         word, _, limit = str(self.batch_size).partition(":")
         if word == "auto" and limit.isdecimal():
             object.__setattr__(self, "batch_size", word)
@@ -439,6 +446,7 @@ class DistributeConfig(Section):
             )
 
 
+# 250 is faceswap's; at thousands of iterations a minute saving would be most of the work.
 SAVE_ITERATIONS, SAVE_SECONDS = 250, 60.0
 """Iterations and seconds after which a save is due where neither is set: both have to be over."""
 
@@ -463,6 +471,7 @@ class SaveConfig(Section):
     keep_generations: int = setting(2, low=1, high=100)
     """How many complete saves are kept."""
 
+    # Default of faceswap.
     snapshot_interval: int = setting(
         25_000, low=0, high=1_000_000_000, flag="-I --snapshot-interval"
     )
@@ -504,6 +513,7 @@ class NotifyConfig(Section):
 class EvaluateConfig(Section):
     """How good the model is, measured at every save on faces that it is never trained on."""
 
+    # Locked: a face that was trained on once tells nothing when it is measured on.
     held_out: int = setting(0, low=0, high=1000, locked=True)
     """One in so many faces of each side, chosen by file name, is kept for measuring; 0: none."""
 
@@ -592,6 +602,7 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
 
     def __post_init__(self) -> None:
+        # The way in which a frozen dataclass settles its own fields.
         for name in SECTIONS:
             object.__setattr__(self, name, section_of(name, getattr(self, name)))
         uses_mask = self.loss.penalized_mask_loss or self.loss.learn_mask
@@ -621,6 +632,7 @@ def section_of(name: str, values: Any) -> Any:
         ValueError: It is neither, or the table has an unknown key (the nearest known one is named)
             or a value that is not allowed.
     """
+    # Sections are made by their class alone, so no value escapes its rule.
     kind = SECTIONS[name]
     if isinstance(values, kind):
         return values

@@ -12,6 +12,7 @@ from ..system.durable_files import open_for_reading
 from .sections import Config
 from .settings import all_settings, to_dict
 
+# All settings, written out, take 3 KiB.
 MAX_TOML_BYTES = 1 << 20
 MAX_TOML_DEPTH = 32
 """Tables and lists inside one another."""
@@ -53,6 +54,7 @@ def parse_toml(content: bytes) -> dict[str, Any]:
     if len(content) > MAX_TOML_BYTES:
         raise ValueError(f"it has more than {MAX_TOML_BYTES} bytes")
     text = decoded(content)
+    # Before the parser gets it: once it has begun, nothing stops it.
     if any(line.count(b".") > MAX_TOML_DOTS for line in content.splitlines()):
         raise ValueError(f"a line has more than {MAX_TOML_DOTS} dots")
     try:
@@ -98,6 +100,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 def is_deeper(value: Any, depth: int) -> bool:
     """Whether plain values lie further inside one another than ``depth``."""
+    # Level by level and not by recursion, whose limit a stranger's nesting is made to meet.
     level = [value]
     for _ in range(depth + 1):
         inside = (list(v.values()) if isinstance(v, dict) else v for v in level)
@@ -118,6 +121,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
     if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"--set takes section.key=value, got {text!r}")
     try:
+        # As TOML first, so that 5 is a number and true no word; what is none is text as it stands.
         nested = parse_toml(f"value = {raw}".encode())["value"]
     except ValueError as error:
         nested = raw.strip()
@@ -136,5 +140,6 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
             if isinstance(value, dict) and isinstance(merged.get(key), dict):
                 merged[key] = merge(merged[key], value)
             else:
+                # A copy: a layer that is laid over later must not change this one.
                 merged[key] = dict(value) if isinstance(value, dict) else value
     return merged

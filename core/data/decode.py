@@ -139,10 +139,12 @@ def _decode_opencv(
     first: int = 0,
 ) -> Generator[tuple[int, Result], None, None]:
     """Crops numbered from `first` on; a few more than there are threads are under way."""
+    # In order, whichever is done first: the store's rows, and so the batches, depend on it.
     waiting: deque[tuple[int, Future[Result]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for number, face in enumerate(faces, first):
             waiting.append((number, pool.submit(decode_one, face, crop)))
+            # A few more than threads, so that one large picture idles none, and no more for memory.
             if len(waiting) > 4 * threads:
                 number, future = waiting.popleft()
                 yield number, future.result()
@@ -170,6 +172,7 @@ def _decode_dali(
     decoded = on_host = None
     with silent_libraries(), ThreadPoolExecutor(threads) as pool:
         while batch := schedule.next():
+            # Its place among the batches stays, so the crops come in the order of the faces.
             if not batch.is_for_dali:
                 crops = list(pool.map(lambda face: decode_one(face, crop), batch.faces))
                 yield from enumerate(crops, batch.first)
@@ -180,6 +183,7 @@ def _decode_dali(
             except RuntimeError as error:
                 crops = list(pool.map(lambda face: decode_one(face, crop), batch.faces))
                 yield from enumerate(crops, batch.first)
+                # Not counted where OpenCV finds a damaged file, too: that is no fault of DALI's.
                 failures += not any(isinstance(result, FaceFileError) for result in crops)
                 if failures == MAX_UNEXPLAINED_FAILURES:
                     warn(f"DALI fails on sound files, OpenCV decodes the rest: {_cause(error)}")
@@ -187,6 +191,7 @@ def _decode_dali(
                     yield from _decode_opencv(schedule.rest(), crop, threads, device, warn, first)
                     return
                 continue
+            # The resize is OpenCV's with a GPU, too, so that the pixels are the same everywhere.
             on_host = decoded.as_cpu() if on_gpu else decoded
             # One task a thread: a task for each face would cost as much as the face's resize.
             places = list(enumerate(batch.places))
@@ -199,6 +204,7 @@ def _decode_dali(
             pipeline.release_outputs()
             yield from enumerate(finished, batch.first)
     if on_gpu:
+        # DALI keeps its pool until nothing refers to it; training wants that memory.
         pipeline = decoded = on_host = None
         importlib.import_module("nvidia.dali.backend").ReleaseUnusedMemory()
 
@@ -243,6 +249,7 @@ def _batches(faces: Iterable[Face]) -> Iterator[_Batch]:
     for face in faces:
         picture_bytes = _bytes_of(face)
         is_full = len(batch) == BATCH_SIZE or num_bytes + picture_bytes > MAX_BATCH_BYTES
+        # Turned and upright ones apart, since only the upright are for DALI.
         if batch and (is_full or face.is_upright != batch[0].is_upright):
             yield _batch_of(first, batch, num_bytes)
             first, num_bytes, batch = first + len(batch), 0, []
@@ -329,6 +336,7 @@ def _pipeline(schedule: _Schedule, threads: int, device: str) -> Any:
                 axes=(0, 1),
                 device="mixed" if on_gpu else "cpu",
                 output_type=dali.types.RGB,
+                # The landmarks know nothing of a note that the picture is to be shown turned.
                 adjust_orientation=False,
             )
         )

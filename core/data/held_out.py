@@ -46,6 +46,7 @@ class HeldOutFaces:
 
 def is_held_out(name: str, one_in: int) -> bool:
     """Whether the face file of this name is among the one in ``one_in`` that are held out."""
+    # Not Python's hash, which differs from one start to the next.
     digest = hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
     return int.from_bytes(digest, "big") % one_in == 0
 
@@ -72,6 +73,7 @@ def hold_out(
             raise ValueError(f"evaluate.held_out_{side}: {error}") from None
     if not evaluate.held_out:
         return folder, FaceFolder(folder.path, [])
+    # By each name, not by shares of the list: faces that come or go move no other one.
     chosen = [is_trained_on(face.path.name, evaluate) for face in folder.faces]
     pairs = list(zip(folder.faces, chosen, strict=True))
     measured = [face for face, is_trained in pairs if not is_trained]
@@ -149,6 +151,7 @@ def load_held_out(
                 raise ValueError(f"{face.path}: {error}") from None
             rejected.append(Rejected(face.path, str(error)))
             continue
+        # Each from the crop at the processing size, as training makes them.
         inputs.append(geometry.resize(decoded_ssc, input_px))
         targets.append(geometry.resize(decoded_ssc, target_px))
         masks.append(mask_ff)
@@ -187,6 +190,7 @@ def _mask(face: Face, crop: geometry.Crop, data: DataConfig, size_px: int) -> np
     """The face mask, (f, f) uint8. Raises FaceFileError where there is none, or nothing in it."""
     mask_ss = np.ascontiguousarray(configured_masks(face, crop, data)[..., 0])
     mask_ff = geometry.resize(mask_ss, size_px)
+    # A metric inside of it would divide by nothing.
     if not mask_ff.any():
         raise FaceFileError("its face mask is empty")
     return mask_ff

@@ -42,6 +42,7 @@ def nearest_faces(landmarks_fl2: np.ndarray, others_gl2: np.ndarray) -> np.ndarr
     for begin in range(0, len(ours), _BLOCK_FACES):
         block = slice(begin, begin + _BLOCK_FACES)
         distances_fg = lengths - 2 * ours[block] @ others.T  # less a constant of each row
+        # Sorted by number first, so that the stable sort by distance leaves equals in that order.
         chosen = np.sort(np.argpartition(distances_fg, NUM_NEAREST - 1)[:, :NUM_NEAREST])
         order = np.argsort(np.take_along_axis(distances_fg, chosen, 1), axis=1, kind="stable")
         nearest[block] = np.take_along_axis(chosen, order, 1)

@@ -34,6 +34,7 @@ TASKS_AHEAD = 6
 """Masks that a thread makes in one task, which share its cost, and tasks that wait. Chosen,
 unmeasured."""
 
+# Three of the crop and three masks.
 _BYTES_PER_PIXEL = 6
 
 

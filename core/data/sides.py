@@ -42,6 +42,7 @@ class SideFaces:
     @property
     def trained_on(self) -> list[Face]:
         """The folder's faces less those that the store had to leave out."""
+        # A set: there may be 100,000 faces.
         usable = set(self.store.names)
         return [face for face in self.folder.faces if face.path.name in usable]
 
@@ -141,6 +142,7 @@ def open_sides(
     paths = {side: getattr(data, f"input_{side}") for side in SIDES}
     for side, path in paths.items():  # what can be seen at a glance is refused first
         list_pictures(path, side=side)
+    # A face on both sides would be trained to look like itself, by both decoders.
     shared = overlap(*paths.values())
     if shared:
         raise ValueError(f"{shared}: give each side a folder of its own")
@@ -201,6 +203,7 @@ def _reading(
                 decoder.end()
 
     with contextlib.ExitStack() as stack:
+        # One thread each for both sides, so that A is whole before B takes the cores.
         reader = stack.enter_context(ThreadPoolExecutor(1))
         worker = stack.enter_context(ThreadPoolExecutor(1))
         coming = {}
@@ -208,6 +211,7 @@ def _reading(
             decoder = None
             if not is_decoded(expanded(path), *raw_dirs):
                 decoder = FaceDecoder(crop, data, device, worker)
+                # Before the threads are waited for: a refusal need not wait for all pictures.
                 stack.callback(decoder.close)
             coming[side] = reader.submit(read, side, decoder), decoder
         yield coming

@@ -55,7 +55,9 @@ BYTES_PER_PIXEL = 8
 BLOCK_BYTES = 4096
 """Multiple at which pixels begin in a file: a page, so that they can be mapped."""
 
+# Room for the names of a million faces; bounds what a stranger's file takes.
 MAX_HEADER_BYTES = 256 * 1024**2
+# As in faceswap.
 MINIMUM_FACES = 25
 ROOM_SHARE = 0.5
 """Share of the free memory that faces may take; training needs the rest. Chosen, unmeasured."""
@@ -264,6 +266,7 @@ def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tupl
         raise ValueError(
             "data.placement is gpu, but this run has no GPU; set it to auto, host or file"
         )
+    # Before the rooms are looked at: a file needs none of them.
     if setting == "file":
         return "file", f"{need} are read from a memory-mapped file, as set by data.placement"
     if setting != "auto":
@@ -303,12 +306,14 @@ def _group_rooms(membership: Path, root: Path) -> list[int]:
     except OSError:
         return []
     for _, controllers, group in lines:
+        # Version 2 has one group for all; of version 1 only that of memory matters.
         if controllers not in ("", "memory"):
             continue
         version_2 = controllers == ""
         base = root if version_2 else root / "memory"
         limit_name = "memory.max" if version_2 else "memory.limit_in_bytes"
         used_name = "memory.current" if version_2 else "memory.usage_in_bytes"
+        # Every group above it has a limit of its own, and the smallest room counts.
         place = base / group.lstrip("/")
         while place == base or base in place.parents:
             with contextlib.suppress(OSError, ValueError):
@@ -331,8 +336,10 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
     mask: dict[str, Any] = {"type": data.mask_type}
     if data.mask_type != "none":
         mask["dilation"] = data.mask_dilation
+        # What does not act on a mask is no part of the key: changing it decodes nothing again.
         if data.mask_type not in masks.LANDMARK_MASKS:
             mask |= {"blur_kernel": data.mask_blur_kernel, "threshold": data.mask_threshold}
+    # OpenCV's version, since another one may resize to other pixels.
     settings = {"crop": dataclasses.asdict(crop), "mask": mask, "opencv": cv2.__version__}
     # Of a file that is gone, zeros: decoding rejects it, and it may come back as it was.
     files = [
@@ -341,6 +348,7 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
     ]
     text = json.dumps([SCHEMA, CONTENT_VERSION, settings, files], sort_keys=True)
     return _Facts(
+        # 128 bits: no two keys meet by chance, and the name stays short.
         key=hashlib.sha256(text.encode()).hexdigest()[:32],
         folder=str(folder.path.resolve()),
         size_px=crop.size_px,
@@ -385,6 +393,7 @@ def _decode_into(
                 break
         else:
             row = [pixels_fssc[len(names)]]
+            # One pass from two pictures into the pixels' bytes, with Python's lock let go.
             cv2.mixChannels([crop_bgr, face_masks.masks_ssc], row, _TO_PIXEL)
             names.append(name)
             if face_masks.why_empty:
@@ -397,6 +406,7 @@ def _decode_into(
 
 def _host_tensor(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Zeros in host memory, pinned where there is a GPU to read them."""
+    # Zeros: two bytes of each pixel are never written, and go into the file.
     return torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
 
@@ -459,6 +469,7 @@ class _Build:
     def end(self, facts: _Facts) -> torch.Tensor:
         """The faces in their place. Meanwhile the raw file is written out."""
         pixels_fssc = self.pixels_fssc[: len(facts.names)]
+        # Beside the copy to the GPU: the sync waits for the disk, not for the cores.
         with ThreadPoolExecutor(1) as background:
             writing = background.submit(self._raw.keep, facts, pixels_fssc) if self._raw else None
             if self._memory is not None and self._placement == "host":
@@ -508,8 +519,10 @@ class _RawFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_obsolete(path, plan.folder)
         # The header is written last, when it is known which faces were left out, and why.
+        # Twice the plan's names, which may stand again with a reason, and room for the reasons.
         self._header_bytes = _padded(2 * len(_header(plan, 0)) + 256 * len(plan.names))
         num_bytes = self._header_bytes + plan.num_bytes
+        # A save that fails costs the training; faces can be decoded again.
         if num_bytes + _disk_reserve_bytes() > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {num_bytes} bytes")
         self._file, self._temporary = tempfile.mkstemp(
@@ -543,6 +556,7 @@ class _RawFile:
         # The room was set aside before it was known how many faces would be rejected.
         if len(header) > self._header_bytes:
             raise OSError(errno.EFBIG, "the list of faces that were left out is too long")
+        # "wb" cuts nothing off here: a handle is opened as it is.
         with open(self._file, "wb", closefd=False) as file:
             file.write(header.ljust(self._header_bytes))
             if self.pixels_fssc is None:

@@ -32,6 +32,7 @@ REPEAT_BITS = 10
 """Faces of a side that advice is content with, and finds many; degrees of a field of poses; bits by
 which the hashes of one picture's copies differ at most. Chosen, unmeasured."""
 
+# Light, sharpness and repeats show at this size. Chosen, unmeasured.
 _CROP_PX = 128
 _DEFAULTS = DataConfig()
 _HASH_EDGE = 16
@@ -216,6 +217,7 @@ def _measure(face: Face) -> _Measured | Rejected:
     return _Measured(
         lightness=float(lightness[inside].mean()) if inside.any() else 0.0,
         light_balance=right - left,
+        # Relative to the contrast: a pale face is not a blurred one.
         sharpness=float(edges[inside].std()) / contrast if contrast else 0.0,
         is_blank=contrast < 1.0,
         signs=_signs(grey),
@@ -254,7 +256,9 @@ def _mask_problems(face: Face, header: FaceHeader, crop: Crop) -> tuple[str, dic
 
 def _signs(grey: np.ndarray) -> np.ndarray:
     """Signs of the low DCT coefficients about their median, -1 or 1, float32."""
+    # So small that noise and compression are gone, which differ between copies.
     small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    # Without the first: it is the mean, which a change of light alone moves.
     low = cv2.dct(small)[:_HASH_EDGE, :_HASH_EDGE].ravel()[1:]
     return np.where(low > np.median(low), np.float32(1), np.float32(-1))
 
@@ -264,6 +268,7 @@ def _report(opened: FaceFolder, measured: list[_Measured]) -> Report:
     names = [face.path.name for face in faces]
     pairs = list(zip(names, measured, strict=True))
     sharpness = np.array([one.sharpness for one in measured])
+    # Against the set's own median: how sharp faces are depends on the film. Chosen, unmeasured.
     dull = sharpness < 0.5 * np.median(sharpness) if len(measured) else sharpness
     blank = [name for name, one in pairs if one.is_blank]
     versions = Counter("unknown" if face.version is None else str(face.version) for face in faces)
@@ -330,6 +335,7 @@ def _repeats(names: list[str], measured: list[_Measured]) -> list[list[str]]:
     first_of: dict[int, list[int]] = {}
     repeated = np.zeros(len(names), bool)
     for start in range(0, len(names), _BLOCK_ROWS):
+        # A product of signs counts equal bits less differing ones.
         alike = signs[start : start + _BLOCK_ROWS] @ signs[: start + _BLOCK_ROWS].T >= least
         for row, position in enumerate(range(start, min(start + _BLOCK_ROWS, len(names)))):
             earlier = np.flatnonzero(alike[row, :position] & ~repeated[:position])

@@ -91,6 +91,7 @@ def usual_share(shows: str) -> float:
 def checked_alignment(landmarks_l2: np.ndarray) -> Alignment:
     """Alignment of a face. Raises FaceFileError where the landmarks fit no head."""
     alignment = align(landmarks_l2)
+    # `solvePnP` gives numbers that are none, and no error, where no head has such landmarks.
     if not all(np.isfinite(offset).all() for offset in alignment.offsets.values()):
         raise FaceFileError("has landmarks that fit no head: extract the face again")
     return alignment
@@ -132,6 +133,7 @@ class Face:
     @property
     def centering(self) -> str:
         """What the picture shows: the head crop, or the legacy crop of versions before 2.0."""
+        # A file that tells no version is taken for a late one, as faceswap takes all of them.
         is_legacy = self.version is not None and self.version < FIRST_HEAD_VERSION
         return "legacy" if is_legacy else "head"
 

@@ -25,7 +25,9 @@ from .face import Face, checked_alignment, size_and_time
 from .listing import JPEG_SUFFIXES, PACK_SUFFIX, PassedOver, list_pictures, name_of, passed_over
 from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader, NotExtractedError, read_header
 
+# As in faceswap.
 MINIMUM_FACES = 25
+# The smaller side is then shown five times as often. Chosen, unmeasured.
 _UNEVEN = 5
 _NUM_NAMED = 3
 
@@ -103,6 +105,7 @@ def read_face(path: Path) -> tuple[Face, FaceHeader]:
     if part is not None:
         jpeg_face, metadata = read_jpeg(part)
         return jpeg_face, header_of(jpeg_face, metadata)
+    # Before it is read: a file that changes meanwhile must not be kept under its new time.
     size_time = size_and_time(path)
     edge_px, header = read_header(path)
     alignment = checked_alignment(header.landmarks_l2)

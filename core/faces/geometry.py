@@ -18,7 +18,9 @@ import cv2
 import numpy as np
 
 CENTERINGS = ("face", "head", "legacy")
+# faceswap's: every number here must place pixels as its extraction does.
 PADDING_RATIO = {"legacy": 0.375, "face": 0.5, "head": 0.625}
+# All but the jaw: those that the mean face of faceswap has.
 INNER_LANDMARKS = slice(17, 68)
 
 with np.load(Path(__file__).with_name("mean_face.npz"), allow_pickle=False) as _constants:
@@ -37,9 +39,11 @@ _MEAN_JAW_2 = np.array(
 MEAN_FACE_L2 = np.concatenate([_MEAN_JAW_2, _MEAN_51_2])
 """All 68 landmarks of the mean face, seen from the front, normalised; float64."""
 
+# A camera at a focal length of 4 boxes, no real one: the offsets are defined by it.
 _CAMERA_33 = np.array([[4.0, 0.0, 0.5], [0.0, 4.0, 0.5], [0.0, 0.0, 1.0]])
 _NO_DISTORTION = np.zeros((4, 1))
 _OFFSET_CENTERINGS = ("head", "face")
+# Points that turn with the 3-D head; their projections are the centres of these crops.
 _OFFSET_POINTS = np.array([[0.0, 0.0, -2.3], [0.0, -1.5, 4.2]])
 _PRINCIPAL_POINT = np.float32(0.5)
 
@@ -136,6 +140,7 @@ def align(landmarks_l2: np.ndarray) -> Alignment:
     projected, _ = cv2.projectPoints(
         _OFFSET_POINTS, rotation, translation, _CAMERA_33, _NO_DISTORTION
     )
+    # float32 as in faceswap: in float64 a crop could round to the pixel beside.
     centres = projected[:, 0].astype(np.float32) - _PRINCIPAL_POINT
     offsets = dict(zip(_OFFSET_CENTERINGS, centres, strict=True))
     offsets["legacy"] = np.zeros(2, np.float32)
@@ -165,6 +170,7 @@ def similarity(points_l2: np.ndarray, template_l2: np.ndarray) -> np.ndarray:
 def padding_px(crop: Crop) -> int:
     """Px of padding on each side of the crop; negative where coverage cuts into the inner box."""
     ratio = PADDING_RATIO[crop.centering] + crop.coverage - 1.0
+    # Python's round, ties to even, as in faceswap.
     return round(crop.size_px * ratio / (2.0 * crop.coverage))
 
 
@@ -276,6 +282,7 @@ def resize(image_hwc: np.ndarray, size_px: int, from_px: int | None = None) -> n
     edge_px = image_hwc.shape[0]
     if edge_px == size_px:
         return image_hwc
+    # Cubic would leave px out where it shrinks, area show blocks where it grows.
     smaller = (edge_px if from_px is None else from_px) < size_px
     method = cv2.INTER_CUBIC if smaller else cv2.INTER_AREA
     return cv2.resize(image_hwc, (size_px, size_px), interpolation=method)

@@ -130,6 +130,7 @@ def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) 
     for inner, outer in ((path_a, path_b), (path_b, path_a)):
         if outer in inner.parents:
             return f"{inner} lies inside {outer}"
+    # By number and not by name: sets are often put together of links.
     shared = set(_file_numbers(path_a)) & set(_file_numbers(path_b))
     if shared:
         return f"{path_a} and {path_b} share {len(shared)} files"
@@ -153,6 +154,7 @@ def _entries(folder: Path, most: int | None = None) -> dict[str, list[str]]:
 def _kind(entry: os.DirEntry[str]) -> str:
     name = entry.name.lower()
     try:
+        # Parts of files under way, and what other systems leave (`._face.png`).
         if name.startswith("."):
             return "other"
         if entry.is_dir(follow_symlinks=False):

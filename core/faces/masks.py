@@ -30,6 +30,7 @@ AREAS = ("eye", "mouth")
 EMPTY_SHARE = 0.01
 """Part of a crop below which a mask leaves nothing to train; a face fills a tenth and more."""
 
+# faceswap's, as the hulls are: masks are compared with it pixel by pixel.
 _AREA_DILATION_PERCENT = 2.5
 _NUM_NAMED = 8
 
@@ -109,6 +110,7 @@ def stored_mask(
     pixels = _dilated(mask.pixels(), dilation)
     if threshold:
         pixels = cv2.LUT(pixels, _threshold_table(threshold))
+    # After the threshold, which would take the soft rim away again.
     if blur_kernel:
         pixels = _blurred(pixels, blur_kernel)
     if mask.centering == AS_PICTURE:
@@ -175,6 +177,7 @@ def why_empty(face: _HasFace, mask_type: str) -> str:
     """
     if mask_type not in LANDMARK_MASKS:
         pixels = face.stored_mask(mask_type).pixels()
+        # A usual slip of those who make masks: booleans written as bytes.
         if pixels.max() == 1:
             return (
                 f"its mask {mask_type!r} holds 0 and 1 in place of 0 and 255: multiply it by 255 "
@@ -206,6 +209,7 @@ def named_mask(header: FaceHeader, name: str) -> StoredMask:
 def _raised_eyebrows(landmarks_l2: np.ndarray) -> np.ndarray:
     """The landmarks with the eyebrows moved up by half their distance from the eyes."""
     raised = landmarks_l2.copy()
+    # `//` on floats rounds down: whole pixels, as in faceswap.
     middle_left = (raised[36] + raised[0]) // 2
     middle_right = (raised[16] + raised[45]) // 2
     outer_left = (raised[36] + middle_left) // 2
@@ -229,6 +233,7 @@ def _filled(points_l2: np.ndarray, hulls: tuple[np.ndarray, ...], size_px: int) 
 def _dilated(mask: np.ndarray, percent: float) -> np.ndarray:
     """The mask grown, or shrunk, by an ellipse of that percentage of its edge."""
     kernel_px = round(mask.shape[0] * abs(percent) / 100.0)
+    # OpenCV refuses a kernel of no size; so small a share moves no pixel.
     if kernel_px == 0:
         return mask
     kernel = _ellipse(kernel_px)
@@ -242,6 +247,7 @@ def _ellipse(kernel_px: int) -> np.ndarray:
 
 def _blurred(mask: np.ndarray, kernel_px: int) -> np.ndarray:
     """The mask after one Gaussian blur; an even kernel is made odd."""
+    # OpenCV blurs about a middle pixel only.
     kernel_px += 1 - kernel_px % 2
     return cv2.GaussianBlur(mask, (kernel_px, kernel_px), 0)
 

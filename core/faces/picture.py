@@ -38,6 +38,7 @@ class _Budget:
     @contextlib.contextmanager
     def taken(self, num_bytes: int) -> Iterator[None]:
         """Take so many, all of them at the most, as soon as they are free; give them back."""
+        # A picture larger than all of it is decoded, too, but alone.
         share = min(num_bytes, self._num_bytes)
         with self._is_changed:
             self._is_changed.wait_for(lambda: share <= self._free)
@@ -96,6 +97,7 @@ def _read(
             file = stack.enter_context(open_for_reading(path, follows_links=True))
             size = os.fstat(file.fileno()).st_size if size is None else size
             file.seek(begin)
+            # Bounded: a stranger's file may be as long as the disk.
             encoded = np.fromfile(file, np.uint8, min(size, max_file_bytes(edge_px)))
         except OSError as error:
             raise unreadable(error) from None
@@ -103,6 +105,7 @@ def _read(
 
 
 def _decoded(encoded: np.ndarray, edge_px: int) -> np.ndarray:
+    # The faster way first; it says None of all that it does not know.
     image_bgr = decode_rgb(encoded)
     if image_bgr is None:
         with contextlib.suppress(cv2.error), silent_libraries():

@@ -39,6 +39,7 @@ AS_PICTURE = "picture"
 MIN_EDGE_PX = 32
 MAX_EDGE_PX = 16384
 MAX_MASK_PX = 4096
+# A usual header has 20 KB; all of these bound a stranger's file.
 MAX_HEADER_BYTES = 16 * 1024**2
 MAX_DEPTH = 16
 MAX_ITEMS = 100_000
@@ -119,6 +120,7 @@ class StoredMask:
         num_pixels = self.size_px**2
         decoder = zlib.decompressobj()
         try:
+            # One byte more than belongs there shows a stream that goes on; the rest stays packed.
             raw = decoder.decompress(self.data, num_pixels + 1)
         except zlib.error:
             raise FaceFileError(f"a stored mask is damaged (no zlib data): {_AGAIN}") from None
@@ -213,6 +215,7 @@ def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: Face
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
+        # `mkstemp` lets only the owner read it.
         set_permissions(Path(temporary), 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -222,6 +225,7 @@ def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: Face
 
 def insert_header(png: bytes, header: FaceHeader) -> bytes:
     """The PNG with the header before its first `IDAT`; any header it had is replaced."""
+    # A Python literal, which is what faceswap reads (`ast.literal_eval`), not JSON.
     text = repr(_as_dict(header)).encode("utf-8")
     chunk = _chunk(b"iTXt", KEYWORD + bytes(5) + text)
     parts = [SIGNATURE]
@@ -229,6 +233,7 @@ def insert_header(png: bytes, header: FaceHeader) -> bytes:
     while True:
         length, kind = struct.unpack_from(">I4s", png, position)
         end = position + 12 + length
+        # faceswap looks for the header before the picture, and nowhere else.
         if kind == b"IDAT":
             return b"".join([*parts, chunk, png[position:]])
         if not (kind == b"iTXt" and png[position + 8 :].startswith(KEYWORD + b"\0")):
@@ -338,6 +343,7 @@ def _check_size(plain: list[str]) -> None:
         _refuse(_NO_LITERAL)
     if joined.count(b",") > MAX_ITEMS:
         _refuse(f"has more than {MAX_ITEMS} entries")
+    # The decoder of JSON recurses: here its limit is met in a line.
     depth = 0
     for bracket in joined.translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{(" else -1
@@ -364,6 +370,7 @@ def _leave_out_identity(plain: list[str], quoted: list[str]) -> None:
 def _plain_to_json(piece: str) -> str:
     """What lies between two strings: brackets, commas, numbers and names."""
     if "(" in piece or ")" in piece:
+        # JSON knows no tuples, nor a comma behind the last entry, as `(1,)` has.
         piece = _LAST_COMMA.sub("", piece).replace("(", "[").replace(")", "]")
     return piece.replace("True", "true").replace("False", "false").replace("None", "null")
 
@@ -380,6 +387,7 @@ def _string_to_json(literal: str, stored: list[bytes]) -> str:
             value = value.encode("ascii", "backslashreplace").decode("unicode_escape")
     except UnicodeError:
         _refuse("holds a string that cannot be decoded")
+    # Else a stranger's dictionary could stand for the bytes of another entry.
     if value == _BYTES_KEY:
         _refuse("holds a reserved name")
     return f'"{value}"' if _PLAIN_TEXT.match(value) else json.dumps(value)
@@ -448,6 +456,7 @@ def _find_text(file: BinaryIO) -> bytes:
             if length > MAX_HEADER_BYTES:
                 _refuse(_TOO_LONG)
             data = file.read(length)
+            # Other programs have chunks of this kind, too.
             if data.startswith(KEYWORD + b"\0"):
                 _check_crc(kind, data, file.read(4))
                 return data[len(KEYWORD) + 1 :]
@@ -459,6 +468,7 @@ def _text_of(data: bytes) -> str:
     """Text of an `iTXt` chunk from which the keyword is cut off."""
     try:
         _, _, text = data[2:].split(b"\0", 2)
+        # Compressed by somebody: faceswap writes plain text, and the format allows both.
         if data[0]:
             decoder = zlib.decompressobj()
             text = decoder.decompress(text, MAX_HEADER_BYTES + 1)
@@ -510,6 +520,7 @@ def _numbers(value: Any, name: str) -> np.ndarray:
         _refuse(f"has {name} of unequal lengths")
     except OverflowError:
         _refuse(f"has {name} that are too large")
+    # Text, booleans and lists of objects make arrays, too.
     if array.dtype.kind not in "if":
         _refuse(f"has {name} that are not all numbers")
     if not np.isfinite(array).all():
@@ -612,6 +623,7 @@ def _as_dict(header: FaceHeader) -> dict[str, Any]:
             name: {
                 "mask": mask.data,
                 "affine_matrix": mask.affine_33.tolist(),
+                # For pasting a mask back into its frame, which training never does.
                 "interpolator": cv2.INTER_LINEAR,
                 "stored_size": mask.size_px,
                 "stored_centering": mask.centering,

@@ -31,6 +31,7 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
     size = rows * (1 + 3 * columns)
     inflater = isal_zlib.decompressobj()
     try:
+        # One byte more than the picture has shows a stream that goes on; the rest stays packed.
         filtered = inflater.decompress(b"".join(deflated), size + 1)
     except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares an instance
         return None

@@ -13,6 +13,7 @@ from functools import partial
 from io import BufferedReader
 from pathlib import Path
 
+# Errors about this one file. All others (EACCES, EMFILE) may pass and say nothing of it.
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.EISDIR, errno.ENXIO}
 _NOT_OFFERED = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}
 """How a disk says that it does not flush folders. A failure to flush one is told otherwise."""
@@ -64,6 +65,7 @@ def copy_file(source: Path, target: Path) -> None:
     takes no time and no room.
     """
     with open_for_reading(source) as old, open(target, "xb") as new:
+        # Never a hard link: what damages the one file must not reach the other.
         if not _clone(old.fileno(), new.fileno()):
             shutil.copyfileobj(old, new, _COPY_BYTES)
         new.flush()
@@ -115,6 +117,7 @@ def write_file(path: Path, content: bytes, mode: int = 0o666) -> None:
         OSError: FileExistsError where there is anything of this name, or the disk refuses.
     """
     try:
+        # What has no name yet vanishes with a crash: there is nothing to clean up.
         handle = os.open(path.parent, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, mode)
     except OSError:  # no files without a name here, or what the next call will tell
         _write_named_file(path, content, mode)
@@ -153,6 +156,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
         found = os.lstat(path)
         if stat.S_IFMT(found.st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFDIR):
             _refuse_odd(path, found)
+    # Beside it: a rename is one step within one disk only.
     temporary = path.with_name(f".{path.name}.tmp")
     discard(temporary)
     try:
@@ -174,6 +178,7 @@ def write_output(path: Path, content: bytes, *, force: bool) -> None:
     Raises:
         OSError: OddFileError where there is anything but a plain file, or as `write_file`.
     """
+    # Before the rename, which would replace the user's link by the file.
     path = path.resolve()
     if force:
         with suppress(FileNotFoundError):
@@ -210,6 +215,7 @@ def sync_folder(path: Path) -> bool:
 
 def sync_file(path: Path, flags: int = 0) -> None:
     """Flush what was written to a file."""
+    # For reading is enough: a flush is of the file, not of the handle.
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(handle)
@@ -234,6 +240,7 @@ def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> 
     """
     with suppress(FileNotFoundError):  # it is made, or the next call tells
         _refuse_odd(path, os.stat(path, follow_symlinks=follows_links))
+    # Without waiting for the other end of a pipe that was put there since the look at it.
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
     handle = os.open(path, flags, 0o666)
     try:

@@ -56,6 +56,7 @@ class Output:
         stream = self.stream
         if stream is not None:
             encoding = getattr(stream, "encoding", None) or "utf-8"
+            # A terminal in ASCII would end the run at the first name that it has no sign for.
             shown = text.encode(encoding, "backslashreplace").decode(encoding)
             self._attempt(lambda: stream.write(shown))
         return len(text)

@@ -24,6 +24,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         ValueError: Nobody knows that folder.
     """
     try:
+        # A shell does so only where the word begins with it: not in --set, not in TOML.
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(

@@ -57,6 +57,7 @@ def text(values: dict[str, Any], key: str, prefix: str = "") -> str:
 
 def table(values: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
     """A copy of the object under a key; ValueError where it is none."""
+    # Not by a field, whose words are those of settings: JSON calls it an object.
     require(isinstance(values[key], dict), f"{prefix}{key}", "an object", values[key])
     return dict(values[key])
 

@@ -16,6 +16,7 @@ def state_folder() -> Path:
 
 def _folder(variable: str, in_home: str) -> Path:
     given = os.environ.get(variable, "")
+    # The rules have a relative one ignored.
     if os.path.isabs(given):
         return Path(given, "mien")
     try:

@@ -20,6 +20,7 @@ from .. import all_settings, from_dict, read_toml, to_dict
 
 PACKAGED = Path(__file__).parent
 
+# A file's name, so no separator, and no dot in front.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OF_A_RUN = {  # what says where one run's files are, or what it began with
     "model": {"load_weights"},
@@ -114,6 +115,7 @@ def save(
         raise ValueError(
             f"a preset's name must be up to 64 letters, digits, '.', '-' and '_', got {name!r}"
         )
+    # Refused and not hidden: the same name must mean the same settings on every machine.
     if (PACKAGED / f"{name}.toml").exists():
         raise ValueError(f"{name} is one of mien's own presets; choose another name")
     path = own_folder() / f"{name}.toml"
@@ -146,6 +148,7 @@ def _paths() -> dict[str, Path]:
     """Files by the names of their presets; a user's own never stand for mien's."""
     folders = [PACKAGED]
     with suppress(ValueError):  # who has no home has no presets in it
+        # In front, where a later folder's names win.
         folders.insert(0, own_folder())
     return {path.stem: path for folder in folders for path in folder.glob("[!.]*.toml")}
 
@@ -157,6 +160,7 @@ def _worth_keeping(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, A
     for spec in all_settings():
         value = resolved[spec.section][spec.name]
         is_of_a_run = spec.name in _OF_A_RUN.get(spec.section, ())
+        # The trainer always: it says which options the preset's are.
         is_worthy = value != spec.default or spec.name == "trainer"
         if spec.name in settings.get(spec.section, {}) and is_worthy and not is_of_a_run:
             values.setdefault(spec.section, {})[spec.name] = value

@@ -38,6 +38,7 @@ FALLING = ("loss", "loss_a", "loss_b", "pose_swap", "identity_b")
 RISING = ("ssim_a", "ssim_b", "psnr_a", "psnr_b")
 """The higher the better."""
 
+# Each stage is resolved at the start, and its place is saved. Chosen, unmeasured.
 MAX_STAGES = 100
 _LOSSES = ("loss", "loss_a", "loss_b")
 _NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
@@ -155,6 +156,7 @@ class Recipe:
             if not isinstance(text, str):
                 raise ValueError(f"{key} must be text, got {shown(text)}")
         stages = tuple(_stages(values.pop("stage", [])))
+        # Apart from the user's settings, so that a refusal names the recipe.
         from_dict(values)
         return cls(name, description, values, stages)
 
@@ -173,6 +175,7 @@ def load(name: str) -> Recipe:
     if name == NONE.name:
         return NONE
     path = expanded(name)
+    # A file that is named so but is not there is a mistyped path, no name of a recipe.
     if path.suffix == ".toml" or path.is_file():
         return read(path)
     packaged = {path.stem: path for path in PACKAGED.glob("*.toml")}
@@ -220,6 +223,7 @@ def _stages(values: Any) -> Iterator[Stage]:
         stage = _stage(table, f"stage {number}")
         if stage.name in names:
             raise ValueError(f"stage {number} has the name {stage.name!r} of an earlier one")
+        # Told now, and not after the weeks that the stage would last.
         if not stage.ends and number < len(values):
             raise ValueError(
                 f"stage {number}, {stage.name}, has no end, so the next is never reached: give it "
