@@ -25,6 +25,7 @@ class Precision:
 
     def apply(self) -> None:
         """Let CUDA round the inputs of fp32 products to 10 bits, or forbid it, in this process."""
+        # Forbidden, too, and not left as it is: an earlier run of this process may have allowed it.
         allowed = self.name == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 

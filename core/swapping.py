@@ -194,6 +194,7 @@ class BatchDecoder:
     ) -> None:
         self._model, self._side = model, side
         self._batch_size, self._compute = batch_size, compute
+        # The weights alone: norms keep their statistics in fp32, as in training.
         for parameter in model.network.parameters():
             parameter.data = parameter.data.to(compute)
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -222,6 +223,7 @@ class BatchDecoder:
         """What the graph makes of a batch that begins with these faces."""
         if self._graph is None:
             self._graph = self._captured()
+        # A last, smaller batch leaves old faces behind it, whose results are cut off.
         self._inputs_bchw[: len(faces_nchw)].copy_(faces_nchw)
         self._graph.replay()
         return self._outputs
@@ -245,6 +247,7 @@ class BatchDecoder:
                 self._decoded(self._inputs_bchw)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        # thread_local: another thread of the program may use the device meanwhile.
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._outputs = self._decoded(self._inputs_bchw)
         return graph
@@ -293,6 +296,7 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
                 raise ValueError(f"{path} is no file of `mien model inference`")
             sides = SIDES_OF[metadata["side"]]
             run_id, iterations = metadata["run_id"], int(metadata["iterations"])
+            # From the header: the shapes are compared before there is memory for any tensor.
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             options = json.loads(metadata["options"])
             own = models.meta_model(metadata["trainer"], **options)

@@ -103,6 +103,7 @@ def _without_faces(text: str, config: Config) -> str:
         *(data.input_a, data.input_b, measured.held_out_a, measured.held_out_b),
         *(preview.timelapse_input_a, preview.timelapse_input_b),
     }
+    # The longest first: one folder may lie within another.
     for folder in sorted(folders - {""}, key=len, reverse=True):
         inside = re.compile(re.escape(folder.rstrip("/")) + r"/[^\n\"]*?\.png", re.IGNORECASE)
         text = inside.sub(f"{folder}/(a face)", text)

@@ -38,6 +38,7 @@ class ReportFile:
     def __init__(self, path: Path, *, level: str, as_json: bool, remedy: str) -> None:
         self.path, self.level, self._as_json, self._remedy = path, level, as_json, remedy
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The user may have named a link, which a rotation must not replace by a file.
         self._path = path if as_json else Path(os.path.realpath(path))
         self._handle: int | None = self._open()
 
@@ -82,12 +83,14 @@ class ReportFile:
         status = os.fstat(self._handle)
         if stat.S_ISREG(status.st_mode) and status.st_size + len(line) > _MOST_BYTES:
             self._rotate(status)
+        # A write may take a part only, as to a pipe or near the end of a disk.
         while line:
             line = line[os.write(self._handle, line) :]
 
     def _rotate(self, status: os.stat_result) -> None:
         """Go on in a new file, unless another program has put this one aside already."""
         if self._path.exists() and os.path.samestat(status, os.stat(self._path)):
+            # From the oldest on, so that none is written over before it has moved.
             for number in range(_OLDER_FILES, 0, -1):
                 newer = older_file(self._path, number - 1)
                 if newer.exists():

@@ -54,8 +54,10 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if value is None or isinstance(value, bool | str):
         return value
+    # NumPy's numbers, which JSON does not know, are of these kinds as well.
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
+        # JSON has no NaN: a reader would refuse the whole line.
         return float(value) if math.isfinite(value) else None
     return str(value)

@@ -60,6 +60,7 @@ class Reporter:
         self._listener = listener
         """Function that is given every report, as a line of JSON."""
 
+        # Guarded: a closed terminal or a full disk behind `>` must not end a training.
         self._stream = Output(sys.stdout if stream is None else stream)
         self._as_json = as_json
         self._clock = clock
@@ -256,6 +257,7 @@ class Reporter:
         self._warn_all(self._files.add(report))
         if self._as_json:
             self._print("crash", report.line)
+        # Where the traceback follows, and so that JSON lines on the output stay whole.
         Output(sys.stderr).write(report.text + "\n")
         if self._notifier is not None:
             self._notifier.tell(report)

@@ -15,11 +15,14 @@ class StatusLine:
         from rich.live import Live
         from rich.text import Text
 
+        # As text and not as markup: a name of a folder may hold brackets.
         self._text = Text
         self._console = Console(file=cast(TextIO, stream), force_terminal=True, highlight=False)
         self._live = Live(
             console=self._console,
+            # No thread: the line changes when a step is reported, and at no other time.
             auto_refresh=False,
+            # The guarded streams stay in place: rich would put its own before them.
             redirect_stdout=False,
             redirect_stderr=False,
             vertical_overflow="crop",

@@ -124,8 +124,10 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, model: Autoencoder):
         super().__init__()
+        # By storage: what a product is given may be a view or a transpose of a weight.
         self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
         layers = [module.linear for module in model.modules() if isinstance(module, Dense)]
+        # A weight's gradient is new memory, so its shape has to tell whose it is.
         self.dense_shapes = {tuple(layer.weight.shape) for layer in layers}
         self.backward = False
         self.products: list[Product] = []
@@ -169,6 +171,7 @@ class Recorder(TorchDispatchMode):
         places = (x if transposed else grad).numel() // (x if transposed else grad).shape[1]
         flops = 2 * places * taps * weight.shape[0] * weight.shape[1]
         values = _values([weight], x.numel(), grad.numel())
+        # None for the first layer, whose input is the picture.
         if out[0] is not None:
             columns = x.shape[1]
             self.products.append(Product("data", x.numel() // columns, columns, flops, **values))
@@ -197,6 +200,7 @@ def work_of(model: Autoencoder, batch_size: int) -> Work:
     """What a step of ``batch_size`` faces a side does with a model on the meta device."""
     faces_nchw = torch.empty(2 * batch_size, 3, model.input_px, model.input_px, device="meta")
     with Recorder(model) as recorder:
+        # Where all that leads to an output is frozen there is no backward pass of it.
         outputs = [o for side in model(faces_nchw) for o in side if o.requires_grad]
         recorder.backward = True
         torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])

@@ -64,6 +64,7 @@ def summarize(model: Autoencoder) -> Summary:
         macs[side] = sum(call.macs for call in of_side.values())
         for path, call in of_side.items():
             known = calls.setdefault(path, call)
+            # A sub-network that both sides go through is counted once.
             known.macs = max(known.macs, call.macs)
     model.train(was_training)
     layers = list(_layers(model, calls, _parameters_of(model, calls)))
@@ -98,6 +99,7 @@ def _watched(model: Autoencoder) -> Iterator[dict[str, _Call]]:
     def settle() -> None:
         """Give the products made since the last time to the innermost module that runs."""
         done = calls.setdefault(running[-1], _Call())
+        # Two FLOPs are one multiply-accumulate.
         done.macs += sum(product.flops for product in recorder.products) // 2
         recorder.products.clear()
 

@@ -112,6 +112,7 @@ def evaluate(model: Autoencoder, precision: Precision, evaluation: Evaluation) -
     """Metrics of the present weights, by name; the model is left as it was."""
     metrics = {}
     swaps: list[np.ndarray] = []
+    # Dropout and noise off, and norms by their running estimates, as in a swap.
     model.eval()
     for side in SIDES:
         faces = evaluation.faces[side]

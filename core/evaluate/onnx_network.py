@@ -50,6 +50,7 @@ class Network:
         with _one_line(f"{self.name} cannot be read by OpenCV"):
             self._net = cv2.dnn.readNetFromONNX(str(expanded(path)))
         num_outputs = len(self._net.getUnconnectedOutLayersNames())
+        # Of several it could not be known which is meant.
         if num_outputs != 1:
             raise ValueError(f"{self.name} must have one output, has {num_outputs}")
 
@@ -60,7 +61,11 @@ class Network:
             ValueError: OpenCV cannot run the network.
         """
         blob_nchw = cv2.dnn.blobFromImage(
-            picture_ssc, 1 / self._span, mean=(self._middle,) * 3, swapRB=True
+            # OpenCV takes the mean off first, and scales then.
+            picture_ssc,
+            1 / self._span,
+            mean=(self._middle,) * 3,
+            swapRB=True,
         )
         with _one_line(f"{self.name} cannot be run by OpenCV"):
             self._net.setInput(blob_nchw)
@@ -70,6 +75,7 @@ class Network:
 @contextmanager
 def _one_line(text: str) -> Iterator[None]:
     """Make OpenCV's exception a ValueError of one line, and keep it from printing its own."""
+    # It would print the same error itself, over the status line.
     level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     try:
         yield
@@ -91,6 +97,7 @@ def _input_shape(path: Path, name: str) -> tuple[int, ...]:
     try:
         graph = _messages(content, 7)[0]
         stored = {bytes(text) for each in _messages(graph, 5) for text in _messages(each, 8)}
+        # Older files list their weights among the inputs.
         inputs = [
             each for each in _messages(graph, 11) if bytes(_messages(each, 1)[0]) not in stored
         ]

@@ -57,6 +57,7 @@ class PoseMetric:
         """Edge of the picture in the network's unit."""
 
         self.original = self._error(faces_a.targets_nffc)
+        # `not <=`, so that NaN is refused, too.
         if not self.original <= _WORST_DETECTOR:
             raise ValueError(
                 f"{network.name} must give x, y of {NUM_LANDMARKS} landmarks in 0..1 or px, but "

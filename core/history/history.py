@@ -318,6 +318,7 @@ def _sessions(
         if sum(sum(file.counts) for file in early) == earliest.iterations:
             del known[earliest.number]
         else:
+            # Not all of the early ones is logged, so their sum is all that there is to show.
             first = earliest.number
     logged: dict[int, list[_EventFile]] = {}
     for file in files:
@@ -326,6 +327,7 @@ def _sessions(
     sessions = []
     for number in sorted(known.keys() | trained):
         own = logged.get(number, [])
+        # The latest file counts: a session lost in a crash may have had another size.
         batch_sizes = (file.batch_size for file in reversed(own) if file.batch_size)
         batch_size = next(batch_sizes, unsaved_batch_size)
         if number in known:

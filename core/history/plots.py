@@ -130,6 +130,7 @@ def draw_losses(
         )
         _fit_height(axis, shown)
         _mark_sessions(axis, history, iterations)
+        # A name may hold `$`, which would be read as a formula, and refused.
         axis.set_ylabel(printable(panel), parse_math=False)
         if len(shown):
             axis.legend(loc="upper right")
@@ -172,6 +173,7 @@ def draw_rate(history: History, drawing: Drawing, span: Span, *, title: str) -> 
     )
     places, rate = factor * np.concatenate(hours), np.concatenate(rates)
     shown = _draw_line(axis, "both sides", places, rate, drawing)
+    # From 0 on: a rate twice as high has to look so.
     _fit_height(axis, np.append(shown, 0.0))
     if len(starts) > 1:
         _mark(axis, [(number, factor * at) for number, at in starts])
@@ -204,6 +206,7 @@ def _panels(count: int, title: str, drawing: Drawing) -> tuple["Figure", list["A
     from matplotlib.figure import Figure
 
     height = 1.2 + _PANEL_INCHES * max(count, 1.4)
+    # Without pyplot, which keeps every figure and may ask for a screen.
     figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(printable(title), fontsize=13, fontweight="bold", parse_math=False)
@@ -283,6 +286,7 @@ def _thinned(places_n: np.ndarray, values_n: np.ndarray) -> tuple[np.ndarray, np
 def _fit_height(axis: "Axes", shown_n: np.ndarray) -> None:
     """Have the panel show these values."""
     if len(shown_n):
+        # A line that never changes needs some height, too.
         margin = max(0.06 * np.ptp(shown_n), 0.001 * np.abs(shown_n).max()) or 1.0
         axis.set_ylim(shown_n.min() - margin, shown_n.max() + margin)
 

@@ -79,6 +79,7 @@ def restore(
     try:
         with ModelFolder(path) as folder:
             source, manifest = _source(folder, generation, snapshot)
+            # Before anything changes: a damaged save must not take the place of a whole one.
             state = _whole(source, manifest)
             _refuse_other_model(folder, source, manifest, force=force)
             return _restored(folder, source, manifest, state)
@@ -160,6 +161,7 @@ def _restored(
     manifests = generations.manifests()
     newest = manifests[0] if manifests else None
     in_use = newest if newest and _is_copy(generations.path, newest, manifest) else None
+    # By the order of writing: after a way back, higher iterations may be older.
     replaced = [other.name for other in manifests if other.sequence > manifest.sequence]
     if newest and in_use is None:
         replaced = sorted({*replaced, newest.name})
@@ -175,6 +177,7 @@ def _restored(
         name = folder.save_again(source, manifest, state.to_dict())
     else:
         name = in_use.name
+        # The save is in use already, as after a restore that was killed behind its copy.
         write_pointer(folder.path, name, state.to_dict())
     pictures: list[str] = []
     if archive is not None:
@@ -214,6 +217,7 @@ def _archive(path: Path, names: list[str]) -> Path:
     part = path / f".{archive.name}.tmp"
     (part / FOLDER).mkdir(parents=True)
     for name in names:
+        # Links do: these generations are deleted under their old name, and never written to.
         link_files(path / FOLDER / name, part / FOLDER / name)
     for name in (STATE, CONFIG):
         if (path / name).is_file() and not (path / name).is_symlink():

@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import numpy as np
 
+# Bounds of faceswap's smoothing, whose graphs these are compared with.
 LEAST_AMOUNT, MOST_AMOUNT = 0.001, 0.999
 POINTS_FOR_TREND = 10
 _NUM_SIDES = 2
@@ -21,6 +22,7 @@ def smoothed(values_n: np.ndarray, amount: float) -> np.ndarray:
     """
     amount = min(max(amount, LEAST_AMOUNT), MOST_AMOUNT)
     values = _finite(values_n).tolist()
+    # In Python: each value needs the one before, and SciPy is no dependency.
     average = accumulate(values, lambda before, value: (1 - amount) * value + amount * before)
     return np.fromiter(average, np.float64, len(values))
 
@@ -35,11 +37,13 @@ def rolling_average(values_n: np.ndarray, window: int) -> np.ndarray:
     """
     if window < 2:
         raise ValueError(f"a rolling average must be over at least 2 values, got {window}")
+    # faceswap's rule.
     if len(values_n) <= 2 * window:
         raise ValueError(
             f"a rolling average over {window} values needs more than {2 * window}, "
             f"got {len(values_n)}; take a smaller one"
         )
+    # Differences of running sums: a window of any size costs the same.
     sums = np.concatenate([[0.0], np.cumsum(_finite(values_n))])
     means = (sums[window:] - sums[:-window]) / window
     averages = np.full(len(values_n), np.nan)
@@ -125,6 +129,7 @@ def session_figures(
     """
     iterations = len(times_n) if iterations is None else iterations
     start, end = float(np.min(times_n)), float(np.max(times_n))
+    # Whole seconds, as faceswap's table has them, so that the rates are the same.
     elapsed_s = int(end - start - pauses_s)
     rate = None if batch_size is None else _rate(batch_size * iterations, elapsed_s)
     return Figures(

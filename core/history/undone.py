@@ -49,6 +49,7 @@ def _remove_marks(train: Path, last: int) -> None:
     """Remove the marks that hide iterations of a session whose last one is in use."""
     for path in train.iterdir() if train.is_dir() else ():
         match = MARK.fullmatch(path.name)
+        # A mark at `last` hides nothing of what is in use, and stays.
         if match and int(match[1]) < last:
             path.unlink()
 

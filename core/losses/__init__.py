@@ -49,6 +49,7 @@ def picture_losses(
                 f"{name} needs faces of at least {MIN_PX[name]} px, but the model gives "
                 f"{min(sizes_px)} px; use another loss, such as ssim"
             )
+    # One for all sizes: its trunk takes any, and has up to 15 M weights.
     networks = {name: Lpips(name, lpips_weights) for name in names if name in TRUNKS}
     return [
         {name: networks.get(name) or MADE_FOR_A_SIZE[name](size_px) for name in names}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .picture import PictureLoss
 from .planes import Separable, filtered
 
+# FLIP's own default, so that values compare with those of others.
 PIXELS_PER_DEGREE = 3840 * math.pi / 180
 """Pixels per degree of a screen 3840 px wide, seen from as far away as it is wide."""
 
@@ -26,6 +27,7 @@ _KNEE_ERROR, _KNEE = 0.4, 0.95
 """Share of the largest colour error, and the share of the range to which it is mapped."""
 
 _EDGE_DEGREES = 0.082
+# Below these a root's slope grows without bound.
 _LEAST_SQUARE = 1e-15
 _LEAST_FEATURE = 1e-15
 
@@ -44,6 +46,7 @@ class Flip(PictureLoss):
     def __init__(self, size_px: int):
         super().__init__()
         to_white = torch.tensor(_TO_XYZ, dtype=torch.float64)
+        # Relative to white already, which Lab divides by.
         to_white = to_white / to_white.sum(dim=1, keepdim=True)
         # Y, X - Y and Y - Z. Lab's factors and offsets drop out: filters are linear and sum to 1.
         opponents = torch.tensor([[0, 1, 0], [1, -1, 0], [0, 1, -1]], dtype=torch.float64)
@@ -57,6 +60,7 @@ class Flip(PictureLoss):
         )
         self.edges = nn.ModuleList([Separable(smooth, slope), Separable(slope, smooth)])
         self.points = nn.ModuleList([Separable(smooth, bend), Separable(bend, smooth)])
+        # Of the loss's own functions, so that the knee fits them to the last bit.
         self.largest = self._largest_color_error()
 
     def map(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
@@ -68,6 +72,7 @@ class Flip(PictureLoss):
 
     def _seen(self, bgr_bchw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lab (B, 3, H, W) after the eye's filters; strengths (B, 1, H, W) of edges and points."""
+        # RGB from here on, as the matrices are stated; a network may leave 0..1.
         opponent = _mixed(self.to_opponent, _linear(bgr_bchw.flip(1).clamp(0, 1)))
         luminance = opponent[:, :1]
         planes = zip(self.contrasts, opponent.split(1, dim=1), strict=True)

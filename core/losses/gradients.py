@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .picture import FilteredLoss
 from .planes import Separable, filtered
 
+# The rows of faceswap's modified Scharr filter.
 _OUTER = (0.0007, 0.0052, 0.0370, 0.0052, 0.0007)
 _INNER = (0.0037, 0.1187, 0.2589, 0.1187, 0.0037)
 
@@ -30,6 +31,7 @@ class GradientSimilarity(FilteredLoss):
         self.along = nn.ModuleList(Separable(smooth, steps) for steps, smooth in pairs)
 
     def map(self, pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
+        # A constant of the definition, for pictures in 0..1; it keeps flat areas from 0 / 0.
         c = 0.0025
         x, y = self._edges(pred_bchw), self._edges(target_bchw)
         similarity = (2 * x * y + c) / (x.square() + y.square() + c)
@@ -68,6 +70,7 @@ class PixelGradientDifference(FilteredLoss):
 
 
 def _general(x: Tensor) -> Tensor:
+    # Not 2, where the general form divides by 0; c is one grey level.
     alpha, c = 1.9999, 1 / 255
     distance = 2 - alpha
     bent = (x.square() * (1 / (c**2 * distance)) + 1).pow(alpha / 2) - 1

@@ -20,7 +20,9 @@ from ...models.weight_files import SUFFIXES, read_tensors
 from ..system.paths import expanded
 from .picture import PictureLoss
 
+# LPIPS's own.
 _LEAST_LENGTH = 1e-10
+# faceswap's share, so that its weights of losses mean the same here.
 _SHARE = 0.1
 
 
@@ -164,6 +166,7 @@ class Lpips(PictureLoss):
                 nn.Parameter(torch.empty(1, channels, 1, 1)) for channels in self.trunk.channels
             )
         self._load(name, folder)
+        # Nothing of it is trained; the gradient goes through it to the picture alone.
         self.requires_grad_(False).eval()
         # Of RGB in -1..1.
         mean, deviation = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -183,7 +186,9 @@ class Lpips(PictureLoss):
 
     def _seen(self, bgr_bchw: Tensor) -> list[Tensor]:
         """What each taken layer makes of the pictures, without its rim, every pixel of length 1."""
+        # RGB in -1..1, as the trunk was trained on; the mean and the deviation are LPIPS's.
         x = (2 * bgr_bchw.flip(1) - 1 - self.mean) / self.deviation
+        # As its filters are: one layout through all layers, so that nothing is rearranged.
         x = x.contiguous(memory_format=torch.channels_last)
         rims = dict(zip(self.trunk.taken, self.trunk.rims, strict=True))
         taken = []

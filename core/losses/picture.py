@@ -52,6 +52,7 @@ class FilteredLoss(PictureLoss):
         self.shapes = filters.shapes
 
     def forward(self, pred_bchw: Tensor, target_bchw: Tensor, weight_b1hw: Tensor) -> Tensor:
+        # The kernel knows fp32; float64, for tests of gradients, goes through the map.
         if pred_bchw.dtype != torch.float32:
             return super().forward(pred_bchw, target_bchw, weight_b1hw)
         filters = Filters(self.firsts, self.taps, self.shapes)

@@ -54,9 +54,11 @@ def filtered(size: int, taps: Sequence[float] | Tensor, *, border: str) -> Tenso
     radius = len(taps) // 2
     places = torch.arange(size)[:, None] + torch.arange(-radius, radius + 1)
     if border == "reflect":
+        # About the pixel at the end, which is not repeated.
         places = (size - 1) - ((size - 1) - places.abs()).abs()
     else:
         places = places.clamp(0, size - 1)
+    # Added up, not set: taps beyond an end meet others in one pixel.
     matrix = torch.zeros(size, size, dtype=torch.float64)
     return matrix.scatter_add_(1, places, taps.expand(size, -1).contiguous())
 
@@ -64,6 +66,7 @@ def filtered(size: int, taps: Sequence[float] | Tensor, *, border: str) -> Tenso
 def resized(size: int, from_size: int) -> Tensor:
     """(size, from_size): linear interpolation between the centres of pixels."""
     places = (torch.arange(size, dtype=torch.float64) + 0.5) * (from_size / size) - 0.5
+    # Beyond the centre of the last pixel there is nothing to go to: it is repeated.
     places = places.clamp(0, from_size - 1)
     low = places.floor().long()
     high = (low + 1).clamp(max=from_size - 1)

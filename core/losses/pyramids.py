@@ -43,6 +43,7 @@ class LaplacianPyramid(FilteredLoss):
         levels.append(x.abs())
         total = levels[0]
         for number, (resize, level) in enumerate(zip(self.resizes, levels[1:], strict=True), 1):
+            # A quarter a level, as in faceswap.
             total = total + resize(level) * 4.0**-number
         return total
 
@@ -56,6 +57,7 @@ class MultiScaleSsim(FilteredLoss):
     picture's edge has room for. An odd edge is halved with its last pixel repeated.
     """
 
+    # Found by Wang et al. with people who compared pictures.
     exponents = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
     def __init__(self, size_px: int):
@@ -88,6 +90,7 @@ def _halved(x_bchw: Tensor) -> Tensor:
 
 def _similarity(x_bchw: Tensor, y_bchw: Tensor, blur: nn.Module, *, is_whole: bool) -> Tensor:
     """The map of contrast and structure of SSIM; with ``is_whole`` times that of luminance."""
+    # SSIM's own constants, for pictures in 0..1.
     c1, c2 = 0.01**2, 0.03**2
     x, y = x_bchw, y_bchw
     mean_x, mean_xy, mean_squares = blur(torch.cat((x, x * y, x * x + y * y))).chunk(3)
@@ -99,6 +102,7 @@ def _similarity(x_bchw: Tensor, y_bchw: Tensor, blur: nn.Module, *, is_whole: bo
 
 def _power(x: Tensor, exponent: float) -> Tensor:
     """max(x, 0)^exponent; below a millionth a line to 0, whose slope is finite."""
+    # A power below 1 is infinitely steep at 0.
     least = 1e-6
     curve = x.clamp_min(least).pow(exponent)
     return torch.where(x > least, curve, F.relu(x) * least ** (exponent - 1))

@@ -134,6 +134,7 @@ class Loss:
     ) -> FaceLoss:
         """Compute the other losses as `face_loss` gives its own, with gradients in fp32."""
         pred = torch.cat((pred_a.detach(), pred_b.detach())).float().contiguous().requires_grad_()
+        # The filters' products and kernels take rows that lie together, not channels_last.
         target = target_nchw.float().contiguous()
         means, total = [], torch.zeros_like(pred)
         for name, function in functions.items():
@@ -149,6 +150,7 @@ class Loss:
 
     def named(self, rows_nv: np.ndarray) -> dict[str, np.ndarray]:
         """What is logged, by name, from N rows: `loss_a`, `loss_b`, then as in `run.log`."""
+        # In float64, so that the total is the sum of its parts in all digits that are shown.
         rows = rows_nv.astype(np.float64)
         # Column by column, so that a number that is not finite shows only where it belongs.
         return {

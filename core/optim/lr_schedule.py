@@ -23,6 +23,7 @@ SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
 """Names of the parts of a training state: where the schedule began, the rate that was found, and
 what rollbacks have multiplied the rate with."""
 
+# A saved 0 would stop the training for ever, without a word.
 _LEAST_SHARE = 1e-12
 """Smallest number that a saved rate or factor may be. Chosen, unmeasured."""
 
@@ -55,6 +56,7 @@ class Schedule:
     def _warmth(self, since: int) -> float:
         # With accumulation the rate warms up by updates: iterations between them move nothing.
         updates = since // self.config.gradient_accumulation
+        # + 1: faceswap's first update has the rate 0, which wastes a batch.
         return min(1.0, (updates + 1) / max(1, self.config.warmup_steps))
 
     def _fall(self, since: int) -> float:
@@ -180,6 +182,7 @@ def settle_rate(
             f"trained without; the learning rate is {rate:g}, as set"
         )
         return without, [Notice(why, is_warning=True)]
+    # A settings file always holds both: only a rate that differs is the user's wish.
     if rate != saved.learning_rate or (
         "learning_rate" in overrides and "use_lr_finder" not in overrides
     ):

@@ -40,6 +40,7 @@ _COUNTS = ("step", "beta_1_power", "beta_2_power")
 _LONGEST_HISTORY = 100_000
 """Norms that autoclip keeps where no length is set: the most that can be. Chosen, unmeasured."""
 
+# As PyTorch's and newer faceswap; ada_beta_2 is of Adam's kin.
 _RMS_MEMORY = 0.99
 """Decay rate of RMSprop's mean square."""
 
@@ -59,6 +60,7 @@ def rule_of(config: OptimizerConfig) -> Rule:
 def clipping_of(config: OptimizerConfig) -> Clipping:
     """The clipping that the settings describe."""
     if config.gradient_clipping == "autoclip":
+        # A percentile, as in faceswap: 1.0 is the 10th.
         return Clipping("autoclip", int(10 * config.clipping_value))
     return Clipping(config.gradient_clipping, config.clipping_value)
 
@@ -322,9 +324,11 @@ class Update:
             tensors |= {name: _zeros_like(own[name]) for name in begun & own.keys()}
         history = tensors.get("history")
         for name, tensor in own.items():
+            # Without a history autoclip begins with an empty one, as where the clipping is new.
             if name != "history" or history is not None:
                 optimizer_state.check(name, tensors.get(name), tensor)
         for name, index in self._saved.items():
+            # A scale of 1 was saved by a run that scaled nothing: fp16 begins with its own.
             is_scale = name in ("scale", "good_steps")
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
                 for part in self.parts:

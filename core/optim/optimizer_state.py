@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...kernels.scalars_update import GROWTH_INTERVAL
 
+# The loss is multiplied by the scale, and the gradient divided by it.
 _ABOVE_ZERO = math.ulp(0.0)
 _LARGEST_SCALE = 2.0**127  # of fp32
 _MOST = 1e12  # steps, gradients: what no run reaches
@@ -43,6 +44,7 @@ def check(name: str, tensor: Tensor | None, like: Tensor) -> None:
     kind = name.rpartition(".")[2]
     shape = None if tensor is None else tuple(tensor.shape)
     if tensor is not None and kind == "history" and tensor.ndim == 1:
+        # The setting of its length may have changed: what is there is cut or filled up.
         shape = tuple(like.shape)
     if tensor is None or shape != tuple(like.shape) or tensor.dtype != like.dtype:
         got = "none" if tensor is None else _described(tensor)

@@ -39,6 +39,7 @@ def pays(work: Work) -> bool:
     Products are taken at the peak, so the share is rather too large for slow ones.
     """
     update_bytes = UPDATE_BYTES * work.num_parameters
+    # In bytes throughout: operations count as the bytes that are copied in their time.
     return update_bytes >= LEAST_SHARE * (update_bytes + work.flops() / FLOPS_PER_BYTE)
 
 

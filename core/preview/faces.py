@@ -29,6 +29,7 @@ class PreviewFaces:
 
 def full_size_px(output_px: int, coverage: float) -> int:
     """Edge of a full-coverage picture whose covered part is ``output_px`` wide."""
+    # Even, so that the same number of px is left on either side of the covered part.
     return 2 * round(output_px / coverage / 2)
 
 
@@ -63,6 +64,7 @@ class PreviewLoader:
                     f"none of {len(of_side)} faces of {of_side[0].path.parent} can be shown: they "
                     f"are damaged, or lack the mask {self.data.mask_type}; extract them again"
                 )
+        # One array for both sides: a row of the preview shows a face of each.
         least = min(len(side) for side in sides)
         return PreviewFaces(
             np.array([[small for small, _ in side[:least]] for side in sides]),
@@ -99,6 +101,7 @@ def spread(faces: list[Face], count: int) -> list[Face]:
 def drawn(faces: list[Face], count: int, *numbers: int) -> list[Face]:
     """Choose up to ``count`` faces, the same for the same ``numbers``, in the order of the
     folder."""
+    # Its own generator: a preview must not move the random numbers of the training.
     generator = np.random.default_rng(numbers)
     places = generator.choice(len(faces), min(count, len(faces)), replace=False)
     return [faces[place] for place in sorted(places)]

@@ -57,6 +57,7 @@ def preview_image(
         weights_npff = (1.0 - _masks(predictions, targets)) * np.float32(mask_opacity / 100.0)
         weights_npff1 = weights_npff[..., None]
         patches_npffc = patches_npffc * (1.0 - weights_npff1) + color_c * weights_npff1
+    # Cut off and not rounded, as in faceswap.
     body = _arrange((patches_npffc * np.float32(255.0)).astype(np.uint8))
     header = _header(labels, patches_npffc.shape[2], body.shape[1])
     return np.concatenate([header, body])
@@ -141,6 +142,7 @@ def _patches(
     targets_snffc = targets[..., :3].astype(np.float32) / 255.0
     pictures = predictions[..., :3].astype(np.float32) / 255.0
     filled = _rows_of(targets_snffc[:, :, middle, middle], pictures)
+    # The middle as it is in the target is wanted after the corners were painted.
     around_snffc = targets_snffc.copy()
     if coverage < 1.0:
         _paint_corners(around_snffc, pad, color_c)
@@ -152,6 +154,7 @@ def _patches(
 def _paint_corners(images_snffc: np.ndarray, pad: int, color_c: np.ndarray) -> None:
     """Paint a block at each corner of the trained square; its middle is filled afterwards."""
     full_px = images_snffc.shape[2]
+    # A pixel wider than the square, which is filled later: so a frame of one pixel is left.
     low, high, edge = max(pad - 1, 0), min(full_px - pad + 1, full_px), full_px // 4
     near, far = slice(low, low + edge), slice(high - edge, high)
     for rows in (near, far):
@@ -167,6 +170,7 @@ def _masks(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
         out_px = predictions.shape[3]
         pad = (targets.shape[2] - out_px) // 2
         middle = slice(pad, pad + out_px)
+        # Outside its square the model has learned no mask: all of that is tinted.
         learnt_sdnff = np.zeros_like(learnt_sdnff)
         learnt_sdnff[..., middle, middle] = predictions[..., 3].astype(np.float32) / 255.0
     return _rows_of(masks_snff, learnt_sdnff)
@@ -184,6 +188,7 @@ def _arrange(patches_npffc: np.ndarray) -> np.ndarray:
 
 def _header(labels: Sequence[str], full_px: int, width: int) -> np.ndarray:
     """White strip with a centred text above each patch."""
+    # faceswap's proportions.
     height, scale, thickness = int(full_px / 4.5), full_px / 140.0, max(1, full_px // 64)
     header = np.full((height, width, 3), 255, np.uint8)
     for column in range(width // full_px):

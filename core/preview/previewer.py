@@ -67,6 +67,7 @@ class Pictures:
         self._model, self._precision = model, precision
         self._loader, self._trained_on, self._window, self._warn = loader, faces, window, warn
         count = self._settings.preview_images
+        # Now, also where they are to be fresh: faces that cannot be shown are refused at the start.
         self._faces = loader.load({side: spread(all_, count) for side, all_ in faces.items()})
         self._preview_paths = [folder / PREVIEW]
         if self._settings.write_image:
@@ -99,12 +100,14 @@ class Pictures:
 
         A key that toggles the mask does not count here: a film should not flicker.
         """
+        # An iteration that is saved again has its picture already.
         if self._timelapse_faces is None or self._timelapse_at == iteration:
             return None
         self._timelapse_at = iteration
         faces = self._timelapse_faces
         look = Look(iteration, faces, self._predictions(faces))
         image = self._image(look, shows_mask=self._settings.show_mask)
+        # Two saves may fall into one second, and no picture is written over another.
         path = _free_path(self._timelapse_folder, int(time.time()))
         return path if self._write(save_jpeg, path, image, at=self._timelapse_folder) else None
 

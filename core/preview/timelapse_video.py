@@ -122,6 +122,7 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
     frame = _even(first)
     height_px, width_px = frame.shape[:2]
     num_frames = 1
+    # OpenCV writes to a name it is given: apart, so that a part never has the film's.
     with tempfile.TemporaryDirectory(prefix="mien-") as folder:
         part = Path(folder) / "film.mp4"
         writer = cv2.VideoWriter(str(part), _MPEG4, fps, (width_px, height_px))

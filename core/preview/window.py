@@ -60,6 +60,7 @@ class PreviewWindow:
             return ""
         self._looked_at = now
         code = self._highgui.pollKey()
+        # Some toolkits put the state of the modifiers above the lowest byte.
         return chr(code & 0xFF) if code >= 0 else ""
 
     def close(self) -> None:

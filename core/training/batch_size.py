@@ -41,9 +41,11 @@ def choose(
         return BatchSize(config.train.batch_size)
     limit, free = config.train.auto_batch_limit, free_bytes()
     fits = memory.footprint(config, precision).largest_batch(free, limit)
+    # Even the smallest is too much: the advice is of that one.
     if not fits:
         raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))
     side = min(num_faces, key=num_faces.__getitem__)
+    # A batch larger than a side is refused, so the smaller side bounds it.
     if num_faces[side] <= fits:
         why = f"auto: all faces of side {side.upper()}"
         return BatchSize(num_faces[side], "faces", why)

@@ -53,6 +53,7 @@ def build_model(
     source = config.model.load_weights
     # An encoder that comes from another model needs no file of pretrained weights.
     pretrained = not (source and "encoder" in getattr(options, "load_layers", ()))
+    # On the CPU, where the weights are drawn: a seed gives the same ones with and without a GPU.
     model = models.build(
         config.model.trainer, seed=seed, pretrained=pretrained, **model_settings(config)
     )

@@ -150,6 +150,7 @@ class Checkpointer:
             with_snapshot=with_snapshot,
         )
         self.saved = self.setup.state.iterations, with_optimizer
+        # A second is what a user would notice. Chosen, unmeasured.
         if waited > 1:
             self.reporter.warning(
                 f"training waited {waited:.1f} s for the disk; save less often (--save-interval)"
@@ -174,6 +175,7 @@ class Checkpointer:
         """
         setup, iteration = self.setup, self.setup.state.iterations
         is_measured = measured_at(setup.state) == iteration
+        # Measured already, where a save of this very iteration came before.
         if setup.evaluation is None or self.requests.stop.signal_name or is_measured:
             return
         metrics = evaluate(setup.model, setup.precision, setup.evaluation)

@@ -48,6 +48,7 @@ def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
         native.library()
     except native.NativeError as error:
         raise ValueError(str(error)) from error
+    # Only now: without libmien there is no training on the CPU, either.
     if setting == "cpu":
         return torch.device("cpu")
     if not _torch_has_gpu():
@@ -60,6 +61,7 @@ def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
         return torch.device("cpu")
     device = _numbered(setting)
     unfit = why_unfit(device)
+    # What can be mended is refused: the run would go on far slower, and few would look why.
     if unfit and unfit.is_final and setting == "auto":
         warn(f"training runs on the CPU: {unfit}")
         return torch.device("cpu")
@@ -71,6 +73,7 @@ def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
 def _numbered(setting: str) -> torch.device:
     """The GPU of cuda:N; of auto and cuda the current one."""
     _, _, number = setting.partition(":")
+    # The current one: a program that trains from Python may have chosen it with torch.
     index = int(number) if number else torch.cuda.current_device()
     num_gpus = torch.cuda.device_count()
     if index < num_gpus:
@@ -118,6 +121,7 @@ def why_hidden() -> Problem | None:
     is none."""
     if _torch_has_gpu() or not toolkit.has_gpu():
         return None
+    # In the order in which each hides the next: torch's build, the library, the driver's age.
     driver, version = toolkit.driver(), torch.__version__
     if torch.version.cuda is None:
         command = f"{sys.executable} -m pip install --force-reinstall torch"
@@ -193,6 +197,7 @@ def _no_c_compiler() -> Problem | None:
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return Problem("Triton finds no C compiler", "install one (`apt install gcc`)")
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    # Debian's Python names a scheme whose headers are those of the plain one.
     header = Path(sysconfig.get_path("include", scheme)) / "Python.h"
     if not header.exists():
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -207,6 +212,7 @@ def free_bytes(device: torch.device) -> int:
     """Bytes of memory that this process may use for training."""
     if device.type != "cuda":
         return available_host_bytes()
+    # What torch's allocator has reserved is free for this process, and for no other.
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 

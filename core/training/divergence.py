@@ -221,6 +221,7 @@ class Side:
 
     def check_loss(self, name: str, loss: float, iteration: int) -> None:
         """Take in the loss of a total iteration; raise TrainingDiverged."""
+        # A model with weights of another may begin below what it comes to.
         if self.first_loss is None:
             return
         self.above = self.above + 1 if loss > self.first_loss else 0
@@ -373,6 +374,7 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
             for key, side in sides.items()
         }
     elif before.optimizer != config.optimizer:
+        # The first loss stays, of the same faces and losses; only the count begins anew.
         sides = {key: replace(side, above=0, excess=0.0) for key, side in sides.items()}
     state.parts[PART] = _part_of(sides, _moved_of(state))
 

@@ -68,6 +68,7 @@ def dry_run(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = No
         ValueError: As training would raise it.
     """
     with (
+        # What is decoded on the way goes there: the model's folder stays as it is.
         tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch,
         open_dry_run(overrides, reporter, recipe, Path(scratch)) as setup,
     ):
@@ -108,4 +109,5 @@ def _run_steps(setup: TrainingSetup) -> DryRun:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # Linux counts it in KiB.
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -53,6 +53,7 @@ def train(
         SaveError: The first save fails.
     """
     with ExitStack() as stack:
+        # Not without a stream: the reporter takes the program's output where it has none.
         stream = None if echo else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         reporter = Reporter(stream, listener=_listener(on_metrics, on_event))
         overrides = Overrides(lasting=_overrides_in(config))
@@ -74,6 +75,7 @@ def _listener(
         return None
 
     def hand_out(line: str) -> None:
+        # From the line, so that a listener sees what `--json` writes, and nothing else.
         event = json.loads(line)
         if on_metrics is not None and event["event"] == "step":
             on_metrics(event)
@@ -91,6 +93,7 @@ def _overrides_in(
         return read_toml(Path(config).expanduser())
     if isinstance(config, Mapping):
         return dict(config)
+    # A `Config` has every value; a resumed model would take each for the user's wish.
     usual = to_dict(Config())
     return {
         section: {name: value for name, value in table.items() if value != usual[section][name]}

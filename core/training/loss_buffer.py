@@ -38,6 +38,7 @@ class LossBuffer:
             raise ValueError(f"the last {CAPACITY} rows are kept, asked for {count}")
         # The device works in order, so the copy is made before any later row is written.
         copies = to_host(self.rows[:count])
+        # Queued behind the copy, like it: the rows are written from the front again.
         self.next_row.zero_()
         return lambda: copies()[0]
 

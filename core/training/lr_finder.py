@@ -78,6 +78,7 @@ class Search:
         # The average begins at 0; this takes out what it lacks.
         smoothed = self._average / (1 - _MEMORY**count)
         self.rates.append(self.rate(count))
+        # Noted at the rate that the update would take next, as faceswap does.
         self.smoothed.append(smoothed)
         has_diverged = smoothed > _DIVERGED * self.lowest
         self.lowest = min(self.lowest, smoothed)
@@ -91,6 +92,7 @@ class Search:
         """
         if not self.rates:
             raise ValueError("no learning rate was found: the first loss is not a number")
+        # At the lowest loss, not at the steepest fall: the divisors of faceswap are made for that.
         best = self.rates[self.smoothed.index(self.lowest)]
         return {strength: best / divisor for strength, divisor in STRENGTHS.items()}
 
@@ -111,6 +113,7 @@ def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> No
     """
     config = setup.config.optimizer
     per_update, iterations = config.gradient_accumulation, config.lr_finder_iterations
+    # Fewer steps over nine decades are so coarse that the first noise passes for the lowest loss.
     if iterations // per_update < _LEAST_UPDATES:
         raise ValueError(
             f"optimizer.lr_finder_iterations must be at least {_LEAST_UPDATES * per_update} "
@@ -118,6 +121,7 @@ def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> No
             f"{iterations}"
         )
     search = Search(iterations // per_update)
+    # On the model itself and not on a copy, for which a GPU may have no room.
     restore = _restorer_of(setup.step.update)
     _search(setup, search, reporter, stop)
     restore()
@@ -180,6 +184,7 @@ def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[
     """
     on_gpu = setup.device.type == "cuda"
     per_update = setup.config.optimizer.gradient_accumulation
+    # On a CPU every loss is there at once, so the search ends without a step too many.
     block = max(1, _STEPS_AHEAD // per_update) if on_gpu else 1
     fetched: deque[Callable[[], np.ndarray]] = deque()
     for first in range(0, num_updates, block):
@@ -222,9 +227,11 @@ def draw(search: Search, picture: Path) -> None:
     """The smoothed loss against the rate, with the found rate of every strength as a dot."""
     import matplotlib
 
+    # No window, and no screen needed.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    # The last one is where the loss has left the picture.
     rates, smoothed = search.rates[_NOT_DRAWN:-1], search.smoothed[_NOT_DRAWN:-1]
     figure, axis = pyplot.subplots(figsize=(9, 5))
     axis.plot(rates, smoothed, color="tab:blue")

@@ -152,6 +152,7 @@ def advice(config: Config, precision: Precision, free_bytes: int, *, store_bytes
     smaller = [size for size in batch_sizes() if size < batch_size and size <= fits]
     if smaller:
         return f"{begin}use --batch-size {smaller[-1]}"
+    # From the change that costs least: faces in host memory change no result at all.
     for words, changed, lowered, store in _changes(config, precision, store_bytes):
         fits = footprint(changed, lowered, store_bytes=store).largest_batch(free_bytes)
         if fits:
@@ -231,6 +232,7 @@ def _measure(
         # One batch is in use, the next in the making.
         "batches": 2 * sum(tensor.nbytes for tensor in tensors),
         "kept for backward": saved.num_bytes,
+        # The loss writes gradients of the outputs' own format.
         "outputs and their gradients": 2 * sum(tensor.nbytes for tensor in outputs),
         "largest layer": largest.num_bytes,
         "workspaces": workspace_bytes(faces, size_px=size_px, **sizes),

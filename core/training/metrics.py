@@ -109,6 +109,7 @@ class MetricsLogger:
                     skipped=to_host(self.setup.step.update.skipped),
                     first=self.setup.state.iterations - self.unlogged + 1,
                     count=self.unlogged,
+                    # Above 0: rates are divided by it, and a clock may stand still.
                     seconds=max(now - self.asked_at, 1e-9),
                     waited_s=waited_s - self.waited_s,
                     ended_at=ended_at,

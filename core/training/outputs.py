@@ -63,6 +63,7 @@ def open_images(
             output_px=output_px[-1],
             num_threads=num_threads,
         ),
+        # Not all of the folder: what the store left out could not be shown, either.
         faces={side: opened.trained_on for side, opened in faces.items()},
         folder=folder.path,
         window=window,

@@ -83,9 +83,11 @@ def open_setup(
     if model_dir is None:
         raise ValueError("no model folder given: add --model-dir FOLDER")
     with ExitStack() as stack:
+        # The lock first: what is read below must not change under another run.
         folder = stack.enter_context(ModelFolder(model_dir, trainer=overrides.trainer))
         saved = folder.load()
         resolved = resolve(overrides, saved, recipe, _known_paths(folder, saved).trust)
+        # Known only now: the setting may be the model's own, which lies in the folder.
         folder.keep_generations = resolved.config.save.keep_generations
         report_notices(reporter, resolved.notices)
         report_warnings(folder, reporter)
@@ -98,6 +100,7 @@ def open_setup(
         report_warnings(folder, reporter)
         start = _Start(resolved, saved, folder, rate_factor)
         with _built(start, reporter, stack) as setup:
+            # At the end: paths of a start that was refused are not to be trusted later.
             _remember_paths(resolved, setup, reporter)
             yield setup
 
@@ -159,6 +162,7 @@ def report_notices(reporter: Reporter, notices: list[Notice]) -> None:
 def _read_model(overrides: Overrides, recipe: Recipe | None) -> tuple[Generation | None, Resolved]:
     """The model in the folder that is given, where there is one, and the settings with it."""
     model_dir = overrides.model_dir
+    # Without `generations` there is no save, whatever else lies in the folder.
     if model_dir is None or not (model_dir / FOLDER).is_dir():
         return None, resolve(overrides, None, recipe)
     with ModelFolder(model_dir, trainer=overrides.trainer, read_only=True) as folder:
@@ -177,6 +181,7 @@ def _remember_paths(resolved: Resolved, setup: TrainingSetup, reporter: Reporter
     """Have the paths of this session count at later starts without being given again."""
     pairs = [
         (".".join(place), path)
+        # Both: paths by flags stand in the session's record, where `mien timelapse` meets them.
         for config in (resolved.kept, resolved.config)
         for place, path in paths_in(to_dict(config), config.model.trainer).items()
     ]
@@ -219,6 +224,7 @@ def _build(
     engine_name, engine_why = check_step(config, device)
     loss = Loss(config.loss, sizes_of(config)[1], device)
     if start.saved:
+        # Before the model is made: settings of a far larger one would take the memory first.
         check_fit(config, start.saved)
     model, loaded = build_model(config, device, is_new=start.saved is None)
     faces = open_faces(

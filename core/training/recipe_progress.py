@@ -95,6 +95,7 @@ class Plan:
         settings = self.recipe.settings_of(self.place.stage)
         if "learning_rate" not in settings.get("optimizer", {}):
             return settings
+        # Else the found rate would go on, since it weighs more than a rate that is set.
         return merge(settings, {"optimizer": {"use_lr_finder": False}})
 
     def closes_window(self, iterations: int) -> bool:
@@ -157,11 +158,13 @@ class Plan:
     def advance(self, iterations: int) -> None:
         """Enter the stage that this total iteration belongs to; the last one is never left."""
         while self.end(iterations) and not self.is_last:
+            # A new place: seconds, best value and window are the stage's own.
             self.place = Place(stage=self.place.stage + 1, begun=iterations)
             self.is_entered = True
 
     def to_dict(self, seconds: float = 0.0) -> dict[str, Any]:
         """Plain values, with the seconds of this session added."""
+        # Added here and not in the place: every save of the session would add them again.
         place = asdict(self.place) | {"seconds": self.place.seconds + seconds}
         return {"recipe": self.recipe.to_dict(), "place": place}
 

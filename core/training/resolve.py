@@ -143,7 +143,9 @@ def resolve(
     by_stage = plan.settings() if plan else {}
     model = _saved_model(saved, trust) if saved else None
     own = model.own if model else {}
+    # The model's own: a user who gives another one is refused below, as for all that is locked.
     trainer = own["model"]["trainer"] if model else sections["model"].trainer
+    # Two sets from here on: what holds now, and what the model keeps.
     session = merge(overrides.lasting, overrides.session, by_stage)
     lasting = merge(overrides.of_the_model, by_stage, _NOT_KEPT)
     paths, lasting_paths = (
@@ -152,8 +154,10 @@ def resolve(
     at_resume, notices = _settled_at_resume(model, session) if model else ({}, [])
     session = merge(own, session, paths, at_resume)
     lasting = merge(own, lasting, lasting_paths, at_resume)
+    # TOML is UTF-8: such a name holds for this session, and cannot be kept.
     unwritable = path_settings.unwritable(lasting, trainer)
     lasting = path_settings.with_paths(lasting, dict.fromkeys(unwritable, ""))
+    # Every option written out, so that later defaults do not change the model.
     config = from_dict(merge(session, _every_option(session, trainer)))
     kept = from_dict(merge(lasting, _every_option(lasting, trainer)))
     stages.check_metrics(plan, config)
@@ -202,6 +206,7 @@ def _saved_model(saved: Generation, trust: Callable[[str, str], bool]) -> _Saved
         for place, path in path_settings.paths_in(own, own["model"]["trainer"]).items()
         if not trust(".".join(place), os.path.abspath(os.path.expanduser(path)))
     }
+    # Emptied and not refused: a copied folder must open, and a notice names what is left out.
     own = path_settings.with_paths(own, dict.fromkeys(strange, ""))
     return _SavedModel(own, _of_last_session(own, state), strange, found_rate(state))
 
@@ -276,6 +281,7 @@ def _refuse_locked(own: dict[str, Any], session: dict[str, Any]) -> None:
     """Refuse what would change a setting that is fixed in the model."""
     for spec in all_settings():
         table = session.get(spec.section, {})
+        # Options are a table: each is locked or free by itself, which is looked at below.
         if spec.locked and spec.type is not dict and spec.name in table:
             _refuse_change(spec.full_name, own[spec.section][spec.name], table[spec.name])
     for option, old, new in _options(own, merge(own, session)):
@@ -299,6 +305,7 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
             continue
         last, own, value = (each[spec.section][spec.name] for each in (model.last, model.own, new))
         if last != value:
+            # Else the user, who has changed nothing, would look for what did.
             why = "; it was set by a flag, for that session" if value == own else ""
             change = f"from {_shown(spec.word_for(last))} to {_shown(spec.word_for(value))}"
             yield Notice(f"updated {spec.full_name} {change}{why}")

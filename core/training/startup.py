@@ -108,6 +108,7 @@ def _fields_of_setup(
         "batch_size_bound": batch.bound,
         "losses": [{"name": name, "weight": weight} for name, weight in loss.weights.items()],
         "mask_loss": next(iter(loss.mask_weights), None),
+        # The rate that the warm-up rises to: the first one of all may be near 0.
         "learning_rate": schedule.base_rate * schedule.factor,
         "learning_rate_is_found": schedule.source == "found",
         "warmup_steps": schedule.config.warmup_steps,

@@ -84,6 +84,7 @@ class TrainStep:
     ) -> None:
         """Train on one batch; the backward pass runs within ``during_backward``."""
         outputs = self.forward(batch.input_nchw)
+        # The loss gives its gradients, too: its kernels have them at hand, and autograd takes over.
         losses = self.loss(outputs, batch, self._scale)
         with during_backward:
             gradients = self.backward(outputs, losses.gradients)

@@ -63,6 +63,7 @@ class Trainer:
         self.detector = DivergenceDetector(
             setup.state,
             NotFinite(setup.precision.scales_loss, accumulation),
+            # Weights of another model know something: their first loss bounds nothing.
             rate=None if setup.config.model.load_weights else setup.schedule.rate,
         )
         self.divergence: TrainingDiverged | None = None

@@ -28,6 +28,7 @@ def check_folders(config: Config, *, is_new: bool) -> None:
             where = f"; {config.save.model_dir} holds no model yet" if is_new else ""
             raise ValueError(f"no faces for side {side.upper()}: add --input-{side} FOLDER{where}")
     preview = config.preview
+    # At the start, since the first picture is due with the first save.
     if bool(preview.timelapse_input_a) != bool(preview.timelapse_input_b):
         has, lacks = ("a", "b") if preview.timelapse_input_a else ("b", "a")
         raise ValueError(
@@ -63,6 +64,7 @@ def open_faces(
     faces = open_sides(
         data,
         config.evaluate,
+        # One size for all: inputs and targets are made of the same stored face.
         max(input_px, *output_px),
         store_dir=Path(data.store_dir or faces_dir),
         earlier_dir=earlier_dir,

@@ -49,6 +49,7 @@ def train(
     iteration, rollbacks = 0, _Rollbacks()
     requests = requests or Requests()
     stop = requests.stop
+    # A reader that has stopped must not hold up the save that follows a signal.
     stop.when_noted.append(reporter.hurry)
     while True:
         with _reporting_end(reporter, iteration, is_later=until is not None), ExitStack() as stack:
