@@ -70,6 +70,7 @@ def face_mask(
 def _stored(face: Face, name: str, matrix_23: np.ndarray, size_px: int) -> np.ndarray:
     """A stored mask on the decoded face, (S, S) float32."""
     mask = face.stored_mask(name)
+    # A stored mask covers the whole of its centring, whatever coverage the model was trained at.
     stored_23 = crop_matrix(face.alignment, Crop(mask.centering, 1.0, 0.0, mask.size_px))
     to_stored_33 = np.vstack([stored_23, (0, 0, 1)]) @ np.linalg.inv(
         np.vstack([matrix_23, (0, 0, 1)])
@@ -87,6 +88,7 @@ def softened(mask_ss: np.ndarray, erode_px: float, feather_px: float) -> np.ndar
     if not erode_px and not feather_px:
         return mask_ss
     inside = np.pad((mask_ss >= 0.5).view(np.uint8), 1)
+    # A distance fades evenly along any outline; a blur would leave a rim outside of the mask.
     depth = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_5)[1:-1, 1:-1]
     share = np.clip((depth - np.float32(erode_px)) / np.float32(max(feather_px, 1)), 0, 1)
     return mask_ss * (share * share * (3 - 2 * share))  # without a line where the fading begins
@@ -103,7 +105,9 @@ def matched(
     """
     if color == "off":
         return decoded_ssc
+    # Both at one size: a sharper picture has the larger spread for no other reason.
     edge_px = min(len(decoded_ssc), len(original_ssc), _COLOUR_PX)
+    # Inside only: hair and background differ between the two without any fault in the colours.
     inside = (_shrunk(mask_ss, edge_px) >= 0.5).view(np.uint8)
     if not inside.any():
         return decoded_ssc
@@ -112,7 +116,10 @@ def matched(
     gain_c = np.ones(3, np.float32)
     if color == "full":
         gain_c = np.clip(
-            wanted_spread_c / np.maximum(spread_c, 1e-3), 1 / _MOST_CONTRAST, _MOST_CONTRAST
+            # A face of one colour has no spread to divide by.
+            wanted_spread_c / np.maximum(spread_c, 1e-3),
+            1 / _MOST_CONTRAST,
+            _MOST_CONTRAST,
         )
     lab_ssc = (cv2.cvtColor(decoded_ssc, cv2.COLOR_BGR2Lab) - mean_c) * gain_c + wanted_mean_c
     return np.clip(cv2.cvtColor(lab_ssc, cv2.COLOR_Lab2BGR), 0, 1)

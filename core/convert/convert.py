@@ -143,6 +143,7 @@ class Converter:
 
     def _is_done(self, work: _Work, output: Output) -> bool:
         is_shown = work.frame.stem in self._shown and bool(work.faces)
+        # A frame of the sheet is made again: its tiles come of the conversion.
         return not is_shown and output.is_done(work.frame, bool(work.faces))
 
     def _open(self, work: _Work) -> _Work:
@@ -163,6 +164,7 @@ class Converter:
             if work is not None:
                 waiting.append(work)
                 undecoded.extend((work, patch_ssc) for patch_ssc in work.patches)
+            # Where faces are rare, a batch that is not full is cheaper than frames held in memory.
             must = work is None or len(waiting) >= _MOST_WAITING
             while len(undecoded) >= self._batch_size or (must and undecoded):
                 count = min(self._batch_size, len(undecoded))
@@ -181,6 +183,7 @@ class Converter:
         """The frame with its faces in it, encoded."""
         tiles = []
         if work.image_hwc is not None:
+            # Faces are blended into the frame itself, so the sheet needs a copy from before.
             before = work.image_hwc.copy() if work.frame.stem in self._shown else None
             for placed, patch_ssc, decoded in zip(
                 work.faces, work.patches, work.decoded, strict=True
@@ -233,6 +236,7 @@ def ahead(
             yield waiting.popleft().result()
     finally:
         for future in waiting:
+            # The caller has stopped, or failed: what has not begun is not to be waited for.
             future.cancel()
 
 

@@ -29,6 +29,7 @@ from .placement import Faces, first_number, read_faces, require_frames
 from .video import CONTAINERS, Video, VideoOutput
 
 Emit = Callable[..., None]
+# Else a folder of this name would be made of a video that somebody wanted.
 _OTHER_VIDEOS = (".avi", ".webm", ".m4v", ".wmv", ".mpg", ".mpeg", ".flv", ".gif")
 _SHEET_FRAMES = 8
 _SECONDS_BETWEEN_STEPS = 0.5
@@ -149,6 +150,7 @@ def swap_film(
     steps = _Steps(emit, film.num_frames)
     threads = thread_count(settings.num_threads)
     with closing(film.output):
+        # Closed before the output, into which its threads may still be writing.
         with closing(film.converter.convert(film.frames(), film.output, threads)) as written:
             for done in written:
                 frames, kept = frames + 1, kept + done.was_there
@@ -183,6 +185,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     options = _blend_options(settings, model)
     faces = read_faces(settings.faces, options.mask, warn)
     if isinstance(source, Video):
+        # Only the faces' names tell whether their extraction counted from 0 or from 1.
         source.first_number = first_number(faces)
     stems = source.stems
     faces = require_frames(
@@ -196,6 +199,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
             return source.frames()
         return islice((each for each in source.frames() if each.stem in chosen), len(chosen))
 
+    # Before the output is opened: one frame is enough to see that the film is another one.
     _check_first(frames(), faces)
     compute.apply()
     num_faces = sum(len(faces[stem]) for stem in chosen or with_faces)
@@ -259,6 +263,7 @@ def _check_settings(settings: SwapSettings) -> None:
         if path is None:
             continue
         for other in (settings.frames, settings.faces, settings.model):
+            # Frames that are written among those that are read would be read at the next call.
             if path.resolve().is_relative_to(other.resolve()):
                 raise ValueError(f"{name} {path} lies in {other}: choose another place")
         if not path.parent.is_dir():

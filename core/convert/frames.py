@@ -57,6 +57,7 @@ class PictureFolder:
         self._files: dict[str, Path] = {}
         for name in names:
             path = folder / name
+            # Faces name their frame, and its ending may have changed since.
             twin = self._files.setdefault(path.stem, path)
             if twin is not path:
                 raise ValueError(
@@ -88,7 +89,9 @@ def read_picture(path: Path) -> np.ndarray:
     """
     content = read_bytes(path)
     image = None
+    # Only a JPEG says that it is to be turned, which IMREAD_UNCHANGED would not do.
     flags = cv2.IMREAD_COLOR if content.startswith(_JPEG) else cv2.IMREAD_UNCHANGED
+    # OpenCV makes a picture of half a PNG, and only prints that it is cut short.
     if not content.startswith(SIGNATURE) or is_complete(content):
         with contextlib.suppress(cv2.error), silent_libraries():
             image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)

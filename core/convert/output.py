@@ -126,6 +126,7 @@ class PictureOutput:
         if image_hwc is not None:
             content = encoded_png(image_hwc, self._text)
         elif frame.path is not None:
+            # Byte for byte: a frame without a face loses nothing, its metadata included.
             content = read_bytes(frame.path)
         else:
             content = cv2.imencode(".png", frame.read(), _FAST_PNG)[1].tobytes()
@@ -136,6 +137,7 @@ class PictureOutput:
 
     def finish(self) -> None:
         """Make sure that the names of the frames survive a power cut."""
+        # Once, at the end: a power cut before costs frames that the same call makes again.
         sync_folder(self.folder)
 
     def close(self) -> None:

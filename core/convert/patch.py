@@ -53,8 +53,10 @@ def cut_patch(image_hwc: np.ndarray, matrix_23: np.ndarray, size_px: int) -> np.
     each of its pixels is the mean of the area that it covers.
     """
     scale = scale_of(matrix_23)
+    # First at the frame's own size: a warp that shrinks would skip pixels.
     cut_px = size_px if scale >= 1 else min(math.ceil(size_px / scale), MAX_NATIVE_PX)
     native_23 = rescaled(matrix_23, cut_px / size_px)
+    # Black outside, as extraction leaves it, so that the model sees what it was trained on.
     patch_ssc = cv2.warpAffine(image_hwc, native_23, (cut_px, cut_px), flags=cv2.INTER_CUBIC)
     return resize(patch_ssc, size_px)[..., :3] / np.float32(np.iinfo(image_hwc.dtype).max)
 
@@ -84,6 +86,7 @@ def paste(
         from_region_23,
         size,
         flags=cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP,
+        # The cubic reaches beyond the patch: black there would darken its edge.
         borderMode=cv2.BORDER_REPLICATE,
     )
     mask_hw = cv2.warpAffine(
@@ -92,6 +95,7 @@ def paste(
     region_hwc = image_hwc[top:bottom, left:right, :3]
     peak = np.float32(np.iinfo(image_hwc.dtype).max)
     np.clip(patch_hwc, 0, 1, out=patch_hwc)  # a cubic goes beyond
+    # As a change of the frame: where the mask is 0 the level stays the same to the bit.
     change_hwc = patch_hwc * peak
     change_hwc -= region_hwc
     change_hwc *= mask_hw[..., None]

@@ -54,6 +54,7 @@ class PlacedFace:
                 "that the faces were extracted from, in their size"
             )
         inside_l2 = (self.face.landmarks_l2 >= 0) & (self.face.landmarks_l2 < (width_px, height_px))
+        # One landmark inside is enough: faces at the edge of a frame are faces.
         if not inside_l2.all(axis=1).any():
             raise ValueError(
                 f"{self.face.path}: all of its landmarks lie outside of its frame {self.stem} of "
@@ -97,6 +98,7 @@ def read_faces(folder: Path, mask: str, warn: Callable[[str], None]) -> Faces:
     if rejected:
         warn(skipped(rejected))
     for found in faces.values():
+        # As they were found: where two overlap, the later one lies on top at every call.
         found.sort(key=lambda placed: placed.index)
     return faces
 

@@ -70,6 +70,7 @@ class Video:
                 }
                 self.rate: Fraction = stream.average_rate or Fraction(25)
                 self.time_base: Fraction = stream.time_base or 1 / self.rate
+                # Not every container says how many there are; packets are counted without decoding.
                 self.num_frames: int = stream.frames or sum(
                     1 for packet in container.demux(stream) if packet.size
                 )
@@ -131,6 +132,7 @@ class VideoOutput:
         self.path, self._source = path, source
         self._rate = source.rate if source else rate
         self._time_base = source.time_base if source else 1 / self._rate
+        # Beside it, since only there the last rename is one step.
         self._part = path.with_name(f".{path.name}.part")
         self._comment, self._has_sound = comment, has_sound
         self._container: Any = None
@@ -147,6 +149,7 @@ class VideoOutput:
 
         image_hwc: BGR, uint8 or uint16, an alpha channel is dropped; None for a frame as it was.
         """
+        # As it was decoded: a way over BGR and back would change its levels.
         if image_hwc is None and frame.decoded is not None and not frame.decoded.rotation:
             coded = frame.decoded
             if coded.format.name == self._format(coded.width, coded.height):
@@ -167,6 +170,7 @@ class VideoOutput:
     def _timed(self, coded: Any, frame: Frame) -> Any:
         coded.pict_type = 0  # the encoder chooses, whatever the frame was coded as before
         if frame.decoded is not None:
+            # The source's own times, which may be uneven: the sound stays with the picture.
             coded.pts, coded.time_base = frame.decoded.pts, frame.decoded.time_base
         else:
             coded.pts = None
@@ -191,6 +195,7 @@ class VideoOutput:
                     f"{size[0]} x {size[1]}, which a video cannot hold: write a folder of pictures"
                 )
             if self._sound:
+                # Before the frame: a player wants both at about the same place of the file.
                 self._sound.copy(until_s=float(coded.pts * coded.time_base))
             self._container.mux(self._stream.encode(coded))
         except _av().FFmpegError as error:
@@ -207,6 +212,7 @@ class VideoOutput:
             self._container.close()
         except _av().FFmpegError as error:
             raise self._unwritable(error) from None
+        # Before its name: a power cut must not leave a whole name on half a film.
         sync_file(self._part)
         os.replace(self._part, self.path)
         sync_folder(self.path.parent)

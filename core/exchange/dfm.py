@@ -23,6 +23,7 @@ from .onnx_layers import ModelWriter
 
 MASKS = ("learned", "mean", "ones")
 
+# Chosen with the mean face's outline, untried in the programs.
 _FEATHER = 0.06
 """Width of the mean face's soft edge, normalised."""
 
@@ -106,6 +107,7 @@ def dfm_plan(network: Autoencoder, crop: Crop, target: str, mask: str | None) ->
             "model.learn_mask to have one"
         )
     default = "learned" if network.build.learn_mask else "mean"
+    # The larger of both: facefusion pastes what comes out at the size that went in.
     side_px = max(network.input_px, network.output_px[-1])
     placement = place(model_square(crop), program_square(target), side_px)
     return DfmPlan(target, mask or default, placement)
@@ -130,8 +132,10 @@ def dfm_file(network: Autoencoder, plan: DfmPlan) -> OnnxFile:
     swapped = placed(of_b[-2] if learned else of_b[-1])
     if not placement.is_whole:
         is_model = graph.constant(_square_of_ones(placement).astype(bool)[None, None])
+        # The film's own pixels around it, and no black: facefusion matches colours over the whole.
         swapped = graph.add("Where", is_model, swapped, picture)
     if plan.mask == "learned":
+        # The film's face as decoded by A, then the swap's: programs take the smaller of the two.
         masks = (placed(of_a[-1]), placed(of_b[-1]))
     else:
         masks = (_repeated(graph, constant_mask(plan), picture),) * 2

@@ -76,6 +76,7 @@ def _inner_points(numbers: list[int]) -> tuple[Callable[[np.ndarray], np.ndarray
     return lambda landmarks_l2: landmarks_l2[numbers], template_l2
 
 
+# Of DeepFaceLab's "whole face".
 _DFL_PADDING = 0.40
 
 PROGRAMS = {
@@ -168,6 +169,7 @@ def place(model: Square, program: Square, side_px: int) -> Placement:
     """
     if model.is_nearly(program):
         return Placement(side_px, 0, 0, side_px)
+    # The program's picture is chosen by the model's square, which then needs no resize.
     size_px = round(side_px * program.side / model.side)
     left, top = (
         round(((centre - program_centre) / program.side + 0.5) * size_px - side_px / 2)

@@ -18,6 +18,7 @@ from ..system.durable_files import open_for_reading
 
 METADATA, CONFIG, WEIGHTS = "metadata.json", "config.json", "model.weights.h5"
 _UNREAD = {METADATA, "optimizer.pt"}
+# Keras writes three or four.
 _MOST_ENTRIES = 64
 _MOST_JSON_BYTES = 8 << 20  # the largest seen has 0.6 MB
 _PIECE_BYTES = 1 << 20
@@ -32,6 +33,7 @@ class Archive:
     def __init__(self, path: Path, zipped: zipfile.ZipFile) -> None:
         self.path, self._zip = path, zipped
         names = [entry.filename for entry in zipped.infolist()]
+        # Two entries of one name are read differently by different programs.
         if len(names) > _MOST_ENTRIES or len(set(names)) != len(names):
             raise ValueError(f"{path} holds {len(names)} files, which no Keras model does")
         for needed in (CONFIG, WEIGHTS):
@@ -57,6 +59,7 @@ class Archive:
     @contextmanager
     def unpacked_weights(self, max_bytes: int) -> Iterator[Path]:
         """A temporary copy of the HDF5 part, of at most so many bytes."""
+        # HDF5 is read by places, which a zip's stream does not offer.
         with tempfile.NamedTemporaryFile(prefix="mien-", suffix=".h5") as copy:
             for piece in self._pieces(WEIGHTS, max_bytes):
                 copy.write(piece)
@@ -68,6 +71,7 @@ class Archive:
         too_large = ValueError(
             f"{name} of {self.path} must have at most {max_bytes} bytes for such a model, got more"
         )
+        # What the zip says, and below what really comes: it may say anything.
         if self._zip.getinfo(name).file_size > max_bytes:
             raise too_large
         left = max_bytes

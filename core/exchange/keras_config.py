@@ -16,6 +16,7 @@ from .keras_order import ordered_layers
 
 Json = dict[str, Any]
 
+# Far more than any model of faceswap has: these bound a stranger's.
 MAX_LAYERS = 5000
 _MAX_NETWORK_DEPTH = 3
 _LARGEST = 2**28
@@ -54,6 +55,7 @@ def _config_of(network: Network) -> Json:
     return {
         "name": network.name,
         "trainable": True,
+        # In Keras's own order: it numbers the layers by it, and finds their weights by the number.
         "layers": [_layer(layer, calls[layer]) for layer in ordered_layers(network)],
         "input_layers": [_reference(value) for value in network.inputs],
         "output_layers": [_reference(value) for value in network.outputs],
@@ -70,6 +72,7 @@ def _layer(layer: Layer | Network, calls: list[Call]) -> Json:
             "module": "lib.model.layers" if own else "keras.layers",
             "class_name": layer.kind,
             "config": {"name": layer.name} | attributes,
+            # By this alone faceswap finds its own layers; the module's text is not looked at.
             "registered_name": layer.kind if own else None,
             "name": layer.name,
         }
@@ -79,6 +82,7 @@ def _layer(layer: Layer | Network, calls: list[Call]) -> Json:
 
 def _node(call: Call) -> Json:
     tensors = [_tensor(value) for value in call.inputs]
+    # Keras gives such a layer a list even of one, and refuses it otherwise.
     is_list = len(tensors) > 1 or getattr(call.layer, "kind", "") in _TAKES_A_LIST
     return {"args": [tensors] if is_list else tensors, "kwargs": {}}
 
@@ -167,6 +171,7 @@ class _Reader:
         for key, sources in waiting.items():
             for source in sources:
                 followers.setdefault(source, []).append(key)
+        # Not by recursion: a stranger's graph may be one long chain.
         ready = [key for key, sources in waiting.items() if not sources]
         for key in ready:  # grows on the way
             self._call(key)
@@ -305,6 +310,7 @@ def _axis(value: Any) -> int | None:
     last = value[0] if isinstance(value, list) and len(value) == 1 else value
     if last not in (None, -1, 1, 3) or isinstance(last, bool):
         raise ValueError
+    # The channels, counted from either end: 3 of pictures, 1 of vectors.
     return None if last is None else -1
 
 

@@ -63,6 +63,7 @@ def export_keras(
     try:
         with _beside(target) as folder:
             write_keras(folder / files[0], graph, model.metadata)
+            # Of the file as it lies on the disk, read by the way on which imports come.
             difference = _difference(folder / files[0], model.network, faces)
             if not difference <= MAX_DIFFERENCE:
                 raise ValueError(
@@ -94,6 +95,7 @@ def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: b
     if not target.is_dir() or target.is_symlink():
         raise ValueError(f"{target} is no folder; choose another name")
     there = sorted(entry.name for entry in target.iterdir())
+    # faceswap insists on one state a folder, and refuses a second model in it.
     others = [name for name in there if name.endswith((".keras", "_state.json"))]
     foreign = [name for name in others if name not in files]
     if foreign or (there and not others):

@@ -19,6 +19,7 @@ from .keras_config import to_json
 from .keras_order import slots_of
 from .keras_weights_file import require_h5py
 
+# The version that faceswap pins; at 3.3 and before it would rename layers.
 KERAS_VERSION = "3.14.1"
 """Version whose files these are like; one that is older would have its layers renamed."""
 
@@ -38,6 +39,7 @@ def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
     head = {"keras_version": KERAS_VERSION, "date_saved": saved} | metadata
     with (
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".h5") as arrays,
+        # Stored, as Keras does: weights hardly shrink.
         zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive,
     ):
         archive.writestr(METADATA, json.dumps(head))
@@ -60,6 +62,7 @@ def _fill(group: Any, network: Network) -> None:
             _fill(place, layer)
             continue
         arrays = place.create_group("vars")
+        # For people: Keras finds weights by the number of the group.
         arrays.attrs["name"] = layer.name
         for number, numbers in enumerate(_arrays(layer)):
             arrays.create_dataset(str(number), data=numbers)

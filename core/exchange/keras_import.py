@@ -44,6 +44,7 @@ def import_keras(source: Path, target: Path) -> KerasImport:
     """
     found = find(source)
     state = training_state_of(found.state)
+    # Locked before the file is read, which takes a while.
     with ModelFolder(target, trainer=state.trainer) as folder:
         if not folder.is_new:
             raise ValueError(f"model folder {target} holds a model already; choose a new folder")
@@ -51,6 +52,7 @@ def import_keras(source: Path, target: Path) -> KerasImport:
         config, left_out = _config_of(found, model)
         folder.write_config(config)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        # Without the optimizer: faceswap's is a pickle, which is never read.
         folder.save(tensors, None, state.to_dict())
     rate = found_rate(state)
     return KerasImport(
@@ -77,6 +79,7 @@ def _config_of(found: Found, model: Autoencoder) -> tuple[Config, list[str]]:
     settings["model"] = {"trainer": model.Config.family, "options": _plain(options)} | shape
     settings.setdefault("loss", {})["learn_mask"] = build.learn_mask
     if found_rate(training_state_of(found.state)) is not None:
+        # Else a resume would begin at the configured rate, which was never trained with.
         settings.setdefault("optimizer", {})["use_lr_finder"] = True
     return from_dict(settings), left_out
 

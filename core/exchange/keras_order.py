@@ -19,9 +19,11 @@ def ordered_layers(network: Network) -> list[Layer | Network]:
     finished, arrived = finishing_order(network.outputs)
     rank: dict[Layer | Network, int] = {}
     for call in arrived:
+        # By first arrival: of two calls of a layer the first one counts.
         rank.setdefault(call.layer, len(rank))
     call_depth: dict[Call, int] = {}
     depth: dict[Layer | Network, int] = {}
+    # Each call behind all that take of it, so that its depth is final when it is its turn.
     for call in reversed(finished):
         deepest = max(call_depth.get(call, 0), depth.get(call.layer, 0))
         call_depth[call] = depth[call.layer] = deepest

@@ -63,6 +63,7 @@ def find(path: Path) -> Found:
     _refuse_others(folder, names)
     given = [path.name] if path.is_file() else []
     files = given or [name for name in names if name.endswith(".keras")]
+    # As in faceswap: an *.h5 counts only where there is no *.keras.
     files = files or [name for name in names if name.endswith(".h5")]
     if len(files) != 1 or not files[0].endswith((".keras", ".h5")):
         kinds = ", ".join(files) if files else "none"
@@ -135,6 +136,7 @@ class Arrays:
             ValueError: One is missing, of another shape, or lies elsewhere.
         """
         entries = []
+        # More paths than weights: a layer of this kind may have fewer.
         for path, shape in zip(self.paths[layer], shapes, strict=False):
             check_array(self.file, path, shape)
             entries.append(Entry(shape, _only_read, partial(array, self.file, path, shape)))
@@ -167,6 +169,7 @@ def open_weights(path: Path, graph: Network, model_bytes: int) -> Iterator[Array
             for layer, place in weight_paths(graph).items()
         }
         with open_archive(path) as archive:
+            # Older files hold the optimizer's moments beside the weights.
             limit = 4 * model_bytes + _SPARE_BYTES
             with archive.unpacked_weights(limit) as copy, open_arrays(copy) as file:
                 yield Arrays(file, paths)
@@ -192,6 +195,7 @@ def read_model(found: Found) -> Autoencoder:
             does not is named.
     """
     family = found.state["name"].replace("_", "-")
+    # Before the graph is read, whose refusal would name a layer and not the reason.
     _refuse_known_network(found)
     graph = graph_of(found.model)
     with _naming(found.model):
@@ -204,6 +208,7 @@ def read_model(found: Found) -> Autoencoder:
     with open_weights(found.model, graph, model_bytes) as arrays:
         for ours, theirs in pairs.items():
             theirs.weights = arrays.entries(theirs, [entry.shape for entry in ours.weights])
+        # Only now: shapes were compared by a model without memory.
         model = models.build(family, seed=None, pretrained=False, **settings)
         own = dict(zip(layout.layers(), model.graph().layers(), strict=True))
         for ours, theirs in pairs.items():
@@ -226,12 +231,14 @@ def settings_of_model(state: dict[str, Any], graph: Network) -> dict[str, Any]:
     """What `models.build` is to be told: options of the state, and what the graph shows itself."""
     family = state["name"].replace("_", "-")
     options = options_of(state)
+    # An option of mien's own, which faceswap's state cannot hold: the shapes tell it.
     if "width" in options:
         filters = _first_filters(models.meta_model(family, **options).graph())
         width, rest = divmod(options["width"] * _first_filters(graph), filters)
         options["width"] = options["width"] if rest else width
     for name, edge_px in (("input_size", graph.inputs[0]), ("output_size", _last_face(graph))):
         if name in options:
+            # By the graph: faceswap rounds sizes that its networks cannot make.
             options[name] = edge_px.shape[0]
     if "architecture" in options:
         options["architecture"] = graph.name.rpartition("_")[2]

@@ -23,6 +23,7 @@ from .keras_order import ordered_layers
 
 Json = dict[str, Any]
 
+# faceswap's word for a model that no rate was looked for.
 _NO_RATE = -1.0
 _NOT_THERE = {"width", "enc_weights", "enc_normalize"}
 """Options of families that only mien has; the first shows in the shapes."""
@@ -53,8 +54,10 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
     of_a_session = [key for key in (*_OF_A_SESSION, *free) if key in options]
     found = found_rate(state)
     last = state.sessions[-1] if state.sessions else None
+    # One session that sums up the training; mien's own early ones are summed up already.
     together = {
         "timestamp": float(state.sessions[0].started) if state.sessions else 0.0,
+        # The logs stay in mien's folder.
         "no_logs": True,
         "batchsize": last.batch_size if last else config.train.batch_size or 1,
         "iterations": state.iterations,
@@ -154,11 +157,13 @@ def settings_of(values: Json) -> tuple[dict[str, Json], list[str]]:
         value = "none" if value is None else value
         if key in SWITCHES and isinstance(value, bool):
             value = SWITCHES[key][value]
+        # A whole number passes for a float here, which faceswap itself would refuse.
         if fields_of(SECTIONS[section])[name].type is float and type(value) is int:
             value = float(value)
         try:
             SECTIONS[section](**{name: value})
         except (ValueError, TypeError) as error:
+            # Refused and not left out: with another crop every swap would be misplaced.
             if key in ("centering", "coverage", "vertical_offset"):
                 raise ValueError(f"{key} of the state: {error}") from error
             report.append(f"{key} = {shown(value)}: left out; {error}")
@@ -185,6 +190,7 @@ def training_state_of(values: Json) -> TrainingState:
     if len(set(numbers)) != len(numbers):
         raise ValueError("two sessions of the state have one number")
     faces = sum(session.iterations * session.batch_size for session in state.sessions)
+    # faceswap does not count them: as many as its sessions have shown.
     state.faces_seen = dict.fromkeys("ab", min(faces, MAX_COUNT))
     rate = values.get("lr_finder")
     if type(rate) is float and 0 < rate <= 1:

@@ -56,6 +56,7 @@ def _damage(text: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, KeyError, TypeError, OverflowError, UnicodeError) as error:
+        # A refusal of the disk has a number; damage that the library finds has none.
         if isinstance(error, OSError) and error.errno:
             raise
         raise ValueError(text) from error
@@ -97,6 +98,7 @@ def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
         link = place.get(name, getlink=True) if isinstance(place, module.Group) else None
         if link is None:
             raise ValueError(f"{path} is missing")
+        # Soft and external links may lead to any file of the user's.
         if not isinstance(link, module.HardLink):
             raise ValueError(f"{path} is a link to elsewhere, which is not followed")
         place = place[name]
@@ -118,5 +120,6 @@ def _refuse_odd(dataset: h5py.Dataset, path: str) -> None:
     chunk_bytes = math.prod(dataset.chunks or ()) * dataset.dtype.itemsize
     if dataset.chunks and chunk_bytes > max(4 * own_bytes, _MOST_CHUNK_BYTES):
         raise ValueError(f"{path} is packed in pieces much larger than it is")
+    # HDF5 fills what was never written with zeros, which would pass for weights.
     if own_bytes and not dataset.id.get_storage_size():
         raise ValueError(f"{path} holds no numbers")

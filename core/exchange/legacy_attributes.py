@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# As much as a config.json may have (`keras_archive`).
 _MOST_CHARACTERS = 8 << 20
 _MOST_BYTES = 1 << 30
 """Memory of the process beside its code."""
 
+# Far more than a sound file takes; a damaged one may keep the library busy. Chosen.
 _MAX_SECONDS = 120
 
 

@@ -69,6 +69,7 @@ def _modern_layer(layer: Json) -> Json:
     head = {"class_name": kind, "name": name, "inbound_nodes": layer["inbound_nodes"]}
     if kind in ("Functional", "Model"):
         return head | _modern(layer) | {"class_name": "Functional"}
+    # Names that Keras 3 has changed; the values mean the same.
     for old, new in (("batch_input_shape", "batch_shape"), ("alpha", "negative_slope")):
         if old in config:
             config[new] = config.pop(old)
@@ -79,6 +80,7 @@ def _node(node: list[Any], networks: set[str]) -> Json:
     """One call; those of a sub-network are counted from 1 in these files."""
     references = [node] if isinstance(node[0], str) else node
     tensors = [
+        # Counted from 0 here, as in config.json.
         {"config": {"keras_history": [name, number - (name in networks), index]}}
         for name, number, index, *_ in references
     ]

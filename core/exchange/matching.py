@@ -7,7 +7,9 @@ which a file lists them matter.
 from ...models.graph import Layer, Network, Value
 
 _ONLY_IN_TRAINING = {"Dropout", "GaussianNoise", "SpatialDropout2D"}
+# Of use in training only.
 _NOT_COMPARED = {"momentum"}
+# faceswap's own class, which enlarges by whole factors as Keras's does.
 _SAME_AS = {"KResizeImages": "UpSampling2D"}
 
 
@@ -42,6 +44,7 @@ def _match(theirs: Network, ours: Network, pairs: dict[Layer | Network, Layer | 
             continue
         seen.add((their.call, our.call, their.index))
         their_layer, our_layer = their.call.layer, our.call.layer
+        # A layer that is shared here must be shared there: its weights are one array.
         is_paired = pairs.setdefault(our_layer, their_layer) is their_layer
         if not is_paired or their.index != our.index:
             raise ValueError(f"{_name(their, theirs)} stands where {_name(our, ours)} should")
@@ -97,6 +100,7 @@ def _kind(layer: Layer | Network) -> str:
 
 def _is_alike(wanted: object, found: object) -> bool:
     if isinstance(wanted, float) and isinstance(found, float):
+        # A slope or an epsilon may have gone through fp32 on its way into the file.
         return abs(wanted - found) <= 1e-6 * abs(wanted)
     return wanted == found
 

@@ -21,6 +21,7 @@ from .dfm import DfmPlan, constant_mask
 from .dfm_crops import Placement
 from .onnx_graph import import_onnx
 
+# Fifty times what exports differ by in fp32, 2e-6, and a fortieth of a grey level.
 MAX_DIFFERENCE = 1e-4
 """Largest difference from the model, of 0..1, that an export may have."""
 
@@ -54,6 +55,7 @@ def verify(content: bytes, pictures: Sequence[np.ndarray], expected: Expected) -
     """
     checker = import_onnx().checker
     try:
+        # The full check infers every shape, which programs allocate by.
         checker.check_model(content, full_check=True)
     except (checker.ValidationError, import_onnx().shape_inference.InferenceError) as error:
         raise ValueError(f"the file breaks a rule of ONNX: {error}") from error
@@ -89,6 +91,7 @@ def _runner(content: bytes) -> tuple[str, Expected]:
         evaluator = ReferenceEvaluator(onnx.load_model_from_string(content))
         (name,) = evaluator.input_names
         return "onnx.reference", lambda faces: list(evaluator.run(None, {name: faces}))
+    # On the CPU, which every machine has, and whose sums do not depend on a card.
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (port,) = session.get_inputs()
     return "onnxruntime", lambda faces: list(session.run(None, {port.name: faces}))

@@ -114,6 +114,7 @@ class OnnxGraph:
             )
         ports = [
             [
+                # Only the batch is a name: VisoMaster allocates by the other sizes.
                 helper.make_tensor_value_info(
                     port.name, helper.TensorProto.FLOAT, [BATCH, *port.shape]
                 )
@@ -135,6 +136,7 @@ class OnnxGraph:
     def _needed(self, outputs: list[Port]) -> tuple[list[Any], dict[str, np.ndarray]]:
         """The operations that the outputs depend on, in order, and their constants."""
         names, nodes = {port.name for port in outputs}, []
+        # From the end: what an output needs is known before what made it is met.
         for node in reversed(self.nodes):
             if names & {*node.output}:
                 names |= {*node.input}

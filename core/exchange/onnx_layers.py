@@ -46,6 +46,7 @@ class ModelWriter:
         return tuple(names[value.call, value.index] for value in network.outputs)
 
     def _called(self, call: Call, inputs: Names) -> Names:
+        # By what goes in: both sides' calls of a shared encoder on one face are one.
         key, layer = (id(call.layer), inputs), call.layer
         if key not in self._written:
             if isinstance(layer, Network):
@@ -122,6 +123,7 @@ def _padding(step: _Step) -> list[int]:
     if step["padding"] == "same":
         sizes = zip(step.shapes[0][:2], step["kernel_size"], step["strides"], strict=True)
         totals = [max((-(-n // s) - 1) * s + k - n, 0) for n, k, s in sizes]
+        # An odd pixel goes behind, as TensorFlow's "same" has it.
         pads = [(total // 2, total - total // 2) for total in totals]
     (above, below), (left, right) = pads
     return [above, left, below, right]
@@ -185,6 +187,7 @@ def _leaky_relu(step: _Step) -> str:
 
 def _shuffled(step: _Step) -> str:
     factor, _ = step["size"]
+    # DCR: the order of channels in which TensorFlow, Keras and mien shuffle.
     return step.add("DepthToSpace", step.x, blocksize=factor, mode="DCR")
 
 
@@ -236,6 +239,7 @@ def _normalized(step: _Step, x: str, axes: list[int], *, epsilon_in_root: bool) 
     """The value less its mean over axes, by its deviation; epsilon is added to the variance or,
     else, to its root."""
     epsilon = float(step["epsilon"])
+    # Of plain operators: ONNX has group and layer norms only in later versions.
     centred = step.add("Sub", x, step.add("ReduceMean", x, axes=axes))
     variance = step.add("ReduceMean", step.add("Mul", centred, centred), axes=axes)
     if epsilon_in_root:

@@ -51,6 +51,7 @@ def export_tensors(
             strict=True,
         )
         difference = max(float((one - other).abs().max()) for one, other in pairs)
+    # Not a tolerance: the same numbers computed by the same code have the same bits.
     if difference != 0:
         target.unlink()
         raise ValueError(

@@ -19,6 +19,7 @@ from ..data.decode import decode_one
 from ..faces.folder import read_folder
 from ..faces.geometry import Crop
 
+# Faces show more of a model than noise does; two of each side take no time. Chosen.
 _FACES_OF_SIDE = 2
 
 
@@ -48,6 +49,7 @@ class TrainedModel:
         is not there any more."""
         crops = []
         for path in (self.config.data.input_a, self.config.data.input_b):
+            # A model may be exported where its faces are not: the drawn pictures are compared then.
             with suppress(ValueError):
                 folder = read_folder(path, minimum=0, most=_FACES_OF_SIDE)
                 crops += [decode_one(face, self.crop) for face in folder.faces]
@@ -86,6 +88,7 @@ def sample_pictures(size_px: int, faces: Sequence[np.ndarray] = ()) -> list[np.n
         size_px: Edge of the pictures.
         faces: (E, E, 3) uint8 each.
     """
+    # A fixed seed, so that a difference that is found can be found again.
     random = np.random.default_rng(0).random((size_px, size_px, 3), np.float32)
     area = cv2.INTER_AREA
     resized = (cv2.resize(face, (size_px, size_px), interpolation=area) for face in faces)

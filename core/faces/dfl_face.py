@@ -23,6 +23,7 @@ from .masks import named_mask
 from .picture import decoding_bytes, open_jpeg
 from .png import FaceFileError, FaceHeader, StoredMask, unreadable
 
+# The version whose header is written: from 2.0 on a picture is head-centred.
 ALIGNMENTS_VERSION = 2.4
 _MAX_DIFFERENCE = 0.005
 """Difference, normalised, up to which landmarks in the frame and in the JPEG are one face's."""
@@ -99,11 +100,13 @@ def read_jpeg(part: Part) -> tuple[JpegFace, Metadata]:
 
     Raises FaceFileError where it is no usable face.
     """
+    # Before it is read, as of a face PNG.
     found = size_and_time(part.file)
     edge_px, metadata = _read(part)
     landmarks_l2 = metadata.landmarks_l2
     alignment = checked_alignment(landmarks_l2)
     in_frame = _in_frame(alignment, metadata.source_landmarks_l2)
+    # A name without its landmarks would place the face nowhere in that frame.
     known_name = metadata.source_filename if in_frame else None
     face = JpegFace(
         path=part.path,

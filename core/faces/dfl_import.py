@@ -87,6 +87,7 @@ def import_faces(source: str | Path, output: str | Path, *, progress: Progress) 
     """
     opened, faces = _read_faces(source)
     target = expanded(output)
+    # Else the PNGs would stand among the JPEGs, and be what the next start trains on.
     if target.resolve() == opened.path.resolve():
         raise ValueError(f"{target} holds the faces themselves: give another folder for the PNGs")
     persons, notices = _persons_of(opened)
@@ -153,6 +154,7 @@ def _places(faces: list[JpegFace], target: Path, persons: dict[str, str | None])
     places = []
     for face in faces:
         path = target / (persons.get(face.path.name) or "") / f"{face.path.stem}.png"
+        # As of x.jpg and x.jpeg: one PNG would silently stand for both.
         if path in taken:
             raise ValueError(
                 f"{taken[path]} and {face.path.name} would both be {path.name}: rename one"
@@ -179,6 +181,7 @@ def _write_all(faces: list[JpegFace], places: list[_Place], progress: Progress) 
 
 def _write(face: JpegFace, place: _Place) -> _Written:
     """Write one face as a PNG, unless that very file is there already."""
+    # At the JPEG's own scale: a smaller head crop would lose detail.
     edge_px = _stepped(face.edge_px * side_units("head") / side_units(face.centering), MAX_EDGE_PX)
     try:
         header = face.read_header()
@@ -191,6 +194,7 @@ def _write(face: JpegFace, place: _Place) -> _Written:
     try:
         masks = {name: _head_mask(face, header, name, edge_px) for name in header.masks}
     except FaceFileError as error:
+        # The face is good all the same: masks can be drawn from its landmarks.
         masks, damaged = {}, str(error)
     content = encode_face(picture_bgr, dataclasses.replace(header, masks=masks))
     return _Written(_is_written(place.path, content), bool(masks), damaged_mask=damaged)

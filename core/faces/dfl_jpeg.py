@@ -18,9 +18,11 @@ MAX_SEGMENTS = 64
 
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 _APP15 = 0xEF
+# Less the tables of Huffman and arithmetic codes and a reserved marker among them.
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _START_OF_SCAN = 0xDA
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+# Metadata takes up to 64 KiB; most files need no second read.
 _USUAL_HEAD_BYTES = 128 * 1024
 _MAX_HEAD_BYTES = MAX_SEGMENTS * 65_537 + 2
 _AGAIN = "copy it again or extract the face again"
@@ -39,6 +41,7 @@ def read_segments(file: BinaryIO, begin: int, size: int) -> tuple[int, bytes]:
     for marker, start, end in _segments(jpeg):
         if marker in _FRAMES:
             frame = jpeg[start:end]
+        # The first that is a pickle: other programs may have segments of this kind, too.
         elif marker == _APP15 and data is None and is_pickle(jpeg[start:end]):
             data = jpeg[start:end]
     if data is None:

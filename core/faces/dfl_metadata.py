@@ -22,6 +22,7 @@ from .dfl_pickle import StoredArray, read_values
 from .face import FACE_TYPES
 from .png import FaceFileError, StoredMask
 
+# DeepFaceLab writes 50,000 at the most: all of it has to fit into one segment.
 MAX_MASK_BYTES = 65_536
 MAX_MASK_PX = 1024
 MAX_POLYGONS = 64
@@ -93,6 +94,7 @@ def plain_name(name: str) -> str | None:
 
 
 def _metadata_from(values: dict[Any, Any], edge_px: int) -> Metadata:
+    # DeepFaceLab's own default.
     face_type = values.get("face_type", "full_face")
     if face_type not in FACE_TYPES:
         shown = repr(face_type)[:40] if isinstance(face_type, str) else "no text"
@@ -197,6 +199,7 @@ def _decoded_mask(content: bytes) -> np.ndarray:
     """Pixels of a mask's own file, (s, s) uint8."""
     if len(content) > MAX_MASK_BYTES:
         raise FaceFileError(f"has an xseg_mask of more than {MAX_MASK_BYTES} bytes: remove it")
+    # A PNG, or a JPEG where that would not have fitted.
     is_png = content.startswith(png.SIGNATURE)
     size_px = png.edge_of(content) if is_png else dfl_jpeg.edge_of(content)
     if size_px is None or not 0 < size_px <= MAX_MASK_PX:
@@ -220,6 +223,7 @@ def _drawn(polygons: list[tuple[bool, np.ndarray]], edge_px: int) -> np.ndarray:
     """The polygons as a mask: first what is inside, then what is not."""
     size_px = min(edge_px, MAX_MASK_PX)
     pixels = np.zeros((size_px, size_px), np.uint8)
+    # Exclusions last, whatever their order in the file, as in DeepFaceLab.
     for wanted in (True, False):
         for is_inside, points_n2 in polygons:
             if is_inside == wanted:

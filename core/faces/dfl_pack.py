@@ -100,6 +100,7 @@ def _table_from(file: BinaryIO, table: int, size: int) -> list[int]:
     """The offsets, and behind them the size of the file, which ends the table."""
     file.seek(table)
     offsets: list[int] = []
+    # The number of faces is written nowhere: the table ends at the file's own size.
     while len(offsets) <= MAX_FACES:
         content = file.read(_TABLE_BYTES)
         part = np.frombuffer(content[: len(content) // 8 * 8], "<u8").tolist()

@@ -19,12 +19,15 @@ from .png import FaceFileError
 MAX_OPCODES = 8_000_000
 """Opcodes that are read. 8 million make at most some 600 MB of values; a face takes a thousand."""
 
+# What is encoded is no longer than its text: more is the same text again and again.
 MAX_GROWTH = 4
 MAX_NAME_LENGTH = 128
+# 0 and 1 have no opcode in front by which they could be known.
 PROTOCOLS = range(2, 6)
 
 _DTYPES = {"f4", "f8", "i4", "i8", "u1", "b1"}
 _ORDERS = ("<", "|", "=")
+# NumPy 2 has renamed the module.
 _MODULES = tuple(f"numpy.{core}" for core in ("core", "_core"))
 _ROLES = {
     "numpy.ndarray": "ndarray",
