@@ -160,6 +160,7 @@ def swap(
     masks = np.empty(pictures.shape[:3], faces.dtype) if model.has_mask else None
     for first in range(0, len(faces), batch_size):
         batch = slice(first, first + batch_size)
+        # By the filters of training: another one gives the model pictures that it has not learned.
         resized = np.stack([resize(face, model.input_px) for face in faces[batch]])
         decoded, mask = decoder(_shares(resized))
         pictures[batch] = _levels(decoded, faces.dtype)
@@ -261,6 +262,7 @@ def _check_faces(faces: np.ndarray) -> None:
         raise ValueError(
             f"faces must be (N, E, E, 3) of uint8 or float32, got {shape} of {faces.dtype}"
         )
+    # `not <=`: NaN is refused, too. Levels up to 255 would pass for very bright faces.
     if faces.dtype == np.float32 and faces.size and not (0 <= faces.min() and faces.max() <= 1):
         raise ValueError(
             f"faces of float32 must be within 0..1, got {faces.min():g} to {faces.max():g}; divide "
@@ -315,6 +317,7 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
         raise ValueError(f"cannot read {path}: {error}") from error
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error
+    # A file may hold 16 bits; the model is built in fp32 and computes in what the caller says.
     plain = {name: _as_fp32(tensor) for name, tensor in tensors.items()}
     network = built(metadata["trainer"], options, plain).to(device)
     return _ready(network, sides, data, run_id, iterations)

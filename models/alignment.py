@@ -81,6 +81,7 @@ def pad_parameter(layer: nn.Module, name: str, axes: Axes) -> None:
     if parameter is None or not needed:
         return
     parameter.data = pad(parameter.data, needed)
+    # On the parameter itself, which the optimizer and the saves meet without its layer.
     parameter.alignment = needed
 
 

@@ -213,6 +213,7 @@ class Autoencoder(nn.Module, abc.ABC):
         """Fill every weight as a pure function of ``seed``."""
         initialize(
             self,
+            # On the CPU, whose numbers do not depend on the machine.
             torch.Generator().manual_seed(seed),
             icnr_init=self.build.icnr_init,
             conv_aware_init=self.build.conv_aware_init,

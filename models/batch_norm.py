@@ -111,6 +111,7 @@ def update_running_stats(norms: Sequence[BatchNorm]) -> None:
     alike: dict[tuple[float, float, int], list[BatchNorm]] = defaultdict(list)
     for norm in norms:
         if norm.seen:
+            # Grouped, since each group is some launches, whatever its size.
             alike[norm.eps, norm.momentum, len(norm.seen)].append(norm)
     for (eps, momentum, _), group in alike.items():
         _move(group, eps, momentum)
@@ -134,4 +135,5 @@ def _move(norms: Sequence[BatchNorm], eps: float, momentum: float) -> None:
     sizes = [estimate.numel() for estimate in running]
     torch._foreach_copy_(running, estimates_2c.view(-1).split(sizes))
     for norm in norms:
+        # Statistics that were taken in twice would count twice.
         norm.seen = ()

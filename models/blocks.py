@@ -86,6 +86,7 @@ class SameConv(nn.Module):
             padding=kernel // 2 if self.built_in else 0,
             bias=bias,
         )
+        # On the layer, where `initialize` looks for it.
         self.conv.draw = draw
 
     @property
@@ -364,6 +365,7 @@ class Residual(nn.Module):
         self.channels = runs_of(channels)
         first, second = (
             SameConv(channels, channels, kernel, reflect=reflect, draw=rule, bias=bias)
+            # The second begins near 0, so that a new block hardly changes what goes through it.
             for rule in (draw, small_uniform)
         )
         self.first, self.second = first, second

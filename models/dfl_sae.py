@@ -128,6 +128,7 @@ class DflSae(Autoencoder):
 
         convs = downscales(3, widths, reflect=reflect)
         if self.is_df:
+            # The reference's name of the sub-network, which its files and its users have.
             self.freeze_layers = self.load_layers = ("encoder_df",)
             self.encoder_df = nn.Sequential(convs, *bottleneck(code))
             self.decoder_a, self.decoder_b = decoder(code), decoder(code)

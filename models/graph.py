@@ -133,6 +133,7 @@ class Network:
         shapes = [[value.shape for value in values] for values in (inputs, network.inputs)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{network.name} takes {shapes[1]}, got {shapes[0]}")
+        # A's call is the first: faceswap's convert follows a side by its number.
         number = sum(call.layer is network for call in self.calls)
         call = Call(network, number, inputs)
         self.calls.append(call)

@@ -21,6 +21,7 @@ Draw = Callable[[Tensor, torch.Generator], None]
 """Fills a weight in place."""
 
 _NOISE = 0.05  # deviation that tells the filters of one convolution-aware basis apart
+# A normal that is cut off is narrower: divided by this the variance is the rule's.
 _CUT_DEVIATION = 0.87962566103423978  # of a standard normal that is cut off at +-2
 
 

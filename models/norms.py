@@ -65,6 +65,7 @@ class GroupNorm(nn.Module):
     def __init__(self, channels: int | Runs):
         super().__init__()
         self.normal_channels = runs_of(channels)
+        # At once: PyTorch refuses it only when the first batch comes.
         if sum(self.normal_channels) % 32:
             raise ValueError(
                 f"group norm needs a multiple of 32 channels, got {sum(self.normal_channels)}"

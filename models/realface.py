@@ -58,6 +58,7 @@ class _Decoder(nn.Module):
         x_bchw = self.dense(code_bchw)
         if self.mask is None:
             return (self.face(self.upscale(x_bchw)),)
+        # The reference has another slope before the mask: one convolution, two activations.
         for_face, for_mask = self.upscale.branches(x_bchw, 0.2, 0.1)
         return self.face(for_face), self.mask(for_mask)
 

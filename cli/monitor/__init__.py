@@ -11,6 +11,7 @@ from ..lines import complain, tell
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PACKAGES = ("starlette", "uvicorn", "plotly")
+# Letters of a token that a user gives: below that it can be tried out. Chosen.
 _LEAST_TOKEN = 16
 
 

@@ -22,6 +22,7 @@ from starlette.requests import Request
 COOKIE = "mien-monitor"
 HEADER = "x-mien-token"
 
+# As many as a name of DNS has.
 _MAX_HOST_LETTERS = 255
 _HOST = re.compile(
     r"(?:\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[0-9a-z._-]+))(?::\d{1,5})?", re.ASCII | re.IGNORECASE

@@ -7,6 +7,7 @@ import numpy as np
 from ...core.history.history import History
 from ...core.history.statistics import rate_per_iteration
 
+# Chosen, unmeasured.
 _SECONDS_A_POINT = 2.0  # shorter ones show the beat of log lines and saves, not the speed
 
 

@@ -22,6 +22,7 @@ from ...core.system.durable_files import open_for_reading
 KINDS = ("start", "step", "save", "preview", "stop", "crash", "restore")
 """Events whose latest one is looked at by itself."""
 
+# Bounds of what a stranger's journal costs a look; chosen, unmeasured.
 _MAX_BYTES = 2 << 20  # of what was written before the first look: hours of status lines
 _MAX_LINE_BYTES = 1 << 15  # of a start with all settings, there are some thousand
 _MAX_SECONDS = 1e11

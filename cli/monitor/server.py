@@ -32,6 +32,7 @@ from ...core.checkpoint.lock_owner import REQUESTS, RequestError, send_request
 from .access import COOKIE, HEADER, Access
 from .watch import Watch
 
+# A form has a token and nothing else; shorter answers grow by gzip's head. Chosen, unmeasured.
 _MAX_FORM_BYTES = 4096
 _GZIP_FROM_BYTES = 1024
 _HEADERS = {

@@ -30,6 +30,7 @@ _SECONDS_BETWEEN_READS, _SHARE_OF_TIME = 4.0, 0.05
 """Seconds between two readings of the logs, longer where reading takes more than that share of the
 time. Chosen, unmeasured."""
 
+# Bounds of what a folder costs the page; chosen, unmeasured.
 _MAX_PREVIEW_BYTES = 256 << 20
 _MOST_SESSIONS = 500  # rows of the table
 _MOST_BEGINS = 200  # lines in a graph where sessions begin; more would hide it

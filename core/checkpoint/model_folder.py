@@ -207,14 +207,12 @@ class ModelFolder:
             SaveError: Where the disk refuses; all earlier saves are as they were.
         """
         self._require_lock()
-        # NaN is no JSON: `parse_json` refuses it, so such a save could not be read again.
         state_bytes = json.dumps(state, indent=1, allow_nan=False).encode()
         metadata = metadata_of(state)
         tensors = {MODEL: model} | ({} if optimizer is None else {OPTIMIZER: optimizer})
         texts = {STATE: state_bytes} | ({} if self._config is None else {CONFIG: self._config})
         file_names = frozenset(tensors | texts)
         current = self._current
-        # The state counts every iteration, so equal bytes mean equal weights.
         if current and (current.file_names, current.state) == (file_names, state_bytes):
             return self.generations.path / current.name
         with self._save_errors(), self.generations.adding(state["iterations"]) as temporary:
@@ -289,7 +287,6 @@ class ModelFolder:
         if newest is None:
             return None
         folder, manifest, state = newest
-        # What a start loads is the newest, so the old one is written again as that.
         if [manifest] != self.generations.manifests()[:1]:
             with self._save_errors():
                 self.save_again(folder, manifest, state)

@@ -31,6 +31,7 @@ from .lock import owner_in_words
 from .model_folder import ModelFolder
 from .state import TrainingState
 
+# A run replaces a folder once a save at most, so that even the second look is rarely needed.
 _TRIES = 5
 
 

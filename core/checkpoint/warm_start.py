@@ -27,6 +27,7 @@ def load_weights(model: Autoencoder, path: Path, read: Reader = read_weights) ->
     # A file of another program names no family; its tensors then decide.
     tensors, family = read(path)
     own_family = model.Config.family
+    # By the name: shapes of two families may agree by chance.
     if family not in (None, own_family):
         raise ValueError(
             f"{path} holds a model of {family}, not of {own_family}; load from another"

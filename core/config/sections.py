@@ -137,6 +137,7 @@ class AugmentConfig(Section):
     single_interpolation: bool = setting(False)
     """Turn and bend the input picture in one sampling instead of two: slightly sharper."""
 
+    # Defaults and ranges of all these are faceswap's, whose meaning of percent they keep.
     zoom_amount: int = setting(5, low=0, high=25)
     """Percent of zoom, in and out."""
 
@@ -332,6 +333,7 @@ class PrecisionConfig(Section):
 class TrainConfig(Section):
     """The run."""
 
+    # faceswap's slider ends at 256.
     batch_size: int = setting(16, low=0, high=4096, flag="-b --batch-size", words={"auto": 0})
     """Faces of each side in one iteration; auto (or 0): the most that fit in memory, up to
     `auto_batch_limit`. auto:N sets that too."""
@@ -360,6 +362,7 @@ class TrainConfig(Section):
     """Rollbacks after which training gives up, if the mean loss was no lower in between than it was
     before."""
 
+    # Of rollbacks the numbers are chosen, unmeasured.
     rollback_factor: float = setting(0.5, low=0.01, high=1.0)
     """What the learning rate is multiplied with at each rollback, until another rate is set."""
 
@@ -468,6 +471,7 @@ class SaveConfig(Section):
     """Saves that hold the optimizer's state: exit, the last one only. Without it a resumed model
     begins with an empty optimizer, and what follows a crash is not bit for bit the same."""
 
+    # Two: the newest, and one to go back to.
     keep_generations: int = setting(2, low=1, high=100)
     """How many complete saves are kept."""
 
@@ -537,6 +541,7 @@ class EvaluateConfig(Section):
 class PreviewConfig(Section):
     """The picture written at every save, and those of the time-lapse."""
 
+    # Default and range of faceswap; odd numbers are allowed, too.
     preview_images: int = setting(14, low=2, high=16)
     """Faces of each side in the picture."""
 
@@ -611,6 +616,7 @@ class Config:
                 "data.mask_type is none, but loss.penalized_mask_loss or loss.learn_mask needs a "
                 "mask; choose a mask, or set both to false"
             )
+        # Of a valid setting each, so that only both together show it.
         clipping = self.optimizer.gradient_clipping
         if clipping in ("value", "norm", "global_norm") and self.optimizer.clipping_value == 0:
             raise ValueError(

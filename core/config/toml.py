@@ -74,6 +74,7 @@ def parse_toml(content: bytes) -> dict[str, Any]:
 def decoded(content: bytes) -> str:
     """The text of a file of settings, without the byte order mark that some editors put before it;
     ValueError where it is not UTF-8."""
+    # Windows's editors save so; without a mark every second byte of plain text is 0.
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content[:2]:
         raise ValueError("it is UTF-16 text; save it as UTF-8")
     try:
@@ -125,6 +126,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
         nested = parse_toml(f"value = {raw}".encode())["value"]
     except ValueError as error:
         nested = raw.strip()
+        # Whoever opens a quote means TOML; as plain text the quotes would become part of the value.
         if nested.startswith('"'):
             raise ValueError(f"--set {path.strip()} is not valid TOML: {error}") from None
     for key in reversed(keys):

@@ -176,6 +176,7 @@ def older_file(path: Path, number: int) -> Path:
 def _mend_end(handle: int) -> None:
     """End the last line of a file, which a full disk may have cut: what follows is whole."""
     size = os.fstat(handle).st_size
+    # Else the first line of this run would be the end of a broken one, and be lost with it.
     if size and os.pread(handle, 1, size - 1) != b"\n":
         os.write(handle, b"\n")
 

@@ -206,6 +206,7 @@ class Reporter:
         A bar on a terminal; elsewhere a plain line when the job ends; nothing as JSON.
         """
         if self._live is not None:
+            # Here: without a terminal rich is never imported.
             from rich.console import Console
             from rich.markup import escape
             from rich.progress import Progress

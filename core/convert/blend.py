@@ -19,10 +19,12 @@ FEATHER_SHARE = 1 / 16
 """Part of the face's edge over which it fades out where the user names no width; chosen by eye."""
 
 _COLOUR_PX = 128
-"""Edge up to which colours are compared: means need no detail."""
+"""Edge up to which colours are compared: means need no detail. Chosen,
+unmeasured."""
 
 _MOST_CONTRAST = 2.0
-"""Factor by which the contrast of a face changes at the most, up or down; else noise would show."""
+"""Factor by which the contrast of a face changes at the most, up or down; else noise would show.
+Chosen, unmeasured."""
 
 
 @dataclass(frozen=True, kw_only=True)

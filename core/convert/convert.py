@@ -32,6 +32,7 @@ faces are rare. Chosen, unmeasured."""
 _PREFETCHED = 4
 """Frames that a video's decoder is ahead. Chosen, unmeasured."""
 
+# Chosen by eye.
 TILE_PX = 192
 """Edge of a head on a contact sheet."""
 

@@ -31,6 +31,7 @@ from .video import CONTAINERS, Video, VideoOutput
 Emit = Callable[..., None]
 # Else a folder of this name would be made of a video that somebody wanted.
 _OTHER_VIDEOS = (".avi", ".webm", ".m4v", ".wmv", ".mpg", ".mpeg", ".flv", ".gif")
+# Chosen, unmeasured.
 _SHEET_FRAMES = 8
 _SECONDS_BETWEEN_STEPS = 0.5
 

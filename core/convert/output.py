@@ -27,6 +27,7 @@ from .placement import Faces, landmarks_digest
 
 MANIFEST = "mien_swap.json"
 SCHEMA = "mien.swap/1"
+# A manifest has a KiB or two; the folder may be a stranger's.
 _MOST_MANIFEST_BYTES = 1 << 16
 _FAST_PNG = [
     cv2.IMWRITE_PNG_COMPRESSION,

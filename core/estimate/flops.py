@@ -150,6 +150,7 @@ class Recorder(TorchDispatchMode):
         left, right = args[1:3] if is_sum else args[:2]
         weights = [t for t in (left, right) if t.untyped_storage()._cdata in self.weights]
         inputs = [t for t in (left, right) if not any(t is w for w in weights)]
+        # Channels of a picture, the last axis of anything else.
         columns = out.shape[1] if out.dim() == 4 else out.shape[-1]
         numel = sum(t.numel() for t in inputs)
         shape = {"rows": out.numel() // columns, "columns": columns, "flops": flops}

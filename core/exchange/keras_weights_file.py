@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _FILTERS = {1, 2, 3}  # deflate, shuffle, Fletcher's checksum
 _MOST_CHUNK_BYTES = 1 << 20
-"""Bytes that one chunk of a small array may have all the same."""
+"""Bytes that one chunk of a small array may have all the same. Chosen, unmeasured."""
 
 
 def require_h5py() -> Any:

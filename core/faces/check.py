@@ -294,6 +294,7 @@ def _report(opened: FaceFolder, measured: list[_Measured]) -> Report:
         repeats=_repeats(names, measured),
         blurred=[n for n, is_dull in zip(names, dull, strict=True) if is_dull and n not in blank],
         blank=blank,
+        # Chosen, unmeasured.
         odd_landmarks=[face.path.name for face in faces if face.alignment.average_distance > 0.08],
         damaged_masks={name: one.damaged for name, one in pairs if one.damaged},
         unreadable={file.path.name: file.reason for file in opened.rejected},
@@ -412,6 +413,7 @@ def _variety_advice(result: Report) -> list[str]:
                 f"degrees ({spread.p5:.0f} to {spread.p95:.0f}); add faces that look elsewhere."
             )
     light, balance = result.lightness, result.light_balance
+    # Thresholds of advice, here and below: chosen, unmeasured.
     if light and balance and light.range < 10 and balance.range < 10:
         advice.append(
             f"One light: 90 % of the faces lie within {light.range:.0f} of 100 steps of lightness; "

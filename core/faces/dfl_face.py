@@ -26,7 +26,8 @@ from .png import FaceFileError, FaceHeader, StoredMask, unreadable
 # The version whose header is written: from 2.0 on a picture is head-centred.
 ALIGNMENTS_VERSION = 2.4
 _MAX_DIFFERENCE = 0.005
-"""Difference, normalised, up to which landmarks in the frame and in the JPEG are one face's."""
+"""Difference, normalised, up to which landmarks in the frame and in the JPEG are one face's.
+Chosen, unmeasured."""
 
 
 @dataclass

@@ -28,6 +28,7 @@ from .listing import PACK_SUFFIX, list_pictures
 from .masks import named_mask, stored_mask
 from .png import FaceFileError, FaceHeader, StoredMask, encode_face
 
+# Edges as extraction has them. The largest are four times DeepFaceLab's usual ones.
 EDGE_STEP_PX = 64
 MAX_EDGE_PX = 2048
 MAX_MASK_PX = 512

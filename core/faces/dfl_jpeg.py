@@ -12,6 +12,7 @@ from typing import BinaryIO
 from .dfl_pickle import is_pickle
 from .png import MIN_EDGE_PX, FaceFileError, NotExtractedError
 
+# Bounds of a stranger's file; DeepFaceLab's have up to 1024 px, one scan and a few segments.
 MAX_EDGE_PX = 4096
 MAX_SCANS = 100
 MAX_SEGMENTS = 64

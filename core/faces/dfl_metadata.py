@@ -27,7 +27,8 @@ MAX_MASK_BYTES = 65_536
 MAX_MASK_PX = 1024
 MAX_POLYGONS = 64
 MAX_SPREAD_EDGES = 4.0
-"""Distance from the JPEG, in its edges, up to which landmarks and polygons may lie."""
+"""Distance from the JPEG, in its edges, up to which landmarks and polygons may lie. Chosen,
+unmeasured."""
 
 MASK = "custom_head"
 """Name by which its mask is known: as a stored mask of the user's own."""

@@ -24,6 +24,7 @@ from .dfl_pickle import read_values
 from .png import FaceFileError, unreadable
 
 VERSION = 1
+# Bounds of a stranger's file. Chosen, unmeasured.
 MAX_FACES = 1_000_000
 MAX_LIST_BYTES = 256 * 1024**2
 

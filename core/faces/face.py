@@ -21,7 +21,8 @@ from .picture import decoding_bytes, open_picture
 from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader, StoredMask, read_header
 
 MAX_OUTSIDE_SHARE = 0.05
-"""Part of a crop that may lie outside the picture before that is told."""
+"""Part of a crop that may lie outside the picture before that is told. Chosen,
+unmeasured."""
 
 
 @dataclass(frozen=True)

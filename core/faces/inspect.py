@@ -14,6 +14,7 @@ from .masks import AREAS, LANDMARK_MASKS, area_mask, landmark_mask, named_mask, 
 from .png import FaceFileError, FaceHeader
 
 _TINT_BGR = np.array([64, 64, 255], np.float32)
+# Chosen by eye.
 _SHEET_MARGIN_PX = 8
 _CAPTION_PX = 20
 

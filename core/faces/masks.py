@@ -28,7 +28,8 @@ from .png import AS_PICTURE, FaceFileError, FaceHeader, StoredMask
 LANDMARK_MASKS = ("components", "extended")
 AREAS = ("eye", "mouth")
 EMPTY_SHARE = 0.01
-"""Part of a crop below which a mask leaves nothing to train; a face fills a tenth and more."""
+"""Part of a crop below which a mask leaves nothing to train; a face fills a tenth and more.
+Chosen, unmeasured."""
 
 # faceswap's, as the hulls are: masks are compared with it pixel by pixel.
 _AREA_DILATION_PERCENT = 2.5

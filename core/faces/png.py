@@ -36,6 +36,7 @@ CENTERING_NAMES = ("face", "head", "legacy")
 AS_PICTURE = "picture"
 """Centering of a mask that lies over the picture as it is, wherever the face is in it."""
 
+# Smaller pictures show no face to learn, larger ones are no face of any film. Chosen.
 MIN_EDGE_PX = 32
 MAX_EDGE_PX = 16384
 MAX_MASK_PX = 4096

@@ -48,6 +48,7 @@ _HEADER = struct.Struct("<Q4x")  # of a record: size of its event; CRC
 _FOOTER_BYTES = 4  # CRC of the event
 _MAX_RECORD_BYTES = 1 << 20  # of an iteration, there are some hundred
 _MAX_FILE_BYTES = (1 << 63) - 1  # it is read record by record
+# Bounds of what a stranger's logs cost, and of what is shown of them; chosen, unmeasured.
 _MAX_SECONDS = 1e11
 _MOST_WARNINGS = 10
 _MOST_TAGS = 64  # that are kept: faces and masks of both sides, and of four outputs, are 16

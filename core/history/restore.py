@@ -94,6 +94,7 @@ def restore(
 
 def _source(folder: ModelFolder, name: str, snapshot: Path | None) -> tuple[Path, Manifest]:
     if snapshot is not None:
+        # A generation by itself says nothing of which model it was copied from.
         if (snapshot / MANIFEST).is_file():
             raise ValueError(
                 f"{snapshot} is one save, and --snapshot takes a copy of a whole model folder; of "
@@ -207,6 +208,7 @@ def _is_copy(generations: Path, newest: Manifest, manifest: Manifest) -> bool:
 
 def _archive(path: Path, names: list[str]) -> Path:
     """A new folder in the model's with a copy of its generations of these names, durable."""
+    # Of a restore that was killed: what it had copied is where it was.
     for leftover in path.glob(".archived_*.tmp"):
         discard(leftover)
     stem = time.strftime("archived_%Y%m%d_%H%M%S")

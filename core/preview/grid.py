@@ -121,6 +121,7 @@ def _color(text: str) -> np.ndarray:
     """(3,) float32 B,G,R in 0..1."""
     if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):
         raise ValueError(f"mask_color must be like #ff0000, got {text!r}")
+    # Reversed: written as R, G, B, and drawn as B, G, R.
     return np.frombuffer(bytes.fromhex(text[1:]), np.uint8)[::-1].astype(np.float32) / 255.0
 
 

@@ -154,6 +154,7 @@ def _readable(pictures: list[Path], unreadable: list[Path]) -> Iterator[np.ndarr
     for path in pictures:
         image = _read(path)
         if image is None:
+            # One picture that a crash has cut must not cost the film.
             unreadable.append(path)
         else:
             yield image

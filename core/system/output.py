@@ -192,6 +192,7 @@ def _open_missing() -> None:
 
 def _lead_nowhere(handle: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
+    # The lowest free number was the missing one itself.
     if nowhere == handle:
         os.set_inheritable(handle, True)
     else:

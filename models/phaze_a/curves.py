@@ -7,6 +7,7 @@ def curve(first: int, last: int, count: int, slope: float) -> tuple[int, ...]:
     With t = 0..1 along the way and s = slope, the share that is done of it is
     ``(t - t s) / (s - 2 s t + 1)``: a straight line where s is 0, late where s is above.
     """
+    # At 1 and -1 all of the way would be done at one end.
     slope = min(max(slope, -0.99), 0.99)
     values = []
     for number in range(count):

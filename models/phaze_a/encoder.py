@@ -32,6 +32,7 @@ class FsOriginal(nn.Module):
         if config.fs_original_use_alt:
             self.convs: nn.Sequential = _alternative(widths, reflect)
             self.output_px >>= depth - 1
+            # The last convolution of 4 px pads nothing, unless by reflection.
             self.output_px -= 0 if reflect else 3
             self.channels: Runs = (widths[-1],)
             return

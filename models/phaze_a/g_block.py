@@ -14,6 +14,7 @@ from ..initializers import glorot_uniform, he_normal
 from ..norms import AdaptiveInstanceNorm
 from .layers import Noise
 
+# The reference's.
 _STYLE = 512
 _LAYERS = 2
 

@@ -126,6 +126,7 @@ class ResizeImages(nn.Module):
         self.transposed = TransposedConv(inputs, outputs)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
+        # Both at once, in the one pass that follows: a sum of sums.
         bias = self.enlarged.conv.bias + self.transposed.conv.bias
         product, transposed = self.enlarged(enlarge(x_bchw)), self.transposed(x_bchw)
         return bias_act(product, bias, negative_slope=self.slope, residual_bchw=transposed)

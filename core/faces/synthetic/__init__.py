@@ -39,12 +39,15 @@ MIN_SIZE_PX = 64
 MAX_SIZE_PX = 1024
 MAX_FACES = 100_000
 
+# In the name of every frame: a set that an older version has drawn is not taken for this one's.
 _DRAWING_VERSION = 1
 _ALIGNMENTS_VERSION = 2.4
 _FRAME_SCALE = 1.65
+# The frame is larger than the crop, so that a turned crop meets no edge of it.
 _FRAME_EDGE = 2.6
 _INNER_BOX = 0.375
 _MASK_PX = 128
+# Levels, of a usual camera. Chosen by eye.
 _NOISE_SIGMA = 1.4
 
 
@@ -66,6 +69,7 @@ def draw_folder(
             return
         raise ValueError(f"{folder} is not empty: give a new folder, or empty this one first")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name until all faces are there: a part would pass for a small set.
     part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         for number, name in enumerate(names):
@@ -82,6 +86,7 @@ def draw_face(
 ) -> tuple[np.ndarray, FaceHeader]:
     """Face ``number`` of a person: its picture, (N, N, 3) uint8 BGR head-centred, and header."""
     side = sorted(IDENTITIES).index(identity)
+    # A generator for each face: it is the same one in a set of any size.
     random = np.random.Generator(np.random.Philox(key=[seed, (side << 32) | number]))
     person, scene = IDENTITIES[identity], draw_scene(random)
     frame_px = round(_FRAME_EDGE * size_px)
@@ -158,6 +163,7 @@ def _light(drawing: Drawing, sheet: Sheet, patch_23: np.ndarray, size_px: int) -
     smooth_yxc = cv2.GaussianBlur(sheet.image_yxc, (3, 3), 0.8)
     flat_yxc = cv2.warpAffine(smooth_yxc, patch_23, size, flags=cv2.INTER_LINEAR)
     share_yx = cv2.warpAffine(sheet.lit_yx, patch_23, size, flags=cv2.INTER_LINEAR)
+    # Light is smooth: half the size shows no difference and has a quarter of the pixels.
     map_px = size_px // 2
     map_23 = patch_23 * 0.5
     placed_l2 = transform(drawing.landmarks_l2, map_23)

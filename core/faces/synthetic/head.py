@@ -14,11 +14,13 @@ import numpy as np
 
 Color = tuple[int, int, int]
 
+# One tile of noise serves all faces, each from another place, and is drawn once.
 NOISE_SHIFTS = 128
 
 EYES = (slice(36, 42), slice(42, 48))
 BROWS = (slice(17, 22), slice(22, 27))
 
+# Numbers of this file were found by eye.
 _CAMERA_DISTANCE = 8.0
 _PIVOT_3 = np.array([0.0, 0.35, -0.15])
 _PATCH_CENTRE_3 = np.array([0.0, 0.216, -0.17])
@@ -370,6 +372,7 @@ def project_landmarks(head_l3: np.ndarray, camera: Camera) -> np.ndarray:
     across_2 = camera.turn_33[:2, 0] / np.linalg.norm(camera.turn_33[:2, 0])
     outward = np.sign(np.arange(17) - 8)
     hidden = ((cheek_p2 - points_l2[:17]) @ across_2) * outward > 0
+    # Detectors give the edge that is seen, and training learns from what they give.
     points_l2[:17][hidden] = cheek_p2[hidden]
     return points_l2
 

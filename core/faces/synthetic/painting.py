@@ -128,6 +128,7 @@ def paint(drawing: Drawing, frame_px: int) -> Sheet:
 
 def _background(identity: Identity, scene: Scene, frame_px: int) -> np.ndarray:
     """A wall out of focus: a few soft discs in the person's background colours."""
+    # Small, then enlarged: a blur of that width on the whole frame takes far longer.
     small = np.empty((40, 40, 3), np.uint8)
     small[:] = identity.background[0]
     places = np.array(scene.background).reshape(4, 3)

@@ -39,6 +39,7 @@ _NOSE_BUMPS = slice(0, 6)
 _MAP_RADIUS_X = 0.66
 _MAP_RADIUS_Y = 0.94
 _MAP_DEPTH = 0.50
+# Found by eye, as are the bumps.
 _HIGHLIGHT_POWER = 18
 
 
@@ -94,5 +95,6 @@ def _height(
     centre = 0.5 * (temples + landmarks_l2[27]) / unit_px
     across = ((axis - centre[0]) / _MAP_RADIUS_X) ** 2
     down = ((axis - centre[1] - 0.06) / _MAP_RADIUS_Y) ** 2
+    # Above 0: at the edge of an ellipsoid the slope has no end.
     inside = np.maximum(1.0 - across[None, :] - down[:, None], 0.08)
     return (_MAP_DEPTH * np.sqrt(inside) + bumps_yx).astype(np.float32)

@@ -11,6 +11,7 @@ import numpy as np
 
 from .head import Color
 
+# Whole pixels would let a face jump between two frames that differ little.
 SUBPIXEL_BITS = 4
 DARK = (24, 20, 22)
 WHITE = (246, 246, 246)

@@ -42,6 +42,7 @@ def tint_face(drawing: Drawing, place_23: np.ndarray, size_px: int) -> np.ndarra
     to_chin = (points[8] - points[57]) / np.linalg.norm(points[8] - points[57])
     low = lip + 0.055 * drawing.camera.unit_px * to_chin
     fill(soft, np.vstack([lip, low[::-1]]), (200, 204, 218))
+    # Once for all soft parts; the beard has an edge of its own.
     tint = cv2.GaussianBlur(soft, (0, 0), 0.035 * unit).astype(np.float32)
     if identity.beard:
         crisp = np.full((size_px, size_px, 3), 255, np.uint8)
