@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..core.history.history import History
-    from ..core.history.statistics import Figures
+    from ..core.history.statistics import SessionStatistics
 
 _HEADINGS = ("session", "start", "end", "elapsed", "batch", "iterations", "EG/s")
 _MOST_NAMED = 20  # sessions, in an error
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="only this session, in the table and in graphs (repeatable)",
     )
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--json", action="store_true", help="print the statistics as JSON")
     parser.add_argument(
         "--csv", metavar="FILE", help="write the table as CSV; -: print it so, and nothing else"
     )
@@ -73,15 +73,15 @@ def run(args: argparse.Namespace) -> int:
     """Print the table, and write what is asked for."""
     _check(args)
     from ..core.history import history as histories
-    from ..core.history.statistics import total_figures
+    from ..core.history.statistics import total_statistics
 
     history = histories.read_history(args.model, _is_wanted(args))
     for sentence in history.warnings:
         complain("analyze", f"warning: {sentence}")
     history = _only_sessions(history, args)
-    sessions = [session.figures() for session in history.sessions]
-    total = total_figures(sessions)
-    rows = [_row(figures) for figures in (*sessions, total)]
+    sessions = [session.statistics() for session in history.sessions]
+    total = total_statistics(sessions)
+    rows = [_row(each) for each in (*sessions, total)]
     if args.graph is not None:
         _write(args.graph, _graph(history, args), "--graph", force=args.force)
     if args.csv == "-":
@@ -94,14 +94,14 @@ def run(args: argparse.Namespace) -> int:
         facts: dict[str, Any] = {
             "model": str(args.model),
             "trainer": history.trainer,
-            "sessions": [dataclasses.asdict(figures) for figures in sessions],
+            "sessions": [dataclasses.asdict(each) for each in sessions],
             "total": dataclasses.asdict(total),
         }
         tell_json(facts)
         return 0
     tell(f"{args.model}: {history.trainer or 'not saved yet'}")
     _print_table(rows)
-    if any(figures.elapsed_s is None for figures in sessions):
+    if any(each.elapsed_s is None for each in sessions):
         tell(
             "-: not known, since the session was not logged; the total's time and EG/s leave it out"
         )
@@ -205,7 +205,7 @@ def _graph(history: "History", args: argparse.Namespace) -> bytes:
     return draw_losses(history, filter(_is_wanted(args), history.tags), drawing, span, title=title)
 
 
-def _row(figures: "Figures") -> list[str]:
+def _row(statistics: "SessionStatistics") -> list[str]:
     """What the table says of one session, or of all."""
     from ..core.history.statistics import elapsed_text
 
@@ -215,13 +215,13 @@ def _row(figures: "Figures") -> list[str]:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
     return [
-        "total" if figures.session is None else str(figures.session),
-        moment(figures.start),
-        moment(figures.end),
-        "-" if figures.elapsed_s is None else elapsed_text(figures.elapsed_s),
-        ",".join(str(size) for size in figures.batch_sizes) or "-",
-        str(figures.iterations),
-        "-" if figures.eg_per_s is None else f"{figures.eg_per_s:.1f}",
+        "total" if statistics.session is None else str(statistics.session),
+        moment(statistics.start),
+        moment(statistics.end),
+        "-" if statistics.elapsed_s is None else elapsed_text(statistics.elapsed_s),
+        ",".join(str(size) for size in statistics.batch_sizes) or "-",
+        str(statistics.iterations),
+        "-" if statistics.eg_per_s is None else f"{statistics.eg_per_s:.1f}",
     ]
 
 

@@ -18,7 +18,7 @@ from .train_flags import add_arguments
 if TYPE_CHECKING:
     from ..core.console.stop import StopRequest
     from ..core.distribute.ranks import Ranks
-    from ..core.training.recipe_progress import Plan
+    from ..core.training.recipe_progress import RecipeProgress
     from ..core.training.resolve import Overrides, Resolved
 
 __all__ = ["add_arguments", "given_settings", "run"]
@@ -145,8 +145,8 @@ def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None) -> int:
 
     resolved = _settings_of(overrides, recipe)
     text = settings.to_toml(resolved.config)
-    if resolved.plan:
-        text += tomli_w.dumps({"stage": resolved.plan.recipe.to_dict()["stage"]})
+    if resolved.progress:
+        text += tomli_w.dumps({"stage": resolved.progress.recipe.to_dict()["stage"]})
     tell(*text.rstrip("\n").split("\n"))
     return 0
 
@@ -218,13 +218,13 @@ def _dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: boo
         "roofline_eg_per_s": round(bound.eg_per_s, 1),
         "roofline_of": card["device"],
         "bound_by": bound.binds,
-        "stages": _stages(trial.plan),
+        "stages": _stages(trial.progress),
     }
     if as_json:
         tell_json(facts, indent=None)
         return 0
     begun = f"iteration {trial.iterations}" if trial.iterations else "a new model"
-    tell(f"rehearsed    {begun}, learning rate {trial.learning_rate:.4g}, {trial.precision}")
+    tell(f"dry run      {begun}, learning rate {trial.learning_rate:.4g}, {trial.precision}")
     tell(f"parameters   {trial.num_parameters:,}")
     if trial.memory is not None:
         tell(f"GPU memory   {describe(trial.memory, trial.free_bytes)}")
@@ -239,16 +239,16 @@ def _dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: boo
         f"roofline     {bound.eg_per_s:,.0f} EG/s on {card['device']} in bf16, bound by "
         f"{bound.binds}; no run can be faster, good ones reach half of it"
     )
-    for line in _stages(trial.plan):
+    for line in _stages(trial.progress):
         tell(f"stage        {line}")
     tell("dry run: nothing was kept")
     return 0
 
 
-def _stages(plan: "Plan | None") -> list[str]:
+def _stages(progress: "RecipeProgress | None") -> list[str]:
     """A line for each stage of the run, the present one marked."""
-    if plan is None:
+    if progress is None:
         return []
-    lines = recipes.describe(plan.recipe)
-    lines[plan.place.stage] += f" (now, since iteration {plan.place.begun})"
+    lines = recipes.describe(progress.recipe)
+    lines[progress.stage_state.stage] += f" (now, since iteration {progress.stage_state.begun})"
     return lines

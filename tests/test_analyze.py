@@ -32,7 +32,7 @@ from mien.core.history.history import (
     read_history,
 )
 from mien.core.history.plots import Tag, _thinned
-from mien.core.history.statistics import rate_per_iteration, total_figures
+from mien.core.history.statistics import rate_per_iteration, total_statistics
 
 
 def _analyze(capsys, *words):
@@ -447,7 +447,7 @@ def test_a_session_without_logs_ends_what_was_logged_before(tmp_path):
     _log(model, 1, range(1, 9))  # crashed at 8; then came session 2, with --no-logs
     one, two = read_history(model).sessions
     assert one.iterations_n.tolist() == [1, 2, 3, 4, 5]
-    assert two.figures().iterations == 2
+    assert two.statistics().iterations == 2
 
 
 @pytest.mark.parametrize("lost", [None, 2])
@@ -465,12 +465,12 @@ def test_sessions_that_are_no_longer_kept_apart_still_add_up(tmp_path, capsys, l
         if session != lost:
             _log(model, session, range(first, last + 1), began=1000.0 * session)
     history = read_history(model, lambda tag: tag == "batch_face_a")
-    figures = [one.figures() for one in history.sessions]
+    figures = [one.statistics() for one in history.sessions]
     numbers = [one.number for one in history.sessions]
     told = dict(zip(numbers, (one.iterations for one in figures), strict=True))
     assert told == ({1: 5, 2: 2, 3: 2, 4: 5} if lost is None else {3: 7, 4: 5})
     total = sum(told.values())
-    assert total_figures(figures).iterations == total
+    assert total_statistics(figures).iterations == total
     code, out, _ = _analyze(capsys, model)
     assert code == 0
     assert re.search(rf"total .* {total} ", out)
@@ -496,7 +496,9 @@ def test_logs_that_lack_iterations_are_told_of(tmp_path, capsys):
     _log(model, 1, range(1, 5))
     code, _, err = _analyze(capsys, model)
     assert code == 0
-    assert "the logs hold 4 of the 9 iterations of session 1; its figures are those of the" in err
+    assert (
+        "the logs hold 4 of the 9 iterations of session 1; its statistics are those of the" in err
+    )
 
 
 def test_events_that_stand_for_several_iterations_count_as_such(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The rehearsal, the batch size that fits, and what is said where memory runs out."""
+"""The dry run, the batch size that fits, and what is said where memory runs out."""
 
 import json
 import tomllib
@@ -51,7 +51,7 @@ def test_a_dry_run_tells_and_keeps_nothing(inputs, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"parameters   {facts['parameters']:,}" in said
     assert "GPU memory" not in said, "there is none here to be spoken of"
-    assert "rehearsed    a new model" in said
+    assert "dry run      a new model" in said
     assert "nothing was kept" in said
 
 
@@ -74,9 +74,7 @@ def _files(folder):
     return {path: time for path, time in found.items() if path.name != ".lock"}
 
 
-def test_a_dry_run_of_a_model_rehearses_its_next_steps_and_leaves_it_alone(
-    inputs, tmp_path, capsys
-):
+def test_a_dry_run_of_a_model_takes_its_next_steps_and_leaves_it_alone(inputs, tmp_path, capsys):
     model_dir, recipe = tmp_path / "model", tmp_path / "two.toml"
     recipe.write_text(RECIPE)
     lasting = ("--set", "train.batch_size=4", "--set", "loss.loss_function_2=mae")

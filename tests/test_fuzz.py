@@ -46,7 +46,7 @@ from mien.core.faces.synthetic import draw_folder
 from mien.core.history.restore import restore
 from mien.core.optim.lr_schedule import begin_schedule, found_rate, rate_factor
 from mien.core.training.divergence import DivergenceDetector, NotFinite, TrainingDiverged, settle
-from mien.core.training.recipe_progress import Place, Plan, find_place
+from mien.core.training.recipe_progress import RecipeProgress, StageState, find_progress
 
 CASES = int(os.environ.get("MIEN_FUZZ", "0"))
 MAX_SECONDS = 3.0
@@ -722,13 +722,15 @@ LOSSES = {
 def _state_with_parts():
     """A state with every part that a run may keep, as plain values."""
     recipe = recipes.Recipe.from_dict({"name": "two", **STAGES})
-    plan = Plan(recipe, Place(stage=1, begun=5, best=0.5, loss_sum=1.5, loss_count=3))
+    progress = RecipeProgress(
+        recipe, StageState(stage=1, begun=5, best=0.5, loss_sum=1.5, loss_count=3)
+    )
     state = TrainingState(run_id=RUN_ID, trainer="original", iterations=40)
     config = from_dict(SETTINGS)
     begin_schedule(state, config)
     settle(state, config, config)
     parts = {
-        "recipe": plan.to_dict(seconds=3.0),
+        "recipe": progress.to_dict(seconds=3.0),
         "lr_finder": {"rate": 1e-4},
         "rollback": {"rate_factor": 0.5},
         "evaluate": {"iteration": 40, **FIGURES},
@@ -740,7 +742,7 @@ def _state_with_parts():
 def _resume(values):
     """What a run does with the state that it resumes from, and after some iterations."""
     config = from_dict(SETTINGS)
-    plan = find_place(values, None)
+    progress = find_progress(values, None)
     state = TrainingState.from_dict(values)
     measured_at(state)
     settle(state, config, config)
@@ -751,17 +753,17 @@ def _resume(values):
         detector.check_losses(LOSSES, state.iterations + 1, skipped=0)
     for iterations in range(state.iterations, state.iterations + 40):
         assert 0 <= schedule.rate(iterations) < math.inf
-    if plan:
-        plan.take_losses(LOSSES)
-        plan.take_metrics(state.iterations + 40, FIGURES)
-        plan.end(state.iterations + 40, seconds=60.0)
-        plan.advance(state.iterations + 40)
-        assert plan.iterations_left(state.iterations + 40, at_most=9) <= 9
-        state.parts["recipe"] = plan.to_dict(seconds=60.0)
-        one_line(str(plan))
+    if progress:
+        progress.take_losses(LOSSES)
+        progress.take_metrics(state.iterations + 40, FIGURES)
+        progress.end(state.iterations + 40, seconds=60.0)
+        progress.advance(state.iterations + 40)
+        assert progress.iterations_left(state.iterations + 40, at_most=9) <= 9
+        state.parts["recipe"] = progress.to_dict(seconds=60.0)
+        one_line(str(progress))
     state.parts["divergence"] = detector.to_dict()
     again = json.loads(json.dumps(state.to_dict(), allow_nan=False))
-    find_place(again | {"iterations": state.iterations + 40}, None)
+    find_progress(again | {"iterations": state.iterations + 40}, None)
 
 
 def test_the_parts_of_a_state_that_a_run_has_saved_are_taken_up():

@@ -11,7 +11,7 @@ from mien.cli import main
 from mien.core.checkpoint.state import TrainingState
 from mien.core.config import recipes
 from mien.core.config.recipes import NONE, Recipe
-from mien.core.training.recipe_progress import PART, Place, Plan, find_place
+from mien.core.training.recipe_progress import PART, RecipeProgress, StageState, find_progress
 
 LEARN = {"name": "learn", "iterations": 10, "set": {"augment": {"flip": False}}}
 FINISH = {"name": "finish", "rate_factor": 0.5, "set": {"augment": {"warp": False}}}
@@ -112,13 +112,13 @@ def test_print_config_with_a_recipe_is_a_file_to_train_with(tmp_path, capsys):
 
 def test_a_stage_is_over_at_the_first_of_its_ends():
     stage = {"iterations": 10, "until_iteration": 25, "minutes": 2}
-    plan = Plan(_recipe(stage), Place(begun=20, seconds=60))
-    assert plan.end(20) is None
-    assert plan.end(24, seconds=59) is None
-    assert plan.end(25) == "iteration 25 is reached"
-    assert plan.end(24, seconds=60) == "2 minutes have passed"
-    plan.place.begun = 10
-    assert plan.end(20) == "10 iterations are done"
+    progress = RecipeProgress(_recipe(stage), StageState(begun=20, seconds=60))
+    assert progress.end(20) is None
+    assert progress.end(24, seconds=59) is None
+    assert progress.end(25) == "iteration 25 is reached"
+    assert progress.end(24, seconds=60) == "2 minutes have passed"
+    progress.stage_state.begun = 10
+    assert progress.end(20) == "10 iterations are done"
 
 
 def test_a_plateau_of_the_loss_does_not_depend_on_how_losses_arrive():
@@ -126,58 +126,60 @@ def test_a_plateau_of_the_loss_does_not_depend_on_how_losses_arrive():
     totals = [8.0] * 4 + [4.0] * 4 + [3.7] * 4 + [3.9] * 4
     ended = []
     for sizes in ([1] * 16, [16], [3, 5, 7, 1]):
-        plan = Plan(_recipe({"plateau": plateau}))
+        progress = RecipeProgress(_recipe({"plateau": plateau}))
         at = 0
         for size in sizes:
-            plan.take_losses(_named(*totals[at : at + size]))
+            progress.take_losses(_named(*totals[at : at + size]))
             at += size
-        assert plan.place.best == pytest.approx(3.0)
-        assert plan.place.stale == 2, "neither 3.7 nor 3.9 is 10 % better than 4"
-        ended.append(plan.end(16))
+        assert progress.stage_state.best == pytest.approx(3.0)
+        assert progress.stage_state.stale == 2, "neither 3.7 nor 3.9 is 10 % better than 4"
+        ended.append(progress.end(16))
     assert ended == [ended[0]] * 3
     assert "loss_b has not improved by 10 % in 2 means of 4 iterations" in ended[0]
 
 
 def test_a_plateau_of_a_measured_figure_counts_each_once():
-    plan = Plan(_recipe({"plateau": {"metric": "ssim_a", "patience": 2, "improvement": 1}}))
+    progress = RecipeProgress(
+        _recipe({"plateau": {"metric": "ssim_a", "patience": 2, "improvement": 1}})
+    )
     for iteration, value in ((10, 0.5), (20, 0.6), (20, 0.1), (30, 0.601), (40, 0.59)):
-        assert plan.end(iteration) is None
-        plan.take_metrics(iteration, {"ssim_a": value})
-    assert plan.end(41) is not None
-    assert not plan.closes_window(0), "no loss is waited for"
+        assert progress.end(iteration) is None
+        progress.take_metrics(iteration, {"ssim_a": value})
+    assert progress.end(41) is not None
+    assert not progress.closes_window(0), "no loss is waited for"
 
 
-def _saved(iterations, plan=None):
-    """A saved state, with a plan among its parts."""
-    parts = {} if plan is None else {PART: json.loads(json.dumps(plan))}
+def _saved(iterations, progress=None):
+    """A saved state, with the progress of a recipe among its parts."""
+    parts = {} if progress is None else {PART: json.loads(json.dumps(progress))}
     return TrainingState(trainer="original", iterations=iterations, parts=parts).to_dict()
 
 
 def test_the_place_is_saved_and_found_again():
     recipe = _recipe(LEARN, FINISH)
-    plan = find_place(None, recipe)
-    assert (plan.place.stage, plan.is_entered) == (0, True)
-    saved = _saved(4, plan.to_dict(seconds=30))
-    again = find_place(saved, None)
+    progress = find_progress(None, recipe)
+    assert (progress.stage_state.stage, progress.is_entered) == (0, True)
+    saved = _saved(4, progress.to_dict(seconds=30))
+    again = find_progress(saved, None)
     assert again.recipe == recipe
-    assert again.place.seconds == 30
+    assert again.stage_state.seconds == 30
     assert not again.is_entered
 
-    later = find_place(saved | {"iterations": 10}, None)
-    assert (later.stage.name, later.place.begun, later.is_entered) == ("finish", 10, True)
+    later = find_progress(saved | {"iterations": 10}, None)
+    assert (later.stage.name, later.stage_state.begun, later.is_entered) == ("finish", 10, True)
     assert later.rate_factor == 0.5
-    assert find_place(saved, NONE) is None
-    assert find_place(_saved(4), None) is None
+    assert find_progress(saved, NONE) is None
+    assert find_progress(_saved(4), None) is None
 
 
 def test_an_edited_recipe_goes_on_in_its_stage_and_another_begins():
-    plan = Plan(_recipe(LEARN, FINISH), Place(stage=1, begun=10))
-    saved = _saved(12, plan.to_dict())
+    progress = RecipeProgress(_recipe(LEARN, FINISH), StageState(stage=1, begun=10))
+    saved = _saved(12, progress.to_dict())
     edited = _recipe(LEARN, {"name": "more", "iterations": 5}, FINISH | {"rate_factor": 0.1})
-    found = find_place(saved, edited)
-    assert (found.stage.name, found.place.begun, found.rate_factor) == ("finish", 10, 0.1)
-    other = find_place(saved, _recipe(LEARN, name="other"))
-    assert (other.stage.name, other.place.begun) == ("learn", 12)
+    found = find_progress(saved, edited)
+    assert (found.stage.name, found.stage_state.begun, found.rate_factor) == ("finish", 10, 0.1)
+    other = find_progress(saved, _recipe(LEARN, name="other"))
+    assert (other.stage.name, other.stage_state.begun) == ("learn", 12)
 
 
 def _place(**values):
@@ -210,19 +212,21 @@ def _place(**values):
     ids=range(19),
 )
 def test_a_spoilt_place_is_refused_with_a_way_out(spoil, text):
-    part = Plan(_recipe(LEARN, FINISH)).to_dict()
+    part = RecipeProgress(_recipe(LEARN, FINISH)).to_dict()
     spoil(part)
     saved = TrainingState(trainer="original", iterations=4, parts={PART: part}).to_dict()
     with pytest.raises(ValueError, match="go on without the recipe: --recipe none") as caught:
-        find_place(saved, None)
+        find_progress(saved, None)
     assert text in str(caught.value)
-    assert find_place(saved, NONE) is None
+    assert find_progress(saved, NONE) is None
 
 
 def test_a_window_that_an_edited_recipe_has_made_shorter_is_closed_at_once():
     plateau = {"window": 10, "patience": 2}
-    plan = Plan(_recipe({"plateau": plateau}), Place(loss_sum=9 * 4.0, loss_count=9))
-    plan.recipe = _recipe({"plateau": plateau | {"window": 3}})
-    plan.take_losses(_named(1.0, 1.0, 1.0, 1.0))
-    assert (plan.place.best, plan.place.loss_count) == (1.0, 1)
-    assert plan.place.stale == 0, "the mean of nine comes first"
+    progress = RecipeProgress(
+        _recipe({"plateau": plateau}), StageState(loss_sum=9 * 4.0, loss_count=9)
+    )
+    progress.recipe = _recipe({"plateau": plateau | {"window": 3}})
+    progress.take_losses(_named(1.0, 1.0, 1.0, 1.0))
+    assert (progress.stage_state.best, progress.stage_state.loss_count) == (1.0, 1)
+    assert progress.stage_state.stale == 0, "the mean of nine comes first"

@@ -123,10 +123,10 @@ def test_a_stage_weighs_more_than_a_flag_and_lasts():
     recipe = Recipe.from_dict({"name": "mine", "stage": [stage]})
     for saved in (None, _saved()):
         resolved = _resolve(saved, recipe=recipe, augment={"warp": True, "color": False})
-        assert resolved.plan.stage.name == "one"
+        assert resolved.progress.stage.name == "one"
         assert resolved.config.augment.warp is resolved.kept.augment.warp is False
         assert (resolved.config.augment.color, resolved.kept.augment.color) == (False, True)
-    assert _resolve(_saved(), recipe=NONE).plan is None
+    assert _resolve(_saved(), recipe=NONE).progress is None
 
 
 def test_nothing_but_the_arguments_counts_and_they_stay_as_they_are(monkeypatch):

@@ -7,14 +7,14 @@ import pytest
 from oracle_numbers import oracle_keys
 
 from mien.core.history.statistics import (
-    Figures,
+    SessionStatistics,
     elapsed_text,
     flatten_outliers,
     rate_per_iteration,
     rolling_average,
-    session_figures,
+    session_statistics,
     smoothed,
-    total_figures,
+    total_statistics,
     trend,
 )
 
@@ -52,7 +52,7 @@ def test_trend_and_outliers_as_the_oracle(oracle):
 def test_times_as_the_oracle(oracle):
     stats = oracle(FILE)
     times, batch = stats["timestamps"], int(stats["batch"])
-    figures = session_figures(1, times, batch)
+    figures = session_statistics(1, times, batch)
     assert figures.elapsed_s == int(stats["elapsed"])
     assert figures.eg_per_s == float(stats["egs"])
     rate = rate_per_iteration(times, batch)
@@ -71,9 +71,9 @@ def test_totals_as_the_oracle(oracle):
     num_faces = expected["rate"] * elapsed_s / 2
     count = round((num_faces - other_size * expected["iterations"]) / (size - other_size))
     half_s = elapsed_s // 2
-    first = session_figures(1, np.linspace(start, start + half_s, count), size)
+    first = session_statistics(1, np.linspace(start, start + half_s, count), size)
     times = np.linspace(end - (elapsed_s - half_s), end, expected["iterations"] - count)
-    total = total_figures([first, session_figures(2, times, other_size)])
+    total = total_statistics([first, session_statistics(2, times, other_size)])
     assert total.session is None
     assert (total.start, total.end) == (expected["start"], expected["end"])
     assert (total.elapsed_s, total.eg_per_s) == (expected["elapsed"], expected["rate"])
@@ -117,12 +117,12 @@ def test_no_time_gives_no_rate():
     np.testing.assert_array_equal(
         rate_per_iteration(np.array([0.0, 0.5, 0.5, 0.4]), 4), [16, np.nan, np.nan]
     )
-    assert session_figures(1, np.array([5.0]), 4).eg_per_s is None
+    assert session_statistics(1, np.array([5.0]), 4).eg_per_s is None
 
 
 def test_what_was_not_logged_is_left_out_of_the_totals_rate():
-    logged = session_figures(1, np.linspace(0, 10, 100), 4)
-    not_logged = Figures(
+    logged = session_statistics(1, np.linspace(0, 10, 100), 4)
+    not_logged = SessionStatistics(
         session=2,
         start=50.0,
         end=None,
@@ -131,10 +131,10 @@ def test_what_was_not_logged_is_left_out_of_the_totals_rate():
         iterations=900,
         eg_per_s=None,
     )
-    total = total_figures([logged, not_logged])
+    total = total_statistics([logged, not_logged])
     assert (total.iterations, total.elapsed_s, total.eg_per_s) == (1000, 10, 80.0)
     assert (total.end, total.batch_sizes) == (None, (4,))
-    alone = total_figures([not_logged])
+    alone = total_statistics([not_logged])
     assert (alone.elapsed_s, alone.eg_per_s) == (None, None)
 
 

@@ -15,7 +15,7 @@ from ... import __version__
 from ...core.checkpoint.lock_owner import lock_owner
 from ...core.checkpoint.model_folder import PREVIEW, STATE
 from ...core.history.history import History, event_files, read_history
-from ...core.history.statistics import total_figures
+from ...core.history.statistics import total_statistics
 from ...core.system.durable_files import DamagedError, read_regular
 from .graphs import loss_points, speed_points
 from .journal import Journal
@@ -112,16 +112,16 @@ class Watch:
         }
 
     def analysis(self) -> dict[str, Any]:
-        """The figures of each of the newest sessions, and of all together."""
+        """The statistics of each of the newest sessions, and of all together."""
         history, problem = self._read()
-        sessions = [one.figures() for one in history.sessions] if history else []
+        sessions = [one.statistics() for one in history.sessions] if history else []
         return {
             "problem": problem,
             "warnings": history.warnings if history else [],
             "trainer": history.trainer if history else None,
             "earlier": max(0, len(sessions) - _MOST_SESSIONS),
             "sessions": [dataclasses.asdict(one) for one in sessions[-_MOST_SESSIONS:]],
-            "total": dataclasses.asdict(total_figures(sessions)) if sessions else None,
+            "total": dataclasses.asdict(total_statistics(sessions)) if sessions else None,
         }
 
     def preview(self) -> bytes | None:

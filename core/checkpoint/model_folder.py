@@ -1,7 +1,7 @@
 """A model folder: everything that is kept of a run, each part whole or absent.
 
     config.toml          settings as last resolved, for people to read
-    state.json           the pointer: which generation is in use, and the run's main figures
+    state.json           the pointer: which generation is in use, the run's counts, the lowest loss
     generations/<n>/     model.safetensors  optimizer.safetensors  state.json  config.toml
                          manifest.json (size and SHA-256 of the others, and the order of writing)
     backup/              the same of the save with the lowest mean loss

@@ -1,4 +1,4 @@
-"""The pointer of a model folder, its top `state.json`: the generation in use, and the main figures.
+"""The pointer of a model folder, its top `state.json`: the generation in use, and the main counts.
 
 It is for people and for programs that watch. No start depends on it: the manifests say which
 generation is newest, since a kill may come between the rename of a generation and this file.

@@ -193,7 +193,7 @@ class TrainingState:
         for name, part in state.parts.items():
             require(isinstance(part, dict), f"parts.{name}", "an object", part)
         numbers = [session.number for session in state.sessions]
-        # They name folders of logs: one number twice would mix two sessions' figures.
+        # They name folders of logs: one number twice would mix two sessions' losses.
         require(numbers == sorted(set(numbers)), "session numbers", "rising", numbers)
         state.sessions = _folded(state.sessions)
         return state

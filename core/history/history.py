@@ -34,7 +34,7 @@ from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import Session, TrainingState, session_number
 from ..console.tensorboard import ITERATION
 from ..system.durable_files import DamagedError, open_regular
-from . import statistics
+from .statistics import SessionStatistics, session_statistics
 from .undone import MARK
 
 if TYPE_CHECKING:
@@ -83,17 +83,17 @@ class SessionHistory:
         """Iterations that the events stand for."""
         return int(self.counts_n.sum())
 
-    def figures(self) -> statistics.Figures:
+    def statistics(self) -> SessionStatistics:
         """Statistics by the events; by the save where there are none."""
         if len(self.times_n) or self.saved is None:
-            return statistics.session_figures(
+            return session_statistics(
                 self.number,
                 self.times_n,
                 self.batch_size,
                 iterations=self.num_logged,
                 pauses_s=self.pauses_s,
             )
-        return statistics.Figures(
+        return SessionStatistics(
             session=self.number,
             start=self.saved.started,
             end=None,
@@ -385,7 +385,7 @@ def _missing(sessions: list[SessionHistory]) -> list[str]:
     """A sentence for each session of which less was logged than saved, and one for many of them."""
     warnings = [
         f"the logs hold {one.num_logged} of the {one.saved.iterations} iterations of session "
-        f"{one.number}; its figures are those of the logs"
+        f"{one.number}; its statistics are those of the logs"
         for one in sessions
         if one.saved and 0 < one.num_logged < one.saved.iterations
     ]

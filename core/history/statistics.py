@@ -89,7 +89,7 @@ def rate_per_iteration(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figures:
+class SessionStatistics:
     """Statistics of one session, or of several together. None is what is not known without logs."""
 
     session: int | None
@@ -110,15 +110,15 @@ class Figures:
     """Faces of both sides per second."""
 
 
-def session_figures(
+def session_statistics(
     session: int,
     times_n: np.ndarray,
     batch_size: int | None,
     *,
     iterations: int | None = None,
     pauses_s: float = 0.0,
-) -> Figures:
-    """The figures of a session.
+) -> SessionStatistics:
+    """The statistics of a session.
 
     Args:
         session: Number of the session.
@@ -132,7 +132,7 @@ def session_figures(
     # Whole seconds, as faceswap's table has them, so that the rates are the same.
     elapsed_s = int(end - start - pauses_s)
     rate = None if batch_size is None else _rate(batch_size * iterations, elapsed_s)
-    return Figures(
+    return SessionStatistics(
         session=session,
         start=start,
         end=end,
@@ -143,12 +143,12 @@ def session_figures(
     )
 
 
-def total_figures(sessions: Sequence[Figures]) -> Figures:
+def total_statistics(sessions: Sequence[SessionStatistics]) -> SessionStatistics:
     """Sum up all sessions, at least one; time and rate are of those where they are known."""
     timed = [one for one in sessions if one.elapsed_s is not None and one.batch_sizes]
     faces = sum(size * one.iterations for one in timed for size in one.batch_sizes)
     known = [one.elapsed_s for one in sessions if one.elapsed_s is not None]
-    return Figures(
+    return SessionStatistics(
         session=None,
         start=sessions[0].start,
         end=sessions[-1].end,

@@ -182,8 +182,8 @@ class Checkpointer:
         # JSON holds no NaN, and a plateau could not compare one; the report still shows it.
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         setup.state.parts[evaluations.PART] = {"iteration": iteration} | finite
-        if setup.plan:
-            setup.plan.take_metrics(iteration, finite)
+        if setup.progress:
+            setup.progress.take_metrics(iteration, finite)
         scalars = {f"evaluate/{name}": value for name, value in metrics.items()}
         self.metrics.record(scalars, iteration)
         self.reporter.evaluate(iteration=iteration, metrics=metrics)

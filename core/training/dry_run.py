@@ -15,7 +15,7 @@ from . import memory
 from .devices import free_bytes
 from .engine import WARM_UP
 from .prepare import open_dry_run
-from .recipe_progress import Plan
+from .recipe_progress import RecipeProgress
 from .resolve import Overrides
 from .training_setup import TrainingSetup
 
@@ -36,7 +36,7 @@ class DryRun:
     learning_rate: float
     """Learning rate of the next iteration."""
 
-    plan: Plan | None
+    progress: RecipeProgress | None
     """The stages, where there are any."""
 
     precision: str
@@ -94,7 +94,7 @@ def _run_steps(setup: TrainingSetup) -> DryRun:
         config=setup.config,
         iterations=begun_at,
         learning_rate=setup.schedule.rate(begun_at),
-        plan=setup.plan,
+        progress=setup.progress,
         precision=setup.precision.name,
         device=setup.device,
         num_parameters=setup.step.update.num_parameters,

@@ -157,8 +157,8 @@ class MetricsLogger:
         # The losses may be of iterations a while ago; what is left is counted from now.
         behind = state.iterations - interval.last
         remaining = max(self.until - state.iterations, 0)
-        if self.setup.plan:
-            remaining = self.setup.plan.iterations_left(state.iterations, at_most=remaining)
+        if self.setup.progress:
+            remaining = self.setup.progress.iterations_left(state.iterations, at_most=remaining)
         self.reporter.step(
             iteration=interval.last,
             loss_a=float(named["loss_a"].mean()),

@@ -34,7 +34,7 @@ from . import memory
 from .build import build_model, build_step, check_step, sizes_of
 from .devices import choose_device, free_bytes
 from .outputs import open_images, open_logs, open_window, report_warnings
-from .recipe_progress import Plan
+from .recipe_progress import RecipeProgress
 from .resolve import Overrides, Resolved, resolve
 from .resume import check_fit, restore, settle_state
 from .startup import start_report
@@ -91,9 +91,9 @@ def open_setup(
         folder.keep_generations = resolved.config.save.keep_generations
         report_notices(reporter, resolved.notices)
         report_warnings(folder, reporter)
-        plan = resolved.plan
+        progress = resolved.progress
         # The end of the stage before is kept, since the next one may spoil it.
-        if saved and plan and plan.is_entered and plan.stage.snapshot:
+        if saved and progress and progress.is_entered and progress.stage.snapshot:
             path = folder.snapshot()
             if path is not None:  # else a warning says why
                 reporter.snapshot(iteration=saved.state["iterations"], path=path)
@@ -218,7 +218,7 @@ def _build(
 
     What can be refused at a glance is refused first: to decode the faces may take minutes.
     """
-    config, plan, folder = start.resolved.config, start.resolved.plan, start.folder
+    config, progress, folder = start.resolved.config, start.resolved.progress, start.folder
     window = open_window(config, stack)
     precision = precisions.resolve(config.precision.mode, device)
     engine_name, engine_why = check_step(config, device)
@@ -238,8 +238,8 @@ def _build(
     # Only now: auto takes what memory the faces have left.
     batch = batch_sizes.choose(config, num_faces, precision, lambda: free_bytes(device))
     config = batch_sizes.with_batch_size(config, batch.size)
-    if plan:
-        _check_later_stages(plan, config, num_faces, device)
+    if progress:
+        _check_later_stages(progress, config, num_faces, device)
     _set_libraries(device, deterministic=config.train.deterministic)
     step = build_step(config, model, device, loss=loss)
     state, schedule = _begin_session(start, config, step.update, batch, reporter)
@@ -260,7 +260,7 @@ def _build(
         precision=precision,
         schedule=schedule,
         feed=feed,
-        plan=plan,
+        progress=progress,
         folder=folder,
         saver=stack.enter_context(Saver(folder)),
         log=open_logs(config, folder.path, state, reporter, stack),
@@ -286,10 +286,10 @@ def _begin_session(
     ``config`` has the batch size that was chosen; the record of the session keeps the one that was
     set, so that auto chooses again at the next start.
     """
-    resolved, plan = start.resolved, start.resolved.plan
+    resolved, progress = start.resolved, start.resolved.progress
     state = restore(config, start.saved, update)
-    settle_state(state, resolved.before or config, plan, start.rate_factor, config)
-    schedule = begin_schedule(state, config, plan.rate_factor if plan else 1.0)
+    settle_state(state, resolved.before or config, progress, start.rate_factor, config)
+    schedule = begin_schedule(state, config, progress.rate_factor if progress else 1.0)
     if batch.bound and state.sessions and state.session.batch_size != batch.size:
         before = state.session.batch_size
         reporter.notice(f"auto has chosen batch size {batch.size}; the last session had {before}")
@@ -298,18 +298,18 @@ def _begin_session(
 
 
 def _check_later_stages(
-    plan: Plan, config: Config, num_faces: dict[str, int], device: torch.device
+    progress: RecipeProgress, config: Config, num_faces: dict[str, int], device: torch.device
 ) -> None:
     """Refuse today what would end the training when its stage begins, days later."""
-    for number in range(plan.place.stage + 1, len(plan.recipe.stages)):
+    for number in range(progress.stage_state.stage + 1, len(progress.recipe.stages)):
         try:
-            later = from_dict(merge(to_dict(config), plan.recipe.settings_of(number)))
+            later = from_dict(merge(to_dict(config), progress.recipe.settings_of(number)))
             batch_sizes.check(later, num_faces)
             check_step(later, device)
             if later.loss != config.loss:
                 Loss(later.loss, sizes_of(config)[1], "cpu")
         except ValueError as error:
-            raise ValueError(f"stage {plan.recipe.stages[number].name}: {error}") from error
+            raise ValueError(f"stage {progress.recipe.stages[number].name}: {error}") from error
 
 
 def _set_libraries(device: torch.device, *, deterministic: bool) -> None:

@@ -1,8 +1,8 @@
 """Progress of a run in its recipe: which stage, since when, and whether that one is over.
 
-The recipe and the place in it are saved with every generation, so an interrupted run goes on inside
-its stage. Each stage is a session of its own: the run is closed with a save and opened again with
-the settings of the next one, as though a user had stopped and resumed it.
+The recipe and the progress in it are saved with every generation, so an interrupted run goes on
+inside its stage. Each stage is a session of its own: the run is closed with a save and opened again
+with the settings of the next one, as though a user had stopped and resumed it.
 """
 
 import math
@@ -24,7 +24,7 @@ _PREFIX = f"parts.{PART}."
 
 
 @dataclass
-class Place:
+class StageState:
     """What is known of the present stage."""
 
     stage: int = 0
@@ -48,7 +48,7 @@ class Place:
     """Total iteration of the last measurement that was taken in."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], num_stages: int, iterations: int) -> "Place":
+    def from_dict(cls, values: dict[str, Any], num_stages: int, iterations: int) -> "StageState":
         """The place that was saved after so many iterations, in a recipe of so many stages.
 
         Raises:
@@ -69,30 +69,30 @@ class Place:
 
 
 @dataclass
-class Plan:
-    """A recipe and the place in it."""
+class RecipeProgress:
+    """A recipe and the progress of a run in it."""
 
     recipe: Recipe
-    place: Place = field(default_factory=Place)
+    stage_state: StageState = field(default_factory=StageState)
     is_entered: bool = True
     """Whether the present stage begins with this session."""
 
     @property
     def stage(self) -> Stage:
-        return self.recipe.stages[self.place.stage]
+        return self.recipe.stages[self.stage_state.stage]
 
     @property
     def is_last(self) -> bool:
-        return self.place.stage == len(self.recipe.stages) - 1
+        return self.stage_state.stage == len(self.recipe.stages) - 1
 
     @property
     def rate_factor(self) -> float:
         """What the learning rate is multiplied with."""
-        return self.recipe.rate_factor_of(self.place.stage)
+        return self.recipe.rate_factor_of(self.stage_state.stage)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """What holds now, of all that stages have set; a rate of theirs replaces a found one."""
-        settings = self.recipe.settings_of(self.place.stage)
+        settings = self.recipe.settings_of(self.stage_state.stage)
         if "learning_rate" not in settings.get("optimizer", {}):
             return settings
         # Else the found rate would go on, since it weighs more than a rate that is set.
@@ -101,7 +101,7 @@ class Plan:
     def closes_window(self, iterations: int) -> bool:
         """Whether the plateau needs every loss up to this total iteration now."""
         plateau = self.stage.plateau
-        done = iterations - self.place.begun
+        done = iterations - self.stage_state.begun
         return plateau is not None and plateau.is_loss and done % plateau.window == 0
 
     def take_losses(self, named: dict[str, np.ndarray]) -> None:
@@ -113,44 +113,48 @@ class Plan:
         values = values[np.isfinite(values)]  # others would make a sum that no file can hold
         while len(values):
             # A window that an edited recipe has made shorter may be full already.
-            room = max(plateau.window - self.place.loss_count, 0)
-            self.place.loss_sum += math.fsum(values[:room])
-            self.place.loss_count += len(values[:room])
+            room = max(plateau.window - self.stage_state.loss_count, 0)
+            self.stage_state.loss_sum += math.fsum(values[:room])
+            self.stage_state.loss_count += len(values[:room])
             values = values[room:]
-            if self.place.loss_count >= plateau.window:
-                self._take(self.place.loss_sum / self.place.loss_count)
-                self.place.loss_sum, self.place.loss_count = 0.0, 0
+            if self.stage_state.loss_count >= plateau.window:
+                self._take(self.stage_state.loss_sum / self.stage_state.loss_count)
+                self.stage_state.loss_sum, self.stage_state.loss_count = 0.0, 0
 
     def take_metrics(self, iteration: int, metrics: dict[str, float]) -> None:
         """Take in what was measured at a save; the same iteration only once."""
         plateau = self.stage.plateau
         # The same weights measured twice would count as no progress.
-        if plateau is None or plateau.metric not in metrics or iteration <= self.place.measured:
+        if (
+            plateau is None
+            or plateau.metric not in metrics
+            or iteration <= self.stage_state.measured
+        ):
             return
-        self.place.measured = iteration
+        self.stage_state.measured = iteration
         self._take(metrics[plateau.metric])
 
     def end(self, iterations: int, seconds: float = 0.0) -> str | None:
         """Reason that the stage is over, given the total iteration and the seconds of this
         session."""
-        stage, place = self.stage, self.place
-        done = iterations - place.begun
+        stage, state = self.stage, self.stage_state
+        done = iterations - state.begun
         if stage.iterations is not None and done >= stage.iterations:
             return f"{stage.iterations:,} iterations are done"
         if stage.until_iteration is not None and iterations >= stage.until_iteration:
             return f"iteration {stage.until_iteration:,} is reached"
-        if stage.minutes is not None and place.seconds + seconds >= 60 * stage.minutes:
+        if stage.minutes is not None and state.seconds + seconds >= 60 * stage.minutes:
             return f"{stage.minutes:g} minutes have passed"
-        if stage.plateau is not None and place.stale >= stage.plateau.patience:
+        if stage.plateau is not None and state.stale >= stage.plateau.patience:
             return str(stage.plateau)
         return None
 
     def iterations_left(self, iterations: int, *, at_most: int) -> int:
         """Iterations to the end of the stage as far as one is known, else ``at_most``."""
-        stage, place = self.stage, self.place
+        stage, state = self.stage, self.stage_state
         ends = [at_most + iterations]
         if stage.iterations is not None:
-            ends.append(place.begun + stage.iterations)
+            ends.append(state.begun + stage.iterations)
         if stage.until_iteration is not None:
             ends.append(stage.until_iteration)
         return max(min(ends) - iterations, 0)
@@ -159,31 +163,31 @@ class Plan:
         """Enter the stage that this total iteration belongs to; the last one is never left."""
         while self.end(iterations) and not self.is_last:
             # A new place: seconds, best value and window are the stage's own.
-            self.place = Place(stage=self.place.stage + 1, begun=iterations)
+            self.stage_state = StageState(stage=self.stage_state.stage + 1, begun=iterations)
             self.is_entered = True
 
     def to_dict(self, seconds: float = 0.0) -> dict[str, Any]:
         """Plain values, with the seconds of this session added."""
         # Added here and not in the place: every save of the session would add them again.
-        place = asdict(self.place) | {"seconds": self.place.seconds + seconds}
-        return {"recipe": self.recipe.to_dict(), "place": place}
+        stage_state = asdict(self.stage_state) | {"seconds": self.stage_state.seconds + seconds}
+        return {"recipe": self.recipe.to_dict(), "place": stage_state}
 
     def __str__(self) -> str:
-        number, count = self.place.stage + 1, len(self.recipe.stages)
+        number, count = self.stage_state.stage + 1, len(self.recipe.stages)
         ends = " or ".join(self.stage.ends) or "with the run"
         return f"{number} of {count} of {self.recipe.name}: {self.stage.name}, which ends {ends}"
 
     def _take(self, value: float) -> None:
-        plateau, place = self.stage.plateau, self.place
+        plateau, state = self.stage.plateau, self.stage_state
         assert plateau is not None
-        if place.best is None or plateau.is_better(value, place.best):
-            place.best, place.stale = value, 0
+        if state.best is None or plateau.is_better(value, state.best):
+            state.best, state.stale = value, 0
         else:
-            place.stale += 1
+            state.stale += 1
 
 
-def find_place(saved: dict[str, Any] | None, recipe: Recipe | None) -> Plan | None:
-    """The plan of a run that begins or resumes; None where it has no stages.
+def find_progress(saved: dict[str, Any] | None, recipe: Recipe | None) -> RecipeProgress | None:
+    """The progress of a run that begins or resumes; None where it has no stages.
 
     Args:
         saved: The state of the model, as saved; None for a new one.
@@ -191,29 +195,33 @@ def find_place(saved: dict[str, Any] | None, recipe: Recipe | None) -> Plan | No
             that was edited goes on in the stage of the same name.
 
     Raises:
-        ValueError: The saved state, or the place in it, is not valid.
+        ValueError: The saved state, or the progress in it, is not valid.
     """
     if recipe == NONE:
         return None
     state = TrainingState.from_dict(saved) if saved else None
     iterations = state.iterations if state else 0
-    plan = _saved_plan(state) if state else None
+    progress = _saved_progress(state) if state else None
     if recipe is not None:
         names = [stage.name for stage in recipe.stages]
         # A recipe of another name, or without this stage, begins anew; an edited one goes on.
-        if plan is None or plan.recipe.name != recipe.name or plan.stage.name not in names:
-            plan = Plan(recipe, Place(begun=iterations))
+        if (
+            progress is None
+            or progress.recipe.name != recipe.name
+            or progress.stage.name not in names
+        ):
+            progress = RecipeProgress(recipe, StageState(begun=iterations))
         else:
-            plan.place.stage = names.index(plan.stage.name)
-            plan.recipe = recipe
-    if plan is not None:
+            progress.stage_state.stage = names.index(progress.stage.name)
+            progress.recipe = recipe
+    if progress is not None:
         # A stage that was over when the run ended is not entered for one more iteration.
-        plan.advance(iterations)
-    return plan
+        progress.advance(iterations)
+    return progress
 
 
-def _saved_plan(state: TrainingState) -> Plan | None:
-    """The plan in a saved state; None where it holds none."""
+def _saved_progress(state: TrainingState) -> RecipeProgress | None:
+    """The progress in a saved state; None where it holds none."""
     values = state.parts.get(PART)
     if values is None:
         return None
@@ -221,15 +229,15 @@ def _saved_plan(state: TrainingState) -> Plan | None:
         saved_values.require_keys(values, {"recipe", "place"}, _PREFIX)
         recipe = Recipe.from_dict(saved_values.table(values, "recipe", _PREFIX))
         plain = saved_values.table(values, "place", _PREFIX)
-        place = Place.from_dict(plain, len(recipe.stages), state.iterations)
+        stage_state = StageState.from_dict(plain, len(recipe.stages), state.iterations)
     except ValueError as error:
         raise ValueError(f"{error}; go on without the recipe: --recipe none") from error
-    return Plan(recipe, place, is_entered=False)
+    return RecipeProgress(recipe, stage_state, is_entered=False)
 
 
-def check_metrics(plan: Plan | None, config: Config) -> None:
+def check_metrics(progress: RecipeProgress | None, config: Config) -> None:
     """Refuse a recipe that watches what is not measured."""
-    for stage in plan.recipe.stages if plan else ():
+    for stage in progress.recipe.stages if progress else ():
         plateau, measured = stage.plateau, config.evaluate
         if plateau is None or plateau.is_loss:
             continue

@@ -38,7 +38,7 @@ from ..console.reporter import Notice
 from ..optim.lr_schedule import found_rate, settle_rate
 from ..system.paths import expanded
 from . import recipe_progress as stages
-from .recipe_progress import Plan
+from .recipe_progress import RecipeProgress
 
 _OF_A_START: dict[str, dict[str, Any]] = {
     "save": {"model_dir": ""},
@@ -113,8 +113,8 @@ class Resolved:
     before: Config | None
     """Settings of the last session, its flags among them; None: there was none."""
 
-    plan: Plan | None
-    """The recipe and the place in it."""
+    progress: RecipeProgress | None
+    """The recipe and the progress in it."""
 
     notices: list[Notice]
     """Sentences to report: differences to the last session, and what was left out."""
@@ -139,8 +139,8 @@ def resolve(
         ValueError: A setting is unknown, out of its range, fixed in this model, or clashes.
     """
     sections = overrides.sections  # first of all, what is unknown or out of range is refused
-    plan = stages.find_place(saved.state if saved else None, recipe)
-    by_stage = plan.settings() if plan else {}
+    progress = stages.find_progress(saved.state if saved else None, recipe)
+    by_stage = progress.settings() if progress else {}
     model = _saved_model(saved, trust) if saved else None
     own = model.own if model else {}
     # The model's own: a user who gives another one is refused below, as for all that is locked.
@@ -160,12 +160,12 @@ def resolve(
     # Every option written out, so that later defaults do not change the model.
     config = from_dict(merge(session, _every_option(session, trainer)))
     kept = from_dict(merge(lasting, _every_option(lasting, trainer)))
-    stages.check_metrics(plan, config)
+    stages.check_metrics(progress, config)
     if model:
         _refuse_swapped(model.last["data"], config.data)
         notices += _changes(model, to_dict(config))
     notices += _notices_of_unwritable(unwritable)
-    return Resolved(config, kept, model.before if model else None, plan, notices)
+    return Resolved(config, kept, model.before if model else None, progress, notices)
 
 
 @dataclass(frozen=True)

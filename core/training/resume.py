@@ -12,7 +12,7 @@ from ..optim.lr_schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS
 from ..optim.optimizer import Update, check_weights
 from . import divergence
 from . import recipe_progress as stages
-from .recipe_progress import Plan
+from .recipe_progress import RecipeProgress
 
 
 def check_fit(config: Config, saved: Generation) -> None:
@@ -50,7 +50,7 @@ def restore(config: Config, saved: Generation | None, update: Update) -> Trainin
 def settle_state(
     state: TrainingState,
     before: Config,
-    plan: Plan | None,
+    progress: RecipeProgress | None,
     rate_factor: float | None,
     config: Config,
 ) -> None:
@@ -59,13 +59,13 @@ def settle_state(
     Args:
         state: State as it was saved, or new.
         before: Settings of the session before.
-        plan: The recipe and the place in it; None: there is none.
+        progress: The recipe and the progress in it; None: there is none.
         rate_factor: Factor of the learning rate after a rollback; None: as saved.
         config: Settings of this session.
     """
-    if plan is None:
+    if progress is None:
         state.parts.pop(stages.PART, None)  # the recipe was left
-    elif plan.is_entered and SCHEDULE_SETTINGS & plan.stage.set.get("optimizer", {}).keys():
+    elif progress.is_entered and SCHEDULE_SETTINGS & progress.stage.set.get("optimizer", {}).keys():
         state.parts.pop(SCHEDULE, None)  # the same one again, from its beginning
     if before.loss != config.loss:
         state.lowest_mean_loss = None  # of other losses: no later one compares with it

@@ -121,12 +121,12 @@ def _fields_of_setup(
         "faces_b": faces["b"].store.num_faces,
         "held_out": held_out,
         "frozen": list(model.frozen),
-        "stage": setup.plan
+        "stage": setup.progress
         and {
-            "recipe": setup.plan.recipe.name,
-            "name": setup.plan.stage.name,
-            "number": setup.plan.place.stage + 1,
-            "count": len(setup.plan.recipe.stages),
+            "recipe": setup.progress.recipe.name,
+            "name": setup.progress.stage.name,
+            "number": setup.progress.stage_state.stage + 1,
+            "count": len(setup.progress.recipe.stages),
         },
     }
 
@@ -194,8 +194,8 @@ def _lines_of_parts(
     for side, opened in faces.items():
         store, path = opened.store, getattr(setup.config.data, f"input_{side}")
         lines[f"faces {side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
-    if setup.plan:
-        lines["stage"] = str(setup.plan)
+    if setup.progress:
+        lines["stage"] = str(setup.progress)
     if fields["held_out"]:
         held_out = fields["held_out"]
         counts = ", ".join(f"{held_out[side]['count']} of {side.upper()}" for side in held_out)

@@ -129,18 +129,18 @@ class Trainer:
 
     def _end_of_stage(self) -> End | None:
         """How the loop ends, where the present stage of the recipe is over."""
-        plan, iterations = self.setup.plan, self.setup.state.iterations
-        if plan is None:
+        progress, iterations = self.setup.progress, self.setup.state.iterations
+        if progress is None:
             return None
         # On a GPU losses come late; a plateau must not be judged without its last ones.
-        if plan.closes_window(iterations):
+        if progress.closes_window(iterations):
             self.metrics.log(wait=True)
-        why = plan.end(iterations, self.seconds)
+        why = progress.end(iterations, self.seconds)
         if why is None:
             return None
-        if plan.is_last:
-            return End(Outcome.DONE, f"recipe {plan.recipe.name} is done: {why}")
-        return End(Outcome.DONE, f"stage {plan.stage.name} is over: {why}", goes_on=True)
+        if progress.is_last:
+            return End(Outcome.DONE, f"recipe {progress.recipe.name} is done: {why}")
+        return End(Outcome.DONE, f"stage {progress.stage.name} is over: {why}", goes_on=True)
 
     def _recover(self, divergence: TrainingDiverged) -> End:
         """What follows when training must not go on: a way back, or the end."""
@@ -206,8 +206,8 @@ class Trainer:
             return
         self._check(named, interval)
         self.setup.state.add_losses(float(named["batch_total"].sum()), interval.count)
-        if self.setup.plan:
-            self.setup.plan.take_losses(named)
+        if self.setup.progress:
+            self.setup.progress.take_losses(named)
 
     def _check(self, named: Losses, interval: Interval) -> None:
         """Raise TrainingDiverged where the losses say that training must not go on."""
@@ -228,6 +228,6 @@ class Trainer:
     def _parts(self) -> dict[str, dict[str, Any]]:
         """What the state keeps of the watch on divergence and of the recipe."""
         parts = {divergences.PART: self.detector.to_dict()}
-        if self.setup.plan:
-            parts[stages.PART] = self.setup.plan.to_dict(self.seconds)
+        if self.setup.progress:
+            parts[stages.PART] = self.setup.progress.to_dict(self.seconds)
         return parts

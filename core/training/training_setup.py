@@ -16,7 +16,7 @@ from ..optim.lr_schedule import Schedule
 from ..precision import Precision
 from ..preview.previewer import Pictures
 from .engine import Engine
-from .recipe_progress import Plan
+from .recipe_progress import RecipeProgress
 from .step import TrainStep
 
 
@@ -32,7 +32,7 @@ class TrainingSetup:
     precision: Precision
     schedule: Schedule
     feed: Feed
-    plan: Plan | None
+    progress: RecipeProgress | None
     """The recipe and where training stands in it."""
 
     folder: ModelFolder
