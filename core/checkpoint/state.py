@@ -16,10 +16,10 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...models.fields import MAX_COUNT
+from ...models.fields import MAX_COUNT, setting
 from ..config import Config, all_settings, to_dict, without_private
 from ..system import saved_values
-from ..system.saved_values import MAX_SECONDS, require, require_keys
+from ..system.saved_values import MAX_SECONDS, record, require, require_keys
 
 SCHEMA = 1
 
@@ -33,13 +33,13 @@ _LOGS = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
 class Session:
     """One start of the training program."""
 
-    number: int
-    started: float
+    number: int = setting(dataclasses.MISSING, low=1)
+    started: float = setting(dataclasses.MISSING, low=0, high=MAX_SECONDS)
     """Seconds since 1970."""
-    batch_size: int
+    batch_size: int = setting(dataclasses.MISSING, low=1)
     logs: bool
-    iterations: int = 0
-    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    iterations: int = setting(0, low=0)
+    settings: dict[str, dict[str, Any]] = setting({})
     """The free settings, by section, as they were in this session; empty for an old one."""
 
 
@@ -182,7 +182,10 @@ class TrainingState:
             faces_seen=saved_values.table(values, "faces_seen"),
             lowest_mean_loss=saved_values.optional_number(values, "lowest_mean_loss"),
             parts=saved_values.table(values, "parts"),
-            sessions=[_session(item, f"sessions[{i}].") for i, item in enumerate(sessions)],
+            sessions=[
+                Session(**record(Session, item, f"sessions[{i}]."))
+                for i, item in enumerate(sessions)
+            ],
         )
         is_a_name = len(state.trainer) <= 64 and state.trainer.isprintable()
         require(is_a_name, "trainer", "a name", state.trainer)
@@ -224,18 +227,3 @@ def _folded(sessions: list[Session]) -> list[Session]:
         iterations=min(iterations, MAX_COUNT),
     )
     return [together, *recent]
-
-
-def _session(values: Any, prefix: str) -> Session:
-    require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
-    require_keys(values, {item.name for item in dataclasses.fields(Session)}, prefix)
-    logs = values["logs"]
-    require(isinstance(logs, bool), f"{prefix}logs", "true or false", logs)
-    return Session(
-        number=saved_values.count(values, "number", prefix, low=1),
-        started=saved_values.number(values, "started", prefix, low=0, high=MAX_SECONDS),
-        batch_size=saved_values.count(values, "batch_size", prefix, low=1),
-        logs=logs,
-        iterations=saved_values.count(values, "iterations", prefix),
-        settings=saved_values.table(values, "settings", prefix),
-    )

@@ -1,10 +1,11 @@
 """Plain values of a saved state, read strictly: a wrong type or range, a missing or an unknown key
 is refused in one line, whoever wrote it."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from ...models.fields import Field, named, shown
+from ...models.fields import Field, fields_of, named, shown
 
 MAX_SECONDS = 1e11
 
@@ -24,6 +25,31 @@ def require_keys(values: dict[str, Any], expected: Iterable[str], prefix: str = 
     if missing or unknown:
         verb, key = ("lacks", missing[0]) if missing else ("has the unknown key", unknown[0])
         raise ValueError(f"{_NOT_VALID}: it {verb} {prefix}{named(key)}")
+
+
+def record(kind: type, values: Any, prefix: str, **highest: int) -> dict[str, Any]:
+    """The values of a table whose keys are the fields of a dataclass, all of them and no other.
+
+    Args:
+        kind: Dataclass whose fields say what each may be; null, too, where None is the default.
+        values: What was saved.
+        prefix: Place of the table in the state, with a dot behind it.
+        highest: Highest numbers by field, where they depend on what else was saved.
+
+    Raises:
+        ValueError: It is no such table; one line names the value.
+    """
+    require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
+    fields = fields_of(kind)
+    require_keys(values, fields, prefix)
+    taken = {}
+    for name, field in fields.items():
+        if field.type is dict:
+            taken[name] = table(values, name, prefix)
+        elif values[name] is not None or field.default is not None:
+            rule = dataclasses.replace(field, high=highest.get(name, field.high))
+            taken[name] = _taken(rule, values, name, prefix)
+    return taken
 
 
 def count(

@@ -11,11 +11,12 @@ Letters: N iterations, n faces, S and F edges of a picture in px, C channels.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from ...models.fields import setting
 from ..checkpoint.state import TrainingState
 from ..config import Config, DataConfig
 from ..data.sides import SIDES
@@ -185,16 +186,16 @@ class Side:
     first_loss: float | None = None
     """Loss of the first weights of a model that knew nothing; None: of no such one."""
 
-    above: int = 0
+    above: int = setting(0, low=0)
     """Iterations in a row, to the last one, whose loss was higher."""
 
     excess: float = 0.0
     """Excess of these losses over the first one, summed, in units of it."""
 
-    zeros: int = 0
+    zeros: int = setting(0, low=0)
     """Iterations in a row, to the last one, whose faces had a loss of exactly 0."""
 
-    good_until: int = 0
+    good_until: int = setting(0, low=0)
     """Total iteration up to which saves show different faces, as far as it was seen."""
 
     has_varied: bool = False
@@ -203,21 +204,11 @@ class Side:
     @classmethod
     def from_dict(cls, values: dict[str, Any], prefix: str, iterations: int) -> "Side":
         """The side that was saved after so many iterations; ValueError where it is none."""
-        saved_values.require_keys(values, {item.name for item in fields(cls)}, prefix)
-        first_loss = saved_values.optional_number(values, "first_loss", prefix)
-        is_above_0 = first_loss is None or first_loss > 0
-        saved_values.require(is_above_0, f"{prefix}first_loss", "above 0", first_loss)
-        has_varied = values["has_varied"]
-        is_bool = isinstance(has_varied, bool)
-        saved_values.require(is_bool, f"{prefix}has_varied", "true or false", has_varied)
-        return cls(
-            first_loss=first_loss,
-            above=saved_values.count(values, "above", prefix, high=iterations),
-            excess=saved_values.number(values, "excess", prefix),
-            zeros=saved_values.count(values, "zeros", prefix, high=iterations),
-            good_until=saved_values.count(values, "good_until", prefix, high=iterations),
-            has_varied=has_varied,
-        )
+        highest = dict.fromkeys(("above", "zeros", "good_until"), iterations)
+        side = cls(**saved_values.record(cls, values, prefix, **highest))
+        is_above_0 = side.first_loss is None or side.first_loss > 0
+        saved_values.require(is_above_0, f"{prefix}first_loss", "above 0", side.first_loss)
+        return side
 
     def check_loss(self, name: str, loss: float, iteration: int) -> None:
         """Take in the loss of a total iteration; raise TrainingDiverged."""

@@ -6,16 +6,17 @@ with the settings of the next one, as though a user had stopped and resumed it.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ...models.fields import setting
 from ..checkpoint.state import TrainingState
 from ..config import Config, merge
 from ..config.recipes import NONE, Recipe, Stage
 from ..system import saved_values
-from ..system.saved_values import MAX_SECONDS, count, number
+from ..system.saved_values import MAX_SECONDS
 
 PART = "recipe"
 """Name under which the state keeps the progress."""
@@ -27,24 +28,24 @@ _PREFIX = f"parts.{PART}."
 class StageState:
     """What is known of the present stage."""
 
-    stage: int = 0
-    begun: int = 0
+    stage: int = setting(0, low=0)
+    begun: int = setting(0, low=0)
     """Total iteration before its first one."""
 
-    seconds: float = 0.0
+    seconds: float = setting(0.0, low=0, high=MAX_SECONDS)
     """Seconds of training in it."""
 
     best: float | None = None
     """The best value of what its plateau watches."""
 
-    stale: int = 0
+    stale: int = setting(0, low=0)
     """Values since that were no better."""
 
     loss_sum: float = 0.0
-    loss_count: int = 0
+    loss_count: int = setting(0, low=0)
     """Number of losses in the window that is not full yet."""
 
-    measured: int = 0
+    measured: int = setting(0, low=0)
     """Total iteration of the last measurement that was taken in."""
 
     @classmethod
@@ -54,18 +55,9 @@ class StageState:
         Raises:
             ValueError: A value is missing, unknown, of another type or out of range.
         """
-        prefix = f"{_PREFIX}place."
-        saved_values.require_keys(values, {item.name for item in fields(cls)}, prefix)
-        return cls(
-            stage=count(values, "stage", prefix, high=num_stages - 1),
-            begun=count(values, "begun", prefix, high=iterations),
-            seconds=number(values, "seconds", prefix, low=0, high=MAX_SECONDS),
-            best=saved_values.optional_number(values, "best", prefix),
-            stale=count(values, "stale", prefix),
-            loss_sum=number(values, "loss_sum", prefix),
-            loss_count=count(values, "loss_count", prefix, high=iterations),
-            measured=count(values, "measured", prefix, high=iterations),
-        )
+        highest = dict.fromkeys(("begun", "loss_count", "measured"), iterations)
+        highest["stage"] = num_stages - 1
+        return cls(**saved_values.record(cls, values, f"{_PREFIX}place.", **highest))
 
 
 @dataclass
@@ -247,8 +239,8 @@ def check_metrics(progress: RecipeProgress | None, config: Config) -> None:
                 f"stage {stage.name} watches {metric}, but nothing is measured; keep faces for "
                 "that: --set evaluate.held_out=20"
             )
-        for start, setting in (("pose", "landmark_model"), ("identity", "embedding_model")):
-            if metric.startswith(start) and not getattr(measured, setting):
+        for start, file in (("pose", "landmark_model"), ("identity", "embedding_model")):
+            if metric.startswith(start) and not getattr(measured, file):
                 raise ValueError(
-                    f"stage {stage.name} watches {metric}, which needs evaluate.{setting}"
+                    f"stage {stage.name} watches {metric}, which needs evaluate.{file}"
                 )
