@@ -103,4 +103,8 @@ def without_private(values: dict[str, Any]) -> dict[str, Any]:
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The whole config as plain values, fit for TOML and JSON."""
-    return dataclasses.asdict(config)
+    return {
+        # Lists, as TOML and JSON give them back: a saved value must equal the same one as set.
+        section: {key: list(each) if type(each) is tuple else each for key, each in table.items()}
+        for section, table in dataclasses.asdict(config).items()
+    }

@@ -16,7 +16,7 @@ import tomli_w
 from ....models.fields import no_such, shown
 from ...system.durable_files import write_output
 from ...system.user_folders import settings_folder
-from .. import all_settings, from_dict, read_toml, to_dict
+from .. import Config, all_settings, from_dict, read_toml, to_dict
 
 PACKAGED = Path(__file__).parent
 
@@ -155,13 +155,13 @@ def _paths() -> dict[str, Path]:
 
 def _worth_keeping(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The settings that are not the defaults and not of one run, but always the trainer."""
-    resolved = to_dict(from_dict(settings))
+    resolved, usual = to_dict(from_dict(settings)), to_dict(Config())
     values: dict[str, dict[str, Any]] = {}
     for spec in all_settings():
         value = resolved[spec.section][spec.name]
         is_of_a_run = spec.name in _OF_A_RUN.get(spec.section, ())
         # The trainer always: it says which options the preset's are.
-        is_worthy = value != spec.default or spec.name == "trainer"
+        is_worthy = value != usual[spec.section][spec.name] or spec.name == "trainer"
         if spec.name in settings.get(spec.section, {}) and is_worthy and not is_of_a_run:
             values.setdefault(spec.section, {})[spec.name] = value
     return values
