@@ -8,7 +8,7 @@ LOWEST_PAGE := $(VENV)/lowest-page
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
-.PHONY: setup demo test test-min test-max aot lint format docs bench gpu gpu-quick wheel clean FORCE
+.PHONY: setup demo test test-min test-max aot lint format docs site bench gpu gpu-quick wheel clean FORCE
 
 setup: $(STAMP) kernels/libmien.so
 
@@ -87,8 +87,11 @@ format: setup
 
 docs: setup
 	$(BIN)/python -m mien.cli.settings_page > docs/settings.md
-	$(BIN)/python -m mien.benchmarks.preset_costs > build/costs.json
-	mv build/costs.json core/config/presets/costs.json
+	$(BIN)/python -m mien.benchmarks.preset_costs
+
+# The pages of docs/ as a site, in build/site. A link that leads nowhere is an error.
+site: setup
+	$(BIN)/sphinx-build --quiet --fail-on-warning --nitpicky docs build/site
 
 bench: setup
 	$(BIN)/mien bench all

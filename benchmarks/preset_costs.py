@@ -7,6 +7,7 @@ Run: ``make docs``.
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from ..core.training.build import sizes_of
 from ..core.training.memory import footprint
 from .harness import rounded
 from .roofline import CARDS, ceiling
+
+PAGE = Path(__file__).parents[1] / "docs/choosing.md"
+BEGIN, END = "<!-- costs: `make docs` writes them -->", "<!-- end of costs -->"
 
 
 def cost_of(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -48,5 +52,30 @@ def costs() -> dict[str, dict[str, Any]]:
     return {preset.name: cost_of(preset.settings) for preset in packaged}
 
 
+def table(costs_by_name: dict[str, dict[str, Any]]) -> str:
+    """The costs in Markdown, one line a preset."""
+    head = ["preset", "trainer", "px", "parameters", "batch", "GPU memory"]
+    head += [f"EG/s, {card.name}" for card in CARDS.values()]
+    lines = [head, ["---"] * 3 + ["---:"] * (len(head) - 3)]
+    for name, cost in costs_by_name.items():
+        speeds = [f"{cost['roofline_eg_per_s'][card]:,}" for card in CARDS]
+        sizes = f"{cost['input_px']} → {cost['output_px']}"
+        memory = f"{cost['memory_mib'] / 1024:.1f} GiB"
+        parameters, batch = f"{cost['parameters_m']:g} M", str(cost["batch_size"])
+        trainer = presets.load(name).trainer
+        lines.append([f"`{name}`", trainer, sizes, parameters, batch, memory, *speeds])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def update() -> None:
+    """Compute everything anew, and put it into the package and the page."""
+    computed = costs()
+    (presets.PACKAGED / "costs.json").write_text(json.dumps(computed, indent=1) + "\n")
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(computed)}\n\n{END}{after}", encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(json.dumps(costs(), indent=1))
+    update()

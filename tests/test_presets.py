@@ -282,7 +282,10 @@ def test_a_preset_of_faceswap_is_known_by_its_name(own, tmp_path, capsys):
         ("{}", "does not say what it is a preset for"),
         ('{"__section": "train|model|nobody", "a": 1}', "is for model.nobody, which mien does not"),
         ('{"__section": "convert|color", "a": 1}', "does not say what it is a preset for"),
-        ('{"__section": "train|model|phaze_a", "output_size": 3}', "output_size of phaze-a must be"),
+        (
+            '{"__section": "train|model|phaze_a", "output_size": 3}',
+            "output_size of phaze-a must be",
+        ),
     ],
 )
 def test_what_is_no_preset_of_faceswap_is_refused(own, tmp_path, capsys, text, complaint):
