@@ -3,6 +3,7 @@
 Reading headers is Python's own work, so one thread does it for both sides; decoding and drawing are
 OpenCV's and DALI's, which run beside it. What is ready waits in a queue of bounded size, since only
 the last header shows how many faces there are, whether they are to be used, and where to put them.
+DALI's own pipeline is made in `decode`.
 
 Letters: s = edge of the crop at the processing size, px; c = 3.
 """
