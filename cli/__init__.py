@@ -21,6 +21,7 @@ COMMANDS = {
     "faces": "Check, inspect, draw or import folders of faces.",
     "model": "Look after a model folder: inform, verify, restore, scan, write for inference.",
     "swap": "Put the swapped faces into the frames of a film.",
+    "preview": "Draw what a save makes of faces; compare saves.",
     "timelapse": "Make a film of a time-lapse's pictures.",
     "preset": "List, show and save settings under a name.",
     "recipe": "List and show recipes: training in stages.",

@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="FILM.MP4", help="the film to write"
     )
     parser.add_argument(
-        "--fps", type=float, default=25.0, help="pictures in a second (default: %(default)g)"
+        "--fps",
+        type=float,
+        help="pictures in a second (default: chosen so that the film lasts 5 to 20 s)",
     )
     parser.add_argument(
         "--last-seconds",
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the film."""
-    if not 0 < args.fps <= 240:
+    if args.fps is not None and not 0 < args.fps <= 240:
         raise ValueError(f"--fps must be above 0 and at most 240, got {args.fps:g}")
     if not 0 <= args.last_seconds <= 3600:
         raise ValueError(f"--last-seconds must be from 0 to 3600, got {args.last_seconds:g}")
@@ -48,11 +50,16 @@ def run(args: argparse.Namespace) -> int:
     film = make_film(find_pictures(folder), output, fps=args.fps, last_seconds=args.last_seconds)
     for path in film.unreadable:
         complain("timelapse", f"{path} cannot be read and was left out")
+    if film.num_passed_over:
+        total = film.num_pictures + len(film.unreadable) + film.num_passed_over
+        complain(
+            "timelapse", f"{total} pictures are too many for 20 s; some are shown, evenly spread"
+        )
     if args.json:
         tell_json(dataclasses.asdict(film), indent=None)
     else:
         tell(
             f"{film.path}: {film.num_pictures} pictures of {film.width_px} x {film.height_px} px, "
-            f"{film.seconds:.1f} s"
+            f"{film.fps:g} in a second, {film.seconds:.1f} s"
         )
     return 0

@@ -172,7 +172,7 @@ def test_keys_ask_for_what_they_stand_for():
     assert requests.stop.signal_name == "Enter"
 
 
-def test_the_mask_key_draws_the_same_picture_without_its_tint(sides, tmp_path, monkeypatch):
+def test_the_mask_key_draws_the_same_picture_with_a_tint(sides, tmp_path, monkeypatch):
     model_dir, seen = tmp_path / "model", {}
     noted = []
     monkeypatch.setattr(Requests, "__enter__", lambda self: noted.append(self) or self)
@@ -190,7 +190,7 @@ def test_the_mask_key_draws_the_same_picture_without_its_tint(sides, tmp_path, m
 
     monkeypatch.setattr(Feed, "next", following)
     words = ("-i", "4", "--set", "preview.mask_opacity=100", "--set", "preview.faces=fresh")
-    assert _train(sides, model_dir, *words) == 0
+    assert _train(sides, model_dir, *words, "--set", "preview.show_mask=false") == 0
     red = (0, 0, 255)
     # A batch is made one step ahead: the keys are obeyed after steps 1 and 2 at the latest.
     tints = [int((picture == red).all(axis=-1).sum()) for picture in seen.values()]
@@ -406,26 +406,27 @@ def test_fresh_faces_that_have_gone_do_not_end_the_run(sides, tmp_path, monkeypa
     assert _train((gone, sides[1]), tmp_path / "model", *words) == 0
 
 
-def test_the_tint_can_be_off(sides, tmp_path):
-    red = ("--set", "preview.mask_opacity=100", "--set", "preview.preview_images=2")
-    for name, shown in (("on", "true"), ("off", "false")):
-        words = ("-i", "1", *red, "--set", f"preview.show_mask={shown}")
-        assert _train(sides, tmp_path / name, *words) == 0
-    tinted = {
-        name: int((cv2.imread(str(tmp_path / name / "preview.png")) == (0, 0, 255)).all(-1).sum())
-        for name in ("on", "off")
-    }
-    assert tinted["on"] > 1000
-    assert tinted["off"] == 0
+def test_the_mask_can_be_off_in_either_style(sides, tmp_path):
+    settings = {"mask_opacity": 100, "preview_images": 2, "history": 0}
+    for style in ("sheet", "faceswap"):
+        for shown in ("true", "false"):
+            changes = settings | {"style": style, "show_mask": shown}
+            words = [f"--set=preview.{name}={value}" for name, value in changes.items()]
+            model_dir = tmp_path / style / shown
+            assert _train(sides, model_dir, "-i", "1", *words) == 0
+            picture = cv2.imread(str(model_dir / "preview.png"))
+            assert (picture == (0, 0, 255)).all(-1).any() == (shown == "true")
+    assert picture.shape == (2 * 64 + 14, 6 * 64, 3), "as faceswap lays it out"
 
 
 def test_fourteen_faces_make_seven_rows_of_twelve(sides, tmp_path):
     no_mask = ("--set", "loss.penalized_mask_loss=false", "--set", "data.mask_type=none")
     words = ("-i", "1", *no_mask, "-x", str(sides[0]), "-y", str(sides[1]))
     assert _train(sides, tmp_path / "model", *words) == 0
-    assert cv2.imread(str(tmp_path / "model/preview.png")).shape == (7 * 64 + 14, 12 * 64, 3)
+    shape = (48 + 7 * 130, 12 * 130 + 2 * 6 + 14 + 2, 3)
+    assert cv2.imread(str(tmp_path / "model/preview.png")).shape == shape
     (frame,) = (tmp_path / "model/timelapse").iterdir()
-    assert cv2.imread(str(frame)).shape == (7 * 64 + 14, 12 * 64, 3)
+    assert cv2.imread(str(frame)).shape == shape
 
 
 def test_a_picture_that_cannot_be_written_is_told_once(sides, tmp_path, capsys):
@@ -450,7 +451,7 @@ def test_a_time_lapse_of_few_faces_never_overwrites(sides, tmp_path, monkeypatch
     assert _train(sides, tmp_path / "model", *words, *more) == 0
     names = sorted(path.name for path in output.iterdir())
     assert names == ["1000-2.jpg", "1000-3.jpg", "1000.jpg"]
-    assert cv2.imread(str(output / "1000.jpg")).shape == (3 * 64 + 14, 6 * 64, 3)
+    assert cv2.imread(str(output / "1000.jpg")).shape == (48 + 3 * 130, 6 * 130 + 16, 3)
 
 
 def test_a_time_lapse_shows_the_first_faces_by_name(sides, tmp_path):
@@ -458,14 +459,15 @@ def test_a_time_lapse_shows_the_first_faces_by_name(sides, tmp_path):
     assert _train(sides, tmp_path / "model", "-i", "1", *words) == 0
     (path,) = (tmp_path / "model/timelapse").iterdir()
     assert abs(int(path.stem) - time.time()) < 100
-    picture = cv2.imread(str(path))[14:, :64].astype(int)
+    picture = cv2.imread(str(path))[48:, 2 : 2 + 128].astype(int)
     data = DataConfig()
     firsts = read_folder(sides[0], minimum=1, most=2).faces
     assert [face.path.name for face in firsts] == sorted(os.listdir(sides[0]))[:2]
     for row, face in enumerate(firsts):
-        wanted = decode_one(face, Crop(data.centering, 1.0, 0.0, 64)).astype(int)
-        middle = np.s_[24:40, 24:40]  # inside the mask, where nothing is tinted
-        assert np.abs(picture[64 * row :][:64][middle] - wanted[middle]).mean() < 8
+        small = decode_one(face, Crop(data.centering, 1.0, 0.0, 64))
+        wanted = cv2.resize(small, (128, 128), interpolation=cv2.INTER_LANCZOS4).astype(int)
+        middle = np.s_[48:80, 48:80]  # inside the mask, away from its outline
+        assert np.abs(picture[130 * row :][:128][middle] - wanted[middle]).mean() < 8
 
 
 @pytest.mark.parametrize(("given", "lacks"), [("a", "b"), ("b", "a")])

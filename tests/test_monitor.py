@@ -29,7 +29,7 @@ from mien.core.checkpoint.lock_owner import RequestError, lock_owner, send_reque
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.console.reporter import Reporter
 from mien.core.console.tensorboard import TensorBoardLog
-from mien.core.preview.grid import save_png
+from mien.core.preview.files import save_png
 
 TOKEN = "a-token-of-the-tests"
 BATCH_SIZE = 8
@@ -797,7 +797,7 @@ def running(tmp_path, trainer) -> tuple[Path, subprocess.Popen]:
     _session(folder, 1, 1, 3000)
     _session(folder, 2, 3001, 1000)
     process = trainer(folder, session=3)
-    save_png(folder / "preview.png", np.full((120, 240, 3), 200, np.uint8))
+    save_png(folder / "preview.png", np.full((120, 240, 3), 200, np.uint8), "")
     return folder, process
 
 
@@ -831,7 +831,7 @@ def test_the_page_shows_the_run(running, server, browser, tmp_path):
     assert browser.text("#log .warning").endswith(f"Warning: {message}")
     assert browser.chrome.title.endswith("running – model")
 
-    save_png(folder / "preview.png", np.full((120, 250, 3), 100, np.uint8))
+    save_png(folder / "preview.png", np.full((120, 250, 3), 100, np.uint8), "")
     browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 250)
     browser.click("#enlarge")
     assert browser.find("#large-picture").is_displayed()

@@ -16,19 +16,9 @@ import mien
 ROOT = Path(mien.__file__).parent
 ROOMS = ["cli", "benchmarks", "core", "models", "kernels"]  # imports run down this list only
 CORE = [  # and so they do inside core
-    *(
-        "convert",
-        "training",
-        "distribute",
-        "exchange",
-        "swapping",
-        "history",
-        "preview",
-        "evaluate",
-        "optim",
-    ),
-    *("losses", "estimate", "data", "faces", "console", "checkpoint", "precision", "config"),
-    "system",
+    *("convert", "training", "distribute", "exchange", "swapping", "history", "preview"),
+    *("blend", "evaluate", "optim", "losses", "estimate", "data", "faces", "console"),
+    *("checkpoint", "precision", "config", "system"),
 ]
 
 PAGES = [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]

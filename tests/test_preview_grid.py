@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mien.core.preview import grid as preview
+from mien.core.preview.files import save_png
 
 
 def _arrays(faces: int = 2, out_px: int = 24, full_px: int = 32, channels: int = 4):
@@ -116,14 +117,15 @@ def test_refuses_arrays_that_do_not_belong_together():
 
 def test_save_png_reads_back_and_leaves_no_part(tmp_path):
     image = _image(*_arrays())
-    preview.save_png(tmp_path / "preview.png", image)
+    save_png(tmp_path / "preview.png", image, "of nobody")
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "preview.png")), image)
     assert [path.name for path in tmp_path.iterdir()] == ["preview.png"]
+    assert b"tEXtDescription\0of nobody" in (tmp_path / "preview.png").read_bytes()
 
 
 def test_save_png_keeps_the_old_picture_when_the_disk_fails(tmp_path, monkeypatch):
     path = tmp_path / "preview.png"
-    preview.save_png(path, _image(*_arrays()))
+    save_png(path, _image(*_arrays()), "")
     before = path.read_bytes()
 
     def full_disk(_descriptor):
@@ -131,17 +133,17 @@ def test_save_png_keeps_the_old_picture_when_the_disk_fails(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        preview.save_png(path, _image(*_arrays(faces=3)))
+        save_png(path, _image(*_arrays(faces=3)), "")
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == ["preview.png"]
 
 
 def test_save_png_takes_the_place_of_what_a_kill_left(tmp_path):
     (tmp_path / ".preview.png.tmp").write_bytes(b"half a picture")
-    preview.save_png(tmp_path / "preview.png", _image(*_arrays()))
+    save_png(tmp_path / "preview.png", _image(*_arrays()), "")
     assert [found.name for found in tmp_path.iterdir()] == ["preview.png"]
 
 
 def test_save_png_refuses_what_is_no_picture(tmp_path):
     with pytest.raises(ValueError, match=r"image must be uint8 \(H, W, 3\), got float64 \(2, 2\)"):
-        preview.save_png(tmp_path / "preview.png", np.zeros((2, 2)))
+        save_png(tmp_path / "preview.png", np.zeros((2, 2)), "")

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from mien.cli import main
+from mien.core.blend import BlendOptions, face_mask, matched, softened
 from mien.core.checkpoint import inference
 from mien.core.convert import convert, film, output, video
-from mien.core.convert.blend import BlendOptions, face_mask, matched, softened
 from mien.core.convert.film import SwapSettings, swap_film
 from mien.core.convert.frames import Frame, read_picture
 from mien.core.convert.patch import cut_patch, paste, patch_matrix, rescaled

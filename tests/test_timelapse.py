@@ -52,10 +52,37 @@ def test_a_film_shows_the_pictures_in_order_of_time(folder, tmp_path, capsys):
 def test_pictures_of_other_sizes_are_fitted_to_the_first(folder, tmp_path):
     cv2.imwrite(str(folder / "11.jpg"), np.full((200, 100, 3), 200, np.uint8))
     film = tmp_path / "film.mp4"
-    assert main(["timelapse", str(folder), "-o", str(film)]) == 0
+    assert main(["timelapse", str(folder), "-o", str(film), "--fps", "25"]) == 0
     greys, shape, _ = _greys(film)
     assert shape == (34, 50, 3)
     assert greys[-1] == pytest.approx(200 * 17 / 50, abs=6), "17 px wide, black beside it"
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "seconds"),
+    [(1, 0.2, 5), (4, 0.8, 5), (125, 25, 5), (300, 25, 12), (500, 25, 20), (700, 35, 20)],
+)
+def test_a_film_lasts_from_5_to_20_seconds(folder, tmp_path, count, fps, seconds):
+    film = make_film(find_pictures(folder)[:1] * count, tmp_path / "film.mp4")
+    assert (film.fps, film.seconds) == (pytest.approx(fps), pytest.approx(seconds))
+    greys, _, written = _greys(film.path)
+    assert (len(greys), written) == (count, pytest.approx(fps))
+
+
+def test_a_film_of_very_many_pictures_shows_some_evenly_spread(folder, tmp_path):
+    first, *_, last = find_pictures(folder)
+    film = make_film([first] * 1000 + [last] * 1000, tmp_path / "film.mp4")
+    assert (film.num_pictures, film.num_passed_over) == (1200, 800)
+    assert (film.fps, film.seconds) == (60, 20)
+    greys, _, _ = _greys(film.path)
+    assert (greys[0], greys[-1]) == (pytest.approx(40, abs=3), pytest.approx(160, abs=3))
+    assert sum(grey > 100 for grey in greys) == 600
+
+
+def test_a_film_of_few_that_can_be_read_is_long_enough(folder, tmp_path):
+    (tmp_path / "no.jpg").write_text("no jpeg")
+    film = make_film(find_pictures(folder) + [tmp_path / "no.jpg"] * 46, tmp_path / "film.mp4")
+    assert (film.num_pictures, film.seconds) == (4, pytest.approx(5))
 
 
 def test_a_damaged_picture_is_left_out_and_named(folder, tmp_path, capsys):

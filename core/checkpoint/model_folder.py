@@ -7,6 +7,7 @@
     backup/              the same of the save with the lowest mean loss
     archived_<time>/     what `restore` replaced: generations, state.json, config.toml, logs
     preview.png          what the model makes of some faces
+    previews/<n>.jpg     the same of earlier saves, thinned out, to be compared
     .lock                held (flock) by the process that trains; see `lock` for disks without it
 
 <n> is the total iteration; a second, different save at the same iteration is <n>-2, <n>-3, ...
@@ -61,7 +62,7 @@ from .lock import LOCK, Lock, acquire
 from .owner import OWNER, InUseError
 from .pointer import is_same_save, read_pointer, write_pointer
 
-PREVIEW = "preview.png"
+PREVIEW, PREVIEWS = "preview.png", "previews"
 
 _WARNED_OF_DISK: set[Path] = set()
 """Folders of whose disk's limits this process has warned; every stage of a run opens its folder."""
@@ -402,7 +403,8 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
     links = sorted(path / name for name in names if os.path.islink(path / name))
     if not read_only:
-        links += _links_in(path / "logs") + _links_in(path / "timelapse")
+        for name in ("logs", "timelapse", PREVIEWS):
+            links += _links_in(path / name)
     if links:
         raise ValueError(
             f"{links[0]} is a link, which a model folder may not hold: put what it leads to "

@@ -548,14 +548,24 @@ class PreviewConfig(Section):
     faces: str = setting("fixed", choices=("fixed", "fresh"))
     """Show the same faces every time, evenly spread over the folder, or others every time."""
 
+    style: str = setting("sheet", choices=("sheet", "faceswap"))
+    """Sheet to judge by, with the swap pasted back into its face, or faceswap's layout."""
+
+    enlarge: str = setting("lanczos", choices=("lanczos", "nearest"))
+    """How faces of less than 128 px are enlarged in a sheet: smoothly, or pixel by pixel."""
+
     show_mask: bool = setting(True)
-    """Tint what the mask leaves out, if the model trains with a mask."""
+    """Show the mask, if the model trains with one: outlined in a sheet, as a tint of what it
+    leaves out in faceswap's layout. The key m puts the tint in its place, or takes that away."""
 
     mask_opacity: int = setting(30, low=0, high=100)
     """Percent of tint over what the mask leaves out."""
 
     mask_color: str = setting("#ff0000")
-    """Colour of the tint and of the coverage corners, as #rrggbb."""
+    """Colour of the mask's outline and tint, and of the coverage corners, as #rrggbb."""
+
+    history: int = setting(40, low=0, high=1000)
+    """Most previews that are kept in `previews`, to be compared; the older, the fewer."""
 
     write_image: str = setting("", flag="-w --write-image", path=True)
     """PNG file to which every preview is written too."""

@@ -3,7 +3,7 @@
 SIGINT, SIGTERM, SIGHUP, Enter    finish the step, save and stop (`stop`)
 SIGUSR1, s                        save now; with it comes a preview
 SIGUSR2, r                        a preview now
-m                                 the preview with its mask's tint, or without
+m                                 the preview with its mask as a tint, or as it was
 
 A signal that was ignored when the program started stays so.
 """
@@ -35,7 +35,7 @@ class Requests:
     def __init__(self, stop: StopRequest | None = None) -> None:
         self.stop = StopRequest() if stop is None else stop
         self.mask_is_toggled = False
-        """The tint is to be shown where it is set not to be, and the other way round."""
+        """The mask is to be shown as a tint where it is set not to be, and the other way round."""
 
         self._pending: set[Request] = set()
         self._keyboard: Keyboard | None = None

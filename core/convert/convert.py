@@ -17,10 +17,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..blend import BlendOptions, face_mask, matched
 from ..faces.geometry import Crop
 from ..faces.png import FaceFileError
 from ..swapping import BatchDecoder, SwapModel
-from .blend import BlendOptions, face_mask, matched
 from .frames import Frame
 from .patch import cut_patch, paste, patch_matrix, rescaled
 from .placement import Faces, PlacedFace

@@ -15,13 +15,13 @@ import numpy as np
 
 from ...models.autoencoder import Side
 from .. import precision
+from ..blend import FEATHER_SHARE, LEARNED, BlendOptions
 from ..checkpoint.inference import write_export
 from ..data.decode import thread_count
 from ..faces.inspect import tiled
 from ..faces.masks import LANDMARK_MASKS
 from ..swapping import BatchDecoder, SwapModel, load_model, require_side
 from ..training.devices import choose_device
-from .blend import FEATHER_SHARE, LEARNED, BlendOptions
 from .convert import TILE_PX, Converter
 from .frames import Frame, PictureFolder
 from .output import PictureOutput, encoded_png, manifest_of, origin

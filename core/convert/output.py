@@ -8,7 +8,6 @@ what is missing, another is refused.
 import contextlib
 import json
 import os
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ import numpy as np
 from ... import __version__
 from ...models.autoencoder import Side
 from ...models.fields import shown
+from ..blend import BlendOptions
 from ..swapping import SwapModel
 from ..system.durable_files import DamagedError, read_regular, sync_folder, write_file
-from .blend import BlendOptions
+from ..system.image_text import labelled
 from .frames import Frame, read_bytes
 from .placement import Faces, landmarks_digest
 
@@ -39,9 +39,6 @@ _FAST_PNG = [
 ]
 """Settings for frames of a camera, whose noise leaves nothing to be found twice: 52 ms and 3.06 MB
 for one of 1080p on a CPU's core, where OpenCV's default takes 68 ms and 3.07 MB."""
-
-_HEADER_END = 33
-"""Bytes of a PNG up to the end of its first chunk, behind which others may stand."""
 
 
 def origin(model: SwapModel, side: Side) -> str:
@@ -71,15 +68,6 @@ def manifest_of(
         "num_faces": sum(map(len, faces.values())),
         "landmarks_sha256": landmarks_digest(faces),
     }
-
-
-def labelled(png: bytes, text: str) -> bytes:
-    """The PNG with two text chunks: what it shows, and what made it."""
-    chunks = b"".join(
-        _text_chunk(keyword, words)
-        for keyword, words in (("Description", text), ("Software", f"mien {__version__}"))
-    )
-    return png[:_HEADER_END] + chunks + png[_HEADER_END:]
 
 
 def encoded_png(image_hwc: np.ndarray, text: str) -> bytes:
@@ -176,9 +164,3 @@ def _refuse_other(path: Path, manifest: dict[str, Any]) -> None:
                 f"{path.parent} holds frames made with {key} {shown(found.get(key))}, now it is "
                 f"{value!r}: {remedy}"
             )
-
-
-def _text_chunk(keyword: str, text: str) -> bytes:
-    """A text chunk of a PNG; what Latin-1 lacks is written as an escape."""
-    body = b"tEXt" + keyword.encode() + b"\0" + text.encode("latin-1", "backslashreplace")
-    return (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..blend import LEARNED, NO_MASK
 from ..faces.folder import Face, Rejected, read_face, skipped
 from ..faces.listing import list_pictures
 from ..faces.masks import LANDMARK_MASKS
 from ..faces.png import FaceFileError, FaceHeader
-from .blend import LEARNED, NO_MASK
 
 Faces = dict[str, list["PlacedFace"]]
 """Faces by the stem of their frame, in the order in which they were found."""

@@ -6,8 +6,8 @@ The order makes a kill at any moment leave the old or the restored state in use,
        `archived_<time>/`, which gets its own name when it is whole
     2. a copy of the restored save is written as the newest generation; its name is the moment of
        change
-    3. the logs are marked with what is undone (see `undone`); the preview, the generations that are
-       archived now, and logs that the restored state does not know, leave
+    3. the logs are marked with what is undone (see `undone`); the previews of what is undone, the
+       generations that are archived now, and logs that the restored state does not know, leave
 
 The same command again finishes what a kill interrupted.
 """
@@ -28,10 +28,11 @@ from ..checkpoint.format import (
     read_state,
 )
 from ..checkpoint.generations import BACKUP, FOLDER, Generations
-from ..checkpoint.model_folder import PREVIEW, ModelFolder
+from ..checkpoint.model_folder import PREVIEW, PREVIEWS, ModelFolder
 from ..checkpoint.owner import InUseError
 from ..checkpoint.pointer import write_pointer
 from ..checkpoint.state import TrainingState, session_number
+from ..preview.kept import KeptPreviews
 from ..system.durable_files import (
     DamagedError,
     discard,
@@ -182,7 +183,7 @@ def _restored(
         write_pointer(folder.path, name, state.to_dict())
     pictures: list[str] = []
     if archive is not None:
-        pictures = _move_preview(folder.path, archive)
+        pictures = _move_previews(folder.path, archive, manifest.iterations)
         # After the change: marks of a restore that did not happen would hide good iterations.
         mark_undone(folder.path, state)
         _move_out(generations, replaced, unreadable, archive)
@@ -243,12 +244,17 @@ def _move_out(
     sync_folder(generations.path)
 
 
-def _move_preview(path: Path, archive: Path) -> list[str]:
-    """Take the preview away, which shows what is undone; its name, where there is one."""
-    if not (path / PREVIEW).is_file():
-        return []
-    os.rename(path / PREVIEW, archive / PREVIEW)
-    return [PREVIEW]
+def _move_previews(path: Path, archive: Path, iterations: int) -> list[str]:
+    """Take away the preview, and those of later saves than the one in use; the names of them."""
+    moved = [PREVIEW] if (path / PREVIEW).is_file() else []
+    kept = KeptPreviews(path / PREVIEWS)
+    later = [kept.path(each).name for each in kept.iterations() if each > iterations]
+    if later:
+        (archive / PREVIEWS).mkdir(exist_ok=True)
+        moved += [f"{PREVIEWS}/{name}" for name in later]
+    for name in moved:
+        os.rename(path / name, archive / name)
+    return moved
 
 
 def _unknown_logs(logs: Path, state: TrainingState) -> list[Path]:

@@ -1,17 +1,23 @@
 """The faces of pictures: some of each side, as the network sees them and as they are shown.
 
-Shape letters: n faces of one side, S edge of the network's input, F edge of the shown picture.
+Shape letters: s sides, n faces of one side, S edge of the network's input, F edge of the shown
+picture, o edge of the network's picture.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from ...models.autoencoder import Side
 from ..config import DataConfig
 from ..data.decode import decode_crops
 from ..data.pipeline import configured_masks
+from ..data.sides import SIDES
 from ..faces import geometry
 from ..faces.folder import Face
+from ..faces.masks import landmark_mask
 from ..faces.png import FaceFileError
 
 
@@ -19,12 +25,19 @@ from ..faces.png import FaceFileError
 class PreviewFaces:
     """What the network is shown and what is drawn around its answer."""
 
+    sides: tuple[Side, ...]
+    """Sides that the faces are of, in their order."""
+
     inputs: np.ndarray
-    """(2 sides, n, S, S, 3) uint8 BGR: crops at the trained coverage."""
+    """(s, n, S, S, 3) uint8 BGR: crops at the trained coverage."""
 
     targets: np.ndarray
-    """(2 sides, n, F, F, 4) uint8: crops at full coverage, BGR and face mask; without the mask
-    where none is trained with."""
+    """(s, n, F, F, 4) uint8: crops at full coverage, BGR and face mask; without the mask where
+    none is trained with."""
+
+    landmark_masks: np.ndarray
+    """(s, n, o, o) uint8: extended masks at the trained coverage, by which swaps are pasted where
+    the model learns no mask."""
 
 
 def full_size_px(output_px: int, coverage: float) -> int:
@@ -45,7 +58,7 @@ class PreviewLoader:
     output_px: int
     num_threads: int
 
-    def load(self, faces: dict[str, list[Face]]) -> PreviewFaces:
+    def load(self, faces: Mapping[str, list[Face]]) -> PreviewFaces:
         """The faces of each side that can be used, in their order, as many as both sides have.
 
         Raises:
@@ -57,8 +70,9 @@ class PreviewLoader:
         shown = geometry.Crop(
             self.data.centering, 1.0, offset, full_size_px(self.output_px, coverage)
         )
-        sides = [self._usable(side, seen, shown) for side in faces.values()]
-        for usable, of_side in zip(sides, faces.values(), strict=True):
+        names = tuple(side for side in SIDES if side in faces)
+        sides = [self._usable(faces[name], seen, shown) for name in names]
+        for usable, of_side in zip(sides, map(faces.__getitem__, names), strict=True):
             if not usable:
                 raise ValueError(
                     f"none of {len(of_side)} faces of {of_side[0].path.parent} can be shown: they "
@@ -66,19 +80,20 @@ class PreviewLoader:
                 )
         # One array for both sides: a row of the preview shows a face of each.
         least = min(len(side) for side in sides)
-        return PreviewFaces(
-            np.array([[small for small, _ in side[:least]] for side in sides]),
-            np.array([[full for _, full in side[:least]] for side in sides]),
+        inputs, targets, masks = (
+            np.array([[each[part] for each in side[:least]] for side in sides]) for part in range(3)
         )
+        return PreviewFaces(names, inputs, targets, masks)
 
     def _usable(
         self, faces: list[Face], seen: geometry.Crop, shown: geometry.Crop
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The network's input and the target of each face of which there are both."""
+    ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Input, target and landmark mask of each face of which there are both pictures."""
         crops = []
         for crop in (seen, shown):
             decoded = decode_crops(faces, crop, backend="opencv", num_threads=self.num_threads)
             crops.append([crop_bgr for _, crop_bgr in decoded])
+        trained = dataclasses.replace(seen, size_px=self.output_px)
         usable = []
         for face, small, full in zip(faces, *crops, strict=True):
             if isinstance(small, FaceFileError) or isinstance(full, FaceFileError):
@@ -88,7 +103,9 @@ class PreviewLoader:
                     full = np.dstack((full, configured_masks(face, shown, self.data)[..., 0]))
                 except FaceFileError:
                     continue
-            usable.append((geometry.resize(small, self.input_px), full))
+            landmarks_l2 = geometry.crop_landmarks(face.landmarks_l2, face.alignment, trained)
+            mask = landmark_mask("extended", landmarks_l2, self.output_px)
+            usable.append((geometry.resize(small, self.input_px), full, mask))
         return usable
 
 

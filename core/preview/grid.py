@@ -1,4 +1,4 @@
-"""The preview picture: faces as they are, re-created and swapped, side by side.
+"""The preview as faceswap lays it out: faces as they are, re-created and swapped, side by side.
 
 A row is a face, six patches of it: A as it is, A by decoder A, A by decoder B, then the same of B.
 A patch is the target of coverage 100 % with the network's picture painted into its middle, so the
@@ -11,12 +11,9 @@ prediction in px, c B,G,R.
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
-
-from ..system.durable_files import replace_file
 
 LABELS = ("A", "A > A", "A > B", "B", "B > B", "B > A")
 _PATCHES = len(LABELS)
@@ -51,7 +48,7 @@ def preview_image(
         ValueError: An array has another shape or dtype than above, or the colour is no colour.
     """
     _check(predictions, targets, coverage, mask_opacity, has_mask, labels)
-    color_c = _color(mask_color)
+    color_c = color_of(mask_color)
     patches_npffc = _patches(predictions, targets, coverage, color_c)
     if has_mask and not mask_toggled_off:
         weights_npff = (1.0 - _masks(predictions, targets)) * np.float32(mask_opacity / 100.0)
@@ -61,30 +58,6 @@ def preview_image(
     body = _arrange((patches_npffc * np.float32(255.0)).astype(np.uint8))
     header = _header(labels, patches_npffc.shape[2], body.shape[1])
     return np.concatenate([header, body])
-
-
-def save_png(path: str | Path, image: np.ndarray) -> None:
-    """Write ``image`` as a PNG; a reader sees the old file or the whole new one, never a part.
-
-    Raises:
-        ValueError: The image is none that a PNG can hold.
-        OSError: The folder cannot be written to.
-    """
-    _save(Path(path), image, ".png")
-
-
-def save_jpeg(path: str | Path, image: np.ndarray) -> None:
-    """The same as a JPEG: a tenth of the size."""
-    _save(Path(path), image, ".jpg")
-
-
-def _save(path: Path, image: np.ndarray, kind: str) -> None:
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
-        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    encoded, data = cv2.imencode(kind, image)
-    if not encoded:
-        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    replace_file(path, data.tobytes())
 
 
 def _check(
@@ -117,7 +90,7 @@ def _check(
         raise ValueError(f"labels must be {_PATCHES} texts, got {len(labels)}")
 
 
-def _color(text: str) -> np.ndarray:
+def color_of(text: str) -> np.ndarray:
     """(3,) float32 B,G,R in 0..1."""
     if not re.fullmatch(r"#[0-9a-fA-F]{6}", text):
         raise ValueError(f"mask_color must be like #ff0000, got {text!r}")

@@ -1,37 +1,26 @@
-"""The pictures of a run: the preview, and one more of the time-lapse at every save.
+"""The pictures of a run: the preview, and one more of the history and the time-lapse at every save.
 
 To draw them changes nothing of the training. An image that cannot be written is reported once.
-
-Letters: n faces of a side, S edge of a prediction in px, C its channels, 3 or with the mask 4.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from ...models.autoencoder import Autoencoder
-from ..checkpoint.model_folder import PREVIEW
+from ..checkpoint.model_folder import PREVIEW, PREVIEWS
 from ..config import Config
 from ..data.sides import SIDES
 from ..faces.folder import Face, read_folder, skipped
 from ..precision import Precision
 from .faces import PreviewFaces, PreviewLoader, drawn, spread
-from .grid import preview_image, save_jpeg, save_png
+from .files import save_jpeg, save_png
+from .image import description, image_of, shown_mask, uses_mask
+from .kept import KeptPreviews
+from .look import Look, look_at
+from .tiles import tiles_of
 from .window import PreviewWindow
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the model makes of some faces at one moment."""
-
-    iteration: int
-    faces: PreviewFaces
-    predictions: np.ndarray
-    """(2 sides, 2 decoders, its own first, n, S, S, C) uint8."""
 
 
 class Pictures:
@@ -44,6 +33,7 @@ class Pictures:
         loader: Reads faces as the model needs them.
         faces: Faces that are trained on, by side.
         folder: The model folder.
+        run_id: Name of the run, for what the pictures say about themselves.
         window: Shows the preview too.
         warn: Told, in one line, of what cannot be read or written.
 
@@ -60,15 +50,20 @@ class Pictures:
         loader: PreviewLoader,
         faces: dict[str, list[Face]],
         folder: Path,
+        run_id: str,
         window: PreviewWindow | None,
         warn: Callable[[str], None],
     ) -> None:
         self._settings, self._config = config.preview, config
-        self._model, self._precision = model, precision
+        self._model, self._compute, self._run_id = model, precision.compute, run_id
         self._loader, self._trained_on, self._window, self._warn = loader, faces, window, warn
         count = self._settings.preview_images
         # Now, also where they are to be fresh: faces that cannot be shown are refused at the start.
         self._faces = loader.load({side: spread(all_, count) for side, all_ in faces.items()})
+        self._compared_faces = self._faces
+        """The faces of the history, which stay the same."""
+
+        self._kept = KeptPreviews(folder / PREVIEWS)
         self._preview_paths = [folder / PREVIEW]
         if self._settings.write_image:
             self._preview_paths.append(Path(self._settings.write_image))
@@ -83,16 +78,29 @@ class Pictures:
         """What the model makes of the preview's faces as of now."""
         if self._settings.faces == "fresh":
             self._faces = self._fresh_faces(iteration)
-        return Look(iteration, self._faces, self._predictions(self._faces))
+        return look_at(self._model, self._compute, self._faces, iteration)
 
     def write_preview(self, look: Look, *, mask_is_toggled: bool) -> Path:
         """Write the preview, and show it in the window; the path of the one in the model folder."""
-        image = self._image(look, shows_mask=self._settings.show_mask ^ mask_is_toggled)
+        image = image_of(look, self._config, shown_mask(self._config, is_toggled=mask_is_toggled))
+        text = description(self._run_id, look.iteration)
         for path in self._preview_paths:
-            self._write(save_png, path, image, at=path)
+            self._attempt(partial(save_png, path, image, text), path, at=path)
         if self._window is not None:
             self._window.show(image)
         return self._preview_paths[0]
+
+    def keep(self, look: Look) -> None:
+        """Keep what a save makes of the faces, to be compared with others."""
+        most, iteration = self._settings.history, look.iteration
+        if not most:
+            return
+        if look.faces is not self._compared_faces:
+            look = look_at(self._model, self._compute, self._compared_faces, iteration)
+        tiles = tiles_of(look, has_mask=uses_mask(self._config))
+        text = description(self._run_id, iteration)
+        path = self._kept.path(iteration)
+        self._attempt(partial(self._kept.keep, tiles, text, most), path, at=path.parent)
 
     def add_to_timelapse(self, iteration: int) -> Path | None:
         """The new picture of the time-lapse; None where there is no time-lapse, or it failed, or
@@ -104,12 +112,12 @@ class Pictures:
         if self._timelapse_faces is None or self._timelapse_at == iteration:
             return None
         self._timelapse_at = iteration
-        faces = self._timelapse_faces
-        look = Look(iteration, faces, self._predictions(faces))
-        image = self._image(look, shows_mask=self._settings.show_mask)
+        look = look_at(self._model, self._compute, self._timelapse_faces, iteration)
+        image = image_of(look, self._config, shown_mask(self._config))
         # Two saves may fall into one second, and no picture is written over another.
         path = _free_path(self._timelapse_folder, int(time.time()))
-        return path if self._write(save_jpeg, path, image, at=self._timelapse_folder) else None
+        write = partial(save_jpeg, path, image, description(self._run_id, iteration))
+        return path if self._attempt(write, path, at=self._timelapse_folder) else None
 
     def keys(self) -> str:
         """Keys pressed in the window."""
@@ -153,40 +161,10 @@ class Pictures:
             ) from error
         return self._loader.load(faces)
 
-    @torch.no_grad()
-    def _predictions(self, faces: PreviewFaces) -> np.ndarray:
-        """(2 sides, 2 decoders, its own first, n, S, S, C) uint8."""
-        model = self._model
-        device = next(model.parameters()).device
-        model.eval()
-        predictions = []
-        for side, inputs in zip(SIDES, faces.inputs, strict=True):
-            pixels = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(device)
-            other = SIDES[1 - SIDES.index(side)]
-            codes = model.encode(pixels.to(self._precision.compute) / 255)
-            decoded = [model.decode(model.side_code(codes, to), to) for to in (side, other)]
-            predictions.append([_to_pixels(each, model.build.learn_mask) for each in decoded])
-        model.train()
-        return np.array(predictions)
-
-    def _image(self, look: Look, *, shows_mask: bool) -> np.ndarray:
-        settings = self._settings
-        return preview_image(
-            look.predictions,
-            look.faces.targets,
-            coverage=self._config.data.coverage / 100,
-            mask_opacity=settings.mask_opacity,
-            mask_color=settings.mask_color,
-            has_mask=self._loader.has_mask,
-            mask_toggled_off=not shows_mask,
-        )
-
-    def _write(
-        self, save: Callable[[Path, np.ndarray], None], path: Path, image: np.ndarray, *, at: Path
-    ) -> bool:
-        """Whether it could be written; where not, ``at`` is reported once."""
+    def _attempt(self, write: Callable[[], None], path: Path, *, at: Path) -> bool:
+        """Whether a file could be written; where not, ``at`` is reported once."""
         try:
-            save(path, image)
+            write()
         except OSError as error:
             if at not in self._is_told:
                 reason = error.strerror or error
@@ -203,10 +181,3 @@ def _free_path(folder: Path, seconds: int) -> Path:
         number += 1
         path = folder / f"{seconds}-{number}.jpg"
     return path
-
-
-def _to_pixels(outputs: tuple[torch.Tensor, ...], learn_mask: bool) -> np.ndarray:
-    """(n, S, S, 3 or 4) uint8 of the largest face and, where learned, its mask."""
-    picture = torch.cat(outputs[-2:], dim=1) if learn_mask else outputs[-1]
-    pixels = (picture.float() * 255).clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).cpu().numpy()

@@ -13,29 +13,13 @@ import numpy as np
 from ..checkpoint.known_paths import KnownPaths
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import TrainingState
-from ..system.durable_files import DamagedError, read_regular, write_output
-from ..system.output import silent_libraries
+from ..system.durable_files import write_output
+from .files import read_jpeg
 
 _MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
-_LONGEST_PX = 8190
-"""Edge of a frame: the even number below what MPEG-4 counts in 13 bits."""
-
-_MOST_PIXELS = 1 << 28
-"""Pixels of a picture: 16 faces of the largest model, with what is around them, take fewer."""
-
-_MOST_PROGRESSIVE = 1 << 25
-"""Pixels of a picture whose decoder holds all of it at once, in 6 bytes each."""
-
-_MOST_BYTES = 64 << 20
-_MOST_SEGMENTS = 1000
-_BASELINE, _EXTENDED, _PROGRESSIVE = b"\xc0", b"\xc1", b"\xc2"
-_READ_AS = {
-    1: cv2.IMREAD_COLOR,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
-}
-"""How a JPEG is decoded, by what its edges are divided by on the way."""
+_USUAL_FPS, _HIGHEST_FPS = 25.0, 60.0
+_LEAST_SECONDS, _MOST_SECONDS = 5.0, 20.0
+"""Length of a film whose rate is chosen: long enough to see something, short enough to be seen."""
 
 _NAME = re.compile(r"(\d{1,12})(?:-(\d{1,6}))?\.jpg")
 
@@ -46,6 +30,10 @@ class Film:
 
     path: Path
     num_pictures: int
+    num_passed_over: int
+    """Pictures that there was no time for."""
+
+    fps: float
     seconds: float
     width_px: int
     height_px: int
@@ -100,7 +88,9 @@ def _named_places(folder: Path) -> Iterator[Path]:
             yield Path(place)
 
 
-def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: float = 0.0) -> Film:
+def make_film(
+    pictures: list[Path], output: Path, *, fps: float | None = None, last_seconds: float = 0.0
+) -> Film:
     """Write an MPEG-4 film of the pictures; it has its name only once it is whole.
 
     All have the size of the first one; others are scaled to fit, on black.
@@ -108,17 +98,21 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
     Args:
         pictures: JPEG files, in order.
         output: The film, a name in .mp4; an older one is replaced.
-        fps: Pictures in a second.
+        fps: Pictures in a second; None: so many that the film lasts 5 to 20 s, up to 60, and
+            evenly chosen pictures where that is not enough.
         last_seconds: How much longer the last picture stays.
 
     Raises:
         ValueError: No picture can be read, or the film cannot be written.
     """
     unreadable: list[Path] = []
-    images = _readable(pictures, unreadable)
+    shown = pictures if fps else _chosen(pictures)
+    images = _readable(shown, unreadable)
     first = next(images, None)
     if first is None:
-        raise ValueError(f"none of {len(pictures)} pictures can be read, {pictures[0]} the first")
+        raise ValueError(f"none of {len(shown)} pictures can be read, {shown[0]} the first")
+    least_seconds = 0.0 if fps else _LEAST_SECONDS
+    fps = fps or _rate(len(shown))
     frame = _even(first)
     height_px, width_px = frame.shape[:2]
     num_frames = 1
@@ -131,7 +125,9 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
             frame = _fitted(image, width_px, height_px)
             writer.write(frame)
             num_frames += 1
-        for _ in range(round(last_seconds * fps)):
+        # Those that could not be read may have left it too short.
+        missing = max(round(least_seconds * fps) - num_frames, 0)
+        for _ in range(missing + round(last_seconds * fps)):
             writer.write(frame)
             num_frames += 1
         writer.release()
@@ -145,60 +141,42 @@ def make_film(pictures: list[Path], output: Path, *, fps: float, last_seconds: f
         write_output(output, content, force=True)
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
-    num_pictures = len(pictures) - len(unreadable)
-    return Film(output, num_pictures, num_frames / fps, width_px, height_px, unreadable)
+    return Film(
+        output,
+        len(shown) - len(unreadable),
+        len(pictures) - len(shown),
+        round(fps, 3),
+        num_frames / fps,
+        width_px,
+        height_px,
+        unreadable,
+    )
+
+
+def _rate(num_pictures: int) -> float:
+    """Pictures in a second with which a film lasts 5 to 20 s: 25 where that is possible."""
+    seconds = min(max(num_pictures / _USUAL_FPS, _LEAST_SECONDS), _MOST_SECONDS)
+    return num_pictures / seconds
+
+
+def _chosen(pictures: list[Path]) -> list[Path]:
+    """As many pictures as a film of 20 s can show, evenly spread; the first and the last are."""
+    most = round(_HIGHEST_FPS * _MOST_SECONDS)
+    if len(pictures) <= most:
+        return pictures
+    places = np.linspace(0, len(pictures) - 1, most).round().astype(int)
+    return [pictures[place] for place in places]
 
 
 def _readable(pictures: list[Path], unreadable: list[Path]) -> Iterator[np.ndarray]:
     """Read each picture, (H, W, 3) BGR uint8; those that cannot be read go into the list."""
     for path in pictures:
-        image = _read(path)
-        if image is None:
+        read = read_jpeg(path)
+        if read is None:
             # One picture that a crash has cut must not cost the film.
             unreadable.append(path)
         else:
-            yield image
-
-
-def _read(path: Path) -> np.ndarray | None:
-    """The picture in a plain JPEG file, in a size that a film can have; None where there is none.
-
-    A header that asks for more memory than any picture of a time-lapse takes is not followed.
-    """
-    try:
-        content = read_regular(path, _MOST_BYTES)
-    except (DamagedError, OSError):
-        return None
-    coding, height_px, width_px = _frame_header(content)
-    most = _MOST_PROGRESSIVE if coding == _PROGRESSIVE else _MOST_PIXELS
-    if coding is None or not 0 < height_px * width_px <= most:
-        return None
-    longest_px = max(height_px, width_px)
-    divisor = next((each for each in _READ_AS if longest_px <= each * _LONGEST_PX), None)
-    if divisor is None:
-        return None
-    try:
-        with silent_libraries():
-            return cv2.imdecode(np.frombuffer(content, np.uint8), _READ_AS[divisor])
-    except cv2.error:
-        return None
-
-
-def _frame_header(content: bytes) -> tuple[bytes | None, int, int]:
-    """(coding, height in px, width in px) as a JPEG says them itself; no coding where it is none.
-
-    A JPEG is a list of segments: a marker of 2 bytes, then what has its own length in front.
-    """
-    at = 2 if content.startswith(b"\xff\xd8") else len(content)
-    for _ in range(_MOST_SEGMENTS):
-        marker, length = content[at : at + 2], int.from_bytes(content[at + 2 : at + 4])
-        if marker[:1] != b"\xff" or length < 2:
-            break
-        if marker[1:] in (_BASELINE, _EXTENDED, _PROGRESSIVE):
-            height_px = int.from_bytes(content[at + 5 : at + 7])
-            return marker[1:], height_px, int.from_bytes(content[at + 7 : at + 9])
-        at += 2 + length
-    return None, 0, 0
+            yield read[0]
 
 
 def _even(image: np.ndarray) -> np.ndarray:

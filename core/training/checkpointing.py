@@ -10,7 +10,7 @@ from ..console.reporter import Reporter
 from ..console.requests import Request, Requests
 from ..evaluate import evaluate as evaluations
 from ..evaluate.evaluate import evaluate, measured_at
-from ..preview.previewer import Look
+from ..preview.look import Look
 from .metrics import MetricsLogger
 from .outputs import report_warnings
 from .training_setup import TrainingSetup
@@ -122,6 +122,7 @@ class Checkpointer:
         self.metrics.flush()
         queued_at = time.monotonic()
         self._write_preview(look)
+        self.setup.images.keep(look)
         added = self.setup.images.add_to_timelapse(state.iterations)
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)

@@ -15,7 +15,7 @@ from ..data.sides import SideFaces
 from ..evaluate.evaluate import Evaluation, open_evaluation
 from ..history.history import BATCH_SIZE_TAG
 from ..precision import Precision
-from ..preview.faces import PreviewLoader
+from ..preview.image import loader_of
 from ..preview.previewer import Pictures
 from ..preview.window import PreviewWindow
 from .build import sizes_of
@@ -36,6 +36,7 @@ def open_images(
     faces: dict[str, SideFaces],
     precision: Precision,
     folder: ModelFolder,
+    run_id: str,
     window: PreviewWindow | None,
     reporter: Reporter,
 ) -> tuple[Pictures, Evaluation | None]:
@@ -46,7 +47,8 @@ def open_images(
         model: Network that makes the images.
         faces: Faces of each side.
         precision: Number formats of the model.
-        folder: Place of `preview.png`.
+        folder: Place of `preview.png`, and of the previews of earlier saves.
+        run_id: Name of the run.
         window: Window that shows the preview; None: none.
         reporter: Warns of what cannot be written or measured.
     """
@@ -56,16 +58,13 @@ def open_images(
         config,
         model,
         precision,
-        loader=PreviewLoader(
-            config.data,
-            has_mask=config.loss.penalized_mask_loss or config.loss.learn_mask,
-            input_px=input_px,
-            output_px=output_px[-1],
-            num_threads=num_threads,
+        loader=loader_of(
+            config, input_px=input_px, output_px=output_px[-1], num_threads=num_threads
         ),
         # Not all of the folder: what the store left out could not be shown, either.
         faces={side: opened.trained_on for side, opened in faces.items()},
         folder=folder.path,
+        run_id=run_id,
         window=window,
         warn=reporter.warning,
     )

@@ -246,7 +246,9 @@ def _build(
     feed = open_feed(config, faces, device, precision, reporter)
     # Closed before the model folder, whose decoded faces its threads may be reading.
     stack.callback(feed.close)
-    images, evaluation = open_images(config, model, faces, precision, folder, window, reporter)
+    images, evaluation = open_images(
+        config, model, faces, precision, folder, state.run_id, window, reporter
+    )
     noise_seed = config.train.seed if model.is_noisy else None
     engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
     # Late: a start that was refused has changed nothing in the model folder.

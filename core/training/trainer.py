@@ -11,7 +11,7 @@ from ..checkpoint.model_folder import SaveError
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Request, Requests
-from ..preview.previewer import Look
+from ..preview.look import Look
 from . import divergence as divergences
 from . import recipe_progress as stages
 from .checkpointing import Checkpointer

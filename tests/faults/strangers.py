@@ -29,6 +29,8 @@ NAMES = (
     ".config.toml.tmp",
     ".preview.png.tmp",
     "preview.png",
+    "previews",
+    "previews/4.jpg",
     ".lock",
     ".owner",
     "faces/.aaaa-1.part",

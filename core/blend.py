@@ -9,9 +9,9 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from ..faces.folder import Face
-from ..faces.geometry import Crop, crop_matrix, transform
-from ..faces.masks import LANDMARK_MASKS, landmark_mask
+from .faces.folder import Face
+from .faces.geometry import Crop, crop_matrix, transform
+from .faces.masks import LANDMARK_MASKS, landmark_mask
 
 LEARNED, NO_MASK = "learned", "none"
 COLORS = ("off", "mean", "full")

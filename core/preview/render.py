@@ -1,0 +1,187 @@
+"""Previews drawn on request: of a save, of two, or of the history; no training is needed.
+
+Where no folders of faces are given, two saves are compared by the previews that were kept of them,
+which need no weights and show the same faces; else by their weights.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...models.autoencoder import Side
+from ..checkpoint.model_folder import PREVIEWS, ModelFolder
+from ..config import Config
+from .compare import chosen_for_strip, comparison, strip
+from .image import description, image_of, shown_mask, uses_mask
+from .kept import KeptPreviews
+from .look import Look
+from .saved_model import SavedModel, has_weights, named, read_saved, saved_iterations
+from .sheet import SheetStyle, preview_sheet
+from .tiles import Tiles, tiles_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewRequest:
+    """What is to be drawn, and how; None: as the settings of the save say."""
+
+    model_dir: Path
+    """Model folder, which is only read."""
+
+    folders: dict[Side, Path] = field(default_factory=dict)
+    """Folder of faces of each side that is shown; none: those that the model was trained on."""
+
+    num_faces: int | None = None
+    style: str | None = None
+    enlarge: str | None = None
+    mask: str | None = None
+    device: torch.device = torch.device("cpu")
+    warn: Callable[[str], None] = print
+    """Told, in a line, of what should be known of the picture."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image, and what it is."""
+
+    image: np.ndarray
+    """(H, W, 3) BGR uint8."""
+
+    text: str
+    """What the image says about itself."""
+
+    source: str
+    """Where the pictures in it are from, to be read by a user."""
+
+    iterations: list[int]
+    sides: tuple[Side, ...]
+
+
+def draw_save(request: PreviewRequest, at: str | None) -> Drawn:
+    """The preview of a save; of its kept preview where its weights are gone.
+
+    Args:
+        request: What is to be drawn.
+        at: Iteration, `backup` or name of a generation; None: the newest.
+
+    Raises:
+        ValueError: There is neither, or no face can be shown.
+    """
+    kept = KeptPreviews(request.model_dir / PREVIEWS)
+    if at is not None and at.isdecimal() and not has_weights(request.model_dir, int(at)):
+        if int(at) in kept.iterations() and not request.folders and request.style != "faceswap":
+            tiles = kept.read(int(at))
+            style = SheetStyle(enlarge=request.enlarge or "lanczos", mask="off")
+            image = preview_sheet(tiles, style, f"iteration {tiles.iteration:,}, as it was kept")
+            return _drawn(request, image, [tiles], f"the preview kept in {kept.folder}")
+    saved = read_saved(request.model_dir, at, request.device)
+    config, look = _look(request, saved)
+    mask = request.mask or shown_mask(config)
+    image = image_of(look, config, mask)
+    text = description(saved.run_id, saved.iteration)
+    return Drawn(image, text, str(saved.path), [saved.iteration], look.faces.sides)
+
+
+def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn:
+    """The swaps of two saves beside each other.
+
+    Raises:
+        ValueError: Of one there is nothing left, or no face can be shown.
+    """
+    kept = KeptPreviews(request.model_dir / PREVIEWS)
+    if not request.folders and set(iterations) <= set(kept.iterations()):
+        history = [kept.read(iteration) for iteration in iterations]
+        source = f"the previews kept in {kept.folder}"
+    else:
+        for iteration in iterations:
+            _require_save(request, iteration, kept)
+        history = [_rendered(request, iteration) for iteration in iterations]
+        source = f"the saves of {request.model_dir}"
+    _warn_of_other_faces(request, history)
+    image = comparison(*history, request.enlarge or "lanczos")
+    return _drawn(request, image, history, source)
+
+
+def draw_strip(request: PreviewRequest) -> Drawn:
+    """Swaps of some of the previews that were kept, one after the other.
+
+    Raises:
+        ValueError: None was kept.
+    """
+    kept = KeptPreviews(request.model_dir / PREVIEWS)
+    iterations = kept.iterations()
+    if not iterations:
+        raise ValueError(
+            f"{kept.folder} holds no previews: a training with preview.history above 0 keeps one "
+            "at every save"
+        )
+    history = _readable(request, kept, chosen_for_strip(iterations))
+    _warn_of_other_faces(request, history)
+    image = strip(history, request.enlarge or "lanczos")
+    return _drawn(request, image, history, f"the previews kept in {kept.folder}")
+
+
+def _look(request: PreviewRequest, saved: SavedModel) -> tuple[Config, Look]:
+    """The settings to draw by, and what a save makes of the faces."""
+    given = {"style": request.style, "enlarge": request.enlarge}
+    changes = {name: value for name, value in given.items() if value is not None}
+    preview = dataclasses.replace(saved.config.preview, **changes)
+    config = dataclasses.replace(saved.config, preview=preview)
+    count = request.num_faces or preview.preview_images
+    faces = saved.open_faces(request.folders, count, request.warn)
+    if preview.style == "faceswap" and len(faces.sides) < 2:
+        raise ValueError("faceswap's layout shows both sides; add -A and -B, or --style sheet")
+    return config, saved.look(faces)
+
+
+def _rendered(request: PreviewRequest, iteration: int) -> Tiles:
+    saved = read_saved(request.model_dir, str(iteration), request.device)
+    sheet = dataclasses.replace(request, style="sheet")
+    config, look = _look(sheet, saved)
+    return tiles_of(look, has_mask=uses_mask(config))
+
+
+def _readable(
+    request: PreviewRequest, kept: KeptPreviews, iterations: Sequence[int]
+) -> list[Tiles]:
+    """The kept previews of these iterations, less those that are damaged, which is told."""
+    history = []
+    for iteration in iterations:
+        try:
+            history.append(kept.read(iteration))
+        except ValueError as error:
+            request.warn(f"left out: {error}")
+    if not history:
+        raise ValueError(f"none of the previews in {kept.folder} can be read")
+    return history
+
+
+def _require_save(request: PreviewRequest, iteration: int, kept: KeptPreviews) -> None:
+    """Refuse, by a ValueError, an iteration of which there are no weights."""
+    if has_weights(request.model_dir, iteration):
+        return
+    saves = named(saved_iterations(request.model_dir))
+    seen = "" if request.folders else f", and previews of {named(kept.iterations())}"
+    raise ValueError(
+        f"{request.model_dir} has nothing of iteration {iteration:,} to compare; it has saves of "
+        f"{saves}{seen}"
+    )
+
+
+def _warn_of_other_faces(request: PreviewRequest, history: Sequence[Tiles]) -> None:
+    if len({tiles.faces_digest for tiles in history}) > 1:
+        request.warn("not all of these saves show the same faces: the folders have changed since")
+
+
+def _drawn(
+    request: PreviewRequest, image: np.ndarray, history: Sequence[Tiles], source: str
+) -> Drawn:
+    """An image of tiles, under the name of the run."""
+    with ModelFolder(request.model_dir, read_only=True) as folder:
+        state = folder.newest_state()
+    iterations = [tiles.iteration for tiles in history]
+    text = description(state["run_id"] if state else "unknown", iterations[-1])
+    return Drawn(image, text, source, iterations, history[0].sides)

@@ -1,0 +1,163 @@
+"""A save of a model, found by its iteration and shown faces; training goes on, if it does."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...models.autoencoder import Autoencoder, Side
+from ..checkpoint.format import read_manifest
+from ..checkpoint.generations import BACKUP, is_name
+from ..checkpoint.inference import network_of, read_model
+from ..checkpoint.known_paths import KnownPaths
+from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.retention import snapshot_path
+from ..config import Config
+from ..data.decode import thread_count
+from ..data.sides import SIDES
+from ..faces.folder import read_folder, skipped
+from ..system.durable_files import DamagedError
+from .faces import PreviewFaces, spread
+from .image import loader_of
+from .look import Look, look_at
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A save, read into memory."""
+
+    path: Path
+    """Folder of the save."""
+
+    model_dir: Path
+    """Model folder that it was asked for in."""
+
+    network: Autoencoder
+    """Network in evaluation mode, on its device."""
+
+    config: Config
+    run_id: str
+    iteration: int
+
+    def open_faces(
+        self, folders: dict[Side, Path], count: int, warn: Callable[[str], None]
+    ) -> PreviewFaces:
+        """Some faces of each folder, evenly spread, as the model needs them.
+
+        Args:
+            folders: Folder of each side; none: those that the model was trained on, where they
+                are known to this user.
+            count: Faces of a side at the most.
+            warn: Told, in a line, of files that cannot be used.
+
+        Raises:
+            ValueError: There is no folder, or none of its faces can be shown.
+        """
+        faces = {}
+        for side, path in (folders or self._trained_folders()).items():
+            centering = self.config.data.centering
+            opened = read_folder(path, minimum=1, side=side, centering=centering)
+            if opened.rejected:
+                warn(skipped(opened.rejected))
+            faces[side] = spread(opened.faces, count)
+        loader = loader_of(
+            self.config,
+            input_px=self.network.input_px,
+            output_px=self.network.output_px[-1],
+            num_threads=thread_count(self.config.data.num_threads),
+        )
+        return loader.load(faces)
+
+    def look(self, faces: PreviewFaces) -> Look:
+        """What it makes of the faces."""
+        return look_at(self.network, torch.float32, faces, self.iteration)
+
+    def _trained_folders(self) -> dict[Side, Path]:
+        """The folders of faces that the settings name; a stranger's may name any."""
+        known, folders = KnownPaths(self.model_dir, self.run_id), {}
+        for side in SIDES:
+            setting = f"input_{side}"
+            path = getattr(self.config.data, setting)
+            if not path or not known.trust(f"data.{setting}", path):
+                raise ValueError(
+                    f"the faces that {self.model_dir} was trained on are not known here; add "
+                    "-A FOLDER, -B FOLDER or both"
+                )
+            folders[side] = Path(path)
+        return folders
+
+
+def read_saved(model_dir: Path, at: str | None, device: torch.device) -> SavedModel:
+    """Read a save.
+
+    Args:
+        model_dir: Model folder, which is only read.
+        at: Total iteration, of a generation, the backup or a snapshot beside the folder; or
+            `backup`, or the name of a generation. None: the newest.
+        device: Device on which it is to compute.
+
+    Raises:
+        ValueError: There is no such save, or it is damaged.
+    """
+    folder, name = (model_dir, at) if at is None or at == BACKUP else _find(model_dir, at)
+    path, state, config, tensors = read_model(folder, name)
+    network = network_of(path, config, tensors).to(device)
+    return SavedModel(path, model_dir, network, config, state["run_id"], state["iterations"])
+
+
+def has_weights(model_dir: Path, iteration: int) -> bool:
+    """Whether there is a save of a total iteration."""
+    return _place_of(model_dir, iteration) is not None
+
+
+def _find(model_dir: Path, at: str) -> tuple[Path, str | None]:
+    """Model folder and generation of a save; ValueError where there is none."""
+    if not is_name(at):
+        raise ValueError(f"--at must be an iteration, backup or a generation's name, got {at!r}")
+    place = _place_of(model_dir, int(at)) if at.isdecimal() else (model_dir, at)
+    if place is None:
+        raise ValueError(
+            f"{model_dir} has no save of iteration {int(at):,}; it has "
+            f"{named(saved_iterations(model_dir))}"
+        )
+    return place
+
+
+def _place_of(model_dir: Path, iteration: int) -> tuple[Path, str | None] | None:
+    """Model folder and generation of a save; None where there is none."""
+    with ModelFolder(model_dir, read_only=True) as folder:
+        for manifest in folder.generations.manifests():
+            if manifest.iterations == iteration:
+                return model_dir, manifest.name
+    if _backup_iteration(model_dir) == iteration:
+        return model_dir, BACKUP
+    snapshot = snapshot_path(model_dir, iteration)
+    return (snapshot, None) if snapshot.is_dir() else None
+
+
+def _backup_iteration(model_dir: Path) -> int | None:
+    try:
+        return read_manifest(model_dir / BACKUP).iterations
+    except DamagedError:  # there is none, or none that helps
+        return None
+
+
+def saved_iterations(model_dir: Path) -> list[int]:
+    """Total iterations of all saves, in order: generations, the backup, snapshots beside them."""
+    with ModelFolder(model_dir, read_only=True) as folder:
+        found = {manifest.iterations for manifest in folder.generations.manifests()}
+    backup = _backup_iteration(model_dir)
+    if backup is not None:
+        found.add(backup)
+    before, _, after = snapshot_path(model_dir, 0).name.rpartition("0")
+    for path in model_dir.resolve().parent.iterdir():
+        number = path.name.removeprefix(before).removesuffix(after)
+        if path.name == f"{before}{number}{after}" and is_name(number) and number.isdecimal():
+            found.add(int(number))
+    return sorted(found)
+
+
+def named(iterations: Sequence[int]) -> str:
+    """Iterations as a user reads them."""
+    return ", ".join(f"{iteration:,}" for iteration in iterations) or "none"
