@@ -169,7 +169,7 @@ def test_two_saves_are_compared_by_what_was_kept_of_them(trained, sides, tmp_pat
     one, other = (cv2.imread(str(path)).astype(int) for path in (by_previews, by_weights))
     assert one.shape == (48 + 2 * 130, 2 * 3 * 130 + 16, 3)
     same = other[48 : 48 + 260, :130]
-    assert np.abs(one[48 : 48 + 260, :130] - same).mean() < 1, "the same faces, but for JPEG"
+    assert np.abs(one[48 : 48 + 260, :130] - same).mean() < 2, "the same faces, but for JPEG"
 
 
 def test_a_strip_shows_one_save_after_the_other(trained, tmp_path, capsys):

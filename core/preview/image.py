@@ -25,7 +25,7 @@ def image_of(look: Look, config: Config, mask: str) -> np.ndarray:
     """The preview of a look, (H, W, 3) BGR uint8.
 
     Args:
-        look: Of both sides, or in a sheet of one.
+        look: Faces of both sides; in a sheet, of one or both.
         config: Settings of the model; `preview` says how it is drawn.
         mask: One of `sheet.MASKS`; faceswap's layout has no outline, and shows the tint.
     """

@@ -31,7 +31,7 @@ class PreviewRequest:
     model_dir: Path
     """Model folder, which is only read."""
 
-    folders: dict[Side, Path] = field(default_factory=dict)
+    folders: dict[str, Path] = field(default_factory=dict)
     """Folder of faces of each side that is shown; none: those that the model was trained on."""
 
     num_faces: int | None = None
@@ -54,7 +54,7 @@ class Drawn:
     """What the image says about itself."""
 
     source: str
-    """Where the pictures in it are from, to be read by a user."""
+    """Place that its faces are from, to be read by a user."""
 
     iterations: list[int]
     sides: tuple[Side, ...]
@@ -101,7 +101,8 @@ def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn
         history = [_rendered(request, iteration) for iteration in iterations]
         source = f"the saves of {request.model_dir}"
     _warn_of_other_faces(request, history)
-    image = comparison(*history, request.enlarge or "lanczos")
+    one, other = history
+    image = comparison(one, other, request.enlarge or "lanczos")
     return _drawn(request, image, history, source)
 
 
@@ -126,9 +127,10 @@ def draw_strip(request: PreviewRequest) -> Drawn:
 
 def _look(request: PreviewRequest, saved: SavedModel) -> tuple[Config, Look]:
     """The settings to draw by, and what a save makes of the faces."""
-    given = {"style": request.style, "enlarge": request.enlarge}
-    changes = {name: value for name, value in given.items() if value is not None}
-    preview = dataclasses.replace(saved.config.preview, **changes)
+    preview = saved.config.preview
+    preview = dataclasses.replace(
+        preview, style=request.style or preview.style, enlarge=request.enlarge or preview.enlarge
+    )
     config = dataclasses.replace(saved.config, preview=preview)
     count = request.num_faces or preview.preview_images
     faces = saved.open_faces(request.folders, count, request.warn)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ...models.autoencoder import Autoencoder, Side
+from ...models.autoencoder import Autoencoder
 from ..checkpoint.format import read_manifest
 from ..checkpoint.generations import BACKUP, is_name
 from ..checkpoint.inference import network_of, read_model
@@ -16,7 +16,7 @@ from ..checkpoint.retention import snapshot_path
 from ..config import Config
 from ..data.decode import thread_count
 from ..data.sides import SIDES
-from ..faces.folder import read_folder, skipped
+from ..faces.folder import Face, read_folder, skipped
 from ..system.durable_files import DamagedError
 from .faces import PreviewFaces, spread
 from .image import loader_of
@@ -41,7 +41,7 @@ class SavedModel:
     iteration: int
 
     def open_faces(
-        self, folders: dict[Side, Path], count: int, warn: Callable[[str], None]
+        self, folders: dict[str, Path], count: int, warn: Callable[[str], None]
     ) -> PreviewFaces:
         """Some faces of each folder, evenly spread, as the model needs them.
 
@@ -54,7 +54,7 @@ class SavedModel:
         Raises:
             ValueError: There is no folder, or none of its faces can be shown.
         """
-        faces = {}
+        faces: dict[str, list[Face]] = {}
         for side, path in (folders or self._trained_folders()).items():
             centering = self.config.data.centering
             opened = read_folder(path, minimum=1, side=side, centering=centering)
@@ -73,9 +73,10 @@ class SavedModel:
         """What it makes of the faces."""
         return look_at(self.network, torch.float32, faces, self.iteration)
 
-    def _trained_folders(self) -> dict[Side, Path]:
+    def _trained_folders(self) -> dict[str, Path]:
         """The folders of faces that the settings name; a stranger's may name any."""
-        known, folders = KnownPaths(self.model_dir, self.run_id), {}
+        known = KnownPaths(self.model_dir, self.run_id)
+        folders: dict[str, Path] = {}
         for side in SIDES:
             setting = f"input_{side}"
             path = getattr(self.config.data, setting)

@@ -96,7 +96,7 @@ def arranged(
     Args:
         blocks: (n, k, e, e, 3) uint8 each, of as many faces and of one size; they stand side by
             side, each with its faces in columns of up to 8.
-        labels: Of each block, k texts.
+        labels: Texts of each block, k each.
         title: Line at the top.
     """
     num_faces, _, tile_px = blocks[0].shape[:3]

@@ -160,7 +160,7 @@ def _rate(num_pictures: int) -> float:
 
 
 def _chosen(pictures: list[Path]) -> list[Path]:
-    """As many pictures as a film of 20 s can show, evenly spread; the first and the last are."""
+    """Choose as many pictures as a film of 20 s can show, evenly spread, both ends among them."""
     most = round(_HIGHEST_FPS * _MOST_SECONDS)
     if len(pictures) <= most:
         return pictures
