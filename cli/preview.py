@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--faces must be from 1 to {_MOST_FACES}, got {args.faces}")
     if args.strip and (args.input_a or args.input_b):
         raise ValueError("--strip shows previews that were kept; leave -A and -B out")
+    if (args.strip or args.compare) and (args.style or args.mask):
+        raise ValueError("--style and --mask are for the preview of one save; leave them out")
     from ..core.checkpoint.inference import refuse_target, write_export
     from ..core.preview import render
     from ..core.preview.files import encoded_png

@@ -178,6 +178,8 @@ def test_a_strip_shows_one_save_after_the_other(trained, tmp_path, capsys):
     assert "1, 2, 4, 6" in capsys.readouterr().out
     picture = cv2.imread(str(path))
     assert picture.shape == (48 + 4 * 130, (1 + len(SAVES)) * 130 + 2, 3)
+    _preview(trained, "--strip", "-n", "1", "-o", path, "--enlarge", "nearest", "--force")
+    assert cv2.imread(str(path)).shape == (48 + 2 * 130, picture.shape[1], 3)
     original = KeptPreviews(trained / "previews").read(6).images[0, 0, ORIGINAL]
     np.testing.assert_array_equal(
         picture[48 : 48 + 128, 2 : 2 + 128], original.repeat(2, axis=0).repeat(2, axis=1)
@@ -220,6 +222,7 @@ def test_faces_that_a_stranger_names_are_not_opened(trained, sides, tmp_path, ca
         (["--at", "soon"], "--at must be an iteration, backup or a generation's name, got 'soon'"),
         (["--compare", "1", "3"], "has nothing of iteration 1 to compare; it has saves of 4, 6"),
         (["--strip", "-A", "x"], "--strip shows previews that were kept; leave -A and -B out"),
+        (["--strip", "--mask", "tint"], "--style and --mask are for the preview of one save"),
         (["-n", "0"], "--faces must be from 1 to 64, got 0"),
         (["--style", "faceswap", "-A", "{a}"], "faceswap's layout shows both sides; add -A and -B"),
         (["-A", "none"], "none"),

@@ -12,7 +12,8 @@ from .tiles import ORIGINAL, SWAPPED, Tiles
 STRIP_SAVES = 10
 """Saves in a strip at the most."""
 
-_STRIP_FACES = 3
+STRIP_FACES = 3
+"""Faces of each side in a strip, where nothing else is said."""
 
 
 def comparison(one: Tiles, other: Tiles, enlarge: str) -> np.ndarray:
@@ -36,16 +37,17 @@ def comparison(one: Tiles, other: Tiles, enlarge: str) -> np.ndarray:
     return arranged(blocks, labels, title)
 
 
-def strip(history: Sequence[Tiles], enlarge: str) -> np.ndarray:
+def strip(history: Sequence[Tiles], enlarge: str, num_faces: int = STRIP_FACES) -> np.ndarray:
     """Some faces of both sides in rows, swapped by one save after the other, (H, W, 3) BGR uint8.
 
     Args:
         history: Tiles of up to 10 saves, in order.
         enlarge: How small tiles are enlarged: lanczos or nearest.
+        num_faces: Faces of each side at the most.
     """
     newest = history[-1]
     alike = [_of_size(tiles, newest.images.shape[-2]) for tiles in history]
-    count = min(_STRIP_FACES, *(tiles.images.shape[1] for tiles in alike))
+    count = min(num_faces, *(tiles.images.shape[1] for tiles in alike))
     columns = [newest.images[:, :count, ORIGINAL]]
     columns += [tiles.images[:, :count, SWAPPED] for tiles in alike]
     faces = np.concatenate(list(np.stack(columns, axis=2)))

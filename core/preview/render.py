@@ -15,7 +15,7 @@ import torch
 from ...models.autoencoder import Side
 from ..checkpoint.model_folder import PREVIEWS, ModelFolder
 from ..config import Config
-from .compare import chosen_for_strip, comparison, strip
+from .compare import STRIP_FACES, chosen_for_strip, comparison, strip
 from .image import description, image_of, shown_mask, uses_mask
 from .kept import KeptPreviews
 from .look import Look
@@ -73,7 +73,7 @@ def draw_save(request: PreviewRequest, at: str | None) -> Drawn:
     kept = KeptPreviews(request.model_dir / PREVIEWS)
     if at is not None and at.isdecimal() and not has_weights(request.model_dir, int(at)):
         if int(at) in kept.iterations() and not request.folders and request.style != "faceswap":
-            tiles = kept.read(int(at))
+            tiles = kept.read(int(at)).first(request.num_faces)
             style = SheetStyle(enlarge=request.enlarge or "lanczos", mask="off")
             image = preview_sheet(tiles, style, f"iteration {tiles.iteration:,}, as it was kept")
             return _drawn(request, image, [tiles], f"the preview kept in {kept.folder}")
@@ -93,7 +93,7 @@ def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn
     """
     kept = KeptPreviews(request.model_dir / PREVIEWS)
     if not request.folders and set(iterations) <= set(kept.iterations()):
-        history = [kept.read(iteration) for iteration in iterations]
+        history = [kept.read(iteration).first(request.num_faces) for iteration in iterations]
         source = f"the previews kept in {kept.folder}"
     else:
         for iteration in iterations:
@@ -121,7 +121,7 @@ def draw_strip(request: PreviewRequest) -> Drawn:
         )
     history = _readable(request, kept, chosen_for_strip(iterations))
     _warn_of_other_faces(request, history)
-    image = strip(history, request.enlarge or "lanczos")
+    image = strip(history, request.enlarge or "lanczos", request.num_faces or STRIP_FACES)
     return _drawn(request, image, history, f"the previews kept in {kept.folder}")
 
 

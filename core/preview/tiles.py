@@ -9,7 +9,7 @@ prediction in px, c B,G,R.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -39,6 +39,11 @@ class Tiles:
 
     faces_digest: str
     """Name of these faces: equal where the originals are."""
+
+    def first(self, num_faces: int | None) -> "Tiles":
+        """The first faces of each side, so many at the most; None: all of them."""
+        masks = None if self.masks is None else self.masks[:, :num_faces]
+        return replace(self, images=self.images[:, :num_faces], masks=masks)
 
 
 def tiles_of(look: Look, *, has_mask: bool) -> Tiles:
