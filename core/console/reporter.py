@@ -121,6 +121,8 @@ class Reporter:
         saving: float | None = None,
         drawing: float | None = None,
         seconds_left: float | None = None,
+        gpus: int | None = None,
+        exchange: float | None = None,
     ) -> None:
         """Report where training stands.
 
@@ -130,13 +132,15 @@ class Reporter:
             loss_b: Loss of side B.
             eg_per_s: Faces trained per second, both sides.
             data_wait: Share of the time that the step waited for data, 0 to 1.
-            memory_mib: Peak memory of the device.
+            memory_mib: Peak memory of the device; of several, the largest.
             learning_rate: Learning rate of that iteration.
             session_iterations: Number of these that are of this session.
             elapsed_s: Seconds since the session's first iteration.
             saving: Share of that time for which saves held training up, 0 to 1.
             drawing: The same of the images and metrics that are made with them.
             seconds_left: Seconds until the last iteration of the session or of its stage.
+            gpus: Number of ranks that train together; None: one, and then there is no exchange.
+            exchange: Share of the time that it took, 0 to 1.
         """
         fields = {
             "iteration": iteration,
@@ -152,6 +156,7 @@ class Reporter:
             "drawing": drawing,
             "seconds_left": seconds_left,
         }
+        fields |= {} if gpus is None else {"gpus": gpus, "exchange": exchange}
         now = self._clock()
         self._show(step_report(fields, now))
         if self._files.add_step(fields, now):
@@ -283,7 +288,6 @@ class Reporter:
         """Wait for the last notification; what was not sent is told on stderr: stop is the last
         report of all."""
         notifier, self._notifier = self._notifier, None
-        # On stderr, since nothing may follow the last line of JSON.
         for problem in notifier.close() if notifier else []:
             Output(sys.stderr).write(printable(f"Warning: {problem}") + "\n")
 

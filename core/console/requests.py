@@ -30,9 +30,11 @@ class Requests:
 
     Args:
         stop: Request to end, which may come in other ways than these; None: a new one.
+        has_keys: Whether the terminal's keys are this process's, if a terminal is there.
     """
 
-    def __init__(self, stop: StopRequest | None = None) -> None:
+    def __init__(self, stop: StopRequest | None = None, *, has_keys: bool = True) -> None:
+        self._has_keys = has_keys
         self.stop = StopRequest() if stop is None else stop
         self.mask_is_toggled = False
         """The mask is to be shown as a tint where it is set not to be, and the other way round."""
@@ -44,7 +46,7 @@ class Requests:
     def __enter__(self) -> "Requests":
         self.stop.__enter__()
         self._handlers.__enter__()
-        if all(Output(stream).isatty() for stream in (sys.stdin, sys.stdout)):
+        if self._has_keys and all(Output(stream).isatty() for stream in (sys.stdin, sys.stdout)):
             self._keyboard = Keyboard(sys.stdin.fileno())
             self._keyboard.__enter__()
             self.stop.when_noted.append(self._keyboard.restore)

@@ -58,6 +58,8 @@ def status_text(fields: dict[str, Any], now: float) -> str:
         f"Loss B: {fields['loss_b']:.5f} | EG/s {fields['eg_per_s']:.1f}"
         f" | wait {100 * fields['data_wait']:.1f} %"
     )
+    if "gpus" in fields:
+        text += f" | gpus {fields['gpus']}, exchange {100 * fields['exchange']:.0f} %"
     if fields["memory_mib"] is not None:
         text += f" | {fields['memory_mib']:.0f} MiB"
     if fields["session_iterations"] is not None and fields["elapsed_s"] is not None:

@@ -123,6 +123,7 @@ def open_sides(
     earlier_dir: Path | None = None,
     device: torch.device,
     progress: Callable[[str], AbstractContextManager[Progress]] = _no_progress,
+    num_readers: int = 1,
 ) -> dict[str, SideFaces]:
     """Open both sides' faces at the processing size; headers are read while faces are decoded.
 
@@ -134,6 +135,8 @@ def open_sides(
         earlier_dir: Folder of decoded faces that are read too, and left alone.
         device: Device on which training runs.
         progress: Called with a title; gives a function that takes ``(done, total)``.
+        num_readers: Processes of this machine that hold the faces, of which each has its part of
+            the memory.
 
     Raises:
         ValueError: A folder is missing, holds too few faces or such as do not fit the settings, or
@@ -164,6 +167,7 @@ def open_sides(
                     device=device,
                     decoder=decoder,
                     progress=report_progress,
+                    num_readers=num_readers,
                 )
             _refuse_empty_masks(side, store)
             opened[side] = SideFaces(folder, store, crop, held_out)

@@ -189,12 +189,14 @@ def open_store(
     decoder: FaceDecoder | None = None,
     progress: Callable[[int, int], None] | None = None,
     minimum: int = MINIMUM_FACES,
+    num_readers: int = 1,
 ) -> FaceStore:
     """The folder's faces, from the raw file in store_dir where one fits, else decoded now.
 
     store_dir: None keeps no file. earlier_dir: a folder whose files are read too, and left alone.
     decoder: what has begun to decode these faces; the caller closes it. progress: called with
-    (faces done, faces in all).
+    (faces done, faces in all). num_readers: processes of this machine that hold these faces, of
+    which each may take its part of the memory.
 
     Raises ValueError, one line, where fewer than `minimum` faces are usable, where a face is not
     and data.strict is set, or where the faces do not fit in the place that is asked for.
@@ -209,7 +211,7 @@ def open_store(
         path, facts, header_bytes = saved
         _check_usable(facts, folder, data.strict, minimum)
         # Not the plan's bytes: faces that were rejected take no room.
-        placement, why = choose_placement(data.placement, facts.num_bytes, device)
+        placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
         pixels_fssc = _pixels(path, facts, header_bytes, is_to_stay=placement == "file")
         faces_fssc = _placed(pixels_fssc, placement, device)
         backend = f"faces were decoded at an earlier start, they are read from {path}"
@@ -217,7 +219,7 @@ def open_store(
     else:
         _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
         backend = decoded_by(folder.faces, data.decoder, str(device))
-        placement, why = choose_placement(data.placement, facts.num_bytes, device)
+        placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
         with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:
             if not decoder:
                 decoder = stack.enter_context(decoding(folder.faces, crop, data, device))
@@ -252,14 +254,17 @@ def is_decoded(folder: Path, *raw_dirs: Path | None) -> bool:
     return any(_is_of(path, str(folder.resolve())) for path in raw_files)
 
 
-def choose_placement(setting: str, num_bytes: int, device: torch.device) -> tuple[str, str]:
+def choose_placement(
+    setting: str, num_bytes: int, device: torch.device, num_readers: int = 1
+) -> tuple[str, str]:
     """Place where so many bytes of faces are kept (gpu, host or file), and why, as a sentence.
 
     auto: the GPU where they fit in half of its free memory, else the host where they fit in half
-    of its available memory, else a file. Raises ValueError where the place asked for has no room.
+    of its available memory, of which each of num_readers processes has its part, else a file.
+    Raises ValueError where the place asked for has no room.
     """
     need = f"{_size(num_bytes)} of faces"
-    rooms = {"host": available_host_bytes()}
+    rooms = {"host": available_host_bytes() // num_readers}
     if device.type == "cuda":
         rooms = {"gpu": torch.cuda.mem_get_info(device)[0], **rooms}
     elif setting == "gpu":

@@ -5,15 +5,17 @@ that another process sends is ever run.
 """
 
 import os
-import socket
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .failure import Failure, Members, RankLost
 from .ranks import Ranks
 
 _OPENING = timedelta(minutes=5)
@@ -25,57 +27,72 @@ _PATIENCE = timedelta(minutes=30)
 _CLOSING_S = 10.0
 """Seconds for the ranks to take leave of one another."""
 
-_FAILURE = "failure"
-
-
 # By their names since PyTorch 2.13, which warns of the ones before.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class RankLost(Exception):
-    """The other ranks cannot be reached any more; says which has ended, as far as is known."""
-
-
 class Group:
     """The ranks of a run, connected.
 
-    A collective must be called by all ranks, in the same order.
+    A collective must be called by all ranks, in the same order. It raises `RankLost` where another
+    rank has ended.
 
     Args:
         ranks: Place of this process.
-        device: Device that it trains on.
         store: Keys and values that all ranks see.
     """
 
-    def __init__(self, ranks: Ranks, device: torch.device, store: dist.Store):
-        self.ranks, self.device, self.store = ranks, device, store
+    def __init__(self, ranks: Ranks, store: dist.Store):
+        self.ranks, self.store = ranks, store
+        self.members = Members(ranks, store)
+        self.exchanged_s = 0.0
+        """Seconds for which the host was busy with sums, or waited for the others with theirs; a
+        GPU sums by itself."""
+
+        self._gpus: dist.ProcessGroup | None = None
+
+    def use_gpu(self, device: torch.device) -> None:
+        """Connect the GPUs of the ranks too; a graph may capture what they say from then on."""
+        with self.watched():
+            torch.cuda.set_device(device)
+            self._gpus = dist.new_group(backend="nccl", timeout=_PATIENCE, device_id=device)
+        self.all_reduce(torch.zeros(1, device=device))  # the connection is made by its first use
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Sum a tensor over the ranks in place; all then hold the same bits."""
-        dist.all_reduce(tensor, op)
+        with self._timed(), self.watched():
+            dist.all_reduce(tensor, op, self._of(tensor))
 
     def reduce_scatter(self, tensor: Tensor) -> None:
         """Sum a tensor over the ranks, each rank its own slice, in place; the rest is of no use."""
-        _reduce_scatter(self.slice_of(tensor), tensor)
+        with self._timed(), self.watched():
+            _reduce_scatter(self.slice_of(tensor), tensor, group=self._of(tensor))
 
     def all_gather(self, tensor: Tensor) -> None:
         """Overwrite a tensor, in place, by each rank's own slice of it."""
-        _all_gather(tensor, self.slice_of(tensor))
+        with self._timed(), self.watched():
+            _all_gather(tensor, self.slice_of(tensor), group=self._of(tensor))
 
     def swap(self, sent: Tensor, received: Tensor, rank: int) -> None:
         """Exchange tensors of one size with another rank, which calls it with this one's number."""
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, sent, rank), dist.P2POp(dist.irecv, received, rank)]
-        )
-        for work in works:
-            work.wait()
+        connection = self._of(sent)
+        with self._timed(), self.watched():
+            works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(dist.isend, sent, rank, connection),
+                    dist.P2POp(dist.irecv, received, rank, connection),
+                ]
+            )
+            for work in works:
+                work.wait()
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, on the CPU; of all but the first rank: none."""
         own = tensor.to("cpu")
         gathered = [torch.empty_like(own) for _ in range(self.ranks.size * self.ranks.is_first)]
-        dist.gather(own, gathered or None)
+        with self.watched():
+            dist.gather(own, gathered or None)
         return gathered
 
     def slice_of(self, tensor: Tensor) -> Tensor:
@@ -87,73 +104,90 @@ class Group:
         for tensor in tensors:
             # A copy where it has gaps: backends send memory as it lies.
             sent = tensor.detach().contiguous()
-            dist.broadcast(sent, 0)
+            with self.watched():
+                dist.broadcast(sent, 0, self._of(tensor))
             if not self.ranks.is_first and sent.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(sent)
 
     def max(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over the ranks."""
         largest = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        self.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
 
     def min(self, numbers: Sequence[int]) -> list[int]:
         """The smallest of each number over the ranks."""
         smallest = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(smallest, dist.ReduceOp.MIN)
+        self.all_reduce(smallest, dist.ReduceOp.MIN)
         return smallest.tolist()
 
     def text(self, text: str = "") -> str:
         """The text of the first rank."""
-        sent = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        sent = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
         length = torch.tensor([len(text.encode())])
-        dist.broadcast(length, 0)
+        self.broadcast([length])
         if not self.ranks.is_first:
             sent = torch.empty(max(int(length), 1), dtype=torch.uint8)
-        dist.broadcast(sent, 0)
-        return bytes(sent[: int(length)].tolist()).decode()
+        self.broadcast([sent])
+        return sent.numpy().tobytes()[: int(length)].decode()
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.max([0])
 
-    def tell_failure(self, text: str) -> None:
+    def leave_failure(self, text: str, exit_code: int) -> None:
         """Leave the reason for which this rank ends, for the others; the first reason stays."""
-        self.store.compare_set(_FAILURE, "", text)
+        rank = self.ranks.rank
+        self.members.leave_failure(Failure(f"rank {rank}: {text}", rank, exit_code, True))
 
-    def failure(self) -> str | None:
-        """The reason that a rank left before it ended; None: there is none to be had."""
+    def pass_on(self, lost: RankLost) -> None:
+        """Leave word of how another rank was lost, where that left none."""
+        self.members.leave_failure(lost.failure)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise `RankLost` where what is done inside fails because another rank has ended."""
         try:
-            return self.store.get(_FAILURE).decode() if self.store.check([_FAILURE]) else None
-        except dist.DistError:  # it went with the first rank, which may hold it
-            return None
+            yield
+        except RuntimeError as error:  # of gloo, NCCL or the store; none has a class of its own
+            lost = self.members.lost(wait=True)
+            if lost is None:
+                text = f"the ranks have lost one another ({_first_line(error)})"
+                raise RankLost(Failure(text, None)) from error
+            raise lost from error
 
-    def close(self, *, in_order: bool = True) -> None:
-        """Leave the others; where they do not answer, after 10 s.
-
-        Args:
-            in_order: Whether the others leave too, and are waited for.
-        """
+    def close(self) -> None:
+        """Leave the others, who leave too; where they do not answer, after 10 s."""
 
         def leave() -> None:
             try:
-                if in_order:
-                    self.barrier()
+                self.barrier()
                 dist.destroy_process_group()
-            except RuntimeError:  # the others have gone already
+            except (RankLost, RuntimeError):  # the others have gone already
                 return
 
         thread = threading.Thread(target=leave, name="mien-leave", daemon=True)
         thread.start()
         thread.join(_CLOSING_S)
 
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the time of what is done inside as that of exchange."""
+        began_at = time.perf_counter()
+        yield
+        self.exchanged_s += time.perf_counter() - began_at
 
-def open_group(ranks: Ranks, device: torch.device) -> Group:
+    def _of(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        """The connection for a tensor; None: that of the CPUs."""
+        return self._gpus if tensor.is_cuda else None
+
+
+def open_group(ranks: Ranks, device: torch.device | None = None) -> Group:
     """Connect with the other ranks, by MASTER_ADDR and MASTER_PORT.
 
     Args:
         ranks: Place of this process.
-        device: Device that it trains on; CUDA's is made the current one.
+        device: Device that it trains on, where that is known; the GPUs are then connected too.
 
     Raises:
         ValueError: The address is not set, or the others have not come within 5 minutes.
@@ -165,30 +199,24 @@ def open_group(ranks: Ranks, device: torch.device) -> Group:
     if ranks.local_size == ranks.size:
         # Else gloo asks which address the machine's name has, which may be none.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    on_gpu = device.type == "cuda"
     try:
         served = dist.TCPStore(
             host, port, ranks.size, is_master=ranks.is_first and not agent, timeout=_OPENING
         )
         store = dist.PrefixStore(f"mien/{restarts}", served)
-        if on_gpu:
-            torch.cuda.set_device(device)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            store=store,
-            rank=ranks.rank,
-            world_size=ranks.size,
-            timeout=_PATIENCE,
-            # Now, not at the first collective, which a graph may be capturing.
-            device_id=device if on_gpu else None,
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_PATIENCE
         )
-    except (dist.DistError, RuntimeError, socket.gaierror) as error:
+    except RuntimeError as error:
         raise ValueError(
             f"rank {ranks.rank} cannot connect with the {ranks.size - 1} other ranks at "
             f"{host}:{port} ({_first_line(error)}); see whether all were started, with the same "
             "MASTER_ADDR and MASTER_PORT"
         ) from error
-    return Group(ranks, device, store)
+    group = Group(ranks, store)
+    if device is not None and device.type == "cuda":
+        group.use_gpu(device)
+    return group
 
 
 def _address() -> tuple[str, int]:

@@ -1,0 +1,156 @@
+"""Ends of ranks: the reason that one leaves before it ends, and what is seen of one that is killed.
+
+A rank that fails leaves its reason in the store, where the others find it when they can no longer
+reach it. Of a rank that was killed the others see, on the same machine, that its process has ended.
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .ranks import Ranks
+
+_FAILURE = "failure"
+
+_SEARCH_S = 2.0
+"""Seconds in which a process that has broken a connection is seen to end; chosen, unmeasured."""
+
+_PAUSE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of a rank that ends the run."""
+
+    text: str
+    """Sentence that names the rank."""
+
+    rank: int | None
+    """Number of the rank; None: it is not known which one has ended."""
+
+    exit_code: int = 3
+    """Exit code of the run, by default that of a halt."""
+
+    has_reason: bool = False
+    """Whether the rank has left its reason; else it was killed, or is out of reach."""
+
+
+class RankLost(Exception):
+    """Another rank has ended, so that this one cannot go on."""
+
+    def __init__(self, failure: Failure):
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+@dataclass(frozen=True)
+class _Member:
+    """The process of a rank."""
+
+    host: str
+    pid: int
+    gpu: int | None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on this machine."""
+        return self.host == _host()
+
+    def end(self) -> str | None:
+        """How it has ended; None: it runs, or cannot be seen from this machine."""
+        if not self.is_here:
+            return None
+        try:
+            # The name of the program, in brackets, may hold anything.
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return "has ended"
+        if fields[0] not in "ZX":
+            return None
+        status = int(fields[-1])
+        if os.WIFSIGNALED(status):
+            return f"ended with signal {os.WTERMSIG(status)}"
+        return f"ended with exit code {os.WEXITSTATUS(status)}"
+
+    def __str__(self) -> str:
+        gpu = "" if self.gpu is None else f"GPU {self.gpu}, "
+        machine = "" if self.is_here else f" on {self.host}"
+        return f"({gpu}pid {self.pid}{machine})"
+
+
+class Members:
+    """The processes of all ranks, as far as they can be seen.
+
+    Args:
+        ranks: Place of this process.
+        store: Keys and values that all ranks see.
+    """
+
+    def __init__(self, ranks: Ranks, store: dist.Store):
+        self.ranks, self.store = ranks, store
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        numbers = [int(each) if each.isdecimal() else None for each in visible]
+        gpu = numbers[ranks.local_rank] if ranks.local_rank < len(numbers) else None
+        own = _Member(_host(), os.getpid(), gpu)
+        store.set(_key(ranks.rank), json.dumps(asdict(own)))
+        self.members = [_Member(**json.loads(store.get(_key(rank)))) for rank in range(ranks.size)]
+
+    @property
+    def is_speaker(self) -> bool:
+        """Whether no rank before this one is left on this machine, to say what has happened."""
+        before = self.members[: self.ranks.rank]
+        return not any(each.is_here and each.end() is None for each in before)
+
+    def leave_failure(self, failure: Failure) -> None:
+        """Leave the reason for which this rank ends; the first reason of all ranks stays."""
+        try:
+            self.store.compare_set(_FAILURE, "", json.dumps(asdict(failure)))
+        except RuntimeError:  # the store went with the first rank, and nobody is left to read it
+            return
+
+    def failure(self) -> Failure | None:
+        """The reason that a rank left before it ended; None: there is none to be had."""
+        try:
+            if not self.store.check([_FAILURE]):
+                return None
+            return Failure(**json.loads(self.store.get(_FAILURE)))
+        except RuntimeError:  # the store went with the first rank
+            return None
+
+    def lost(self, *, wait: bool = False) -> RankLost | None:
+        """The rank that has ended, and why; None: none is seen to have.
+
+        Args:
+            wait: Whether one must have, which may be seen a moment later.
+        """
+        until = time.monotonic() + (_SEARCH_S if wait else 0)
+        while True:
+            failure = self.failure()
+            if failure is not None:
+                return RankLost(failure)
+            ends = self._ends()
+            if ends:
+                # One that ended by itself may have lost one that was killed.
+                return RankLost(min(ends, key=lambda end: "signal" not in end.text))
+            if time.monotonic() >= until:
+                return None
+            time.sleep(_PAUSE_S)
+
+    def _ends(self) -> list[Failure]:
+        """The other ranks that are seen to have ended, and how."""
+        others = ((rank, each) for rank, each in enumerate(self.members) if rank != self.ranks.rank)
+        ends = ((rank, each, each.end()) for rank, each in others)
+        return [Failure(f"rank {rank} {each} {end}", rank) for rank, each, end in ends if end]
+
+
+def _key(rank: int) -> str:
+    return f"member/{rank}"
+
+
+def _host() -> str:
+    return socket.gethostname()
