@@ -1,10 +1,7 @@
 """mien train: train a model from two folders of faces, or resume one."""
 
 import argparse
-import contextlib
 import json
-import os
-import select
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +13,6 @@ from .settings_file import read_settings, stages_in
 from .train_flags import add_arguments
 
 if TYPE_CHECKING:
-    from ..core.console.stop import StopRequest
     from ..core.distribute.ranks import Ranks
     from ..core.training.recipe_progress import RecipeProgress
     from ..core.training.resolve import Overrides, Resolved
@@ -107,36 +103,20 @@ def _train(
     from ..core.console.outcome import Outcome
     from ..core.console.reporter import Reporter
     from ..core.console.requests import Requests
-    from ..core.console.stop import StopRequest
     from ..core.training.unattended import train
+    from .acknowledge import acknowledge
+    from .rank import train_as_rank
 
+    if ranks is not None and ranks.size > 1:
+        return train_as_rank(overrides, recipe, ranks, as_json=as_json)
     reporter = Reporter(as_json=as_json, level=overrides.sections["log"].level)
-    # A signal may come to a rank twice, from a terminal and from its launcher, which can insist.
-    stop = StopRequest(can_insist=ranks is None)
     try:
-        with Requests(stop) as requests:
-            if ranks is None or ranks.is_first:
-                stop.when_noted.append(lambda: _acknowledge(stop))
+        with Requests() as requests:
+            requests.stop.when_noted.append(lambda: acknowledge(requests.stop))
             return train(overrides, reporter, recipe, requests)
     except SaveError as error:  # before the first step; later the loop tells of it
         complain("train", error)
         return Outcome.HALTED
-
-
-def _acknowledge(stop: "StopRequest") -> None:
-    """Say at once that a signal was heard: the save that follows may take a while."""
-    if stop.is_abrupt:  # a line of its own follows
-        return
-    line = (
-        f"mien train: {stop.signal_name} received: the step is finished and saved, please wait; "
-        "the same again ends at once, without a save\n"
-    )
-    # Nothing that might wait may be done within a handler.
-    writable = select.poll()
-    with contextlib.suppress(OSError, ValueError):
-        writable.register(2, select.POLLOUT)
-        if any(state & select.POLLOUT for _, state in writable.poll(0)):
-            os.write(2, line.encode())
 
 
 def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None) -> int:

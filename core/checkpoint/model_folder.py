@@ -112,7 +112,7 @@ class ModelFolder:
         self._lock: Lock | None = None
         self._config: bytes | None = None
         self._current: _Current | None = None
-        self._last_complete: int | None = None
+        self.last_complete: int | None = None
         """Total iteration of the save that is whole for certain, for the message of a failure."""
 
         # Before the lock, so that a folder of other things gets no file of mien's.
@@ -224,7 +224,7 @@ class ModelFolder:
                 write_file(temporary / file_name, text)
             name = self._commit(temporary, state, file_names)
         self._current = _Current(name, file_names, state_bytes)
-        self._last_complete = state["iterations"]
+        self.last_complete = state["iterations"]
         self._prune()
         return self.generations.path / name
 
@@ -250,10 +250,10 @@ class ModelFolder:
         None where there can be none, and `warnings` says why: the model itself is saved.
         """
         self._require_lock()
-        assert self._last_complete is not None
+        assert self.last_complete is not None
         target = None
         try:
-            target = retention.snapshot_path(self.path, self._last_complete)
+            target = retention.snapshot_path(self.path, self.last_complete)
             if not os.path.lexists(target):
                 assert self._current is not None
                 retention.write_snapshot(
@@ -307,7 +307,7 @@ class ModelFolder:
             copy_files(source, temporary, manifest.files)
             name = self._commit(temporary, state, frozenset(manifest.files))
         self._current = None  # it may be of another run, whose equal state is no equal save
-        self._last_complete = manifest.iterations
+        self.last_complete = manifest.iterations
         return name
 
     def _set_current(
@@ -325,7 +325,7 @@ class ModelFolder:
         # The bytes, and not what was parsed: a save is the same where they are.
         state = read_regular(generation.path / STATE, MAX_JSON_BYTES)
         self._current = _Current(generation.name, frozenset(manifest.files), state)
-        self._last_complete = manifest.iterations
+        self.last_complete = manifest.iterations
         if self._config is None and CONFIG in manifest.files:
             self._config = read_regular(generation.path / CONFIG, MAX_JSON_BYTES)
 
@@ -380,7 +380,7 @@ class ModelFolder:
         try:
             yield
         except (OSError, InUseError, ValueError) as error:
-            last = self._last_complete
+            last = self.last_complete
             saved = f"the last complete save is iteration {last}"
             if last is None:
                 saved = "nothing has been saved yet"

@@ -58,7 +58,6 @@ def export_keras(
     files = (f"{name}.keras", f"{name}_state.json")
     _refuse_target(path, target, files, force=force)
     graph = model.network.graph()
-    # Before a file is made: what Keras has no word for is refused here.
     state = state_of(model.config, TrainingState.from_dict(model.state), graph)
     faces = model.faces()
     try:
@@ -66,7 +65,6 @@ def export_keras(
             write_keras(folder / files[0], graph, model.metadata)
             # Of the file as it lies on the disk, read by the way on which imports come.
             difference = _difference(folder / files[0], model.network, faces)
-            # Not by `>`: a NaN is to be refused too.
             if not difference <= MAX_DIFFERENCE:
                 raise ValueError(
                     f"the file differs from the model by {difference:.1e} (at most "
@@ -109,7 +107,6 @@ def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: b
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which is gone in the end if nothing has moved it away."""
-    # On the same disk, so that it can be renamed; found by its name after a run that was killed.
     folder = target.with_name(f".{target.name}.tmp")
     discard(folder)
     folder.mkdir()
@@ -126,7 +123,6 @@ def _move(folder: Path, target: Path, files: tuple[str, ...]) -> None:
     sync_folder(folder)
     if target.is_dir() and any(target.iterdir()):
         for file in files:
-            # One by one: no folder can be renamed onto one that is not empty.
             os.replace(folder / file, target / file)
         sync_folder(target)
     else:
@@ -144,7 +140,6 @@ def _difference(path: Path, network: Autoencoder, faces: Sequence[np.ndarray]) -
         for ours, theirs in match(graph, network.graph()).items():
             theirs.weights = arrays.entries(theirs, [entry.shape for entry in ours.weights])
         names = (value.call.layer.name for value in graph.inputs)
-        # One face for both inputs: A's decoder and B's then both have it.
         found = evaluate(graph, graph.outputs, dict.fromkeys(names, faces_ncss))
         wanted = [*network.swap(faces_ncss, "a"), *network.swap(faces_ncss, "b")]
     differences = [(one - other).abs().max() for one, other in zip(found, wanted, strict=True)]

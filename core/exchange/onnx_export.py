@@ -69,12 +69,10 @@ def export_onnx(
             cannot be said in ONNX, or the file differs from it.
     """
     import_onnx()
-    # Before the model is read and computed with, which takes long.
     refuse_target(path, target, ".onnx", force=force)
     model = read_trained_model(path, generation)
     file, expected = plain_file(model.network), expected_of_plain(model.network)
     content, faces = file.content(model.metadata), model.faces()
-    # Of the bytes that will be written, so that nothing comes between the test and the file.
     verdict = verify(content, sample_pictures(model.network.input_px, faces), expected)
     write_export(target, content, force=force)
     return OnnxExport(
@@ -112,7 +110,6 @@ def export_dfm(
     refuse_target(path, target, ".dfm", force=force)
     model = read_trained_model(path, generation)
     plan = dfm_plan(model.network, model.crop, program, mask)
-    # Nothing but the file says later what it was made for.
     metadata = model.metadata | {"target": plan.target, "mask": plan.mask}
     content, faces = dfm_file(model.network, plan).content(metadata), model.faces()
     pictures, expected = sample_pictures(plan.size_px, faces), expected_of_dfm(model.network, plan)

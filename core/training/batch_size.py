@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..config import Config
+from ..distribute.group import Group
 from ..precision import Precision
 from . import memory
 
@@ -24,21 +25,46 @@ def choose(
     num_faces: dict[str, int],
     precision: Precision,
     free_bytes: Callable[[], int],
+    group: Group | None = None,
 ) -> BatchSize:
-    """The batch size of a run.
+    """The batch size of a run; where several ranks train, of all of them together.
 
     Args:
         config: All settings.
         num_faces: Number of faces of each side.
         precision: What `precision.mode` was resolved to.
         free_bytes: Called for the memory that is there for training, in bytes.
+        group: Ranks that train together; None: this process alone.
 
     Raises:
-        ValueError: A side has fewer faces than are set, or no batch size fits.
+        ValueError: A side has fewer faces than are set, or no batch size fits, or there are more
+            ranks than faces in a batch.
     """
     check(config, num_faces)
+    if group is not None and config.train.batch_size:
+        group.ranks.share(config.train.batch_size)
     if config.train.batch_size:
         return BatchSize(config.train.batch_size)
+    size = _fitting(config, num_faces, precision, free_bytes)
+    return size if group is None else _for_all(size, num_faces, group)
+
+
+def _for_all(size: BatchSize, num_faces: dict[str, int], group: Group) -> BatchSize:
+    """The batch of all ranks, where each takes what fits on the rank with the least room."""
+    [least] = group.min([size.size])
+    num_ranks = group.ranks.size
+    total = min(num_ranks * least, *num_faces.values())
+    why = f"auto: {least} for each of {num_ranks} GPUs"
+    return BatchSize(total, size.bound if total == num_ranks * least else "faces", why)
+
+
+def _fitting(
+    config: Config,
+    num_faces: dict[str, int],
+    precision: Precision,
+    free_bytes: Callable[[], int],
+) -> BatchSize:
+    """The batch size that auto chooses for this process."""
     limit, free = config.train.auto_batch_limit, free_bytes()
     fits = memory.footprint(config, precision).largest_batch(free, limit)
     # Even the smallest is too much: the advice is of that one.

@@ -11,7 +11,7 @@ from .. import precision as precisions
 from ..checkpoint.warm_start import load_weights
 from ..config import Config, model_settings
 from ..distribute.group import Group
-from ..distribute.ranks import ALONE
+from ..distribute.ranks import ALONE, Ranks
 from ..distribute.sharded import ShardedUpdate
 from ..distribute.update import MirroredUpdate
 from ..estimate.flops import meta_model, work_of
@@ -170,8 +170,13 @@ def sizes_of(config: Config) -> tuple[int, tuple[int, ...]]:
     return models.family(config.model.trainer).sizes(options)
 
 
-def check_step(config: Config, device: torch.device) -> tuple[str, str]:
+def check_step(config: Config, device: torch.device, ranks: Ranks = ALONE) -> tuple[str, str]:
     """Name of the engine that runs the step, and why that, before anything is built.
+
+    Args:
+        config: Settings of the run.
+        device: Device on which it trains.
+        ranks: Place of this process among those that train together.
 
     Raises:
         ValueError: Settings of the step do not go together, or not with the device; one line says
@@ -180,4 +185,9 @@ def check_step(config: Config, device: torch.device) -> tuple[str, str]:
     overlap.choose(config.optimizer, precisions.resolve(config.precision.mode, device))
     name, why = engines.choose(config.train.engine, device)
     fused_dense.check(config.optimizer, name)
+    if ranks.size > 1 and config.optimizer.fused_dense:
+        raise ValueError(
+            "optimizer.fused_dense is on, whose gradients are never in memory, so that ranks "
+            "cannot sum them; set it to false to train on several GPUs"
+        )
     return name, why

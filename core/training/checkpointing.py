@@ -8,9 +8,11 @@ from collections.abc import Callable
 from ..config import SAVE_ITERATIONS, SAVE_SECONDS
 from ..console.reporter import Reporter
 from ..console.requests import Request, Requests
+from ..distribute.council import Call
 from ..evaluate import evaluate as evaluations
 from ..evaluate.evaluate import evaluate, measured_at
 from ..preview.look import Look
+from .gathering import gather
 from .metrics import MetricsLogger
 from .outputs import report_warnings
 from .training_setup import TrainingSetup
@@ -51,11 +53,29 @@ class Checkpointer:
 
     def step(self, requests: set[Request]) -> None:
         """Save, or renew the preview, where that is due after an iteration or requested."""
-        if self._snapshot_is_due() or "save" in requests or self._is_due():
+        if self._saves(requests):
             self.save()
         elif requests:
             self._show(requests)
         self.report()
+
+    def is_due(self, requests: set[Request]) -> bool:
+        """Whether `step` has more to do than to report."""
+        return bool(requests) or self._saves(requests)
+
+    def iterations_to_save(self) -> int:
+        """Iterations until a save may be due by their number alone."""
+        settings, state = self.setup.config.save, self.setup.state
+        every = settings.save_interval or SAVE_ITERATIONS
+        left = every - state.session.iterations % every
+        if settings.snapshot_interval:
+            interval = settings.snapshot_interval
+            left = min(left, interval - state.iterations % interval)
+        return left
+
+    def _saves(self, requests: set[Request]) -> bool:
+        """Whether a save is due after an iteration, or requested."""
+        return self._snapshot_is_due() or "save" in requests or self._is_due()
 
     def _snapshot_is_due(self) -> bool:
         """Whether the present iteration is one of which a snapshot is kept."""
@@ -105,6 +125,7 @@ class Checkpointer:
         with_optimizer |= with_snapshot or self._keeps_optimizer(is_last)
         if is_last and is_good and self._has_saved(with_optimizer):
             return
+        self._gather()
         # Before anything is written: images that show a divergence must not become the newest save.
         look = self.look = self.setup.images.look(state.iterations)
         self.check(look)
@@ -129,6 +150,12 @@ class Checkpointer:
         self.saved_at = time.monotonic()
         self.metrics.saving_s += queued_at - saving_at
         self.metrics.drawing_s += self.saved_at - began_at - (queued_at - saving_at)
+
+    def _gather(self) -> None:
+        """Have the ranks bring together what images and saves are made of."""
+        if self.setup.council is not None:
+            self.setup.council.call(Call.GATHER)
+            gather(self.setup, self.setup.council.group)
 
     def _keeps_optimizer(self, is_last: bool) -> bool:
         """Whether the settings want the optimizer's state in a save."""
@@ -161,6 +188,7 @@ class Checkpointer:
         """Renew the preview, or draw the last one as it is now wanted."""
         self.metrics.log(wait=True)  # the device has then made all steps
         if self.look is None or "preview" in requests:
+            self._gather()
             self.look = self.setup.images.look(self.setup.state.iterations)
         self._write_preview(self.look)
 

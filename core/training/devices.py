@@ -13,6 +13,7 @@ import torch
 
 from ...kernels import native, toolkit
 from ..data.store import available_host_bytes
+from ..distribute.ranks import ALONE, Ranks
 
 _DRIVERS = {12: "R525 or newer", 13: "R580 or newer"}
 """Nvidia's drivers that run a CUDA of this major number."""
@@ -33,12 +34,13 @@ class Problem:
         return f"{self.what}; {self.remedy}"
 
 
-def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
-    """The device that `train.device` leads to.
+def choose_device(setting: str, warn: Callable[[str], None], ranks: Ranks = ALONE) -> torch.device:
+    """The device that `train.device` leads to; of several ranks each takes a GPU of its own.
 
     Args:
         setting: auto, cpu, cuda, or cuda:N.
         warn: Called where the CPU trains though an Nvidia GPU is here, and why.
+        ranks: Place of this process among those that train together.
 
     Raises:
         ValueError: A GPU is set, or was chosen, and cannot be used, or libmien cannot be
@@ -59,7 +61,7 @@ def choose_device(setting: str, warn: Callable[[str], None]) -> torch.device:
         if hidden:
             warn(f"training runs on the CPU: {hidden}")
         return torch.device("cpu")
-    device = _numbered(setting)
+    device = _numbered(setting) if ranks.local_size == 1 else _own(setting, ranks)
     unfit = why_unfit(device)
     # What can be mended is refused: the run would go on far slower, and few would look why.
     if unfit and unfit.is_final and setting == "auto":
@@ -84,6 +86,22 @@ def _numbered(setting: str) -> torch.device:
         f"train.device is {setting}, but the last GPU is cuda:{num_gpus - 1}{why}; "
         f"use --device cuda:0 to cuda:{num_gpus - 1}"
     )
+
+
+def _own(setting: str, ranks: Ranks) -> torch.device:
+    """The GPU of one of several ranks of this machine."""
+    num_gpus = torch.cuda.device_count()
+    if setting not in ("auto", "cuda"):
+        raise ValueError(
+            f"train.device is {setting}, but {ranks.local_size} ranks train on this machine, each "
+            "on a GPU of its own; set it to auto, and choose GPUs by --gpus or CUDA_VISIBLE_DEVICES"
+        )
+    if ranks.local_size > num_gpus:
+        raise ValueError(
+            f"{ranks.local_size} ranks are started on this machine, which shows them {num_gpus} "
+            f"GPUs; start {num_gpus}, or show them more by CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", ranks.local_rank)
 
 
 def require_fit_gpu() -> None:
@@ -208,10 +226,10 @@ def _no_c_compiler() -> Problem | None:
     return None
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that this process may use for training."""
+def free_bytes(device: torch.device, ranks: Ranks = ALONE) -> int:
+    """Bytes of memory that this process may use for training; ranks share that of a machine."""
     if device.type != "cuda":
-        return available_host_bytes()
+        return available_host_bytes() // ranks.local_size
     # What torch's allocator has reserved is free for this process, and for no other.
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 

@@ -26,6 +26,10 @@ class LossBuffer:
         self.rows.index_copy_(0, self.next_row, row_v[None])
         self.next_row.add_(1)
 
+    def clear(self) -> None:
+        """Forget the numbers so far, where nobody fetches them."""
+        self.next_row.zero_()
+
     def fetch(self, count: int) -> Callable[[], np.ndarray]:
         """A function that waits for all rows since the last call, ``count`` of them, (N, V).
 

@@ -24,10 +24,11 @@ import numpy as np
 from ..console.reporter import Reporter
 from ..console.stop import StopRequest
 from ..data.sides import SIDES
+from ..distribute.council import Call, Council
 from ..optim.lr_schedule import LR_FINDER
 from ..optim.optimizer import Update
 from ..system.durable_files import replace_file
-from .training_setup import TrainingSetup
+from .training_setup import StepSetup, TrainingSetup
 
 LOWEST, HIGHEST = 1e-10, 1e-1
 """Rates between which the search moves."""
@@ -121,9 +122,13 @@ def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> No
             f"{iterations}"
         )
     search = Search(iterations // per_update)
+    if setup.council is not None:
+        setup.council.call(Call.SEARCH)
     # On the model itself and not on a copy, for which a GPU may have no room.
     restore = _restorer_of(setup.step.update)
     _search(setup, search, reporter, stop)
+    if setup.council is not None:
+        setup.council.call(Call.SEARCHED)
     restore()
     if stop.signal_name:
         return
@@ -137,6 +142,23 @@ def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> No
     rate = rates[config.lr_finder_strength]
     setup.state.parts[LR_FINDER] = {"rate": rate}
     setup.schedule = replace(setup.schedule, base_rate=rate, source="found")
+    if setup.council is not None:
+        setup.council.call(Call.RATE)
+        setup.council.group.text(repr(rate))
+
+
+def follow_search(setup: StepSetup, council: Council) -> None:
+    """Make the updates of the first rank's search; nothing has changed afterwards."""
+    config = setup.config.optimizer
+    search = Search(config.lr_finder_iterations // config.gradient_accumulation)
+    restore = _restorer_of(setup.step.update)
+    while True:
+        call, update = council.await_call()
+        if call == Call.SEARCHED:
+            break
+        _train(setup, search, update)
+        setup.step.loss_buffer.clear()
+    restore()
 
 
 def _drawn(search: Search, picture: Path, reporter: Reporter) -> Path | None:
@@ -190,16 +212,24 @@ def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[
     for first in range(0, num_updates, block):
         updates = range(first, min(first + block, num_updates))
         for update in updates:
-            setup.step.update.set_rate(search.rate(update))
-            for iteration in range(update * per_update, (update + 1) * per_update):
-                # Batches as in training, from the first face: the search sees what training will.
-                seen = iteration * setup.config.train.batch_size
-                setup.engine(dict.fromkeys(SIDES, seen))
+            if setup.council is not None:
+                setup.council.call(Call.STEP, update)
+            _train(setup, search, update)
         fetched.append(setup.step.loss_buffer.fetch(len(updates) * per_update))
         if len(fetched) > (1 if on_gpu else 0):
             yield from _means(setup, fetched.popleft()(), per_update)
     for rows in fetched:
         yield from _means(setup, rows(), per_update)
+
+
+def _train(setup: StepSetup, search: Search, update: int) -> None:
+    """Make one update, at its rate."""
+    per_update = setup.config.optimizer.gradient_accumulation
+    setup.step.update.set_rate(search.rate(update))
+    for iteration in range(update * per_update, (update + 1) * per_update):
+        # Batches as in training, from the first face: the search sees what training will.
+        seen = iteration * setup.config.train.batch_size
+        setup.engine(dict.fromkeys(SIDES, seen))
 
 
 def _means(setup: TrainingSetup, rows_nv: np.ndarray, per_update: int) -> list[float]:

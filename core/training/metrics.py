@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,10 @@ class Interval:
 
     waited_s: float
     """Seconds of these that were spent waiting for data."""
+
+    exchanged_s: float
+    """Seconds of these that were spent on the exchange with other ranks, as far as the host sees
+    it."""
 
     ended_at: float
     """Time at which they ended, in seconds since 1970."""
@@ -80,7 +85,7 @@ class MetricsLogger:
 
         self.on_their_way: deque[Interval] = deque()
         self.began_at = self.asked_at = time.monotonic()
-        self.waited_s = setup.feed.waited_s
+        self.waited_s, self.exchanged_s = setup.feed.waited_s, self._exchanged_s()
         self.saving_s, self.drawing_s = 0.0, 0.0
         """Seconds of the session for which saves, and the images made with them, held it up."""
 
@@ -102,6 +107,7 @@ class MetricsLogger:
         if self.unlogged:
             # Two clocks: intervals must not jump with the time of day, and graphs are drawn by it.
             now, ended_at, waited_s = time.monotonic(), time.time(), self.setup.feed.waited_s
+            exchanged_s = self._exchanged_s()
             # The copies are queued, and waited for an interval later, when they have long arrived.
             self.on_their_way.append(
                 Interval(
@@ -112,10 +118,12 @@ class MetricsLogger:
                     # Above 0: rates are divided by it, and a clock may stand still.
                     seconds=max(now - self.asked_at, 1e-9),
                     waited_s=waited_s - self.waited_s,
+                    exchanged_s=exchanged_s - self.exchanged_s,
                     ended_at=ended_at,
                 )
             )
             self.asked_at, self.waited_s, self.unlogged = now, waited_s, 0
+            self.exchanged_s = exchanged_s
         # One interval stays under way on a GPU; on a CPU its losses are there at once.
         while len(self.on_their_way) > (1 if self.is_late and not wait else 0):
             self._report(self.on_their_way.popleft())
@@ -152,7 +160,6 @@ class MetricsLogger:
 
     def _status(self, named: Losses, interval: Interval) -> None:
         faces = len(SIDES) * self.setup.config.train.batch_size * interval.count
-        memory = torch.cuda.max_memory_allocated(self.setup.device) if self.is_late else None
         state, elapsed_s = self.setup.state, time.monotonic() - self.began_at
         # The losses may be of iterations a while ago; what is left is counted from now.
         behind = state.iterations - interval.last
@@ -165,11 +172,33 @@ class MetricsLogger:
             loss_b=float(named["loss_b"].mean()),
             eg_per_s=faces / interval.seconds,
             data_wait=min(interval.waited_s / interval.seconds, 1.0),
-            memory_mib=None if memory is None else memory / 2**20,
+            memory_mib=self._peak_memory_mib(),
             learning_rate=self.setup.schedule.rate(interval.last - 1),
             session_iterations=state.session.iterations - behind,
             elapsed_s=elapsed_s,
             saving=self.saving_s / elapsed_s,
             drawing=self.drawing_s / elapsed_s,
             seconds_left=(remaining + behind) * interval.seconds / interval.count,
+            **self._of_ranks(interval),
         )
+
+    def _peak_memory_mib(self) -> float | None:
+        """Peak memory of the GPU, of several the largest; None on a CPU."""
+        own, council = peak_memory_mib(self.setup.device), self.setup.council
+        return max(own, council.peak_mib if council else 0) if self.is_late else None
+
+    def _exchanged_s(self) -> float:
+        """Seconds that the host has spent on the exchange with other ranks, so far."""
+        return self.setup.council.group.exchanged_s if self.setup.council else 0.0
+
+    def _of_ranks(self, interval: Interval) -> dict[str, Any]:
+        """The number of GPUs, where there are several, and the time spent on their exchange."""
+        if self.setup.council is None:
+            return {}
+        ranks = self.setup.council.ranks
+        return {"gpus": ranks.size, "exchange": min(interval.exchanged_s / interval.seconds, 1.0)}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory that PyTorch has taken of a GPU, in MiB; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0

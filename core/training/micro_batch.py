@@ -43,7 +43,6 @@ def check(config: Config, ranks: Ranks = ALONE) -> None:
     ):
         if value:
             raise ValueError(f"train.micro_batch is {size}, which does not go with {name}")
-    # `TreeSum` has ranks exchange their sums in pairs.
     if ranks.size & (ranks.size - 1):
         raise ValueError(
             f"train.micro_batch is {size}, which is for 1, 2, 4, 8.. processes, got {ranks.size}; "
@@ -60,7 +59,6 @@ def micro_batch(batch: Batch, number: int, size: int) -> Batch:
     """Faces of both sides, ``size`` of each, of the micro-batch of this number."""
 
     def own(x_n: Tensor) -> Tensor:
-        # All of A's faces come before B's, in a micro-batch too.
         return torch.cat([side[number * size :][:size] for side in x_n.chunk(2)])
 
     return replace(
@@ -102,7 +100,6 @@ class MicroBatchStep(TrainStep):
         num_own = config.train.batch_size // self.size // num_ranks
         self.tree = TreeSum(update.parameters, loss.num_values, num_own, group)
         device = update.parameters[0].device
-        # A loss is the mean of its faces: of a micro-batch it counts for its share of the batch.
         self.weight = torch.tensor(self.size / config.train.batch_size, device=device)
 
     def __call__(

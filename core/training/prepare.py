@@ -3,6 +3,7 @@
 What is wrong is found in the order in which a user would look: settings, folders, faces, memory.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ...models.autoencoder import Autoencoder
 from .. import precision as precisions
 from ..checkpoint.format import Generation
 from ..checkpoint.generations import FOLDER
@@ -24,6 +26,10 @@ from ..config.recipes import Recipe
 from ..console.crash_report import reporting_crashes
 from ..console.reporter import Notice, Reporter
 from ..data.decode import thread_count
+from ..data.sides import SideFaces
+from ..distribute.council import Crew
+from ..distribute.group import Group
+from ..distribute.ranks import ALONE, Ranks
 from ..losses.weighted import Loss
 from ..optim.lr_schedule import Schedule, begin_schedule
 from ..optim.optimizer import Update
@@ -37,9 +43,11 @@ from .outputs import open_images, open_logs, open_window, report_warnings
 from .recipe_progress import RecipeProgress
 from .resolve import Overrides, Resolved, resolve
 from .resume import check_fit, restore, settle_state
+from .shared_start import follow_start, share_start, with_own_threads
 from .startup import start_report
 from .training_data import check_folders, open_faces, open_feed
-from .training_setup import TrainingSetup
+from .training_setup import StepSetup, TrainingSetup
+from .turns import in_turn
 
 
 @dataclass(frozen=True)
@@ -50,14 +58,27 @@ class _Start:
     saved: Generation | None
     """Save to go on from; None: a new model."""
 
-    folder: ModelFolder
-    """Folder that is written to."""
+    faces_dir: Path
+    """Folder of decoded faces, which are kept for the next start."""
 
     rate_factor: float | None = None
     """Factor of the learning rate after rollbacks; None: as saved."""
 
     decoded_faces: Path | None = None
     """Folder of decoded faces that is only read."""
+
+    crew: Crew | None = None
+    """Ranks that train together; None: this process alone."""
+
+    @property
+    def group(self) -> Group | None:
+        """The connection with the other ranks."""
+        return self.crew.group if self.crew else None
+
+    @property
+    def ranks(self) -> Ranks:
+        """Place of this process."""
+        return self.crew.group.ranks if self.crew else ALONE
 
 
 @contextmanager
@@ -67,14 +88,18 @@ def open_setup(
     recipe: Recipe | None = None,
     *,
     rate_factor: float | None = None,
+    crew: Crew | None = None,
 ) -> Iterator[TrainingSetup]:
     """Open everything for a session of training, and close it afterwards.
+
+    Where several ranks train, this is for the first one, and `open_follower` for the others.
 
     Args:
         overrides: What the user set.
         reporter: Reports what was chosen, and warns.
         recipe: Stages to train in; None: those that the model was saved with, if any.
         rate_factor: What the learning rate is multiplied with after rollbacks; None: as saved.
+        crew: Ranks that train together; None: this process alone.
 
     Raises:
         ValueError: A setting, a folder or the model folder is not usable; one line says why.
@@ -98,10 +123,47 @@ def open_setup(
             if path is not None:  # else a warning says why
                 reporter.snapshot(iteration=saved.state["iterations"], path=path)
         report_warnings(folder, reporter)
-        start = _Start(resolved, saved, folder, rate_factor)
-        with _built(start, reporter, stack) as setup:
+        if crew is not None:
+            share_start(crew.group, saved, resolved.config)
+        start = _Start(resolved, saved, folder.path / "faces", rate_factor, crew=crew)
+        with _built(start, folder, reporter, stack) as setup:
             # At the end: paths of a start that was refused are not to be trusted later.
             _remember_paths(resolved, setup, reporter)
+            yield setup
+
+
+@contextmanager
+def open_follower(
+    overrides: Overrides,
+    reporter: Reporter,
+    recipe: Recipe | None = None,
+    *,
+    rate_factor: float | None = None,
+    crew: Crew,
+) -> Iterator[StepSetup]:
+    """Open what a rank trains with that another one leads; the model folder is left alone.
+
+    Args:
+        overrides: What the user set; the settings are those of the first rank.
+        reporter: Warns of what is particular to this rank.
+        recipe: Stages to train in; None: those that the model was saved with, if any.
+        rate_factor: What the learning rate is multiplied with after rollbacks; None: as saved.
+        crew: Ranks that train together.
+
+    Raises:
+        ValueError: A setting or a folder is not usable on this rank; one line says why.
+    """
+    saved, config = follow_start(crew.group)
+    # Which of the saved paths count, the first rank has decided.
+    resolved = resolve(overrides, saved, recipe, lambda setting, path: True)
+    resolved = replace(resolved, config=config)
+    faces_dir = Path(config.save.model_dir) / "faces"
+    start = _Start(resolved, saved, faces_dir, rate_factor, crew=crew)
+    with ExitStack() as stack:
+        device = _device(start, reporter, stack)
+        with _explaining_memory(config, device), refusals_told():
+            setup, _ = _build_step(start, device, reporter, stack)
+        with _explaining_memory(config, device):
             yield setup
 
 
@@ -138,8 +200,8 @@ def open_dry_run(
             },
         }
         resolved = replace(resolved, config=from_dict(merge(to_dict(config), without_outputs)))
-        start = _Start(resolved, saved, folder, decoded_faces=decoded)
-        with _built(start, reporter, stack) as setup:
+        start = _Start(resolved, saved, folder.path / "faces", decoded_faces=decoded)
+        with _built(start, folder, reporter, stack) as setup:
             yield setup
 
 
@@ -194,66 +256,114 @@ def _remember_paths(resolved: Resolved, setup: TrainingSetup, reporter: Reporter
 
 
 @contextmanager
-def _built(start: _Start, reporter: Reporter, stack: ExitStack) -> Iterator[TrainingSetup]:
+def _built(
+    start: _Start, folder: ModelFolder, reporter: Reporter, stack: ExitStack
+) -> Iterator[TrainingSetup]:
     """The parts of the session; what goes wrong with them, now or later, is put into words."""
     config = start.resolved.config
+    device = _device(start, reporter, stack)
+    with _explaining_memory(config, device), reporting_crashes(folder.path, config, reporter):
+        with refusals_told():
+            setup = _build(start, folder, device, reporter, stack)
+        yield setup
+
+
+def _device(start: _Start, reporter: Reporter, stack: ExitStack) -> torch.device:
+    """The device of this process, which is its current one from now on."""
+    config = start.resolved.config
     check_folders(config, is_new=start.saved is None)
-    device = choose_device(config.train.device, reporter.warning)
+    device = choose_device(config.train.device, reporter.warning, start.ranks)
     if device.type == "cuda":
         stack.enter_context(torch.cuda.device(device))
+        if start.crew is not None:
+            start.crew.group.use_gpu(device)
+    return device
+
+
+@contextmanager
+def _explaining_memory(config: Config, device: torch.device) -> Iterator[None]:
+    """Say what to do where the memory of the device does not suffice."""
     try:
-        with reporting_crashes(start.folder.path, config, reporter):
-            with refusals_told():
-                setup = _build(start, device, reporter, stack)
-            yield setup
+        yield
     except torch.OutOfMemoryError as error:
         precision = precisions.resolve(config.precision.mode, device)
         raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
 
 
 def _build(
-    start: _Start, device: torch.device, reporter: Reporter, stack: ExitStack
+    start: _Start, folder: ModelFolder, device: torch.device, reporter: Reporter, stack: ExitStack
 ) -> TrainingSetup:
-    """The parts of the session, built and opened.
+    """The parts of the session, built and opened, with what is written and shown of it."""
+    window = open_window(start.resolved.config, stack)
+    step_setup, chosen = _build_step(start, device, reporter, stack)
+    config, model, faces = step_setup.config, step_setup.model, chosen.faces
+    run_id = step_setup.state.run_id
+    images, evaluation = open_images(
+        config, model, faces, step_setup.precision, folder, run_id, window, reporter
+    )
+    # Late: a start that was refused has changed nothing in the model folder.
+    folder.write_config(start.resolved.kept)
+    setup = TrainingSetup(
+        **vars(step_setup),
+        folder=folder,
+        saver=stack.enter_context(Saver(folder)),
+        log=open_logs(config, folder.path, step_setup.state, reporter, stack),
+        images=images,
+        evaluation=evaluation,
+    )
+    threads = thread_count(config.data.num_threads)
+    reporter.start(
+        *start_report(setup, faces, chosen.batch, chosen.engine_why, threads, chosen.loaded)
+    )
+    return setup
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What was found and chosen while a step was built, for the report."""
+
+    faces: dict[str, SideFaces]
+    batch: batch_sizes.BatchSize
+    engine_why: str
+    loaded: str
+
+
+def _build_step(
+    start: _Start, device: torch.device, reporter: Reporter, stack: ExitStack
+) -> tuple[StepSetup, _Chosen]:
+    """What trains, the same on every rank.
 
     What can be refused at a glance is refused first: to decode the faces may take minutes.
     """
-    config, progress, folder = start.resolved.config, start.resolved.progress, start.folder
-    window = open_window(config, stack)
+    progress, crew = start.resolved.progress, start.crew
+    # The faces are the same for all ranks, and so is what there is to say of them.
+    of_faces = reporter if start.ranks.is_first else Reporter(io.StringIO())
+    config = with_own_threads(start.resolved.config, start.ranks)
     precision = precisions.resolve(config.precision.mode, device)
-    engine_name, engine_why = check_step(config, device)
+    engine_name, engine_why = check_step(config, device, start.ranks)
     loss = Loss(config.loss, sizes_of(config)[1], device)
     if start.saved:
         # Before the model is made: settings of a far larger one would take the memory first.
         check_fit(config, start.saved)
-    model, loaded = build_model(config, device, is_new=start.saved is None)
-    faces = open_faces(
-        config,
-        device,
-        reporter,
-        faces_dir=folder.path / "faces",
-        earlier_dir=start.decoded_faces,
-    )
+    model, loaded = _model(start, config, device)
+    faces = _faces(start, config, device, of_faces)
     num_faces = {side: opened.store.num_faces for side, opened in faces.items()}
     # Only now: auto takes what memory the faces have left.
-    batch = batch_sizes.choose(config, num_faces, precision, lambda: free_bytes(device))
+    batch = batch_sizes.choose(
+        config, num_faces, precision, lambda: free_bytes(device, start.ranks), start.group
+    )
     config = batch_sizes.with_batch_size(config, batch.size)
     if progress:
-        _check_later_stages(progress, config, num_faces, device)
-    _set_libraries(device, deterministic=config.train.deterministic)
-    step = build_step(config, model, device, loss=loss)
+        _check_later_stages(progress, config, num_faces, device, start.ranks)
+    _set_libraries(device, start.ranks, deterministic=config.train.deterministic)
+    step = build_step(config, model, device, loss=loss, group=start.group)
     state, schedule = _begin_session(start, config, step.update, batch, reporter)
-    feed = open_feed(config, faces, device, precision, reporter)
+    feed = open_feed(config, faces, device, precision, of_faces, start.ranks)
     # Closed before the model folder, whose decoded faces its threads may be reading.
     stack.callback(feed.close)
-    images, evaluation = open_images(
-        config, model, faces, precision, folder, state.run_id, window, reporter
-    )
     noise_seed = config.train.seed if model.is_noisy else None
     engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
-    # Late: a start that was refused has changed nothing in the model folder.
-    folder.write_config(start.resolved.kept)
-    setup = TrainingSetup(
+    setup = StepSetup(
         config=config,
         state=state,
         model=model,
@@ -263,17 +373,39 @@ def _build(
         schedule=schedule,
         feed=feed,
         progress=progress,
-        folder=folder,
-        saver=stack.enter_context(Saver(folder)),
-        log=open_logs(config, folder.path, state, reporter, stack),
-        images=images,
-        evaluation=evaluation,
         device=device,
+        council=crew.council(state.iterations) if crew else None,
     )
     engine_why = engine_why if engine.name == engine_name else f"{engine_name} cannot run here"
-    threads = thread_count(config.data.num_threads)
-    reporter.start(*start_report(setup, faces, batch, engine_why, threads, loaded))
-    return setup
+    return setup, _Chosen(faces, batch, engine_why, loaded)
+
+
+def _model(start: _Start, config: Config, device: torch.device) -> tuple[Autoencoder, str]:
+    """The model, and the weights that it has from another model; of several ranks the first one
+    fills a new model."""
+    is_new, group = start.saved is None, start.group
+    model, loaded = build_model(config, device, is_new=is_new and start.ranks.is_first)
+    if is_new and group is not None:
+        group.broadcast([*model.parameters(), *model.buffers()])
+    return model, loaded
+
+
+def _faces(
+    start: _Start, config: Config, device: torch.device, reporter: Reporter
+) -> dict[str, SideFaces]:
+    """The faces of both sides; of the ranks of a machine one decodes them, for all."""
+
+    def opened() -> dict[str, SideFaces]:
+        return open_faces(
+            config,
+            device,
+            reporter,
+            faces_dir=start.faces_dir,
+            earlier_dir=start.decoded_faces,
+            num_readers=start.ranks.local_size,
+        )
+
+    return opened() if start.group is None else in_turn(start.group, opened)
 
 
 def _begin_session(
@@ -300,22 +432,28 @@ def _begin_session(
 
 
 def _check_later_stages(
-    progress: RecipeProgress, config: Config, num_faces: dict[str, int], device: torch.device
+    progress: RecipeProgress,
+    config: Config,
+    num_faces: dict[str, int],
+    device: torch.device,
+    ranks: Ranks,
 ) -> None:
     """Refuse today what would end the training when its stage begins, days later."""
     for number in range(progress.stage_state.stage + 1, len(progress.recipe.stages)):
         try:
             later = from_dict(merge(to_dict(config), progress.recipe.settings_of(number)))
             batch_sizes.check(later, num_faces)
-            check_step(later, device)
+            check_step(later, device, ranks)
             if later.loss != config.loss:
                 Loss(later.loss, sizes_of(config)[1], "cpu")
         except ValueError as error:
             raise ValueError(f"stage {progress.recipe.stages[number].name}: {error}") from error
 
 
-def _set_libraries(device: torch.device, *, deterministic: bool) -> None:
-    """How CUDA's libraries are to work in this process, and from when memory is measured."""
+def _set_libraries(device: torch.device, ranks: Ranks, *, deterministic: bool) -> None:
+    """Threads of PyTorch, how CUDA's libraries are to work, and from when memory is measured."""
+    if ranks.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, thread_count(0) // ranks.local_size))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     # Benchmarks choose by time, and another choice adds in another order.

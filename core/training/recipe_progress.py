@@ -6,6 +6,7 @@ with the settings of the next one, as though a user had stopped and resumed it.
 """
 
 import math
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,6 +96,13 @@ class RecipeProgress:
         plateau = self.stage.plateau
         done = iterations - self.stage_state.begun
         return plateau is not None and plateau.is_loss and done % plateau.window == 0
+
+    def iterations_to_window(self, iterations: int) -> int:
+        """Iterations until the plateau next needs every loss; 2**63 - 1: it never does."""
+        plateau = self.stage.plateau
+        if plateau is None or not plateau.is_loss:
+            return sys.maxsize
+        return plateau.window - (iterations - self.stage_state.begun) % plateau.window
 
     def take_losses(self, named: dict[str, np.ndarray]) -> None:
         """Take in the losses of some iterations, `loss_a`, `loss_b` and `batch_total` (N,)."""

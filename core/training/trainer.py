@@ -1,48 +1,29 @@
 """The training loop: step, log, save, until an end of one kind or another."""
 
 import time
-from collections import deque
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ..checkpoint.model_folder import SaveError
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Request, Requests
+from ..distribute.council import Council
 from ..preview.look import Look
 from . import divergence as divergences
 from . import recipe_progress as stages
 from .checkpointing import Checkpointer
 from .divergence import DivergenceDetector, NotFinite, TrainingDiverged
-from .metrics import Interval, Losses, MetricsLogger
+from .end import End
+from .metrics import Interval, Losses, MetricsLogger, peak_memory_mib
+from .pacing import Pacing
 from .training_setup import TrainingSetup
-
-_STEPS_AHEAD = 32
-"""Steps that the host runs ahead of a GPU at most: enough to keep it busy while a log is written.
-Chosen on the CPU, unmeasured on a GPU."""
-
-
-@dataclass(frozen=True)
-class End:
-    """How a loop ended."""
-
-    outcome: Outcome
-    """How the training has ended, if nothing follows."""
-
-    reason: str
-    goes_on: bool = False
-    """Whether another trainer follows: of the next stage, or after a rollback."""
-
-    back_at: int | None = None
-    """The model has gone back to the save of this iteration, to try again."""
 
 
 class Trainer:
     """Drives one session of training to its end.
 
-    On a GPU the host runs a few steps ahead of the device.
+    Where several ranks train, this is the first one, which decides for all; what it does beside
+    the steps it does at their meetings.
 
     Args:
         setup: What is trained, and what trains it.
@@ -54,10 +35,8 @@ class Trainer:
     def __init__(self, setup: TrainingSetup, reporter: Reporter, requests: Requests, until: int):
         self.setup, self.requests, self.until = setup, requests, until
         self.stop = requests.stop
-        self.on_gpu = setup.device.type == "cuda"
-        self.ahead: deque[torch.cuda.Event] = deque()
-        """The ends of the steps that the device has not been seen to reach."""
-
+        self.council = setup.council
+        self.pacing = Pacing(setup.device, setup.council)
         self.policy = setup.config.train.nan_protection
         accumulation = setup.config.optimizer.gradient_accumulation
         self.detector = DivergenceDetector(
@@ -73,6 +52,9 @@ class Trainer:
         self.checkpointer = Checkpointer(
             setup, reporter, requests, self.metrics, self._check_pictures, self._parts
         )
+        self.held: TrainingDiverged | SaveError | None = None
+        """Reason to end that the other ranks do not know yet."""
+
         self.began_at = time.monotonic()
         self.seconds = 0.0
         """Seconds to the end of the last iteration: two saves of one iteration are the same."""
@@ -98,20 +80,69 @@ class Trainer:
         return max(self.until - self.setup.state.iterations, 0)
 
     def _train(self) -> End:
-        state, end = self.setup.state, self._end()
+        end = self._end()
+        if end is None and self.council is not None:
+            self.council.go_on(self.setup.state.iterations)
         while end is None:
-            # The rate goes to the device before the step: a captured graph reads it from there.
-            self.setup.set_rate()
-            self.setup.engine(state.faces_seen)
-            state.advance()
+            self.setup.iterate()
             self.seconds = time.monotonic() - self.began_at
-            self._wait_for_device()
-            self.metrics.step()
-            end = self._end()
-            if end is None:  # else the last save, which follows, is the one of this iteration
-                self.checkpointer.step(self._new_requests())
-                end = self._end()  # the save may have measured what ends the stage
+            self.pacing.wait()
+            if self.council is None:
+                self.metrics.step()
+                end = self._finish_step(self._new_requests())
+            else:
+                end = self._step_with_others(self.council)
         return end
+
+    def _finish_step(self, requests: set[Request]) -> End | None:
+        """Save and show what is due after an iteration; how the loop ends, where it does."""
+        end = self._end()
+        if end is None:  # else the last save, which follows, is the one of this iteration
+            self.checkpointer.step(requests)
+            end = self._end()  # the save may have measured what ends the stage
+        return end
+
+    def _step_with_others(self, council: Council) -> End | None:
+        """Finish a step that other ranks have made too; what is to be done is done where all
+        meet."""
+        iterations = self.setup.state.iterations
+        is_due, requests, is_needed = council.is_due(iterations), set[Request](), False
+        try:
+            self.metrics.step()
+            if is_due:
+                requests = self._new_requests()
+                self.checkpointer.report()
+                is_needed = self._end() is not None or self.checkpointer.is_due(requests)
+        except (TrainingDiverged, SaveError) as error:
+            self._hold(error)
+        if not is_due:
+            return None
+        is_needed |= self.held is not None
+        ahead, peak_mib = self._iterations_to_event(), int(peak_memory_mib(self.setup.device))
+        if not council.meet(iterations, wants_others=is_needed, ahead=ahead, peak_mib=peak_mib):
+            return None
+        if self.held is not None:
+            raise self.held
+        end = self._finish_step(requests)
+        if end is None:
+            council.go_on(iterations)
+        return end
+
+    def _hold(self, error: TrainingDiverged | SaveError) -> None:
+        """Keep a reason to end until the ranks meet: nobody waits for a rank that has left."""
+        self.held = self.held or error
+        if isinstance(error, TrainingDiverged):
+            self.divergence = self.divergence or error
+
+    def _iterations_to_event(self) -> int:
+        """Iterations after which something is due that their number alone decides."""
+        iterations = self.setup.state.iterations
+        ahead = min(self._remaining(), self.checkpointer.iterations_to_save())
+        progress = self.setup.progress
+        if progress is not None:
+            ahead = min(ahead, progress.iterations_to_window(iterations))
+            ahead = progress.iterations_left(iterations, at_most=ahead)
+        return ahead
 
     def _end(self) -> End | None:
         """How the loop ends, where the present iteration is its last one."""
@@ -178,17 +209,6 @@ class Trainer:
         if self.setup.step.update.is_whole:
             return "no weight was touched by it"
         return "with optimizer.overlap some other weights may have moved"
-
-    def _wait_for_device(self) -> None:
-        """Stay only some steps ahead, so that a signal is obeyed soon and times are true."""
-        if not self.on_gpu:
-            return
-        end = torch.cuda.Event(blocking=True)
-        end.record()
-        self.ahead.append(end)
-        # Wait for the oldest step only: to wait for the newest would leave the GPU idle.
-        if len(self.ahead) > _STEPS_AHEAD:
-            self.ahead.popleft().synchronize()
 
     def _new_requests(self) -> set[Request]:
         """Requests of the user since the last step."""

@@ -13,6 +13,7 @@ from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
 from ..data.sides import SIDES, SideFaces, open_sides, warnings_of
+from ..distribute.ranks import ALONE, Ranks
 from ..faces.folder import skipped
 from ..precision import Precision
 from .build import has_aligned_channels, sizes_of
@@ -44,6 +45,7 @@ def open_faces(
     *,
     faces_dir: Path,
     earlier_dir: Path | None,
+    num_readers: int = 1,
 ) -> dict[str, SideFaces]:
     """Both sides' faces, decoded to the processing size; what had to be left out is reported.
 
@@ -53,6 +55,8 @@ def open_faces(
         reporter: Shows the progress, and warns of faces that cannot be used.
         faces_dir: Folder for decoded faces where the settings name none.
         earlier_dir: Folder of decoded faces that are read too, and left alone; None: there is none.
+        num_readers: Processes of this machine that hold the faces, of which each has its part of
+            the memory.
 
     Raises:
         ValueError: As `open_sides`.
@@ -70,6 +74,7 @@ def open_faces(
         earlier_dir=earlier_dir,
         device=device,
         progress=reporter.progress,
+        num_readers=num_readers,
     )
     for opened in faces.values():
         for files in opened.left_out:
@@ -86,9 +91,12 @@ def open_feed(
     device: torch.device,
     precision: Precision,
     reporter: Reporter,
+    ranks: Ranks = ALONE,
 ) -> Feed:
-    """The feed of batches of these faces, in the number format of the model's input."""
+    """The feed of batches of these faces, in the number format of the model's input; of several
+    ranks each has its share of every batch."""
     input_px, output_px = sizes_of(config)
+    share = ranks.share(config.train.batch_size)
     return Feed(
         {side: opened.store for side, opened in faces.items()},
         config,
@@ -99,6 +107,8 @@ def open_feed(
         num_threads=thread_count(config.data.num_threads),
         input_channels=MULTIPLE if has_aligned_channels(config, device) else 3,
         landmarks=_landmarks(config, faces, device, reporter),
+        offset=share.first,
+        count=share.count,
     )
 
 

@@ -18,11 +18,17 @@ from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Requests
 from ..console.stop import Interrupted, StopRequest
+from ..distribute.council import Call, Council, Crew
+from ..distribute.failure import RankLost
+from ..distribute.group import Group
 from ..optim.lr_schedule import rate_factor
+from .end import End, Orders
+from .follower import Follower
+from .losing import end_of_lost, leaving_reasons
 from .lr_finder import find_rate, is_due
-from .prepare import open_setup
+from .prepare import open_follower, open_setup
 from .resolve import Overrides
-from .trainer import End, Trainer
+from .trainer import Trainer
 from .training_setup import TrainingSetup
 
 
@@ -31,6 +37,7 @@ def train(
     reporter: Reporter,
     recipe: Recipe | None = None,
     requests: Requests | None = None,
+    group: Group | None = None,
 ) -> Outcome:
     """Train or resume a model as the user's settings say.
 
@@ -39,41 +46,67 @@ def train(
         reporter: Reports how it goes.
         recipe: Stages to train in; None: those that the model was saved with, if any.
         requests: Requests of the user meanwhile: entered, by signals and keys; None: none.
+        group: Ranks that train together, each with a call of this; None: this process alone.
 
     Raises:
         ValueError: A setting or a folder cannot be used, and nothing has been trained.
         SaveError: The model cannot be saved, and nothing has been trained.
+        RankLost: Another rank has ended, and nothing has been trained.
     """
+    requests = requests or Requests()
+    # A reader that has stopped must not hold up the save that follows a signal.
+    requests.stop.when_noted.append(reporter.hurry)
+    if group is None:
+        return _lead(overrides, reporter, recipe, requests, None)
+    crew = Crew(group, requests.stop)
+    with leaving_reasons(group):
+        if group.ranks.is_first:
+            return _lead(overrides, reporter, recipe, requests, crew)
+        return _follow(overrides, reporter, recipe, crew)
+
+
+def _lead(
+    overrides: Overrides,
+    reporter: Reporter,
+    recipe: Recipe | None,
+    requests: Requests,
+    crew: Crew | None,
+) -> Outcome:
+    """Train, and decide how it goes."""
     until: int | None = None
     end: End | None = None
-    iteration, rollbacks = 0, _Rollbacks()
-    requests = requests or Requests()
-    stop = requests.stop
-    # A reader that has stopped must not hold up the save that follows a signal.
-    stop.when_noted.append(reporter.hurry)
+    iteration, rollbacks, stop = 0, _Rollbacks(), requests.stop
     while True:
         with _reporting_end(reporter, iteration, is_later=until is not None), ExitStack() as stack:
-            opening = open_setup(overrides, reporter, recipe, rate_factor=rollbacks.rate_factor)
+            opening = open_setup(
+                overrides, reporter, recipe, rate_factor=rollbacks.rate_factor, crew=crew
+            )
             try:
                 # There is nothing to save yet, and decoding may take minutes.
                 with stop.at_once():
                     setup = stack.enter_context(opening)
             except Interrupted:
-                if until is None:
-                    raise  # there is nothing to save
+                if until is None or crew is not None:
+                    raise  # there is nothing to save, or others wait, who must hear of it
                 break
             if until is None:
                 # Once: later sessions of this start share the iterations that the user has set.
                 until = setup.config.train.last_iteration(setup.state.iterations)
-            end = _find_rate(setup, reporter, stop) if is_due(setup) else None
-            if end is None:
-                end = rollbacks.meet(Trainer(setup, reporter, requests, until).run(), setup)
+            try:
+                end = _find_rate(setup, reporter, stop) if is_due(setup) else None
+                if end is None:
+                    end = rollbacks.meet(Trainer(setup, reporter, requests, until).run(), setup)
+                goes_on = end.goes_on and not stop.signal_name
+                if setup.council is not None:
+                    _dismiss(setup.council, Orders(end.outcome, goes_on, rollbacks.rate_factor))
+            except RankLost as lost:
+                end, goes_on = end_of_lost(lost, setup), False
         iteration, use_lr_finder = setup.state.iterations, setup.config.optimizer.use_lr_finder
         # All tensors go, or two models would be on the GPU while the next session opens.
         del setup
         _free_memory()
         assert end is not None  # whatever is raised above leaves this function
-        if not end.goes_on or stop.signal_name:
+        if not goes_on:
             break
         report = reporter.stage if end.back_at is None else reporter.rollback
         report(end.reason)
@@ -83,6 +116,31 @@ def train(
         end = End(Outcome.STOPPED, f"{stop.signal_name} received; the state is saved")
     reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.outcome)
     return end.outcome
+
+
+def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, crew: Crew) -> Outcome:
+    """Train on a rank that another one leads, until that one has it end."""
+    rate_factor: float | None = None
+    while True:
+        with ExitStack() as stack:
+            opening = open_follower(overrides, reporter, recipe, rate_factor=rate_factor, crew=crew)
+            with crew.stop.at_once():
+                setup = stack.enter_context(opening)
+            assert setup.council is not None
+            orders = Follower(setup, setup.council).run()
+        use_lr_finder = setup.config.optimizer.use_lr_finder
+        del setup
+        _free_memory()
+        if not orders.goes_on:
+            return orders.outcome
+        rate_factor = orders.rate_factor
+        overrides = overrides.with_session(_session_settings(use_lr_finder))
+
+
+def _dismiss(council: Council, orders: Orders) -> None:
+    """Have the other ranks end the session."""
+    council.call(Call.END)
+    council.group.text(orders.to_json())
 
 
 @contextmanager

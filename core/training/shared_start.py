@@ -1,0 +1,79 @@
+"""The start of a session on several ranks: the first one reads the model, the others follow it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.format import Generation
+from ..config import Config, from_dict, to_dict
+from ..data.decode import thread_count
+from ..distribute.group import Group
+from ..distribute.ranks import Ranks
+
+
+def share_start(group: Group, saved: Generation | None, config: Config) -> None:
+    """Give the save that a session goes on from, and its settings, to the other ranks.
+
+    Args:
+        group: Ranks of the run, of which this is the first.
+        saved: The save, whose tensors are on the CPU; None: a new model.
+        config: Settings of the session.
+    """
+    group.text(json.dumps({"config": to_dict(config), "saved": saved and _described(saved)}))
+    if saved is not None:
+        group.broadcast([*saved.model.values(), *(saved.optimizer or {}).values()])
+
+
+def follow_start(group: Group) -> tuple[Generation | None, Config]:
+    """The save and the settings that the first rank gives."""
+    values = json.loads(group.text())
+    config, described = from_dict(values["config"]), values["saved"]
+    if described is None:
+        return None, config
+    model, optimizer = _new(described["model"]), _new(described["optimizer"] or {})
+    group.broadcast([*model.values(), *optimizer.values()])
+    saved = Generation(
+        name=described["name"],
+        path=Path(described["path"]),
+        model=model,
+        optimizer=None if described["optimizer"] is None else optimizer,
+        state=described["state"],
+        config=described["config"],
+    )
+    return saved, config
+
+
+def _described(saved: Generation) -> dict[str, Any]:
+    """A save in words and numbers: all but what its tensors hold."""
+
+    def sizes(tensors: dict[str, Tensor]) -> dict[str, Any]:
+        return {name: [str(t.dtype), list(t.shape)] for name, t in tensors.items()}
+
+    return {
+        "name": saved.name,
+        "path": str(saved.path),
+        "model": sizes(saved.model),
+        "optimizer": None if saved.optimizer is None else sizes(saved.optimizer),
+        "state": saved.state,
+        "config": saved.config,
+    }
+
+
+def _new(sizes: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors of these sizes, to be filled."""
+    return {
+        name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        for name, (dtype, shape) in sizes.items()
+    }
+
+
+def with_own_threads(config: Config, ranks: Ranks) -> Config:
+    """The settings with the threads of this process, where several share the cores of a machine."""
+    if ranks.local_size == 1 or config.data.num_threads:
+        return config
+    num_threads = max(1, thread_count(0) // ranks.local_size)
+    return replace(config, data=replace(config.data, num_threads=num_threads))
