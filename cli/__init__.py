@@ -17,7 +17,7 @@ from .lines import complain, require_reader
 
 COMMANDS = {
     "train": "Train a model, or resume one.",
-    "demo": "Draw two face sets and train a small model on them.",
+    "demo": "Draw a film and two people, train a small model, swap the film.",
     "faces": "Check, inspect, draw or import folders of faces.",
     "model": "Look after a model folder: inform, verify, restore, scan, write for inference.",
     "swap": "Put the swapped faces into the frames of a film.",

@@ -1,13 +1,17 @@
-"""mien demo: two drawn face sets, a small model trained on them, and the preview it leaves."""
+"""mien demo: a drawn film, a small model trained on drawn faces, and the film with B's face."""
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
+from . import swap
 from .lines import tell
 
 FACES, SIZE_PX = 200, 128
+FRAMES = 100
+"""Frames of the film: four seconds."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,22 +38,47 @@ def settings(folder: Path, iterations: int) -> dict[str, Any]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw what is missing, train, and name the picture."""
+    """Draw what is missing, train, swap the film, and name the pictures."""
     if args.iterations < 1:
         raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
     from ..core.console.reporter import Reporter
     from ..core.console.requests import Requests
     from ..core.faces.synthetic import draw_folder
+    from ..core.faces.synthetic.film import draw_film
     from ..core.training.resolve import Overrides
     from ..core.training.unattended import train
 
+    folder = args.folder
     for side in ("a", "b"):
-        draw_folder(args.folder / f"faces_{side}", identity=side, count=FACES, size_px=SIZE_PX)
-    overrides = Overrides(settings(args.folder, args.iterations))
+        draw_folder(folder / f"faces_{side}", identity=side, count=FACES, size_px=SIZE_PX)
+    draw_film(folder / "film", folder / "film_faces", identity="a", count=FRAMES)
+    overrides = Overrides(settings(folder, args.iterations))
     with Requests() as requests:
-        outcome = train(overrides, Reporter(as_json=args.json), requests=requests)
+        outcome: int = train(overrides, Reporter(as_json=args.json), requests=requests)
+    if outcome == 0:
+        outcome = _swap(folder, as_json=args.json)
     if outcome == 0 and not args.json:
-        picture = os.path.abspath(args.folder / "model" / "preview.png")
-        columns = "Columns: A, A by A, A by B (the swap); B likewise."
-        tell("", f"Look at the swap: {picture}", columns)
+        shown = {
+            "the film, as it was": folder / "film",
+            "and swapped": folder / _output(),
+            "some of its faces, before and after": folder / "before_after.png",
+            "what the model makes of A and B": folder / "model" / "preview.png",
+        }
+        width = max(map(len, shown))
+        tell("", *(f"{what:<{width}}  {os.path.abspath(path)}" for what, path in shown.items()))
     return outcome
+
+
+def _output() -> str:
+    """Name of the swapped film: a video where the library for that is installed, else a folder."""
+    return "swapped.mp4" if importlib.util.find_spec("av") else "swapped"
+
+
+def _swap(folder: Path, *, as_json: bool) -> int:
+    """Put B's face into the film, as `mien swap` does; its exit code."""
+    parser = argparse.ArgumentParser()
+    swap.add_arguments(parser)
+    words = [str(folder / "model"), "--faces", str(folder / "film_faces")]
+    words += ["--frames", str(folder / "film"), "-o", str(folder / _output())]
+    words += ["--sheet", str(folder / "before_after.png"), "--force", *["--json"] * as_json]
+    return swap.run(parser.parse_args(words))

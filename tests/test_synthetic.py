@@ -8,6 +8,7 @@ from mien.core.faces import geometry, masks
 from mien.core.faces.folder import read_folder
 from mien.core.faces.png import read_header
 from mien.core.faces.synthetic import draw_face, draw_folder
+from mien.core.faces.synthetic.film import draw_film
 
 COUNT = 26
 
@@ -260,3 +261,34 @@ def test_refuses_arguments_out_of_range(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         draw_folder(tmp_path / "faces", **({"identity": "a", "count": 1} | changes))
     assert not (tmp_path / "faces").exists()
+
+
+def test_a_drawn_film_and_its_faces(tmp_path):
+    frames, faces = tmp_path / "film", tmp_path / "faces"
+    draw_film(frames, faces, identity="a", count=3, size_px=96)
+    assert sorted(path.stem for path in faces.iterdir()) == [
+        f"{path.stem}_0" for path in sorted(frames.iterdir())
+    ]
+    for path in sorted(faces.iterdir()):
+        edge_px, header = read_header(path)
+        frame = cv2.imread(str(frames / header.source["source_filename"]))
+        assert frame.shape[:2] == tuple(header.source["source_frame_dims"])
+        head = geometry.crop_matrix(
+            geometry.align(header.landmarks_l2), geometry.Crop("head", 1.0, 0.0, edge_px)
+        )
+        again = cv2.warpAffine(frame, head, (edge_px, edge_px), flags=cv2.INTER_LINEAR)
+        assert np.array_equal(again, cv2.imread(str(path)))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    draw_film(frames, faces, identity="a", count=3, size_px=96)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    first, second = (cv2.imread(str(path)) for path in sorted(frames.iterdir())[:2])
+    change = np.abs(first.astype(int) - second).mean()
+    assert 0 < change < 6, "it moves, and softly"
+
+
+def test_a_film_is_not_drawn_over_what_is_there(tmp_path):
+    (tmp_path / "film").mkdir()
+    (tmp_path / "film/mine.png").touch()
+    with pytest.raises(ValueError, match="film is not empty: give a new folder"):
+        draw_film(tmp_path / "film", tmp_path / "faces", identity="a", count=2, size_px=96)
+    assert [path.name for path in tmp_path.rglob("*")] == ["film", "mine.png"]

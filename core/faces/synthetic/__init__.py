@@ -20,11 +20,12 @@ import numpy as np
 
 from ...system.durable_files import set_permissions
 from ...system.paths import expanded
-from ..geometry import Crop, align, crop_matrix, transform
+from ..geometry import Alignment, Crop, align, crop_matrix, transform
 from ..png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
 from .head import (
     IDENTITIES,
     NOISE_SHIFTS,
+    Scene,
     draw_scene,
     head_landmarks,
     make_camera,
@@ -43,8 +44,9 @@ MAX_FACES = 100_000
 _DRAWING_VERSION = 1
 _ALIGNMENTS_VERSION = 2.4
 _FRAME_SCALE = 1.65
-# The frame is larger than the crop, so that a turned crop meets no edge of it.
-_FRAME_EDGE = 2.6
+FRAME_EDGE = 2.6
+"""Edge of a frame by that of the crop: a turned crop meets no edge of it."""
+
 _INNER_BOX = 0.375
 _MASK_PX = 128
 # Levels, of a usual camera. Chosen by eye.
@@ -59,11 +61,11 @@ def draw_folder(
     The folder appears whole or not at all. One that holds exactly this set already is left as it
     is. Raises ValueError, one line, where it holds anything else, or an argument is out of range.
     """
-    _check(identity, count, size_px, seed)
+    check_arguments(identity, count, size_px, seed)
     folder = expanded(path).resolve()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder for the drawn faces")
-    names = [f"drawn_{identity}_{number:06d}_0.png" for number in range(count)]
+    names = [_face_name(identity, number) for number in range(count)]
     if folder.is_dir() and any(folder.iterdir()):
         if _holds_this_set(folder, names, identity, size_px, seed):
             return
@@ -88,30 +90,42 @@ def draw_face(
     side = sorted(IDENTITIES).index(identity)
     # A generator for each face: it is the same one in a set of any size.
     random = np.random.Generator(np.random.Philox(key=[seed, (side << 32) | number]))
-    person, scene = IDENTITIES[identity], draw_scene(random)
-    frame_px = round(_FRAME_EDGE * size_px)
+    drawing, sheet, alignment = drawn(identity, draw_scene(random), size_px)
+    image = lit(drawing, sheet, crop_matrix(alignment, Crop("head", 1.0, 0.0, size_px)), size_px)
+    frame, name = _frame_name(identity, number, size_px, seed), _face_name(identity, number)
+    return image, header_of(drawing, alignment, frame, name, size_px)
+
+
+def drawn(identity: str, scene: Scene, size_px: int) -> tuple[Drawing, Sheet, Alignment]:
+    """A person in a scene: what is drawn, the painted frame, not lit yet, and the alignment of the
+    face in it; size_px: edge of the face's crop."""
+    frame_px = round(FRAME_EDGE * size_px)
     unit_px = _FRAME_SCALE * _INNER_BOX * size_px * scene.scale
     camera = make_camera(scene, frame_px, unit_px)
+    person = IDENTITIES[identity]
     head_l3 = head_landmarks(person, scene)
+    # In the format of a face's header, so that what is drawn and what is told are the same.
     landmarks_l2 = project_landmarks(head_l3, camera).astype(np.float32)
     drawing = Drawing(person, scene, camera, head_l3, landmarks_l2.astype(np.float64))
-    sheet = paint(drawing, frame_px)
+    return drawing, paint(drawing, frame_px), align(landmarks_l2)
 
-    alignment = align(landmarks_l2)
-    patch_23 = crop_matrix(alignment, Crop("head", 1.0, 0.0, size_px))
-    image = _light(drawing, sheet, patch_23, size_px)
+
+def header_of(
+    drawing: Drawing, alignment: Alignment, frame: str, name: str, size_px: int
+) -> FaceHeader:
+    """The header of a face that was cut out of a frame of this name."""
+    landmarks_l2 = drawing.landmarks_l2.astype(np.float32)
     mask_23 = crop_matrix(alignment, Crop("face", 1.0, 0.0, _MASK_PX))
     left, top, width, height = cv2.boundingRect(landmarks_l2)
-    header = FaceHeader(
+    return FaceHeader(
         landmarks_l2=landmarks_l2,
         masks=_masks(drawing, mask_23),
         box=(left, top, width, height),
-        source=_source(identity, number, size_px, seed),
+        source=_source(frame, name, size_px),
     )
-    return image, header
 
 
-def _check(identity: str, count: int, size_px: int, seed: int) -> None:
+def check_arguments(identity: str, count: int, size_px: int, seed: int) -> None:
     if identity not in IDENTITIES:
         raise ValueError(f"identity must be one of {sorted(IDENTITIES)}, got {identity!r}")
     if not 1 <= count <= MAX_FACES:
@@ -124,7 +138,7 @@ def _check(identity: str, count: int, size_px: int, seed: int) -> None:
 
 def _holds_this_set(folder: Path, names: list[str], identity: str, size_px: int, seed: int) -> bool:
     """Whether the folder holds these files and no other, each with the header it would get."""
-    if sorted(found.name for found in folder.iterdir()) != names:
+    if read_names(folder) != names:
         return False
     for number, name in enumerate(names):
         try:
@@ -138,14 +152,14 @@ def _holds_this_set(folder: Path, names: list[str], identity: str, size_px: int,
     return True
 
 
-def _source(identity: str, number: int, size_px: int, seed: int) -> dict[str, Any]:
+def _source(frame: str, name: str, size_px: int) -> dict[str, Any]:
     """Origin of a face, made up, with the keys that extraction writes."""
-    frame_px = round(_FRAME_EDGE * size_px)
+    frame_px = round(FRAME_EDGE * size_px)
     return {
         "alignments_version": _ALIGNMENTS_VERSION,
-        "original_filename": f"drawn_{identity}_{number:06d}_0.png",
+        "original_filename": name,
         "face_index": 0,
-        "source_filename": _frame_name(identity, number, size_px, seed),
+        "source_filename": frame,
         "source_is_video": False,
         "source_frame_dims": (frame_px, frame_px),
     }
@@ -156,8 +170,17 @@ def _frame_name(identity: str, number: int, size_px: int, seed: int) -> str:
     return f"drawn_{identity}_v{_DRAWING_VERSION}_seed{seed}_{size_px}px_{number:06d}.png"
 
 
-def _light(drawing: Drawing, sheet: Sheet, patch_23: np.ndarray, size_px: int) -> np.ndarray:
-    """The face PNG's picture: the drawing cut out, lit, and as a camera would see it."""
+def _face_name(identity: str, number: int) -> str:
+    return f"drawn_{identity}_{number:06d}_0.png"
+
+
+def read_names(folder: Path) -> list[str]:
+    """Names of what a folder holds, sorted; none where there is no such folder."""
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def lit(drawing: Drawing, sheet: Sheet, patch_23: np.ndarray, size_px: int) -> np.ndarray:
+    """The picture of a crop: the drawing cut out, lit, and as a camera would see it."""
     scene = drawing.scene
     size = (size_px, size_px)
     smooth_yxc = cv2.GaussianBlur(sheet.image_yxc, (3, 3), 0.8)
