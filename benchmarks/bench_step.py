@@ -23,6 +23,8 @@ from torch import Tensor
 from ..core import precision as precisions
 from ..core.config import from_dict
 from ..core.data.feed import Batch
+from ..core.estimate.flops import work_of
+from ..core.estimate.roofline import ceiling
 from ..core.losses.weighted import Loss, Losses
 from ..core.optim.optimizer import Update
 from ..core.optim.overlap import OverlappedUpdate
@@ -36,7 +38,6 @@ from ..models.autoencoder import Autoencoder, Outputs
 from . import launches
 from .ceilings import card_of
 from .harness import measure, pace, rounded, spread_ms
-from .roofline import ceiling, work_of
 from .variants import variant
 
 CASES = [("lightweight", 8), ("original", 16)]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..core.estimate.roofline import Card
 from .harness import device_name, measure, pace, rounded, spread_ms
-from .roofline import Card
 from .variants import variant
 
 _MODELS = ("lightweight", "original", "dfaker-256", "dfl-h128")

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..core.estimate.flops import work_of
+from ..core.estimate.roofline import ceiling
 from ..core.system.durable_files import replace_file
 from .ceilings import card_of
 from .compare import name as name_of
 from .harness import all_results, identity
-from .roofline import ceiling, work_of
 from .variants import variant
 
 BEGIN, END = "<!-- figures: `mien bench report` writes them -->", "<!-- end of figures -->"

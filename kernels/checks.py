@@ -45,6 +45,14 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device}, got {tensor.device}{remedy}")
 
 
+def is_reachable(tensor: Tensor, device: torch.device) -> bool:
+    """Whether kernels on a device can read and write a tensor at its address: it lies there or, for
+    a GPU, in page-locked host memory, which has one address for both."""
+    return tensor.device == device or (
+        device.type == "cuda" and tensor.device.type == "cpu" and tensor.is_pinned()
+    )
+
+
 def check_image(x_bchw: Tensor, bias_c: Tensor | None = None) -> None:
     """Refuse what is no batch of images in a type that pointwise kernels take, and a bias that is
     not one number a channel of it, in its dtype or fp32.

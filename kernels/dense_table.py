@@ -81,6 +81,7 @@ class DenseTable:
         parameters: Sequence[Tensor],
         first_slot: int,
         find_row: Callable[[tuple[int, ...]], Tensor],
+        device: torch.device,
     ):
         """Write what the programs are to do to the device.
 
@@ -89,11 +90,13 @@ class DenseTable:
             parameters: Weights (outputs, inputs).
             first_slot: Place where the partial sums of the norm begin; each layer has SLOTS.
             find_row: Function that gives the row on the device with these numbers, 3 a layer.
+            device: Device on which the update runs.
 
         Raises:
             ValueError: A weight is no contiguous matrix, or its sizes are no multiples of 16.
         """
         self.numbers, self.parameters, self._find_row = list(numbers), list(parameters), find_row
+        self.device = device
         for number, parameter in zip(numbers, parameters, strict=True):
             _check(number, parameter)
         shapes = [parameter.shape for parameter in parameters]
@@ -109,8 +112,7 @@ class DenseTable:
             firsts_of_tiles = range(0, outputs, TILE_OUTPUTS), range(0, inputs, TILE_INPUTS)
             tiles += [(layer, *corner) for corner in itertools.product(*firsts_of_tiles)]
         self.layers_lc, self.spans_p3, self.tiles_m3 = (
-            torch.tensor(rows, dtype=torch.int64).to(parameters[0].device)
-            for rows in (layers, spans, tiles)
+            torch.tensor(rows, dtype=torch.int64).to(device) for rows in (layers, spans, tiles)
         )
         """int64: of each layer, what `LayerColumn` says; of each span its layer, 0 for the inputs
         or 1 for the grad_outputs, its first column; of each tile its layer, first output, first
@@ -132,7 +134,7 @@ class DenseTable:
                     "the weight used twice?"
                 )
             dtypes = (low_rank[0].input_ni.dtype,) if low_rank else FLOAT_DTYPES
-            low_rank.append(_fitted(number, factors, parameter, dtypes))
+            low_rank.append(_fitted(number, factors, parameter.shape, dtypes, self.device))
         addresses = [
             (each.input_ni.data_ptr(), each.grad_output_no.data_ptr(), each.num_faces)
             for each in low_rank
@@ -155,11 +157,15 @@ def _check(number: int, parameter: Tensor) -> None:
 
 
 def _fitted(
-    number: int, factors: LowRank, parameter: Tensor, dtypes: tuple[torch.dtype, ...]
+    number: int,
+    factors: LowRank,
+    shape: torch.Size,
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
 ) -> LowRank:
     """The factors, as copies where they are not aligned."""
-    outputs, inputs = parameter.shape
-    faces, device = max(factors.num_faces, 1), parameter.device
+    outputs, inputs = shape
+    faces = max(factors.num_faces, 1)
     pair = (factors.input_ni, factors.grad_output_no)
     check_tensor(pair[0], f"gradients[{number}], its input,", (faces, inputs), dtypes, device)
     own = (pair[0].dtype,)

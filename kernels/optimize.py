@@ -336,7 +336,7 @@ def _check(
     history_c: Tensor | None,
     accumulation: int,
 ) -> None:
-    fp64, device = (torch.float64,), table.parameters[0].device
+    fp64, device = (torch.float64,), table.device
     check_tensor(scalars, "scalars", (len(Scalar),), fp64, device, remedy="use new_scalars")
     if set(table.moments) != set(rule.moments):
         raise ValueError(

@@ -5,6 +5,10 @@ never move, so theirs are written once. Gradients move from step to step, except
 graph, so theirs are sent whenever they differ; those of a graph once, after its capture, by
 `finish_capture`, so that no replay holds the transfer.
 
+The update runs where the weights lie that the network computes with. Master weights, moments and
+accumulators may as well lie in page-locked host memory: a kernel of a GPU reads and writes it at
+the host's address (unified addressing), over the link between the two.
+
 Gradients of low rank have no address but those of their factors, and no chunks but tiles: see
 `dense_table`.
 
@@ -22,7 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import FLOAT_DTYPES, WIDEST_ACCESS, are_aligned, check_alignment, check_tensor
+from .checks import (
+    FLOAT_DTYPES,
+    WIDEST_ACCESS,
+    are_aligned,
+    check_alignment,
+    check_tensor,
+    is_reachable,
+)
 from .dense import low_rank_of
 from .dense_table import SLOTS, DenseTable
 from .optimizer_rules import MOMENTS
@@ -110,7 +121,8 @@ class TensorTable:
         """Check the tensors and write their addresses to the device.
 
         Args:
-            parameters: fp32, contiguous or channels_last, all on one device.
+            parameters: fp32, contiguous or channels_last, on the device of the update or, as the
+                moments and accumulators may, in page-locked host memory.
             moments: Moments among `MOMENTS` that the rule keeps; fp32, each tensor of the shape and
                 the strides of its parameter, zeros at the start.
             low_precision: The weights that the network computes with: the same, but all bf16 or all
@@ -134,6 +146,9 @@ class TensorTable:
         self.accumulators = list(accumulators)
         self.decays = [True] * len(self.parameters) if decays is None else list(decays)
         is_low = [False] * len(self.parameters) if low_rank is None else list(low_rank)
+        self.device = (self.low_precision or self.parameters)[0].device
+        """Device on which the update runs: that of the weights that the network computes with."""
+
         self._check_lists(is_low)
 
         self.plain = [number for number, low in enumerate(is_low) if not low]
@@ -141,13 +156,13 @@ class TensorTable:
 
         low = [number for number, low in enumerate(is_low) if low]
         self.plain_state, self.dense_state = self._state(self.plain), self._state(low)
-        self._layouts = _layouts(self.plain_state.parameters)
+        self._layouts = _layouts(self.plain_state.parameters, self.device)
         self._first_addresses = self._addresses()
         self._write(low, slices_of)
 
     def _write(self, low: list[int], slices_of: Sequence[int] | None) -> None:
         """Make the tables on the device; ``low``: numbers of the gradients of low rank."""
-        device, num_tensors = self.parameters[0].device, len(self.parameters)
+        device, num_tensors = self.device, len(self.parameters)
         chunks = [
             (index, start, min(CHUNK, self.parameters[index].numel() - start))
             for index in self.plain
@@ -177,7 +192,8 @@ class TensorTable:
 
         if low:
             find_row = _AddressRows(3 * len(low), device).find
-            self.dense = DenseTable(low, self.dense_state.parameters, len(chunks), find_row)
+            parameters = self.dense_state.parameters
+            self.dense = DenseTable(low, parameters, len(chunks), find_row, device)
 
     def check_unmoved(self) -> None:
         """Raise ValueError if a tensor has got another address since."""
@@ -204,9 +220,10 @@ class TensorTable:
             parameter = self.parameters[number]
             dtypes = (gradients[0].dtype,) if fitted else FLOAT_DTYPES
             name, shape = f"gradients[{number}]", tuple(parameter.shape)
-            check_tensor(gradient, name, shape, dtypes, parameter.device)
+            check_tensor(gradient, name, shape, dtypes, self.device)
             if not (_same_layout(gradient, parameter) and are_aligned(gradient)):
-                gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+                like = {"dtype": gradient.dtype, "device": self.device}
+                gradient = torch.empty_like(parameter, **like).copy_(gradient)
             fitted.append(gradient)
         return fitted
 
@@ -268,7 +285,8 @@ class TensorTable:
         for index, (tensor, parameter) in enumerate(zip(tensors, self.parameters, strict=True)):
             one, shape = f"{name}[{index}]", tuple(parameter.shape)
             allowed = (tensors[0].dtype,) if index else dtypes
-            check_tensor(tensor, one, shape, allowed, self.parameters[0].device)
+            device = None if is_reachable(tensor, self.device) else self.device
+            check_tensor(tensor, one, shape, allowed, device)
             if not _is_dense(tensor):
                 raise ValueError(
                     f"{one} must be contiguous or channels_last, got strides {tensor.stride()}"
@@ -375,9 +393,12 @@ def _is_dense(tensor: Tensor) -> bool:
     )
 
 
-def _layouts(tensors: Sequence[Tensor]) -> list[tuple]:
+def _layouts(tensors: Sequence[Tensor], device: torch.device | None = None) -> list[tuple]:
+    """Shape, strides and device of each tensor; of master weights that of their gradients."""
     strides = map(Tensor.stride, tensors)
-    return [(each.shape, lie, each.device) for each, lie in zip(tensors, strides, strict=True)]
+    return [
+        (each.shape, lie, device or each.device) for each, lie in zip(tensors, strides, strict=True)
+    ]
 
 
 def _same_layout(a: Tensor, b: Tensor) -> bool:

@@ -87,6 +87,17 @@ def _card(cuda: ctypes.CDLL, number: int) -> Card:
     return Card(name.value.decode(errors="replace"), 10 * major.value + minor.value)
 
 
+def pci_address(number: int) -> str:
+    """Address of a GPU that the driver shows, as /sys/bus/pci/devices names it; empty: unknown."""
+    if number >= len(cards()):
+        return ""
+    cuda, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+    address = ctypes.create_string_buffer(32)
+    cuda.cuDeviceGet(ctypes.byref(device), number)
+    cuda.cuDeviceGetPCIBusId(address, len(address), device)
+    return address.value.decode(errors="replace").lower()
+
+
 def cards() -> tuple[Card, ...]:
     """The GPUs that the driver shows."""
     own_driver = driver()

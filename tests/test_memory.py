@@ -151,7 +151,8 @@ def test_the_advice_names_the_nearest_setting_that_fits():
     text = memory.advice(tight, FP32, crowded, store_bytes=500 * MIB)
     assert text.endswith("; use --set data.placement=host --batch-size 4")
 
-    below = round(lower.at(4).total_bytes / 0.9) - MIB
+    tight = settings(train={"batch_size": 4}, optimizer={"placement": "host"})
+    below = round(memory.footprint(tight, BF16).at(4).total_bytes / 0.9) - MIB
     words = "a new model with --set model.options.lowmem=true --precision bf16"
     assert f"; use {words} --batch-size 4" in memory.advice(tight, FP32, below)
     words = "a new model with --set model.options.lowmem=true --batch-size 4"
@@ -165,10 +166,12 @@ def test_what_is_advised_is_taken_by_the_settings():
     """The words are flags and settings that exist."""
     changes = memory._changes(settings(), FP32, 1)
     texts = [words for words, *_ in changes]
-    assert texts[-1].endswith("--set data.placement=host --precision bf16")
+    words = "--set data.placement=host --precision bf16 --set optimizer.placement=host"
+    assert texts[-1].endswith(words)
     from_dict({"data": {"placement": "host"}, "model": {"options": {"lowmem": True}}})
     assert models.options_of("original", {"lowmem": True}).lowmem
     lightweight = dataclasses.replace(
         settings(), model=dataclasses.replace(settings().model, trainer="lightweight")
     )
-    assert list(memory._changes(lightweight, BF16, 0)) == [], "it has no lowmem"
+    texts = [words for words, *_ in memory._changes(lightweight, BF16, 0)]
+    assert texts == ["--set optimizer.placement=host"], "it has no lowmem"

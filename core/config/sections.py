@@ -315,6 +315,11 @@ class OptimizerConfig(Section):
     """Type in which several processes add up their gradients: the one that they have (same), or
     fp32, which is twice the bytes of 16 bits. With gradient_accumulation it is fp32."""
 
+    placement: str = setting("gpu", choices=("gpu", "host"))
+    """Memory for fp32 master weights and moments: the GPU's, or the host's (central storage), which
+    the GPU then reads and writes, to the same bits: 12 bytes a parameter less on the GPU with adam
+    in 16 bits, and an update as slow as PCIe."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionConfig(Section):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.tensor_table import CHUNK, TensorTable
+from ..optim import placement
 from ..optim.optimizer import Part, decays
 from .group import Group
 from .layout import Piece
@@ -70,6 +71,8 @@ class ShardedUpdate(MirroredUpdate):
 
     def _new_slices(self) -> Tensor:
         length = self.layout.length // self.layout.num_ranks
+        if self.is_on_host:
+            return placement.page_locked_zeros([torch.empty(length, device="meta")])[0]
         return torch.zeros(length, device=self.flat_weights.device)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
@@ -124,6 +127,7 @@ class ShardedUpdate(MirroredUpdate):
     def _gather(self, kind: str) -> list[Tensor]:
         if kind not in self.slices:
             return super()._gather(kind)
+        self._settle()
         slices = self.group.gather(self.slices[kind])
         if not slices:
             return []

@@ -23,7 +23,7 @@ from ...kernels.tensor_table import TensorTable
 from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
 from ..precision import Precision
-from . import fused_dense, optimizer_state
+from . import fused_dense, optimizer_state, placement
 from .frozen import Frozen
 
 _FIRST_SCALE = 65536.0
@@ -82,6 +82,11 @@ def check_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
             raise ValueError(f"{name} has another shape")
         if tensors[name].dtype != like.dtype:
             raise ValueError(f"{name} has another number format, {tensors[name].dtype}")
+
+
+def _zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros in fp32 of the shapes and strides of these, on their device."""
+    return [torch.zeros_like(tensor, dtype=torch.float32) for tensor in tensors]
 
 
 def _zeros_like(expected: Tensor) -> Tensor:
@@ -165,9 +170,15 @@ class Update:
         self.low_rank = fused_dense.switch(model, is_on=config.fused_dense)
         """Names of the dense weights whose gradients are never in memory."""
 
+        device = self.parameters[0].device
+        self.is_on_host = placement.is_on_host(config, device)
+        """Whether a GPU moves master weights and moments that lie in host memory."""
+
         self.master_weights = [parameter.detach() for parameter in self.parameters]
         self.low_precision_weights: list[Tensor] = []
         if precision.compute is not torch.float32:
+            if self.is_on_host:
+                self.master_weights = placement.page_locked(self.master_weights)
             for parameter in self.parameters:
                 # The master weights above keep the fp32 numbers; the parameter now is the copy.
                 parameter.data = parameter.data.to(precision.compute)
@@ -180,7 +191,6 @@ class Update:
         """Sums of gradients, in fp32, of parameters whose update is not due."""
 
         self._allocate()
-        device = self.master_weights[0].device
         self.history_c: Tensor | None = None
         """Norms of past gradients, for autoclip."""
 
@@ -196,8 +206,10 @@ class Update:
 
     def _allocate(self) -> None:
         """Make what is kept of every parameter from step to step, besides its weights."""
-        self.moments = {kind: self._zeros() for kind in self.rule.moments}
-        self.accumulators = self._zeros() if self.accumulation > 1 else []
+        zeros = placement.page_locked_zeros if self.is_on_host else _zeros
+        self.moments = {kind: zeros(self.parameters) for kind in self.rule.moments}
+        # On the GPU in any case: every iteration adds to them.
+        self.accumulators = _zeros(self.parameters) if self.accumulation > 1 else []
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) loss, one of each parameter; or keep
@@ -241,6 +253,7 @@ class Update:
 
     def changing_tensors(self) -> list[Tensor]:
         """Tensors of this process that steps change in place, but for the scalars of parts."""
+        self._settle()
         state = [tensor.detach() for tensor in self.model.state_dict().values()]
         history = [] if self.history_c is None else [self.history_c]
         moments = [tensor for tensors in self.moments.values() for tensor in tensors]
@@ -253,6 +266,7 @@ class Update:
 
     def weights(self) -> dict[str, Tensor]:
         """The model's state in fp32, as a checkpoint holds it."""
+        self._settle()
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         return state | self._cropped(self._whole("weight")) | self.frozen.weights
 
@@ -268,6 +282,7 @@ class Update:
             ValueError: A tensor is missing, unknown, or of another shape or number format.
         """
         check_weights(tensors, self._expected_weights())
+        self._settle()
         numbers = {name: number for number, name in enumerate(self.names)}
         state = self.model.state_dict()
         for name, tensor in tensors.items():
@@ -282,6 +297,7 @@ class Update:
         """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `.largest` as the
         rule has them, `step`, `scale`.., of an accumulation `accumulated` and
         `<parameter>.accumulator`, of autoclip `history`, its newest norm last."""
+        self._settle()
         scalars = _furthest_scalars(self.parts)
         state = {name: scalars[index] for name, index in self._saved.items()}
         for kind in self._kinds:
@@ -333,6 +349,7 @@ class Update:
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
                 for part in self.parts:
                     part.scalars[index] = tensors[name].to(part.scalars)
+        self._settle()
         for kind in self._kinds:
             for number, name in enumerate(self.names):
                 self._take(kind, number, self._padded(name, tensors[f"{name}.{kind}"]))
@@ -370,8 +387,10 @@ class Update:
             ]
         )
 
-    def _zeros(self) -> list[Tensor]:
-        return [torch.zeros_like(master) for master in self.master_weights]
+    def _settle(self) -> None:
+        """Wait for the GPU where the host is to read or write what it moves."""
+        if self.is_on_host:
+            torch.cuda.synchronize(self.parameters[0].device)
 
     def _part(self, numbers: list[int], scalars: Tensor) -> Part:
         return Part(numbers, self._table(numbers), scalars)

@@ -24,7 +24,8 @@ from ...models.alignment import MULTIPLE
 from ...models.autoencoder import Autoencoder
 from ..config import Config, from_dict, merge, to_dict
 from ..estimate.flops import meta_model
-from ..optim import fused_dense
+from ..estimate.links import Link, host_link
+from ..optim import fused_dense, placement
 from ..optim.optimizer import rule_of
 from ..precision import Precision
 
@@ -128,11 +129,25 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
     return Footprint(fixed, per_face)
 
 
+def host_state(config: Config, precision: Precision, num_parameters: int, link: Link) -> str:
+    """Clause about what it brings and costs to keep the optimizer's state in host memory.
+
+    Args:
+        config: Settings of the run.
+        precision: Same as for `footprint`.
+        num_parameters: Number of parameters that are trained.
+        link: Link between the GPU and the host.
+    """
+    num_bytes = num_parameters * placement.host_bytes(rule_of(config.optimizer), precision.compute)
+    return placement.described(num_bytes, link, config.optimizer.gradient_accumulation)
+
+
 def advice(config: Config, precision: Precision, free_bytes: int, *, store_bytes: int = 0) -> str:
     """What to change after a run with these settings went out of memory: one line.
 
     The nearest setting that fits: a smaller batch, else the faces in host memory, else a lower
-    precision, else the family's `lowmem`, which makes another model.
+    precision, else the optimizer's state in host memory, else the family's `lowmem`, which makes
+    another model.
 
     Args:
         config: The settings of the run.
@@ -156,8 +171,17 @@ def advice(config: Config, precision: Precision, free_bytes: int, *, store_bytes
     for words, changed, lowered, store in _changes(config, precision, store_bytes):
         fits = footprint(changed, lowered, store_bytes=store).largest_batch(free_bytes)
         if fits:
-            return f"{begin}use {words} --batch-size {min(fits, batch_size)}"
+            cost = _cost_of_placement(config, changed, lowered)
+            return f"{begin}use {words} --batch-size {min(fits, batch_size)}{cost}"
     return f"{begin}no setting of this model fits; use a GPU with more memory"
+
+
+def _cost_of_placement(before: Config, after: Config, precision: Precision) -> str:
+    """What it brings and costs to move the optimizer's state, in brackets; empty: it stays."""
+    if after.optimizer.placement == before.optimizer.placement:
+        return ""
+    trained = sum(p.numel() for p in meta_model(after).parameters() if p.requires_grad)
+    return f" ({host_state(after, precision, trained, host_link())})"
 
 
 def _changes(
@@ -171,6 +195,10 @@ def _changes(
     if precision.compute is torch.float32:
         words = f"{words} --precision bf16".strip()
         precision = dataclasses.replace(precision, name="bf16", compute=torch.bfloat16)
+        yield words, config, precision, 0
+    if config.optimizer.placement == "gpu":
+        words = f"{words} --set optimizer.placement=host".strip()
+        config = from_dict(merge(to_dict(config), {"optimizer": {"placement": "host"}}))
         yield words, config, precision, 0
     options = models.options_of(config.model.trainer, config.model.options)
     if getattr(options, "lowmem", True):
@@ -196,13 +224,15 @@ def _never_in_memory(model: Autoencoder, config: Config) -> int:
 
 
 def _bytes_of_a_parameter(config: Config, compute: torch.dtype) -> dict[str, int]:
-    """Bytes of a parameter by purpose; in 16 bits the optimizer keeps fp32 weights besides the
-    network's."""
+    """Bytes of a parameter on the GPU by purpose; in 16 bits the optimizer keeps fp32 weights
+    besides the network's."""
+    rule, is_lowered = rule_of(config.optimizer), compute is not torch.float32
+    on_host = config.optimizer.placement == "host"
     return {
-        "weights": 4,
-        "lowered weights": 0 if compute is torch.float32 else compute.itemsize,
+        "weights": 0 if on_host and is_lowered else 4,
+        "lowered weights": compute.itemsize if is_lowered else 0,
         "gradients": compute.itemsize,
-        "optimizer state": 4 * len(rule_of(config.optimizer).moments),
+        "optimizer state": 0 if on_host else 4 * len(rule.moments),
         "accumulated gradients": 4 if config.optimizer.gradient_accumulation > 1 else 0,
     }
 

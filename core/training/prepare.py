@@ -277,6 +277,11 @@ def _device(start: _Start, reporter: Reporter, stack: ExitStack) -> torch.device
         stack.enter_context(torch.cuda.device(device))
         if start.crew is not None:
             start.crew.group.use_gpu(device)
+    elif config.optimizer.placement == "host":
+        reporter.notice(
+            "optimizer.placement is host, which changes nothing without a GPU: all memory is the "
+            "host's"
+        )
     return device
 
 

@@ -8,7 +8,9 @@ import torch
 from ... import __version__
 from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
 from ..data.sides import SideFaces
+from ..estimate.links import host_link
 from ..optim.fused_dense import described
+from . import memory
 from .batch_size import BatchSize
 from .devices import threads_in_words
 from .training_setup import TrainingSetup
@@ -211,7 +213,16 @@ def _lines_of_parts(
             if name in update.low_rank
         ]
         lines["dense layers"] = described(len(sizes), sum(sizes))
+    if setup.step.update.is_on_host:
+        lines["state"] = _state_on_host(setup)
     return lines
+
+
+def _state_on_host(setup: TrainingSetup) -> str:
+    """Place of master weights and moments, where that is not the GPU."""
+    trained = sum(parameter.numel() for parameter in setup.step.parameters)
+    link = host_link(setup.device.index or 0)
+    return f"in host memory: {memory.host_state(setup.config, setup.precision, trained, link)}"
 
 
 def _frozen(setup: TrainingSetup) -> str:
