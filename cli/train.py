@@ -14,7 +14,6 @@ from .train_flags import add_arguments
 
 if TYPE_CHECKING:
     from ..core.distribute.ranks import Ranks
-    from ..core.training.recipe_progress import RecipeProgress
     from ..core.training.resolve import Overrides, Resolved
 
 __all__ = ["add_arguments", "given_settings", "run"]
@@ -170,65 +169,8 @@ def _options(trainer: str, as_json: bool) -> int:
 
 
 def _dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: bool) -> int:
-    """Parameters, memory, two steps, and what the card's roofline allows."""
-    from ..benchmarks import ceilings, harness, roofline
-    from ..core.console.reporter import Reporter
-    from ..core.estimate.flops import meta_model
-    from ..core.training.dry_run import dry_run
-    from ..core.training.memory import describe
+    """What the run needs and how fast it could be, from two steps."""
+    from .dry_run import print_dry_run
 
-    trial = dry_run(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
-    model, batch_size = trial.config.model, trial.config.train.batch_size
-    card = harness.known_ceilings() or ceilings.measure_ceilings(trial.device)
-    meta = meta_model(trial.config)
-    bound = roofline.ceiling(roofline.work_of(meta, batch_size), ceilings.card_of(card))
-    facts = {
-        "trainer": model.trainer,
-        "iterations": trial.iterations,
-        "parameters": trial.num_parameters,
-        "batch_size": batch_size,
-        "precision": trial.precision,
-        "learning_rate": trial.learning_rate,
-        "device": trial.device.type,
-        "gpu_memory_mib": None if trial.memory is None else round(trial.memory.total_mib),
-        "free_mib": round(trial.free_bytes / 2**20),
-        "peak_mib": trial.peak_mib,
-        "losses": trial.losses,
-        "second_step_s": trial.step_s,
-        "roofline_eg_per_s": round(bound.eg_per_s, 1),
-        "roofline_of": card["device"],
-        "bound_by": bound.binds,
-        "stages": _stages(trial.progress),
-    }
-    if as_json:
-        tell_json(facts, indent=None)
-        return 0
-    begun = f"iteration {trial.iterations}" if trial.iterations else "a new model"
-    tell(f"dry run      {begun}, learning rate {trial.learning_rate:.4g}, {trial.precision}")
-    tell(f"parameters   {trial.num_parameters:,}")
-    if trial.memory is not None:
-        tell(f"GPU memory   {describe(trial.memory, trial.free_bytes)}")
-    else:
-        tell(
-            f"memory       {trial.peak_mib:,.0f} MiB of this process, {facts['free_mib']:,} MiB "
-            "are free; without a GPU nothing is known of its memory"
-        )
-    for number, losses in enumerate(trial.losses, 1):
-        tell(f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}")
-    tell(
-        f"roofline     {bound.eg_per_s:,.0f} EG/s on {card['device']} in bf16, bound by "
-        f"{bound.binds}; no run can be faster, good ones reach half of it"
-    )
-    for line in _stages(trial.progress):
-        tell(f"stage        {line}")
-    tell("dry run: nothing was kept")
+    print_dry_run(overrides, recipe, as_json=as_json)
     return 0
-
-
-def _stages(progress: "RecipeProgress | None") -> list[str]:
-    """A line for each stage of the run, the present one marked."""
-    if progress is None:
-        return []
-    lines = recipes.describe(progress.recipe)
-    lines[progress.stage_state.stage] += f" (now, since iteration {progress.stage_state.begun})"
-    return lines

@@ -88,16 +88,17 @@ def test_the_faster_way_is_chosen():
     assert predict.choose(_one("original", 16), 1, NVLINK).distribution == "mirrored"
 
 
-def _outlook(batch_size, num_gpus, link, **settings):
+def _outlook(batch_size, num_gpus, link, overlap="off", **settings):
     config = from_dict(
         {
             "model": {"trainer": "original"},
             "train": {"batch_size": batch_size},
-            "optimizer": {"overlap": "off"},
+            "optimizer": {"overlap": overlap},
         }
     )
     bf16 = Precision("bf16", torch.bfloat16, "as set")
-    return outlook_of(config, bf16, CARDS["h100"], num_gpus, link, **settings)
+    gpu = torch.device("cuda", 0)
+    return outlook_of(config, bf16, gpu, CARDS["h100"], num_gpus, link, **settings)
 
 
 def test_it_is_told_where_more_gpus_are_slower_and_from_which_batch_they_pay():
@@ -107,19 +108,19 @@ def test_it_is_told_where_more_gpus_are_slower_and_from_which_batch_they_pay():
     assert 150 < least < 200
     assert slower.paying.speedup >= 1.5
     assert str(slower) == (
-        "2 GPUs over PCIe 4 (assumed): 0.2x at batch size 16 (8 faces a GPU); 0.4x at 32 (16 a GPU,"
-        f" sharded); from {least} faces a GPU 1.5x"
+        "2 GPUs over PCIe 4 (assumed): 0.2x at batch size 16 (8 faces each); 0.4x at 32 (16 each, "
+        f"sharded); from {least} faces each 1.5x"
     )
     assert slower.warning == (
-        f"2 GPUs are slower than one here: train on one GPU, or raise the batch size to {2 * least}"
+        f"2 GPUs are slower than one here: train on one, or raise the batch size to {2 * least}"
     )
     faster = _outlook(64, 8, NVLINK)
     assert faster.run_speedup == pytest.approx(3.4, rel=0.05)
     assert not faster.warning
-    assert str(faster).endswith("(64 a GPU, sharded)")
+    assert str(faster).endswith("(64 each, sharded)")
     hopeless = _outlook(16, 2, Link("a wire", 0.01))
     assert str(hopeless).endswith("; no batch size makes that many pay")
-    assert hopeless.warning.endswith(": train on one GPU")
+    assert hopeless.warning.endswith(": train on one")
 
 
 def test_a_measured_step_takes_the_place_of_the_roofline():
@@ -128,6 +129,13 @@ def test_a_measured_step_takes_the_place_of_the_roofline():
     slow = _outlook(64, 2, PCIE_5, measured_s=2 * predicted.grown.one.step_s)
     assert slow.grown.one.step_s == pytest.approx(2 * predicted.grown.one.step_s, rel=0.01)
     assert slow.grown.speedup > predicted.grown.speedup
+
+
+def test_an_update_that_one_gpu_hides_is_not_won():
+    """With `optimizer.overlap` it is about as many times the speed as there are GPUs, not above."""
+    plain, hidden = _outlook(16, 8, NVLINK), _outlook(16, 8, NVLINK, overlap="auto")
+    assert plain.grown.speedup > 8 > hidden.grown.speedup > 4
+    assert hidden.grown.step_s == pytest.approx(plain.grown.step_s)
 
 
 def test_a_prediction_needs_no_torch():

@@ -1,6 +1,7 @@
 """The dry run, the batch size that fits, and what is said where memory runs out."""
 
 import json
+import re
 import tomllib
 
 import pytest
@@ -53,6 +54,23 @@ def test_a_dry_run_tells_and_keeps_nothing(inputs, tmp_path, capsys):
     assert "GPU memory" not in said, "there is none here to be spoken of"
     assert "dry run      a new model" in said
     assert "nothing was kept" in said
+
+
+def test_what_several_ranks_would_bring_is_predicted(inputs, capsys):
+    words = ("-b", "4", "--gpus", "2", "--dry-run")
+    assert _train(inputs, *words, "--json") == 0
+    scaling = json.loads(capsys.readouterr().out)["scaling"]
+    assert (scaling["gpus"], scaling["link"]) == (2, "gloo on this machine")
+    assert 0 < scaling["speedup"] < 2
+    assert scaling["distribution"] in ("mirrored", "sharded")
+    assert _train(inputs, *words) == 0
+    said = capsys.readouterr().out
+    line = (
+        r"scaling      2 processes over gloo on this machine \(assumed\): \d\.\dx at batch size 4 "
+    )
+    assert re.search(rf"{line}\(2 faces each\); .*; predicted\n", said)
+    assert _train(inputs, *words[:2], *words[4:]) == 0
+    assert "scaling" not in capsys.readouterr().out
 
 
 RECIPE = """

@@ -56,6 +56,22 @@ def places_on_cpu(config: DistributeConfig) -> list[Place]:
     return [Place("CPU") for _ in range(int(config.gpus))]
 
 
+def num_planned(config: DistributeConfig, num_gpus: int) -> int:
+    """Ranks that a run would have, also where this machine has fewer GPUs than it asks for.
+
+    Args:
+        config: Choice of GPUs.
+        num_gpus: Number of GPUs that this process sees.
+    """
+    if "," in config.gpus:
+        chosen = {*filter(None, config.gpus.split(","))}
+    elif config.gpus == "all":
+        chosen = {str(number) for number in range(num_gpus)}
+    else:
+        return int(config.gpus or 1)
+    return max(len(chosen.difference(config.exclude_gpus)), 1)
+
+
 def _known(number: str, setting: str, num_gpus: int) -> int:
     if int(number) < num_gpus:
         return int(number)

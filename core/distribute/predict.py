@@ -50,10 +50,17 @@ class StepTime:
     step_s: float
     backward_s: float
     update_s: float
-    """Seconds of the update that nothing hides."""
-
     gradient_bytes: int
     """Bytes of all gradients, as they are sent."""
+
+    hidden_s: float = 0.0
+    """Seconds of the update that go by during the backward pass, and are not in ``step_s``; with
+    several GPUs the update comes after the exchange."""
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds of everything but the update."""
+        return self.step_s - (self.update_s - self.hidden_s)
 
     @property
     def eg_per_s(self) -> float:
@@ -94,7 +101,7 @@ def mirrored(one: StepTime, num_gpus: int, link: Link) -> Prediction:
     """The step where gradients are summed during the backward pass and all GPUs update all."""
     exchange_s = _exchange_s(one, num_gpus, link)
     open_s = _open_s(exchange_s, one, link)
-    step_s = one.step_s + _slowed_s(one, num_gpus) + open_s
+    step_s = _slowed_s(one, num_gpus) + _update_s(one, num_gpus) + open_s
     return Prediction("mirrored", num_gpus, one, step_s, exchange_s, open_s)
 
 
@@ -104,8 +111,7 @@ def sharded(one: StepTime, num_gpus: int, link: Link) -> Prediction:
     # Nothing runs beside the gathering of the weights, which the next forward pass reads.
     gather_s = exchange_s / 2 + (num_gpus > 1) * _PART_S * one.gradient_bytes / _PART_BYTES
     open_s = _open_s(exchange_s / 2, one, link) + gather_s
-    spared_s = one.update_s * (1 - 1 / num_gpus)
-    step_s = one.step_s - spared_s + _slowed_s(one, num_gpus) + open_s
+    step_s = _slowed_s(one, num_gpus) + _update_s(one, num_gpus) / num_gpus + open_s
     return Prediction("sharded", num_gpus, one, step_s, exchange_s, open_s)
 
 
@@ -126,7 +132,13 @@ def _open_s(exchange_s: float, one: StepTime, link: Link) -> float:
 
 
 def _slowed_s(one: StepTime, num_gpus: int) -> float:
-    return _NCCL_SHARE * (one.step_s - one.update_s) if num_gpus > 1 else 0.0
+    """Seconds of everything but update and exchange."""
+    return (1 + _NCCL_SHARE * (num_gpus > 1)) * one.computed_s
+
+
+def _update_s(one: StepTime, num_gpus: int) -> float:
+    """Seconds of the whole update that nothing hides."""
+    return one.update_s if num_gpus > 1 else one.update_s - one.hidden_s
 
 
 def between(small: StepTime, large: StepTime) -> Callable[[int], StepTime]:
@@ -143,6 +155,7 @@ def between(small: StepTime, large: StepTime) -> Callable[[int], StepTime]:
             on_line(batch_size, small.backward_s, large.backward_s),
             small.update_s,
             small.gradient_bytes,
+            small.hidden_s,
         )
 
     return step_at
@@ -170,33 +183,35 @@ class Outlook:
     there are GPUs; None: there is none."""
 
     def __str__(self) -> str:
-        """One line, such as "2 GPUs over PCIe 4: 0.4x; from 164 faces a GPU 1.5x"."""
+        """One line, such as "2 GPUs over PCIe 4: 0.4x at batch size 32 (16 faces each); .."."""
         num_gpus, faces = self.run.num_gpus, self.run.one.batch_size
-        words = [
-            f"{num_gpus} GPUs over {self.link}: {self.run_speedup:.1f}x at batch size "
-            f"{self.batch_size} ({faces} faces a GPU)"
-        ]
         grown = self.grown.one.batch_size
-        how = f"{grown} a GPU, {self.grown.distribution}"
-        words.append(f"{self.grown.speedup:.1f}x at {num_gpus * grown} ({how})")
+        words = [
+            f"{num_gpus} {self._kind} over {self.link}: {self.run_speedup:.1f}x at batch size "
+            f"{self.batch_size} ({faces} faces each)",
+            f"{self.grown.speedup:.1f}x at {num_gpus * grown} ({grown} each, "
+            f"{self.grown.distribution})",
+        ]
         if self.paying is None:
             words.append("no batch size makes that many pay")
         elif self.paying.one.batch_size > grown:
-            words.append(
-                f"from {self.paying.one.batch_size} faces a GPU {self.paying.speedup:.1f}x"
-            )
+            words.append(f"from {self.paying.one.batch_size} faces each {self.paying.speedup:.1f}x")
         return "; ".join(words)
+
+    @property
+    def _kind(self) -> str:
+        return "GPUs" if self.link.is_beside else "processes"
 
     @property
     def warning(self) -> str:
         """Sentence for a user whose run would be slower than on one GPU; empty: it is not."""
         if self.run_speedup >= 1:
             return ""
-        remedy = "train on one GPU"
+        remedy = "train on one"
         if self.paying:
             least = self.paying.num_gpus * self.paying.one.batch_size
             remedy = f"{remedy}, or raise the batch size to {least:,}"
-        return f"{self.run.num_gpus} GPUs are slower than one here: {remedy}"
+        return f"{self.run.num_gpus} {self._kind} are slower than one here: {remedy}"
 
 
 def outlook(

@@ -21,6 +21,7 @@ _GROWTH = 4  # the line between a rank's share and so many times the batch gives
 def outlook_of(
     config: Config,
     precision: Precision,
+    device: torch.device,
     card: Card,
     num_gpus: int,
     link: Link,
@@ -31,47 +32,51 @@ def outlook_of(
     Args:
         config: Settings of the run; its batch size is a number.
         precision: Precision of the network; gradients are sent in its type.
-        card: Figures of one of the GPUs.
+        device: Device like those of the run.
+        card: Figures of it.
         num_gpus: Number of GPUs, at most the batch size.
         link: Slowest link between them.
         measured_s: Seconds of a step of one GPU with the whole batch; None: the roofline's.
     """
     batch_size = config.train.batch_size
     small, whole, large = (
-        step_time(config, precision, card, size)
+        step_time(config, precision, device, card, size)
         for size in (math.ceil(batch_size / num_gpus), batch_size, _GROWTH * batch_size)
     )
     if measured_s is not None:
-        computed_s = max(measured_s - whole.update_s, measured_s / 2)
-        factor = computed_s / (whole.step_s - whole.update_s)
-        update_s = measured_s - computed_s
-        small, large = (_slowed(each, factor, update_s) for each in (small, large))
+        small, large = (_as_measured(each, whole, measured_s) for each in (small, large))
     return outlook(between(small, large), batch_size, num_gpus, link)
 
 
-def step_time(config: Config, precision: Precision, card: Card, batch_size: int) -> StepTime:
-    """The step of one GPU with so many faces a side, by what good libraries reach."""
+def step_time(
+    config: Config, precision: Precision, device: torch.device, card: Card, batch_size: int
+) -> StepTime:
+    """The step of one device with so many faces a side, by what good libraries reach."""
     work = work_of(meta_model(config), batch_size)
     predicted = stretch(work, card)
-    kind = overlap.choose(config.optimizer, precision, is_worth=overlap.pays(work))
-    open_update_s = predicted.update_s if kind is Update else 0.0
+    is_worth = device.type == "cuda" and overlap.pays(work)
+    kind = overlap.choose(config.optimizer, precision, is_worth=is_worth)
+    hidden_s = 0.0 if kind is Update else predicted.update_s
     return StepTime(
         batch_size,
-        predicted.step_s - predicted.update_s + open_update_s,
+        predicted.step_s - hidden_s,
         predicted.backward_s,
-        open_update_s,
+        predicted.update_s,
         work.num_parameters * precision.compute.itemsize,
+        hidden_s,
     )
 
 
-def _slowed(step: StepTime, factor: float, update_s: float) -> StepTime:
-    """A step whose computation takes so many times as long, with another time of the update."""
-    computed_s = factor * (step.step_s - step.update_s)
+def _as_measured(step: StepTime, whole: StepTime, measured_s: float) -> StepTime:
+    """A predicted step, by how much longer than predicted that of the whole batch took."""
+    # The update is as predicted, since its bytes are known, as long as that leaves the half.
+    open_s = min(whole.update_s - whole.hidden_s, measured_s / 2)
+    factor = (measured_s - open_s) / whole.computed_s
     return replace(
         step,
-        step_s=computed_s + update_s,
+        step_s=factor * step.computed_s + open_s,
         backward_s=factor * step.backward_s,
-        update_s=update_s,
+        update_s=open_s + step.hidden_s,
     )
 
 
@@ -83,4 +88,4 @@ def outlook_at_start(
     if device.type != "cuda":
         return None
     card = card_named(torch.cuda.get_device_name(device)) or CARDS[_ASSUMED]
-    return outlook_of(config, precision, card, num_ranks, gpu_link())
+    return outlook_of(config, precision, device, card, num_ranks, gpu_link())
