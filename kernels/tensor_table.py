@@ -222,8 +222,8 @@ class TensorTable:
             name, shape = f"gradients[{number}]", tuple(parameter.shape)
             check_tensor(gradient, name, shape, dtypes, self.device)
             if not (_same_layout(gradient, parameter) and are_aligned(gradient)):
-                like = {"dtype": gradient.dtype, "device": self.device}
-                gradient = torch.empty_like(parameter, **like).copy_(gradient)
+                empty = torch.empty_like(parameter, dtype=gradient.dtype, device=self.device)
+                gradient = empty.copy_(gradient)
             fitted.append(gradient)
         return fitted
 

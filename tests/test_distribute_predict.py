@@ -10,10 +10,12 @@ import torch
 from mien.benchmarks.variants import variant
 from mien.core.config import from_dict
 from mien.core.distribute import predict
+from mien.core.distribute.ranks import Ranks
 from mien.core.estimate.flops import work_of
 from mien.core.estimate.links import NVLINK, PCIE_4, PCIE_5, Link
 from mien.core.estimate.roofline import CARDS, stretch
 from mien.core.precision import Precision
+from mien.core.training import scaling
 from mien.core.training.scaling import outlook_of
 
 # EG/s of H100s by model, faces of a side and GPU, link, and number of GPUs: mirrored, then sharded
@@ -129,6 +131,21 @@ def test_a_measured_step_takes_the_place_of_the_roofline():
     slow = _outlook(64, 2, PCIE_5, measured_s=2 * predicted.grown.one.step_s)
     assert slow.grown.one.step_s == pytest.approx(2 * predicted.grown.one.step_s, rel=0.01)
     assert slow.grown.speedup > predicted.grown.speedup
+
+
+def test_ranks_on_gpus_choose_by_prediction(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(scaling, "gpu_link", lambda: NVLINK)
+    config = from_dict({"model": {"trainer": "original"}, "train": {"batch_size": 64}})
+    bf16, gpu = Precision("bf16", torch.bfloat16, "as set"), torch.device("cuda", 0)
+    ranks = Ranks(0, 4, 0, 4)
+    assert scaling.is_sharding_faster(config, bf16, gpu, ranks)
+    assert str(scaling.outlook_at_start(config, bf16, gpu, ranks)).startswith("4 GPUs over NVLink")
+    apart = scaling.outlook_at_start(config, bf16, gpu, Ranks(0, 4, 0, 2))
+    assert str(apart).startswith("4 GPUs over the network (assumed): 0.")
+    cpu = torch.device("cpu")
+    assert not scaling.is_sharding_faster(config, bf16, cpu, ranks)
+    assert scaling.outlook_at_start(config, bf16, cpu, ranks) is None
 
 
 def test_an_update_that_one_gpu_hides_is_not_won():

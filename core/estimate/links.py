@@ -47,6 +47,9 @@ PCIE_4 = Link("PCIe 4", 25.0)
 THROUGH_HOST = Link("PCIe 4 through the host", 18.75)
 """Link of GPUs that may not read one another's memory, as most of those for games."""
 
+NETWORK = Link("the network", 12.5)
+"""Link between machines: 100 Gbit/s."""
+
 LOOPBACK = Link("gloo on this machine", 1.0, is_beside=False)
 """Link between processes that train on CPUs."""
 

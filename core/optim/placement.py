@@ -9,6 +9,8 @@ computes with the master weights themselves, so of that one the moments alone li
 On a CPU all memory is the host's, and nothing differs. Unmeasured on a GPU.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -59,17 +61,17 @@ def described(num_bytes: int, link: Link, accumulation: int = 1) -> str:
     )
 
 
-def page_locked(tensors: list[Tensor]) -> list[Tensor]:
+def page_locked(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of fp32 tensors, with their strides, in host memory that a GPU can address."""
     return [copy.copy_(tensor) for copy, tensor in zip(_empty(tensors), tensors, strict=True)]
 
 
-def page_locked_zeros(tensors: list[Tensor]) -> list[Tensor]:
+def page_locked_zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Zeros in fp32 of the shapes and strides of these, in host memory that a GPU can address."""
     return [zeros.zero_() for zeros in _empty(tensors)]
 
 
-def _empty(tensors: list[Tensor]) -> list[Tensor]:
+def _empty(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Memory for so many numbers.
 
     Raises:

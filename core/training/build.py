@@ -24,6 +24,7 @@ from . import engine as engines
 from . import micro_batch as micro_batches
 from .loss_buffer import LossBuffer
 from .micro_batch import MicroBatchStep
+from .scaling import is_sharding_faster
 from .step import SharedStep, TrainStep
 
 _SMALL_BATCH = 16
@@ -130,20 +131,22 @@ def _shared_update(
     config: Config, model: Autoencoder, precision: precisions.Precision, group: Group
 ) -> Update:
     """The update that the settings lead to, of several ranks."""
-    kind = ShardedUpdate if _is_sharded(config, model) else MirroredUpdate
+    kind = ShardedUpdate if _is_sharded(config, model, precision, group) else MirroredUpdate
     # Gradients are sent during the backward pass anyway; auto leaves the weights for afterwards.
     overlaps = overlap.choose(config.optimizer, precision) is overlap.OverlappedUpdate
     order = arrival_order(meta_model(config))
     return kind(model, config.optimizer, precision, group=group, order=order, overlaps=overlaps)
 
 
-def _is_sharded(config: Config, model: Autoencoder) -> bool:
+def _is_sharded(
+    config: Config, model: Autoencoder, precision: precisions.Precision, group: Group
+) -> bool:
     """Whether each rank moves its own slice of the weights."""
     if config.train.distribution != "auto":
         return config.train.distribution == "sharded"
-    # Where the update is no share of the step worth dividing, a plain sum hides better.
-    on_gpu = next(model.parameters()).is_cuda
-    return on_gpu and overlap.pays(work_of(meta_model(config), config.train.batch_size))
+    device = next(model.parameters()).device
+    is_wanted = group.ranks.is_first and is_sharding_faster(config, precision, device, group.ranks)
+    return bool(group.max([int(is_wanted)])[0])  # one answer for ranks that see other links
 
 
 def _shared_step(config: Config, device: torch.device, group: Group) -> SharedStep:

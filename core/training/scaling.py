@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 
 from ..config import Config
-from ..distribute.predict import Outlook, StepTime, between, outlook
+from ..distribute.predict import Outlook, StepTime, between, choose, outlook
+from ..distribute.ranks import Ranks
 from ..estimate.flops import meta_model, work_of
-from ..estimate.links import Link, gpu_link
+from ..estimate.links import NETWORK, Link, gpu_link
 from ..estimate.roofline import CARDS, Card, card_named, stretch
 from ..optim import overlap
 from ..optim.optimizer import Update
@@ -81,11 +82,32 @@ def _as_measured(step: StepTime, whole: StepTime, measured_s: float) -> StepTime
 
 
 def outlook_at_start(
-    config: Config, precision: Precision, device: torch.device, num_ranks: int
+    config: Config, precision: Precision, device: torch.device, ranks: Ranks
 ) -> Outlook | None:
     """What the ranks of a run bring, before any step was run: by figures of the card, or of an H100
     where there are none of it; None without a GPU, where nothing is known."""
     if device.type != "cuda":
         return None
-    card = card_named(torch.cuda.get_device_name(device)) or CARDS[_ASSUMED]
-    return outlook_of(config, precision, device, card, num_ranks, gpu_link())
+    card, link = _card_of(device), _link_of(ranks)
+    return outlook_of(config, precision, device, card, ranks.size, link)
+
+
+def is_sharding_faster(
+    config: Config, precision: Precision, device: torch.device, ranks: Ranks
+) -> bool:
+    """Whether ranks that each update a share of the weights are predicted to be faster than ranks
+    that update all; false without a GPU, where nothing is known."""
+    if device.type != "cuda":
+        return False
+    largest_share = math.ceil(config.train.batch_size / ranks.size)
+    one = step_time(config, precision, device, _card_of(device), largest_share)
+    return choose(one, ranks.size, _link_of(ranks)).distribution == "sharded"
+
+
+def _card_of(device: torch.device) -> Card:
+    return card_named(torch.cuda.get_device_name(device)) or CARDS[_ASSUMED]
+
+
+def _link_of(ranks: Ranks) -> Link:
+    """The slowest link between the ranks."""
+    return gpu_link() if ranks.local_size == ranks.size else NETWORK
