@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", type=Path, metavar="MODEL", help="model folder, or a file of `model inference`"
     )
     parser.add_argument(
-        "--faces", type=Path, required=True, metavar="FOLDER", help="faces extracted from the film"
+        "--faces",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="faces extracted from the film: face PNGs, or DeepFaceLab's JPEGs or faceset.pak",
     )
     parser.add_argument(
         "--frames", type=Path, required=True, metavar="FOLDER|VIDEO", help="the film"
@@ -65,8 +69,8 @@ def _add_blending(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mask",
         metavar="NAME",
-        help="learned, components, extended, none, or a stored mask's name (default: learned where "
-        "the model has one, else extended)",
+        help="learned, components, extended, none, stored, or a stored mask's name where there are "
+        "several (default: learned where the model has one, else extended)",
     )
     group.add_argument(
         "--feather",

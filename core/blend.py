@@ -11,9 +11,10 @@ import numpy as np
 
 from .faces.folder import Face
 from .faces.geometry import Crop, crop_matrix, transform
-from .faces.masks import LANDMARK_MASKS, landmark_mask
+from .faces.masks import LANDMARK_MASKS, landmark_mask, named_mask
+from .faces.png import AS_PICTURE
 
-LEARNED, NO_MASK = "learned", "none"
+LEARNED, STORED, NO_MASK = "learned", "stored", "none"
 COLORS = ("off", "mean", "full")
 FEATHER_SHARE = 1 / 16
 """Part of the face's edge over which it fades out where the user names no width; chosen by eye."""
@@ -62,7 +63,7 @@ def face_mask(
     elif options.mask == NO_MASK:
         mask_ss = np.ones((size_px, size_px), np.float32)
     elif options.mask in LANDMARK_MASKS:
-        landmarks_l2 = transform(face.landmarks_l2, matrix_23)
+        landmarks_l2 = transform(face.source_landmarks_l2, matrix_23)
         mask_ss = landmark_mask(options.mask, landmarks_l2, size_px) / np.float32(255)
     else:
         mask_ss = _stored(face, options.mask, matrix_23, size_px)
@@ -71,12 +72,14 @@ def face_mask(
 
 def _stored(face: Face, name: str, matrix_23: np.ndarray, size_px: int) -> np.ndarray:
     """A stored mask on the decoded face, (S, S) float32."""
-    mask = face.stored_mask(name)
-    # A stored mask covers the whole of its centring, whatever coverage the model was trained at.
-    stored_23 = crop_matrix(face.alignment, Crop(mask.centering, 1.0, 0.0, mask.size_px))
-    to_stored_33 = np.vstack([stored_23, (0, 0, 1)]) @ np.linalg.inv(
-        np.vstack([matrix_23, (0, 0, 1)])
-    )
+    mask = named_mask(face.read_header(), name)
+    if mask.centering == AS_PICTURE:
+        from_frame_33 = mask.affine_33
+    else:
+        # It covers the whole of its centring, whatever coverage the model was trained at.
+        crop = Crop(mask.centering, 1.0, 0.0, mask.size_px)
+        from_frame_33 = np.vstack([crop_matrix(face.source_alignment, crop), (0, 0, 1)])
+    to_stored_33 = from_frame_33 @ np.linalg.inv(np.vstack([matrix_23, (0, 0, 1)]))
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     pixels_ss = cv2.warpAffine(mask.pixels(), to_stored_33[:2], (size_px, size_px), flags=flags)
     return pixels_ss / np.float32(255)

@@ -748,7 +748,7 @@ def test_a_pack_is_imported_by_person(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_a_swap_takes_imported_faces_and_says_so_of_others(folder, tmp_path):
+def test_a_swap_takes_faces_imported_and_as_they_are(folder, tmp_path):
     import_faces(folder, tmp_path / "out", progress=lambda *_: None)
     placed = placement.read_faces(tmp_path / "out", "extended", lambda line: None)
     assert sorted(placed) == [f"frame_{number:05d}" for number in range(30)]
@@ -756,8 +756,11 @@ def test_a_swap_takes_imported_faces_and_says_so_of_others(folder, tmp_path):
     assert face.frame_px is None
     alone = read_face(folder / "frame_00003_0.jpg")[1]
     np.testing.assert_allclose(face.face.landmarks_l2, alone.landmarks_l2)
-    with pytest.raises(ValueError, match="`mien faces import` writes them as face PNGs"):
-        placement.read_faces(folder, "extended", lambda line: None)
+    direct = placement.read_faces(folder, "extended", pytest.fail)
+    assert sorted(direct) == sorted(placed)
+    np.testing.assert_allclose(
+        direct["frame_00003"][0].face.source_landmarks_l2, face.face.landmarks_l2, atol=1e-3
+    )
 
 
 def test_the_import_command(folder, tmp_path, capsys, sides):

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
+import deepfacelab as dfl
 import numpy as np
 import pytest
 import torch
@@ -24,11 +25,11 @@ from mien.core.checkpoint import inference
 from mien.core.convert import convert, film, output, video
 from mien.core.convert.film import SwapSettings, swap_film
 from mien.core.convert.frames import Frame, read_picture
-from mien.core.convert.patch import cut_patch, paste, patch_matrix, rescaled
+from mien.core.convert.patch import cut_patch, paste
 from mien.core.convert.placement import read_faces
 from mien.core.data.decode import decode_one
 from mien.core.faces.folder import read_face
-from mien.core.faces.geometry import Crop, crop_matrix
+from mien.core.faces.geometry import Crop, crop_matrix, rescaled, transform
 from mien.core.faces.picture import open_picture
 from mien.core.faces.png import read_header, write_face
 from mien.core.faces.synthetic import draw_folder
@@ -159,7 +160,7 @@ def test_a_patch_is_the_crop_of_training(drawn, centering, size_px):
     """It differs by the rounding of the corner of a crop to a px of the face's picture."""
     path = faces_of(drawn)[0]
     face, crop = read_face(path)[0], Crop(centering, 0.9, 0.1, size_px)
-    patch_ssc = cut_patch(frame_of(path), patch_matrix(face, crop), size_px) * 255
+    patch_ssc = cut_patch(frame_of(path), face.frame_matrix(crop), size_px) * 255
     trained_ssc = decode_one(face, crop).astype(float)
     inner = slice(size_px // 8, -size_px // 8)
     moved = shift_of(trained_ssc[inner, inner, 1], patch_ssc[inner, inner, 1])
@@ -204,7 +205,7 @@ def _identity(path, factor):
     """A frame before and after its face was put back enlarged, and the mask in it."""
     face, size_px = read_face(path)[0], 64
     frame = frame_of(path)
-    matrix_23 = patch_matrix(face, Crop("face", 0.875, 0.0, size_px))
+    matrix_23 = face.frame_matrix(Crop("face", 0.875, 0.0, size_px))
     patch_ssc = cut_patch(frame, matrix_23, size_px)
     edge_px = size_px * factor
     large_ssc = cv2.resize(patch_ssc, (edge_px, edge_px), interpolation=cv2.INTER_CUBIC)
@@ -222,7 +223,7 @@ def test_a_face_that_leaves_the_frame_is_blended_as_far_as_it_goes(drawn):
     face, frame = read_face(path)[0], frame_of(path)
     left = int(face.landmarks_l2[30, 0])
     half = np.ascontiguousarray(frame[:, left:])
-    matrix_23 = patch_matrix(face, Crop("face", 0.875, 0.0, 64))
+    matrix_23 = face.frame_matrix(Crop("face", 0.875, 0.0, 64))
     matrix_23[:, 2] += matrix_23[:, 0] * left
     patch_ssc = cut_patch(half, matrix_23, 64)
     paste(half, patch_ssc, np.ones((64, 64), np.float32), matrix_23)
@@ -258,7 +259,7 @@ def test_a_mask_is_eroded_and_feathered_inwards_only():
 @pytest.mark.parametrize("mask", ["components", "extended", "vgg-clear", "bisenet-fp_face"])
 def test_each_mask_lies_on_the_face(drawn, mask):
     face = read_face(faces_of(drawn)[0])[0]
-    matrix_23 = patch_matrix(face, Crop("face", 0.875, 0.0, 256))
+    matrix_23 = face.frame_matrix(Crop("face", 0.875, 0.0, 256))
     options = BlendOptions(mask=mask, feather_px=0, erode_px=0, color="off")
     mask_ss = face_mask(options, face, matrix_23, 256, None)
     landmarks_l2 = face.landmarks_l2 @ matrix_23[:, :2].T + matrix_23[:, 2]
@@ -381,6 +382,118 @@ def test_several_faces_of_a_frame(run, place):
         x, y = read_face(path)[0].landmarks_l2[30].astype(int)
         before = np.hstack(frames)[y, x].astype(float)
         assert np.abs(after[y, x] - before / 2).max() < 6
+
+
+# Faces of DeepFaceLab
+
+
+def as_jpegs(place, folder="jpegs", **changes):
+    """The film's faces as DeepFaceLab cuts them out, turned a little; changes of what they say."""
+    (place / folder).mkdir()
+    for number, path in enumerate(faces_of(place)):
+        face, header = read_face(path)
+        frame = read_picture(place / "frames" / header.source["source_filename"])
+        to_jpeg_23 = dfl.jpeg_matrix(face.alignment, 256, "whole_face", number / 2)
+        values = {
+            "landmarks": transform(face.landmarks_l2, to_jpeg_23).tolist(),
+            "source_filename": header.source["source_filename"],
+            "source_landmarks": face.landmarks_l2.tolist(),
+            "image_to_face_mat": to_jpeg_23,
+        } | changes
+        jpeg = dfl.jpeg_with(
+            cv2.warpAffine(frame, to_jpeg_23, (256, 256), flags=cv2.INTER_CUBIC),
+            dfl.dumped({key: value for key, value in values.items() if value is not None}),
+        )
+        (place / folder / f"{path.stem}_0.jpg").write_bytes(jpeg)
+    return sorted((place / folder).iterdir())
+
+
+@pytest.mark.parametrize("centering", ["face", "head", "legacy"])
+def test_a_patch_of_a_face_of_deepfacelab_is_the_crop_of_training(place, centering):
+    path, crop = as_jpegs(place)[3], Crop(centering, 0.7, 0.0, 96)
+    face = read_face(path)[0]
+    frame = read_picture(place / "frames" / face.source_filename)
+    patch_ssc = cut_patch(frame, face.frame_matrix(crop), 96) * 255
+    trained_ssc = decode_one(face, crop).astype(float)
+    moved = shift_of(trained_ssc[24:-24, 24:-24, 1], patch_ssc[24:-24, 24:-24, 1])
+    assert np.abs(moved).max() < 0.05, moved
+
+
+@pytest.mark.parametrize("kind", ["jpegs", "pack", "matrix alone"])
+def test_faces_of_deepfacelab_are_swapped_without_a_shift(run, place, kind):
+    paths = as_jpegs(place, **({"source_landmarks": None} if kind == "matrix alone" else {}))
+    faces = place / "jpegs"
+    if kind == "pack":
+        faces = place / "faceset.pak"
+        faces.write_bytes(dfl.pack([path.read_bytes() for path in paths]))
+    report, _ = run(model_of(factor=2), faces=faces, feather_px=0.0)
+    assert (report.frames, report.faces) == (NUM_FACES + 1, NUM_FACES)
+    for path in faces_of(place):
+        before, after = (
+            read_picture(place / folder / f"{stem_of(path)}.png") for folder in ("frames", "out")
+        )
+        assert np.abs(after.astype(int) - before).max() > 0
+        assert np.abs(shift_of(before[..., 1], after[..., 1])).max() < 0.03
+
+
+def test_the_mask_of_a_face_of_deepfacelab_lies_on_the_face(place):
+    """A disc round the tip of the nose, at an edge of its own, is found there in the patch."""
+    path = as_jpegs(place)[3]
+    nose_xy = read_face(path)[0].landmarks_l2[30]
+    rows, columns = np.indices((128, 128))
+    x, y = (nose_xy + 0.5) / 2 - 0.5
+    disc = np.where((columns - x) ** 2 + (rows - y) ** 2 < 400, 255, 0).astype(np.uint8)
+    xseg = np.frombuffer(cv2.imencode(".png", disc)[1], np.uint8)
+    face = read_face(as_jpegs(place, "masked", xseg_mask=xseg)[3])[0]
+    crop_23 = face.frame_matrix(Crop("face", 1.0, 0.0, 256))
+    options = BlendOptions(mask="custom_head", feather_px=0, erode_px=0, color="off")
+    mask_ss = face_mask(options, face, crop_23, 256, None)
+    rows, columns = np.indices(mask_ss.shape)
+    centre = np.array([(columns * mask_ss).sum(), (rows * mask_ss).sum()]) / mask_ss.sum()
+    assert np.abs(centre - transform(face.source_landmarks_l2, crop_23)[30]).max() < 0.25
+
+
+def test_stored_is_the_mask_that_the_faces_have(run, place):
+    xseg = np.frombuffer(cv2.imencode(".png", np.full((64, 64), 255, np.uint8))[1], np.uint8)
+    as_jpegs(place, xseg_mask=xseg)
+    _, events = run(faces=place / "jpegs", mask="stored")
+    assert events[0]["mask"] == "custom_head"
+    with pytest.raises(ValueError, match="has 2 stored masks .* give --mask with one of these"):
+        run(mask="stored", output=place / "other")
+    as_jpegs(place, "bare")
+    with pytest.raises(ValueError, match=r"has 0 stored masks \(none\)"):
+        run(faces=place / "bare", mask="stored", output=place / "other")
+
+
+def test_several_faces_of_deepfacelab_in_a_frame_come_in_their_order(place):
+    paths = as_jpegs(place, source_filename="one.png")
+    for number, path in enumerate(reversed(paths)):
+        path.rename(path.with_name(f"one_{number + 8}.jpg"))
+    found = read_faces(place / "jpegs", "extended", pytest.fail)
+    assert [each.face.path.stem for each in found["one"]] == [f"one_{n}" for n in range(8, 13)]
+
+
+def test_faces_of_deepfacelab_that_tell_no_place_are_named(run, place):
+    as_jpegs(place, source_landmarks=None, image_to_face_mat=None)
+    with pytest.raises(ValueError, match="holds no usable face: .*does not say in which frame"):
+        run(faces=place / "jpegs")
+    as_jpegs(place, "nameless", source_filename=None)
+    with pytest.raises(ValueError, match="holds no usable face: .*does not say in which frame"):
+        run(faces=place / "nameless")
+    (place / "empty.pak").write_bytes(dfl.pack([]))
+    with pytest.raises(ValueError, match=r"empty.pak holds no usable face$"):
+        run(faces=place / "empty.pak")
+
+
+def test_jpegs_beside_face_pngs_are_told(run, place):
+    for path in as_jpegs(place):
+        path.rename(place / "faces" / path.name)
+    _, events = run()
+    (warning,) = (event["message"] for event in events if event["event"] == "warning")
+    assert f"{NUM_FACES} JPEGs are not used: give JPEGs of DeepFaceLab a folder" in warning
+
+
+# Frames
 
 
 @pytest.mark.parametrize("kind", ["16 bits", "alpha", "16 bits and alpha", "grey", "tiff", "jpeg"])

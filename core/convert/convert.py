@@ -18,11 +18,11 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from ..blend import BlendOptions, face_mask, matched
-from ..faces.geometry import Crop
+from ..faces.geometry import Crop, rescaled
 from ..faces.png import FaceFileError
 from ..swapping import BatchDecoder, SwapModel
 from .frames import Frame
-from .patch import cut_patch, paste, patch_matrix, rescaled
+from .patch import cut_patch, paste
 from .placement import Faces, PlacedFace
 
 _MOST_WAITING = 32
@@ -153,7 +153,7 @@ class Converter:
             work.image_hwc = work.frame.read()
             for placed in work.faces:
                 placed.check_size(work.image_hwc.shape[:2])
-                matrix_23 = patch_matrix(placed.face, self._crop)
+                matrix_23 = placed.face.frame_matrix(self._crop)
                 work.patches.append(cut_patch(work.image_hwc, matrix_23, self._crop.size_px))
         return work
 
@@ -206,7 +206,7 @@ class Converter:
         learned_ss: np.ndarray | None,
     ) -> None:
         """Put one decoded face into its frame."""
-        input_23 = patch_matrix(placed.face, self._crop)
+        input_23 = placed.face.frame_matrix(self._crop)
         matrix_23 = rescaled(input_23, self._output_px / self._crop.size_px)
         try:
             mask_ss = face_mask(self._options, placed.face, matrix_23, self._output_px, learned_ss)
@@ -218,7 +218,7 @@ class Converter:
 
 def _tile(image_hwc: np.ndarray, placed: PlacedFace) -> np.ndarray:
     """The head in a frame, upright, (192, 192, 3) uint8."""
-    matrix_23 = patch_matrix(placed.face, Crop("head", 1.0, 0.0, TILE_PX))
+    matrix_23 = placed.face.frame_matrix(Crop("head", 1.0, 0.0, TILE_PX))
     tile_ssc = cut_patch(image_hwc, matrix_23, TILE_PX)
     return np.rint(tile_ssc.clip(0, 1) * 255).astype(np.uint8)
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...models.autoencoder import Side
 from .. import precision
-from ..blend import FEATHER_SHARE, LEARNED, BlendOptions
+from ..blend import FEATHER_SHARE, LEARNED, STORED, BlendOptions
 from ..checkpoint.inference import write_export
 from ..data.decode import thread_count
 from ..faces.inspect import tiled
@@ -25,7 +25,7 @@ from ..training.devices import choose_device
 from .convert import TILE_PX, Converter
 from .frames import Frame, PictureFolder
 from .output import PictureOutput, encoded_png, manifest_of, origin
-from .placement import Faces, first_number, read_faces, require_frames
+from .placement import Faces, first_number, read_faces, require_frames, stored_mask_name
 from .video import CONTAINERS, Video, VideoOutput
 
 Emit = Callable[..., None]
@@ -44,7 +44,7 @@ class SwapSettings:
     """Model folder, or a file of `mien model inference`."""
 
     faces: Path
-    """Folder of the faces that were extracted from the frames."""
+    """Folder of the faces that were extracted from the frames, or a faceset.pak."""
 
     frames: Path
     """Folder of pictures, or a video."""
@@ -59,7 +59,8 @@ class SwapSettings:
     """Side as whom the faces are decoded."""
 
     mask: str | None = None
-    """Mask of the faces; None: the learned one, or else `extended`."""
+    """Mask of the faces; `stored`: the one that they have; None: the learned one, or else
+    `extended`."""
 
     feather_px: float | None = None
     """Width over which a face fades out, px of the decoded face; None: 1/16 of its edge."""
@@ -290,9 +291,10 @@ def _blend_options(settings: SwapSettings, model: SwapModel) -> BlendOptions:
             f"the model has learned no mask: give --mask {' or '.join(LANDMARK_MASKS)}, none, or "
             "the name of a stored one"
         )
+    mask = settings.mask or (LEARNED if model.has_mask else "extended")
     feather_px = settings.feather_px
     return BlendOptions(
-        mask=settings.mask or (LEARNED if model.has_mask else "extended"),
+        mask=stored_mask_name(settings.faces) if mask == STORED else mask,
         feather_px=model.output_px * FEATHER_SHARE if feather_px is None else feather_px,
         erode_px=settings.erode_px,
         color=settings.color,

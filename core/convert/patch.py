@@ -10,35 +10,16 @@ Letters: S edge of a patch in px, h, w = row and column of a frame, c = channel,
 from px of the frame to px of the patch.
 """
 
-import dataclasses
 import math
 
 import cv2
 import numpy as np
 
-from ..faces.folder import Face
-from ..faces.geometry import Crop, crop_matrix, resize
+from ..faces.geometry import rescaled, resize
 
 MAX_NATIVE_PX = 4096
 """Edge up to which a patch is cut at the size that it has in the frame. No face of a film is
 larger; landmarks of a stranger may say so."""
-
-
-def patch_matrix(face: Face, crop: Crop) -> np.ndarray:
-    """Matrix from px of the frame to px of the crop at its size, (2, 3) float64.
-
-    The crop is that of training, less the rounding of its corner to whole px of the face's picture.
-    """
-    native = dataclasses.replace(crop, size_px=max(face.crop_box(crop).side, 1))
-    matrix_23 = crop_matrix(face.alignment, native)
-    return rescaled(matrix_23, crop.size_px / native.size_px)
-
-
-def rescaled(matrix_23: np.ndarray, factor: float) -> np.ndarray:
-    """The matrix to a patch that shows the same area with `factor` times as many px an edge."""
-    scaled_23 = matrix_23 * factor
-    scaled_23[:, 2] += (factor - 1) / 2
-    return scaled_23
 
 
 def scale_of(matrix_23: np.ndarray) -> float:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ..blend import LEARNED, NO_MASK
-from ..faces.folder import Face, Rejected, read_face, skipped
-from ..faces.listing import list_pictures
+from ..faces.dfl_pack import Part
+from ..faces.folder import Face, Rejected, face_sources, read_source, skipped
+from ..faces.listing import list_pictures, passed_over
 from ..faces.masks import LANDMARK_MASKS
 from ..faces.png import FaceFileError, FaceHeader
 
@@ -53,7 +54,8 @@ class PlacedFace:
                 f"was found in one of {self.frame_px[1]} x {self.frame_px[0]}: give the frames "
                 "that the faces were extracted from, in their size"
             )
-        inside_l2 = (self.face.landmarks_l2 >= 0) & (self.face.landmarks_l2 < (width_px, height_px))
+        landmarks_l2 = self.face.source_landmarks_l2
+        inside_l2 = (landmarks_l2 >= 0) & (landmarks_l2 < (width_px, height_px))
         # One landmark inside is enough: faces at the edge of a frame are faces.
         if not inside_l2.all(axis=1).any():
             raise ValueError(
@@ -66,7 +68,7 @@ def read_faces(folder: Path, mask: str, warn: Callable[[str], None]) -> Faces:
     """The faces of a folder by the stem of their frame; none of their pictures is decoded.
 
     Args:
-        folder: Faces that extraction wrote.
+        folder: Faces that extraction wrote, faces of DeepFaceLab, or its pack of them.
         mask: Mask that is needed of each: learned, components, extended, none or a stored one's
             name.
         warn: Called with a line where files are left out.
@@ -76,31 +78,51 @@ def read_faces(folder: Path, mask: str, warn: Callable[[str], None]) -> Faces:
     """
     faces: Faces = {}
     rejected: list[Rejected] = []
-    for path in list_pictures(folder):
-        if path.suffix.lower() != ".png":
-            raise ValueError(
-                f"{folder} holds faces of DeepFaceLab: `mien faces import` writes them as face "
-                "PNGs, give the folder of those"
-            )
+    for source in face_sources(list_pictures(folder)):
         try:
-            face, header = read_face(path)
+            face, header = read_source(source)
             placed = _placed(face, header)
         except FaceFileError as error:
+            path = source.path if isinstance(source, Part) else source
             rejected.append(Rejected(path, str(error)))
             continue
         if mask not in (LEARNED, NO_MASK, *LANDMARK_MASKS):
-            _require_mask(path, header, mask)
+            _require_mask(face.path, header, mask)
         if placed.frame_px is not None:
             placed.check_size(placed.frame_px)
         faces.setdefault(placed.stem, []).append(placed)
     if not faces:
-        raise ValueError(f"{folder} holds no usable face: {rejected[0].path}: {rejected[0].reason}")
+        why = f": {rejected[0].path}: {rejected[0].reason}" if rejected else ""
+        raise ValueError(f"{folder} holds no usable face{why}")
     if rejected:
         warn(skipped(rejected))
+    if notice := passed_over(folder).notice:
+        warn(f"{folder}: {notice}")
     for found in faces.values():
         # As they were found: where two overlap, the later one lies on top at every call.
         found.sort(key=lambda placed: placed.index)
     return faces
+
+
+def stored_mask_name(folder: Path) -> str:
+    """Name of the one mask that the faces of a folder have stored, by the first one that is usable.
+
+    Raises:
+        ValueError: There is no usable face, or it has no stored mask, or more than one.
+    """
+    for source in face_sources(list_pictures(folder)):
+        try:
+            face, header = read_source(source)
+        except FaceFileError:
+            continue
+        names = sorted(set(header.masks) - set(LANDMARK_MASKS))
+        if len(names) != 1:
+            raise ValueError(
+                f"{face.path} has {len(names)} stored masks ({', '.join(names) or 'none'}): give "
+                f"--mask with one of these names, or {', '.join(LANDMARK_MASKS)} or {NO_MASK}"
+            )
+        return names[0]
+    raise ValueError(f"{folder} holds no usable face")
 
 
 def require_frames(
@@ -142,7 +164,7 @@ def landmarks_digest(faces: Faces) -> str:
     sha256 = hashlib.sha256()
     for stem, found in sorted(faces.items()):
         for placed in found:
-            sha256.update(os.fsencode(stem) + b"\0" + placed.face.landmarks_l2.tobytes())
+            sha256.update(os.fsencode(stem) + b"\0" + placed.face.source_landmarks_l2.tobytes())
     return sha256.hexdigest()
 
 
@@ -157,6 +179,10 @@ def _placed(face: Face, header: FaceHeader) -> PlacedFace:
     name, index = header.source.get("source_filename"), header.source.get("face_index")
     if not isinstance(name, str) or not 0 < len(Path(name).stem) <= _MOST_LETTERS:
         raise FaceFileError("does not name the frame that it was found in: extract the face again")
+    if not face.is_placed:
+        raise FaceFileError(
+            "does not say in which frame it was found, and where: extract the face again"
+        )
     return PlacedFace(
         face,
         Path(name).stem,

@@ -6,6 +6,7 @@ frame where the frame's landmarks are known, else the JPEG stands for the frame.
 """
 
 import dataclasses
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from .png import FaceFileError, FaceHeader, StoredMask, unreadable
 
 # The version whose header is written: from 2.0 on a picture is head-centred.
 ALIGNMENTS_VERSION = 2.4
+_FACE_NUMBER = re.compile(r".*_(\d{1,6})")
+"""Name of a JPEG without its ending, where it is the one that DeepFaceLab has given."""
+
 _MAX_DIFFERENCE = 0.005
 """Difference, normalised, up to which landmarks in the frame and in the JPEG are one face's.
 Chosen, unmeasured."""
@@ -34,15 +38,16 @@ Chosen, unmeasured."""
 class JpegFace(Face):
     """A usable face of DeepFaceLab. Landmarks and alignment are in px of its JPEG.
 
-    part: the bytes that hold it. face_type: what DeepFaceLab has cut out. in_frame: its alignment
-    in the frame, None where that is not known. frame_name: file name of the frame; of the JPEG,
-    which then stands for the frame, where that is not known.
+    part: the bytes that hold it. face_type: what DeepFaceLab has cut out. in_frame, in_frame_l2:
+    its alignment and its landmarks in the frame, None where they are not known. source_filename:
+    that of the frame, None where it is not known.
     """
 
     part: Part = dataclasses.field(default_factory=lambda: Part(Path(), Path(), 0, 0))
     face_type: str = "full_face"
     in_frame: Alignment | None = None
-    frame_name: str = ""
+    in_frame_l2: np.ndarray | None = None
+    source_filename: str | None = None
 
     is_upright: ClassVar[bool] = False
 
@@ -55,8 +60,24 @@ class JpegFace(Face):
         return f"DeepFaceLab {self.face_type}"
 
     @property
+    def frame_name(self) -> str:
+        """File name of the frame; of the JPEG, which then stands for it, where it is not known."""
+        return self.source_filename or self.part.path.name
+
+    @property
     def source_alignment(self) -> Alignment:
         return self.in_frame or self.alignment
+
+    @property
+    def source_landmarks_l2(self) -> np.ndarray:
+        return self.landmarks_l2 if self.in_frame_l2 is None else self.in_frame_l2
+
+    @property
+    def is_placed(self) -> bool:
+        return self.source_filename is not None
+
+    def frame_matrix(self, crop: Crop) -> np.ndarray:
+        return crop_matrix(self.source_alignment, crop)
 
     @property
     def decoding_bytes(self) -> int:
@@ -107,8 +128,6 @@ def read_jpeg(part: Part) -> tuple[JpegFace, Metadata]:
     landmarks_l2 = metadata.landmarks_l2
     alignment = checked_alignment(landmarks_l2)
     in_frame = _in_frame(alignment, metadata.source_landmarks_l2)
-    # A name without its landmarks would place the face nowhere in that frame.
-    known_name = metadata.source_filename if in_frame else None
     face = JpegFace(
         path=part.path,
         edge_px=edge_px,
@@ -118,7 +137,9 @@ def read_jpeg(part: Part) -> tuple[JpegFace, Metadata]:
         part=part,
         face_type=metadata.face_type,
         in_frame=in_frame,
-        frame_name=known_name or part.path.name,
+        in_frame_l2=metadata.source_landmarks_l2 if in_frame else None,
+        # A name without its landmarks would place the face nowhere in that frame.
+        source_filename=metadata.source_filename if in_frame else None,
     )
     return face, metadata
 
@@ -127,8 +148,8 @@ def header_of(face: JpegFace, metadata: Metadata) -> FaceHeader:
     """What the face's JPEG says, as a face PNG would, with masks that cover the JPEG."""
     landmarks_l2, masks = face.landmarks_l2, masks_of(metadata, face.edge_px)
     rect = None
-    if face.in_frame is not None and metadata.source_landmarks_l2 is not None:
-        landmarks_l2, rect = metadata.source_landmarks_l2, metadata.source_rect
+    if face.in_frame is not None:
+        landmarks_l2, rect = face.source_landmarks_l2, metadata.source_rect
         to_jpeg_33 = np.linalg.inv(_square(face.alignment)) @ _square(face.in_frame)
         masks = {
             key: mask
@@ -143,10 +164,11 @@ def _source(face: JpegFace) -> dict[str, Any]:
     """Origin of a face with the keys that extraction writes. The size of the frame is not known,
     unless the JPEG stands for it."""
     frame_px = 0 if face.in_frame else face.edge_px
+    number = _FACE_NUMBER.fullmatch(face.path.stem)
     return {
         "alignments_version": ALIGNMENTS_VERSION,
         "original_filename": f"{face.path.stem}.png",
-        "face_index": 0,
+        "face_index": int(number[1]) if number else 0,
         "source_filename": face.frame_name,
         "source_is_video": False,
         "source_frame_dims": (frame_px, frame_px),

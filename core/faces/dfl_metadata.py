@@ -20,6 +20,7 @@ from ..system.output import silent_libraries
 from . import dfl_jpeg, png
 from .dfl_pickle import StoredArray, read_values
 from .face import FACE_TYPES
+from .geometry import transform
 from .png import FaceFileError, StoredMask
 
 # DeepFaceLab writes 50,000 at the most: all of it has to fit into one segment.
@@ -109,31 +110,31 @@ def _metadata_from(values: dict[Any, Any], edge_px: int) -> Metadata:
         face_type=face_type,
         landmarks_l2=landmarks_l2,
         source_filename=plain_name(name) if isinstance(name, str) else None,
-        source_landmarks_l2=_source_landmarks(values.get("source_landmarks")),
+        source_landmarks_l2=_source_landmarks(values, landmarks_l2),
         source_rect=_rect(values.get("source_rect")),
         mask=_mask_bytes(values.get("xseg_mask")),
         polygons=_polygons(values.get("seg_ie_polys"), edge_px),
     )
 
 
-def _points(value: Any, name: str) -> np.ndarray:
-    """Points, (n, 2) float64, finite: of a stored array or of nested lists."""
+def _points(value: Any, name: str, columns: int = 2) -> np.ndarray:
+    """Points, (n, columns) float64, finite: of a stored array or of nested lists."""
     if isinstance(value, StoredArray):
         points = value.values().astype(np.float64)
     else:
         is_list = isinstance(value, list | tuple)
-        if not is_list or not all(_is_pair(point) for point in value):
+        if not is_list or not all(_is_row(row, columns) for row in value):
             _refuse(f"has no {name}" if value is None else f"has {name} that are no (x, y) pairs")
-        points = np.array([[float(x), float(y)] for x, y in value]).reshape(-1, 2)
-    if points.ndim != 2 or points.shape[1] != 2:
-        _refuse(f"has {name} of shape {points.shape}, not (n, 2)")
+        points = np.array([[float(each) for each in row] for row in value]).reshape(-1, columns)
+    if points.ndim != 2 or points.shape[1] != columns:
+        _refuse(f"has {name} of shape {points.shape}, not (n, {columns})")
     if not np.isfinite(points).all():
         _refuse(f"has {name} that are not all finite")
     return points
 
 
-def _is_pair(point: Any) -> bool:
-    return isinstance(point, list | tuple) and len(point) == 2 and all(map(_is_number, point))
+def _is_row(row: Any, columns: int) -> bool:
+    return isinstance(row, list | tuple) and len(row) == columns and all(map(_is_number, row))
 
 
 def _is_number(value: Any) -> bool:
@@ -143,9 +144,18 @@ def _is_number(value: Any) -> bool:
     return type(value) is float
 
 
-def _source_landmarks(value: Any) -> np.ndarray | None:
+def _source_landmarks(values: dict[Any, Any], landmarks_l2: np.ndarray) -> np.ndarray | None:
+    """Landmarks in the frame: as they are told, or by the matrix that the frame was warped with."""
     try:
-        return png.checked_landmarks(_points(value, "source landmarks"))
+        if values.get("source_landmarks") is not None:
+            points_l2 = _points(values["source_landmarks"], "source landmarks")
+        else:
+            to_jpeg_23 = _points(values.get("image_to_face_mat"), "a matrix", columns=3)
+            if len(to_jpeg_23) != 2:
+                return None
+            points_l2 = transform(landmarks_l2, cv2.invertAffineTransform(to_jpeg_23))
+        is_finite = np.isfinite(points_l2).all()
+        return png.checked_landmarks(points_l2.astype(np.float64)) if is_finite else None
     except FaceFileError:
         return None
 

@@ -7,6 +7,7 @@ turned against the face: `core.faces.dfl_face`.
 Letters: l = landmark (68), 2 = (x, y), hwc = row, column, channel.
 """
 
+import dataclasses
 from collections import Counter
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,18 @@ from typing import ClassVar
 
 import numpy as np
 
-from .geometry import PADDING_RATIO, Alignment, Crop, CropBox, align, crop_box, cut, resize
+from .geometry import (
+    PADDING_RATIO,
+    Alignment,
+    Crop,
+    CropBox,
+    align,
+    crop_box,
+    crop_matrix,
+    cut,
+    rescaled,
+    resize,
+)
 from .masks import named_mask
 from .picture import decoding_bytes, open_picture
 from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader, StoredMask, read_header
@@ -142,6 +154,24 @@ class Face:
     def source_alignment(self) -> Alignment:
         """Alignment of the face in px of what it was extracted from."""
         return self.alignment
+
+    @property
+    def source_landmarks_l2(self) -> np.ndarray:
+        """Landmarks in px of what it was extracted from, (68, 2) float32."""
+        return self.landmarks_l2
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its file says in which frame it was found, and where in it."""
+        return True
+
+    def frame_matrix(self, crop: Crop) -> np.ndarray:
+        """Matrix from px of the frame to px of the crop that training sees, (2, 3) float64.
+
+        The rounding of the crop's corner to whole px of the picture is left out.
+        """
+        native = dataclasses.replace(crop, size_px=max(self.crop_box(crop).side, 1))
+        return rescaled(crop_matrix(self.alignment, native), crop.size_px / native.size_px)
 
     @property
     def native_px(self) -> float:

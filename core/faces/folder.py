@@ -76,7 +76,7 @@ def read_folder(
     faces: list[Face] = []
     rejected: list[Rejected] = []
     # Threads would only wait for each other: this is Python's own work.
-    for result in map(_read, _sources(files, side)):
+    for result in map(_read, face_sources(files, side)):
         if isinstance(result, Face):
             faces.append(result)
             if on_face:
@@ -103,8 +103,7 @@ def read_face(path: Path) -> tuple[Face, FaceHeader]:
     """
     part = part_of(path)
     if part is not None:
-        jpeg_face, metadata = read_jpeg(part)
-        return jpeg_face, header_of(jpeg_face, metadata)
+        return read_source(part)
     # Before it is read: a file that changes meanwhile must not be kept under its new time.
     size_time = size_and_time(path)
     edge_px, header = read_header(path)
@@ -144,8 +143,19 @@ def uneven(name_a: str, count_a: int, name_b: str, count_b: int) -> str | None:
     )
 
 
-def _sources(files: list[Path], side: str | None) -> Iterator[Path | Part]:
-    """What holds a face each: files as they are, of a pack its parts."""
+def read_source(source: Path | Part) -> tuple[Face, FaceHeader]:
+    """The same of a member of `face_sources`."""
+    if not isinstance(source, Part):
+        return read_face(source)
+    face, metadata = read_jpeg(source)
+    return face, header_of(face, metadata)
+
+
+def face_sources(files: list[Path], side: str | None = None) -> Iterator[Path | Part]:
+    """What holds a face each: files as they are, of a pack its parts.
+
+    Raises ValueError, one line, where a pack is damaged.
+    """
     for file in files:
         if file.suffix.lower() == PACK_SUFFIX:
             try:

@@ -254,11 +254,20 @@ def warp(image_hwc: np.ndarray, matrix_23: np.ndarray, size_px: int) -> np.ndarr
     scale = float(np.hypot(matrix_23[0, 0], matrix_23[1, 0]))
     # A crop may reach far beyond the image; there is no use in more points than that has.
     times = min(math.ceil(1.0 / scale), max(2 * image_hwc.shape[0] // size_px, 1))
-    larger_23 = matrix_23 * times
-    larger_23[:, 2] += (times - 1) / 2.0  # the middle of that many pixels
+    larger_23 = rescaled(matrix_23, times)
     edge_px = size_px * times
     larger = cv2.warpAffine(image_hwc, larger_23, (edge_px, edge_px), flags=cv2.INTER_CUBIC)
     return resize(larger, size_px)
+
+
+def rescaled(matrix_23: np.ndarray, factor: float) -> np.ndarray:
+    """The matrix to a picture that shows the same area with `factor` times as many px an edge.
+
+    A pixel is an area whose centre has the whole number as its coordinate.
+    """
+    scaled_23 = matrix_23 * factor
+    scaled_23[:, 2] += (factor - 1) / 2
+    return scaled_23
 
 
 def outside_share(matrix_23: np.ndarray, edge_px: int, size_px: int) -> float:

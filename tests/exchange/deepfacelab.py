@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mien.core.faces.geometry import align, transform
+from mien.core.faces.geometry import Alignment, align, transform
 from mien.core.faces.png import FaceHeader
 from mien.core.faces.synthetic import draw_face
 
@@ -36,6 +36,17 @@ def _person(identity: str, number: int) -> tuple[np.ndarray, FaceHeader]:
     return draw_face(identity, number, size_px=256)
 
 
+def jpeg_matrix(
+    alignment: Alignment, edge_px: int, face_type: str, turn_degrees: float
+) -> np.ndarray:
+    """Matrix from px of the frame to px of the JPEG, (2, 3) float64."""
+    scale, turn = edge_px / SIDE_UNITS[face_type], np.deg2rad(turn_degrees)
+    turned_22 = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    shift_2 = edge_px / 2 - turned_22 @ CENTRES[face_type]
+    normalized_33 = np.vstack([alignment.matrix_23, [0, 0, 1]])
+    return np.column_stack([turned_22, shift_2]) @ normalized_33
+
+
 def drawn(
     identity: str = "a",
     number: int = 0,
@@ -47,13 +58,9 @@ def drawn(
     """A picture cut out as DeepFaceLab does, turned a little, and its metadata."""
     picture_bgr, header = _person(identity, number % NUM_DRAWN)
     alignment = align(header.landmarks_l2)
-    scale = edge_px / SIDE_UNITS[face_type]
-    turn = np.deg2rad(number % 7 / 2 if turn_degrees is None else turn_degrees)
-    turned_22 = scale * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    turn_degrees = number % 7 / 2 if turn_degrees is None else turn_degrees
     to_jpeg_33 = np.eye(3)
-    to_jpeg_33[:2, :2] = turned_22
-    to_jpeg_33[:2, 2] = edge_px / 2 - turned_22 @ CENTRES[face_type]
-    to_jpeg_33 = to_jpeg_33 @ np.vstack([alignment.matrix_23, [0, 0, 1]])
+    to_jpeg_33[:2] = jpeg_matrix(alignment, edge_px, face_type, turn_degrees)
     inner_px = 256 - 2 * 80  # of the head crop
     to_png_33 = np.vstack([alignment.matrix_23, [0, 0, 1]])
     to_png_33[:2, 2] -= alignment.offsets["head"]
