@@ -1,19 +1,23 @@
 """mien model export, mien model import: models as files of other programs."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..core.system.paths import expanded
-from .lines import tell, tell_json
+from .lines import complain, tell, tell_json
 
 _MIB = 2**20
 
 Facts = dict[str, Any]
-Exporter = Callable[[argparse.Namespace, Path], tuple[Facts, list[str]]]
-"""Function of the arguments and the output; facts as plain values, and lines for people."""
+Report = Callable[[str], None]
+Exporter = Callable[[argparse.Namespace, Path, Report], tuple[Facts, list[str]]]
+"""Function of the arguments, the output, and what takes the name of each stage; facts as plain
+values, and lines for people."""
 
 
 def add_verbs(verbs: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -56,12 +60,27 @@ def run_export(args: argparse.Namespace) -> int:
     for flag in ("target", "mask"):
         if getattr(args, flag) is not None and args.to != "dfm":
             raise ValueError(f"--{flag} is of a .dfm, not of --to {args.to}; leave it out")
-    facts, lines = EXPORTERS[args.to](args, expanded(args.output))
+    with _stages(as_json=args.json) as report:
+        facts, lines = EXPORTERS[args.to](args, expanded(args.output), report)
     if args.json:
         tell_json(facts)
     else:
         tell(*lines)
     return 0
+
+
+@contextmanager
+def _stages(*, as_json: bool) -> Iterator[Report]:
+    """What takes the stages: a line that changes on a terminal, else lines; none beside JSON."""
+    if as_json:
+        yield lambda stage: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status("") as status:
+            yield status.update
+    else:
+        yield lambda stage: complain("model export", stage)
 
 
 def run_import(args: argparse.Namespace) -> int:
@@ -83,10 +102,12 @@ def run_import(args: argparse.Namespace) -> int:
     return 0
 
 
-def _keras(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
+def _keras(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts, list[str]]:
     from ..core.exchange.keras_export import export_keras
 
-    done = export_keras(args.model, target, generation=args.generation, force=args.force)
+    done = export_keras(
+        args.model, target, generation=args.generation, force=args.force, report=report
+    )
     faces = f"{done.num_faces} of its own faces" if done.num_faces else "no faces of its own"
     lines = [
         f"wrote {done.path}: {', '.join(done.files)}, {done.size_bytes / _MIB:,.1f} MiB",
@@ -96,10 +117,12 @@ def _keras(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
     return asdict(done) | {"path": str(done.path), "files": list(done.files)}, lines
 
 
-def _safetensors(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
+def _safetensors(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts, list[str]]:
     from ..core.exchange.tensors_export import export_tensors
 
-    done = export_tensors(args.model, target, generation=args.generation, force=args.force)
+    done = export_tensors(
+        args.model, target, generation=args.generation, force=args.force, report=report
+    )
     size = f"{done.size_bytes / _MIB:,.1f} MiB"
     lines = [
         f"wrote {done.path}: {done.metadata['trainer']}, both sides, {size}",
@@ -109,14 +132,16 @@ def _safetensors(args: argparse.Namespace, target: Path) -> tuple[Facts, list[st
     return asdict(done) | {"path": str(done.path)}, lines
 
 
-def _onnx(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
+def _onnx(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts, list[str]]:
     from ..core.exchange.onnx_export import export_onnx
 
-    done = export_onnx(args.model, target, generation=args.generation, force=args.force)
+    done = export_onnx(
+        args.model, target, generation=args.generation, force=args.force, report=report
+    )
     return _of_onnx(done)
 
 
-def _dfm(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
+def _dfm(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts, list[str]]:
     from ..core.exchange.onnx_export import export_dfm
 
     done = export_dfm(
@@ -126,6 +151,7 @@ def _dfm(args: argparse.Namespace, target: Path) -> tuple[Facts, list[str]]:
         mask=args.mask,
         generation=args.generation,
         force=args.force,
+        report=report,
     )
     return _of_onnx(done)
 

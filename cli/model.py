@@ -77,7 +77,7 @@ def _info(args: argparse.Namespace) -> int:
     from ..core.exchange.targets import targets_of
 
     facts = facts_of(args.model)
-    facts["exports"] = targets_of(facts["trainer"], facts["options"])
+    facts["exports"], facts["exports_refused"] = targets_of(facts["trainer"], facts["options"])
     if args.json:
         tell_json(facts)
         return 0
@@ -89,10 +89,10 @@ def _info(args: argparse.Namespace) -> int:
         "sizes": f"{facts['input_px']} px in, {', '.join(map(str, facts['output_px'] or ()))} out",
         "parameters": "unknown" if parameters is None else f"{parameters:,}",
         "iterations": f"{facts['iterations']:,}",
-        "lowest loss": _number(facts["lowest_mean_loss"]),
+        "lowest loss": _lowest_loss(facts),
         "backup": _backup(facts),
         "run": f"{facts['run_id']}, saved by mien {facts['mien_version']}",
-        "exports": ", ".join(facts["exports"]),
+        "exports": _exports(facts),
         "in use": f"by {facts['in_use_by']}" if facts["in_use_by"] else "by no run",
     }
     for name, text in lines.items():
@@ -218,12 +218,21 @@ def _session(facts: dict[str, Any]) -> str:
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
     return (
         f"{facts['number']}, begun {started}, batch size {facts['batch_size']}, "
-        f"{facts['iterations']:,} iterations"
+        f"{facts['iterations']:,} iterations{', in faceswap' if facts['is_imported'] else ''}"
     )
 
 
-def _number(value: float | None) -> str:
-    return "none yet" if value is None else f"{value:.6g}"
+def _exports(facts: dict[str, Any]) -> str:
+    refused = facts["exports_refused"]
+    return ", ".join(facts["exports"]) + (f" alone: {refused}" if refused else "")
+
+
+def _lowest_loss(facts: dict[str, Any]) -> str:
+    own, imported = facts["lowest_mean_loss"], facts["imported_lowest_loss"]
+    text = "none yet" if own is None else f"{own:.6g}"
+    if imported is not None:
+        text += f" ({imported:.6g} before the import, by faceswap's own mean)"
+    return text
 
 
 def _size_of(num_bytes: int) -> str:

@@ -210,7 +210,7 @@ def _line(event: str, fields: dict[str, Any]) -> str:
     sheet = f"; sheet: {fields['sheet']}" if fields["sheet"] else ""
     done = f"{fields['output']}: {fields['frames']} frames{kept}, {fields['faces']} faces swapped"
     if fields["exit_code"] == _STOPPED:
-        return f"{done}; {fields['reason']}: call it again to go on, a video from its beginning"
+        return f"{done}; {fields['reason']}: call it again to go on"
     return f"{done} in {fields['seconds']:g} s{sheet}"
 
 

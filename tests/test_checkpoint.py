@@ -255,7 +255,9 @@ def test_leftovers_of_a_crash_are_swept_and_nothing_else(tmp_path):
     (path / "generations" / ".2.tmp").mkdir()
     (path / "generations" / ".0.trash").mkdir()
     (path / "generations" / "my notes").mkdir()
-    (path / ".state.json.tmp").write_text("{")
+    leftover = file_access.temporary_name(path / "state.json")
+    leftover.write_text("{")
+    (path / ".state.json.tmp").write_text("mine")
     with ModelFolder(path, read_only=True) as folder:
         check_loaded(folder.load(), 1)
         assert len(names(path)) == 4
@@ -263,7 +265,8 @@ def test_leftovers_of_a_crash_are_swept_and_nothing_else(tmp_path):
         assert names(path) == ["1", "my notes"]
         save(folder, 2)
     assert names(path) == ["1", "2", "my notes"]
-    assert not (path / ".state.json.tmp").exists()
+    assert not leftover.exists()
+    assert (path / ".state.json.tmp").read_text() == "mine"
 
 
 def test_read_only_takes_no_lock_and_saves_nothing(tmp_path):
@@ -595,8 +598,9 @@ def test_what_is_renamed_was_flushed_before(tmp_path, monkeypatch):
     assert (source, target) == (temporary, "generations/2")
     assert set(before_rename) == {temporary, *(f"{temporary}/{name}" for name in FILES)}
     assert before_rename[-2:] == [f"{temporary}/manifest.json", temporary]
-    assert (pointer, top) == (".state.json.tmp", "state.json")
-    assert before_pointer[len(before_rename) :] == ["generations", ".state.json.tmp"]
+    assert pointer.startswith(".mien-")
+    assert top == "state.json"
+    assert before_pointer[len(before_rename) :] == ["generations", pointer]
     assert flushed[-1] == "."
 
 

@@ -15,11 +15,13 @@ from mien.core.system.durable_files import (
     OddFileError,
     copy_file,
     discard,
+    discard_leftovers,
     open_for_reading,
     open_plain,
     replace_file,
     set_permissions,
     sync_folder,
+    temporary_name,
     write_file,
     write_output,
 )
@@ -248,14 +250,35 @@ def test_an_output_goes_where_a_link_leads(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_what_a_stranger_left_under_a_temporary_name_is_removed(tmp_path, monkeypatch, kind):
+def test_leftovers_of_a_kill_are_removed_whatever_they_are(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     Path("elsewhere").write_text("mine")
-    ODD[kind](Path(".file.tmp"))
-    replace_file(Path("file"), b"new")
-    assert sorted(os.listdir()) == ["elsewhere", "file"]
+    for name in ("file", "other"):
+        ODD[kind](temporary_name(Path(name)))
+    discard_leftovers(Path(), of=Path("file"))
+    assert len(os.listdir()) == 2, "what another process is writing stays"
+    discard_leftovers(Path())
+    assert os.listdir() == ["elsewhere"]
     assert Path("elsewhere").read_text() == "mine"
     discard(Path("nothing"))
+    discard_leftovers(Path("nothing"))
+
+
+def test_no_file_of_the_user_s_stands_for_a_temporary_one(tmp_path):
+    names = [".file.tmp", ".file.part", "file.tmp", ".mien-mine.tmp", f".mien-{'0' * 24}.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        write_output(tmp_path / "file", b"new", force=True)
+    discard_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, "file"])
+    assert {(tmp_path / name).read_text() for name in names} == {"mine"}
+
+
+def test_a_temporary_name_fits_where_the_name_itself_does(tmp_path):
+    (tmp_path / ("n" * 255)).write_bytes(b"old")
+    replace_file(tmp_path / ("n" * 255), b"new")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
 
 
 # Disks that lack things

@@ -138,12 +138,6 @@ def test_save_png_keeps_the_old_picture_when_the_disk_fails(tmp_path, monkeypatc
     assert [found.name for found in tmp_path.iterdir()] == ["preview.png"]
 
 
-def test_save_png_takes_the_place_of_what_a_kill_left(tmp_path):
-    (tmp_path / ".preview.png.tmp").write_bytes(b"half a picture")
-    save_png(tmp_path / "preview.png", _image(*_arrays()), "")
-    assert [found.name for found in tmp_path.iterdir()] == ["preview.png"]
-
-
 def test_save_png_refuses_what_is_no_picture(tmp_path):
     with pytest.raises(ValueError, match=r"image must be uint8 \(H, W, 3\), got float64 \(2, 2\)"):
         save_png(tmp_path / "preview.png", np.zeros((2, 2)), "")

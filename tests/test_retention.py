@@ -15,6 +15,7 @@ from mien.core.checkpoint.saver import Saver
 from mien.core.checkpoint.state import TrainingState
 from mien.core.config import Config
 from mien.core.history.restore import restore
+from mien.core.system.durable_files import temporary_name
 
 RUN_ID = "0123456789abcdef" * 2
 
@@ -187,9 +188,9 @@ def _in_the_way(kind, target):
         target.mkdir()
         os.mkfifo(target / "state.json")
     elif kind == "a file for its temporary folder":
-        target.with_name(f".{target.name}.tmp").write_text("a leftover")
+        temporary_name(target).write_text("a leftover")
     elif kind == "a pipe for its temporary folder":
-        os.mkfifo(target.with_name(f".{target.name}.tmp"))
+        os.mkfifo(temporary_name(target))
 
 
 @pytest.mark.parametrize(

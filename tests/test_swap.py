@@ -22,7 +22,7 @@ import torch
 from mien.cli import main
 from mien.core.blend import BlendOptions, face_mask, matched, softened
 from mien.core.checkpoint import inference
-from mien.core.convert import convert, film, output, video
+from mien.core.convert import convert, film, output, video, video_output
 from mien.core.convert.film import SwapSettings, swap_film
 from mien.core.convert.frames import Frame, read_picture
 from mien.core.convert.patch import cut_patch, paste
@@ -852,8 +852,13 @@ def clip(place):
     return path
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
-def test_a_video_keeps_its_times_and_its_sound(run, place, clip, suffix):
+@pytest.mark.parametrize(
+    ("suffix", "most_frames"),
+    [(".mp4", 250), (".mkv", 250), (".mov", 250), (".mp4", 2), (".mkv", 1)],
+)
+def test_a_video_keeps_its_times_and_its_sound(run, place, clip, suffix, most_frames, monkeypatch):
+    """However many parts it is made of."""
+    monkeypatch.setattr(video_output, "MOST_FRAMES", most_frames)
     output = place / f"swapped{suffix}"
     report, _ = run(model_of(gain=0.5), frames=clip, output=output)
     assert (report.frames, report.faces) == (NUM_FACES + 1, NUM_FACES)
@@ -868,7 +873,8 @@ def test_a_video_keeps_its_times_and_its_sound(run, place, clip, suffix):
         assert np.abs(now[y, x].astype(float) - was[y, x] / 2).max() < 12
         assert np.abs(now[:40].astype(int) - was[:40]).mean() < 1  # its colours stay
     assert np.abs(after[0][-1].astype(int) - before[0][-1]).mean() < 1
-    assert not list(place.glob(".*.part"))
+    assert sorted(path.name for path in place.iterdir() if "swapped" in path.name) == [output.name]
+    assert not list(place.glob(".*"))
 
 
 def test_a_video_becomes_a_folder(run, place, clip):
@@ -895,17 +901,123 @@ def test_a_folder_becomes_a_video(run, place, size_px):
     assert np.allclose(times, np.arange(NUM_FACES) / 10)
 
 
-def test_a_part_of_a_video_is_removed(run, place, clip):
-    calls = iter([False, True])
-    report, _ = run(frames=clip, output=place / "film.mp4", should_stop=lambda: next(calls, True))
-    assert report.is_stopped
-    assert not list(place.glob("*film.mp4*"))
+def _stop_after(count):
+    """A question that is answered with yes when it is asked so often."""
+    calls = iter([False] * (count - 1))
+    return lambda: next(calls, True)
+
+
+@pytest.mark.parametrize("most_frames", [2, 250])
+def test_a_stopped_video_goes_on_where_it_was(run, place, clip, most_frames, monkeypatch):
+    monkeypatch.setattr(video_output, "MOST_FRAMES", most_frames)
+    run(model_of(gain=0.5), frames=clip, output=place / "whole.mp4")
+    settings = {"frames": clip, "output": place / "film.mp4", "num_threads": 1, "batch_size": 1}
+    stopped, _ = run(model_of(gain=0.5), should_stop=_stop_after(3), **settings)
+    assert stopped.is_stopped
     assert not (place / "film.mp4").exists()
+    (place / "film.mp4.parts/my notes.txt").write_text("mine")
+    model = model_of(gain=0.5)
+    resumed, _ = run(model, **settings)
+    assert (resumed.frames, resumed.kept, resumed.faces) == (6, 3, 2)
+    assert model.network.batches == [1, 1]
+    (images, times, sound, comment), whole = (
+        _read_video(place / name) for name in ("film.mp4", "whole.mp4")
+    )
+    assert times == whole[1]
+    assert sound == whole[2]
+    assert comment == whole[3]
+    for image, wanted in zip(images, whole[0], strict=True):
+        assert np.abs(image.astype(int) - wanted).mean() < 1
+    assert [path.name for path in (place / "film.mp4.parts").iterdir()] == ["my notes.txt"]
+
+
+def test_a_video_that_is_not_whole_is_gone_on_with_by_the_same_call_only(run, place, clip):
+    settings = {"frames": clip, "output": place / "film.mp4"}
+    run(should_stop=_stop_after(2), **settings)
+    before = sorted((place / "film.mp4.parts").iterdir())
+    for change in ({"color": "mean"}, {"preview": 3}, {"side": "a"}):
+        with pytest.raises(ValueError, match="film.mp4.parts holds frames made with .* remove it"):
+            run(**settings | change)
+    assert sorted((place / "film.mp4.parts").iterdir()) == before
+    (place / "other.mp4.parts").mkdir()
+    (place / "other.mp4.parts/mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="other.mp4.parts is not empty: remove it, or give"):
+        run(frames=clip, output=place / "other.mp4")
+
+
+def test_parts_of_a_video_are_joined_only_where_they_fit(run, place, clip, monkeypatch):
+    monkeypatch.setattr(video_output, "MOST_FRAMES", 2)
+    settings = {"frames": clip, "output": place / "film.mp4", "num_threads": 1, "batch_size": 1}
+    run(should_stop=_stop_after(4), **settings)
+    parts = place / "film.mp4.parts"
+    (parts / "000000002-000000003.nut").rename(parts / "000000001-000000003.nut")
+    with pytest.raises(ValueError, match="no part that begins at frame 2 of .* begin anew"):
+        run(**settings)
+    (parts / "000000001-000000003.nut").rename(parts / "000000002-000000003.nut")
+    _write_video(
+        parts / "000000002-000000003.nut", [np.zeros((32, 32, 3), np.uint8)], [0], has_sound=False
+    )
+    with pytest.raises(ValueError, match="3.nut is not coded as the part before it: remove"):
+        run(**settings)
+    (parts / "000000002-000000003.nut").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="3.nut is damaged: remove it, and call it again"):
+        run(**settings)
+    assert not (place / "film.mp4").exists()
+    (parts / "000000002-000000003.nut").unlink()
+    report, _ = run(**settings)
+    assert report.frames == NUM_FACES + 1
+    assert not parts.exists()
+
+
+def test_a_sheet_is_made_of_frames_that_a_part_holds(run, place, clip):
+    settings = {"frames": clip, "output": place / "film.mp4", "sheet": place / "sheet.png"}
+    run(should_stop=_stop_after(5), **settings)
+    (place / "sheet.png").unlink()
+    report, _ = run(**settings)
+    assert report.kept == 0
+    assert report.sheet == place / "sheet.png"
+    assert len(_read_video(place / "film.mp4")[0]) == NUM_FACES + 1
+
+
+def _turned(path, degrees):
+    """The video, to be shown turned clockwise by whole degrees."""
+    cosine, sine = (round(65536 * f(np.deg2rad(degrees))) for f in (np.cos, np.sin))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    content[at : at + 36] = struct.pack(">9i", cosine, sine, 0, -sine, cosine, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+@pytest.mark.parametrize("kind", ["video", "folder"])
+def test_a_video_that_is_to_be_shown_turned_is_turned(run, place, clip, degrees, kind):
+    upright = _read_video(clip)[0]
+    stored = [np.rot90(image, degrees // 90) for image in upright]
+    _write_video(clip, [np.ascontiguousarray(each) for each in stored], TIMES_MS, has_sound=True)
+    upright = [np.rot90(image, -degrees // 90) for image in _read_video(clip)[0]]
+    _turned(clip, degrees)
+    output = place / "film.mp4" if kind == "video" else place / "out"
+    report, _ = run(model_of(), frames=clip, output=output)
+    assert report.faces == NUM_FACES
+    if kind == "video":
+        images = _read_video(output)[0]
+    else:
+        images = [read_picture(path) for path in sorted(output.glob("*.png"))]
+    for image, wanted in zip(images, upright, strict=True):
+        assert np.abs(image.astype(int) - wanted).mean() < 2
+
+
+def test_a_video_that_is_turned_by_less_than_a_quarter_is_refused(run, place, clip):
+    _turned(clip, 30)
+    with pytest.raises(ValueError, match=r"turned by -?\d+ degrees, which is no quarter turn"):
+        run(frames=clip, output=place / "film.mp4")
+    assert not list(place.glob("film.mp4*"))
 
 
 def test_a_full_disk_leaves_no_part_of_a_video(tmp_path):
-    written = video.VideoOutput(
-        tmp_path / "film.mp4", None, Fraction(25), "synthetic face", has_sound=False
+    stems = [str(number) for number in range(80)]
+    written = video_output.VideoOutput(
+        tmp_path / "film.mp4", stems, None, Fraction(25), "synthetic face", {}, has_sound=False
     )
     random = np.random.default_rng(0)
 
@@ -939,7 +1051,7 @@ def test_frames_of_other_sizes_make_no_video(run, place):
             path.rename(path.with_stem(f"a_{path.stem}"))
     with pytest.raises(ValueError, match="which a video cannot hold: write a folder"):
         run(output=place / "film.mp4")
-    assert not list(place.glob("*film.mp4*"))
+    assert not (place / "film.mp4").exists()
 
 
 def test_frames_of_a_video_are_counted_from_one_or_from_nought(place, clip):

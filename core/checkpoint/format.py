@@ -51,10 +51,21 @@ _HEADER_BYTES = 100 << 20
 # torch does not have, or an edge beyond its integers, it says the other two.
 _NO_TENSORS = (SafetensorError, KeyError, TypeError)
 _NUMBER_FORMATS = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
+"""Their names in a safetensors file."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -106,6 +117,30 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     set_permissions(path, path.parent.stat().st_mode & 0o666)
     # The library does not flush: a power cut would leave the right size, and zeros.
     sync_file(path)
+
+
+def tensor_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[bytes | memoryview]:
+    """Content of a safetensors file, piece by piece, its numbers where they lie in memory.
+
+    The library copies them twice before it writes. The layout: bytes of the header as 8 of little
+    endian, the header as JSON, the numbers; the widest first, so that all lie at multiples of their
+    size.
+    """
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    pieces: list[bytes | memoryview] = []
+    end = 0
+    for name, tensor in sorted(plain.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        begin, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _NUMBER_FORMATS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+        pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *pieces]
 
 
 def metadata_of(state: dict[str, Any]) -> dict[str, str]:

@@ -17,7 +17,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -25,8 +24,15 @@ from ... import models
 from ...models.autoencoder import Autoencoder, Side
 from ...models.fields import shown
 from ..config import Config, from_dict, model_settings
-from ..system.durable_files import DamagedError, write_output
-from .format import MODEL, metadata_of, most_tensor_bytes, read_state, read_tensors
+from ..system.durable_files import Content, DamagedError, write_output
+from .format import (
+    MODEL,
+    metadata_of,
+    most_tensor_bytes,
+    read_state,
+    read_tensors,
+    tensor_file,
+)
 from .generations import BACKUP
 from .model_folder import ModelFolder
 
@@ -61,6 +67,26 @@ def write_inference(
     # First of all: gigabytes need not be read for a file that cannot be written.
     refuse_target(path, target, ".safetensors", force=force)
     source, state, config, saved = read_model(path, generation)
+    return write_weights(
+        target, source, state, config, saved, precision=precision, side=side, force=force
+    )
+
+
+def write_weights(
+    target: Path,
+    source: Path,
+    state: dict[str, Any],
+    config: Config,
+    saved: dict[str, Tensor],
+    *,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    side: Literal["a", "b", "both"] = "both",
+    force: bool = False,
+) -> dict[str, str]:
+    """Write what `read_model` gave, as `write_inference` does; the metadata of the file.
+
+    In fp32 the weights are not copied for it.
+    """
     settings = model_settings(config)
     settings |= dataclasses.asdict(
         models.options_of(config.model.trainer, config.model.options)
@@ -258,12 +284,11 @@ def _cast(name: str, tensor: Tensor, precision: str) -> Tensor:
 def _write(
     target: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, force: bool
 ) -> None:
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
     # Not by `write_tensors`: the library writes to a file of a random name, which a kill leaves.
-    write_export(target, safetensors.torch.save(plain, metadata), force=force)
+    write_export(target, tensor_file(tensors, metadata), force=force)
 
 
-def write_export(target: Path, content: bytes, *, force: bool) -> None:
+def write_export(target: Path, content: Content, *, force: bool) -> None:
     """Write a file for use, whole or not at all; ValueError where the disk refuses."""
     try:
         write_output(target, content, force=force)

@@ -13,7 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..system.durable_files import copy_files, discard, sync_folder, write_file
+from ..system.durable_files import (
+    copy_files,
+    discard,
+    discard_leftovers,
+    sync_folder,
+    temporary_name,
+    write_file,
+)
 from .format import CONFIG, MANIFEST
 from .generations import BACKUP, FOLDER
 from .pointer import write_pointer
@@ -73,8 +80,8 @@ def write_snapshot(
         state: State that it holds.
         config: The settings, as they are to stand in the model folder; None: none.
     """
-    new = target.with_name(f".{target.name}.tmp")
-    discard(new)
+    discard_leftovers(target.parent, of=target)
+    new = temporary_name(target)
     try:
         (new / FOLDER).mkdir(parents=True)
         copy_files(generation, new / FOLDER / generation.name, (*file_names, MANIFEST))

@@ -29,6 +29,11 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _LOGS = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
 
 
+IMPORTED = "imported"
+"""Part of a state that another program began: its `last_session`, and its `lowest_loss`, which is a
+mean of that program's own and compares with none of mien's."""
+
+
 @dataclass(kw_only=True)
 class Session:
     """One start of the training program."""
@@ -61,6 +66,20 @@ class TrainingState:
 
     _loss_sum: float = field(default=0.0, repr=False, compare=False)
     _loss_count: int = field(default=0, repr=False, compare=False)
+
+    @property
+    def imported(self) -> tuple[int, float | None]:
+        """Last session and lowest loss of the program that the model was imported from.
+
+        Raises:
+            ValueError: What is saved of them is not that.
+        """
+        part = {"last_session": 0, "lowest_loss": None} | self.parts.get(IMPORTED, {})
+        prefix = f"parts.{IMPORTED}."
+        return (
+            saved_values.count(part, "last_session", prefix),
+            saved_values.optional_number(part, "lowest_loss", prefix),
+        )
 
     @property
     def session(self) -> Session:

@@ -26,7 +26,9 @@ from .convert import TILE_PX, Converter
 from .frames import Frame, PictureFolder
 from .output import PictureOutput, encoded_png, manifest_of, origin
 from .placement import Faces, first_number, read_faces, require_frames, stored_mask_name
-from .video import CONTAINERS, Video, VideoOutput
+from .video import Video
+from .video_output import VideoOutput
+from .video_parts import CONTAINERS
 
 Emit = Callable[..., None]
 # Else a folder of this name would be made of a video that somebody wanted.
@@ -139,7 +141,7 @@ def swap_film(
         settings: What is to be swapped, and how.
         emit: Called with the name of an event and its fields: `start`, `warning`, and `step` at
             most twice a second.
-        should_stop: Asked after each frame; a folder of frames is completed by the same call.
+        should_stop: Asked after each frame; the same call then goes on with what is missing.
 
     Raises:
         ValueError: Something of the input does not fit; one line says what, and what to do.
@@ -211,12 +213,12 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
         model, decode, settings.batch_size, options, faces, shown if settings.sheet else frozenset()
     )
     text = origin(model, settings.side)
-    output = _open_output(settings, model, options, source, faces, text)
-    num_frames = len(stems if chosen is None else chosen)
+    written = stems if chosen is None else [stem for stem in stems if stem in chosen]
+    output = _open_output(settings, model, options, source, written, faces, text)
     emit(
         "start",
         output=str(settings.output),
-        frames=num_frames,
+        frames=len(written),
         faces=num_faces,
         run_id=model.run_id,
         iterations=model.iterations,
@@ -226,7 +228,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
         precision=compute.name,
         batch_size=settings.batch_size,
     )
-    return _Film(converter, frames, num_frames, num_faces, output, text)
+    return _Film(converter, frames, len(written), num_faces, output, text)
 
 
 class _Steps:
@@ -322,18 +324,21 @@ def _open_output(
     model: SwapModel,
     options: BlendOptions,
     source: Video | PictureFolder,
+    stems: Sequence[str],
     faces: Faces,
     text: str,
 ) -> PictureOutput | VideoOutput:
+    manifest = manifest_of(model, settings.side, options, settings.frames, settings.faces, faces)
     if settings.output.suffix.lower() in CONTAINERS:
         return VideoOutput(
             settings.output,
+            stems,
             source if isinstance(source, Video) else None,
             Fraction(settings.fps).limit_denominator(1001),
             text,
+            manifest | {"preview": settings.preview},
             has_sound=settings.preview is None,
         )
-    manifest = manifest_of(model, settings.side, options, settings.frames, settings.faces, faces)
     return PictureOutput(settings.output, manifest, text)
 
 

@@ -94,17 +94,7 @@ class PictureOutput:
 
     def __init__(self, folder: Path, manifest: dict[str, Any], text: str) -> None:
         self.folder, self._text = folder, text
-        if not folder.parent.is_dir():
-            raise ValueError(f"there is no folder {folder.parent}; make it first")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-        self._names = {entry.name for entry in os.scandir(folder)}
-        if not self._names:
-            _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        elif MANIFEST not in self._names:
-            raise ValueError(f"{folder} is not empty: give a new folder, or empty this one first")
-        else:
-            _refuse_other(folder / MANIFEST, manifest)
+        self._names = open_folder(folder, manifest, "give a new folder, or empty this one first")
 
     def is_done(self, frame: Frame, has_faces: bool) -> bool:
         """Whether the frame is there already."""
@@ -149,9 +139,35 @@ def _write(path: Path, content: bytes) -> None:
         ) from None
 
 
-def _refuse_other(path: Path, manifest: dict[str, Any]) -> None:
+def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]:
+    """Names in a folder of frames to be written or completed, which is made where there is none.
+
+    Args:
+        folder: The folder.
+        manifest: What the frames are made with; a new folder says so in a file.
+        remedy: What to do where it holds anything else.
+
+    Raises:
+        ValueError: It holds other files, or frames that were made with something else; or the disk
+            refuses a file.
+        OSError: It cannot be made.
+    """
+    if not folder.parent.is_dir():
+        raise ValueError(f"there is no folder {folder.parent}; make it first")
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+    names = set(os.listdir(folder))
+    if not names:
+        _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    elif MANIFEST not in names:
+        raise ValueError(f"{folder} is not empty: {remedy}")
+    else:
+        _refuse_other(folder / MANIFEST, manifest, remedy)
+    return names
+
+
+def _refuse_other(path: Path, manifest: dict[str, Any], remedy: str) -> None:
     """Refuse, by a ValueError, to complete frames that were made with something else."""
-    remedy = "give a new folder, or empty this one first"
     try:
         found = json.loads(read_regular(path, _MOST_MANIFEST_BYTES))
     except (DamagedError, ValueError, RecursionError):

@@ -13,14 +13,20 @@ import torch
 from ...models.autoencoder import Autoencoder
 from ...models.graph_evaluation import evaluate
 from ..checkpoint.state import TrainingState
-from ..system.durable_files import discard, sync_file, sync_folder
+from ..system.durable_files import (
+    discard,
+    discard_leftovers,
+    sync_file,
+    sync_folder,
+    temporary_name,
+)
 from .keras_file import write_keras
 from .keras_reader import graph_of, open_weights
 from .keras_state import state_of
 from .keras_weights_file import require_h5py
 from .matching import match
 from .onnx_check import MAX_DIFFERENCE
-from .trained_model import read_trained_model, sample_pictures
+from .trained_model import Report, read_trained_model, sample_pictures, silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,12 @@ class KerasExport:
 
 
 def export_keras(
-    path: Path, target: Path, *, generation: str | None = None, force: bool = False
+    path: Path,
+    target: Path,
+    *,
+    generation: str | None = None,
+    force: bool = False,
+    report: Report = silent,
 ) -> KerasExport:
     """Write a folder that faceswap loads.
 
@@ -47,13 +58,14 @@ def export_keras(
         target: Folder to write, which is new or empty.
         generation: Name of a save, or `backup`; None: the newest.
         force: Replace the model of faceswap that is in the folder.
+        report: Called with each stage.
 
     Raises:
         ValueError: h5py is missing; the save or the target cannot be used; the family cannot be
             said in Keras, or the file differs from the model.
     """
     require_h5py()
-    model = read_trained_model(path, generation)
+    model = read_trained_model(path, generation, report)
     name = model.config.model.trainer.replace("-", "_")
     files = (f"{name}.keras", f"{name}_state.json")
     _refuse_target(path, target, files, force=force)
@@ -62,7 +74,9 @@ def export_keras(
     faces = model.faces()
     try:
         with _beside(target) as folder:
+            report("writing the graph and the weights")
             write_keras(folder / files[0], graph, model.metadata)
+            report("reading it back, to compare it with the model")
             # Of the file as it lies on the disk, read by the way on which imports come.
             difference = _difference(folder / files[0], model.network, faces)
             if not difference <= MAX_DIFFERENCE:
@@ -107,8 +121,8 @@ def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: b
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which is gone in the end if nothing has moved it away."""
-    folder = target.with_name(f".{target.name}.tmp")
-    discard(folder)
+    discard_leftovers(target.parent, of=target)
+    folder = temporary_name(target)
     folder.mkdir()
     try:
         yield folder

@@ -13,7 +13,7 @@ from ...models.fields import fields_of as rules_of
 from ...models.fields import shown
 from ...models.graph import Network
 from ..checkpoint.format import MAX_COUNT, MAX_JSON_BYTES, parse_json
-from ..checkpoint.state import Session, TrainingState
+from ..checkpoint.state import IMPORTED, Session, TrainingState
 from ..config import SECTIONS, Config, fields_of
 from ..config.faceswap_ini import MODEL_PLACES, SWITCHES
 from ..optim.lr_schedule import LR_FINDER, found_rate
@@ -54,6 +54,7 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
     of_a_session = [key for key in (*_OF_A_SESSION, *free) if key in options]
     found = found_rate(state)
     last = state.sessions[-1] if state.sessions else None
+    lowest = state.lowest_mean_loss or state.imported[1]
     # One session that sums up the training; mien's own early ones are summed up already.
     together = {
         "timestamp": float(state.sessions[0].started) if state.sessions else 0.0,
@@ -66,7 +67,7 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
     return {
         "name": config.model.trainer.replace("-", "_"),
         "sessions": {"1": together} if state.iterations else {},
-        "lowest_avg_loss": float(state.lowest_mean_loss or 0.0),
+        "lowest_avg_loss": float(lowest or 0.0),
         "iterations": state.iterations,
         "mixed_precision_layers": _names_of_mixed_layers(graph),
         "lr_finder": _NO_RATE if found is None else found,
@@ -181,7 +182,6 @@ def training_state_of(values: Json) -> TrainingState:
     state = TrainingState(
         trainer=values["name"].replace("_", "-"),
         iterations=_count(values.get("iterations", 0), "iterations"),
-        lowest_mean_loss=_lowest(values.get("lowest_avg_loss")),
     )
     for key, session in values["sessions"].items():
         state.sessions.append(_session(key, session))
@@ -189,6 +189,10 @@ def training_state_of(values: Json) -> TrainingState:
     numbers = [session.number for session in state.sessions]
     if len(set(numbers)) != len(numbers):
         raise ValueError("two sessions of the state have one number")
+    state.parts[IMPORTED] = {
+        "last_session": max(numbers, default=0),
+        "lowest_loss": _lowest(values.get("lowest_avg_loss")),
+    }
     faces = sum(session.iterations * session.batch_size for session in state.sessions)
     # faceswap does not count them: as many as its sessions have shown.
     state.faces_seen = dict.fromkeys("ab", min(faces, MAX_COUNT))

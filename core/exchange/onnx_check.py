@@ -7,7 +7,6 @@ sums it can pass 1e-4 where layers are large.
 Letters: N faces, S edge of a picture in px, c channels.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,9 +96,8 @@ def _runner(content: bytes) -> tuple[str, Expected]:
     return "onnxruntime", lambda faces: list(session.run(None, {port.name: faces}))
 
 
-def expected_of_plain(network: Autoencoder) -> Expected:
-    """What a file of the model as it is gives."""
-    exact = copy.deepcopy(network).double()
+def expected_of_plain(exact: Autoencoder) -> Expected:
+    """What a file of the model as it is gives; exact: the model in fp64."""
 
     def run(faces_nssc: np.ndarray) -> Arrays:
         return [output for side in SIDES for output in _decoded(exact, faces_nssc, side)]
@@ -107,15 +105,15 @@ def expected_of_plain(network: Autoencoder) -> Expected:
     return run
 
 
-def expected_of_dfm(network: Autoencoder, plan: DfmPlan) -> Expected:
-    """What a .dfm gives."""
-    placement, exact = plan.placement, copy.deepcopy(network).double()
+def expected_of_dfm(exact: Autoencoder, plan: DfmPlan) -> Expected:
+    """What a .dfm gives; exact: the model in fp64."""
+    placement = plan.placement
 
     def run(picture_1ssc: np.ndarray) -> Arrays:
         picture_ssc = picture_1ssc[0]
-        face = _sized(_inside(picture_ssc, placement), network.input_px)
+        face = _sized(_inside(picture_ssc, placement), exact.input_px)
         of_a, of_b = (_decoded(exact, face[None], side) for side in SIDES)
-        swapped = _put(of_b[-2 if network.build.learn_mask else -1][0], picture_ssc, placement)
+        swapped = _put(of_b[-2 if exact.build.learn_mask else -1][0], picture_ssc, placement)
         nothing = np.zeros_like(picture_ssc[..., :1])
         if plan.mask == "learned":
             masks = [_put(outputs[-1][0], nothing, placement) for outputs in (of_a, of_b)]

@@ -5,13 +5,9 @@ from pathlib import Path
 
 from ..checkpoint.inference import refuse_target, write_export
 from .dfm import dfm_file, dfm_plan, plain_file
-from .onnx_check import (
-    expected_of_dfm,
-    expected_of_plain,
-    verify,
-)
+from .onnx_check import expected_of_dfm, expected_of_plain, verify
 from .onnx_graph import import_onnx
-from .trained_model import read_trained_model, sample_pictures
+from .trained_model import Report, read_trained_model, sample_pictures, silent
 
 _TURNING_HEAD = (
     "a head-centred crop follows the turning head, the square of a program does not: beyond 15 "
@@ -54,7 +50,12 @@ class OnnxExport:
 
 
 def export_onnx(
-    path: Path, target: Path, *, generation: str | None = None, force: bool = False
+    path: Path,
+    target: Path,
+    *,
+    generation: str | None = None,
+    force: bool = False,
+    report: Report = silent,
 ) -> OnnxExport:
     """Write a model as it is.
 
@@ -63,6 +64,7 @@ def export_onnx(
         target: A file *.onnx outside the saves.
         generation: Name of a save, or `backup`; None: the newest.
         force: Replace the file where there is one.
+        report: Called with each stage.
 
     Raises:
         ValueError: The package onnx is missing; the save or the target cannot be used; the model
@@ -70,15 +72,18 @@ def export_onnx(
     """
     import_onnx()
     refuse_target(path, target, ".onnx", force=force)
-    model = read_trained_model(path, generation)
-    file, expected = plain_file(model.network), expected_of_plain(model.network)
-    content, faces = file.content(model.metadata), model.faces()
-    verdict = verify(content, sample_pictures(model.network.input_px, faces), expected)
+    model = read_trained_model(path, generation, report)
+    report("writing the graph and the weights")
+    content = plain_file(model.network).content(model.metadata)
+    faces, input_px = model.faces(), model.network.input_px
+    report("running it, to compare it with the model")
+    expected = expected_of_plain(model.network.double())
+    verdict = verify(content, sample_pictures(input_px, faces), expected)
     write_export(target, content, force=force)
     return OnnxExport(
         path=target,
         size_bytes=len(content),
-        input_px=model.network.input_px,
+        input_px=input_px,
         num_faces=len(faces),
         **asdict(verdict),
     )
@@ -92,6 +97,7 @@ def export_dfm(
     mask: str | None = None,
     generation: str | None = None,
     force: bool = False,
+    report: Report = silent,
 ) -> OnnxExport:
     """Write a model as a .dfm.
 
@@ -102,18 +108,21 @@ def export_dfm(
         mask: One of `MASKS`; None: the learned mask where there is one, else the mean face.
         generation: Name of a save, or `backup`; None: the newest.
         force: Replace the file where there is one.
+        report: Called with each stage.
 
     Raises:
         ValueError: As `export_onnx`; or the model has no such mask.
     """
     import_onnx()
     refuse_target(path, target, ".dfm", force=force)
-    model = read_trained_model(path, generation)
+    model = read_trained_model(path, generation, report)
     plan = dfm_plan(model.network, model.crop, program, mask)
     metadata = model.metadata | {"target": plan.target, "mask": plan.mask}
+    report("writing the graph and the weights")
     content, faces = dfm_file(model.network, plan).content(metadata), model.faces()
-    pictures, expected = sample_pictures(plan.size_px, faces), expected_of_dfm(model.network, plan)
-    verdict = verify(content, pictures, expected)
+    report("running it, to compare it with the model")
+    expected = expected_of_dfm(model.network.double(), plan)
+    verdict = verify(content, sample_pictures(plan.size_px, faces), expected)
     write_export(target, content, force=force)
     place = plan.placement
     return OnnxExport(

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..checkpoint.inference import write_inference
+from ...models.autoencoder import Autoencoder
+from ..checkpoint.inference import refuse_target, write_weights
 from ..data.sides import SIDES
 from ..swapping import load_model
-from .trained_model import read_trained_model, sample_pictures
+from .trained_model import Report, read_trained_model, sample_pictures, silent
 
 
 @dataclass(frozen=True)
@@ -24,33 +26,42 @@ class TensorsExport:
 
 
 def export_tensors(
-    path: Path, target: Path, *, generation: str | None = None, force: bool = False
+    path: Path,
+    target: Path,
+    *,
+    generation: str | None = None,
+    force: bool = False,
+    report: Report = silent,
 ) -> TensorsExport:
     """Write the weights of both sides, and read them back.
+
+    What was read of the save is let go before, so that no two models are in memory.
 
     Args:
         path: The model folder; it is only read.
         target: A file *.safetensors outside the saves.
         generation: Name of a save, or `backup`; None: the newest.
         force: Replace the file where there is one.
+        report: Called with each stage.
 
     Raises:
         ValueError: There is no such save, or it is damaged; the target is not allowed; the disk
             refuses, or gives back something else.
     """
-    model = read_trained_model(path, generation)
-    metadata = write_inference(path, target, generation=generation, force=force)
+    refuse_target(path, target, ".safetensors", force=force)
+    model = read_trained_model(path, generation, report)
     faces = model.faces()
     pictures_nssc = np.stack(sample_pictures(model.network.input_px, faces))
     pictures_ncss = torch.from_numpy(pictures_nssc).permute(0, 3, 1, 2).contiguous()
-    written = load_model(target).network
-    with torch.inference_mode():
-        pairs = zip(
-            (output for side in SIDES for output in written.swap(pictures_ncss, side)),
-            (output for side in SIDES for output in model.network.swap(pictures_ncss, side)),
-            strict=True,
-        )
-        difference = max(float((one - other).abs().max()) for one, other in pairs)
+    wanted = _outputs(model.network, pictures_ncss)
+    report("writing the weights")
+    weights = model.network.state_dict()
+    metadata = write_weights(target, model.source, model.state, model.config, weights, force=force)
+    del model, weights
+    report("reading them back, to compare them with the model")
+    found = _outputs(load_model(target).network, pictures_ncss)
+    pairs = zip(found, wanted, strict=True)
+    difference = max(float((one - other).abs().max()) for one, other in pairs)
     # Not a tolerance: the same numbers computed by the same code have the same bits.
     if difference != 0:
         target.unlink()
@@ -59,3 +70,9 @@ def export_tensors(
             "disk, and `mien model verify` the folder"
         )
     return TensorsExport(target, metadata, target.stat().st_size, difference, len(faces))
+
+
+@torch.inference_mode()
+def _outputs(network: Autoencoder, pictures_ncss: Tensor) -> list[Tensor]:
+    """All that the model makes of pictures, as both sides."""
+    return [output for side in SIDES for output in network.swap(pictures_ncss, side)]

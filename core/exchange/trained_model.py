@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,20 @@ from ..faces.geometry import Crop
 # Faces show more of a model than noise does; two of each side take no time. Chosen.
 _FACES_OF_SIDE = 2
 
+Report = Callable[[str], None]
+"""What is called with each stage of an export, in a few words."""
+
+
+def silent(_: str) -> None:
+    """Report nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
     """A save of a model folder, ready to be written for another program."""
+
+    source: Path
+    """Folder of the save."""
 
     network: Autoencoder
     """Network in evaluation mode."""
@@ -56,17 +66,21 @@ class TrainedModel:
         return [crop for crop in crops if isinstance(crop, np.ndarray)]
 
 
-def read_trained_model(path: Path, generation: str | None = None) -> TrainedModel:
+def read_trained_model(
+    path: Path, generation: str | None = None, report: Report = silent
+) -> TrainedModel:
     """Read a save of a model folder, which is only read.
 
     Args:
         path: The model folder.
         generation: Name of a save, or `backup`; None: the newest.
+        report: Called when it begins.
 
     Raises:
         ValueError: There is no such save, or it is damaged, does not fit its own settings, or holds
             numbers that are none.
     """
+    report("reading the save")
     source, state, config, tensors = read_model(path, generation)
     refuse_not_finite(tensors)
     settings = json.dumps(to_dict(config), sort_keys=True)
@@ -74,6 +88,7 @@ def read_trained_model(path: Path, generation: str | None = None) -> TrainedMode
     metadata = metadata_of(state) | origin
     del metadata["format"]  # of the tensors' own file
     return TrainedModel(
+        source=source,
         network=network_of(source, config, tensors),
         config=config,
         state=state,

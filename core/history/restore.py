@@ -35,12 +35,12 @@ from ..checkpoint.state import TrainingState, session_number
 from ..preview.kept import KeptPreviews
 from ..system.durable_files import (
     DamagedError,
-    discard,
     link_file,
     link_files,
     read_regular,
     replace_file,
     sync_folder,
+    temporary_name,
 )
 from .undone import mark_undone
 
@@ -209,15 +209,12 @@ def _is_copy(generations: Path, newest: Manifest, manifest: Manifest) -> bool:
 
 def _archive(path: Path, names: list[str]) -> Path:
     """A new folder in the model's with a copy of its generations of these names, durable."""
-    # Of a restore that was killed: what it had copied is where it was.
-    for leftover in path.glob(".archived_*.tmp"):
-        discard(leftover)
     stem = time.strftime("archived_%Y%m%d_%H%M%S")
     archive, number = path / stem, 1
     while archive.exists():
         number += 1
         archive = path / f"{stem}-{number}"
-    part = path / f".{archive.name}.tmp"
+    part = temporary_name(archive)
     (part / FOLDER).mkdir(parents=True)
     for name in names:
         # Links do: these generations are deleted under their old name, and never written to.

@@ -5,9 +5,12 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
+import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from io import BufferedReader
@@ -18,6 +21,7 @@ _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EIO, errno.EISDIR, er
 _NOT_OFFERED = {errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.ENOTSUP}
 """How a disk says that it does not flush folders. A failure to flush one is told otherwise."""
 
+_TEMPORARY = re.compile(r"\.mien-[0-9a-f]{8}-[0-9a-f]{16}\.tmp")
 _FICLONE = 0x40049409  # from <linux/fs.h>
 _COPY_BYTES = 1 << 20
 _KINDS = {
@@ -30,12 +34,43 @@ _KINDS = {
 }
 
 
+Content = bytes | Sequence[bytes | memoryview]
+"""What a file is to hold, in one piece or in many."""
+
+
 class DamagedError(Exception):
     """Reason that a file or generation cannot be used."""
 
 
 class OddFileError(OSError):
     """Error of a plain file whose place something else takes; its ``strerror`` names that."""
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside a file or folder, under which a new one is made before it takes that place.
+
+    No other call gives it, and nobody but mien names a file so: nothing of the user's is there.
+    """
+    return path.with_name(f"{_mark(path)}{secrets.token_hex(8)}.tmp")
+
+
+def _mark(path: Path) -> str:
+    """First letters of the temporary names of a path; short, as a name may have 255 bytes."""
+    return f".mien-{zlib.crc32(os.fsencode(path.name)):08x}-"
+
+
+def discard_leftovers(folder: Path, *, of: Path | None = None) -> None:
+    """Remove what a kill has left under temporary names in a folder.
+
+    Args:
+        folder: A folder that no other process of mien writes to; nothing where there is none.
+        of: The one path of it that is the caller's own, where others are written to.
+    """
+    mark = "" if of is None else _mark(of)
+    with suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if name.startswith(mark) and _TEMPORARY.fullmatch(name):
+                discard(folder / name)
 
 
 def discard(path: Path) -> None:
@@ -109,7 +144,7 @@ def link_file(source: Path, target: Path) -> None:
         copy_file(source, target)
 
 
-def write_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+def write_file(path: Path, content: Content, mode: int = 0o666) -> None:
     """Write a new file, durably; it has its name only once it is whole. Its permissions are those
     of ``mode`` that the umask leaves.
 
@@ -123,7 +158,7 @@ def write_file(path: Path, content: bytes, mode: int = 0o666) -> None:
         _write_named_file(path, content, mode)
         return
     with open(handle, "wb") as stream:
-        stream.write(content)
+        stream.writelines([content] if isinstance(content, bytes) else content)
         stream.flush()
         os.fsync(handle)
         try:  # what `src_dir_fd` is, does not matter: with it, the link in /proc is followed
@@ -134,11 +169,11 @@ def write_file(path: Path, content: bytes, mode: int = 0o666) -> None:
             _write_named_file(path, content, mode)
 
 
-def _write_named_file(path: Path, content: bytes, mode: int) -> None:
+def _write_named_file(path: Path, content: Content, mode: int) -> None:
     """The same on a disk that has no files without a name: a crash leaves a part of it."""
     with open(path, "xb", opener=partial(os.open, mode=mode)) as stream:
         try:
-            stream.write(content)
+            stream.writelines([content] if isinstance(content, bytes) else content)
             stream.flush()
             os.fsync(stream.fileno())
         except BaseException:
@@ -146,7 +181,7 @@ def _write_named_file(path: Path, content: bytes, mode: int) -> None:
             raise
 
 
-def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
+def replace_file(path: Path, content: Content, mode: int = 0o666) -> None:
     """Put a file in the place of another in one step, durably; a link there is replaced itself.
 
     Raises:
@@ -156,9 +191,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
         found = os.lstat(path)
         if stat.S_IFMT(found.st_mode) in (stat.S_IFCHR, stat.S_IFBLK, stat.S_IFDIR):
             _refuse_odd(path, found)
-    # Beside it: a rename is one step within one disk only.
-    temporary = path.with_name(f".{path.name}.tmp")
-    discard(temporary)
+    temporary = temporary_name(path)
     try:
         write_file(temporary, content, mode)
         os.replace(temporary, path)
@@ -167,7 +200,7 @@ def replace_file(path: Path, content: bytes, mode: int = 0o666) -> None:
     sync_folder(path.parent)
 
 
-def write_output(path: Path, content: bytes, *, force: bool) -> None:
+def write_output(path: Path, content: Content, *, force: bool) -> None:
     """Write a file that the user has named, whole or not at all; where a link leads, not over it.
 
     Args:

@@ -25,9 +25,7 @@ NAMES = (
     ".backup.tmp",
     ".backup.trash",
     "backup",
-    ".state.json.tmp",
-    ".config.toml.tmp",
-    ".preview.png.tmp",
+    f".mien-{'0' * 8}-{'0' * 16}.tmp",
     "preview.png",
     "previews",
     "previews/4.jpg",
@@ -41,7 +39,6 @@ NAMES = (
     "config.toml",
     "state.json",
     "../model_snapshot_4_iters",
-    "../.model_snapshot_4_iters.tmp",
 )
 """Places in and beside a model folder that a run opens, makes or removes."""
 
