@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.system.paths import expanded
-from .lines import complain, tell, tell_json
+from .lines import tell, tell_json
 
 _MIB = 2**20
 
@@ -60,7 +60,7 @@ def run_export(args: argparse.Namespace) -> int:
     for flag in ("target", "mask"):
         if getattr(args, flag) is not None and args.to != "dfm":
             raise ValueError(f"--{flag} is of a .dfm, not of --to {args.to}; leave it out")
-    with _stages(as_json=args.json) as report:
+    with _stages() as report:
         facts, lines = EXPORTERS[args.to](args, expanded(args.output), report)
     if args.json:
         tell_json(facts)
@@ -70,17 +70,15 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _stages(*, as_json: bool) -> Iterator[Report]:
-    """What takes the stages: a line that changes on a terminal, else lines; none beside JSON."""
-    if as_json:
+def _stages() -> Iterator[Report]:
+    """What takes the stages: a line that changes on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
         yield lambda stage: None
-    elif sys.stderr.isatty():
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        with Console(stderr=True).status("") as status:
-            yield status.update
-    else:
-        yield lambda stage: complain("model export", stage)
+    with Console(stderr=True).status("") as status:
+        yield status.update
 
 
 def run_import(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import zipfile
 
 import h5py
@@ -23,7 +24,7 @@ from conftest import tiny_options
 from oracle_numbers import ORACLE, oracle_files
 
 from mien import models
-from mien.cli import main
+from mien.cli import exchange, main
 from mien.cli.exchange import EXPORTERS
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import TrainingState
@@ -31,11 +32,14 @@ from mien.core.checkpoint.verify import facts_of
 from mien.core.config import from_dict, model_settings
 from mien.core.exchange import keras_export, legacy_attributes, legacy_h5
 from mien.core.exchange.keras_config import from_json, to_json
+from mien.core.exchange.keras_export import export_keras
 from mien.core.exchange.keras_order import snake_case, weight_paths
 from mien.core.exchange.keras_reader import find, graph_of, read_model, settings_of_model
 from mien.core.exchange.keras_state import read_state
 from mien.core.exchange.matching import match
+from mien.core.exchange.onnx_export import export_dfm, export_onnx
 from mien.core.exchange.targets import targets_of
+from mien.core.exchange.tensors_export import export_tensors
 from mien.core.swapping import load_model
 from mien.core.training.build import build_model
 from mien.models.graph import Network
@@ -196,6 +200,40 @@ def test_state_is_taken_over_both_ways(tmp_path, exported):
     config = from_dict(saved.config)
     assert config.optimizer.use_lr_finder
     assert config.model.options["width"] == tiny_options("lightweight")["width"]
+
+
+def test_info_tells_what_faceswap_has_trained(tmp_path, exported, capsys):
+    assert main(["model", "import", str(exported), "-m", str(tmp_path / "m")]) == 0
+    capsys.readouterr()
+    assert main(["model", "info", str(tmp_path / "m")]) == 0
+    told = capsys.readouterr().out
+    assert "lowest loss  none yet (0.25 before the import, by faceswap's own mean)\n" in told
+    assert "batch size 4, 6 iterations, in faceswap\n" in told
+    words = ["model", "export", str(tmp_path / "m"), "--to", "keras", "-o", str(tmp_path / "out")]
+    assert main(words) == 0
+    again = json.loads((tmp_path / "out/lightweight_state.json").read_text())
+    assert again["lowest_avg_loss"] == 0.25
+
+
+@pytest.mark.parametrize("export", [export_keras, export_onnx, export_dfm, export_tensors])
+def test_an_export_tells_its_stages(tmp_path, exported, export):
+    assert main(["model", "import", str(exported), "-m", str(tmp_path / "m")]) == 0
+    suffix = {export_onnx: ".onnx", export_dfm: ".dfm", export_tensors: ".safetensors"}
+    stages = []
+    export(tmp_path / "m", tmp_path / f"out{suffix.get(export, '')}", report=stages.append)
+    reading, writing, comparing = stages
+    assert reading == "reading the save"
+    assert writing.startswith("writing the")
+    assert comparing.endswith("with the model")
+
+
+def test_stages_are_shown_on_a_terminal_alone(monkeypatch, capsys):
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        with exchange._stages() as report:
+            report("reading the save")
+        assert ("reading the save" in capsys.readouterr().err) == is_terminal
 
 
 def test_training_goes_on_with_an_import(tmp_path, exported, sides, capsys):
@@ -783,4 +821,4 @@ def test_info_tells_what_a_model_can_be_exported_to(tmp_path, capsys):
     options = tiny_options("phaze-a") | {"enc_architecture": "vgg16", "enc_scaling": 20}
     targets, why = targets_of("phaze-a", options | {"enc_load_weights": False})
     assert targets == ["safetensors"]
-    assert why
+    assert "vgg16" in why

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mien.core.faces.picture import open_picture
-from mien.core.faces.png_pixels import decode_rgb
+from mien.core.faces.png_pixels import decode_rgb, encode_rgb
 from mien.kernels import native
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -131,6 +131,15 @@ def test_damaged_files_give_opencvs_pixels_or_none(seed):
     pixels = _decode(bytes(png))
     if pixels is not None:
         np.testing.assert_array_equal(pixels, _by_opencv(bytes(png)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 1), (33, 65)])
+def test_what_is_written_reads_the_same_everywhere(shape):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    for given in (image, image[:, ::-1], np.asfortranarray(image)):
+        png = encode_rgb(given)
+        np.testing.assert_array_equal(_by_opencv(png), given)
+        np.testing.assert_array_equal(_decode(png), given)
 
 
 def test_a_picture_is_opened_the_same_either_way(tmp_path):

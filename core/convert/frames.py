@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from ..faces.png import SIGNATURE, is_complete
+from ..faces.png_pixels import decode_rgb
 from ..system.durable_files import open_for_reading
 from ..system.output import silent_libraries
 
@@ -91,10 +92,13 @@ def read_picture(path: Path) -> np.ndarray:
     image = None
     # Only a JPEG says that it is to be turned, which IMREAD_UNCHANGED would not do.
     flags = cv2.IMREAD_COLOR if content.startswith(_JPEG) else cv2.IMREAD_UNCHANGED
+    encoded = np.frombuffer(content, np.uint8)
     # OpenCV makes a picture of half a PNG, and only prints that it is cut short.
     if not content.startswith(SIGNATURE) or is_complete(content):
-        with contextlib.suppress(cv2.error), silent_libraries():
-            image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        image = decode_rgb(encoded)
+        if image is None:
+            with contextlib.suppress(cv2.error), silent_libraries():
+                image = cv2.imdecode(encoded, flags)
     if image is None or not image.size:
         raise ValueError(f"{path} is no picture, or damaged or cut short: make the frame again")
     if image.dtype not in (np.uint8, np.uint16):

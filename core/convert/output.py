@@ -19,6 +19,7 @@ from ... import __version__
 from ...models.autoencoder import Side
 from ...models.fields import shown
 from ..blend import BlendOptions
+from ..faces.png_pixels import encode_rgb
 from ..swapping import SwapModel
 from ..system.durable_files import DamagedError, read_regular, sync_folder, write_file
 from ..system.image_text import labelled
@@ -37,8 +38,8 @@ _FAST_PNG = [
     cv2.IMWRITE_PNG_STRATEGY,
     cv2.IMWRITE_PNG_STRATEGY_HUFFMAN_ONLY,
 ]
-"""Settings for frames of a camera, whose noise leaves nothing to be found twice: 52 ms and 3.06 MB
-for one of 1080p on a CPU's core, where OpenCV's default takes 68 ms and 3.07 MB."""
+"""Settings for frames of 16 bits or with alpha, of a camera, whose noise leaves nothing to be found
+twice: three quarters of the time of OpenCV's default, for the same size."""
 
 
 def origin(model: SwapModel, side: Side) -> str:
@@ -72,10 +73,17 @@ def manifest_of(
 
 def encoded_png(image_hwc: np.ndarray, text: str) -> bytes:
     """A picture as a labelled PNG, without loss."""
+    return labelled(_plain_png(image_hwc), text)
+
+
+def _plain_png(image_hwc: np.ndarray) -> bytes:
+    """A picture as a PNG, without loss."""
+    if image_hwc.dtype == np.uint8 and image_hwc.shape[2] == 3:
+        return encode_rgb(image_hwc)
     is_encoded, content = cv2.imencode(".png", image_hwc, _FAST_PNG)
     if not is_encoded:
         raise RuntimeError(f"OpenCV could not encode a picture of {image_hwc.shape} as PNG")
-    return labelled(content.tobytes(), text)
+    return content.tobytes()
 
 
 class PictureOutput:
@@ -108,7 +116,7 @@ class PictureOutput:
             # Byte for byte: a frame without a face loses nothing, its metadata included.
             content = read_bytes(frame.path)
         else:
-            content = cv2.imencode(".png", frame.read(), _FAST_PNG)[1].tobytes()
+            content = _plain_png(frame.read())
         _write(self.folder / self._name(frame, image_hwc is not None), content)
 
     def put(self, _encoded: None) -> None:

@@ -228,7 +228,7 @@ def insert_header(png: bytes, header: FaceHeader) -> bytes:
     """The PNG with the header before its first `IDAT`; any header it had is replaced."""
     # A Python literal, which is what faceswap reads (`ast.literal_eval`), not JSON.
     text = repr(_as_dict(header)).encode("utf-8")
-    chunk = _chunk(b"iTXt", KEYWORD + bytes(5) + text)
+    chunk = png_chunk(b"iTXt", KEYWORD + bytes(5) + text)
     parts = [SIGNATURE]
     position = len(SIGNATURE)
     while True:
@@ -490,7 +490,8 @@ def _check_crc(kind: bytes, data: bytes, crc: bytes) -> None:
         )
 
 
-def _chunk(kind: bytes, data: bytes) -> bytes:
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG: its size, its kind of four letters, its data and their checksum."""
     crc = zlib.crc32(data, zlib.crc32(kind))
     return b"".join([len(data).to_bytes(4, "big"), kind, data, crc.to_bytes(4, "big")])
 

