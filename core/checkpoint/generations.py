@@ -13,7 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..system.durable_files import DamagedError, discard, reading, sync_folder
+from ..system.durable_files import (
+    DamagedError,
+    discard,
+    discard_leftovers,
+    reading,
+    sync_folder,
+)
 from .format import (
     MAX_COUNT,
     Generation,
@@ -208,7 +214,8 @@ class Generations:
         shutil.rmtree(trash)
 
     def clean_up(self) -> None:
-        """Remove what a crashed run left half written or half deleted."""
+        """Remove what a crashed run left half written or half deleted, in the folder above as well."""
+        discard_leftovers(self.path.parent)
         if not self.path.is_dir():
             return
         for name in os.listdir(self.path):

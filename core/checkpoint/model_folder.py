@@ -38,7 +38,6 @@ from ..config import Config, to_toml
 from ..system.durable_files import (
     DamagedError,
     copy_files,
-    discard_leftovers,
     read_regular,
     reading,
     replace_file,
@@ -125,7 +124,6 @@ class ModelFolder:
             with reading(self.path):
                 if self._lock is not None:
                     self._warn_of_disk(self._lock)
-                    discard_leftovers(self.path)
                     retention.finish_backup(self.path)
                     self.generations.clean_up()
                 _refuse_other_model(self.generations, trainer)

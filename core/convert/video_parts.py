@@ -117,6 +117,7 @@ def join(
     Raises:
         ValueError: The parts are not coded alike.
     """
+    discard_leftovers(video.parent, of=video)
     temporary = temporary_name(video)
     try:
         kind = CONTAINERS[video.suffix.lower()]
