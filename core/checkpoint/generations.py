@@ -214,7 +214,7 @@ class Generations:
         shutil.rmtree(trash)
 
     def clean_up(self) -> None:
-        """Remove what a crashed run left half written or half deleted, in the folder above as well."""
+        """Remove what a killed run left half written or deleted, in the model folder too."""
         discard_leftovers(self.path.parent)
         if not self.path.is_dir():
             return
