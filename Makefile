@@ -88,6 +88,7 @@ format: setup
 docs: setup
 	$(BIN)/python -m mien.cli.settings_page > docs/settings.md
 	$(BIN)/python -m mien.benchmarks.preset_costs
+	$(BIN)/python -m mien.cli.looks_page
 
 # The pages of docs/ as a site, in build/site. A link that leads nowhere is an error.
 site: setup

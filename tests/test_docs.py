@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mien.benchmarks import preset_costs
+from mien.cli import looks_page
 from mien.core.config import presets
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,16 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_the_table_of_presets_is_that_of_their_costs():
     page = preset_costs.PAGE.read_text(encoding="utf-8")
     assert preset_costs.table(presets.costs()) in page, "run `make docs`"
+
+
+def test_the_page_of_looks_is_the_one_that_is_drawn(tmp_path, monkeypatch):
+    """The text; pictures may differ in a level where a JPEG is coded by another version."""
+    monkeypatch.setattr(looks_page, "DOCS", tmp_path)
+    looks_page.update()
+    page = ROOT / "docs/looks.md"
+    assert (tmp_path / "looks.md").read_text() == page.read_text(), "run `make docs`"
+    drawn = sorted(path.name for path in (tmp_path / "looks").iterdir())
+    assert drawn == sorted(path.name for path in (ROOT / "docs/looks").iterdir())
 
 
 TROUBLES = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
