@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -49,9 +50,9 @@ def draw_film(
     # Under another name until all is there, as a folder of drawn faces.
     part = Path(tempfile.mkdtemp(dir=frames.parent, prefix=f".{frames.name}-"))
     try:
-        for folder in ("frames", "faces"):
-            (part / folder).mkdir()
-            set_permissions(part / folder, 0o755)
+        for kind in ("frames", "faces"):
+            (part / kind).mkdir()
+            set_permissions(part / kind, 0o755)
         for name, scene in zip(names, _scenes(seed), strict=False):
             _draw_frame(part, name, identity, scene, size_px)
         for made, folder in ((part / "frames", frames), (part / "faces", faces)):
@@ -85,13 +86,14 @@ def _scenes(seed: int) -> Iterator[Scene]:
         for step in range(FRAMES_BETWEEN_POSES):
             # A cosine: a head speeds up and slows down.
             share = 0.5 - 0.5 * np.cos(np.pi * step / FRAMES_BETWEEN_POSES)
-            noise = tuple(int(n) for n in random.integers(NOISE_SHIFTS, size=2))
-            yield dataclasses.replace(_between(before, after, share), noise_shift=noise, **fixed)
+            down, across = map(int, random.integers(NOISE_SHIFTS, size=2))
+            scene = _between(before, after, share)
+            yield dataclasses.replace(scene, noise_shift=(down, across), **fixed)
 
 
 def _between(before: Scene, after: Scene, share: float) -> Scene:
     """The scene a share of the way from one to another."""
-    mixed = {}
+    mixed: dict[str, Any] = {}
     for field in dataclasses.fields(Scene):
         ends = (np.asarray(getattr(scene, field.name), float) for scene in (before, after))
         start, end = ends
