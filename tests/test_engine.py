@@ -272,6 +272,34 @@ def test_a_graph_trains_on_each_batch_and_makes_the_next_one(monkeypatch):
     assert feed.made == len(places) + 1, "a batch was made twice, or one is not made ahead"
 
 
+class _Accumulating:
+    """An update that is due every third time."""
+
+    def __init__(self):
+        self.phase = 0
+
+    def end_iteration(self):
+        self.phase = {0: 1, 1: 3, 3: 0}[self.phase]
+
+
+def test_there_is_a_graph_for_each_kind_of_iteration(monkeypatch):
+    gpu, trained, update = Recorder(monkeypatch), [], _Accumulating()
+    feed = CountingFeed(gpu)
+
+    def step(batch, during_backward=NOTHING):
+        phase = update.phase
+        with during_backward:
+            gpu.run(lambda: trained.append((batch[0], phase)))
+
+    step.side_stream, step.update = "beside", update
+    engine = engines.make("graph", step, feed, pytest.fail)
+    for number in range(40):
+        engine({"a": 4 * number, "b": 4 * number})
+    assert trained == [(4 * number, (0, 1, 3)[number % 3]) for number in range(40)]
+    assert engine.graphs.keys() == {(turn, phase) for turn in (0, 1) for phase in (0, 1, 3)}
+    assert set(engine.warm.values()) == {engines.WARM_UP}
+
+
 def test_a_graph_goes_on_from_any_place(monkeypatch):
     """As after the search for a rate, which begins again at the first face."""
     places = [0, 4, 8, 0, 4, 40, 44, 0, 0, 4, 8, 12, 400, 404]
