@@ -110,7 +110,8 @@ def build_step(
     shared = _shared_step(config, device, group) if group else None
     buffer = LossBuffer(loss.num_values, device)
     if config.train.micro_batch:
-        return MicroBatchStep(model, loss, update, buffer, stream, shared, config, group)
+        sizes = {"size": config.train.micro_batch, "batch_size": config.train.batch_size}
+        return MicroBatchStep(model, loss, update, buffer, stream, shared, **sizes)
     return TrainStep(model, loss, update, buffer, stream, shared)
 
 

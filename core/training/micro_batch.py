@@ -14,7 +14,6 @@ from torch import Tensor
 from ...models.autoencoder import Autoencoder
 from ..config import Config
 from ..data.feed import Batch
-from ..distribute.group import Group
 from ..distribute.ranks import ALONE, Ranks
 from ..distribute.tree import TreeSum
 from ..losses.weighted import Loss
@@ -79,8 +78,9 @@ class MicroBatchStep(TrainStep):
         update: Moves the weights, of every rank alike.
         loss_buffer: Takes the losses.
         side_stream: Stream on which B's decoder runs at the time of A's; None: after it.
-        config: Settings of the run.
-        group: Ranks that take the step together; None: this process alone.
+        shared: Weight of this rank, where several take the step together; None: it is alone.
+        size: Faces of each side in a micro-batch.
+        batch_size: Faces of each side in the batch, of all ranks.
     """
 
     def __init__(
@@ -89,18 +89,19 @@ class MicroBatchStep(TrainStep):
         loss: Loss,
         update: Update,
         loss_buffer: LossBuffer,
-        side_stream: torch.cuda.Stream | None,
-        shared: SharedStep | None,
-        config: Config,
-        group: Group | None,
+        side_stream: torch.cuda.Stream | None = None,
+        shared: SharedStep | None = None,
+        *,
+        size: int,
+        batch_size: int,
     ):
         super().__init__(model, loss, update, loss_buffer, side_stream, shared)
-        num_ranks = group.ranks.size if group else 1
-        self.size = config.train.micro_batch
-        num_own = config.train.batch_size // self.size // num_ranks
+        group = shared.group if shared else None
+        num_own = batch_size // size // (group.ranks.size if group else 1)
+        self.size = size
         self.tree = TreeSum(update.parameters, loss.num_values, num_own, group)
         device = update.parameters[0].device
-        self.weight = torch.tensor(self.size / config.train.batch_size, device=device)
+        self.weight = torch.tensor(size / batch_size, device=device)
 
     def __call__(
         self, batch: Batch, during_backward: AbstractContextManager[object] = NOTHING
