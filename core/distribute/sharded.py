@@ -52,9 +52,11 @@ class ShardedUpdate(MirroredUpdate):
         """What this rank keeps, by kind: its slices of the parts, one behind the other."""
 
         self.moments = {kind: self._views_of_own(each) for kind, each in self.slices.items()}
-        self.master_weights = self._views(self.flat_weights)
-        if self.low_precision_weights:
-            self.low_precision_weights = self.master_weights
+        views = self._views(self.flat_weights)
+        if not self.low_precision_weights:
+            self.master_weights = views
+        else:
+            self.low_precision_weights = views
             self.slices["weight"] = self._new_slices()
             self.master_weights = self._views_of_own(self.slices["weight"])
             for number, master in enumerate(masters):
