@@ -45,7 +45,7 @@ _EPILOG = (
     "has an opposite: --no-warp and --warp, --strict and --no-strict. All settings, also those "
     "without a flag: --print-config. "
     "While it runs, on a terminal and in the window: Enter saves and quits, s saves, r renews the "
-    "preview, m shows it with or without its mask. From elsewhere: SIGTERM saves and quits, "
+    "preview, m shows the mask as a tint, or as it was. From elsewhere: SIGTERM saves and quits, "
     "SIGUSR1 saves, SIGUSR2 renews the preview."
 )
 

@@ -25,6 +25,7 @@ from mien.core.faces.folder import read_folder
 from mien.core.faces.geometry import Crop
 from mien.core.faces.png import read_header, write_face
 from mien.core.preview.faces import drawn, spread
+from mien.core.preview.files import read_jpeg
 from mien.core.preview.window import PreviewWindow
 from mien.core.system.durable_files import copy_files
 
@@ -461,6 +462,7 @@ def test_a_time_lapse_shows_the_first_faces_by_name(sides, tmp_path):
     assert _train(sides, tmp_path / "model", "-i", "1", *words) == 0
     (path,) = (tmp_path / "model/timelapse").iterdir()
     assert abs(int(path.stem) - time.time()) < 100
+    assert read_jpeg(path)[1].startswith("synthetic face: preview by mien ")
     picture = cv2.imread(str(path))[48:, 2 : 2 + 128].astype(int)
     data = DataConfig()
     firsts = read_folder(sides[0], minimum=1, most=2).faces

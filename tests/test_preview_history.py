@@ -152,7 +152,25 @@ def test_any_save_is_drawn_on_any_faces(trained, sides, tmp_path, capsys):
     _preview(trained, "-B", sides[0], "-n", "3", "-o", other)
     assert cv2.imread(str(other)).shape == (48 + 3 * 130, 3 * 130 + 2, 3)
     assert _png_text(other).startswith("synthetic face: preview by mien ")
+    _preview(trained, "--at", "4", "--style", "faceswap", "-o", other, "--force")
+    assert cv2.imread(str(other)).shape == (2 * 64 + 14, 6 * 64, 3)
     assert sorted(path for path in trained.rglob("*")) == before
+
+
+def test_a_snapshot_and_the_backup_are_found_too(trained, sides, tmp_path, capsys):
+    """As when the newer generations have pushed that of the snapshot out."""
+    model_dir = shutil.copytree(trained, tmp_path / "model")
+    snapshot = trained.with_name("model_snapshot_4_iters")
+    shutil.copytree(snapshot, tmp_path / snapshot.name)
+    shutil.move(model_dir / "generations/4", model_dir / "backup")
+    faces = ("-A", sides[0], "-n", "1")
+    places = {"backup": model_dir / "backup", "4": tmp_path / snapshot.name}
+    for at, place in places.items():
+        _preview(model_dir, "--at", at, *faces, "-o", tmp_path / f"{at}.png")
+        assert f"A at iteration 4, of {place}" in capsys.readouterr().out
+        shutil.rmtree(model_dir / "backup", ignore_errors=True)
+    one, other = (cv2.imread(str(tmp_path / f"{at}.png")) for at in places)
+    np.testing.assert_array_equal(one, other)
 
 
 def _last_preview(model_dir):
