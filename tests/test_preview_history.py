@@ -236,9 +236,12 @@ def test_faces_that_a_stranger_names_are_not_opened(trained, sides, tmp_path, ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--at", "3"], "has no save of iteration 3; it has 4, 6"),
+        (
+            ["--at", "3"],
+            "no save of iteration 3; it has saves of 4, 6, and previews of 1, 2, 4, 6",
+        ),
         (["--at", "soon"], "--at must be an iteration, backup or a generation's name, got 'soon'"),
-        (["--compare", "1", "3"], "has nothing of iteration 1 to compare; it has saves of 4, 6"),
+        (["--compare", "1", "3"], "has no save of iteration 1; it has saves of 4, 6, and previews"),
         (["--strip", "-A", "x"], "--strip shows previews that were kept; leave -A and -B out"),
         (["--strip", "--mask", "tint"], "--style and --mask are for the preview of one save"),
         (["-n", "0"], "--faces must be from 1 to 64, got 0"),

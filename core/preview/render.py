@@ -19,7 +19,7 @@ from .compare import STRIP_FACES, chosen_for_strip, comparison, strip
 from .image import description, image_of, shown_mask, uses_mask
 from .kept import KeptPreviews
 from .look import Look
-from .saved_model import SavedModel, has_weights, named, read_saved, saved_iterations
+from .saved_model import SavedModel, has_weights, read_saved
 from .sheet import SheetStyle, preview_sheet
 from .tiles import Tiles, tiles_of
 
@@ -96,8 +96,6 @@ def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn
         history = [kept.read(iteration).first(request.num_faces) for iteration in iterations]
         source = f"the previews kept in {kept.folder}"
     else:
-        for iteration in iterations:
-            _require_save(request, iteration, kept)
         history = [_rendered(request, iteration) for iteration in iterations]
         source = f"the saves of {request.model_dir}"
     _warn_of_other_faces(request, history)
@@ -159,18 +157,6 @@ def _readable(
     if not history:
         raise ValueError(f"none of the previews in {kept.folder} can be read")
     return history
-
-
-def _require_save(request: PreviewRequest, iteration: int, kept: KeptPreviews) -> None:
-    """Refuse, by a ValueError, an iteration of which there are no weights."""
-    if has_weights(request.model_dir, iteration):
-        return
-    saves = named(saved_iterations(request.model_dir))
-    seen = "" if request.folders else f", and previews of {named(kept.iterations())}"
-    raise ValueError(
-        f"{request.model_dir} has nothing of iteration {iteration:,} to compare; it has saves of "
-        f"{saves}{seen}"
-    )
 
 
 def _warn_of_other_faces(request: PreviewRequest, history: Sequence[Tiles]) -> None:

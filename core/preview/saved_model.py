@@ -11,7 +11,7 @@ from ..checkpoint.format import read_manifest
 from ..checkpoint.generations import BACKUP, is_name
 from ..checkpoint.inference import network_of, read_model
 from ..checkpoint.known_paths import KnownPaths
-from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.model_folder import PREVIEWS, ModelFolder
 from ..checkpoint.retention import snapshot_path
 from ..config import Config
 from ..data.decode import thread_count
@@ -20,6 +20,7 @@ from ..faces.folder import Face, read_folder, skipped
 from ..system.durable_files import DamagedError
 from .faces import PreviewFaces, spread
 from .image import loader_of
+from .kept import KeptPreviews
 from .look import Look, look_at
 
 
@@ -119,8 +120,9 @@ def _find(model_dir: Path, at: str) -> tuple[Path, str | None]:
     place = _place_of(model_dir, int(at)) if at.isdecimal() else (model_dir, at)
     if place is None:
         raise ValueError(
-            f"{model_dir} has no save of iteration {int(at):,}; it has "
-            f"{named(saved_iterations(model_dir))}"
+            f"{model_dir} has no save of iteration {int(at):,}; it has saves of "
+            f"{_named(_saved_iterations(model_dir))}, and previews of "
+            f"{_named(KeptPreviews(model_dir / PREVIEWS).iterations())}"
         )
     return place
 
@@ -144,7 +146,7 @@ def _backup_iteration(model_dir: Path) -> int | None:
         return None
 
 
-def saved_iterations(model_dir: Path) -> list[int]:
+def _saved_iterations(model_dir: Path) -> list[int]:
     """Total iterations of all saves, in order: generations, the backup, snapshots beside them."""
     with ModelFolder(model_dir, read_only=True) as folder:
         found = {manifest.iterations for manifest in folder.generations.manifests()}
@@ -159,6 +161,6 @@ def saved_iterations(model_dir: Path) -> list[int]:
     return sorted(found)
 
 
-def named(iterations: Sequence[int]) -> str:
+def _named(iterations: Sequence[int]) -> str:
     """Iterations as a user reads them."""
     return ", ".join(f"{iteration:,}" for iteration in iterations) or "none"
