@@ -248,6 +248,7 @@ class Config(Options):
 
     def fitted(self, filters: int) -> int:
         """Channels, rounded down so that they can be dealt out to the pixels of `fit_px`."""
+        # As in the reference, which rounds nothing where the two agree.
         pixels = 1 if self.fit_px == self._assumed_px else self.fit_px**2
         return filters // pixels * pixels
 
@@ -323,6 +324,7 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
         yield "dec_upscales_in_fc", f"0 to {num_upscales}, the upscales that there are"
     is_hybrid = config.dec_upscale_method == "upscale_hybrid"
     widths = [_halves(width) if is_hybrid else width for width in config.dec_filters]
+    # The norm has 32 groups.
     if config.dec_norm == "group" and any(width % 32 for width in widths):
         filters = ", ".join(map(str, widths))
         yield "dec_norm", f"another where upscales have not multiples of 32 filters ({filters})"
@@ -335,6 +337,7 @@ def _conflicts(config: Config) -> Iterator[tuple[str, str]]:
 
 def _conflicts_of_nodes(config: Config) -> Iterator[tuple[str, str]]:
     values = config.fc_channels * config.fc_dimensions**2
+    # `curve` rounds its numbers down to multiples of 8, as the reference's; the picture is not.
     if config.fc_depth and values % 8:
         yield (
             "fc_max_filters",
@@ -343,6 +346,7 @@ def _conflicts_of_nodes(config: Config) -> Iterator[tuple[str, str]]:
                 f"(fitted to output_size {config.output_size})"
             ),
         )
+    # A curve of one point has only its beginning.
     if config.fc_depth == 1 and config.fc_nodes[0] != values:
         yield "fc_min_filters", f"fc_max_filters ({config.fc_max_filters}) where fc_depth is 1"
     if 0 in config.fc_nodes:
@@ -355,6 +359,7 @@ def _start_channels(config: Config) -> int:
     if config.fc_has_filters:
         channels = config.fitted(config.fc_upsample_filters)
         channels = _halves(channels) if config.fc_upsampler == "upscale_hybrid" else channels
+    # Upscales in the networks come before their codes are joined with the shared one.
     both = config.shared_fc != "none" and config.dec_upscales_in_fc == 0
     return 2 * channels if both else channels
 
@@ -370,6 +375,7 @@ def _conflicts_of_reflection(config: Config) -> Iterator[tuple[str, str]]:
             size = f"{config.input_px} px (enc_scaling {config.enc_scaling})"
             yield "fs_original_depth", f"2 to {deepest} with reflect_padding at {size}"
     mirrors = ("subpixel", "upscale_fast", "upscale_hybrid")
+    # The 4x4 convolution of `dny_entry` mirrors 2 px at the far end.
     least_px = 3 if config.dec_upscale_method == "upscale_dny" else 2
     if config.fc_has_filters and config.fc_upsampler in mirrors and config.fc_dimensions < 2:
         yield "fc_dimensions", "2 or more with reflect_padding"
@@ -387,6 +393,7 @@ def _nearest(config: Config, name: str, conflicts: Conflicts) -> int | str | Non
     """The value of one option, nearest to its own, that is not refused."""
     rule, own = fields_of(type(config))[name], getattr(config, name)
     for value in rule.choices or sorted(rule.numbers, key=lambda number: abs(number - own)):
+        # Not by its constructor, which would refuse the other conflicts.
         other = copy.copy(config)
         object.__setattr__(other, name, value)
         if name not in (refused for refused, _ in conflicts(other)):

@@ -147,6 +147,7 @@ def _clip(tower: Any) -> Iterator[Entry]:
         yield from _gain_and_offset(block.norm1)
         qkv = block.attn.qkv
         split = width, heads, width // heads
+        # timm has query, key and value in one layer, the reference in three.
         for weight, bias in zip(qkv.weight.chunk(3), qkv.bias.chunk(3), strict=True):
             yield Entry(split, _copy(weight, lambda t: t.reshape(width, width).t()))
             yield Entry(split[1:], _copy(bias, torch.flatten))

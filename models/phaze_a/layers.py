@@ -90,6 +90,7 @@ class TransposedConv(nn.Module):
         super().__init__()
         self.inputs, self.channels = inputs, runs_of(outputs)
         self.conv = uninitialized(nn.ConvTranspose2d, sum(inputs), outputs, 3, 2, 1, 1)
+        # Keras's own, which the reference leaves for this kind of layer.
         self.conv.draw = glorot_uniform
 
     def forward(self, x_bchw: Tensor) -> Tensor:
@@ -110,6 +111,7 @@ class TransposedConv(nn.Module):
 
     def align(self, multiple: int) -> None:
         """Pad the channels to a multiple; see `alignment`."""
+        # A transposed kernel has its inputs first.
         by_output = axis(1, self.channels, 1, multiple)
         pad_parameter(self.conv, "weight", (axis(0, self.inputs, 1, multiple), by_output))
         pad_parameter(self.conv, "bias", (axis(0, self.channels, 1, multiple),))

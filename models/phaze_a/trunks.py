@@ -60,6 +60,7 @@ def make_trunk(
     with torch.device("meta"):
         trunk = _create(timm_name, {"num_classes": 0, **arguments})
         for name in unused:
+            # In their place, since timm's forward pass calls them.
             setattr(trunk, name, nn.Identity())
         if timm_name.startswith("vit"):  # its projection is no classifier, and has no bias
             trunk.head = nn.Linear(trunk.embed_dim, trunk.num_classes, bias=False)
@@ -76,8 +77,10 @@ def _create(timm_name: str, arguments: dict[str, Any]) -> Any:
         return _nasnet_mobile(**arguments)
     if "width" not in arguments:
         return timm.create_model(timm_name, pretrained=False, **arguments)
+    # timm has names for a few widths only; its makers take any.
     width, depth = arguments.pop("width"), arguments.pop("depth", 1)
     if timm_name.startswith("tf_mobilenetv3"):
+        # What timm sets for its networks named tf_, and their maker does not.
         arguments |= {"bn_eps": 1e-3, "pad_type": "same"}
         return mobilenetv3._gen_mobilenet_v3(timm_name, width, **arguments)
     if timm_name.startswith("mobilenetv2"):
@@ -154,6 +157,7 @@ def _keep_sides_apart(trunk: nn.Module, eps: float | None, momentum: float) -> N
     """Put `BatchNorm` in the place of every batch norm, under the same names."""
     from timm.layers import BatchNormAct2d
 
+    # Lists, since the modules are replaced on the way.
     for parent in list(trunk.modules()):
         for name, norm in list(parent.named_children()):
             if not isinstance(norm, nn.BatchNorm2d):
