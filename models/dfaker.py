@@ -53,6 +53,7 @@ class Dfaker(Autoencoder):
         widths = (4 * w, 2 * w, w) if self.config.output_size == 128 else (8 * w, 4 * w, 2 * w, w)
         steps: list[nn.Module] = []
         for before, after in zip((4 * w, *widths), widths, strict=False):
+            # Of a residual block's first convolution; the second always has its own.
             steps += residual_upscale(before, after, reflect=reflect, first=normal_002)
         steps += [Upscale(w, w // 2, reflect=reflect), ToImage(w // 2, 3)]
         face, mask = nn.Sequential(*steps), None

@@ -135,13 +135,16 @@ class DflSae(Autoencoder):
         else:
             self.freeze_layers = self.load_layers = ("encoder_liae",)
             self.encoder_liae = convs
+            # Before B's, as the reference's files have their weights.
             self.intermediate_both = nn.Sequential(*bottleneck(2 * code))
             self.intermediate_b = nn.Sequential(*bottleneck(2 * code))
+            # Two runs, not one: a concatenation is padded part by part.
             self.decoder_both = decoder((2 * code, 2 * code))
 
     def encode(self, faces_nchw: Tensor) -> Codes:
         if self.is_df:
             return (self.encoder_df(faces_nchw),)
+        # What both sides share once: the reference evaluates it for each, and for A twice.
         code = self.encoder_liae(faces_nchw)
         return code, self.intermediate_both(code)
 
@@ -149,6 +152,7 @@ class DflSae(Autoencoder):
         if self.is_df:
             return codes
         code, of_both = codes
+        # A has no intermediate of its own, and takes that of both in its place.
         first = of_both if side == "a" else self.intermediate_b(code)
         return (torch.cat((first, of_both), dim=1),)
 

@@ -75,6 +75,7 @@ class _Hybrid(HybridUpscale):
 
     def starts(self, x_bchw: Tensor, count: int) -> tuple[Tensor, ...]:
         """Inputs of the face's branch and, if two are asked for, of the mask's."""
+        # The reference has another slope before the mask: the same convolutions, activated twice.
         return self.branches(x_bchw, *((0.2, 0.2), (0.1, 0.1))[:count])
 
     def describe_starts(self, network: Network, x: Value) -> tuple[Value, Value]:
@@ -165,6 +166,7 @@ class Dlight(Autoencoder):
         self.output_px = (config.output_size,)
         reflect, factor = build.reflect_padding, config.output_size // 64
         w = config.width
+        # 48 of 64, as the reference has it.
         growth = 3 * w // 4 if config.features == "lowmem" else w
         nodes, code, convs = w * _NODES[config.features], 16 * w, []
         channels: Runs = (3,)
@@ -186,6 +188,7 @@ class Dlight(Autoencoder):
         )
         self.is_fast = config.details == "fast"
         if self.is_fast:
+            # The reference's name of the sub-network, which its files have.
             self.decoder_b_fast = _fast_decoder(w, factor, build)
         else:
             self.decoder_b = _good_decoder(w, factor, build)
@@ -228,6 +231,7 @@ def _good_decoder(w: int, factor: int, build: Build) -> _Decoder:
         step = HybridUpscale(inputs, width, slope=1, after=0.2, reflect=reflect)
         inputs = step.channels
         face += [step, *_residuals(inputs, num_residuals, reflect, has_biases)]
+        # This decoder meets B's faces alone.
         face += [BatchNorm(width, sides=1)] if has_norm else []
     face += _hybrids(inputs, (w,), 3, reflect)
     return _Decoder(stem, face, _masks(w), build)

@@ -84,6 +84,7 @@ class Field:
             return self._take_words(value, name)
         number = self.words.get(value, value) if isinstance(value, str) else value
         if self.type is float and type(number) is int and abs(number) < _LARGEST_WHOLE:
+            # Files and flags write 1 for 1.0.
             number = float(number)
         if not self._holds(number):
             got = f"{shown(value)}{self._remedy(number)}"
@@ -130,6 +131,7 @@ class Field:
         return tuple(each.take(word, name) for word in words)
 
     def _holds(self, value: Any) -> bool:
+        # To Python True is a 1: only a switch takes it.
         if isinstance(value, bool) or not isinstance(value, self.type):
             return self.type is bool and isinstance(value, bool)
         if self.choices is not None:
@@ -145,6 +147,7 @@ class Field:
     def _remedy(self, value: Any) -> str:
         """The valid value that is nearest, of misspelt words and numbers between two steps."""
         if self.choices is not None and isinstance(value, str):
+            # An N is a pattern, no word to offer.
             near = nearest(value, (choice for choice in self.choices if "N" not in choice))
             return f"; did you mean {near}?" if near else ""
         if self.step > 1 and type(value) is int:
@@ -169,6 +172,7 @@ def setting(
         **rule,
     }
     if isinstance(default, dict):
+        # Not one table that all objects share.
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -181,6 +185,7 @@ class Checked:
     def __post_init__(self) -> None:
         for name, each in fields_of(type(self)).items():
             value = each.take(getattr(self, name), self.full_name(name))
+            # The dataclass is frozen.
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -264,6 +269,7 @@ def _type_of(annotation: Any) -> Any:
 
 def _field_docs(kind: type) -> dict[str, str]:
     """The docstring that stands under each field of a class."""
+    # Python keeps no text that stands under a field: only the source has it.
     tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     body = typing.cast(ast.ClassDef, tree.body[0]).body
     docs = {}

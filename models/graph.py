@@ -109,10 +109,12 @@ class Network:
         if kind not in SHAPES:
             raise ValueError(f"no layer of kind {kind!r} can be described")
         for pair in {"kernel_size", "strides", "size", "pool_size"} & attributes.keys():
+            # The reference's own layer keeps one number.
             if isinstance(attributes[pair], int) and kind != "ReflectionPadding2D":
                 attributes[pair] = (attributes[pair],) * 2
         arrays = tuple(keras_entries(weights)) if isinstance(weights, nn.Module) else weights
         shape = SHAPES[kind](attributes, [value.shape for value in inputs])
+        # A picture that was pooled or convolved without padding more often than its edge allows.
         if min(shape, default=0) < 1:
             raise ValueError(f"{kind} of {self.name} would put out {shape}")
         label = name or f"{self.name}_{kind.lower()}_{len(self.calls)}"
@@ -241,6 +243,7 @@ def _convolved(attributes: dict[str, Any], shapes: Shapes) -> Shape:
         picture[:2], attributes["kernel_size"], attributes["strides"], strict=True
     ):
         rest = 0 if attributes["padding"] == "same" else kernel - 1
+        # Rounded up: "same" pads what the last stride lacks.
         edges.append(-(-(size - rest) // stride))
     channels = attributes.get("filters") or picture[2] * attributes.get("depth_multiplier", 1)
     return *edges, channels

@@ -52,6 +52,7 @@ def _evaluated(outputs: tuple[Value, ...], given: dict[Call, Tensor]) -> list[Te
         inputs = [values[value.call, value.index] for value in call.inputs]
         if isinstance(call.layer, Network):
             inner = call.layer
+            # The inner network's own values begin anew: each side calls it with another face.
             by_input = dict(zip((value.call for value in inner.inputs), inputs, strict=True))
             results = _evaluated(inner.outputs, by_input)
         else:
@@ -89,6 +90,7 @@ def _biased(product_bchw: Tensor, bias: list[Tensor]) -> Tensor:
 
 def _convolution(layer: Layer, inputs: list[Tensor]) -> Tensor:
     kernel, *bias = _arrays(layer)
+    # Keras's kernels are (rows, columns, in, out).
     x_bchw, weight = _padded(layer, inputs[0]), kernel.permute(3, 2, 0, 1)
     return _biased(F.conv2d(x_bchw, weight, stride=layer.attributes["strides"]), bias)
 
@@ -115,6 +117,7 @@ def _transposed(layer: Layer, inputs: list[Tensor]) -> Tensor:
     kernel, *bias = _arrays(layer)
     (size, _), (stride, _) = layer.attributes["kernel_size"], layer.attributes["strides"]
     x_bchw, weight = inputs[0], kernel.permute(3, 2, 0, 1)
+    # Unpadded, and cut to size below: PyTorch's own padding would cut both ends alike.
     whole = _biased(F.conv_transpose2d(x_bchw, weight, stride=stride), bias)
     cut = (max(size - stride, 0) + 1) // 2  # the larger share first, as Keras does on torch
     rows, columns = x_bchw.shape[2] * stride, x_bchw.shape[3] * stride
@@ -191,6 +194,7 @@ def _instance_norm(layer: Layer, inputs: list[Tensor]) -> Tensor:
     axes = tuple(range(1 if is_whole else 2, inputs[0].dim()))
     centred, deviation = _deviation(inputs[0], axes)
     gain, offset = (_along_channels(array, inputs[0]) for array in (gain, offset))
+    # To the deviation, as the reference's layer has it.
     return centred / (deviation + layer.attributes["epsilon"]) * gain + offset
 
 

@@ -41,6 +41,7 @@ class Iae(Autoencoder):
         w, reflect = config.width, build.reflect_padding
         self.encoder = downscales(3, (w, 2 * w, 4 * w, 8 * w), reflect=reflect)
         self.decoder = upscale_decoder(
+            # Two runs: the concatenation is padded part by part.
             (4 * w, 4 * w),
             (4 * w, 2 * w, w, w // 2),
             learn_mask=build.learn_mask,

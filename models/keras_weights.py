@@ -57,12 +57,14 @@ def _entry(module: nn.Module, tensor: Tensor) -> Entry:
     back = [order.index(axis) for axis in range(len(order))]
 
     def load(array: np.ndarray) -> None:
+        # A norm's array has more axes in Keras than its tensor here.
         source = torch.from_numpy(np.ascontiguousarray(array)).reshape(turned)
         tensor.detach().copy_(source.permute(back))
 
     shape = cast(Any, module).keras_shape() if hasattr(module, "keras_shape") else turned
 
     def read() -> np.ndarray:
+        # NumPy has no bfloat16.
         array = tensor.detach().float().cpu().permute(order).numpy()
         return np.ascontiguousarray(array).reshape(shape)
 
@@ -81,5 +83,6 @@ def load_keras_weights(model: nn.Module, arrays: Sequence[np.ndarray]) -> None:
     for number, (entry, array) in enumerate(zip(entries, arrays, strict=True)):
         if array.shape != entry.shape:
             raise ValueError(f"array {number} must have shape {entry.shape}, got {array.shape}")
+    # All shapes have been looked at: a set that is refused leaves the model as it was.
     for entry, array in zip(entries, arrays, strict=True):
         entry.load(array)

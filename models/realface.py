@@ -82,6 +82,7 @@ class Realface(Autoencoder):
         input_size: int = option(64, low=64, high=128, step=16)
         """Edge of the face that the encoder is given, in px."""
 
+        # The reference's help says 16, its check 32.
         output_size: int = option(128, low=64, high=256, step=32)
         """Edge of the decoded face in px."""
 
@@ -118,11 +119,14 @@ class Realface(Autoencoder):
             convs += [Residual(after, reflect=reflect) for _ in range(2)]
         self.encoder = nn.Sequential(*convs, ConvBlock(4 * e, 8 * e, reflect=reflect))
         edge, num_upscales = dense_edge(config.input_size, config.output_size)
+        # Fewer channels where the first picture is larger.
         code, filters = (config.input_size // 16, 8 * e), scaled(1024 - (edge - 4) * 64)
         nodes, channels = scaled(config.dense_nodes), scaled(config.complexity_decoder)
+        # The reference's masks are as wide for A as for B, whatever the faces are.
         masks = _widths(scaled(384), num_upscales) if build.learn_mask else ()
         self.decoder_a = _Decoder(
             code,
+            # Rounded down, as the reference does: its weights fit no other number.
             int(nodes / 1.5),
             (edge, int(filters / 1.5)),
             _widths(int(channels / 1.5), num_upscales),

@@ -70,6 +70,7 @@ class Unbalanced(Autoencoder):
         super().__init__(config, build)
         self.input_px, self.output_px = self.sizes(config)
         if config.lowmem:
+            # For the widths below alone: `self.config` stays what the user chose.
             config = dataclasses.replace(
                 config,
                 nodes=512,
@@ -80,6 +81,7 @@ class Unbalanced(Autoencoder):
         e, reflect = config.complexity_encoder, build.reflect_padding
         channels, small_px = 384 if config.lowmem else 512, config.input_size // 16
         widths = (e, 2 * e, 4 * e, 6 * e, 8 * e)
+        # The reference normalises the first two alone.
         norms = (InstanceNorm(e), InstanceNorm(2 * e), None, None, None)
         pairs = zip((3, *widths), widths, norms, strict=False)
         convs = ConvBlocks(
@@ -87,6 +89,7 @@ class Unbalanced(Autoencoder):
         )
         self.encoder = nn.Sequential(
             convs,
+            # Rounded up, as five halvings with "same" padding are.
             Dense((-(-config.input_size // 32), 8 * e), config.nodes, draw=normal_002),
             Dense(config.nodes, (small_px, channels), draw=normal_002),
         )
@@ -108,6 +111,7 @@ class Unbalanced(Autoencoder):
         reflect = self.build.reflect_padding
         face = [*branch(inputs, widths, 3, kernel=5, reflect=reflect, draw=normal_002)]
         for number, chance in enumerate(dropouts):
+            # Each one inserted has moved the upscales behind it by a place.
             face.insert(2 * number + 1, nn.Dropout2d(chance))
         return Decoder(nn.Sequential(*face), self._mask(inputs, widths))
 
@@ -124,6 +128,7 @@ class Unbalanced(Autoencoder):
     def _mask(self, inputs: int, widths: tuple[int, ...]) -> nn.Sequential | None:
         if not self.build.learn_mask:
             return None
+        # In all families of the reference masks have kernels of 3 and the blocks' own draw.
         return branch(inputs, widths, 1, reflect=self.build.reflect_padding)
 
 

@@ -42,6 +42,7 @@ class _ResidualTrunk(nn.Module):
         )
 
     def forward(self, x_bchw: Tensor) -> Tensor:
+        # One product, of which either path takes another slope.
         product = self.conv(x_bchw)
         past = bias_act(product, self.conv.bias, negative_slope=0.1)
         return self.residuals(bias_act(product, self.conv.bias, negative_slope=0.2)) + past
@@ -58,6 +59,7 @@ class _ShuffledConv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, reflect: bool):
         super().__init__()
+        # `shuffled`: what pads the channels goes to each of the four pixels alike.
         self.conv = SameConv(inputs, outputs, 5, 2, reflect=reflect, shuffled=4, draw=normal_002)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
@@ -91,6 +93,7 @@ class Villain(Autoencoder):
     def __init__(self, config: Config, build: Build):
         super().__init__(config, build)
         w, reflect, is_small = config.width, build.reflect_padding, config.lowmem
+        # Of all but pictures and masks, as in the reference.
         drawn: dict[str, Any] = {"reflect": reflect, "draw": normal_002}
         steps: list[nn.Module] = [
             _ResidualTrunk(w, 8 if is_small else 16, reflect),

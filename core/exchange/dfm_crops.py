@@ -81,6 +81,7 @@ _DFL_PADDING = 0.40
 
 PROGRAMS = {
     "facefusion": Program(
+        # Its template "dfl_whole_face".
         _five_points,
         np.array(
             [
@@ -95,6 +96,7 @@ PROGRAMS = {
         *_inner_points([*range(17, 36), 36, 39, 42, 45, 48, 54]), side=2.2, centre=(0.5, 0.42)
     ),
     "visomaster": Program(
+        # ArcFace's template of 112 px, 8 px to the right in one of 128 px.
         _five_points,
         np.array(
             [

@@ -70,6 +70,7 @@ def export_keras(
     files = (f"{name}.keras", f"{name}_state.json")
     _refuse_target(path, target, files, force=force)
     graph = model.network.graph()
+    # Before a file is made: what Keras has no word for is refused here.
     state = state_of(model.config, TrainingState.from_dict(model.state), graph)
     faces = model.faces()
     try:
@@ -79,6 +80,7 @@ def export_keras(
             report("reading it back, to compare it with the model")
             # Of the file as it lies on the disk, read by the way on which imports come.
             difference = _difference(folder / files[0], model.network, faces)
+            # Not by `>`: a NaN is to be refused too.
             if not difference <= MAX_DIFFERENCE:
                 raise ValueError(
                     f"the file differs from the model by {difference:.1e} (at most "
@@ -122,6 +124,7 @@ def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: b
 def _beside(target: Path) -> Iterator[Path]:
     """A new folder beside the target, which is gone in the end if nothing has moved it away."""
     discard_leftovers(target.parent, of=target)
+    # On the same disk, so that it can be renamed.
     folder = temporary_name(target)
     folder.mkdir()
     try:
@@ -137,6 +140,7 @@ def _move(folder: Path, target: Path, files: tuple[str, ...]) -> None:
     sync_folder(folder)
     if target.is_dir() and any(target.iterdir()):
         for file in files:
+            # One by one: no folder can be renamed onto one that is not empty.
             os.replace(folder / file, target / file)
         sync_folder(target)
     else:
@@ -154,6 +158,7 @@ def _difference(path: Path, network: Autoencoder, faces: Sequence[np.ndarray]) -
         for ours, theirs in match(graph, network.graph()).items():
             theirs.weights = arrays.entries(theirs, [entry.shape for entry in ours.weights])
         names = (value.call.layer.name for value in graph.inputs)
+        # One face for both inputs: A's decoder and B's then both have it.
         found = evaluate(graph, graph.outputs, dict.fromkeys(names, faces_ncss))
         wanted = [*network.swap(faces_ncss, "a"), *network.swap(faces_ncss, "b")]
     differences = [(one - other).abs().max() for one, other in zip(found, wanted, strict=True)]

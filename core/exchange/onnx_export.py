@@ -71,6 +71,7 @@ def export_onnx(
             cannot be said in ONNX, or the file differs from it.
     """
     import_onnx()
+    # Before the model is read and computed with, which takes long.
     refuse_target(path, target, ".onnx", force=force)
     model = read_trained_model(path, generation, report)
     report("writing the graph and the weights")
@@ -78,6 +79,7 @@ def export_onnx(
     faces, input_px = model.faces(), model.network.input_px
     report("running it, to compare it with the model")
     expected = expected_of_plain(model.network.double())
+    # Of the bytes that will be written, so that nothing comes between the test and the file.
     verdict = verify(content, sample_pictures(input_px, faces), expected)
     write_export(target, content, force=force)
     return OnnxExport(
@@ -117,6 +119,7 @@ def export_dfm(
     refuse_target(path, target, ".dfm", force=force)
     model = read_trained_model(path, generation, report)
     plan = dfm_plan(model.network, model.crop, program, mask)
+    # Nothing but the file says later what it was made for.
     metadata = model.metadata | {"target": plan.target, "mask": plan.mask}
     report("writing the graph and the weights")
     content, faces = dfm_file(model.network, plan).content(metadata), model.faces()

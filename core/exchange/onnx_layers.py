@@ -114,6 +114,7 @@ def _written(step: _Step) -> str:
 
 
 def _same(step: _Step) -> str:
+    # Dropout and noise do nothing outside training.
     return step.x
 
 
@@ -158,6 +159,7 @@ def _transposed(step: _Step) -> str:
 
 def _dense(step: _Step) -> str:
     bias = [step.weight(1)] if step["use_bias"] else []
+    # As it lies: Keras and Gemm have dense weights as (in, out).
     return step.add("Gemm", step.x, step.weight(0), *bias)
 
 
@@ -201,6 +203,7 @@ def _enlarged(step: _Step) -> str:
         },
     }
     scales = [1, 1, *step["size"]]
+    # No region: only another way of choosing coordinates reads it.
     return step.add("Resize", step.x, "", scales, **modes[step["interpolation"]])
 
 
@@ -221,6 +224,7 @@ def _pooled(operator: str) -> Callable[[_Step], str]:
 
 
 def _over_pixels(operator: str) -> Callable[[_Step], str]:
+    # In opset 13 an attribute; from 18 on an input.
     return lambda step: step.add(operator, step.x, axes=[2, 3], keepdims=0)
 
 
@@ -257,6 +261,7 @@ def _scaled(step: _Step, x: str) -> str:
 
 def _instance_norm(step: _Step) -> str:
     if step["axis"] is not None:
+        # No family of mien's has it; a file of the reference may.
         raise ValueError(f"{step.layer.name} normalises by axis {step['axis']}, not over all")
     return _scaled(step, _normalized(step, step.x, [1, 2, 3], epsilon_in_root=False))
 

@@ -164,6 +164,7 @@ class _Reader:
         return values
 
     def remember(self, index: int | None = None) -> None:
+        # From protocol 4 on values are numbered in the order in which they are remembered.
         self._memo[len(self._memo) if index is None else index] = self._stack[-1]
 
     def recall(self, index: int) -> None:
@@ -237,6 +238,7 @@ def _dtype_of(element: Any) -> np.dtype:
     )
     if not is_known:
         _refuse(f"has an array whose elements are none of {', '.join(sorted(_DTYPES))}")
+    # "|" has no order, and "=" is this one on the machines that DeepFaceLab runs on.
     return np.dtype(f"<{element.code}")
 
 
@@ -248,6 +250,7 @@ def _element_type(code: Any, *_: Any) -> ElementType:
 
 
 def _encoded(text: Any, encoding: Any) -> bytes:
+    # Python writes bytes so in protocol 2: as text with a character for each.
     if not isinstance(text, str) or encoding != "latin1":
         _refuse("encodes what is no text")
     return text.encode("latin-1")
@@ -315,6 +318,7 @@ def _constant(make: Callable[[], Any]) -> Callable[[_Reader], None]:
 
 
 def _stack_reference(reader: _Reader) -> None:
+    # Protocol 4 has both on the stack, the name on top.
     name, module = reader.pop(), reader.pop()
     reader.refer(module, name)
 

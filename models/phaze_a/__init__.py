@@ -124,6 +124,7 @@ class PhazeA(Autoencoder):
         code)``, else ``(code,)``; then the style, unless it has been used. What the model lacks is
         left out."""
         config, encoded = self.config, self.encoder(faces_nchw)
+        # Both sides share the style's network always, as in the reference.
         style = (self.fc_gblock(encoded),) if config.enable_gblock else ()
         if config.split_fc:
             shared = {"full": "fc_shared", "half": "fc_a"}.get(config.shared_fc)
@@ -134,6 +135,7 @@ class PhazeA(Autoencoder):
                 (own, self.fc_shared(encoded) if config.shared_fc == "full" else own), 1
             )
         if style and not config.split_gblock:
+            # All before it is of both sides, so it can take them here as one batch.
             return (self.g_block_both(own, *style),)
         return (own, *style)
 

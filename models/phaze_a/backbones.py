@@ -187,6 +187,7 @@ def input_size(name: str, scaling_percent: int, *, pretrained: bool = False) -> 
     default_px, min_px = 1024, 32
     if name != "fs_original":
         default_px, min_px = spec(name).default_px, spec(name).min_px
+    # As the reference does with NASNet's weights.
     if pretrained and name.startswith("nasnet"):
         return default_px
     return max(min_px, int(default_px * scaling_percent / 100 // 16) * 16)
@@ -254,6 +255,7 @@ class Backbone(nn.Module):
                 elif name in ("pos_embed", "cls_token"):
                     _draw_table(parameter, generator)
                 else:
+                    # By name, so that a parameter of an unknown kind is an error and not a guess.
                     value = {"weight": 1.0, "bias": 0.0, "gamma": 1e-6}[name]
                     nn.init.constant_(parameter, value)
             if isinstance(module, BatchNorm):
@@ -323,6 +325,7 @@ def backbone(
         trunks.stride_first(trunk)
     made = Backbone(name, timm_name, normalize, trunk)
     with torch.no_grad():
+        # The network itself says what it puts out; on the meta device this costs no memory.
         shape = made.eval()._features(torch.empty(1, 3, size_px, size_px, device="meta")).shape
     made.channels, made.output_px = shape[1], shape[2]
     trunk.to_empty(device=torch.get_default_device())

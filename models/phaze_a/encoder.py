@@ -37,6 +37,7 @@ class FsOriginal(nn.Module):
             self.channels: Runs = (widths[-1],)
             return
         self.convs = downscales(3, widths[:depth], reflect=reflect)
+        # Rounded up, as halvings with "same" padding are.
         self.output_px = -(-self.output_px // 2**depth)
         self.channels = (widths[depth - 1],)
 
@@ -77,6 +78,7 @@ class Bottleneck(nn.Module):
         if config.bottleneck_norm != "none":
             self.norm = NORMS[config.bottleneck_norm](channels)
         self.kind, self.dense = config.bottleneck_type, None
+        # Of a pooled picture.
         self.code: Code = (1, channels)
         if self.kind == "flatten":
             self.code = (edge_px, channels)  # the dense layer behind flattens

@@ -75,6 +75,7 @@ class FullyConnected(nn.Module):
         super().__init__()
         steps, code = _begin(encoder, config)
         edge_px, self.channels = config.fc_dimensions, runs_of(config.fc_channels)
+        # The last one's nodes as a picture: `Dense` puts them out so without another pass.
         outputs: list[Code] = [*config.fc_nodes[:-1], (edge_px, self.channels)]
         if config.fc_depth:
             for layer in outputs:

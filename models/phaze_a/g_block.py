@@ -32,6 +32,7 @@ class _Layer(nn.Module):
         self.norm = AdaptiveInstanceNorm()
 
     def forward(self, x_bchw: Tensor, style_bn: Tensor) -> Tensor:
+        # Without its bias, which the last kernel of this layer adds together with the noise.
         noise_bchw = self.blend(self.noise(x_bchw))
         if self.conv is not None:
             x_bchw = bias_act(self.conv(x_bchw), self.conv.bias, negative_slope=1)
@@ -64,12 +65,14 @@ class GBlock(nn.Module):
         self.style = nn.ModuleList(Dense(length, _STYLE, draw=he_normal) for length in lengths)
         self.conv = SameConv(channels, channels, 3)
         self.noise = Noise(channels)
+        # As in the reference, `conv` is the convolution of the first one.
         self.layers = nn.ModuleList(
             _Layer(channels, convolves=number > 0) for number in range(_LAYERS)
         )
 
     def forward(self, code_bchw: Tensor, style_bn: Tensor) -> Tensor:
         for number, dense in enumerate(self.style):
+            # The reference activates between its dense layers, not before or behind them.
             style_bn = dense(F.leaky_relu(style_bn, 0.1) if number else style_bn)
         x_bchw = self.noise(self.conv(code_bchw), self.conv.bias)
         for layer in self.layers:
