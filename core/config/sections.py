@@ -308,7 +308,7 @@ class OptimizerConfig(Section):
     fused_dense: bool = setting(False)
     """Leave the gradients of large dense layers (1 M weights or more) as two small factors, which
     the update multiplies: less memory is taken and moved, and 16 bits round them no more. Off until
-    it is measured on a GPU; by figures it pays up to a batch size of some 100. Not with
+    it is measured on a GPU; by calculation it pays up to a batch size of some 100. Not with
     gradient_accumulation, nor with the compile engine."""
 
     reduce: str = setting("same", choices=("same", "fp32"))

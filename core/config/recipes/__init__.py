@@ -15,7 +15,7 @@ A recipe is a TOML file of settings, as `--configfile` takes it, with a list of 
     set.augment.warp = false
 
 A stage lasts until the first of its ends: so many iterations, a total iteration, minutes, or a
-figure that no longer improves. One without an end lasts as long as the run. What a stage sets holds
+metric that no longer improves. One without an end lasts as long as the run. What a stage sets holds
 until a later one sets it again, and weighs more than all else that a user gives.
 """
 
@@ -50,10 +50,10 @@ _NOT_IN_A_STAGE = {  # what belongs to the run as a whole, as every path does
 
 @dataclass(frozen=True, kw_only=True)
 class Plateau:
-    """A figure that no longer improves."""
+    """A metric that no longer improves."""
 
     metric: str = setting("loss", choices=FALLING + RISING)
-    """The loss of both sides or one, or a figure that is measured at saves."""
+    """The loss of both sides or one, or a metric of held-out faces, measured at saves."""
 
     window: int = setting(1000, low=1)
     """Iterations whose mean loss counts as one value. What is measured counts by itself."""
