@@ -24,7 +24,9 @@ def comparison(one: Tiles, other: Tiles, enlarge: str) -> np.ndarray:
         other: Tiles of another save, of the same sides.
         enlarge: How small tiles are enlarged: lanczos or nearest.
     """
+    # One may be read from its kept preview, whose tiles are shrunk.
     other = _of_size(other, one.images.shape[-2])
+    # `preview.preview_images` may have changed between them.
     count = min(one.images.shape[1], other.images.shape[1])
     blocks, labels = [], []
     for number, side in enumerate(one.sides):
@@ -48,6 +50,7 @@ def strip(history: Sequence[Tiles], enlarge: str, num_faces: int = STRIP_FACES) 
     newest = history[-1]
     alike = [_of_size(tiles, newest.images.shape[-2]) for tiles in history]
     count = min(num_faces, *(tiles.images.shape[1] for tiles in alike))
+    # Of one save alone: the originals of all are the same.
     columns = [newest.images[:, :count, ORIGINAL]]
     columns += [tiles.images[:, :count, SWAPPED] for tiles in alike]
     faces = np.concatenate(list(np.stack(columns, axis=2)))

@@ -75,6 +75,7 @@ class KeptPreviews:
             "faces_digest": tiles.faces_digest,
         }
         rows = small.transpose(1, 3, 0, 2, 4, 5).reshape(num_faces * tile_px, -1, 3)
+        # Before any earlier one goes: a full disk must not cost those.
         save_jpeg(self.path(tiles.iteration), rows, json.dumps(about))
         earlier = [each for each in self.iterations() if each <= tiles.iteration]
         for iteration in set(self.iterations()).difference(thinned(earlier, most)):
@@ -102,6 +103,7 @@ def thinned(iterations: list[int], most: int) -> list[int]:
     """Choose which of these to keep: at most so many, spread over the logarithm of their age."""
     kept = sorted(iterations)
     while len(kept) > max(most, 1):
+        # The newest is 1 old, since one divides by it.
         ages = [kept[-1] - iteration + 1 for iteration in kept]
         inner = range(1, len(kept) - 1)
         # With room for one alone it is the newest.
@@ -128,6 +130,7 @@ def _about(comment: str) -> dict[str, Any] | None:
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:
         return None
     sizes = (about.get("tile_px"), about.get("faces"))
+    # By `type`: to Python, JSON's true is an int as well.
     if not all(type(size) is int and size > 0 for size in sizes):
         return None
     return about if isinstance(about.get("faces_digest"), str) else None

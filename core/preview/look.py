@@ -51,5 +51,6 @@ def look_at(model: Autoencoder, compute: torch.dtype, faces: PreviewFaces, itera
 def _to_pixels(outputs: tuple[torch.Tensor, ...], learn_mask: bool) -> np.ndarray:
     """(n, o, o, 3 or 4) uint8 of the largest face and, where learned, its mask."""
     picture = torch.cat(outputs[-2:], dim=1) if learn_mask else outputs[-1]
+    # In fp32, since bf16 would round the product to 8 bits.
     pixels = (picture.float() * 255).clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).cpu().numpy()

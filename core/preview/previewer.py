@@ -95,6 +95,7 @@ class Pictures:
         most, iteration = self._settings.history, look.iteration
         if not most:
             return
+        # Fresh faces are others at every save, and could not be compared.
         if look.faces is not self._compared_faces:
             look = look_at(self._model, self._compute, self._compared_faces, iteration)
         tiles = tiles_of(look, has_mask=uses_mask(self._config))

@@ -74,6 +74,7 @@ def draw_save(request: PreviewRequest, at: str | None) -> Drawn:
     if at is not None and at.isdecimal() and not has_weights(request.model_dir, int(at)):
         if int(at) in kept.iterations() and not request.folders and request.style != "faceswap":
             tiles = kept.read(int(at)).first(request.num_faces)
+            # Masks are not kept.
             style = SheetStyle(enlarge=request.enlarge or "lanczos", mask="off")
             image = preview_sheet(tiles, style, f"iteration {tiles.iteration:,}, as it was kept")
             return _drawn(request, image, [tiles], f"the preview kept in {kept.folder}")
@@ -96,6 +97,12 @@ def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn
         history = [kept.read(iteration).first(request.num_faces) for iteration in iterations]
         source = f"the previews kept in {kept.folder}"
     else:
+<<<<<<< HEAD
+=======
+        for iteration in iterations:
+            # All of them first: to draw one takes long.
+            _require_save(request, iteration, kept)
+>>>>>>> c858778 (Say why in previews, micro-batches and the reporter, where a reader would ask)
         history = [_rendered(request, iteration) for iteration in iterations]
         source = f"the saves of {request.model_dir}"
     _warn_of_other_faces(request, history)
@@ -139,6 +146,7 @@ def _look(request: PreviewRequest, saved: SavedModel) -> tuple[Config, Look]:
 
 def _rendered(request: PreviewRequest, iteration: int) -> Tiles:
     saved = read_saved(request.model_dir, str(iteration), request.device)
+    # Whatever the save's style is: faceswap's would ask for both sides, and only tiles are used.
     sheet = dataclasses.replace(request, style="sheet")
     config, look = _look(sheet, saved)
     return tiles_of(look, has_mask=uses_mask(config))

@@ -78,6 +78,7 @@ def enlarged(tiles: np.ndarray, how: str) -> np.ndarray:
     is_mask = tiles.shape[-1] != 3
     shape = tiles.shape if is_mask else tiles.shape[:-1]
     edge_px = shape[-1]
+    # Whole, so that every pixel is enlarged alike.
     factor = -(-LEAST_TILE_PX // edge_px)
     if factor == 1:
         return tiles.copy()
@@ -101,6 +102,7 @@ def arranged(
     """
     num_faces, _, tile_px = blocks[0].shape[:3]
     num_columns = -(-num_faces // _MOST_ROWS)
+    # Of like length: 9 faces stand as 5 and 4, not as 8 and 1.
     num_rows = -(-num_faces // num_columns)
     lefts, right = _lefts([block.shape[1] for block in blocks], num_columns, tile_px)
     top, step = 2 * _LINE_PX, tile_px + _GAP_PX
@@ -146,6 +148,7 @@ def _show_mask(tile: np.ndarray, mask: np.ndarray, style: SheetStyle) -> None:
         share_ee1 = (1 - mask[..., None] / np.float32(255)) * style.mask_opacity / 100
         tile[:] = np.rint(tile + (color_c - tile) * share_ee1)
         return
+    # OpenCV takes no bool.
     inside = (mask >= 128).view(np.uint8)
     outlines, _ = cv2.findContours(inside, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(tile, outlines, -1, color_c.tolist(), 1, cv2.LINE_AA)

@@ -67,11 +67,13 @@ def tiles_of(look: Look, *, has_mask: bool) -> Tiles:
         kinds[MASK][middle] = look.predictions[:, 1, ..., 3:]
     if has_mask:
         trained_snff = look.faces.targets[..., 3]
+        # Without a mask of its own the model is held to the one that it is trained with.
         recreated_snff = trained_snff
         if has_learned_mask:
             recreated_snff = np.zeros_like(trained_snff)
             recreated_snff[middle[:-1]] = look.predictions[:, 0, ..., 3]
         masks = np.stack([trained_snff, recreated_snff], axis=2)
+    # 64 bits: a few sets of faces are to be told apart, and nobody would forge one.
     digest = hashlib.sha256(np.ascontiguousarray(targets_snff3).data).hexdigest()[:16]
     images = np.stack(kinds, axis=2)
     return Tiles(look.iteration, look.faces.sides, images, masks, out_px, digest)

@@ -42,6 +42,7 @@ def check(config: Config, ranks: Ranks = ALONE) -> None:
     ):
         if value:
             raise ValueError(f"train.micro_batch is {size}, which does not go with {name}")
+    # `TreeSum` has ranks exchange their sums in pairs.
     if ranks.size & (ranks.size - 1):
         raise ValueError(
             f"train.micro_batch is {size}, which is for 1, 2, 4, 8.. processes, got {ranks.size}; "
@@ -58,6 +59,7 @@ def micro_batch(batch: Batch, number: int, size: int) -> Batch:
     """Faces of both sides, ``size`` of each, of the micro-batch of this number."""
 
     def own(x_n: Tensor) -> Tensor:
+        # All of A's faces come before B's, in a micro-batch too.
         return torch.cat([side[number * size :][:size] for side in x_n.chunk(2)])
 
     return replace(
