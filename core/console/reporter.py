@@ -288,7 +288,6 @@ class Reporter:
         """Wait for the last notification; what was not sent is told on stderr: stop is the last
         report of all."""
         notifier, self._notifier = self._notifier, None
-        # On stderr, since nothing may follow the last line of JSON.
         for problem in notifier.close() if notifier else []:
             Output(sys.stderr).write(printable(f"Warning: {problem}") + "\n")
 

@@ -136,6 +136,7 @@ class Converter:
                     return None, Done(work.frame.stem, len(work.faces), [], was_there=True)
                 return self._encode(work, output)
 
+            # One more than there are threads: none waits while this one takes what is ready.
             ready = ahead(pool, opened, prefetched(due, _PREFETCHED), num_threads + 1)
             for encoded, done in ahead(pool, written, self._swapped(ready), num_threads + 1):
                 if not done.was_there:
@@ -152,6 +153,7 @@ class Converter:
         if work.faces:
             work.image_hwc = work.frame.read()
             for placed in work.faces:
+                # Of every frame: those of a folder may differ.
                 placed.check_size(work.image_hwc.shape[:2])
                 matrix_23 = placed.face.frame_matrix(self._crop)
                 work.patches.append(cut_patch(work.image_hwc, matrix_23, self._crop.size_px))
@@ -244,6 +246,7 @@ def ahead(
 def prefetched(items: Iterator[Item], depth: int) -> Iterator[Item]:
     """The same items, taken by a thread, a few ahead."""
     waiting: deque[Future[Any]] = deque()
+    # One thread, since a video is decoded in order.
     with ThreadPoolExecutor(1) as thread:
         waiting.extend(thread.submit(next, items, _END) for _ in range(depth))
         while (item := waiting.popleft().result()) is not _END:

@@ -166,6 +166,7 @@ def swap_film(
                     break
         if not is_stopped:
             film.output.finish()
+            # A container may promise more frames than can be decoded.
             if frames < film.num_frames:
                 line = f"{settings.frames} ends after {frames} of its {film.num_frames} frames"
                 emit("warning", message=line)
@@ -201,6 +202,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     def frames() -> Iterator[Frame]:
         if chosen is None:
             return source.frames()
+        # Not behind the last one: the rest of the film need not be decoded.
         return islice((each for each in source.frames() if each.stem in chosen), len(chosen))
 
     # Before the output is opened: one frame is enough to see that the film is another one.
@@ -280,6 +282,7 @@ def _check_settings(settings: SwapSettings) -> None:
             raise ValueError(f"{file} is a folder: choose another name")
         if os.path.lexists(file) and not settings.force:
             raise ValueError(f"{file} exists; add --force to replace it")
+        # A video has its name only once it is whole, which may be after hours.
         if not os.access(file.parent, os.W_OK | os.X_OK):
             raise ValueError(f"{file.parent} cannot be written to: choose another place")
     if suffix not in CONTAINERS and settings.output.is_file():
@@ -334,6 +337,7 @@ def _open_output(
             settings.output,
             stems,
             source if isinstance(source, Video) else None,
+            # 1001 is the denominator of the rates of broadcasts, as in 30000/1001.
             Fraction(settings.fps).limit_denominator(1001),
             text,
             manifest | {"preview": settings.preview},

@@ -166,6 +166,7 @@ def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]
         folder.mkdir()
     names = set(os.listdir(folder))
     if not names:
+        # Before any frame: a folder of frames without it is refused at the next call.
         _write(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     elif MANIFEST not in names:
         raise ValueError(f"{folder} is not empty: {remedy}")

@@ -186,6 +186,7 @@ def _placed(face: Face, header: FaceHeader) -> PlacedFace:
     return PlacedFace(
         face,
         Path(name).stem,
+        # By `type`: to Python, JSON's true is an int as well.
         index if type(index) is int else 0,
         _frame_px(header.source.get("source_frame_dims")),
     )
@@ -212,6 +213,7 @@ def _require_mask(path: Path, header: FaceHeader, name: str) -> None:
     if isinstance(mask, str):
         raise ValueError(f"{path}: {mask}")
     try:
+        # Now, and not in the middle of the film.
         mask.pixels()
     except FaceFileError as error:
         raise ValueError(f"{path}: {error}") from None

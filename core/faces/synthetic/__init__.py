@@ -77,6 +77,7 @@ def draw_folder(
         for number, name in enumerate(names):
             image, header = draw_face(identity, number, size_px=size_px, seed=seed)
             write_face(part / name, image, header)
+        # A temporary folder is its maker's alone.
         set_permissions(part, 0o755)
         part.replace(folder)
     finally:
