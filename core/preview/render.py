@@ -97,12 +97,6 @@ def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn
         history = [kept.read(iteration).first(request.num_faces) for iteration in iterations]
         source = f"the previews kept in {kept.folder}"
     else:
-<<<<<<< HEAD
-=======
-        for iteration in iterations:
-            # All of them first: to draw one takes long.
-            _require_save(request, iteration, kept)
->>>>>>> c858778 (Say why in previews, micro-batches and the reporter, where a reader would ask)
         history = [_rendered(request, iteration) for iteration in iterations]
         source = f"the saves of {request.model_dir}"
     _warn_of_other_faces(request, history)
