@@ -42,7 +42,8 @@ SCHEMA = 2
 
 IDENTITY = frozenset(
     "kind name model batch_size precision engine threads without kernel variant case of placement "
-    "input_px output_px png_px size_px num_faces faces phase saves".split()
+    "input_px output_px png_px size_px num_faces faces phase saves ranks distribution "
+    "exchange".split()
 )
 """Fields of a row that say what was measured; all others are figures."""
 

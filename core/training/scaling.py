@@ -68,6 +68,14 @@ def step_time(
     )
 
 
+def measured_step_time(
+    config: Config, precision: Precision, device: torch.device, card: Card, measured_s: float
+) -> StepTime:
+    """The step of one device with the whole batch, which takes as long as it was measured to."""
+    predicted = step_time(config, precision, device, card, config.train.batch_size)
+    return _as_measured(predicted, predicted, measured_s)
+
+
 def _as_measured(step: StepTime, whole: StepTime, measured_s: float) -> StepTime:
     """A predicted step, by how much longer than predicted that of the whole batch took."""
     # The update is as predicted, since its bytes are known, as long as that leaves the half.

@@ -13,6 +13,7 @@ from ..optim.fused_dense import described
 from . import memory
 from .batch_size import BatchSize
 from .devices import threads_in_words
+from .scaling import outlook_at_start
 from .training_setup import TrainingSetup
 
 
@@ -215,6 +216,11 @@ def _lines_of_parts(
         lines["dense layers"] = described(len(sizes), sum(sizes))
     if setup.step.update.is_on_host:
         lines["state"] = _state_on_host(setup)
+    if setup.council is not None:
+        ranks = setup.council.ranks
+        outlook = outlook_at_start(setup.config, setup.precision, setup.device, ranks)
+        if outlook:
+            lines["scaling"] = f"{outlook}; predicted"
     return lines
 
 
