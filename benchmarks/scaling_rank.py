@@ -83,6 +83,7 @@ def step_figures(
     return {
         "threads": torch.get_num_threads(),
         "eg_per_s": rounded(2 * job["batch_size"] / timed["median_s"]),
+        "eg_per_cpu_s": rounded(2 * job["batch_size"] / (ranks.size * timed["cpu_s"])),
         **spread_ms(timed),
     }
 
@@ -90,9 +91,11 @@ def step_figures(
 @contextlib.contextmanager
 def _exchange(how: str) -> Iterator[None]:
     """Exchange beside the backward pass, after it, or none: replaced by nothing."""
-    patches = []
+    patches: list[Any] = []
     if how == "none":
-        silent = dict.fromkeys(("all_reduce", "reduce_scatter", "all_gather"), _nothing)
+        silent: dict[str, Any] = dict.fromkeys(
+            ("all_reduce", "reduce_scatter", "all_gather"), _nothing
+        )
         patches = [mock.patch.multiple(Group, **silent)]
     if how == "after":
         patches = [mock.patch.object(MirroredUpdate, "overlap_backward", Update.overlap_backward)]
