@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.estimate.flops import work_of
+from ..core.estimate.roofline import ceiling
 from .bench_step import mien_step
 from .ceilings import card_of
 from .harness import Pace, measure, rounded, spread_ms
-from .roofline import ceiling
 from .variants import variant
 
 if TYPE_CHECKING:
