@@ -15,6 +15,7 @@ from mien.core.console.event_files import older_file
 from mien.core.console.reporter import Reporter
 from mien.core.console.status_line import duration
 from mien.core.console.tensorboard import LogError, NullLog, TensorBoardLog, open_log
+from mien.core.console.wandb_log import WandbLog
 
 STEP = {
     "iteration": 12,
@@ -484,3 +485,65 @@ def test_a_notice_is_no_warning(tmp_path):
     stream = io.StringIO()
     Reporter(stream, level="warning").notice("updated")
     assert stream.getvalue() == ""
+
+
+def test_tensorboard_gets_the_settings_and_now_and_then_a_preview(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = TensorBoardLog(tmp_path, 1, settings="[train]\nbatch_size = 3\n")
+    for step in (100, 110, 120, 1000):
+        log.picture("preview", b"\xff\xd8 a picture", (12, 8), step)
+    log.close()
+    events = EventAccumulator(str(tmp_path / "logs/session_1/train"))
+    events.Reload()
+    (text,) = events.Tensors("settings")
+    assert b"batch_size = 3" in text.tensor_proto.string_val[0]
+    assert events.SummaryMetadata("settings").plugin_data.plugin_name == "text"
+    pictures = events.Images("preview")
+    assert [picture.step for picture in pictures] == [100, 120, 1000]
+    assert {(picture.width, picture.height) for picture in pictures} == {(12, 8)}
+    assert pictures[0].encoded_image_string == b"\xff\xd8 a picture"
+
+
+def test_weights_and_biases_gets_means_pictures_and_settings(tmp_path, monkeypatch):
+    """Offline, as W&B keeps it for `wandb sync`: nothing leaves the machine."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = WandbLog("faces", tmp_path / "hero", "0" * 32, {"train": {"batch_size": 3}})
+    sent, send = [], log._run.log
+    monkeypatch.setattr(
+        log._run, "log", lambda row, step: (sent.append((step, row)), send(row, step))
+    )
+    for step in (1, 2, 3):
+        log.scalars({"batch_total": float(step)}, step)
+    log.scalars({"evaluate/ssim_a": 0.5}, 3)
+    log.picture("preview", _jpeg(), (12, 8), 3)
+    log.close()
+    means = [(1, {"batch_total": 1.0}), (3, {"batch_total": 2.5}), (3, {"evaluate/ssim_a": 0.5})]
+    assert sent[:3] == means
+    assert [(step, [*row]) for step, row in sent[3:]] == [(3, ["preview"])]
+    (kept,) = (tmp_path / "hero/logs/wandb").glob("offline-run-*/run-*.wandb")
+    content = kept.read_bytes()
+    for word in (b"batch_total", b"evaluate/ssim_a", b"image-file", b"batch_size"):
+        assert word in content
+
+
+def test_weights_and_biases_without_a_login_is_a_line(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key configured.\nmore")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(
+        LogError, match=r"^W&B cannot be used \(No API key configured.\); run `wand"
+    ):
+        WandbLog("faces", tmp_path, "0" * 32, {})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="log.wandb needs wandb, which is not installed"):
+        WandbLog("faces", tmp_path, "0" * 32, {})
+
+
+def _jpeg() -> bytes:
+    import cv2
+
+    return cv2.imencode(".jpg", np.zeros((8, 12, 3), np.uint8))[1].tobytes()

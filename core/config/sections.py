@@ -504,6 +504,10 @@ class LogConfig(Section):
     """File to which the same lines are added, each with its date; at 16 MiB it is put aside, and
     four of those are kept."""
 
+    wandb: str = setting("", private=True, flag="--wandb")
+    """Project of Weights & Biases that is told losses, previews and settings too; no model keeps
+    it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NotifyConfig(Section):

@@ -1,4 +1,4 @@
-"""Scalars of a run as TensorBoard events.
+"""Scalars, previews and settings of a run as TensorBoard events.
 
 Of the iterations, the sides written `a` and `b`; means over several iterations once there are more
 than 20,000:
@@ -13,6 +13,8 @@ than 20,000:
 and of saves, where faces are held out:
 
     evaluate/<name>                   a metric of `core.evaluate.evaluate`
+    preview                           a picture, now and then
+    settings                          the session's settings, as text
 
 TensorBoard itself is imported only where a TensorBoardLog is made.
 """
@@ -30,6 +32,10 @@ _SECONDS_BETWEEN_FLUSHES = 30.0  # chosen, unmeasured
 _FINENESS = 20_000
 """An event stands for a 20,000th of the iterations so far at most, which is less than a graph can
 show; a hundred million iterations take 200,000 events."""
+
+_PICTURE_FACTOR = 1.2
+"""A picture is kept once the iterations have grown by a fifth: forty from iteration 500 to a
+million, some 20 MiB."""
 
 ITERATION = "batch_total"
 """The scalar that every event of iterations has."""
@@ -51,6 +57,16 @@ class Log(Protocol):
             wall_time: Time at which it ended, in seconds since 1970; now, where it is not given.
         """
 
+    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+        """Record a picture of a save; it may be left out where one was not long ago.
+
+        Args:
+            name: Name of the series.
+            jpeg: Content of the file.
+            size_px: Width and height.
+            step: Total iteration.
+        """
+
     def flush(self) -> None:
         """Hand everything to the disk."""
 
@@ -58,11 +74,41 @@ class Log(Protocol):
         """Flush, and release the file."""
 
 
+class Logs:
+    """Several destinations as one."""
+
+    def __init__(self, *logs: Log) -> None:
+        self._logs = logs
+
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
+        """Record the values of one iteration, as `Log.scalars`."""
+        for log in self._logs:
+            log.scalars(values, step, wall_time)
+
+    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+        """Record a picture of a save, as `Log.picture`."""
+        for log in self._logs:
+            log.picture(name, jpeg, size_px, step)
+
+    def flush(self) -> None:
+        """Hand everything to the disk."""
+        for log in self._logs:
+            log.flush()
+
+    def close(self) -> None:
+        """Flush and release all."""
+        for log in self._logs:
+            log.close()
+
+
 class NullLog:
     """Keeps nothing (`--no-logs`)."""
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Drop the values."""
+
+    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+        """Drop the picture."""
 
     def flush(self) -> None:
         """Do nothing."""
@@ -80,13 +126,20 @@ class TensorBoardLog:
         first_step: Total iteration of the session's first step; TensorBoard hides what a session of
             the same number, lost in a crash, wrote from there on.
         ending: What the file's name ends in, to be known by.
+        settings: Settings of the session as TOML; empty: not recorded.
 
     Raises:
         LogError: Here and in every method, where the disk refuses.
     """
 
     def __init__(
-        self, model_dir: Path, session: int, first_step: int = 1, *, ending: str = ""
+        self,
+        model_dir: Path,
+        session: int,
+        first_step: int = 1,
+        *,
+        ending: str = "",
+        settings: str = "",
     ) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -102,6 +155,9 @@ class TensorBoardLog:
         began = SessionLog(status=SessionLog.START)
         self._guarded(lambda: self._add(file_version="brain.Event:2"))
         self._guarded(lambda: self._add(step=first_step, session_log=began))
+        self._pictured_at: dict[str, int] = {}
+        if settings:
+            self._write_settings(settings, first_step)
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`."""
@@ -118,6 +174,18 @@ class TensorBoardLog:
         if time.monotonic() - self._flushed_at >= _SECONDS_BETWEEN_FLUSHES:
             self._flush()
 
+    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+        """Record a picture of a save, unless one is there of nearly as many iterations."""
+        if step < _PICTURE_FACTOR * self._pictured_at.get(name, 0):
+            return
+        self._pictured_at[name] = step
+        width, height = size_px
+        image = self._summary.Image(
+            width=width, height=height, colorspace=3, encoded_image_string=jpeg
+        )
+        entry = self._summary.Value(tag=name, image=image)
+        self._guarded(lambda: self._add(step=step, summary=self._summary(value=[entry])))
+
     def flush(self) -> None:
         """Hand everything to the disk."""
         self._write_means()
@@ -129,6 +197,13 @@ class TensorBoardLog:
             self._write_means()
         finally:
             self._guarded(self._file.close)
+
+    def _write_settings(self, settings: str, step: int) -> None:
+        """Record settings as TensorBoard's page of texts shows them, in Markdown."""
+        from tensorboard.plugins.text.summary_v2 import text_pb
+
+        summary = text_pb("settings", f"```\n{settings}```")
+        self._guarded(lambda: self._add(step=step, summary=summary))
 
     def _write_means(self) -> None:
         means, self._means = self._means, Means()
@@ -166,6 +241,10 @@ class TensorBoardLog:
             ) from error
 
 
-def open_log(model_dir: Path, session: int, *, enabled: bool, first_step: int = 1) -> Log:
-    """Destination of this session's scalars."""
-    return TensorBoardLog(model_dir, session, first_step) if enabled else NullLog()
+def open_log(
+    model_dir: Path, session: int, *, enabled: bool, first_step: int = 1, settings: str = ""
+) -> Log:
+    """Destination of this session's scalars; settings: as `TensorBoardLog` takes them."""
+    if not enabled:
+        return NullLog()
+    return TensorBoardLog(model_dir, session, first_step, settings=settings)

@@ -1,15 +1,17 @@
 """What a session writes and shows next to its saves: previews, measurements, events, lines."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
 from ...models.autoencoder import Autoencoder
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import TrainingState
-from ..config import Config
+from ..config import Config, from_dict, to_dict, to_toml, without_private
 from ..console.notify import Notifier
 from ..console.reporter import EVENTS, Reporter
-from ..console.tensorboard import Log, LogError, NullLog, open_log
+from ..console.tensorboard import Log, LogError, Logs, open_log
+from ..console.wandb_log import WandbLog
 from ..data.decode import thread_count
 from ..data.sides import SideFaces
 from ..evaluate.evaluate import Evaluation, open_evaluation
@@ -107,16 +109,31 @@ def open_logs(
 
 
 def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: Reporter) -> Log:
-    """Open the log of scalars; where the disk refuses, a warning is given and none are kept."""
-    number, done = state.session.number, state.iterations
-    try:
-        log = open_log(model_dir, number, enabled=config.save.logs, first_step=done + 1)
-        # The history reckons EG/s from it, also of a session that no save knows of.
-        log.scalars({BATCH_SIZE_TAG: state.session.batch_size}, done)
-    except LogError as error:
-        reporter.warning(f"{error}; no events are written in this session")
-        return NullLog()
-    return log
+    """Open the logs of scalars; what refuses is left out, with a warning."""
+    settings = without_private(to_dict(config))
+    logs: list[Log] = []
+    openings: list[Callable[[], Log]] = [
+        lambda: open_log(
+            model_dir,
+            state.session.number,
+            enabled=config.save.logs,
+            first_step=state.iterations + 1,
+            settings=to_toml(from_dict(settings)),
+        )
+    ]
+    if config.log.wandb:
+        project = config.log.wandb
+        openings.append(lambda: WandbLog(project, model_dir, state.run_id, settings))
+    for opening in openings:
+        try:
+            log = opening()
+            # The history reckons EG/s from it, also of a session that no save knows of.
+            log.scalars({BATCH_SIZE_TAG: state.session.batch_size}, state.iterations)
+        except LogError as error:
+            reporter.warning(f"{error}; no events are written there in this session")
+        else:
+            logs.append(log)
+    return logs[0] if len(logs) == 1 else Logs(*logs)
 
 
 def _close_log(log: Log, reporter: Reporter) -> None:

@@ -1,0 +1,101 @@
+"""A run at Weights & Biases: its scalars, previews and settings.
+
+`log.wandb` names the project. Whether anything leaves the machine, and where to, is W&B's to say:
+`wandb login`, and WANDB_MODE (offline keeps all in the model folder, for `wandb sync`). wandb is
+imported only where a WandbLog is made.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from .spacing import Means
+from .tensorboard import ITERATION, LogError
+
+_SECONDS_BETWEEN_ROWS = 1.0  # thousands of iterations a minute would be refused; chosen, unmeasured
+_FINISH_S = 60.0
+"""Seconds for which the end of a run waits for what is still being sent; the rest stays in the
+folder, for `wandb sync`. Chosen."""
+
+
+class WandbLog:
+    """One session of a run; all sessions of a model are one run at W&B.
+
+    Args:
+        project: Name of the project.
+        model_dir: The model folder, in whose `logs` W&B keeps its files.
+        run_id: Identity of the run.
+        settings: Settings of the run, plain values without what is private.
+
+    Raises:
+        ValueError: wandb is not installed.
+        LogError: W&B refuses, as where nobody has logged in.
+    """
+
+    def __init__(self, project: str, model_dir: Path, run_id: str, settings: dict[str, Any]):
+        try:
+            import wandb
+        except ImportError:
+            raise ValueError(
+                "log.wandb needs wandb, which is not installed; install it with "
+                "`pip install 'mien[wandb]'`, or leave log.wandb out"
+            ) from None
+        self._wandb = wandb
+        folder = model_dir / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=run_id,
+                name=model_dir.name,
+                dir=str(folder),
+                config=settings,
+                resume="allow",
+                # Nothing of the user's but what is logged: no code, no output, no state of git.
+                settings=wandb.Settings(
+                    console="off", disable_git=True, disable_code=True, silent=True
+                ),
+            )
+        except wandb.errors.Error as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise LogError(
+                f"W&B cannot be used ({reason}); run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
+        self._means = Means()
+        self._written_at = 0.0
+
+    def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
+        """Record the values of one iteration, as `Log.scalars`; of many a second their means."""
+        if ITERATION not in values:
+            self._write_means()
+            self._run.log(values, step=step)
+            return
+        self._means.add(values, step, time.time() if wall_time is None else wall_time)
+        if time.monotonic() - self._written_at >= _SECONDS_BETWEEN_ROWS:
+            self._write_means()
+
+    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+        """Record a picture of a save, as `Log.picture`."""
+        # As a file: W&B would decode and encode pixels.
+        path = Path(self._run.dir) / f"{name}.jpg"
+        path.write_bytes(jpeg)
+        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def flush(self) -> None:
+        """Hand what waits to W&B's own process, which sends it."""
+        self._write_means()
+
+    def close(self) -> None:
+        """End the session."""
+        self._write_means()
+        # A thread: without a network W&B tries for hours.
+        finish = threading.Thread(target=self._run.finish, daemon=True)
+        finish.start()
+        finish.join(_FINISH_S)
+
+    def _write_means(self) -> None:
+        means, self._means = self._means, Means()
+        self._written_at = time.monotonic()
+        if means.count:
+            self._run.log(means.values(), step=means.step)
