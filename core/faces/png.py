@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 
 from ..system.durable_files import open_plain, set_permissions
+from ..system.image_text import png_chunk
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEYWORD = b"faceswap"
@@ -488,12 +489,6 @@ def _check_crc(kind: bytes, data: bytes, crc: bytes) -> None:
         raise FaceFileError(
             f"its {kind.decode()} chunk is damaged (checksum differs): copy it again or {_AGAIN}"
         )
-
-
-def png_chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a PNG: its size, its kind of four letters, its data and their checksum."""
-    crc = zlib.crc32(data, zlib.crc32(kind))
-    return b"".join([len(data).to_bytes(4, "big"), kind, data, crc.to_bytes(4, "big")])
 
 
 def _header_from(content: Any) -> FaceHeader:

@@ -15,7 +15,8 @@ import numpy as np
 from isal import igzip_lib, isal_zlib
 
 from ...kernels import native
-from .png import SIGNATURE, png_chunk
+from ..system.image_text import png_chunk
+from .png import SIGNATURE
 
 _SUB = 1
 """Filter of every row that is written: differences from the pixel before. For the noise of a camera

@@ -6,6 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ..faces.png_pixels import encode_rgb
 from ..system.durable_files import DamagedError, read_regular, replace_file
 from ..system.image_text import COMMENT, commented, labelled
 from ..system.output import silent_libraries
@@ -51,21 +52,20 @@ def save_png(path: str | Path, image: np.ndarray, text: str) -> None:
 
 def save_jpeg(path: str | Path, image: np.ndarray, text: str) -> None:
     """Write the same as a JPEG: a tenth of the size."""
-    replace_file(Path(path), commented(_encoded(image, ".jpg", _SHARP), text))
+    _check(image)
+    jpeg = cv2.imencode(".jpg", image, _SHARP)[1].tobytes()
+    replace_file(Path(path), commented(jpeg, text))
 
 
 def encoded_png(image: np.ndarray, text: str) -> bytes:
     """The content of a PNG; ValueError where it can hold no such image."""
-    return labelled(_encoded(image, ".png", ()), text)
+    _check(image)
+    return labelled(encode_rgb(image), text)
 
 
-def _encoded(image: np.ndarray, kind: str, options: tuple[int, ...]) -> bytes:
-    if image.dtype != np.uint8 or image.ndim not in (2, 3) or not image.size:
+def _check(image: np.ndarray) -> None:
+    if image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
         raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    encoded, data = cv2.imencode(kind, image, options)
-    if not encoded:
-        raise ValueError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}")
-    return data.tobytes()
 
 
 def read_jpeg(path: Path) -> tuple[np.ndarray, str] | None:

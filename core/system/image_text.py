@@ -16,7 +16,8 @@ _MOST_COMMENT_BYTES = 0xFFFF - 2
 def labelled(png: bytes, text: str) -> bytes:
     """The PNG with two text chunks: what it shows, and what made it."""
     chunks = b"".join(
-        _text_chunk(keyword, words)
+        # What Latin-1 lacks is written as an escape.
+        png_chunk(b"tEXt", f"{keyword}\0{words}".encode("latin-1", "backslashreplace"))
         for keyword, words in (("Description", text), ("Software", f"mien {__version__}"))
     )
     return png[:_HEADER_END] + chunks + png[_HEADER_END:]
@@ -36,7 +37,7 @@ def commented(jpeg: bytes, text: str) -> bytes:
     return jpeg[:first_end] + segment + jpeg[first_end:]
 
 
-def _text_chunk(keyword: str, text: str) -> bytes:
-    """A text chunk of a PNG; what Latin-1 lacks is written as an escape."""
-    body = b"tEXt" + keyword.encode() + b"\0" + text.encode("latin-1", "backslashreplace")
-    return (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+def png_chunk(kind: bytes, data: bytes) -> bytes:
+    """A chunk of a PNG: its size, its kind of four letters, its data and their checksum."""
+    crc = zlib.crc32(data, zlib.crc32(kind))
+    return b"".join([len(data).to_bytes(4, "big"), kind, data, crc.to_bytes(4, "big")])
