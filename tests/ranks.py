@@ -28,12 +28,25 @@ class Rank:
     """A process that was started as a rank."""
 
     pid: int
-    out: Path
     err: Path
+    _output: int
+    out: str = ""
+    """What it has printed, as far as it was waited for."""
+
     _handle: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._handle = os.pidfd_open(self.pid)
+
+    def wait_for(self, text: str, timeout_s: float = _PATIENCE_S) -> None:
+        """Wait until it has printed a text."""
+        until = time.monotonic() + timeout_s
+        while text not in self.out:
+            ready, _, _ = select.select([self._output], [], [], max(until - time.monotonic(), 0))
+            piece = os.read(self._output, 1 << 16) if ready else b""
+            if not piece:
+                raise TimeoutError(f"no {text!r} in {self.out}{self.err.read_text()}")
+            self.out += piece.decode()
 
     def wait(self, timeout_s: float = _PATIENCE_S) -> int:
         """Exit code; of a process that a signal has ended the signal's number, negative."""
@@ -41,6 +54,8 @@ class Rank:
         if not ended:
             raise TimeoutError(f"rank of pid {self.pid} has not ended: {self.err.read_text()}")
         os.close(self._handle)
+        with open(self._output) as output:
+            self.out += output.read()
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def kill(self) -> None:
@@ -52,7 +67,7 @@ class Rank:
 def start(num_ranks: int, run: Callable[[], int], folder: Path) -> list[Rank]:
     """Start ranks that each call ``run`` and end with the exit code that it returns.
 
-    What they print goes to files in a folder.
+    What they print as errors goes to files in a folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -68,22 +83,26 @@ def start(num_ranks: int, run: Callable[[], int], folder: Path) -> list[Rank]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        out, err = folder / f"{number}.out", folder / f"{number}.err"
-        out.write_text("")
+        err = folder / f"{number}.err"
         err.write_text("")
+        reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.environ |= {name: str(value) for name, value in place.items()}
-            _run_child(run, out, err)
-        ranks.append(Rank(pid, out, err))
+            _run_child(run, writing, err)
+        os.close(writing)
+        ranks.append(Rank(pid, err, reading))
     return ranks
 
 
-def _run_child(run: Callable[[], int], out: Path, err: Path) -> None:
+def _run_child(run: Callable[[], int], output: int, err: Path) -> None:
     """Be a rank, and leave nothing of the test's process to its end."""
     torch.set_num_threads(1)
-    sys.stdout, sys.stderr = (open(path, "w", buffering=1) for path in (out, err))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, handle in enumerate(
+        (os.open(os.devnull, os.O_RDONLY), output, os.open(err, os.O_WRONLY))
+    ):
+        os.dup2(handle, number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1) for number in (1, 2))
     try:
         code = run()
     except:  # noqa: E722  a child must not go on as the test that it was forked from
