@@ -16,6 +16,7 @@ from mien.models.batch_norm import BatchNorm, update_running_stats
 
 NOTHING = nullcontext()
 
+NOISE = engines.Noise(3)
 PLAIN_UPDATE = SimpleNamespace(phase=0, end_iteration=lambda: None)
 """What an engine asks of an update, where each iteration is like every other."""
 
@@ -98,7 +99,7 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly_and_says_why(monkeypatch):
     _assert_same_bits(result, _trained("eager"))
 
 
-def _noise(faces_seen, noise_seed=3):
+def _noise(faces_seen, noise=NOISE):
     """Random numbers that a step of these faces draws."""
     drawn = []
 
@@ -107,7 +108,7 @@ def _noise(faces_seen, noise_seed=3):
 
     feed = SimpleNamespace(next=lambda _: None)
     step.update = PLAIN_UPDATE
-    engine = engines.make("eager", step, feed, pytest.fail, noise_seed=noise_seed)
+    engine = engines.make("eager", step, feed, pytest.fail, noise=noise)
     engine(dict.fromkeys("ab", faces_seen))
     return drawn[0]
 
@@ -116,11 +117,12 @@ def test_the_noise_of_a_step_follows_from_its_seed_and_faces_alone():
     first = _noise(8)
     assert torch.equal(first, _noise(8))
     assert not torch.equal(first, _noise(16))
-    assert not torch.equal(first, _noise(8, noise_seed=4))
+    assert not torch.equal(first, _noise(8, noise=engines.Noise(4)))
+    assert not torch.equal(first, _noise(8, noise=engines.Noise(3, first_face=4)))
 
 
 def test_a_model_without_noise_leaves_the_generator_alone():
-    assert not torch.equal(_noise(8, noise_seed=None), _noise(8, noise_seed=None))
+    assert not torch.equal(_noise(8, noise=None), _noise(8, noise=None))
 
 
 def _noisy(name, device):
@@ -141,7 +143,7 @@ def _noisy(name, device):
         is_capturable=True,
     )
     step.update = PLAIN_UPDATE
-    engine = engines.make(name, step, feed, pytest.fail, noise_seed=3)
+    engine = engines.make(name, step, feed, pytest.fail, noise=NOISE)
     for number in range(engines.WARM_UP + 3):
         place.fill_(max(number - engines.WARM_UP, 0))
         engine(dict.fromkeys("ab", number))

@@ -31,11 +31,24 @@ _EXPECTED = (ValueError, SaveError, LogError, torch.OutOfMemoryError)
 
 
 @contextmanager
-def reporting_crashes(model_dir: Path, config: Config, reporter: Reporter) -> Iterator[None]:
-    """What fails unexpectedly inside leaves a report in the model folder, and fails on."""
+def reporting_crashes(
+    model_dir: Path,
+    config: Config,
+    reporter: Reporter,
+    expected: tuple[type[Exception], ...] = (),
+) -> Iterator[None]:
+    """What fails unexpectedly inside leaves a report in the model folder, and fails on.
+
+    Args:
+        model_dir: The model folder.
+        config: Settings of the run.
+        reporter: Has the latest events, and reports the failure.
+        expected: Further errors that are reported in one line where they are caught.
+    """
+    known: tuple[type[Exception], ...] = (*_EXPECTED, *expected)
     try:
         yield
-    except _EXPECTED:
+    except known:
         raise
     except Exception as error:
         path = _free_path(model_dir)

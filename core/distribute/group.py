@@ -121,6 +121,10 @@ class Group:
         self.all_reduce(smallest, dist.ReduceOp.MIN)
         return smallest.tolist()
 
+    def agree(self, is_so: bool) -> bool:
+        """Whether something is so on all ranks."""
+        return self.min([int(is_so)]) == [1]
+
     def text(self, text: str = "") -> str:
         """The text of the first rank."""
         sent = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
@@ -151,6 +155,8 @@ class Group:
             yield
         except RuntimeError as error:  # of gloo, NCCL or the store; none has a class of its own
             lost = self.members.lost(wait=True)
+            if lost is None and torch.cuda.is_available():
+                raise  # a fault of the GPU, or a graph that cannot be captured
             if lost is None:
                 text = f"the ranks have lost one another ({_first_line(error)})"
                 raise RankLost(Failure(text, None)) from error

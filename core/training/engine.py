@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -41,6 +42,24 @@ class Source(Protocol):
         """The faces of each side that have been seen after the batch after ``faces_seen``."""
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Seeds of dropout and noise, a function of what is trained on and nothing else."""
+
+    seed: int
+    """Seed of the run."""
+
+    first_face: int = 0
+    """Faces of each side and batch before this rank's, so that each draws numbers of its own."""
+
+    def seed_of(self, faces_seen: dict[str, int]) -> int:
+        """The seed of the iteration after so many faces of each side."""
+        # A hash, so that the seed and the faces of both sides are one number of 64 bits.
+        first = sorted((side, number + self.first_face) for side, number in faces_seen.items())
+        digest = hashlib.blake2b(f"{self.seed} {first}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest)
+
+
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
     """``(name, why)`` of the engine that `train.engine` leads to.
 
@@ -62,7 +81,8 @@ def make(
     feed: Source,
     warn: Callable[[str], None],
     *,
-    noise_seed: int | None = None,
+    noise: Noise | None = None,
+    agree: Callable[[bool], bool] = bool,
 ) -> "Engine":
     """The engine of this name.
 
@@ -71,10 +91,12 @@ def make(
         step: Trains on a batch.
         feed: Source of batches.
         warn: Called where the engine falls back, and why.
-        noise_seed: Seed of a model that draws random numbers: fixes those of every iteration.
+        noise: Seeds of a model that draws random numbers; None: it draws none.
+        agree: Whether what is true here is true on all ranks that train together; called by all of
+            them at the same point.
     """
     kinds = {"eager": Engine, "compile": Compiled, "graph": Graphed}
-    return kinds[name](step, feed, warn, noise_seed)
+    return kinds[name](step, feed, warn, noise, agree)
 
 
 class Engine:
@@ -87,9 +109,11 @@ class Engine:
         step: TrainStep,
         feed: Source,
         warn: Callable[[str], None],
-        noise_seed: int | None = None,
+        noise: Noise | None = None,
+        agree: Callable[[bool], bool] = bool,
     ):
-        self.step, self.feed, self.warn, self.noise_seed = step, feed, warn, noise_seed
+        self.step, self.feed, self.warn = step, feed, warn
+        self.noise, self.agree = noise, agree
 
     def __call__(self, faces_seen: dict[str, int]) -> None:
         """Train on the batch after ``faces_seen`` faces of each side."""
@@ -103,12 +127,8 @@ class Engine:
 
         A graph, too, takes its seed from the generator when it is replayed.
         """
-        if self.noise_seed is None:
-            return
-        # A hash, so that the seed and the faces of both sides are one number of 64 bits.
-        place = f"{self.noise_seed} {sorted(faces_seen.items())}"
-        digest = hashlib.blake2b(place.encode(), digest_size=8).digest()
-        torch.manual_seed(int.from_bytes(digest))
+        if self.noise is not None:
+            torch.manual_seed(self.noise.seed_of(faces_seen))
 
     def _fall_back(self, reason: str) -> None:
         self.warn(f"the {self.name} engine cannot run here ({reason}); training goes on eagerly")
@@ -156,9 +176,10 @@ class Graphed(Engine):
         step: TrainStep,
         feed: Source,
         warn: Callable[[str], None],
-        noise_seed: int | None = None,
+        noise: Noise | None = None,
+        agree: Callable[[bool], bool] = bool,
     ):
-        super().__init__(step, feed, warn, noise_seed)
+        super().__init__(step, feed, warn, noise, agree)
         self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         """Graphs by the set of tensors that they train on, and the phase of the update."""
 
@@ -174,7 +195,8 @@ class Graphed(Engine):
 
         # One for all iterations before the replays: memory is cached by stream.
         self.stream, self.batch_stream = torch.cuda.Stream(), torch.cuda.Stream()
-        if not feed.is_capturable:
+        # On all ranks or on none: a sum in a graph does not wait for one that is called.
+        if not agree(feed.is_capturable):
             self._fall_back("the host gathers the faces of each batch from a file")
 
     def __call__(self, faces_seen: dict[str, int]) -> None:
@@ -230,6 +252,7 @@ class Graphed(Engine):
             torch.cuda.reset_peak_memory_stats()  # libraries took more while they chose
         # Nothing of one graph is needed in another, and they run by turns: one pool for all.
         pool = next((each.pool() for each in self.graphs.values()), None)
+        obstacle = ""
         try:
             # thread_local: the saver's thread may copy to the host meanwhile.
             with torch.cuda.graph(
@@ -241,16 +264,19 @@ class Graphed(Engine):
             torch.cuda.synchronize()
             # Of memory that has crossed streams nothing is freed any more after a failed capture.
             self.step.side_stream = None
+            obstacle = _first_line(error)
+        else:
+            finish_capture()
+        # A capture runs nothing; the iteration that was recorded is owed.
+        if self.agree(not obstacle):
+            self.graphs[key] = graph
+            graph.replay()
+        else:
             self.graphs.clear()
-            self._fall_back(_first_line(error))
+            self._fall_back(obstacle or "it cannot on another rank")
             batch = self.batches[self.turn]
             assert batch is not None
             self.step(batch)
-        else:
-            finish_capture()
-            self.graphs[key] = graph
-            # A capture runs nothing; the iteration that was recorded is owed.
-            graph.replay()
 
 
 def _first_line(error: BaseException) -> str:

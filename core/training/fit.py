@@ -12,6 +12,8 @@ from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Requests
 from ..console.stop import StopRequest
+from ..distribute.group import open_group
+from ..distribute.ranks import from_environment
 from .resolve import Overrides
 from .unattended import train as train_unattended
 
@@ -30,7 +32,8 @@ def train(
     """Train a new model, or go on with the one in `save.model_dir`.
 
     Several may run in one process, one after another: PyTorch's settings of precision and
-    determinism are the process's.
+    determinism are the process's. In a process that torchrun or srun has started as one of several
+    ranks they train together; the first one saves and reports, and any may ask for a stop.
 
     Args:
         config: File of settings, or values by section, as such a file has them; of a `Config`
@@ -51,6 +54,7 @@ def train(
     Raises:
         ValueError: A setting or a folder cannot be used; one line says which and what to do.
         SaveError: The first save fails.
+        RankLost: Another rank has ended.
     """
     with ExitStack() as stack:
         # Not without a stream: the reporter takes the program's output where it has none.
@@ -64,7 +68,12 @@ def train(
             )
         chosen = None if recipe is None else recipes.load(str(recipe))
         requests = Requests(StopRequest(should_stop))
-        return train_unattended(overrides, reporter, chosen, requests)
+        ranks = from_environment()
+        group = open_group(ranks) if ranks is not None and ranks.size > 1 else None
+        outcome = train_unattended(overrides, reporter, chosen, requests, group)
+        if group is not None:
+            group.close()
+        return outcome
 
 
 def _listener(

@@ -28,6 +28,7 @@ from ..console.reporter import Notice, Reporter
 from ..data.decode import thread_count
 from ..data.sides import SideFaces
 from ..distribute.council import Crew
+from ..distribute.failure import RankLost
 from ..distribute.group import Group
 from ..distribute.ranks import ALONE, Ranks
 from ..losses.weighted import Loss
@@ -43,7 +44,7 @@ from .outputs import open_images, open_logs, open_window, report_warnings
 from .recipe_progress import RecipeProgress
 from .resolve import Overrides, Resolved, resolve
 from .resume import check_fit, restore, settle_state
-from .shared_start import follow_start, share_start, with_own_threads
+from .shared_start import follow_start, notices_of_ranks, share_start, with_own_threads
 from .startup import start_report
 from .training_data import check_folders, open_faces, open_feed
 from .training_setup import StepSetup, TrainingSetup
@@ -262,7 +263,11 @@ def _built(
     """The parts of the session; what goes wrong with them, now or later, is put into words."""
     config = start.resolved.config
     device = _device(start, reporter, stack)
-    with _explaining_memory(config, device), reporting_crashes(folder.path, config, reporter):
+    expected = (RankLost,)  # of which the other rank tells what there is to tell
+    with (
+        _explaining_memory(config, device),
+        reporting_crashes(folder.path, config, reporter, expected),
+    ):
         with refusals_told():
             setup = _build(start, folder, device, reporter, stack)
         yield setup
@@ -306,6 +311,8 @@ def _build(
     images, evaluation = open_images(
         config, model, faces, step_setup.precision, folder, run_id, window, reporter
     )
+    for notice in notices_of_ranks(config, model, start.ranks):
+        reporter.notice(notice)
     # Late: a start that was refused has changed nothing in the model folder.
     folder.write_config(start.resolved.kept)
     setup = TrainingSetup(
@@ -366,8 +373,9 @@ def _build_step(
     feed = open_feed(config, faces, device, precision, of_faces, start.ranks)
     # Closed before the model folder, whose decoded faces its threads may be reading.
     stack.callback(feed.close)
-    noise_seed = config.train.seed if model.is_noisy else None
-    engine = engines.make(engine_name, step, feed, reporter.warning, noise_seed=noise_seed)
+    noise = engines.Noise(config.train.seed, feed.offset) if model.is_noisy else None
+    agree = start.group.agree if start.group else bool
+    engine = engines.make(engine_name, step, feed, reporter.warning, noise=noise, agree=agree)
     setup = StepSetup(
         config=config,
         state=state,
@@ -382,6 +390,8 @@ def _build_step(
         council=crew.council(state.iterations) if crew else None,
     )
     engine_why = engine_why if engine.name == engine_name else f"{engine_name} cannot run here"
+    if start.group is not None:
+        start.group.barrier()  # a rank that is refused ends all before anything is written
     return setup, _Chosen(faces, batch, engine_why, loaded)
 
 

@@ -8,11 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...models.autoencoder import Autoencoder
+from ...models.batch_norm import norms_of
 from ..checkpoint.format import Generation
 from ..config import Config, from_dict, to_dict
 from ..data.decode import thread_count
 from ..distribute.group import Group
 from ..distribute.ranks import Ranks
+
+_FEW_FACES = 4
+"""Faces of a side and rank below which a notice is given; chosen, unmeasured."""
 
 
 def share_start(group: Group, saved: Generation | None, config: Config) -> None:
@@ -77,3 +82,25 @@ def with_own_threads(config: Config, ranks: Ranks) -> Config:
         return config
     num_threads = max(1, thread_count(0) // ranks.local_size)
     return replace(config, data=replace(config.data, num_threads=num_threads))
+
+
+def notices_of_ranks(config: Config, model: Autoencoder, ranks: Ranks) -> list[str]:
+    """What a user should know of a training that several ranks share."""
+    if ranks.size == 1:
+        return []
+    notices = []
+    smallest = config.train.batch_size // ranks.size
+    if smallest < _FEW_FACES:
+        notices.append(
+            f"train.batch_size is {config.train.batch_size}, so each of {ranks.size} ranks trains "
+            f"on {smallest} faces of a side, which leaves most of a GPU idle; it is the batch of "
+            "all ranks together"
+        )
+    parts = ["batch norm"] if norms_of(model) else []
+    parts += ["dropout"] if model.is_noisy else []
+    if parts:
+        notices.append(
+            f"{config.model.trainer} has {' and '.join(parts)}, which see the faces of one rank: "
+            "another number of ranks trains it a little differently"
+        )
+    return notices

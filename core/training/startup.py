@@ -8,6 +8,7 @@ import torch
 from ... import __version__
 from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
 from ..data.sides import SideFaces
+from ..distribute.sharded import ShardedUpdate
 from ..estimate.links import host_link
 from ..optim.fused_dense import described
 from . import memory
@@ -120,6 +121,7 @@ def _fields_of_setup(
         "device": setup.device.type,
         "device_name": _device_name(setup.device),
         "engine": setup.engine.name,
+        **({"gpus": setup.council.ranks.size} if setup.council else {}),
         "faces_a": faces["a"].store.num_faces,
         "faces_b": faces["b"].store.num_faces,
         "held_out": held_out,
@@ -194,6 +196,13 @@ def _lines_of_parts(
         "engine": f"{setup.engine.name} ({engine_why})",
         "kernels": f"libmien, {libmien}",
     }
+    if setup.council is not None:
+        ranks, is_sharded = setup.council.ranks, isinstance(setup.step.update, ShardedUpdate)
+        moved = "its slice of the weights" if is_sharded else "all weights"
+        lines["ranks"] = (
+            f"{ranks.size}, {ranks.local_size} of them on this machine; {setup.feed.count} faces a "
+            f"side are this one's; each moves {moved}"
+        )
     for side, opened in faces.items():
         store, path = opened.store, getattr(setup.config.data, f"input_{side}")
         lines[f"faces {side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
