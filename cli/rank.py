@@ -75,6 +75,8 @@ def train_as_rank(
         if ranks.is_first:
             complain("train", error)
         _end(exit_code_of(error))
+    if group.is_broken:
+        _end(outcome)
     group.close()
     return outcome
 

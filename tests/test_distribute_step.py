@@ -1,13 +1,19 @@
 """Steps that ranks take together: the faces, weights and losses of one process."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import CPU, tiny_config
+from conftest import CPU, tiny_config, tiny_options
 from ranks import call
 
 from mien.benchmarks.bench_step import make_batch
+from mien.core.checkpoint.model_folder import SaveError
 from mien.core.data.feed import Batch
+from mien.core.distribute.failure import Failure, RankLost
+from mien.core.training import pacing
 from mien.core.training.build import build_model, build_step
+from mien.core.training.gathering import gather
 
 BATCH, STEPS = 7, 20
 CONFIG = {
@@ -115,3 +121,49 @@ def test_a_gradient_of_one_rank_that_is_not_finite_moves_nothing_anywhere(settin
         assert is_same
         assert row_v.isnan().any()
         assert num_skipped >= 1
+
+
+def _norms(group):
+    """Running estimates of every rank before they are gathered, and those of this one after."""
+    options = tiny_options("dlight") | {"details": "good"}
+    config = tiny_config(CONFIG | {"model": {"trainer": "dlight", "options": options}})
+    model, _ = build_model(config, CPU)
+    step = build_step(config, model, CPU, group=group)
+    batch = make_batch(model, BATCH, CPU, torch.float32)
+    step(_share(batch, group.ranks.share(BATCH)))
+    own = torch.cat([norm.running_mean for norm in step.norms])
+    setup = SimpleNamespace(step=step, model=model, state=SimpleNamespace(iterations=1))
+    gather(setup, group)
+    refused = ""
+    if group.ranks.rank == 1:
+        model.get_parameter(step.update.names[0]).data.add_(1)
+    try:
+        gather(setup, group)
+    except SaveError as error:
+        refused = str(error)
+    return own, torch.cat([norm.running_mean for norm in step.norms]), refused
+
+
+def test_running_estimates_are_averaged_and_weights_compared_for_a_save(tmp_path):
+    (own, gathered, refused), (other, others, none) = call(2, _norms, tmp_path)
+    assert not torch.equal(own, other)
+    assert torch.equal(gathered, others)
+    torch.testing.assert_close(gathered, (4 * own + 3 * other) / 7)
+    assert refused.startswith("rank 1 has other weights than rank 0 at iteration 1")
+    assert none == ""
+
+
+def test_a_step_of_a_gpu_that_waits_for_a_lost_rank_is_given_up(monkeypatch):
+    monkeypatch.setattr(pacing, "_SEARCH_PAUSE_S", 0.0)
+    lost = RankLost(Failure("rank 1 (GPU 1, pid 7) ended with signal 9", 1))
+    seen = iter([None, lost])
+    council = SimpleNamespace(
+        group=SimpleNamespace(members=SimpleNamespace(lost=lambda: next(seen)))
+    )
+    step = SimpleNamespace(query=lambda: False)  # the end of a step that never comes
+    with pytest.raises(RankLost, match="ended with signal 9"):
+        pacing.Pacing(CPU, council)._watch(step, council)
+    monkeypatch.setattr(pacing, "_LEAST_DEADLINE_S", 0.01)
+    council.group.members.lost = lambda: None
+    with pytest.raises(RankLost, match="another rank hangs"):
+        pacing.Pacing(CPU, council)._watch(step, council)

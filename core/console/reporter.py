@@ -140,7 +140,7 @@ class Reporter:
             drawing: The same of the images and metrics that are made with them.
             seconds_left: Seconds until the last iteration of the session or of its stage.
             gpus: Number of ranks that train together; None: one, and then there is no exchange.
-            exchange: Share of the time that it took, 0 to 1.
+            exchange: Share of the time that it took, 0 to 1; None: it is not known.
         """
         fields = {
             "iteration": iteration,

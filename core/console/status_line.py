@@ -59,7 +59,9 @@ def status_text(fields: dict[str, Any], now: float) -> str:
         f" | wait {100 * fields['data_wait']:.1f} %"
     )
     if "gpus" in fields:
-        text += f" | gpus {fields['gpus']}, exchange {100 * fields['exchange']:.0f} %"
+        text += f" | gpus {fields['gpus']}"
+        if fields["exchange"] is not None:
+            text += f", exchange {100 * fields['exchange']:.0f} %"
     if fields["memory_mib"] is not None:
         text += f" | {fields['memory_mib']:.0f} MiB"
     if fields["session_iterations"] is not None and fields["elapsed_s"] is not None:

@@ -50,6 +50,9 @@ class Group:
         """Seconds for which the host was busy with sums, or waited for the others with theirs; a
         GPU sums by itself."""
 
+        self.is_broken = False
+        """Whether another rank is lost, so that no connection can be left in order."""
+
         self._gpus: dist.ProcessGroup | None = None
 
     def use_gpu(self, device: torch.device) -> None:
@@ -146,6 +149,7 @@ class Group:
 
     def pass_on(self, lost: RankLost) -> None:
         """Leave word of how another rank was lost, where that left none."""
+        self.is_broken = True
         self.members.leave_failure(lost.failure)
 
     @contextmanager
@@ -163,7 +167,12 @@ class Group:
             raise lost from error
 
     def close(self) -> None:
-        """Leave the others, who leave too; where they do not answer, after 10 s."""
+        """Leave the others, who leave too; where they do not answer, after 10 s.
+
+        Nothing is done where one of them is lost: the end of this process ends its connections.
+        """
+        if self.is_broken:
+            return
 
         def leave() -> None:
             try:

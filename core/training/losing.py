@@ -48,6 +48,8 @@ def exit_code_of(error: BaseException) -> int:
 
 def end_of_lost(lost: RankLost, setup: TrainingSetup) -> End:
     """The end of a session of which another rank is lost; what was queued for the disk is saved."""
+    if setup.council is not None:
+        setup.council.group.pass_on(lost)
     if setup.device.type == "cuda":
         end_in_time(lost.failure.exit_code)
     saved = "nothing was saved"

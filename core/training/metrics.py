@@ -192,11 +192,12 @@ class MetricsLogger:
         return self.setup.council.group.exchanged_s if self.setup.council else 0.0
 
     def _of_ranks(self, interval: Interval) -> dict[str, Any]:
-        """The number of GPUs, where there are several, and the time spent on their exchange."""
+        """The number of GPUs, where there are several, and the share of time that their exchange
+        took; of GPUs it is not known, which sum by themselves."""
         if self.setup.council is None:
             return {}
-        ranks = self.setup.council.ranks
-        return {"gpus": ranks.size, "exchange": min(interval.exchanged_s / interval.seconds, 1.0)}
+        exchange = None if self.is_late else min(interval.exchanged_s / interval.seconds, 1.0)
+        return {"gpus": self.setup.council.ranks.size, "exchange": exchange}
 
 
 def peak_memory_mib(device: torch.device) -> float:
