@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from conftest import json_events, train_words
+from conftest import CPU, json_events, tiny_config, train_words
+from ranks import call
 from safetensors.torch import load_file
 from torch import nn
 
+from mien.benchmarks.bench_step import make_batch
 from mien.cli import main
 from mien.core import precision as precisions
 from mien.core.config import OptimizerConfig, from_dict
@@ -14,6 +16,7 @@ from mien.core.optim import placement
 from mien.core.optim.optimizer import Update
 from mien.core.precision import Precision
 from mien.core.training import memory
+from mien.core.training.build import build_model, build_step
 from mien.kernels.optimizer_rules import Rule
 from mien.kernels.tensor_table import TensorTable
 
@@ -92,8 +95,9 @@ def gpu_waits(monkeypatch):
     """The path of a GPU, in plain memory; a list of the waits for it."""
     waits = []
     monkeypatch.setattr(placement, "is_on_host", lambda config, device: config.placement == "host")
+    like = {"dtype": torch.float32, "device": "cpu"}
     monkeypatch.setattr(
-        placement, "_empty", lambda like: [torch.empty_like(t, dtype=torch.float32) for t in like]
+        placement, "_empty", lambda tensors: [torch.empty_like(each, **like) for each in tensors]
     )
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     return waits
@@ -114,6 +118,33 @@ def test_the_host_waits_before_it_reads_or_writes_what_a_gpu_moves(mode, gpu_wai
         gpu_waits.clear()
         access()
         assert gpu_waits
+
+
+def _on_ranks(group, settings):
+    """State of a tiny model after steps of two ranks, as the first one saves it."""
+    config = tiny_config(
+        {
+            "model": {"trainer": "lightweight", "options": {"width": 8}},
+            "train": {"batch_size": 2, "distribution": "sharded"},
+            "precision": {"mode": "bf16"},
+            "optimizer": {"overlap": "off", **settings},
+        }
+    )
+    model, _ = build_model(config, CPU)
+    step = build_step(config, model, CPU, group=group)
+    torch.manual_seed(group.ranks.rank)
+    for _ in range(2):
+        step(make_batch(model, 1, CPU, torch.bfloat16))
+        step.update.end_iteration()
+    step.update.gather()
+    return step.update.weights() | step.update.tensors() if group.ranks.is_first else {}
+
+
+def test_a_rank_keeps_its_share_in_host_memory(gpu_waits, tmp_path):
+    plain = call(2, _on_ranks, tmp_path / "gpu", {})[0]
+    on_host = call(2, _on_ranks, tmp_path / "host", {"placement": "host"})[0]
+    assert plain.keys() == on_host.keys()
+    assert all(torch.equal(tensor, on_host[name]) for name, tensor in plain.items())
 
 
 def test_a_host_with_too_little_memory_is_told(monkeypatch):
