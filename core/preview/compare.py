@@ -31,10 +31,12 @@ def comparison(one: Tiles, other: Tiles, enlarge: str) -> np.ndarray:
     blocks, labels = [], []
     for number, side in enumerate(one.sides):
         kinds = [one.images[number, :count, kind] for kind in (ORIGINAL, SWAPPED)]
+        # The original once: a second one would be the same picture, or the caller has warned of it.
         kinds.append(other.images[number, :count, SWAPPED])
         blocks.append(enlarged(np.stack(kinds, axis=1), enlarge))
         own, _, swapped, _ = labels_of(side)
         labels.append([own, f"{swapped}, {one.iteration:,}", f"{swapped}, {other.iteration:,}"])
+    # No names of saves: a kept preview knows its iteration only, and outlives the save's folder.
     title = f"iterations {one.iteration:,} and {other.iteration:,}"
     return arranged(blocks, labels, title)
 
@@ -54,6 +56,7 @@ def strip(history: Sequence[Tiles], enlarge: str, num_faces: int = STRIP_FACES) 
     columns = [newest.images[:, :count, ORIGINAL]]
     columns += [tiles.images[:, :count, SWAPPED] for tiles in alike]
     faces = np.concatenate(list(np.stack(columns, axis=2)))
+    # Numbers alone: ten columns leave no room for a word over a tile.
     labels = ["original", *(f"{tiles.iteration:,}" for tiles in alike)]
     title = f"swaps, iterations {history[0].iteration:,} to {newest.iteration:,}"
     return arranged([enlarged(faces, enlarge)], [labels], title)

@@ -93,9 +93,11 @@ class PreviewLoader:
         for crop in (seen, shown):
             decoded = decode_crops(faces, crop, backend="opencv", num_threads=self.num_threads)
             crops.append([crop_bgr for _, crop_bgr in decoded])
+        # Landmarks are moved, not the mask resized: the edge stays sharp at any output size.
         trained = dataclasses.replace(seen, size_px=self.output_px)
         usable = []
         for face, small, full in zip(faces, *crops, strict=True):
+            # One damaged file must not stop a training that has thousands of others.
             if isinstance(small, FaceFileError) or isinstance(full, FaceFileError):
                 continue
             if self.has_mask:

@@ -79,6 +79,7 @@ def read_jpeg(path: Path) -> tuple[np.ndarray, str] | None:
     except (DamagedError, OSError):
         return None
     segments = list(_segments(content))
+    # Read before the pixels are: a header costs nothing, and decides whether any are decoded.
     comments = [body for marker, body in segments if marker == COMMENT]
     read_as = next((_read_as(*segment) for segment in segments if _is_frame(segment[0])), None)
     if read_as is None:
@@ -97,6 +98,7 @@ def _segments(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     at = 2 if content.startswith(b"\xff\xd8") else len(content)
     for _ in range(_MOST_SEGMENTS):
         marker, length = content[at : at + 2], int.from_bytes(content[at + 2 : at + 4])
+        # A length counts its own two bytes; less would make no headway.
         if marker[:1] != b"\xff" or length < 2:
             return
         yield marker, content[at + 4 : at + 2 + length]

@@ -51,6 +51,7 @@ def preview_image(
     color_c = color_of(mask_color)
     patches_npffc = _patches(predictions, targets, coverage, color_c)
     if has_mask and not mask_toggled_off:
+        # Float32 in the order of faceswap's arithmetic, so that the oracle's bytes come out.
         weights_npff = (1.0 - _masks(predictions, targets)) * np.float32(mask_opacity / 100.0)
         weights_npff1 = weights_npff[..., None]
         patches_npffc = patches_npffc * (1.0 - weights_npff1) + color_c * weights_npff1
@@ -70,6 +71,7 @@ def _check(
 ) -> None:
     shape = predictions.shape
     if predictions.dtype != np.uint8 or targets.dtype != np.uint8:
+        # Float pictures would pass every check of shape and come out black.
         kinds = f"{predictions.dtype} and {targets.dtype}"
         raise ValueError(f"predictions and targets must be uint8, got {kinds}")
     square = len(shape) == 6 and shape[3] == shape[4] > 0
@@ -115,6 +117,7 @@ def _patches(
     middle = slice(pad, pad + out_px)
     targets_snffc = targets[..., :3].astype(np.float32) / 255.0
     pictures = predictions[..., :3].astype(np.float32) / 255.0
+    # Taken before the corners are painted, since these reach into the middle.
     filled = _rows_of(targets_snffc[:, :, middle, middle], pictures)
     # The middle as it is in the target is wanted after the corners were painted.
     around_snffc = targets_snffc.copy()
@@ -153,6 +156,7 @@ def _masks(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def _arrange(patches_npffc: np.ndarray) -> np.ndarray:
     """Patches as one picture; where it were taller than wide, the lower half goes to the right."""
     rows = [np.concatenate(list(row), axis=1) for row in patches_npffc]
+    # Six patches are as wide as six rows are high: up to there the picture is not upright.
     if len(rows) <= _PATCHES:
         return np.concatenate(rows)
     upper = (len(rows) + 1) // 2
@@ -165,6 +169,7 @@ def _header(labels: Sequence[str], full_px: int, width: int) -> np.ndarray:
     # faceswap's proportions.
     height, scale, thickness = int(full_px / 4.5), full_px / 140.0, max(1, full_px // 64)
     header = np.full((height, width, 3), 255, np.uint8)
+    # Over the whole width: a picture of two halves needs its labels twice.
     for column in range(width // full_px):
         text = labels[column % _PATCHES]
         (text_width, text_height), _ = cv2.getTextSize(

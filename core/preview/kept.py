@@ -74,6 +74,7 @@ class KeptPreviews:
             "faces": num_faces,
             "faces_digest": tiles.faces_digest,
         }
+        # Tiles without gaps or text: what is read back must be cut at multiples of the edge.
         rows = small.transpose(1, 3, 0, 2, 4, 5).reshape(num_faces * tile_px, -1, 3)
         # Before any earlier one goes: a full disk must not cost those.
         save_jpeg(self.path(tiles.iteration), rows, json.dumps(about))
@@ -90,6 +91,7 @@ class KeptPreviews:
         if read is None or about is None:
             raise ValueError(f"{path} is no preview of a save; compare others, or remove it")
         image, tile_px, num_faces = read[0], about["tile_px"], about["faces"]
+        # Held against the picture itself: the comment is a stranger's word.
         columns, rest = divmod(image.shape[1], tile_px * len(SIDES))
         is_whole = not rest and image.shape[0] == num_faces * tile_px
         if not is_whole or not _FEWEST_KINDS <= columns <= _MOST_KINDS:
@@ -104,6 +106,7 @@ def thinned(iterations: list[int], most: int) -> list[int]:
     kept = sorted(iterations)
     while len(kept) > max(most, 1):
         # The newest is 1 old, since one divides by it.
+        # Chosen again after each removal, for a gap that one leaves widens those of its neighbours.
         ages = [kept[-1] - iteration + 1 for iteration in kept]
         inner = range(1, len(kept) - 1)
         # With room for one alone it is the newest.
@@ -125,6 +128,7 @@ def _about(comment: str) -> dict[str, Any] | None:
     """What a file says of its tiles; None where it is none of these files."""
     try:
         about = json.loads(comment)
+    # Some thousand brackets in a row are no fault of syntax, and more than the parser's stack.
     except (ValueError, RecursionError):
         return None
     if not isinstance(about, dict) or about.get("schema") != SCHEMA:

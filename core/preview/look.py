@@ -35,15 +35,18 @@ def look_at(model: Autoencoder, compute: torch.dtype, faces: PreviewFaces, itera
         iteration: Total iteration of its weights.
     """
     was_training = model.training
+    # Batch norms and dropout would else take part, and move statistics that are trained with.
     model.eval()
     device = next(model.parameters()).device
     predictions = []
     for side, inputs in zip(faces.sides, faces.inputs, strict=True):
         pixels = torch.from_numpy(inputs).permute(0, 3, 1, 2).to(device)
         other = SIDES[1 - SIDES.index(side)]
+        # Encoded once, decoded twice: the encoder is shared, and half of the work.
         codes = model.encode(pixels.to(compute) / 255)
         decoded = [model.decode(model.side_code(codes, to), to) for to in (side, other)]
         predictions.append([_to_pixels(each, model.build.learn_mask) for each in decoded])
+    # Put back as it was found: a model that is only read must not begin to train.
     model.train(was_training)
     return Look(iteration, faces, np.array(predictions))
 

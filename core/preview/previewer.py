@@ -72,6 +72,7 @@ class Pictures:
         self._timelapse_at: int | None = None
         """The iteration of the last picture of it."""
 
+        # By place, not by file: a full disk would else be reported at every save.
         self._is_told: set[Path] = set()
 
     def look(self, iteration: int) -> Look:
@@ -83,6 +84,7 @@ class Pictures:
     def write_preview(self, look: Look, *, mask_is_toggled: bool) -> Path:
         """Write the preview, and show it in the window; the path of the one in the model folder."""
         image = image_of(look, self._config, shown_mask(self._config, is_toggled=mask_is_toggled))
+        # Into every copy alike, since pictures travel without their folder.
         text = description(self._run_id, look.iteration)
         for path in self._preview_paths:
             self._attempt(partial(save_png, path, image, text), path, at=path)
@@ -92,6 +94,7 @@ class Pictures:
 
     def keep(self, look: Look) -> None:
         """Keep what a save makes of the faces, to be compared with others."""
+        # Zero switches the history off.
         most, iteration = self._settings.history, look.iteration
         if not most:
             return
@@ -112,6 +115,7 @@ class Pictures:
         # An iteration that is saved again has its picture already.
         if self._timelapse_faces is None or self._timelapse_at == iteration:
             return None
+        # Set before it is tried: a disk that refuses is not asked again for the same iteration.
         self._timelapse_at = iteration
         look = look_at(self._model, self._compute, self._timelapse_faces, iteration)
         image = image_of(look, self._config, shown_mask(self._config))
@@ -128,11 +132,13 @@ class Pictures:
         """Load other faces than before; the same where files have gone since the run began."""
         seed, count = self._config.train.seed, self._settings.preview_images
         chosen = {
+            # Seeded by the iteration, so that a resumed run shows what the unbroken one would have.
             side: drawn(faces, count, seed, iteration, number)
             for number, (side, faces) in enumerate(self._trained_on.items())
         }
         try:
             return self._loader.load(chosen)
+        # A preview is never worth the run, not even where the user has moved the faces meanwhile.
         except ValueError:
             return self._faces
 

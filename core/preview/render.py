@@ -73,6 +73,7 @@ def draw_save(request: PreviewRequest, at: str | None) -> Drawn:
     kept = KeptPreviews(request.model_dir / PREVIEWS)
     if at is not None and at.isdecimal() and not has_weights(request.model_dir, int(at)):
         if int(at) in kept.iterations() and not request.folders and request.style != "faceswap":
+            # Rather a small picture of that moment than a refusal: its weights come back no more.
             tiles = kept.read(int(at)).first(request.num_faces)
             # Masks are not kept.
             style = SheetStyle(enlarge=request.enlarge or "lanczos", mask="off")
@@ -94,6 +95,7 @@ def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn
     """
     kept = KeptPreviews(request.model_dir / PREVIEWS)
     if not request.folders and set(iterations) <= set(kept.iterations()):
+        # Both kept or both rendered: a shrunk JPEG differs from a fresh tile without any training.
         history = [kept.read(iteration).first(request.num_faces) for iteration in iterations]
         source = f"the previews kept in {kept.folder}"
     else:
@@ -130,6 +132,7 @@ def _look(request: PreviewRequest, saved: SavedModel) -> tuple[Config, Look]:
     preview = dataclasses.replace(
         preview, style=request.style or preview.style, enlarge=request.enlarge or preview.enlarge
     )
+    # In the settings themselves, so that drawing has one place to ask.
     config = dataclasses.replace(saved.config, preview=preview)
     count = request.num_faces or preview.preview_images
     faces = saved.open_faces(request.folders, count, request.warn)

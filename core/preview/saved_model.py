@@ -72,10 +72,12 @@ class SavedModel:
 
     def look(self, faces: PreviewFaces) -> Look:
         """What it makes of the faces."""
+        # The format of the masters, whatever was trained in: one picture has no need of speed.
         return look_at(self.network, torch.float32, faces, self.iteration)
 
     def _trained_folders(self) -> dict[str, Path]:
         """The folders of faces that the settings name; a stranger's may name any."""
+        # To decode any folder that a model from elsewhere names would betray what lies there.
         known = KnownPaths(self.model_dir, self.run_id)
         folders: dict[str, Path] = {}
         for side in SIDES:
@@ -102,6 +104,7 @@ def read_saved(model_dir: Path, at: str | None, device: torch.device) -> SavedMo
     Raises:
         ValueError: There is no such save, or it is damaged.
     """
+    # None and the backup need no search: reading them tells by itself what is missing.
     folder, name = (model_dir, at) if at is None or at == BACKUP else _find(model_dir, at)
     path, state, config, tensors = read_model(folder, name)
     network = network_of(path, config, tensors).to(device)
@@ -135,6 +138,7 @@ def _place_of(model_dir: Path, iteration: int) -> tuple[Path, str | None] | None
                 return model_dir, manifest.name
     if _backup_iteration(model_dir) == iteration:
         return model_dir, BACKUP
+    # Last: a snapshot is a folder of its own, and the same weights may still lie in a generation.
     snapshot = snapshot_path(model_dir, iteration)
     return (snapshot, None) if snapshot.is_dir() else None
 
@@ -153,9 +157,11 @@ def _saved_iterations(model_dir: Path) -> list[int]:
     backup = _backup_iteration(model_dir)
     if backup is not None:
         found.add(backup)
+    # From the name that retention gives, so that the two cannot drift apart.
     before, _, after = snapshot_path(model_dir, 0).name.rpartition("0")
     for path in model_dir.resolve().parent.iterdir():
         number = path.name.removeprefix(before).removesuffix(after)
+        # Built anew: removing prefix and suffix leaves names alone that have neither.
         if path.name == f"{before}{number}{after}" and is_name(number) and number.isdecimal():
             found.add(int(number))
     return sorted(found)

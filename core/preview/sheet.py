@@ -56,10 +56,12 @@ def preview_sheet(tiles: Tiles, style: SheetStyle, title: str) -> np.ndarray:
     for number, side in enumerate(tiles.sides):
         block = enlarged(tiles.images[number], style.enlarge)
         if tiles.masks is not None and style.mask != "off":
+            # Enlarged before the outline is drawn, which stays a pixel wide at any factor.
             masks = enlarged(tiles.masks[number], style.enlarge)
             for kind in (ORIGINAL, RECREATED):
                 for tile, mask in zip(block[:, kind], masks[:, kind], strict=True):
                     _show_mask(tile, mask, style)
+        # Not on the mask itself: it is black outside the square, which says the same.
         _mark_corners(block[:, :MASK], tiles, color_of(style.mask_color))
         blocks.append(block)
         labels.append(labels_of(side)[: block.shape[1]])
@@ -80,6 +82,7 @@ def enlarged(tiles: np.ndarray, how: str) -> np.ndarray:
     edge_px = shape[-1]
     # Whole, so that every pixel is enlarged alike.
     factor = -(-LEAST_TILE_PX // edge_px)
+    # Copied all the same: masks and corners are drawn into what comes back.
     if factor == 1:
         return tiles.copy()
     size = (edge_px * factor, edge_px * factor)
@@ -112,6 +115,7 @@ def arranged(
         for column, of_column in enumerate(columns):
             faces = block[column * num_rows :][:num_rows]
             for kind, left in enumerate(of_column):
+                # Once a column, not a tile: the rows below are read by it.
                 _write(sheet, texts[kind], left + 2, top - 8, tile_px - 4)
                 for row, face in enumerate(faces):
                     at = top + row * step
@@ -137,6 +141,7 @@ def _lefts(
 def _write(sheet: np.ndarray, text: str, left: int, base: int, width: int) -> None:
     """Write a text that has to fit a width; a longer one is made smaller."""
     (text_width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, _LETTER_SCALE, 1)
+    # Smaller, not cut: the end of a label is what tells kinds apart.
     scale = _LETTER_SCALE * min(1.0, width / max(text_width, 1))
     cv2.putText(sheet, text, (left, base), cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, 1, cv2.LINE_AA)
 
@@ -159,6 +164,7 @@ def _mark_corners(block: np.ndarray, tiles: Tiles, color_c: np.ndarray) -> None:
     full_px, shown_px = tiles.images.shape[-2], block.shape[-2]
     if tiles.trained_px >= full_px:
         return
+    # Exact, since `enlarged` multiplies by a whole number.
     factor = shown_px // full_px
     low = (full_px - tiles.trained_px) // 2 * factor - 1
     high = shown_px - 1 - low

@@ -52,8 +52,10 @@ def tiles_of(look: Look, *, has_mask: bool) -> Tiles:
     out_px, full_px = look.predictions.shape[-2], targets_snff3.shape[-2]
     pad = (full_px - out_px) // 2
     middle = np.s_[..., pad : pad + out_px, pad : pad + out_px, :]
+    # By the picture: a model may train with masks, and yet learn none.
     has_learned_mask = look.predictions.shape[-1] == 4
     kinds = [targets_snff3.copy() for _ in range(4 if has_learned_mask else 3)]
+    # Pasted hard, without its mask: a re-created face is judged over the whole trained square.
     kinds[RECREATED][middle] = look.predictions[:, 0, ..., :3]
     swapped = kinds[SWAPPED][middle]
     for place in np.ndindex(swapped.shape[:2]):
@@ -84,6 +86,7 @@ def _pasted(original_ooc: np.ndarray, decoded_ooc: np.ndarray, mask_oo: np.ndarr
     original_ooc, decoded_ooc, mask_oo = (
         part.astype(np.float32) / 255 for part in (original_ooc, decoded_ooc, mask_oo)
     )
+    # The defaults of `mien swap`, from where it has them: a preview shows what a film would.
     mask_oo = softened(mask_oo, 0.0, len(mask_oo) * FEATHER_SHARE)
     face_ooc = matched(decoded_ooc, original_ooc, mask_oo, "mean")
     blended_ooc = original_ooc + (face_ooc - original_ooc) * mask_oo[..., None]

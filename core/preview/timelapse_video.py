@@ -56,6 +56,7 @@ def find_pictures(folder: Path) -> list[Path]:
         named = [(_NAME.fullmatch(path.name), path) for path in place.iterdir()]
         dated = [(int(name[1]), int(name[2] or 1), path) for name, path in named if name]
         if dated:
+            # By the numbers: as text, `9.jpg` would follow `10.jpg`.
             return [path for _, _, path in sorted(dated)]
     raise ValueError(
         f"{folder} holds no time-lapse: train with --timelapse-input-a and --timelapse-input-b, or "
@@ -75,6 +76,7 @@ def _named_places(folder: Path) -> Iterator[Path]:
     folder names counts only where it is known to this user."""
     if not (folder / "generations").is_dir():
         return
+    # Read only, without the lock: a film may be wanted while its model trains.
     with ModelFolder(folder, read_only=True) as opened:
         values = opened.newest_state()
     if values is None:
@@ -130,7 +132,9 @@ def make_film(
         for _ in range(missing + round(last_seconds * fps)):
             writer.write(frame)
             num_frames += 1
+        # Only now is the index written; before, the file is no film.
         writer.release()
+        # OpenCV does not say when a disk is full: an empty or missing file is the only sign.
         content = part.read_bytes() if part.is_file() else b""
     if not content:
         raise ValueError(
@@ -192,6 +196,7 @@ def _fitted(image: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
         return cut
     scale = min(width_px / image.shape[1], height_px / image.shape[0])
     fit_px = (max(round(image.shape[1] * scale), 1), max(round(image.shape[0] * scale), 1))
+    # Linear would skip pixels where it shrinks, and flicker from picture to picture.
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
     small = cv2.resize(image, fit_px, interpolation=how)
     frame = np.zeros((height_px, width_px, 3), np.uint8)

@@ -26,6 +26,7 @@ class PreviewWindow:
         self._scale, self._highgui = scale / 100, highgui
         self._looked_at = 0.0
         self._is_shown = False
+        # Asked before OpenCV is: without a screen Qt ends the whole process instead of raising.
         if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             raise ValueError(
                 "preview.window needs a screen, and DISPLAY and WAYLAND_DISPLAY are not set; leave "
@@ -48,6 +49,7 @@ class PreviewWindow:
             return
         smaller = self._scale < 1
         how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
+        # By us: a window of WINDOW_AUTOSIZE shows each pixel as it is, and has no scale.
         scaled = cv2.resize(image, None, fx=self._scale, fy=self._scale, interpolation=how)
         self._highgui.imshow(TITLE, scaled)
         self._highgui.pollKey()  # draws it
