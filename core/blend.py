@@ -80,6 +80,7 @@ def _stored(face: Face, name: str, matrix_23: np.ndarray, size_px: int) -> np.nd
         crop = Crop(mask.centering, 1.0, 0.0, mask.size_px)
         from_frame_33 = np.vstack([crop_matrix(face.source_alignment, crop), (0, 0, 1)])
     to_stored_33 = from_frame_33 @ np.linalg.inv(np.vstack([matrix_23, (0, 0, 1)]))
+    # The inverse map: OpenCV else inverts the matrix itself, in one more rounding.
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     pixels_ss = cv2.warpAffine(mask.pixels(), to_stored_33[:2], (size_px, size_px), flags=flags)
     return pixels_ss / np.float32(255)
@@ -114,6 +115,7 @@ def matched(
     edge_px = min(len(decoded_ssc), len(original_ssc), _COLOUR_PX)
     # Inside only: hair and background differ between the two without any fault in the colours.
     inside = (_shrunk(mask_ss, edge_px) >= 0.5).view(np.uint8)
+    # Nothing of the face goes into the frame, and a mean of no pixels is no number.
     if not inside.any():
         return decoded_ssc
     mean_c, spread_c = _statistics(decoded_ssc, edge_px, inside)
@@ -126,7 +128,9 @@ def matched(
             1 / _MOST_CONTRAST,
             _MOST_CONTRAST,
         )
+    # At full size: only the statistics were taken of the shrunk pictures.
     lab_ssc = (cv2.cvtColor(decoded_ssc, cv2.COLOR_BGR2Lab) - mean_c) * gain_c + wanted_mean_c
+    # Lab holds colours that no screen has; they come back beyond 0..1.
     return np.clip(cv2.cvtColor(lab_ssc, cv2.COLOR_Lab2BGR), 0, 1)
 
 

@@ -96,6 +96,7 @@ def load_model(
     path = Path(path).expanduser()
     if path.is_dir():
         return _of_folder(path, generation, device)
+    # Refused, not passed over: a user who names a save would get another one.
     if generation is not None:
         raise ValueError(f"{path} is no model folder, so it has no generation {generation!r}")
     return _of_file(path, device)
@@ -154,6 +155,7 @@ def swap(
     require_side(model, side)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    # In fp32, where weights stay as they are: the caller's model may be asked again.
     decoder = BatchDecoder(model, side, batch_size)
     edge_px = model.output_px
     pictures = np.empty((len(faces), edge_px, edge_px, 3), faces.dtype)
@@ -210,6 +212,7 @@ class BatchDecoder:
             faces_nhwc: Up to a batch of faces at the model's input size, BGR, float32 in 0..1.
         """
         count = len(faces_nhwc)
+        # A view: the copy to the device or number format brings it into order.
         faces_nchw = torch.from_numpy(faces_nhwc).permute(0, 3, 1, 2)
         if self._model.device.type == "cuda":
             with torch.cuda.device(self._model.device):
@@ -239,6 +242,7 @@ class BatchDecoder:
     def _captured(self) -> torch.cuda.CUDAGraph:
         """Record the decoding of a batch; run before, so that libraries have chosen their ways."""
         edge_px, stream = self._model.input_px, torch.cuda.Stream()
+        # Outside of the capture, in the program's own memory: each replay reads from this address.
         self._inputs_bchw = torch.zeros(
             self._batch_size, 3, edge_px, edge_px, device=self._model.device, dtype=self._compute
         )
@@ -246,6 +250,7 @@ class BatchDecoder:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP_RUNS):
                 self._decoded(self._inputs_bchw)
+        # The program's stream goes on behind the warm-up, whose memory it may be given.
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread of the program may use the device meanwhile.

@@ -66,6 +66,7 @@ class _Work:
 
     frame: Frame
     faces: list[PlacedFace]
+    # None until it is read, and for good where it has no face: such a frame is never decoded here.
     image_hwc: np.ndarray | None = None
     patches: list[np.ndarray] = field(default_factory=list)
     decoded: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list)
@@ -125,6 +126,7 @@ class Converter:
         Raises:
             ValueError: A frame or face cannot be read, or they do not fit each other.
         """
+        # Lazily: the frames of a video hold their pixels, and a film does not fit into memory.
         due = (_Work(frame, self._faces.get(frame.stem, [])) for frame in frames)
         with ThreadPoolExecutor(num_threads) as pool:
 
@@ -139,6 +141,7 @@ class Converter:
             # One more than there are threads: none waits while this one takes what is ready.
             ready = ahead(pool, opened, prefetched(due, _PREFETCHED), num_threads + 1)
             for encoded, done in ahead(pool, written, self._swapped(ready), num_threads + 1):
+                # On the caller's thread: an encoder of video takes frames one after the other.
                 if not done.was_there:
                     output.put(encoded)
                 yield done
@@ -172,10 +175,12 @@ class Converter:
             while len(undecoded) >= self._batch_size or (must and undecoded):
                 count = min(self._batch_size, len(undecoded))
                 self._decode_batch([undecoded.popleft() for _ in range(count)])
+            # Only from the front: a later frame without faces must not overtake one that waits.
             while waiting and waiting[0].is_decoded:
                 yield waiting.popleft()
 
     def _decode_batch(self, batch: list[tuple[_Work, np.ndarray]]) -> None:
+        # Never padded here: the decoder's graph has its own full batch.
         faces_nssc, masks_nss = self._decode(np.stack([patch_ssc for _, patch_ssc in batch]))
         for number, (work, _) in enumerate(batch):
             work.decoded.append(
@@ -211,6 +216,7 @@ class Converter:
         input_23 = placed.face.frame_matrix(self._crop)
         matrix_23 = rescaled(input_23, self._output_px / self._crop.size_px)
         try:
+            # Drawn at the output's size: a mask of the frame's size would be resized on the way.
             mask_ss = face_mask(self._options, placed.face, matrix_23, self._output_px, learned_ss)
         except FaceFileError as error:
             raise ValueError(f"{placed.face.path}: {error}") from None
@@ -233,6 +239,7 @@ def ahead(
     try:
         for item in items:
             waiting.append(pool.submit(make, item))
+            # After the submit, so that as many as `depth` are under way while the caller works.
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:

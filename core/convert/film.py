@@ -146,6 +146,7 @@ def swap_film(
     Raises:
         ValueError: Something of the input does not fit; one line says what, and what to do.
     """
+    # Monotonic: the clock may be set while a film of hours is made.
     began_at = time.monotonic()
     film = _prepare(settings, emit)
     frames = faces = kept = 0
@@ -157,10 +158,12 @@ def swap_film(
         # Closed before the output, into which its threads may still be writing.
         with closing(film.converter.convert(film.frames(), film.output, threads)) as written:
             for done in written:
+                # A kept frame counts, its faces do not: those are what this call has swapped.
                 frames, kept = frames + 1, kept + done.was_there
                 faces += 0 if done.was_there else done.num_faces
                 tiles.extend(done.captioned_tiles)
                 steps.add(frames, faces)
+                # Asked behind the last frame, a stop comes too late: nothing is missing.
                 if should_stop() and frames < film.num_frames:
                     is_stopped = True
                     break
@@ -170,6 +173,7 @@ def swap_film(
             if frames < film.num_frames:
                 line = f"{settings.frames} ends after {frames} of its {film.num_frames} frames"
                 emit("warning", message=line)
+    # Of a stopped film, too: what was swapped can be judged.
     sheet = _write_sheet(settings, tiles, film.text) if settings.sheet and tiles else None
     seconds = time.monotonic() - began_at
     return Report(settings.output, sheet, frames, film.num_frames, faces, kept, seconds, is_stopped)
@@ -239,6 +243,7 @@ class _Steps:
     def __init__(self, emit: Emit, num_frames: int) -> None:
         self._emit, self._num_frames = emit, num_frames
         self._began_at = time.monotonic()
+        # So the first frame is told at once: a user sees that it has begun.
         self._told_at = -math.inf
 
     def add(self, frames: int, faces: int) -> None:
@@ -268,6 +273,7 @@ def _check_settings(settings: SwapSettings) -> None:
     for name, path in (("the output", settings.output), ("the sheet", settings.sheet)):
         if path is None:
             continue
+        # Resolved, for a link or `..` would hide that it is the same place.
         for other in (settings.frames, settings.faces, settings.model):
             # Frames that are written among those that are read would be read at the next call.
             if path.resolve().is_relative_to(other.resolve()):
@@ -308,6 +314,7 @@ def _blend_options(settings: SwapSettings, model: SwapModel) -> BlendOptions:
 
 def _spread(stems: Sequence[str], count: int) -> frozenset[str]:
     """Names, evenly spaced, as many as counted; all where there are fewer."""
+    # A float: whole steps would leave the end of a film without any.
     step = max(len(stems) / count, 1)
     return frozenset(stems[int(number * step)] for number in range(min(count, len(stems))))
 
@@ -340,7 +347,9 @@ def _open_output(
             # 1001 is the denominator of the rates of broadcasts, as in 30000/1001.
             Fraction(settings.fps).limit_denominator(1001),
             text,
+            # A video of some frames numbers its parts anew, which must not go on with those of all.
             manifest | {"preview": settings.preview},
+            # Frames out of all over the film have no sound that would fit.
             has_sound=settings.preview is None,
         )
     return PictureOutput(settings.output, manifest, text)

@@ -46,6 +46,7 @@ class PictureFolder:
 
     def __init__(self, folder: Path) -> None:
         try:
+            # `os.scandir` gives the order of the disk, and a film goes by the names of its frames.
             names = sorted(entry.name for entry in os.scandir(folder) if _is_picture(entry))
         except OSError as error:
             raise ValueError(f"{folder} cannot be read: {error.strerror or error}") from None
@@ -79,6 +80,7 @@ class PictureFolder:
     def frame(self, stem: str, path: Path | None = None) -> Frame:
         """The frame of that name."""
         path = path or self._files[stem]
+        # Read on the thread that needs it, and not ahead of it: only a few pictures are in memory.
         return Frame(stem, lambda: read_picture(path), path)
 
 
@@ -95,6 +97,7 @@ def read_picture(path: Path) -> np.ndarray:
     encoded = np.frombuffer(content, np.uint8)
     # OpenCV makes a picture of half a PNG, and only prints that it is cut short.
     if not content.startswith(SIGNATURE) or is_complete(content):
+        # The plain 8-bit PNG first: most frames are, and our decoder is the faster one.
         image = decode_rgb(encoded)
         if image is None:
             with contextlib.suppress(cv2.error), silent_libraries():
@@ -113,6 +116,7 @@ def read_picture(path: Path) -> np.ndarray:
 def read_bytes(path: Path) -> bytes:
     """All of a frame's file; ValueError where it cannot be read."""
     try:
+        # Frames of a user's film may be links to a larger disk; a pipe or device is still refused.
         with open_for_reading(path, follows_links=True) as file:
             return file.read()
     except OSError as error:

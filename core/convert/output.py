@@ -66,6 +66,7 @@ def manifest_of(
         **asdict(options),
         "frames": str(frames.resolve()),
         "faces": str(folder.resolve()),
+        # For the text of a refusal: a count says more to a user than a digest.
         "num_faces": sum(map(len, faces.values())),
         "landmarks_sha256": landmarks_digest(faces),
     }
@@ -79,6 +80,7 @@ def encoded_png(image_hwc: np.ndarray, text: str) -> bytes:
 def _plain_png(image_hwc: np.ndarray) -> bytes:
     """A picture as a PNG, without loss."""
     if image_hwc.dtype == np.uint8 and image_hwc.shape[2] == 3:
+        # What most films are; OpenCV's encoder only where ours does not reach.
         return encode_rgb(image_hwc)
     is_encoded, content = cv2.imencode(".png", image_hwc, _FAST_PNG)
     if not is_encoded:
@@ -163,6 +165,7 @@ def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]
     if not folder.parent.is_dir():
         raise ValueError(f"there is no folder {folder.parent}; make it first")
     with contextlib.suppress(FileExistsError):
+        # Not its parents: a name with a slip of the pen would grow a tree.
         folder.mkdir()
     names = set(os.listdir(folder))
     if not names:

@@ -56,6 +56,7 @@ def paste(
         native_px = max(round(size_px / scale), 1)
         patch_ssc, mask_ss = resize(patch_ssc, native_px), resize(mask_ss, native_px)
         matrix_23 = rescaled(matrix_23, native_px / size_px)
+    # Only the part that the mask reaches: a face is mostly a small part of its frame.
     left, top, right, bottom = _region(mask_ss, matrix_23, image_hwc.shape)
     if left >= right or top >= bottom:
         return
@@ -70,6 +71,7 @@ def paste(
         # The cubic reaches beyond the patch: black there would darken its edge.
         borderMode=cv2.BORDER_REPLICATE,
     )
+    # Linear, since a cubic would ring below 0 and above 1; black beyond, where it has ended.
     mask_hw = cv2.warpAffine(
         mask_ss, from_region_23, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     )
@@ -95,6 +97,7 @@ def _region(
     corners_xy = np.array(
         [(x - 1, y - 1), (x + width, y - 1), (x - 1, y + height), (x + width, y + height)]
     )
+    # All four corners: a turned face has its extremes at any of them.
     to_frame_23 = cv2.invertAffineTransform(matrix_23)
     corners_xy = corners_xy @ to_frame_23[:, :2].T + to_frame_23[:, 2]
     limits = np.array([shape[1], shape[0]])

@@ -47,6 +47,7 @@ class PlacedFace:
     def check_size(self, frame_px: tuple[int, int]) -> None:
         """Refuse, by a ValueError, a frame of another size, and a face that is nowhere in it."""
         height_px, width_px = frame_px
+        # The exact size: a frame that was scaled since would put each face elsewhere.
         if self.frame_px not in (None, frame_px):
             assert self.frame_px is not None
             raise ValueError(
@@ -87,6 +88,7 @@ def read_faces(folder: Path, mask: str, warn: Callable[[str], None]) -> Faces:
             rejected.append(Rejected(path, str(error)))
             continue
         if mask not in (LEARNED, NO_MASK, *LANDMARK_MASKS):
+            # Of every face, before the output is opened: a film must not break off after hours.
             _require_mask(face.path, header, mask)
         if placed.frame_px is not None:
             placed.check_size(placed.frame_px)
@@ -145,6 +147,7 @@ def require_frames(
         return faces
     some = ", ".join(missing[:_NUM_NAMED]) + (", ..." if len(missing) > _NUM_NAMED else "")
     if len(missing) == len(faces):
+        # One of its names beside one of theirs: that shows at a glance how they differ.
         own = min(stems, default="none")
         raise ValueError(
             f"the faces are of another film: they were found in {some}, and {place} holds none of "
@@ -162,8 +165,10 @@ def require_frames(
 def landmarks_digest(faces: Faces) -> str:
     """SHA-256 of the frames' names and the landmarks in them: two films never have the same."""
     sha256 = hashlib.sha256()
+    # Sorted: the order of a folder's entries is none of the film's.
     for stem, found in sorted(faces.items()):
         for placed in found:
+            # The zero ends the name, so that no name's end can pass for landmarks.
             sha256.update(os.fsencode(stem) + b"\0" + placed.face.source_landmarks_l2.tobytes())
     return sha256.hexdigest()
 

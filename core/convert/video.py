@@ -25,6 +25,7 @@ back they change a level by 0.1 in the mean; the default darkens by 1.1 each tim
 def library() -> ModuleType:
     """Module of PyAV; ValueError where it is not installed."""
     try:
+        # Loaded when a video is met: it is an extra, and folders of pictures need none of it.
         return importlib.import_module("av")
     except ImportError as error:
         raise ValueError(
@@ -48,6 +49,7 @@ class Video:
                     raise ValueError(f"{path} holds no video")
                 stream = container.streams.video[0]
                 context = stream.codec_context
+                # The form of almost all films, where a damaged header does not tell.
                 self.pix_fmt: str = context.pix_fmt or "yuv420p"
                 self.is_deep = context.format is not None and context.format.components[0].bits > 8
                 self.color = {
@@ -55,6 +57,7 @@ class Video:
                     for name in ("colorspace", "color_range", "color_primaries", "color_trc")
                 }
                 self.pixel_aspect: Fraction = context.sample_aspect_ratio or Fraction(1)
+                # 25 is as good as any where there is none: the times come from the frames.
                 self.rate: Fraction = stream.average_rate or Fraction(25)
                 self.time_base: Fraction = stream.time_base or 1 / self.rate
                 # Not every container says how many there are; packets are counted without decoding.
@@ -81,6 +84,7 @@ class Video:
         try:
             with self.open() as container:
                 stream = container.streams.video[0]
+                # Whole frames side by side: FFmpeg's default, by slices, finds none in most films.
                 stream.thread_type = "AUTO"
                 for number, frame in enumerate(container.decode(stream), self.first_number):
                     if frame.rotation % 90:
@@ -104,4 +108,5 @@ class Video:
 def _picture(frame: Any, *, is_deep: bool) -> np.ndarray:
     """A decoded frame upright, (H, W, 3) BGR uint8, or uint16 where it is deeper."""
     image = frame.to_ndarray(format="bgr48le" if is_deep else "bgr24", interpolation=SCALING)
+    # OpenCV paints into it and takes no view with strides below nought.
     return np.ascontiguousarray(np.rot90(image, frame.rotation // 90))

@@ -64,6 +64,7 @@ class VideoOutput:
         self._rate = source.rate if source else rate
         self._time_base = source.time_base if source else 1 / self._rate
         self._numbers = {stem: number for number, stem in enumerate(stems)}
+        # Into the manifest: parts of another rate or coding cannot be joined to new ones.
         coding = {"fps": str(self._rate), "codec": _CODEC, **_QUALITY, "num_frames": len(stems)}
         self._parts = VideoParts(path, manifest | coding)
         self._part: _Part | None = None
@@ -98,6 +99,7 @@ class VideoOutput:
             if decoded.format.name == self._format(decoded.width, decoded.height):
                 return decoded
         image_hwc = frame.read() if image_hwc is None else image_hwc
+        # Without alpha, which no layout that x264 takes can hold.
         image_hwc = np.ascontiguousarray(image_hwc[..., :3])
         kind = "bgr48le" if image_hwc.dtype == np.uint16 else "bgr24"
         plain = library().VideoFrame.from_ndarray(image_hwc, kind)
@@ -115,6 +117,7 @@ class VideoOutput:
         Raises:
             ValueError: It has another size than the first one, or the disk refuses.
         """
+        # Asked again: the frame may be done over only for the sheet.
         if self._parts.holds(coded.number):
             return
         size = (coded.frame.width, coded.frame.height)
@@ -138,6 +141,7 @@ class VideoOutput:
         """Make one video of the parts, which are removed; nothing where no frame came."""
         try:
             self._end_part()
+            # From the disk's names, parts of earlier calls among them.
             files = self._parts.files()
             if files:
                 join(
@@ -184,6 +188,7 @@ class VideoOutput:
         """Layout of the frames: that of the source, if the encoder has it."""
         is_even = width_px % 2 == height_px % 2 == 0
         own = self._source.pix_fmt if self._source else ""
+        # Asked of the encoder: which layouts it has depends on how FFmpeg was built.
         known = {each.name for each in library().codec.Codec(_CODEC, "w").video_formats}
         if own in known and (is_even or own.startswith("yuv444")):
             return own
@@ -223,6 +228,7 @@ class _Part:
 
     def takes(self, number: int) -> bool:
         """Whether a frame is the next one of this part."""
+        # A gap ends the part too: its name gives a first and a last frame, and means all between.
         is_next = number == self._last + 1
         return self._first is None or (is_next and number - self._first < MOST_FRAMES)
 

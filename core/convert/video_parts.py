@@ -53,6 +53,7 @@ class VideoParts:
         discard_leftovers(self.folder)
         matches = (_PART.fullmatch(name) for name in sorted(names))
         self._spans = [(int(match[1]), int(match[2])) for match in matches if match]
+        # Once, as a set: each frame of a film asks.
         self._there = {number for first, last in self._spans for number in range(first, last + 1)}
 
     def holds(self, number: int) -> bool:
@@ -61,6 +62,7 @@ class VideoParts:
 
     def add(self, part: Path, first: int, last: int) -> None:
         """Give a whole part, which is in the folder, the name of its frames."""
+        # First its bytes, then its name: a name that survives a power cut stands for a whole part.
         sync_file(part)
         os.replace(part, self._path(first, last))
         sync_folder(self.folder)
@@ -70,6 +72,7 @@ class VideoParts:
         """The parts in order; ValueError where one is missing between them, or two overlap."""
         self._spans.sort()
         nexts = [0, *(last + 1 for _, last in self._spans)]
+        # Not strict: the last `next` is the end of the film, which no part begins at.
         for (first, _), expected in zip(self._spans, nexts, strict=False):
             if first != expected:
                 raise ValueError(
@@ -83,6 +86,7 @@ class VideoParts:
         for path in (*itertools.starmap(self._path, self._spans), self.folder / MANIFEST):
             path.unlink(missing_ok=True)
         discard_leftovers(self.folder)
+        # Not by `rmtree`: what a user has put there is not ours to remove.
         if not os.listdir(self.folder):
             self.folder.rmdir()
 
@@ -194,6 +198,7 @@ def _opened(file: Path) -> Any:
 def _coding(stream: Any) -> tuple[int, int, bytes | None]:
     """What all parts of a video have in common: sizes, and the settings of the encoder."""
     context = stream.codec_context
+    # The extradata of H.264 holds its parameter sets, of which the joined file has one for all.
     return context.width, context.height, context.extradata
 
 
