@@ -155,6 +155,7 @@ def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     faces: list[Face] = []
     measured: list[_Measured] = []
     rejected = list(opened.rejected)
+    # Threads are enough: decoding and OpenCV's filters let the others run.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for done, (face, result) in enumerate(
             zip(opened.faces, pool.map(_measure, opened.faces), strict=True), 1
@@ -166,6 +167,7 @@ def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
                 measured.append(result)
             if progress:
                 progress(done, len(opened.faces))
+    # Headers were refused first and pictures later: a user reads them as one list.
     rejected.sort(key=lambda file: file.path)
     opened = dataclasses.replace(opened, faces=faces, rejected=rejected)
     measurements = _report(opened, measured)
@@ -174,6 +176,7 @@ def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
 
 def compare(a: Report, b: Report) -> Comparison:
     """What side A shows that B lacks, and the other way round."""
+    # First of all: with shared faces every other difference is without meaning.
     shared = overlap(a.path, b.path)
     only_a, only_b = _poses_only(a, b), _poses_only(b, a)
     advice = []
@@ -182,6 +185,7 @@ def compare(a: Report, b: Report) -> Comparison:
     for name, other, poses in (("A", "B", only_a), ("B", "A", only_b)):
         if poses:
             share = sum(poses.values())
+            # The fullest fields first: there new faces help most.
             fields = ", ".join(sorted(poses, key=lambda pose: -poses[pose])[:4])
             advice.append(
                 f"{share:.0%} of side {name}'s faces look where side {other} has none ({fields}): "
@@ -204,6 +208,7 @@ def _measure(face: Face) -> _Measured | Rejected:
         return Rejected(face.path, str(error))
     damaged, empty = _mask_problems(face, header, crop)
     landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
+    # The face alone: hair and background have a light and a sharpness of their own.
     inside = landmark_mask("components", landmarks_l2, crop.size_px) > 127
     lightness = cv2.cvtColor(crop_bgr.astype(np.float32) / 255, cv2.COLOR_BGR2LAB)[..., 0]
     half = crop.size_px // 2
@@ -219,6 +224,7 @@ def _measure(face: Face) -> _Measured | Rejected:
         light_balance=right - left,
         # Relative to the contrast: a pale face is not a blurred one.
         sharpness=float(edges[inside].std()) / contrast if contrast else 0.0,
+        # Less than one level of 256: nothing that a codec leaves of a real picture.
         is_blank=contrast < 1.0,
         signs=_signs(grey),
         masks=sorted(header.masks),
@@ -314,6 +320,7 @@ def _empty_masks(pairs: list[tuple[str, _Measured]]) -> dict[str, dict[str, str]
 def _spread(values: list[float]) -> Spread | None:
     if not values:
         return None
+    # Percentiles, since a single face that was placed badly would set mean and deviation.
     numbers = np.percentile(values, [0, 5, 50, 95, 100])
     return Spread(*(round(float(number), 3) for number in numbers))
 
@@ -332,6 +339,7 @@ def _repeats(names: list[str], measured: list[_Measured]) -> list[list[str]]:
     if not measured:
         return []
     signs = np.stack([one.signs for one in measured])
+    # Each differing bit takes two off: one that agrees is gone, and one counts against.
     least = signs.shape[1] - 2 * REPEAT_BITS
     first_of: dict[int, list[int]] = {}
     repeated = np.zeros(len(names), bool)
@@ -339,6 +347,7 @@ def _repeats(names: list[str], measured: list[_Measured]) -> list[list[str]]:
         # A product of signs counts equal bits less differing ones.
         alike = signs[start : start + _BLOCK_ROWS] @ signs[: start + _BLOCK_ROWS].T >= least
         for row, position in enumerate(range(start, min(start + _BLOCK_ROWS, len(names)))):
+            # Not of a repeat: else a slow pan would chain all its frames into one group.
             earlier = np.flatnonzero(alike[row, :position] & ~repeated[:position])
             if earlier.size:
                 repeated[position] = True
@@ -371,6 +380,7 @@ def _advice(result: Report) -> list[str]:
         advice.append(
             f"{result.num_faces} faces are more than help: keep 1,000 to 10,000 varied ones."
         )
+    # Of too few faces the spread says nothing but that they are few.
     if result.trainable:
         advice.extend(_variety_advice(result))
     if result.num_repeats > 0.05 * result.num_faces:
@@ -431,7 +441,9 @@ def _picture_advice(result: Report) -> list[str]:
             "train a blurrier face; extract all at one size where you can."
         )
     if result.sizes_px and result.native_px:
+        # The most frequent, of equally frequent ones the larger: a few odd files do not decide.
         usual_px = max(result.sizes_px, key=lambda size: (result.sizes_px[size], size))
+        # The smaller of both: extraction may have enlarged a face that was small in its film.
         face_px = min(usual_px, result.native_px.median) * usual_share(result.shows)
         advice.append(
             f"At {usual_crop(result.shows, _CROP_PX).centering} centring these files hold about "
@@ -457,6 +469,7 @@ def _mask_advice(result: Report) -> list[str]:
     advice = []
     stored = {name: n for name, n in result.masks.items() if name not in LANDMARK_MASKS}
     for name, count in stored.items():
+        # Only stored ones: masks of landmarks can be drawn of every face.
         if count < result.num_faces:
             advice.append(
                 f"Only {count} of {result.num_faces} faces have the mask {name!r}: with it as "
@@ -486,6 +499,7 @@ def _faces(count: int) -> str:
 
 def _model_px(real_px: float) -> int:
     """The largest usual model size that so many px still feed."""
+    # A size that lacks 15 % of its px counts as fed. Chosen, unmeasured.
     fed = [size for size in (64, 128, 192, 256, 384, 512) if size <= real_px * 1.15]
     return max(fed, default=64)
 
@@ -515,6 +529,7 @@ def _light_advice(a: Report, b: Report) -> list[str]:
                 f"only down to {two.lightness.p5:.0f}: add darker faces to {other}."
             )
     if a.light_balance and b.light_balance:
+        # Medians, not ends: light that comes from both sides in turn is no difference.
         difference = b.light_balance.median - a.light_balance.median
         if abs(difference) > 10:
             where = "right" if difference > 0 else "left"

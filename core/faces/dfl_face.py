@@ -110,6 +110,7 @@ def part_of(path: Path) -> Part | None:
     if path.suffix.lower() not in JPEG_SUFFIXES:
         return None
     if path.parent.suffix.lower() != PACK_SUFFIX or not path.parent.is_file():
+        # A file of its own is a part that is all of it: one way to read both.
         return Part(path, path, 0, size_and_time(path)[0])
     parts = {part.path.name: part for part in read_pack(path.parent)}
     if path.name not in parts:
@@ -150,6 +151,7 @@ def header_of(face: JpegFace, metadata: Metadata) -> FaceHeader:
     rect = None
     if face.in_frame is not None:
         landmarks_l2, rect = face.source_landmarks_l2, metadata.source_rect
+        # By way of normalised coordinates, which are the same for both pictures of the face.
         to_jpeg_33 = np.linalg.inv(_square(face.alignment)) @ _square(face.in_frame)
         masks = {
             key: mask
@@ -163,6 +165,7 @@ def header_of(face: JpegFace, metadata: Metadata) -> FaceHeader:
 def _source(face: JpegFace) -> dict[str, Any]:
     """Origin of a face with the keys that extraction writes. The size of the frame is not known,
     unless the JPEG stands for it."""
+    # 0, not a guess: whoever places the face would else refuse every frame.
     frame_px = 0 if face.in_frame else face.edge_px
     number = _FACE_NUMBER.fullmatch(face.path.stem)
     return {

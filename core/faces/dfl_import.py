@@ -91,8 +91,10 @@ def import_faces(source: str | Path, output: str | Path, *, progress: Progress) 
     # Else the PNGs would stand among the JPEGs, and be what the next start trains on.
     if target.resolve() == opened.path.resolve():
         raise ValueError(f"{target} holds the faces themselves: give another folder for the PNGs")
+    # Before any file is written: names of persons decide where.
     persons, notices = _persons_of(opened)
     places = _places(faces, target, persons)
+    # All folders first: a refusal comes before an hour of faces.
     with refusals_told():
         for folder in sorted({place.path.parent for place in places}):
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +140,7 @@ def _read_faces(source: str | Path) -> tuple[FaceFolder, list[JpegFace]]:
 def _persons_of(opened: FaceFolder) -> tuple[dict[str, str | None], list[str]]:
     """The person of each face of a pack, by its name, and what to tell where it cannot be known."""
     paths = sorted(face.path for face in opened.faces)
+    # Those that were rejected too: the list of the pack counts every face.
     paths = sorted([*paths, *(file.path for file in opened.rejected)])
     pack = paths[0].parent
     if pack.suffix.lower() != PACK_SUFFIX or not pack.is_file():
@@ -175,6 +178,7 @@ def _write_all(faces: list[JpegFace], places: list[_Place], progress: Progress) 
                 results.append(result)
                 progress(len(results), len(faces))
         except BaseException:
+            # Else a full disk would be met by every face that is left.
             pool.shutdown(cancel_futures=True)
             raise
     return results
@@ -190,6 +194,7 @@ def _write(face: JpegFace, place: _Place) -> _Written:
             picture_bgr = face.cut_out(image_bgr, Crop("head", 1.0, 0.0, edge_px))
     except FaceFileError as error:
         return _Written(reason=str(error))
+    # Numbered by us: names of DeepFaceLab may have been changed, and two faces of a frame be 0.
     header.source |= {"original_filename": place.path.name, "face_index": place.face_index}
     damaged = ""
     try:
@@ -204,6 +209,7 @@ def _write(face: JpegFace, place: _Place) -> _Written:
 def _head_mask(face: JpegFace, header: FaceHeader, name: str, edge_px: int) -> StoredMask:
     """The same mask for the head crop. Raises FaceFileError where it cannot be used."""
     mask = named_mask(header, name)
+    # As fine as it was against its picture: more would store the same in more bytes.
     size_px = _stepped(edge_px * mask.size_px / face.edge_px, MAX_MASK_PX)
     crop = Crop("head", 1.0, 0.0, size_px)
     alignment = face.source_alignment
@@ -235,6 +241,7 @@ def _is_written(path: Path, content: bytes) -> bool:
 def _holds(path: Path, content: bytes) -> bool:
     try:
         with open_for_reading(path) as file:
+            # A byte more shows a longer file, without reading all of it.
             return file.read(len(content) + 1) == content
     except OSError:  # what is there is no file, or may not be read
         return False

@@ -35,6 +35,7 @@ def read_segments(file: BinaryIO, begin: int, size: int) -> tuple[int, bytes]:
     Raises FaceFileError with the reason and the remedy where it is no square JPEG, or has none.
     """
     file.seek(begin)
+    # The head alone: a folder of a hundred thousand faces is opened by their metadata.
     jpeg = file.read(min(size, _USUAL_HEAD_BYTES))
     if size > len(jpeg) and not _reaches_scan(jpeg):
         jpeg += file.read(min(size, _MAX_HEAD_BYTES) - len(jpeg))
@@ -72,6 +73,7 @@ def is_complete(jpeg: bytes) -> bool:
     """
     with contextlib.suppress(FaceFileError):
         *_, (_, begin, _) = _segments(jpeg)  # the last one is the scan
+        # Behind the first scan's header: in its data the two bytes never stand next to each other.
         num_scans = 1 + jpeg.count(bytes([0xFF, _START_OF_SCAN]), begin)
         return jpeg.find(_END, begin) >= 0 and num_scans <= MAX_SCANS
     return False

@@ -84,12 +84,14 @@ def masks_of(metadata: Metadata, edge_px: int) -> dict[str, StoredMask | str]:
     scale = size_px / edge_px
     corner = (scale - 1.0) / 2.0  # pixels are squares, and a coordinate is that of their middle
     affine_33 = np.array([[scale, 0.0, corner], [0.0, scale, corner], [0.0, 0.0, 1.0]])
+    # Compressed as in a face PNG, so that one reader serves both.
     stored = StoredMask(zlib.compress(pixels.tobytes()), size_px, png.AS_PICTURE, affine_33)
     return {MASK: stored}
 
 
 def plain_name(name: str) -> str | None:
     """The last part of a path of any system; None where it is no name of a file."""
+    # Both slashes: DeepFaceLab runs on Windows, and its files are trained with elsewhere.
     last = re.split(r"[\\/]", name)[-1]
     is_name = last not in ("", ".", "..") and last.isprintable() and len(os.fsencode(last)) <= 255
     return last if is_name else None
@@ -140,6 +142,7 @@ def _is_row(row: Any, columns: int) -> bool:
 def _is_number(value: Any) -> bool:
     """Whether it is one that is a float as well."""
     if type(value) is int:
+        # Python's own have no end: a long one would overflow where it is made a float.
         return abs(value) < 2**63
     return type(value) is float
 
@@ -181,6 +184,7 @@ def _mask_bytes(value: Any) -> bytes | None:
     if value is None:
         return None
     if isinstance(value, StoredArray) and isinstance(value.content, bytes):
+        # A byte more than is allowed, by which the reader sees that there is more.
         return value.content[: MAX_MASK_BYTES + 1]
     return value if isinstance(value, bytes) else b""
 
@@ -201,6 +205,7 @@ def _polygons(value: Any, edge_px: int) -> list[tuple[bool, np.ndarray]]:
             points_n2 = _points(entry[1], "a polygon")
         except FaceFileError:
             continue
+        # Drawing takes time by the distance of a point, as of landmarks.
         if len(points_n2) >= 3 and np.abs(points_n2).max() <= (1 + MAX_SPREAD_EDGES) * edge_px:
             polygons.append((entry[0] == 1, points_n2))
     return polygons

@@ -104,6 +104,7 @@ def _table_from(file: BinaryIO, table: int, size: int) -> list[int]:
     # The number of faces is written nowhere: the table ends at the file's own size.
     while len(offsets) <= MAX_FACES:
         content = file.read(_TABLE_BYTES)
+        # Whole numbers only: a pack that was cut short may end within one.
         part = np.frombuffer(content[: len(content) // 8 * 8], "<u8").tolist()
         is_end = size in part
         offsets.extend(part[: part.index(size) + 1] if is_end else part)
@@ -111,6 +112,7 @@ def _table_from(file: BinaryIO, table: int, size: int) -> list[int]:
             break
     if not offsets or offsets[-1] != size:
         _refuse("has no end of its table of faces")
+    # So that parts do not overlap, and none is empty or longer than the file.
     is_rising = all(one < later for one, later in itertools.pairwise(offsets))
     if not is_rising or (len(offsets) > 1 and offsets[0] != 0):
         _refuse("has a table of faces that does not rise from 0")
@@ -121,6 +123,7 @@ def _person_of(entry: Any) -> str | None:
     person = entry.get("person_name") if isinstance(entry, dict) else None
     if person is None:
         return None
+    # It becomes a folder: `..` or a slash would lead out of the user's.
     if not isinstance(person, str) or plain_name(person) != person or person.startswith("."):
         shown = person[:80] if isinstance(person, str) else "no text"
         _refuse(f"names a person {shown!r}, which no folder can be named")

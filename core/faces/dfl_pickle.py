@@ -81,9 +81,11 @@ class StoredArray:
         )
         if not is_shape or not isinstance(self.content, bytes):
             _refuse("has an array without shape or content")
+        # Python's whole numbers do not overflow, so that no shape can pass by wrapping round.
         if math.prod(self.shape) * dtype.itemsize != len(self.content):
             _refuse(f"has an array of {self.shape} that holds {len(self.content)} bytes")
         order: Any = "F" if self.is_fortran is True else "C"
+        # A view of the bytes: nothing is taken that the file does not hold.
         return np.frombuffer(self.content, dtype).reshape(self.shape, order=order)
 
 
@@ -118,6 +120,7 @@ class _Reader:
         self._encoded_bytes = 0
 
     def read(self) -> Any:
+        # Counted, though no opcode jumps back: each may add to what is held.
         for _ in range(MAX_OPCODES):
             opcode = self.take(1)
             if opcode == b".":
@@ -176,6 +179,7 @@ class _Reader:
 
     def extend(self, values: list[Any]) -> None:
         target = self._stack[-1]
+        # By class: what else has `extend` is not ours to call.
         if not isinstance(target, list):
             _refuse("appends to what is no list")
         target.extend(values)
@@ -197,6 +201,7 @@ class _Reader:
         is_enumeration = any(
             module == known or module.startswith(f"{known}.") for known in _ENUMERATIONS
         )
+        # By the whole name, but for enumerations, of which only the number is taken.
         role = _ROLES.get(full, "enumeration" if is_enumeration else "")
         if not role:
             shown = full if len(full) <= MAX_NAME_LENGTH else f"{full[:MAX_NAME_LENGTH]}..."
@@ -211,6 +216,7 @@ class _Reader:
         arguments, target = self.pop(), self.pop()
         if not isinstance(target, Reference) or not isinstance(arguments, tuple):
             _refuse("calls what is no function")
+        # One of our own functions, chosen by the role; the name of the file is never called.
         made = _MAKERS[target.role](*arguments)
         self._encoded_bytes += len(made) if isinstance(made, bytes) else 0
         if self._encoded_bytes > MAX_GROWTH * len(self._data):
@@ -275,6 +281,7 @@ def _not_callable(*_: Any) -> NoReturn:
 
 
 _MAKERS: dict[str, Callable[..., Any]] = {
+    # Only ever an argument, as is: NumPy reconstructs by another function.
     "ndarray": _not_callable,
     "dtype": _element_type,
     "encode": _encoded,

@@ -113,6 +113,7 @@ def checked_alignment(landmarks_l2: np.ndarray) -> Alignment:
 def size_and_time(path: Path) -> tuple[int, int]:
     """Bytes and time of change of a file; zeros where it is gone, which reading it reports."""
     try:
+        # Follows a link: what is trained on is the file behind it.
         status = path.stat()
     except OSError:
         return 0, 0
@@ -170,12 +171,14 @@ class Face:
 
         The rounding of the crop's corner to whole px of the picture is left out.
         """
+        # At the picture's own px first, as `cut_out` goes: both round the padding at one size.
         native = dataclasses.replace(crop, size_px=max(self.crop_box(crop).side, 1))
         return rescaled(crop_matrix(self.alignment, native), crop.size_px / native.size_px)
 
     @property
     def native_px(self) -> float:
         """Width of the picture in px of the source, before extraction scaled it."""
+        # A similarity: one column tells the scale, whatever the turn.
         px_per_unit = 1.0 / float(np.hypot(*self.source_alignment.matrix_23[:, 0]))
         return px_per_unit * _SHOWN[self.centering].side
 

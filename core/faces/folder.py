@@ -81,6 +81,7 @@ def read_folder(
             faces.append(result)
             if on_face:
                 on_face(result)
+            # By usable faces: damaged ones at the start must not leave a preview empty.
             if len(faces) == most:
                 break
             continue
@@ -92,6 +93,7 @@ def read_folder(
         rejected = sorted(rejected + _without_picture(faces), key=lambda file: file.path)
         raise ValueError(_too_few(folder, faces, rejected, minimum, side))
     if centering is not None:
+        # Behind the count: a folder of too few faces is no matter of their version.
         _check_versions(name_of(folder, side), faces, centering)
     return FaceFolder(folder, faces, rejected, passed_over(folder))
 
@@ -117,6 +119,7 @@ def named(rejected: Sequence[Rejected]) -> str:
     some = rejected[:_NUM_NAMED]
     parts = [
         f"{', '.join(file.path.name for file in alike)}: {reason}"
+        # Alike and next to each other: most folders have one fault many times.
         for reason, alike in itertools.groupby(some, key=lambda file: file.reason)
     ]
     more = len(rejected) - len(some)
@@ -135,6 +138,7 @@ def skipped(rejected: Sequence[Rejected], kind: str = "") -> str:
 def uneven(name_a: str, count_a: int, name_b: str, count_b: int) -> str | None:
     """What to say of sides of very different numbers of faces; None where they are near enough."""
     (small, smaller), (large, larger) = sorted(((count_a, name_a), (count_b, name_b)))
+    # A side without faces is refused elsewhere, by what it lacks.
     if not small or large <= _UNEVEN * small:
         return None
     return (
@@ -171,6 +175,7 @@ def _read(source: Path | Part) -> Face | Rejected:
         return read_jpeg(source)[0] if isinstance(source, Part) else read_face(source)[0]
     except FaceFileError as error:
         path = source.path if isinstance(source, Part) else source
+        # The text alone: an error holds the frames it was raised in, and these the file's bytes.
         return Rejected(path, str(error), is_extracted=not isinstance(error, NotExtractedError))
 
 

@@ -143,6 +143,7 @@ def align(landmarks_l2: np.ndarray) -> Alignment:
     # float32 as in faceswap: in float64 a crop could round to the pixel beside.
     centres = projected[:, 0].astype(np.float32) - _PRINCIPAL_POINT
     offsets = dict(zip(_OFFSET_CENTERINGS, centres, strict=True))
+    # The mean face itself: before version 2.0 no pose moved a crop.
     offsets["legacy"] = np.zeros(2, np.float32)
     return Alignment(matrix_23, normalized_l2, offsets, rotation)
 
@@ -196,10 +197,12 @@ def crop_box(
 ) -> CropBox:
     """The square of a PNG of ``edge_px`` and full coverage that the crop is made of."""
     inner = 1.0 - PADDING_RATIO[picture_centering]
+    # All of the picture: the rounding to even below would take a row off an odd one.
     if crop.centering == picture_centering and crop.coverage == 1.0:
         side = edge_px
     else:
         ratio = inner / (1.0 - PADDING_RATIO[crop.centering])
+        # Even, as in faceswap, which halves it round the centre.
         side = 2 * round(edge_px * ratio * crop.coverage / 2.0)
     base = 2 * round(edge_px * inner / 2.0)
     x, y = _centre_shift(alignment, picture_centering, crop)
@@ -237,6 +240,7 @@ def cut(image_hwc: np.ndarray, box: CropBox) -> np.ndarray:
     right, bottom = box.left + box.side, box.top + box.side
     if box.left >= 0 and box.top >= 0 and right <= width and bottom <= height:
         return image_hwc[box.top : bottom, box.left : right]
+    # Black, as extraction leaves what is outside the frame.
     square = np.zeros((box.side, box.side, *image_hwc.shape[2:]), image_hwc.dtype)
     left, top = max(box.left, 0), max(box.top, 0)
     inside = image_hwc[top : max(bottom, 0), left : max(right, 0)]
@@ -279,6 +283,7 @@ def outside_share(matrix_23: np.ndarray, edge_px: int, size_px: int) -> float:
         np.array([[0, 0], [edge, 0], [edge, edge], [0, edge]], np.float32) - np.float32(0.5)
         for edge in (edge_px, size_px)
     )
+    # Two convex polygons: the crop may be turned against the picture.
     shared, _ = cv2.intersectConvexConvex(transform(image, matrix_23), crop)
     return 1.0 - min(shared / size_px**2, 1.0)
 

@@ -33,10 +33,12 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
         "edge_px": face.edge_px,
         "shows": f"{face.centering} crop",
         "native_px": round(face.native_px, 1),
+        # By name: a box of four numbers would be read as corners by half of its readers.
         "box": dict(zip(("left", "top", "width", "height"), header.box, strict=True)),
         "yaw": round(alignment.yaw, 1),
         "pitch": round(alignment.pitch, 1),
         "roll": round(alignment.roll, 1),
+        # What `faces check` calls odd above 0.08: the number lets a user judge the one face.
         "distance_from_mean_face": round(alignment.average_distance, 4),
         "masks": {name: _mask_facts(header, name) for name in sorted(header.masks)},
         "source": header.source,
@@ -50,10 +52,12 @@ def contact_sheet(path: str | os.PathLike[str], *, tile_px: int = 192) -> np.nda
     be used is left out. Raises FaceFileError where the file is no usable face.
     """
     face, header = read_face(Path(path))
+    # A legacy picture is too narrow for the other crops, which would have black rims.
     shown = ("legacy",) if face.centering == "legacy" else CENTERINGS
     crops = {name: Crop(name, 1.0, 0.0, tile_px) for name in shown}
     with face.open_picture() as image_bgr:
         pictures = {name: face.cut_out(image_bgr, crop) for name, crop in crops.items()}
+    # The crop that training has by default, on which masks are judged.
     main = shown[0]
     landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crops[main])
     dots = pictures[main].copy()
@@ -76,6 +80,7 @@ def _stored_tiles(
     for name in sorted(set(header.masks) - set(LANDMARK_MASKS)):  # those are drawn afresh
         try:
             mask = named_mask(header, name)
+            # A mask that lies over the picture as it is has no centring of its own.
             crop = crops.get(mask.centering, next(iter(crops.values())))
             pixels = stored_mask(
                 mask, face.source_alignment, crop, dilation=0, blur_kernel=0, threshold=0
@@ -93,6 +98,7 @@ def _mask_facts(header: FaceHeader, name: str) -> dict[str, Any]:
         facts |= {"size_px": mask.size_px, "centering": mask.centering}
         facts["inside"] = round(float((mask.pixels() > 127).mean()), 3)
     except FaceFileError as error:
+        # In the facts: one damaged mask must not hide all else that the file says.
         facts["problem"] = str(error)
     return facts
 

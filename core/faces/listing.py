@@ -90,6 +90,7 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
     name = name_of(folder, side)
     if not folder.exists():
         raise ValueError(f"{name} does not exist: give the folder that holds the face PNGs")
+    # Given itself: a pack that was renamed is not found by its folder.
     if folder.suffix.lower() == PACK_SUFFIX and folder.is_file():
         return [folder]
     if not folder.is_dir():
@@ -99,6 +100,7 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
     kind = _kind_used(entries)
+    # Both may be the same faces, unpacked: to train on either silently would be a guess.
     if entries["pack"] and entries["PNG"]:
         raise ValueError(
             f"{name} holds {PACK_NAME} and {len(entries['PNG'])} PNGs: put either into a folder of "
@@ -106,6 +108,7 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
         )
     if not entries[kind]:
         raise ValueError(f"{name} holds no PNG{_passed_over(folder, entries).instead}")
+    # Sorted: numbers of faces, and so what is drawn of a seed, must not depend on the disk.
     return [folder / file for file in sorted(entries[kind])]
 
 
@@ -128,6 +131,7 @@ def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) 
     if path_a == path_b:
         return f"both use the folder {path_a}"
     for inner, outer in ((path_a, path_b), (path_b, path_a)):
+        # Sub-folders are passed over, but a user who nests sides has most likely slipped.
         if outer in inner.parents:
             return f"{inner} lies inside {outer}"
     # By number and not by name: sets are often put together of links.
@@ -157,6 +161,7 @@ def _kind(entry: os.DirEntry[str]) -> str:
         # Parts of files under way, and what other systems leave (`._face.png`).
         if name.startswith("."):
             return "other"
+        # A link to a folder may lead in a circle, or out to the whole disk.
         if entry.is_dir(follow_symlinks=False):
             return "folder"
         kind = "pack" if name == PACK_NAME else _KINDS.get(os.path.splitext(name)[1], "")
@@ -180,6 +185,7 @@ def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
             inner = _entries(folder / name, left)
         except OSError:
             continue
+        # The folder itself counts, so that thousands of empty ones are bounded as well.
         left -= 1 + sum(map(len, inner.values()))
         for kind, counts in holding.items():
             if inner[kind]:

@@ -90,6 +90,7 @@ def area_mask(area: str, landmarks_l2: np.ndarray, size_px: int) -> np.ndarray:
     if area not in AREAS:
         raise ValueError(f"area must be one of {AREAS}, got {area!r}")
     filled = _filled(landmarks_l2, _AREA_HULLS[area], size_px)
+    # faceswap's share of the edge, so that the weights of eyes and mouth fade as they do there.
     return _blurred(_dilated(filled, _AREA_DILATION_PERCENT), size_px // 16)
 
 
@@ -138,6 +139,7 @@ def training_masks(
     Raises FaceFileError where the file has no such mask, or a damaged one.
     """
     size_px = crop.size_px
+    # Always, whatever mask is chosen: the areas of eyes and mouth are drawn from them.
     landmarks_l2 = crop_landmarks(face.landmarks_l2, face.alignment, crop)
     masks = np.empty((size_px, size_px, 3), np.uint8)
     if mask_type == "none":
@@ -160,6 +162,7 @@ def training_masks(
 
 def areas_outside(landmarks_l2: np.ndarray, size_px: int) -> list[str]:
     """The areas that lie mostly outside the crop, by the points that they are drawn from."""
+    # By the points: half of them are enough to say where an area would be.
     is_inside: np.ndarray = np.all((landmarks_l2 >= 0) & (landmarks_l2 < size_px), axis=1)
     return [
         area for area, hulls in _AREA_HULLS.items() if is_inside[np.concatenate(hulls)].mean() < 0.5
@@ -225,6 +228,7 @@ def _raised_eyebrows(landmarks_l2: np.ndarray) -> np.ndarray:
 def _filled(points_l2: np.ndarray, hulls: tuple[np.ndarray, ...], size_px: int) -> np.ndarray:
     """Union of the filled convex hulls of groups of points."""
     mask = np.zeros((size_px, size_px), np.uint8)
+    # Whole pixels, as in faceswap: a mask is compared with its own to the bit.
     points = np.rint(points_l2).astype(np.int32)
     for group in hulls:
         cv2.fillConvexPoly(mask, cv2.convexHull(points[group]), 255, lineType=cv2.LINE_AA)

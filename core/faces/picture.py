@@ -71,6 +71,7 @@ def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
     Raises FaceFileError where it is damaged or not of that edge, as one that was replaced since.
     """
     with _read(path, edge_px) as encoded:
+        # Against the header that was read earlier: a file may have been replaced meanwhile.
         if edge_of(encoded) != edge_px or not is_complete(encoded.data):
             raise _damaged()
         yield _decoded(encoded, edge_px)
@@ -101,6 +102,7 @@ def _read(
             encoded = np.fromfile(file, np.uint8, min(size, max_file_bytes(edge_px)))
         except OSError as error:
             raise unreadable(error) from None
+        # Held until the picture is let go: bytes and pixels are in memory at the same time.
         yield encoded
 
 

@@ -156,6 +156,7 @@ class FaceHeader:
 
 def _version_in(source: dict[str, Any]) -> float | None:
     value = source.get(_VERSION)
+    # To Python a bool is an int, and True would pass for version 1.0.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -184,6 +185,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
         with open(path, "rb", buffering=65536, opener=opener) as file:
             edge_px = _read_edge(file)
             data = _find_text(file)
+            # Only the parsing: reading the files goes on side by side.
             with _parsing:
                 return edge_px, _header_from(parse_literal(_text_of(data)))
     except OSError as error:
@@ -200,6 +202,7 @@ def encode_face(image_bgr: np.ndarray, header: FaceHeader) -> bytes:
         raise ValueError(
             f"image_bgr must be (N, N, 3) uint8, got {image_bgr.shape} {image_bgr.dtype}"
         )
+    # By OpenCV, as extraction does: the files that mien writes are like those it reads.
     encoded, picture = cv2.imencode(".png", image_bgr)
     if not encoded:
         raise RuntimeError(f"OpenCV could not encode a picture of {edge_px} px as PNG")
@@ -213,6 +216,7 @@ def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: Face
     """
     content = encode_face(image_bgr, header)
     path = Path(path)
+    # In the same folder, since a name can be moved to no other disk in one step.
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -229,6 +233,7 @@ def insert_header(png: bytes, header: FaceHeader) -> bytes:
     """The PNG with the header before its first `IDAT`; any header it had is replaced."""
     # A Python literal, which is what faceswap reads (`ast.literal_eval`), not JSON.
     text = repr(_as_dict(header)).encode("utf-8")
+    # Five zeros: end of the keyword, not compressed, and no language nor translation.
     chunk = png_chunk(b"iTXt", KEYWORD + bytes(5) + text)
     parts = [SIGNATURE]
     position = len(SIGNATURE)
@@ -281,11 +286,13 @@ def parse_literal(text: str) -> Any:
         _refuse(_TOO_LONG)
     plain, quoted = _split(text)
     plain = [_NUMPY_SCALAR.sub(r"\1\2", piece) if "np." in piece else piece for piece in plain]
+    # Before anything is decoded: what is refused has cost one pass over its text.
     _check_size(plain)
     _leave_out_identity(plain, quoted)
     stored: list[bytes] = []
     pieces: list[str] = [""] * (len(plain) + len(quoted))
     pieces[0::2] = [_plain_to_json(piece) for piece in plain]
+    # Strings apart from the rest, so that a bracket or a name inside of one changes nothing.
     pieces[1::2] = [_string_to_json(piece, stored) for piece in quoted]
 
     def restore(entries: dict[str, Any]) -> Any:
@@ -315,11 +322,13 @@ def _split(text: str) -> tuple[list[str], list[str]]:
             end = text.find(quote, end + 1)
         if end < 0:
             _refuse("ends inside a string")
+        # Its prefix, which would else be left over as a name.
         if start > position and text[start - 1] == "b":
             start -= 1
         plain.append(text[position:start])
         quoted.append(text[start : end + 1])
         position = end + 1
+        # Searched on only where it was passed: each quote of the text is looked for once.
         if 0 <= single < position:
             single = text.find("'", position)
         if 0 <= double < position:
@@ -358,11 +367,13 @@ def _leave_out_identity(plain: list[str], quoted: list[str]) -> None:
     for index, literal in enumerate(quoted[:-1]):
         if literal[1:-1] != "identity" or plain[index + 1] != ": {":
             continue
+        # Up to its closing bracket: one entry for each network that has looked at the face.
         for later in range(index + 2, len(plain)):
             piece = plain[later]
             end = piece.find("]")
             if not piece.startswith(": [") or end < 0:
                 break
+            # Only what is nothing but numbers, so that no fault of the text is hidden by this.
             if not piece[3:end].encode("ascii").translate(None, _OF_NUMBERS):
                 plain[later] = ": [" + piece[end:]
             if "}" in piece:
@@ -418,8 +429,10 @@ def _read_edge(file: BinaryIO) -> int:
         raise FaceFileError(f"ends after {len(start)} bytes: {_CUT_SHORT}")
     if start[8:16] != b"\0\0\0\rIHDR":
         raise FaceFileError(f"does not begin with an IHDR chunk: {_AGAIN}")
+    # A flipped bit in a size would else show as a picture of another size, with no word of damage.
     _check_crc(b"IHDR", start[16:29], start[29:33])
     width, height, depth, colour = struct.unpack(">IIBB", start[16:26])
+    # OpenCV would convert them silently; extraction writes no other, so the file was edited.
     if depth != 8 or colour != 2:
         name = _COLOUR_TYPES.get(colour, f"colour type {colour}")
         raise FaceFileError(f"is {depth}-bit {name}, not 8-bit RGB: {_AGAIN}")
@@ -446,6 +459,7 @@ def _find_text(file: BinaryIO) -> bytes:
                 "has no face header before its picture data: not written by extraction, or saved "
                 "by another program since; extract the faces again"
             )
+        # Against the file's own size: a length from a stranger must not decide what is read.
         left = size - position - 12
         if length > left:
             name = kind.decode("latin-1")
@@ -545,6 +559,7 @@ def checked_landmarks(landmarks: np.ndarray) -> np.ndarray:
     farthest = landmarks.flat[np.abs(landmarks).argmax()]
     if abs(farthest) > MAX_COORDINATE_PX:
         _refuse(f"has a landmark at {farthest:.3g} px, outside any picture")
+    # Without the jaw, as the alignment: it is fitted to these points alone.
     inner = landmarks[17:] - landmarks[17:].mean(axis=0)
     xx, yy, xy = (inner.T @ inner)[[0, 1, 0], [0, 1, 1]]
     # Drawing takes time by the distance: a point may not lie arbitrarily far from its face.
@@ -571,6 +586,7 @@ def _masks_from(entries: Any) -> dict[str, StoredMask | str]:
             try:
                 masks[name] = _mask_from(name, entry)
             except FaceFileError as error:
+                # Kept as a reason: a mask that nobody asks for must not cost the face.
                 masks[name] = str(error)
     return masks
 
@@ -588,6 +604,7 @@ def _mask_from(name: str, entry: Any) -> StoredMask:
         _refuse(f"has a mask {name!r} whose stored_centering is none of {CENTERING_NAMES}")
     affine = _numbers(entry.get("affine_matrix"), f"matrix entries of mask {name!r}")
     if affine.shape == (2, 3):
+        # Both forms are in use; one of them is kept, so that matrices can be multiplied.
         affine = np.vstack([affine, [0.0, 0.0, 1.0]])
     if affine.shape != (3, 3):
         _refuse(f"has a mask {name!r} whose affine_matrix is not 3 x 3")
@@ -628,6 +645,7 @@ def _as_dict(header: FaceHeader) -> dict[str, Any]:
             for name, mask in header.masks.items()
             if isinstance(mask, StoredMask)
         },
+        # Empty but there: the format has the entry from version 2.3 on.
         "identity": {},
     }
     return {"alignments": alignments, "source": header.source}

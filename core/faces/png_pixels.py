@@ -50,6 +50,7 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
         filtered = inflater.decompress(b"".join(deflated), size + 1)
     except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares an instance
         return None
+    # Too short, or without its checksum at the end: OpenCV is to say what is wrong.
     if len(filtered) != size or not inflater.eof:
         return None
     return _without_filters(filtered, rows, columns)
@@ -65,7 +66,9 @@ def encode_rgb(image_hwc: np.ndarray) -> bytes:
     pixels = cv2.cvtColor(image_hwc, cv2.COLOR_BGR2RGB).reshape(rows, -1)
     filtered = np.empty((rows, 1 + 3 * columns), np.uint8)
     filtered[:, 0] = _SUB
+    # The first pixel has none before it, which the format takes for black.
     filtered[:, 1:4] = pixels[:, :3]
+    # Differences wrap round in 8 bits, as the format has them.
     np.subtract(pixels[:, 3:], pixels[:, :-3], out=filtered[:, 4:])
     chunks = (
         (b"IHDR", struct.pack(">II", columns, rows) + _RGB_8_BITS),
