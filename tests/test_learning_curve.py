@@ -1,4 +1,4 @@
-"""300 steps by the kernels, in every precision, against a plain fp32 reference of the same seed.
+"""200 steps by the kernels, in every precision, against a plain fp32 reference of the same seed.
 
 The reference is PyTorch alone: separate operations, a loss by autograd, `torch.optim.Adam`. Ours
 must stay nearer to it, window by window, than two seeds of the reference are to one another.
@@ -19,7 +19,7 @@ from mien.core.training import engine as engines
 from mien.core.training.build import build_model, build_step
 from mien.kernels import reference
 
-STEPS, WINDOW, BATCH_SIZE = 300, 50, 4
+STEPS, WINDOW, BATCH_SIZE = 200, 40, 4
 SEEDS = (0, 1, 2)
 
 
