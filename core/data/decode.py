@@ -63,6 +63,7 @@ class _Part(NamedTuple):
 
 def thread_count(setting: int) -> int:
     """Threads to use: the setting, or for 0 as many as the process may use cores."""
+    # Not `os.cpu_count`: a container or `taskset` may leave fewer.
     return setting or len(os.sched_getaffinity(0))
 
 
@@ -80,6 +81,7 @@ def choose_backend(setting: str, device: str = "cpu") -> tuple[str, str]:
     try:
         version = importlib.import_module("nvidia.dali").__version__
     except (ImportError, OSError) as error:
+        # Its first line: the rest lists the paths that the loader has tried.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if setting == "dali":
             raise ValueError(
@@ -215,6 +217,7 @@ def _cut_out(
     """Crops of some faces of a batch, BGR, from what DALI has decoded of it."""
     crops = []
     for number, (box, part) in places:
+        # DALI has decoded the part alone, so the square is moved to its corner.
         square = CropBox(box.left - part.left, box.top - part.top, box.side)
         cut_rgb = geometry.cut(decoded.at(number), square)
         crops.append(cv2.cvtColor(geometry.resize(cut_rgb, size_px), cv2.COLOR_RGB2BGR))
@@ -284,6 +287,7 @@ class _Schedule:
     def source(self) -> Iterator[tuple[list[np.ndarray], ...]]:
         """Names, corners and shapes of each batch, as DALI takes them."""
         while self._for_dali or self._take():
+            # A batch that is not for DALI was taken: on to the next one.
             if not self._for_dali:
                 continue
             batch = self._for_dali.popleft()
@@ -292,6 +296,7 @@ class _Schedule:
                 batch.places.append((box, _inside(box, face.edge_px)))
             parts = [part for _, part in batch.places]
             yield (
+                # As bytes: a name on disk need be no valid text.
                 [np.frombuffer(os.fsencode(face.path), np.uint8) for face in batch.faces],
                 [np.array([part.top, part.left], np.int32) for part in parts],
                 [np.array([part.height, part.width], np.int32) for part in parts],
@@ -323,6 +328,7 @@ def _pipeline(schedule: _Schedule, threads: int, device: str) -> Any:
     pipeline = dali.Pipeline(
         batch_size=BATCH_SIZE,
         num_threads=threads,
+        # None and not 0: with a number DALI would begin a context on a GPU that is not used.
         device_id=int(device.partition(":")[2] or 0) if on_gpu else None,
         prefetch_queue_depth=PREFETCH_BATCHES,
     )

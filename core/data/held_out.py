@@ -109,6 +109,7 @@ def check_held_out(data: DataConfig, evaluate: EvaluateConfig) -> None:
             f"evaluate.held_out is {evaluate.held_out} and evaluate.held_out_a and held_out_b are "
             "folders; choose one of the two ways to hold faces out"
         )
+    # A model that nothing is measured with would be read, and its user think that it counts.
     for name in ("landmark_model", "embedding_model"):
         if getattr(evaluate, name) and not with_folder and not evaluate.held_out:
             raise ValueError(
@@ -132,6 +133,7 @@ def load_held_out(
     Raises:
         ValueError: None of them can be used; or one cannot, and data.strict is set.
     """
+    # The store's size: a metric must see the faces through the same two filters as training.
     process_px, target_px = max(input_px, *output_px), output_px[-1]
     crop = geometry.Crop(
         data.centering, data.coverage / 100, data.vertical_offset / 100, process_px
@@ -156,6 +158,7 @@ def load_held_out(
         targets.append(geometry.resize(decoded_ssc, target_px))
         masks.append(mask_ff)
         in_crop_l2 = geometry.crop_landmarks(face.landmarks_l2, face.alignment, crop)
+        # Scaled about the corner, as OpenCV's resize of the pixels is within half a pixel.
         landmarks.append(in_crop_l2 * np.float32(target_px / process_px))
     if not inputs:
         raise ValueError(
@@ -183,6 +186,7 @@ def _check_folders(data: DataConfig, evaluate: EvaluateConfig) -> None:
                     f"{setting} must share no faces with {other}, but {shared}; give it a folder "
                     "of its own"
                 )
+        # Added as it goes, so that the two held-out folders are compared with one another too.
         folders[setting] = own
 
 

@@ -37,6 +37,7 @@ def nearest_faces(landmarks_fl2: np.ndarray, others_gl2: np.ndarray) -> np.ndarr
     centre = others_gl2.mean(axis=0, dtype=np.float64)  # near 0, less is lost by cancellation
     ours = (landmarks_fl2 - centre).reshape(len(landmarks_fl2), -1)
     others = (others_gl2 - centre).reshape(len(others_gl2), -1)
+    # The square opened up, so that the distances are one matrix product.
     lengths = np.square(others).sum(axis=1)
     nearest = np.empty((len(ours), NUM_NEAREST), np.int32)
     for begin in range(0, len(ours), _BLOCK_FACES):

@@ -91,6 +91,7 @@ class FaceDecoder:
         while decoded := self._decoded.get():
             self._room.release()
             yield decoded
+        # Behind the last face: what ended the thread is raised where its faces are awaited.
         self._work.result()
 
     def _decode(self, crop: Crop, data: DataConfig, device: torch.device) -> None:
@@ -99,11 +100,13 @@ class FaceDecoder:
         try:
             with contextlib.closing(decoding):
                 for decoded in decoding:
+                    # Room is taken before the face is handed on, so the queue never holds more.
                     self._room.acquire()
                     if self._is_closed.is_set():
                         return
                     self._decoded.put(decoded)
         finally:
+            # Also after an error: the reader would else wait for ever.
             self._decoded.put(None)
 
 
@@ -182,6 +185,7 @@ def _masks_ahead(
 def _masks_of(face: Face, crop: Crop, data: DataConfig) -> Masks | FaceFileError:
     try:
         masks_ssc = configured_masks(face, crop, data)
+        # The face mask alone: eyes or mouth may well lie outside a crop.
         is_empty = masks.is_empty(masks_ssc[..., 0])
         reason = masks.why_empty(face, data.mask_type) if is_empty else ""
     except FaceFileError as error:

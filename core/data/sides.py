@@ -75,6 +75,7 @@ def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
                 f"mask, and nothing of them is trained: {named(store.empty)}"
             )
         for area, count in store.areas_outside.items():
+            # Said only where the setting acts: with a multiplier of 1 nothing is lost.
             if count and loss.penalized_mask_loss and getattr(loss, f"{area}_multiplier") > 1:
                 warnings.append(
                     f"{name}: the {area} area of {count} of {store.num_faces} faces lies outside "
@@ -154,6 +155,7 @@ def open_sides(
     opened = {}
     with _reading(paths, data, evaluate, crop, (store_dir, earlier_dir), device) as coming:
         for side, (reading, decoder) in coming.items():
+            # Waits for this side's headers only, while the other side's are still to come.
             folder, held_out = hold_out(
                 reading.result(), evaluate, side=side, strict=data.strict, centering=data.centering
             )
@@ -169,6 +171,7 @@ def open_sides(
                     progress=report_progress,
                     num_readers=num_readers,
                 )
+            # After decoding, which has drawn the masks, and before hours are spent on nothing.
             _refuse_empty_masks(side, store)
             opened[side] = SideFaces(folder, store, crop, held_out)
     return {str(side): faces for side, faces in opened.items()}
@@ -191,6 +194,7 @@ def _reading(
 
     def read(side: Side, decoder: FaceDecoder | None) -> FaceFolder:
         def on_face(face: Face) -> None:
+            # Held-out faces are measured, not trained on, and have no place in the store.
             if decoder and is_trained_on(face.path.name, evaluate):
                 decoder.add(face)
 
@@ -204,6 +208,7 @@ def _reading(
             )
         finally:
             if decoder:
+                # Also where the folder is refused: the decoder would else wait for more faces.
                 decoder.end()
 
     with contextlib.ExitStack() as stack:

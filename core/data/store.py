@@ -142,6 +142,7 @@ class _Facts:
         Raises:
             ValueError, TypeError: It holds others, or of another type.
         """
+        # An unknown key is a TypeError, so that a later version's file is made anew.
         facts = cls(**json.loads(text))
         reasons, areas = (facts.rejected, facts.empty), facts.areas_outside
         if not all(isinstance(each, list) for each in (facts.names, *reasons)):
@@ -205,6 +206,7 @@ def open_store(
     report_progress = progress or (lambda done, total: None)
     facts = _plan(folder, crop, data)
     path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
+    # The folder's own first: a file that is there twice is read from where it may stay.
     saved = _find_raw([store_dir, earlier_dir], facts)
     warnings: list[str] = []
     if saved:
@@ -266,6 +268,7 @@ def choose_placement(
     need = f"{_size(num_bytes)} of faces"
     rooms = {"host": available_host_bytes() // num_readers}
     if device.type == "cuda":
+        # In this order `auto` tries them: the nearest to the kernels first.
         rooms = {"gpu": torch.cuda.mem_get_info(device)[0], **rooms}
     elif setting == "gpu":
         raise ValueError(
@@ -327,6 +330,7 @@ def _group_rooms(membership: Path, root: Path) -> list[int]:
                 stat = dict(
                     line.split() for line in (place / "memory.stat").read_text().splitlines()
                 )
+                # A group may be above its limit for a moment, while pages are being dropped.
                 rooms.append(max(limit - used + int(stat.get("inactive_file", 0)), 0))
             place = place.parent
     return rooms
@@ -351,6 +355,7 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
         [face.path.name, *(face.size_and_time if face.file.exists() else (0, 0))]
         for face in folder.faces
     ]
+    # In the order of the faces, which is that of the rows: it is part of the key.
     text = json.dumps([SCHEMA, CONTENT_VERSION, settings, files], sort_keys=True)
     return _Facts(
         # 128 bits: no two keys meet by chance, and the name stays short.
@@ -423,6 +428,7 @@ def _placed(pixels_fssc: np.ndarray, placement: str, device: torch.device) -> to
     if placement == "host":
         return _host_tensor(source.shape, device).copy_(source)
     target = torch.empty_like(source, device=device)
+    # In pieces: CUDA stages what is not pinned, and a whole mapping would be read at once.
     step = max(1, COPY_BYTES // source[0].numel())
     for first in range(0, len(source), step):
         target[first : first + step].copy_(source[first : first + step])
@@ -530,6 +536,7 @@ class _RawFile:
         # A save that fails costs the training; faces can be decoded again.
         if num_bytes + _disk_reserve_bytes() > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {num_bytes} bytes")
+        # A name of its own: two starts may decode the same folder at the same time.
         self._file, self._temporary = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.stem}-", suffix=_PART
         )
@@ -602,12 +609,14 @@ def _is_reason(value: Any) -> bool:
 def _read_header(path: Path) -> tuple[bytes, int, int] | None:
     """Second line of a raw file, bytes of its header and of all of it; None where it is none."""
     with open_for_reading(path) as file:
+        # Bounded: a stranger's file may be one line as long as the disk.
         first = json.loads(file.readline(BLOCK_BYTES))
         header_bytes = first["header_bytes"]
         is_size = type(header_bytes) is int and 0 < header_bytes <= MAX_HEADER_BYTES
         if first["schema"] != SCHEMA or not is_size or header_bytes % BLOCK_BYTES:
             return None
         text = file.readline(header_bytes).removesuffix(b"\n")
+        # Over the facts only: hashing the pixels would take as long as reading them all.
         if hashlib.sha256(text).hexdigest() != first["sha256"]:
             return None
         return text, header_bytes, os.fstat(file.fileno()).st_size

@@ -68,6 +68,7 @@ class Product:
     @property
     def pointwise_bytes(self) -> int:
         """Bytes of the pass back over a forward result: its gradient read and written."""
+        # Counted with the forward product, of which it is the result; the backward ones have none.
         return 2 * VALUE_BYTES * self.output_values if self.phase == "forward" else 0
 
     @property
@@ -136,6 +137,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        # One operation that makes two products; the registry would give the sum of both.
         if func is torch.ops.aten.convolution_backward.default:
             self._convolution_backward(out, args[0], args[1], args[2], args[7])
         elif func._overloadpacket in flop_registry:
@@ -169,6 +171,7 @@ class Recorder(TorchDispatchMode):
         self, out: tuple, grad: Tensor, x: Tensor, weight: Tensor, transposed: bool
     ) -> None:
         taps = weight[0, 0].numel()
+        # A transposed convolution scatters from its input, so its taps are counted there.
         places = (x if transposed else grad).numel() // (x if transposed else grad).shape[1]
         flops = 2 * places * taps * weight.shape[0] * weight.shape[1]
         values = _values([weight], x.numel(), grad.numel())
@@ -199,6 +202,7 @@ def meta_model(config: Config) -> Autoencoder:
 
 def work_of(model: Autoencoder, batch_size: int) -> Work:
     """What a step of ``batch_size`` faces a side does with a model on the meta device."""
+    # Both sides at once, as a step has them: the encoder sees them as one batch.
     faces_nchw = torch.empty(2 * batch_size, 3, model.input_px, model.input_px, device="meta")
     with Recorder(model) as recorder:
         # Where all that leads to an output is frozen there is no backward pass of it.

@@ -61,6 +61,7 @@ def host_link(number: int = 0) -> Link:
         number: Number of the GPU among those that CUDA_VISIBLE_DEVICES leaves.
     """
     cards = toolkit.cards()
+    # Grace with Hopper or Blackwell: its link is no PCIe device that the system lists.
     if number < len(cards) and re.search(r"\bG[HB]\d", cards[number].name):
         return Link(C2C.name, C2C.gb_s, "told")
     address = toolkit.pci_address(number)
@@ -76,6 +77,7 @@ def pcie_link(device: Path) -> Link | None:
         gt_s = float(speed.split()[0])
     except (OSError, ValueError, IndexError):
         return None
+    # A virtual machine may show any number; then the assumed link is nearer to the truth.
     if gt_s not in _GENERATIONS or not 0 < lanes <= 32:
         return None
     name = f"PCIe {_GENERATIONS[gt_s]}" + (f" x{lanes}" if lanes != 16 else "")
@@ -89,6 +91,7 @@ def gpu_link() -> Link:
     if shutil.which("nvidia-smi") is None:
         return host
     command = ["nvidia-smi", "topo", "-m"]
+    # Not checked: a driver that fails tells no topology, and that is the answer.
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return slowest_of(done.stdout, host)
 
@@ -101,10 +104,12 @@ def slowest_of(topology: str, host: Link) -> Link:
             way over PCIe.
         host: Link to the host, which counts where the way is over PCIe, or nothing is told.
     """
+    # nvidia-smi underlines its header by escapes, which may stand before the first row.
     rows = re.findall(r"^(?:\x1b\[\d*m)*GPU\d+\s+(.*)$", topology, re.MULTILINE)
     cells = [cell for row in rows for cell in row.split()[: len(rows)] if cell != "X"]
     numbers = [re.fullmatch(r"NV(\d+)", cell) for cell in cells]
     counts = [int(number[1]) for number in numbers if number]
+    # One pair without NVLink is enough: an exchange in a ring goes over the slowest link.
     if not counts or len(counts) < len(cells):
         return host
     return Link(NVLINK.name, _NVLINK_GB_S * min(counts), "told")

@@ -108,6 +108,7 @@ def stretch(work: Work, card: Card) -> Prediction:
     num_kernels = len(work.products) + 2 * forward + 1  # a pointwise pass each way, one update
     if work.fused:
         num_kernels += 3  # Gram matrices, their product, an update of its own
+    # Both shares: the fused update multiplies the same factors as a weight gradient.
     tensor_flops = 1e12 * card.tensor_tflops * _GEMM_SHARE * _WEIGHT_GRADIENT_SHARE
     products_s = [_product_s(p, card) for p in work.products]
     pointwise_s = work.pointwise_bytes / bandwidth
@@ -124,6 +125,7 @@ def stretch(work: Work, card: Card) -> Prediction:
 def card_named(name: str) -> Card | None:
     """The card of `CARDS` that a GPU's name names; None: it is another one."""
     squeezed = name.lower().replace(" ", "")
+    # By a part of the name: drivers write NVIDIA before it and the memory behind.
     return next((card for key, card in CARDS.items() if key in squeezed), None)
 
 
@@ -162,6 +164,7 @@ def _fill(product: Product, num_sms: int) -> float:
     rows, columns = _tile(product.rows), _tile(product.columns)
     tiles = math.ceil(product.rows / rows) * math.ceil(product.columns / columns)
     used = product.rows * product.columns / (tiles * rows * columns)
+    # As split-K does: the parts are added up, so a small product can still fill all SMs.
     splits = range(1, max(1, min(_MAX_SPLITS, product.depth // _MIN_DEPTH)) + 1)
     waves = (tiles * split / num_sms for split in splits)
     return used * max(wave / math.ceil(wave) for wave in waves)

@@ -93,6 +93,7 @@ class _Call:
 def _watched(model: Autoencoder) -> Iterator[dict[str, _Call]]:
     """Record, by path, what the modules do that run inside the context."""
     calls: dict[str, _Call] = {}
+    # The network itself, for what multiplies outside of every module.
     running = [""]
     recorder = Recorder(model)
 
@@ -110,6 +111,7 @@ def _watched(model: Autoencoder) -> Iterator[dict[str, _Call]]:
     def end(path: str, out: Any) -> None:
         settle()
         running.pop()
+        # A decoder gives all its outputs, and is known by the smallest.
         first = out if isinstance(out, Tensor) else out[0]
         calls[path].shape = tuple(first.shape[1:])
 
@@ -132,6 +134,7 @@ def _parameters_of(model: nn.Module, calls: dict[str, _Call]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         path = name.rpartition(".")[0]
+        # Of a module that never runs by itself, as a norm's weight that its parent reads.
         while path not in calls and "." in path:
             path = path.rpartition(".")[0]
         counts[path] = counts.get(path, 0) + parameter.numel()

@@ -37,6 +37,7 @@ class Arrivals:
         self.num_handled = 0
         """Parts that the backward pass has handled and `finish` is not to handle again."""
 
+        # Sets: of one part's gradients many came on the same stream, which is waited for once.
         self._came_on: list[set[torch.cuda.Stream]] = []
 
     @contextmanager
@@ -109,6 +110,7 @@ def grouped(order: Sequence[int], sizes: Sequence[int], least: int) -> list[list
         if num_elements >= least:
             num_elements = 0
             groups.append([])
+    # Without the empty one that is begun behind a last full group.
     return [group for group in groups if group]
 
 
@@ -126,6 +128,7 @@ def arrival_order(model: Autoencoder) -> list[int]:
         parameter.register_hook(lambda _, number=number: order.append(number))
         for number, parameter in enumerate(parameters)
     ]
+    # Two faces of a side: batch norm takes no single one in training.
     faces_nchw = torch.empty(4, 3, model.input_px, model.input_px, device="meta")
     outputs = [each for side in model(faces_nchw) for each in side if each.requires_grad]
     torch.autograd.grad(outputs, parameters, [torch.empty_like(each) for each in outputs])

@@ -48,6 +48,7 @@ class Frozen:
         """Take up one parameter's numbers, as `weights` holds them."""
         self.weights[name].copy_(tensor)
         parameter = self.parameters[name]
+        # In both places: the network computes with the parameter, a save reads the exact numbers.
         parameter.detach().copy_(pad(tensor, axes_of(parameter)))
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -49,7 +49,9 @@ def switch(model: nn.Module, *, is_on: bool) -> frozenset[str]:
     """
     layers = [module for module in model.modules() if isinstance(module, Dense)]
     for layer in layers:
+        # Set in both directions: a model may have been used with the switch on before.
         layer.is_low_rank = is_on and _is_served(layer)
+    # By identity: a weight that two modules share has one name among the parameters.
     chosen = {id(layer.linear.weight) for layer in layers if layer.is_low_rank}
     return frozenset(name for name, each in model.named_parameters() if id(each) in chosen)
 

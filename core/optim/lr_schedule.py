@@ -70,6 +70,7 @@ class Schedule:
     @property
     def is_constant(self) -> bool:
         """Whether every iteration has the same rate."""
+        # A warm-up of one update is at the full rate with its first one.
         return self.config.schedule == "constant" and self.config.warmup_steps <= 1
 
     def __str__(self) -> str:
@@ -100,6 +101,7 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
         stage_factor: What the stage multiplies the rate with.
     """
     optimizer = config.optimizer
+    # Sorted, so that a saved state has the same bytes whatever the order of a set.
     settings = {name: getattr(optimizer, name) for name in sorted(SCHEDULE_SETTINGS)}
     begun = _begun(state, settings)
     state.parts[SCHEDULE] = {"begun": begun, "settings": settings}
@@ -114,6 +116,7 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
         base_rate=rate,
         source=source,
         begun=begun,
+        # A product: a rollback in the middle of a stage must not undo what the stage asks for.
         factor=stage_factor * rate_factor(state),
     )
 
@@ -124,6 +127,7 @@ def _begun(state: TrainingState, settings: dict[str, Any]) -> int:
         return state.iterations
     part, prefix = state.parts[SCHEDULE], f"parts.{SCHEDULE}."
     saved_values.require_keys(part, {"begun", "settings"}, prefix)
+    # Not after now: a state from elsewhere could else hold the rate at its start for ever.
     begun = saved_values.count(part, "begun", prefix, high=state.iterations)
     # A change of its settings begins it anew; a resume with the same ones goes on.
     is_same = saved_values.table(part, "settings", prefix) == settings

@@ -14,9 +14,11 @@ _MOST = 1e12  # steps, gradients: what no run reaches
 _LARGEST = torch.finfo(torch.float32).max
 _RANGES = {
     "mean": (-_LARGEST, _LARGEST),
+    # Never below nought: the rule takes its root, and NaN would spread to every weight.
     "square": (0.0, _LARGEST),
     "largest": (0.0, _LARGEST),
     "step": (0.0, _MOST),
+    # Adam divides by one less this; at 1 only before the first step.
     "beta_1_power": (0.0, 1.0),
     "beta_2_power": (0.0, 1.0),
     "momentum_product": (0.0, 1.0),
@@ -49,10 +51,12 @@ def check(name: str, tensor: Tensor | None, like: Tensor) -> None:
     if tensor is None or shape != tuple(like.shape) or tensor.dtype != like.dtype:
         got = "none" if tensor is None else _described(tensor)
         raise ValueError(f"optimizer state of {name} must be {_described(like)}, got {got}")
+    # An empty history has no least number.
     if kind not in _RANGES or not tensor.numel():
         return
     low, high = _RANGES[kind]
     least, most = (float(number) for number in tensor.aminmax())
+    # Written so that NaN, which compares with nothing, is refused too.
     if not low <= least <= most <= high:
         got = f"{least:g}" if least == most else f"{least:g} to {most:g}"
         raise ValueError(f"optimizer state of {name} must be from {low:g} to {high:g}, got {got}")

@@ -105,6 +105,7 @@ class OverlappedUpdate(Update):
     def __init__(self, model: nn.Module, config: OptimizerConfig, precision: Precision):
         super().__init__(model, config, precision)
         device = self.parameters[0].device
+        # A CPU has no streams: there parts are moved between two layers, on the same cores.
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.is_ordered = False
         numbers = [part.numbers for part in self.parts]

@@ -37,6 +37,7 @@ def host_bytes(rule: Rule, compute: torch.dtype) -> int:
         rule: How the weights are moved.
         compute: Type that the network computes in.
     """
+    # In fp32 the network's own weights are the masters, and stay where it computes.
     has_master_weights = compute is not torch.float32
     return 4 * (len(rule.moments) + has_master_weights)
 
@@ -77,6 +78,7 @@ def _empty(tensors: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: The host has too little.
     """
+    # Asked first: page-locked memory cannot be swapped out, and the kernel would end processes.
     need, free = 4 * sum(tensor.numel() for tensor in tensors), available_host_bytes()
     if need > free:
         raise ValueError(
