@@ -63,6 +63,7 @@ def open_evaluation(
         ValueError: No held-out face of a side can be used, or a network's file cannot.
     """
     settings = config.evaluate
+    # Both sides or none: a score of one alone would say nothing about a swap.
     if not all(opened.held_out.faces for opened in faces.values()):
         return None
     loaded = {
@@ -122,6 +123,7 @@ def evaluate(model: Autoencoder, precision: Precision, evaluation: Evaluation) -
             batch = slice(begin, begin + evaluation.batch_size)
             inputs_bcss = _shares(model, faces.inputs_nssc[batch], precision.compute)
             codes = model.encode(inputs_bcss)
+            # In fp64: sums over a large face lose digits that a metric of 0.999 needs.
             pred_bchw = _face(model, model.decode(model.side_code(codes, side), side)).double()
             target_bchw = _shares(model, faces.targets_nffc[batch], torch.float64)
             mask_b1hw = _shares(model, faces.masks_nff[batch, ..., None], torch.float64)
@@ -130,6 +132,7 @@ def evaluate(model: Autoencoder, precision: Precision, evaluation: Evaluation) -
                 ratios.append(float(masked_psnr(*face)))
             if side == "a" and evaluation.swap_metrics:
                 swaps.append(_pixels(_face(model, model.decode(model.side_code(codes, "b"), "b"))))
+        # The mean of faces, not of all pixels: a face counts as one however much its mask covers.
         metrics[f"ssim_{side}"] = float(np.mean(similarities))
         metrics[f"psnr_{side}"] = float(np.mean(ratios))
     model.train()
@@ -166,5 +169,6 @@ def _face(model: Autoencoder, outputs: tuple[Tensor, ...]) -> Tensor:
 
 def _pixels(face_bchw: Tensor) -> np.ndarray:
     """(b, f, f, c) uint8 of a face in 0..1."""
+    # As bytes: a metric's network is to see what a frame would hold.
     bytes_bchw = (face_bchw.float() * 255).round().clamp(0, 255).to(torch.uint8)
     return bytes_bchw.permute(0, 2, 3, 1).cpu().contiguous().numpy()

@@ -18,6 +18,7 @@ from ..system.durable_files import open_for_reading
 from ..system.paths import expanded
 
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
+# 64 bits in sevens: a longer one is no number of protobuf's.
 _VARINT_BYTES = 10
 _MAX_BYTES = 2**31 - 1
 """Bytes of the largest message that protobuf has."""
@@ -96,12 +97,14 @@ def _input_shape(path: Path, name: str) -> tuple[int, ...]:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
     try:
         graph = _messages(content, 7)[0]
+        # Compared as bytes: names are never shown, and need be no valid text.
         stored = {bytes(text) for each in _messages(graph, 5) for text in _messages(each, 8)}
         # Older files list their weights among the inputs.
         inputs = [
             each for each in _messages(graph, 11) if bytes(_messages(each, 1)[0]) not in stored
         ]
         dimensions = inputs[0]
+        # Type, its tensor, and the shape of that: the numbers stand at the top of the file.
         for number in (2, 1, 2):
             dimensions = _messages(dimensions, number)[0]
         sizes = [dict(_fields(each)).get(1, 0) for each in _messages(dimensions, 1)]
@@ -137,6 +140,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
             size = 4 if kind == _FIXED_32 else 8
         else:
             raise ValueError(f"a protobuf field has kind 0, 1, 2 or 5, got {kind}")
+        # A slice would silently be shorter, and a network be read from half a file.
         if at + size > len(message):
             raise ValueError("the protobuf message is cut off")
         yield key >> 3, message[at : at + size]

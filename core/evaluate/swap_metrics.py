@@ -50,6 +50,7 @@ class PoseMetric:
         self.truth_nl2 = faces_a.landmarks_nl2
         one, other = _OUTER_EYE_CORNERS
         between_n2 = self.truth_nl2[:, one] - self.truth_nl2[:, other]
+        # In distances of the eyes, so that a face counts alike whatever its size in the crop.
         self.eye_distances_n = np.linalg.norm(between_n2, axis=1)
         predicted_nl2 = self._predicted(faces_a.targets_nffc)
         is_share = np.abs(predicted_nl2).max() <= _LARGEST_SHARE
@@ -104,6 +105,7 @@ class IdentityMetric:
         self.network = network
         self.landmarks_nl2 = faces["a"].landmarks_nl2
         self.means_e = {
+            # The mean of many: what a single face shows of light and pose averages out.
             side: _unit(self._embeddings(each.targets_nffc, each.landmarks_nl2).mean(axis=0))
             for side, each in faces.items()
         }

@@ -154,6 +154,7 @@ def constant_mask(plan: DfmPlan) -> np.ndarray:
     if plan.mask == "ones":
         return square
     program, size_px = PROGRAMS[plan.target], plan.size_px
+    # In the program's square, not in the model's: it pastes its own back.
     matrix_23 = size_px * program.matrix(MEAN_FACE_L2)
     mask = landmark_mask("extended", transform(MEAN_FACE_L2, matrix_23), size_px)
     feather_px = _FEATHER * size_px / program_square(plan.target).side
@@ -194,6 +195,7 @@ def _area_shares(from_px: int, to_px: int) -> np.ndarray:
 
 def _linear_shares(from_px: int, to_px: int) -> np.ndarray:
     """(to_px, from_px) float32: the same where the picture grows."""
+    # Centres of pixels, as OpenCV's resize: training has made its pictures by that.
     centres = ((np.arange(to_px) + 0.5) * (from_px / to_px) - 0.5).clip(0, from_px - 1)
     return (1 - abs(centres[:, None] - np.arange(from_px))).clip(min=0).astype(np.float32)
 
@@ -220,6 +222,7 @@ def _pasted(graph: OnnxGraph, square: str, placement: Placement) -> str:
     part = _sliced(graph, square, begins, ends)
     before = [max(at, 0) for at in placement.corner]
     after = [max(size_px - side_px - at, 0) for at in placement.corner]
+    # Its value is left out, which stands for zeros: a mask ends where the square does.
     return graph.add("Pad", part, graph.sizes(0, 0, *before, 0, 0, *after))
 
 
@@ -231,5 +234,6 @@ def _repeated(graph: OnnxGraph, mask_ss: np.ndarray, picture: str) -> str:
     """A constant mask, once for each face of a batch."""
     shape = graph.add("Shape", picture)
     batch = graph.add("Slice", shape, graph.sizes(0), graph.sizes(1))
+    # The batch is known only where the file runs, so the shape is put together there.
     one_each = graph.add("Concat", batch, graph.sizes(1, 1, 1), axis=0)
     return graph.add("Expand", graph.constant(mask_ss[None, None]), one_each)

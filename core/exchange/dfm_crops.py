@@ -59,6 +59,7 @@ class Program:
         landmarks_l2: (68, 2) of any frame.
         """
         points_l2 = self.points(landmarks_l2.astype(np.float64))
+        # A similarity, as the programs fit it: they neither shear nor mirror a face.
         matrix_23 = similarity(points_l2, self.template_l2) / self.side
         matrix_23[:, 2] += 0.5 - np.array(self.centre) / self.side
         return matrix_23
@@ -124,6 +125,7 @@ def square_of(matrix_23: np.ndarray, landmarks_l2: np.ndarray = MEAN_FACE_L2) ->
     """
     from_frame = np.vstack([align(landmarks_l2).matrix_23, [0, 0, 1]])
     scale_x, turn = np.vstack([matrix_23, [0, 0, 1]])[:2, 0]
+    # Which point the matrix sends to the middle of the square.
     centre = np.linalg.solve(matrix_23[:, :2], 0.5 - matrix_23[:, 2])
     centre_x, centre_y, _ = (from_frame @ [*centre, 1]).tolist()
     frame_turn = math.degrees(math.atan2(from_frame[1, 0], from_frame[0, 0]))

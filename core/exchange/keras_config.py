@@ -88,6 +88,7 @@ def _node(call: Call) -> Json:
 
 
 def _tensor(value: Value) -> Json:
+    # Only by this Keras connects layers; shape and type are repeated for its own checks.
     history = [value.call.layer.name, value.call.number, value.index]
     shape = [None, *value.shape]
     config = {"shape": shape, "dtype": "float32", "keras_history": history}
@@ -144,6 +145,7 @@ class _Reader:
 
     def _declare(self, item: Any, depth: int) -> None:
         config = _object(item, "config")
+        # From either place: versions of Keras differ in where a layer is named.
         name = _word(config.get("name", item.get("name")), "the name of a layer")
         if name in self.parts:
             raise ValueError(f"{self.network.name} has two layers {shown(name)}")
@@ -157,6 +159,7 @@ class _Reader:
             raise ValueError(f"{shown(name)} must have a list of nodes")
         for number, node in enumerate(nodes):
             self.nodes[name, number] = _histories(node, name)
+        # A layer that nothing is fed to is an input: one call without arguments.
         if not nodes:
             self.nodes[name, 0] = []
 
@@ -198,6 +201,7 @@ class _Reader:
             if bool(inputs) == (layer.kind == "InputLayer"):
                 raise ValueError(f"{shown(name)} of {self.network.name} has no input")
             outputs = (SHAPES[layer.kind](layer.attributes, shapes),)
+            # Each setting alone is bounded, and products of many layers' are not.
             if not all(0 < edge < _LARGEST for edge in outputs[0]):
                 raise ValueError(f"{shown(name)} of {self.network.name} would put out {outputs[0]}")
         self.calls[key] = tuple(Value(call, i, shape) for i, shape in enumerate(outputs))
@@ -230,6 +234,7 @@ def _references(config: Json, key: str) -> list[tuple[str, int, int]]:
     collect(config.get(key), 0)
     if not 0 < len(found) <= 64:
         raise ValueError(f"{key} must name 1 to 64 values, got {len(found)}")
+    # Undone here is what `_reference` adds.
     networks = {
         item["config"].get("name", item.get("name"))
         for item in config["layers"]
@@ -277,6 +282,7 @@ def _word(value: Any, what: str) -> str:
 
 
 def _number(value: Any) -> int:
+    # By `type`: True would pass for a size of 1.
     if type(value) is not int or not 0 < value < _LARGEST:
         raise ValueError
     return value
@@ -317,6 +323,7 @@ def _axis(value: Any) -> int | None:
 def _one_of(*choices: Any) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         for choice in choices:
+            # The type too: to Python 1 equals True, and a switch is no number.
             if type(value) is type(choice) and value == choice:
                 return choice
         raise ValueError
@@ -413,6 +420,7 @@ def _attributes(kind: Any, name: str, config: Json) -> Json:
             raise ValueError(
                 f"{key} of {shown(name)}, a {kind}, cannot be {shown(config.get(key))}"
             ) from None
+        # Those of `_LINEAR` are only held to their default: no layer here computes with them.
         if key in rules:
             attributes[key] = found
     return attributes

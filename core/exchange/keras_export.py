@@ -66,6 +66,7 @@ def export_keras(
     """
     require_h5py()
     model = read_trained_model(path, generation, report)
+    # faceswap names plugins as Python modules, which take no hyphen.
     name = model.config.model.trainer.replace("-", "_")
     files = (f"{name}.keras", f"{name}_state.json")
     _refuse_target(path, target, files, force=force)
@@ -86,6 +87,7 @@ def export_keras(
                     f"the file differs from the model by {difference:.1e} (at most "
                     f"{MAX_DIFFERENCE:.0e}), so it was not kept; export as safetensors instead"
                 )
+            # After the comparison: a folder without a state is no model to faceswap.
             (folder / files[1]).write_text(json.dumps(state), encoding="utf-8")
             size_bytes = sum((folder / file).stat().st_size for file in files)
             _move(folder, target, files)

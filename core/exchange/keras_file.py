@@ -55,6 +55,7 @@ def _write_arrays(path: Path, graph: Network) -> None:
 
 def _fill(group: Any, network: Network) -> None:
     """Write the layers of a network into a group, each into its slot."""
+    # Empty, and there all the same: Keras has one for each sub-network.
     group.create_group("vars").attrs["name"] = network.name
     for layer, slot in slots_of(network):
         place = group.create_group(f"layers/{slot}")
@@ -78,5 +79,6 @@ def _arrays(layer: Layer) -> list[np.ndarray]:
     for entry in layer.weights:
         if entry.read is None:
             raise ValueError(f"the weights of {layer.name} have no form in a Keras file")
+        # Little endian in any case: a file is read on other machines.
         arrays.append(np.asarray(entry.read(), "<f4"))
     return arrays

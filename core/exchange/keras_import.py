@@ -77,6 +77,7 @@ def _config_of(found: Found, model: Autoencoder) -> tuple[Config, list[str]]:
     }
     options = {name: getattr(model.config, name) for name in model.config.__slots__}
     settings["model"] = {"trainer": model.Config.family, "options": _plain(options)} | shape
+    # By what was built of the graph: the state may have been edited, the outputs cannot lie.
     settings.setdefault("loss", {})["learn_mask"] = build.learn_mask
     if found_rate(training_state_of(found.state)) is not None:
         # Else a resume would begin at the configured rate, which was never trained with.

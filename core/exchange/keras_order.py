@@ -28,6 +28,7 @@ def ordered_layers(network: Network) -> list[Layer | Network]:
         deepest = max(call_depth.get(call, 0), depth.get(call.layer, 0))
         call_depth[call] = depth[call.layer] = deepest
         for value in call.inputs:
+            # The longest way to an output, as Keras counts.
             call_depth[value.call] = max(call_depth.get(value.call, 0), deepest + 1)
     return sorted(rank, key=lambda layer: (-depth[layer], rank[layer]))
 

@@ -62,6 +62,7 @@ def find(path: Path) -> Found:
     with _naming(folder):
         names = sorted(entry.name for entry in folder.iterdir())
     _refuse_others(folder, names)
+    # A file that is named is meant, whatever else lies beside it.
     given = [path.name] if path.is_file() else []
     files = given or [name for name in names if name.endswith(".keras")]
     # As in faceswap: an *.h5 counts only where there is no *.keras.
@@ -201,6 +202,7 @@ def read_model(found: Found) -> Autoencoder:
     graph = graph_of(found.model)
     with _naming(found.model):
         settings = settings_of_model(found.state, graph)
+        # Without memory: a stranger's state may ask for any size before its file is compared.
         described = models.meta_model(family, **settings)
         layout = described.graph()
         pairs = {our: their for our, their in match(graph, layout).items() if our.weights}
@@ -235,6 +237,7 @@ def settings_of_model(state: dict[str, Any], graph: Network) -> dict[str, Any]:
     # An option of mien's own, which faceswap's state cannot hold: the shapes tell it.
     if "width" in options:
         filters = _first_filters(models.meta_model(family, **options).graph())
+        # With a remainder the file is of no width at all, and its first layer is refused by name.
         width, rest = divmod(options["width"] * _first_filters(graph), filters)
         options["width"] = options["width"] if rest else width
     for name, edge_px in (("input_size", graph.inputs[0]), ("output_size", _last_face(graph))):
@@ -247,6 +250,7 @@ def settings_of_model(state: dict[str, Any], graph: Network) -> dict[str, Any]:
     has_mask = _has_mask(graph)
     settings = options | {"learn_mask": has_mask, "reflect_padding": mirrors}
     config = state["config"]
+    # A switch counts only as true: what else a state may hold there is none.
     return settings | {
         key: config[key] is True for key in ("icnr_init", "conv_aware_init") if key in config
     }

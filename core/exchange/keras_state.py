@@ -69,6 +69,7 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
         "sessions": {"1": together} if state.iterations else {},
         "lowest_avg_loss": float(lowest or 0.0),
         "iterations": state.iterations,
+        # Though the file is fp32: faceswap looks the names up when its user turns it on.
         "mixed_precision_layers": _names_of_mixed_layers(graph),
         "lr_finder": _NO_RATE if found is None else found,
         "config": options,
@@ -185,6 +186,7 @@ def training_state_of(values: Json) -> TrainingState:
     )
     for key, session in values["sessions"].items():
         state.sessions.append(_session(key, session))
+    # By number: in JSON they are texts, where 10 stands before 2.
     state.sessions.sort(key=lambda session: session.number)
     numbers = [session.number for session in state.sessions]
     if len(set(numbers)) != len(numbers):
@@ -208,6 +210,7 @@ def _session(key: str, values: Any) -> Session:
     started = values.get("timestamp", 0.0)
     is_time = type(started) in (int, float) and 0 <= started <= MAX_SECONDS
     return Session(
+        # Cut before it is a number: Python is slow over one of a million digits.
         number=_count(int(key[:16]), "the number of a session", low=1),
         started=float(started) if is_time else 0.0,
         batch_size=_count(values.get("batchsize", 1), "batchsize of a session", low=1),
@@ -227,4 +230,5 @@ def _lowest(value: Any) -> float | None:
     parts = list(value.values()) if isinstance(value, dict) else [value]
     if not all(type(part) in (int, float) and 0 <= part < 1e6 for part in parts):
         return None
+    # 0 is faceswap's word for none.
     return float(sum(parts)) or None

@@ -109,6 +109,7 @@ def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
 
 def _refuse_odd(dataset: h5py.Dataset, path: str) -> None:
     """Refuse what would be read from elsewhere, or in more memory than the array takes."""
+    # Half and double pass: they are read into fp32, and both are found in files.
     if dataset.dtype.kind != "f" or dataset.dtype.itemsize > 8:
         raise ValueError(f"{path} must hold floating-point numbers, got {dataset.dtype}")
     if dataset.external or dataset.is_virtual:

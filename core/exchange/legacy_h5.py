@@ -32,6 +32,7 @@ def graph_of(path: Path) -> Json:
     Raises:
         ValueError: It is no file of Keras 2, or its graph is damaged.
     """
+    # In the order in which they were asked for, which a dictionary keeps.
     version, text = read_attributes(path, *_ATTRIBUTES).values()
     if not version.startswith("2."):
         raise ValueError("it is no model of faceswap 2: it names no version 2 of Keras")
@@ -72,6 +73,7 @@ def _modern_layer(layer: Json) -> Json:
     # Names that Keras 3 has changed; the values mean the same.
     for old, new in (("batch_input_shape", "batch_shape"), ("alpha", "negative_slope")):
         if old in config:
+            # Moved, so that the old name is not met as a setting that nobody knows.
             config[new] = config.pop(old)
     return head | {"config": config}
 

@@ -42,6 +42,7 @@ def _match(theirs: Network, ours: Network, pairs: dict[Layer | Network, Layer | 
         their, our = (_source(value) for value in waiting.pop())
         if (their.call, our.call, their.index) in seen:
             continue
+        # In pairs: a call that is shared on one side only is compared with each of the other's.
         seen.add((their.call, our.call, their.index))
         their_layer, our_layer = their.call.layer, our.call.layer
         # A layer that is shared here must be shared there: its weights are one array.

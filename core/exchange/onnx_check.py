@@ -133,6 +133,7 @@ def _decoded(exact: Autoencoder, faces_nssc: np.ndarray, side: Side) -> Arrays:
 def _inside(picture_ssc: np.ndarray, placement: Placement) -> np.ndarray:
     """The model's square of the program's picture, whose border goes on outside."""
     far = placement.side_px
+    # As much on every side as the square can reach out, so that one slice serves all cases.
     framed = cv2.copyMakeBorder(picture_ssc, *(far,) * 4, cv2.BORDER_REPLICATE)
     row, column = (at + far for at in placement.corner)
     return framed[row : row + far, column : column + far]

@@ -78,6 +78,7 @@ def export_onnx(
     content = plain_file(model.network).content(model.metadata)
     faces, input_px = model.faces(), model.network.input_px
     report("running it, to compare it with the model")
+    # After the file was written of it: from here on the model is only compared with.
     expected = expected_of_plain(model.network.double())
     # Of the bytes that will be written, so that nothing comes between the test and the file.
     verdict = verify(content, sample_pictures(input_px, faces), expected)

@@ -39,6 +39,7 @@ class ModelWriter:
         given = zip(network.inputs, inputs, strict=True)
         names = {(value.call, value.index): name for value, name in given}
         for call in network.calls:
+            # Inputs have their names already: they are calls too, of layers that compute nothing.
             if (call, 0) not in names:
                 taken = tuple(names[value.call, value.index] for value in call.inputs)
                 for index, name in enumerate(self._called(call, taken)):
@@ -137,6 +138,7 @@ def _convolution(step: _Step) -> str:
 
 
 def _depthwise(step: _Step) -> str:
+    # A group for each channel is how ONNX says depthwise.
     kernel = step.weight(0, order=(2, 3, 0, 1), shape=(-1, 1, *step["kernel_size"]))
     pads, strides = _padding(step), [*step["strides"]]
     return step.add("Conv", step.x, kernel, pads=pads, strides=strides, group=step.channels)
@@ -211,6 +213,7 @@ def _reflected(step: _Step) -> str:
     kernel, stride = step["kernel_size"], step["stride"]
     pads = [reflected_pixels(size, kernel, stride) for size in step.shapes[0][:2]]
     (above, below), (left, right) = pads
+    # All begins, then all ends, as ONNX has them, and not in pairs.
     sizes = step.graph.sizes(0, 0, above, left, 0, 0, below, right)
     return step.add("Pad", step.x, sizes, mode="reflect")
 

@@ -64,6 +64,7 @@ def export_tensors(
     difference = max(float((one - other).abs().max()) for one, other in pairs)
     # Not a tolerance: the same numbers computed by the same code have the same bits.
     if difference != 0:
+        # After the write, since only a file on the disk can be read back.
         target.unlink()
         raise ValueError(
             f"the file differs from the model by {difference:.1e}, so it was not kept: see to the "

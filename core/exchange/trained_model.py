@@ -83,6 +83,7 @@ def read_trained_model(
     report("reading the save")
     source, state, config, tensors = read_model(path, generation)
     refuse_not_finite(tensors)
+    # Sorted, so that equal settings have one hash whatever wrote them.
     settings = json.dumps(to_dict(config), sort_keys=True)
     origin = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest()}
     metadata = metadata_of(state) | origin

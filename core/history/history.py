@@ -190,6 +190,7 @@ class _EventFile:
             values[place].tag != tag for tag, place in self.places.items()
         ):
             self._find_places(values, wants)
+        # An event of something else, as the settings, an image or the metrics of a save.
         if ITERATION not in self.places:
             return
         # A run that went back logs the same iterations again: the later ones hold.
@@ -239,6 +240,7 @@ def _read_files(logs: Path, wants: Callable[[str], bool]) -> list[_EventFile]:
         except DamagedError:  # it is no file, or has been taken away
             continue
         files.append(file)
+    # By their own word and not by the disk's: times of files change when a folder is copied.
     return sorted(files, key=lambda file: file.began_at)
 
 
@@ -273,6 +275,7 @@ def _events(stream: BufferedReader) -> Iterator["Event"]:
     while remaining >= _HEADER.size:
         (size,) = _HEADER.unpack(stream.read(_HEADER.size))
         remaining -= _HEADER.size + size + _FOOTER_BYTES
+        # A size beyond the file is a record that a running training has not written out yet.
         if remaining < 0 or not 0 < size <= _MAX_RECORD_BYTES:
             return
         try:
@@ -295,6 +298,7 @@ def _leave_out_undone(files: list[_EventFile], saved: list[Session]) -> None:
             first_of_session[file.session] = min(own_first, file.first_iteration)
         elif file.first_iteration is not None:
             first = min(first, file.first_iteration)
+    # What the newest save does not know of a session was lost with the process.
     numbers = [session.number for session in saved]
     lasts = list(accumulate(session.iterations for session in saved))
     for file in files:
@@ -392,6 +396,7 @@ def _missing(sessions: list[SessionHistory]) -> list[str]:
     rest = len(warnings) - _MOST_WARNINGS
     if rest <= 0:
         return warnings
+    # The newest ones: what a user asks about has mostly happened last.
     return [*warnings[-_MOST_WARNINGS:], f"so it is of {rest} earlier ones"]
 
 

@@ -211,6 +211,7 @@ def _panels(count: int, title: str, drawing: Drawing) -> tuple["Figure", list["A
     figure = Figure(figsize=(_WIDTH_INCHES, height), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(printable(title), fontsize=13, fontweight="bold", parse_math=False)
+    # One axis for all: a peak is looked for in every panel at the same iteration.
     grid = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
     grid[0].set_title(_legend(drawing), fontsize=9, color="dimgray")
     for axis in grid:
@@ -278,6 +279,7 @@ def _thinned(places_n: np.ndarray, values_n: np.ndarray) -> tuple[np.ndarray, np
     num_runs = len(values_n) // length
     runs = values_n[: num_runs * length].reshape(num_runs, length)
     begins = length * np.arange(num_runs)
+    # The last, shorter run as it is.
     rest = np.arange(num_runs * length, len(values_n))
     ends = [0, len(values_n) - 1]
     kept = np.unique(np.concatenate([begins + runs.argmin(1), begins + runs.argmax(1), rest, ends]))
@@ -317,6 +319,7 @@ def _mark(axis: "Axes", starts: list[tuple[int, float]]) -> None:
     drawn = starts[:: -(-len(starts) // _MOST_LINES)]
     style: dict[str, Any] = {"color": "gray", "linewidth": 0.8, "zorder": 0}
     style["alpha"] = 0.6 if has_room else 0.2
+    # All in one call: each line of its own would be an artist to lay out and draw.
     axis.vlines([place for _, place in drawn], 0, 1, transform=across, **style)
     for number, place in starts if has_room else ():
         text = f" session {number}" if len(starts) <= 6 else f" {number}"

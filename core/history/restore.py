@@ -131,6 +131,7 @@ def _refuse_other_model(
     if held is None:
         return
     trainer, run_id = held
+    # Never, not even by force: weights of another family do not fit the settings.
     if manifest.trainer != trainer:
         raise ValueError(
             f"{source} is a model of {manifest.trainer}, and {folder.path} holds one of {trainer}; "
@@ -165,6 +166,7 @@ def _restored(
     in_use = newest if newest and _is_copy(generations.path, newest, manifest) else None
     # By the order of writing: after a way back, higher iterations may be older.
     replaced = [other.name for other in manifests if other.sequence > manifest.sequence]
+    # Whatever its number: what is in use now is always kept.
     if newest and in_use is None:
         replaced = sorted({*replaced, newest.name})
     if in_use is not None and in_use.name in replaced:
@@ -211,6 +213,7 @@ def _archive(path: Path, names: list[str]) -> Path:
     """A new folder in the model's with a copy of its generations of these names, durable."""
     stem = time.strftime("archived_%Y%m%d_%H%M%S")
     archive, number = path / stem, 1
+    # Two restores may fall into one second.
     while archive.exists():
         number += 1
         archive = path / f"{stem}-{number}"
@@ -224,6 +227,7 @@ def _archive(path: Path, names: list[str]) -> Path:
             link_file(path / name, part / name)
     sync_folder(part / FOLDER)
     sync_folder(part)
+    # Only now its name: an archive that is there is whole.
     os.rename(part, archive)
     sync_folder(path)
     return archive
@@ -234,6 +238,7 @@ def _move_out(
 ) -> None:
     """Take generations away that are archived; one that cannot be read moves there as it is."""
     for name in replaced:
+        # Its files live on under their second name in the archive.
         generations.delete(name)
     for name in unreadable:
         os.rename(generations.path / name, archive / FOLDER / name)

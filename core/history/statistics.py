@@ -61,6 +61,7 @@ def trend(values_n: np.ndarray) -> np.ndarray:
     if len(values_n) < POINTS_FOR_TREND:
         raise ValueError(f"a trend needs at least {POINTS_FOR_TREND} values, got {len(values_n)}")
     places = np.arange(len(values_n))
+    # Fitted by a domain of -1 to 1: powers of a million iterations would leave no digits.
     return np.polynomial.Polynomial.fit(places, _finite(values_n), 3)(places)
 
 
@@ -84,6 +85,7 @@ def rate_per_iteration(
     """
     faces = _NUM_SIDES * batch_size * (1 if counts_n is None else counts_n[1:])
     seconds = np.diff(np.asarray(times_n, np.float64))
+    # A clock that was set back gives a negative time; a rate of that would bend the scale.
     rate = np.full(len(seconds), np.nan)
     return np.divide(faces, seconds, out=rate, where=seconds > 0)
 

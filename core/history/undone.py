@@ -36,9 +36,11 @@ def mark_undone(model_dir: Path, state: TrainingState) -> None:
     lasts = accumulate(session.iterations for session in state.sessions)
     for session, last in zip(state.sessions, lasts, strict=True):
         _remove_marks(logs / f"session_{session.number}" / "train", last)
+    # Nothing is trained yet: there are no logs that could say too much.
     if not state.sessions:
         return
     number = state.session.number
+    # No folder is made for a mark: the run may have been told to keep no logs.
     if (logs / f"session_{number}" / "train").is_dir():
         _mark_events(model_dir, number, state.iterations)
     if (logs / f"session_{number}" / EVENTS).is_file():
