@@ -161,7 +161,7 @@ def _start(capsys):
 def test_auto_chooses_what_fits_and_tells_why(
     inputs, tmp_path, monkeypatch, capsys, limit, free_mib, bound, sizes
 ):
-    monkeypatch.setattr(prepare, "free_bytes", lambda _: free_mib * 2**20)
+    monkeypatch.setattr(prepare, "free_bytes", lambda *_: free_mib * 2**20)
     words = ("-m", str(tmp_path / "model"), "-b", f"auto{limit}", "-i", "1")
     assert _train(inputs, *words, "--json") == 0
     start, _ = _start(capsys)
@@ -188,13 +188,13 @@ def test_auto_goes_no_further_than_64_unless_asked():
 
 
 def test_auto_is_saved_as_such_and_told_at_every_start(inputs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr(prepare, "free_bytes", lambda *_: 1 << 40)
     words = ("-m", str(tmp_path / "model"), "-i", "1", "--json")
     assert _train(inputs, *words, "--set", "train.batch_size=auto:12") == 0
     assert _start(capsys)[0]["batch_size"] == 12
     saved = tomllib.loads((tmp_path / "model/config.toml").read_text())["train"]
     assert (saved["batch_size"], saved["auto_batch_limit"]) == ("auto", 12)
-    monkeypatch.setattr(prepare, "free_bytes", lambda _: 880 << 20)
+    monkeypatch.setattr(prepare, "free_bytes", lambda *_: 880 << 20)
     assert main(["train", *words, "--device", "cpu", "--set", "train.auto_batch_limit=8"]) == 0
     start, notes = _start(capsys)
     assert (start["batch_size"], start["batch_size_bound"]) == (8, "limit")
@@ -218,7 +218,7 @@ def test_auto_by_a_flag_is_not_the_batch_of_later_sessions(inputs, tmp_path, cap
 
 
 def test_where_nothing_fits_auto_says_so(inputs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(prepare, "free_bytes", lambda *_: 2**20)
     assert _train(inputs, "-m", str(tmp_path / "none"), "-b", "auto", "-i", "1") == 2
     assert "out of GPU memory: lightweight" in capsys.readouterr().err
 
@@ -228,7 +228,7 @@ def test_where_memory_runs_out_the_nearest_setting_is_named(inputs, tmp_path, mo
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much")
 
     monkeypatch.setattr(TrainStep, "forward", fail)
-    monkeypatch.setattr(prepare, "free_bytes", lambda _: 880 * 2**20)
+    monkeypatch.setattr(prepare, "free_bytes", lambda *_: 880 * 2**20)
     assert _train(inputs, "-m", str(tmp_path / "model"), "-b", "26", "-i", "1") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1

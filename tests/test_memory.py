@@ -99,6 +99,21 @@ def test_the_state_of_each_optimizer_is_counted(optimizer, amsgrad, moments):
     assert parts["accumulated gradients"] == parts["weights"]
 
 
+@pytest.mark.parametrize(("settings_of_it", "sent"), [({}, 2), ({"reduce": "fp32"}, 4)])
+def test_what_ranks_send_and_divide_is_counted(settings_of_it, sent):
+    divided = settings(train={"distribution": "sharded"}, optimizer=settings_of_it)
+    alone = memory.footprint(divided, BF16).at(16).parts
+    on_four = memory.footprint(divided, BF16, num_ranks=4).at(16).parts
+    assert "gradients to send" not in alone
+    assert on_four["gradients to send"] == sent * alone["gradients"] / 2
+    for name in ("weights", "optimizer state"):
+        assert on_four[name] == pytest.approx(alone[name] / 4, rel=1e-6)
+    mirrored = settings(optimizer={**settings_of_it, "gradient_accumulation": 2})
+    on_four = memory.footprint(mirrored, BF16, num_ranks=4).at(16).parts
+    assert on_four["optimizer state"] == alone["optimizer state"]
+    assert on_four["gradients to send"] == 2 * alone["gradients"]
+
+
 def test_the_total_is_that_of_its_parts_and_grows_by_the_face():
     need = memory.footprint(settings(), BF16)
     small, large = need.at(16), need.at(64)

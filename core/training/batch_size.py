@@ -45,7 +45,8 @@ def choose(
         group.ranks.share(config.train.batch_size)
     if config.train.batch_size:
         return BatchSize(config.train.batch_size)
-    size = _fitting(config, num_faces, precision, free_bytes)
+    num_ranks = group.ranks.size if group else 1
+    size = _fitting(config, num_faces, precision, free_bytes, num_ranks)
     return size if group is None else _for_all(size, num_faces, group)
 
 
@@ -63,10 +64,12 @@ def _fitting(
     num_faces: dict[str, int],
     precision: Precision,
     free_bytes: Callable[[], int],
+    num_ranks: int,
 ) -> BatchSize:
     """The batch size that auto chooses for this process."""
     limit, free = config.train.auto_batch_limit, free_bytes()
-    fits = memory.footprint(config, precision).largest_batch(free, limit)
+    need = memory.footprint(config, precision, num_ranks=num_ranks)
+    fits = need.largest_batch(free, limit)
     # Even the smallest is too much: the advice is of that one.
     if not fits:
         raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))

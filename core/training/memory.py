@@ -101,13 +101,16 @@ def batch_sizes() -> Sequence[int]:
     return (*range(4, 64, 4), *range(64, 4097, 16))
 
 
-def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> Footprint:
+def footprint(
+    config: Config, precision: Precision, *, store_bytes: int = 0, num_ranks: int = 1
+) -> Footprint:
     """What a run with these settings needs on a GPU.
 
     Args:
         config: All settings; the batch size is not read.
         precision: What `precision.mode` was resolved to.
         store_bytes: Bytes of the decoded faces of both sides, where they are kept on the GPU.
+        num_ranks: Ranks of the run; what is counted is for each.
     """
     model = _model_of(config, precision)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -115,8 +118,8 @@ def footprint(config: Config, precision: Precision, *, store_bytes: int = 0) -> 
     # Two sizes give a line: what does not grow with the batch is its value at 0.
     small, large = (_measure(model, config, precision.compute, size) for size in _PROBES)
     fixed = {
-        name: trained * size
-        for name, size in _bytes_of_a_parameter(config, precision.compute).items()
+        name: round(trained * size)
+        for name, size in _bytes_of_a_parameter(config, precision.compute, num_ranks).items()
     }
     # These layers leave two small factors in the place of a gradient.
     fixed["gradients"] -= precision.compute.itemsize * _never_in_memory(model, config)
@@ -223,18 +226,24 @@ def _never_in_memory(model: Autoencoder, config: Config) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
 
 
-def _bytes_of_a_parameter(config: Config, compute: torch.dtype) -> dict[str, int]:
+def _bytes_of_a_parameter(config: Config, compute: torch.dtype, num_ranks: int) -> dict[str, float]:
     """Bytes of a parameter on the GPU by purpose; in 16 bits the optimizer keeps fp32 weights
     besides the network's."""
     rule, is_lowered = rule_of(config.optimizer), compute is not torch.float32
-    on_host = config.optimizer.placement == "host"
-    return {
-        "weights": 0 if on_host and is_lowered else 4,
+    accumulates = config.optimizer.gradient_accumulation > 1
+    # What is kept of a parameter for its update; where auto divides it, less is taken than said.
+    share = 1 / num_ranks if config.train.distribution == "sharded" else 1.0
+    share = 0.0 if config.optimizer.placement == "host" else share
+    state = {
+        "weights": 4 * share if is_lowered else 4,
         "lowered weights": compute.itemsize if is_lowered else 0,
         "gradients": compute.itemsize,
-        "optimizer state": 0 if on_host else 4 * len(rule.moments),
-        "accumulated gradients": 4 if config.optimizer.gradient_accumulation > 1 else 0,
+        "optimizer state": 4 * share * len(rule.moments),
     }
+    if num_ranks == 1:
+        return state | {"accumulated gradients": 4 if accumulates else 0}
+    is_widened = accumulates or config.optimizer.reduce == "fp32"
+    return state | {"gradients to send": 4 if is_widened else compute.itemsize}
 
 
 def _measure(
