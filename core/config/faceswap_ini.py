@@ -133,6 +133,7 @@ def read_preset(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     if section not in _SECTIONS and family not in models.available():
         raise ValueError(f"{path} is for {section}, which mien does not train")
     file = configparser.ConfigParser(interpolation=None, default_section="")
+    # As text: an ini holds nothing else, and one way of reading values serves both.
     options = {key: str(value) for key, value in values.items() if not key.startswith("__")}
     file.read_dict({section: options})
     trainer = family if section.startswith("model.") else ModelConfig().trainer
@@ -189,10 +190,12 @@ def _settings_in(
                 report.append(f"{source}: left out; {_NOT_HERE.get(key, 'no such key is known')}")
                 continue
             place = places[key]
+            # Said, not decided silently: a file of both layouts was edited by hand.
             if place in read_from:
                 report.append(f"{read_from[place]}: left out; {source} counts")
             read_from[place] = source
             meant, value = _value_of(key, text, place)
+            # One by one, so that a refusal can name the line that it is about.
             _check(place, value, f"{path}, {source}")
             settings.setdefault(place[0], {})[place[1]] = value
             if (section, key, meant) in _DIFFERENCES:
@@ -300,6 +303,7 @@ def _other_sections(file: configparser.ConfigParser, trainer: str) -> list[str]:
         name for name in file.sections() if name not in _SECTIONS and name != _section_of(trainer)
     ]
     others = [f"[{name}]" for name in unread if name in of_families]
+    # In one line: a train.ini has the sections of every family, which is no fault.
     lines = [f"{', '.join(others)}: left out; the trainer is {trainer}"] if others else []
     unknown = [name for name in unread if name not in of_families]
     return lines + [f"[{name}]: left out; no such section is known" for name in unknown]

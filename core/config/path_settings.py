@@ -43,6 +43,7 @@ def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any
     """The same settings with these paths in their places."""
     for place, path in paths.items():
         nested: Any = path
+        # From the inside out, for `merge` lays one layer over another.
         for key in reversed(place):
             nested = {key: nested}
         values = merge(values, nested)
@@ -57,6 +58,7 @@ def absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
 
 def absolute(path: str) -> str:
     """The path from the root, `~` written out; ValueError where there is no such home."""
+    # Not resolved: a link is the user's name for a place that may move.
     return os.path.abspath(expanded(path))
 
 

@@ -438,6 +438,7 @@ class DistributeConfig(Section):
             object.__setattr__(self, "gpus", str(self.gpus))
         excluded = self.exclude_gpus
         numbers = excluded if isinstance(excluded, list | tuple) else [excluded]
+        # A flag gives words, a file numbers or one text: all become the same.
         words = tuple(filter(None, re.split(r"[\s,]+", " ".join(map(str, numbers)))))
         object.__setattr__(self, "exclude_gpus", words)
         Section.__post_init__(self)
@@ -678,6 +679,7 @@ def refuse_unknown(values: Mapping[str, Any], known: Iterable[str], prefix: str 
 
 def _meant(key: object, known: Iterable[str], prefix: str) -> str | None:
     """The setting of that name in another section, or else the nearest name in this one."""
+    # Another section first: a right name in the wrong place is the more usual slip.
     for name, kind in SECTIONS.items():
         if key in fields_of(kind):
             return f"{name}.{key}"

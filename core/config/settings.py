@@ -76,6 +76,7 @@ def sections_of(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: On an unknown section or key (the nearest known one is named) or a bad value.
     """
+    # Before any section is made, whose refusal would hide a mistyped name of a section.
     refuse_unknown(values, SECTIONS)
     return {name: section_of(name, values.get(name, {})) for name in SECTIONS}
 

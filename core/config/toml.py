@@ -64,8 +64,10 @@ def parse_toml(content: bytes) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         problem = textwrap.shorten(str(error), 200)
         raise ValueError(f"{problem}{_advice(text, str(error))}") from None
+    # Bounded for whoever walks the values by recursion, as JSON and `merge` do.
     if is_deeper(values, MAX_TOML_DEPTH):
         raise ValueError(f"it is nested deeper than {MAX_TOML_DEPTH}")
+    # Valid TOML, and yet never meant: no path has a tabulator or a form feed in it.
     if any(_SPOILT_WINDOWS_PATH.match(word) for word in _texts(values)):
         raise ValueError(f"a backslash in double quotes begins an escape{_WINDOWS_PATHS}")
     return values

@@ -88,6 +88,7 @@ def crash_report(error: Exception, config: Config, events: list[str]) -> str:
         "latest events": "\n".join(events),
     }
     text = "\n".join(f"== {title} ==\n{content.rstrip()}\n" for title, content in parts.items())
+    # Over the whole text: a traceback or an event may quote any of it.
     return _without_secrets(_without_faces(text, config), config)
 
 

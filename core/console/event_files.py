@@ -37,6 +37,7 @@ class ReportFile:
 
     def __init__(self, path: Path, *, level: str, as_json: bool, remedy: str) -> None:
         self.path, self.level, self._as_json, self._remedy = path, level, as_json, remedy
+        # The folder of a session is made by whoever writes there first.
         path.parent.mkdir(parents=True, exist_ok=True)
         # The user may have named a link, which a rotation must not replace by a file.
         self._path = path if as_json else Path(os.path.realpath(path))
@@ -141,6 +142,7 @@ class ReportFiles:
             except OSError as error:
                 problems.append(f"cannot write to {events}: {error.strerror or error}; {remedy}")
         early, self._early = self._early, None
+        # In their order, before anything newer: a log is read from the top.
         for report in early or ():
             problems += self.add(report)
         return problems

@@ -68,6 +68,7 @@ class Keyboard:
         if self._original is None or not select.select([self._handle], [], [], 0)[0]:
             return ""
         try:
+            # As many as are there: keys that were held must not answer one by one for seconds.
             return os.read(self._handle, 64).decode(errors="replace")
         except OSError:  # the terminal was closed
             self._is_over = True
@@ -82,6 +83,7 @@ class Keyboard:
         if self._is_over or self._original is not None or not _is_in_foreground(self._handle):
             return
         with suppress(termios.error):  # it was closed at this moment
+            # Read anew each time: another program may have changed them meanwhile.
             original = termios.tcgetattr(self._handle)
             tty.setcbreak(self._handle, termios.TCSANOW)
             self._original = original
@@ -95,6 +97,7 @@ class Keyboard:
 
     def _step_aside(self, number: int, _frame: FrameType | None) -> None:
         self._put_back()
+        # The default action, which stops the process as its shell expects.
         self._handlers.set(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(os.getpid(), number)  # stops here, until SIGCONT
 

@@ -50,6 +50,7 @@ class Notifier:
 
     def close(self) -> list[str]:
         """Wait some seconds for what is being sent; what could not be, a line each."""
+        # All together: each by itself could hold up the end as often as there are messages.
         late = wait(self._sent, _LAST_WAIT_S).not_done
         self._worker.shutdown(wait=False, cancel_futures=True)
         problems = [sent.result() for sent in self._sent if sent not in late]
@@ -81,6 +82,7 @@ class Notifier:
         except OSError as error:
             return f"notify.command: {error.strerror or error}"
         if done.returncode:
+            # The last line: programs say last what has stopped them.
             said = done.stderr.strip().rpartition("\n")[2]
             return f"notify.command ended with {done.returncode}" + (f": {said}" if said else "")
         return ""
@@ -88,6 +90,7 @@ class Notifier:
     def _send(self, report: Report) -> str:
         """Send the message; what went wrong. The URL stays untold: it may hold a password."""
         assert self._service is not None  # else nothing is handed to the thread
+        # The name and not the path, which would tell a chat about the user's folders.
         title = f"mien: {self.model_dir.name}"
         is_sent = self._service.notify(title=title, body=report.text)
         return "" if is_sent else "the service of notify.url did not take it"

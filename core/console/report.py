@@ -38,6 +38,7 @@ class Report:
             lines: What people read, in which anything may stand.
             fields: What programs read; values of NumPy and torch, and paths, too.
         """
+        # Event and time first, where a reader of many lines looks for them.
         line = to_json({"event": event, "time": at} | _plain(fields))
         return cls(event, at, level, "\n".join(map(printable, lines)), line)
 

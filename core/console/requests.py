@@ -49,6 +49,7 @@ class Requests:
         if self._has_keys and all(Output(stream).isatty() for stream in (sys.stdin, sys.stdout)):
             self._keyboard = Keyboard(sys.stdin.fileno())
             self._keyboard.__enter__()
+            # A second signal ends the process at once, and would leave the terminal without echo.
             self.stop.when_noted.append(self._keyboard.restore)
         return self
 
@@ -75,6 +76,7 @@ class Requests:
                 self.stop.signal_name = self.stop.signal_name or "Enter"
             elif key in _KEYS:
                 self._pending.add(_KEYS[key])
+                # Pressed twice before it is looked at, it is as it was.
                 self.mask_is_toggled ^= key == "m"
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

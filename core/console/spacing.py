@@ -62,6 +62,7 @@ class Means:
         self.step, self.wall_time = step, wall_time
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+            # Of each name by itself: a loss that is not logged every time must not count as 0.
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def values(self) -> dict[str, float]:

@@ -29,11 +29,13 @@ class StatusLine:
         )
 
     def update(self, text: str) -> None:
+        # With the first step: before, a bar of progress has this place.
         if not self._live.is_started:
             self._live.start()
         self._live.update(self._text(text), refresh=True)
 
     def write(self, text: str) -> None:
+        # Not folded by rich: a path that is broken into lines can be neither copied nor clicked.
         self._console.print(self._text(text), soft_wrap=True)
 
     def close(self) -> None:

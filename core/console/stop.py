@@ -48,6 +48,7 @@ class StopRequest:
     @property
     def signal_name(self) -> str | None:
         """Name of the signal or key that stops it, or "a request"; None: it goes on."""
+        # Asked only while it goes on: a request that was made is not taken back.
         if self._signal_name is None and self._should_stop is not None and self._should_stop():
             self._signal_name = "a request"
         return self._signal_name

@@ -211,6 +211,7 @@ class TensorBoardLog:
             self._write(means.values(), means.step, means.wall_time)
 
     def _write(self, values: dict[str, float], step: int, wall_time: float) -> None:
+        # All values in one event: as events of their own they would take some times the bytes.
         entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
         summary = self._summary(value=entries)
         self._guarded(lambda: self._add(wall_time, step=step, summary=summary))
@@ -225,6 +226,7 @@ class TensorBoardLog:
         # The clock of the machine may stand still or go back; no two files may have one name.
         parts = (f"{int(time.time()):010d}", socket.gethostname(), os.getpid(), time.monotonic_ns())
         name = ".".join(map(str, ("events.out.tfevents", *parts))) + ending
+        # New in any case: two processes must not write into one another's records.
         return (self.folder / name).open("xb")
 
     def _add(self, wall_time: float | None = None, **fields: Any) -> None:

@@ -47,6 +47,7 @@ class WandbLog:
         try:
             self._run = wandb.init(
                 project=project,
+                # The run's own, so that a resume adds to it in place of beginning another.
                 id=run_id,
                 name=model_dir.name,
                 dir=str(folder),
@@ -67,6 +68,7 @@ class WandbLog:
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`; of many a second their means."""
+        # Means first: W&B drops what comes with an earlier step than the last one.
         if ITERATION not in values:
             self._write_means()
             self._run.log(values, step=step)

@@ -65,6 +65,7 @@ def _readable(path: Path) -> Preset:
     try:
         return read(path)
     except ValueError as error:
+        # In the list all the same: a preset that vanished would be looked for.
         return Preset(path.stem, path, f"cannot be used: {error}", {})
 
 
@@ -89,6 +90,7 @@ def read(path: Path) -> Preset:
     if not isinstance(description, str):
         raise ValueError(f"description in {path} must be text, got {shown(description)}")
     try:
+        # Only to be checked: what a preset does not set must not come from it.
         from_dict(values)
     except ValueError as error:
         raise ValueError(f"{error}, in {path}") from error
@@ -127,6 +129,7 @@ def save(
     content = _as_toml({"description": description} | values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # By the path's own rule: what appeared since the look above is not written over.
         write_output(path, content, force=force)
     except OSError as error:
         raise ValueError(f"cannot write preset {path}: {error.strerror}") from error
@@ -155,6 +158,7 @@ def _paths() -> dict[str, Path]:
 
 def _worth_keeping(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The settings that are not the defaults and not of one run, but always the trainer."""
+    # Through the config, so that 1 and 1.0, or a word and its number, count as the same.
     resolved, usual = to_dict(from_dict(settings)), to_dict(Config())
     values: dict[str, dict[str, Any]] = {}
     for spec in all_settings():

@@ -70,6 +70,7 @@ class Plateau:
 
     def is_better(self, value: float, best: float) -> bool:
         """Whether a value improves on the best one so far."""
+        # Of the size of the value: a psnr is large, and a loss may be near 0.
         step = abs(best) * self.improvement / 100
         return value > best + step if self.metric in RISING else value < best - step
 
@@ -132,10 +133,12 @@ class Recipe:
 
     def settings_of(self, number: int) -> dict[str, dict[str, Any]]:
         """Settings of the stages up to this one."""
+        # From the first one on, so that a resume in the middle finds what was set before.
         return merge(*(stage.set for stage in self.stages[: number + 1]))
 
     def rate_factor_of(self, number: int) -> float:
         """Factor of the learning rate in this stage."""
+        # Not multiplied up: each stage says its rate against the run's own.
         factors = [stage.rate_factor for stage in self.stages[: number + 1]]
         return next((factor for factor in reversed(factors) if factor is not None), 1.0)
 
