@@ -286,7 +286,7 @@ class OptimizerConfig(Section):
     """Find the learning rate before a new model is trained; a resumed one keeps what was found."""
 
     lr_finder_iterations: int = setting(1000, low=100, high=10_000, locked=True)
-    """Iterations of the search, on a copy of the model."""
+    """Iterations of the search, on the model itself, which is put back afterwards."""
 
     lr_finder_mode: str = setting(
         "set", choices=("set", "graph_and_set", "graph_and_exit"), locked=True
