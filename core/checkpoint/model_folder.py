@@ -44,6 +44,7 @@ from ..system.durable_files import (
     sync_folder,
     write_file,
 )
+from ..system.paths import DISK_REMEDIES
 from . import retention
 from .format import (
     CONFIG,
@@ -439,15 +440,12 @@ def _reason(error: OSError | InUseError | ValueError) -> str:
 
 def _advice(error: OSError) -> str:
     """What the user can do about the disk's refusal."""
-    return {
-        errno.ENOSPC: "free space",
-        errno.EDQUOT: "free space",
-        errno.EROFS: "make the disk writable",
+    remedies = DISK_REMEDIES | {
         errno.EACCES: "make the folder writable",
-        errno.EMFILE: "raise `ulimit -n`",
         errno.ENAMETOOLONG: "give --model-dir a shorter name",
         errno.ENXIO: "remove it",
-    }.get(error.errno or 0, "check the disk")
+    }
+    return remedies.get(error.errno or 0, "check the disk")
 
 
 def _links_in(folder: Path) -> list[Path]:

@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_REMEDIES = {
+DISK_REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EROFS: "make the disk writable",
+    errno.EMFILE: "raise `ulimit -n`",
+}
+"""What to do about a refusal, by its number, whichever file it is about."""
+
+_REMEDIES = DISK_REMEDIES | {
     errno.EACCES: "let this user read and write it, or name another",
     errno.EPERM: "let this user read and write it, or name another",
     errno.EROFS: "make the disk writable, or name another",
-    errno.ENOSPC: "free space",
-    errno.EDQUOT: "free space",
     errno.ENAMETOOLONG: "use a shorter name",
-    errno.EMFILE: "raise `ulimit -n`",
 }
 
 
