@@ -108,6 +108,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     try:
         safetensors.torch.save_file(plain, path, metadata=metadata)
     except SafetensorError as error:
+        # The library tells a disk's refusal in its text alone; the number has a remedy.
         cause = re.search(r"\(os error (\d+)\)", str(error))
         if cause is None:
             raise
@@ -139,6 +140,7 @@ def tensor_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[by
         }
         pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
     text = json.dumps(header).encode()
+    # Spaces, as the format allows: so the numbers begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little") + text, *pieces]
 
@@ -208,6 +210,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         trainer = header.get("__metadata__", {}).get("trainer")
     _refuse_odd(tensors)
+    # A word or nothing: it would stand in a message.
     return tensors, trainer if _is_word(trainer) else None
 
 
@@ -288,6 +291,7 @@ def read_manifest(folder: Path) -> Manifest:
     # No other names than these, since each is joined to a path.
     files, rest = body.get("files"), (body.get("sequence"), body.get("iterations"))
     known = {MODEL, OPTIMIZER, STATE, CONFIG}
+    # Whatever the digest says: anybody can compute one over what he likes.
     good = (
         schema == MANIFEST_SCHEMA
         and isinstance(files, dict)

@@ -85,6 +85,7 @@ class Generations:
                 self.damaged.add(name)
                 if unreadable is not None:
                     unreadable.append(f"generation {name} is damaged ({damage})")
+        # Not by name or time: a run that went back counts again, and copies change times.
         manifests.sort(key=lambda manifest: manifest.sequence, reverse=True)
         if manifests:
             # It never falls, even where the newest is deleted by hand: an old number would tie.

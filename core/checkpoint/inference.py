@@ -91,6 +91,7 @@ def write_weights(
     settings |= dataclasses.asdict(
         models.options_of(config.model.trainer, config.model.options)
     )  # written out, so that later defaults do not matter
+    # Without memory: names and shapes are all that is compared.
     model = models.meta_model(config.model.trainer, **settings)
     refuse_misfit(source, model, shapes_of(saved))
     needed = _subnetworks_of(model, SIDES[side])
@@ -142,6 +143,7 @@ def _metadata(
         "centering": config.data.centering,
         "coverage": str(config.data.coverage),
         "vertical_offset": str(config.data.vertical_offset),
+        # Said in the file, for most programs would take RGB for granted.
         "colour_order": "BGR",
     }
 
@@ -232,6 +234,7 @@ def built(trainer: str, settings: dict[str, Any], tensors: dict[str, Tensor]) ->
     network = models.build(trainer, seed=None, pretrained=False, **settings)
     # A file of one side lacks the sub-networks of the other.
     network.load_state_dict(tensors, strict=False)
+    # No gradients: a network for use keeps nothing of its layers' inputs.
     return network.eval().requires_grad_(False)
 
 
@@ -276,6 +279,7 @@ def _cast(name: str, tensor: Tensor, precision: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     cast_tensor = tensor.to(PRECISIONS[precision])
+    # fp16 ends at 65,504: a weight beyond it would become infinite without a word.
     if not cast_tensor.isfinite().all():
         raise ValueError(f"{name!r} holds numbers too large for {precision}; use bf16 or fp32")
     return cast_tensor

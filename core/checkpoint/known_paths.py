@@ -63,6 +63,7 @@ class KnownPaths:
         values = {"model_dir": self._model_dir, "run_id": self._run_id, "paths": known}
         try:
             file = self._file()
+            # Of this user alone: folders of faces are nobody else's business.
             file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             replace_file(file, json.dumps(values, indent=1).encode(), mode=0o600)
         except ValueError as error:
@@ -76,6 +77,7 @@ class KnownPaths:
     def _is_inside(self, path: str) -> bool:
         """Whether it lies in the model folder, and is no pipe or device there."""
         try:
+            # Resolved: a link inside the folder could lead anywhere.
             place = os.path.realpath(path)
         except ValueError:  # no path at all, as one with a zero byte
             return False
@@ -103,6 +105,7 @@ def _remove_oldest(folder: Path) -> None:
     files = [entry for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)]
     if len(files) <= MAX_MODELS:
         return
+    # By the time of the last write, which is the last start with a path.
     files.sort(key=lambda entry: entry.stat(follow_symlinks=False).st_mtime_ns)
     for entry in files[: len(files) - MAX_MODELS]:
         os.unlink(entry.path)

@@ -91,6 +91,7 @@ def acquire(path: Path) -> Lock:
         ValueError: Another run has it, or the disk refuses; one line says which.
     """
     for _ in range(_TRIES):
+        # Tried again where the file went under it: a run that was refused removes its folder.
         lock = _try(path)
         if lock is not None:
             return lock

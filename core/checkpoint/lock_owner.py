@@ -90,6 +90,7 @@ def send_request(model_dir: Path, request: str) -> LockOwner:
     except OSError as error:
         raise RequestError(f"process {owner.pid} cannot be asked: {error.strerror}") from error
     try:
+        # Asked again, now that the handle is held: only this order leaves no gap.
         if lock_owner(model_dir) != owner:
             raise RequestError("the run has just ended or another one began; look again")
         if not _listens(owner.pid, number):
@@ -133,5 +134,6 @@ def _listens(pid: int, number: signal.Signals) -> bool:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, mask = line.partition(":")
         if name == "SigCgt":
+            # Signals are numbered from 1, the bits of the mask from 0.
             return bool(int(mask, 16) >> (number - 1) & 1)
     return False

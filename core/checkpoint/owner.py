@@ -104,6 +104,7 @@ class OwnerFile:
         self._line = Owner.of_this_process().line
         self._take()
         self._ended = threading.Event()
+        # A daemon: a process that fails must not live on by its heartbeat.
         self._heart = threading.Thread(target=self._beat, name="mien-owner", daemon=True)
         self._heart.start()
 
@@ -179,6 +180,7 @@ class OwnerFile:
         aside = self._own_name("stale")
         discard(aside)
         try:
+            # Renamed before it is looked at: between a look and a removal another could come.
             os.rename(self._path, aside)
         except FileNotFoundError:
             return

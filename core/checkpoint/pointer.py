@@ -46,5 +46,6 @@ def is_same_save(one: Path, other: Path) -> bool:
 
 
 def _content(name: str, state: dict[str, Any]) -> bytes:
+    # Those that are there: a save need only name its run, its trainer and its iterations.
     pointer = {key: state[key] for key in KEYS if key in state} | {"generation": name}
     return json.dumps(pointer, indent=1).encode()

@@ -36,6 +36,7 @@ def replace_backup(model_dir: Path, generation: Path) -> None:
     backup, old, new = (model_dir / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
     try:
         finish_backup(model_dir)
+        # All of the copy before anything of the old one moves: a full disk is met here.
         copy_files(generation, new, os.listdir(generation))
         if backup.is_dir():
             os.rename(backup, old)  # no rename replaces a folder that holds something
@@ -85,6 +86,7 @@ def write_snapshot(
     try:
         (new / FOLDER).mkdir(parents=True)
         copy_files(generation, new / FOLDER / generation.name, (*file_names, MANIFEST))
+        # A pointer of its own: the snapshot is a model folder that any command takes.
         write_pointer(new, generation.name, state)
         if config is not None:
             write_file(new / CONFIG, config)

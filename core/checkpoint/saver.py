@@ -128,6 +128,7 @@ class Saver:
             event.synchronize()
             sources.clear()  # the GPU memory of the staged copies goes back only now
         path = self._folder.save(model, optimizer, state)
+        # After the save itself, which must not fail for a copy of it.
         if is_best:
             self._folder.back_up(path)
         snapshot = self._folder.snapshot() if with_snapshot else None
@@ -175,6 +176,7 @@ class Saver:
                 name: tensor.clone(memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
             }
+        # What is queued on the training's stream is still to change the tensors.
         copies.wait_stream(training)
         with torch.cuda.stream(copies):
             for name, tensor in tensors.items():

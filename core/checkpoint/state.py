@@ -171,6 +171,7 @@ class TrainingState:
             "faces_seen": dict(self.faces_seen),
             "lowest_mean_loss": self.lowest_mean_loss,
             "parts": {name: dict(values) for name, values in self.parts.items()},
+            # One without an iteration is a start that was refused, or stopped at once.
             "sessions": [
                 dataclasses.asdict(session) for session in self.sessions if session.iterations
             ],
@@ -189,6 +190,7 @@ class TrainingState:
                 f"the saved state has schema {schema}, this version of mien reads {SCHEMA}: it "
                 "was made by a newer version; update mien"
             )
+        # By `type`: True would pass for schema 1.
         require(type(schema) is int and schema == SCHEMA, "schema", str(SCHEMA), schema)
         expected = {"schema", *(item.name for item in dataclasses.fields(cls) if item.repr)}
         require_keys(values, expected, "")

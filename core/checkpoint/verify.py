@@ -158,6 +158,7 @@ def _facts_of_network(config_values: dict[str, Any] | None) -> dict[str, Any]:
     config = from_dict(config_values)
     options = models.options_of(config.model.trainer, config.model.options)
     input_px, output_px = models.family(config.model.trainer).sizes(options)
+    # Only its shapes are asked for, which take no memory.
     model = models.meta_model(config.model.trainer, **model_settings(config))
     return {
         "options": dataclasses.asdict(options),
@@ -244,6 +245,7 @@ def _scan(file: str, name: str, tensor: Tensor) -> NotFinite | None:
         return None
     if tensor.dtype.itemsize == 1:
         tensor = tensor.float()  # 8-bit formats know no such question
+    # Counted apart: infinite numbers tell of a rate that is too high, NaN of anything.
     nan = int(torch.isnan(tensor).sum())
     infinite = int(torch.isinf(tensor).sum())
     if not nan and not infinite:

@@ -44,6 +44,7 @@ def load_weights(model: Autoencoder, path: Path, read: Reader = read_weights) ->
             f"{path} would be taken; name one of "
             f"{', '.join(name for name, _ in model.named_children())}"
         )
+    # Into the tensors that are there: the optimizer is made of them later.
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in taken.items():

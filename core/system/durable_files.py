@@ -112,6 +112,7 @@ def _clone(old: int, new: int) -> bool:
     with suppress(OSError):  # another disk, or one that has no such thing
         fcntl.ioctl(new, _FICLONE, old)
         return True
+    # By the kernel, which copies within the disk where its file system can.
     size = copied = os.fstat(old).st_size
     with suppress(OSError):  # the plain copy meets a full disk again, and tells
         while copied := os.copy_file_range(old, new, size):
@@ -139,6 +140,7 @@ def link_files(source: Path, target: Path) -> None:
 def link_file(source: Path, target: Path) -> None:
     """Give a plain file a second name, or a copy of it where the disk has no hard links."""
     try:
+        # The name itself, were it a link: what it leads to is not ours to name.
         os.link(source, target, follow_symlinks=False)
     except OSError:
         copy_file(source, target)

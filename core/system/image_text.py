@@ -32,6 +32,7 @@ def commented(jpeg: bytes, text: str) -> bytes:
     body = text.encode(errors="backslashreplace")
     if len(body) > _MOST_COMMENT_BYTES:
         raise ValueError(f"a comment may have {_MOST_COMMENT_BYTES} bytes, got {len(body)}")
+    # Behind the marker of the JPEG and that of its first segment, whose length counts itself.
     first_end = 4 + int.from_bytes(jpeg[4:6])
     segment = COMMENT + (len(body) + 2).to_bytes(2) + body
     return jpeg[:first_end] + segment + jpeg[first_end:]

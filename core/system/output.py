@@ -111,6 +111,7 @@ class Output:
     def _is_stuck(self) -> bool:
         """Whether a write would wait, and still would after a second."""
         try:
+            # Not `select`, which takes no handle above 1023.
             waiting = select.poll()
             waiting.register(self._handle(), select.POLLOUT)
             return not waiting.poll(_PATIENCE_MS)
@@ -148,6 +149,7 @@ class _Silence:
     def __enter__(self) -> None:
         with self._lock:
             self._count += 1
+            # The first one silences, the last one ends it: the handle is the whole process's.
             if self._count == 1:
                 with suppress(OSError):  # the process has none
                     self._kept = os.dup(2)

@@ -21,6 +21,7 @@ def require(holds: object, name: str, rule: str, value: Any) -> None:
 def require_keys(values: dict[str, Any], expected: Iterable[str], prefix: str = "") -> None:
     """Raise ValueError where a table has other keys than these."""
     expected = set(expected)
+    # Sorted, so that the same fault has the same words at every start.
     missing, unknown = sorted(expected - values.keys()), sorted(values.keys() - expected)
     if missing or unknown:
         verb, key = ("lacks", missing[0]) if missing else ("has the unknown key", unknown[0])

@@ -114,6 +114,7 @@ def _fields_of_setup(
         "mask_loss": next(iter(loss.mask_weights), None),
         # The rate that the warm-up rises to: the first one of all may be near 0.
         "learning_rate": schedule.base_rate * schedule.factor,
+        # Apart from the rate: a program that compares runs must not take it for a setting.
         "learning_rate_is_found": schedule.source == "found",
         "warmup_steps": schedule.config.warmup_steps,
         "schedule": schedule.config.schedule,
@@ -141,6 +142,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _losses(losses: list[dict[str, Any]], config: LossConfig) -> str:
+    # In percent, as the settings are written.
     words = [f"{loss['name']} {100 * loss['weight']:g} %" for loss in losses]
     if config.penalized_mask_loss:
         words.append(f"eyes x {config.eye_multiplier}, mouth x {config.mouth_multiplier}")
@@ -165,6 +167,7 @@ def _augmentation(config: Config) -> str:
     augment = config.augment
     switches = {
         "warp": augment.warp,
+        # Without the warp its kind has no say.
         "warp to landmarks": augment.warp and augment.warp_to_landmarks,
         "flip": augment.flip,
         "color": augment.color,
@@ -186,6 +189,7 @@ def _lines_of_parts(
 ) -> dict[str, str]:
     """Path that each part takes."""
     parameters, iterations = fields["parameters"] / 1e6, setup.state.iterations
+    # By the count and not by the folder: one that was refused before its first save is new.
     begin = f"resumes at iteration {iterations}" if iterations else "is new"
     place = f" in {fields['model_dir']}" if fields["model_dir"] else ""
     libmien = "CUDA" if setup.device.type == "cuda" else "C++ threads"
@@ -217,6 +221,7 @@ def _lines_of_parts(
         lines["frozen"] = _frozen(setup)
     if setup.config.optimizer.fused_dense:
         update = setup.step.update
+        # Of the layers that the switch took: those below its least size are updated as ever.
         sizes = [
             master.numel()
             for name, master in zip(update.names, update.master_weights, strict=True)
@@ -242,6 +247,7 @@ def _state_on_host(setup: TrainingSetup) -> str:
 
 def _frozen(setup: TrainingSetup) -> str:
     """What is left as it is."""
+    # Said all the same: the user has asked for it, and would wait for a faster step.
     if not setup.model.frozen:
         return f"nothing: {setup.config.model.trainer} names no layers to freeze"
     parameters = setup.step.update.frozen.num_parameters / 1e6
