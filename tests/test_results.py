@@ -244,6 +244,9 @@ def test_without_a_word_the_speed_of_this_machine_is_one_table(folder, capsys, m
     monkeypatch.setattr(bench_machine, "CPU_MODELS", ("lightweight",))
     monkeypatch.setattr(bench_machine, "GPU_MODELS", ("lightweight",))
     monkeypatch.setattr(bench_machine, "BATCH_SIZES", (1, 2))
+    longest = dict.fromkeys(("cpu", "cuda"), float("inf"))  # whatever else this machine does
+    monkeypatch.setattr(bench_machine, "_LONGEST_S", longest)
+    monkeypatch.setattr(bench_machine, "_BUDGET_S", float("inf"))
     monkeypatch.setattr(
         bench_machine, "_PACE", dict.fromkeys(("cpu", "cuda"), harness.Pace(1, 0.0, 0))
     )
