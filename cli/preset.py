@@ -1,11 +1,13 @@
 """mien preset: settings under a name, mien's and one's own."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from ..core import config as settings
 from ..core.config import presets
+from ..core.console.reporter import Reporter
 from .lines import tell, tell_json
 from .settings_file import read_settings
 
@@ -103,7 +105,11 @@ def _save(args: argparse.Namespace) -> int:
         layers.insert(0, _settings_of_model(args.source))
     elif args.source is not None:
         others = settings.merge(*layers)
-        layers.insert(0, read_settings(args.source, others, as_json=args.json))
+        read, report = read_settings(args.source, others)
+        layers.insert(0, read)
+        reporter = Reporter(sys.stderr, as_json=args.json)
+        for line in report:
+            reporter.notice(line)
     values = settings.merge(*layers)
     _check_options(values)
     saved = presets.save(args.name, values, description=args.description, force=args.force)

@@ -1,36 +1,31 @@
 """A file of settings that a user names: mien's TOML, or faceswap's train.ini or preset."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..core.config import from_dict, presets, read_toml, recipes
 from ..core.config.faceswap_ini import read_ini, read_preset
-from ..core.console.reporter import Reporter
 from ..core.system.paths import expanded
 
 
-def read_settings(path: Path, others: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
-    """The settings in a file, by section and key.
+def read_settings(path: Path, others: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The settings in a file, by section and key, and lines about what a file of faceswap
+    holds in vain, or means otherwise than here.
 
     Args:
         path: A train.ini where its name ends so, a preset of faceswap where it ends in .json, else
             TOML.
         others: Other settings of the user: a train.ini is read for the trainer there, or for that
             in the model's folder there.
-        as_json: Tell as JSON events what of faceswap's files is in vain, else in lines; on stderr.
 
     Raises:
         ValueError: The file cannot be read, or holds anything else.
     """
     if _is_toml(path):
-        return (stages_in(path) or presets.read(path)).settings
+        return (stages_in(path) or presets.read(path)).settings, []
     is_ini = path.suffix.lower() == ".ini"
     settings, report = read_ini(path, _trainer(others)) if is_ini else read_preset(path)
-    reporter = Reporter(sys.stderr, as_json=as_json)
-    for line in report:
-        reporter.notice(f"{path.name}: {line}")
-    return settings
+    return settings, [f"{path.name}: {line}" for line in report]
 
 
 def stages_in(path: Path) -> recipes.Recipe | None:

@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .. import models
 from ..core import config as settings
 from ..core.config import presets, recipes
+from .faceswap_flags import translated_flags
 from .lines import complain, tell, tell_json
 from .settings_file import read_settings, stages_in
 from .train_flags import add_arguments
@@ -24,20 +25,24 @@ def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe
 
     Weight, lowest first: preset, recipe, file, ``--set``, flags. What a stage sets comes on top.
     """
+    from ..core.console.reporter import Notice
     from ..core.training.resolve import Overrides
 
     preset = presets.load(args.preset) if "preset" in args else None
     recipe = _recipe(args)
     layers = [chosen.settings for chosen in (preset, recipe) if chosen]
     above_file = [settings.parse_assignment(text) for text in getattr(args, "set", [])]
-    flags: dict[str, Any] = {}
+    flags, notices = translated_flags(args)
     for spec in settings.all_settings():
         if spec.full_name in args:
             flags.setdefault(spec.section, {})[spec.name] = getattr(args, spec.full_name)
     if "configfile" in args:
         others = settings.merge(*layers, *above_file, flags)
-        layers.append(read_settings(args.configfile, others, as_json="json" in args))
-    overrides = Overrides(settings.merge(*layers, *above_file), flags)
+        read, report = read_settings(args.configfile, others)
+        layers.append(read)
+        notices += report
+    told = tuple(Notice(text) for text in notices)
+    overrides = Overrides(settings.merge(*layers, *above_file), flags, told)
     if preset and preset.trainer and overrides.trainer != preset.trainer:
         raise ValueError(
             f"preset {preset.name} is for {preset.trainer}, not for {overrides.trainer}; leave one "
@@ -63,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     overrides, recipe = given_settings(args)
     sections = overrides.sections
     if "print_config" in args:
-        return _print_config(overrides, recipe)
+        return _print_config(overrides, recipe, as_json="json" in args)
     if "options" in args:
         return _options(sections["model"].trainer, as_json="json" in args)
     if "summary" in args:
@@ -118,11 +123,11 @@ def _train(
         return Outcome.HALTED
 
 
-def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None) -> int:
+def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: bool) -> int:
     """Every setting and the stages: of the model folder where there is one, else as given."""
     import tomli_w
 
-    resolved = _settings_of(overrides, recipe)
+    resolved = _settings_of(overrides, recipe, as_json)
     text = settings.to_toml(resolved.config)
     if resolved.progress:
         text += tomli_w.dumps({"stage": resolved.progress.recipe.to_dict()["stage"]})
@@ -134,17 +139,19 @@ def _summary(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: boo
     """The model layer by layer: of the model folder where there is one, else as given."""
     from .summary import print_summary
 
-    print_summary(_settings_of(overrides, recipe).config, as_json=as_json)
+    print_summary(_settings_of(overrides, recipe, as_json).config, as_json=as_json)
     return 0
 
 
-def _settings_of(overrides: "Overrides", recipe: recipes.Recipe | None) -> "Resolved":
+def _settings_of(
+    overrides: "Overrides", recipe: recipes.Recipe | None, as_json: bool
+) -> "Resolved":
     """The settings that training would have; what there is to tell of them goes to stderr."""
     from ..core.console.reporter import Reporter
     from ..core.training.prepare import report_notices, settings_of
 
     resolved = settings_of(overrides, recipe)
-    report_notices(Reporter(sys.stderr), resolved.notices)
+    report_notices(Reporter(sys.stderr, as_json=as_json), resolved.notices)
     return resolved
 
 

@@ -9,6 +9,7 @@ from .. import models
 from ..core import config as settings
 from ..core.config import presets, recipes
 from .completion import complete_with
+from .faceswap_flags import add_faceswap_flags
 
 _EVERYBODY = "what everybody needs"
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # The essential ones in their own order; the sort leaves all others as they are.
     for spec in sorted(specs, key=_place_of):
         _add_flag(groups[_title_of(spec)], spec)
+    add_faceswap_flags(groups[_TITLES["distribute"]])
     _add_files(groups[_EVERYBODY])
     _add_looks(groups["showing without training"])
     groups["watching"].add_argument(

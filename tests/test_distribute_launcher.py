@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -223,6 +224,34 @@ def test_a_second_signal_ends_all_at_once(launched):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == -signal.SIGINT
     _wait_for(ranks)
+
+
+# What faceswap calls it
+
+
+@pytest.mark.parametrize(
+    ("words", "meant", "told"),
+    [
+        ("-D default", "distribute.gpus=", "left out; without --gpus one GPU trains"),
+        ("-D mirrored", "distribute.gpus=all", "distribute.gpus is all; the batch is that of all"),
+        ("-D mirrored --gpus 0,2", "distribute.gpus=0,2", "distribute.gpus is all"),
+        (
+            "--distributed",
+            "distribute.gpus=all",
+            "distribute.gpus is all; the batch is that of all",
+        ),
+        ("-D central-storage", "optimizer.placement=host", "optimizer.placement is host"),
+    ],
+)
+def test_strategies_of_faceswap_are_translated_and_told(words, meant, told, capsys):
+    assert main(["train", *words.split(), "--print-config"]) == 0
+    said = capsys.readouterr()
+    name, _, value = meant.partition("=")
+    section, _, key = name.partition(".")
+    assert tomllib.loads(said.out)[section][key] == value
+    assert said.err.startswith(f"Note: {'--dist' if '-D' in words else '--distributed'}")
+    assert told in said.err
+    assert said.err.count("\n") == 1
 
 
 # Which GPUs

@@ -64,6 +64,9 @@ class Overrides:
     session: dict[str, Any] = field(default_factory=dict)
     """Values by flags: they hold for this session."""
 
+    notices: tuple[Notice, ...] = ()
+    """Sentences about where the values come from, to be reported with those about the settings."""
+
     @cached_property
     def sections(self) -> dict[str, Any]:
         """Sections by name, with the defaults of what is not set.
@@ -96,7 +99,7 @@ class Overrides:
         return merge(self.lasting, staying)
 
     def with_session(self, values: dict[str, Any]) -> "Overrides":
-        """The same with further settings of this session."""
+        """The same, told of before, with further settings of this session."""
         return Overrides(self.lasting, merge(self.session, values))
 
 
@@ -165,6 +168,7 @@ def resolve(
         _refuse_swapped(model.last["data"], config.data)
         notices += _changes(model, to_dict(config))
     notices += _notices_of_unwritable(unwritable)
+    notices = [*overrides.notices, *notices]
     return Resolved(config, kept, model.before if model else None, progress, notices)
 
 
