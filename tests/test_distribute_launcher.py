@@ -48,6 +48,7 @@ def test_ranks_have_what_torchrun_would_give_them_and_the_first_one_the_streams(
     script = """
 names = "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 print(rank, size, *(os.environ[name] for name in names), restart)
+print("rank 1: a line" if rank else "a line", file=sys.stderr)
 print("an odd line \\x1b", file=sys.stderr)
 if rank: sys.exit(sys.stdin.read() != "")
 """
@@ -55,7 +56,8 @@ if rank: sys.exit(sys.stdin.read() != "")
     assert run(script) == (0, [])
     out, err = capfd.readouterr()
     assert out == "0 2 0 2 127.0.0.1 0,2 PCI_BUS_ID 0\n"
-    assert sorted(err.splitlines()) == ["an odd line \x1b", "rank 1: an odd line \x1b"]
+    told = ["a line", "an odd line \x1b", "rank 1: a line", "rank 1: an odd line \x1b"]
+    assert sorted(err.splitlines()) == told
 
 
 def test_what_mien_says_in_several_ranks_is_told_once(run, capfd):
@@ -111,11 +113,21 @@ def test_a_lost_rank_ends_the_others_and_is_told_in_one_line(run, monkeypatch):
     )
 
 
+def test_what_the_first_rank_has_told_of_a_lost_one_is_not_told_again(run, capfd):
+    script = """
+if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+print(f"mien train: rank 1 (pid {os.getpid()}) has ended", file=sys.stderr)
+sys.exit(3)
+"""
+    code, reported = run(script, [*TWO, Place("GPU 3", "3")], restarts=1)
+    assert (code, reported) == (3, ["restart 1 of 1 goes on with GPU 0, GPU 3"])
+
+
 def test_the_run_goes_on_with_the_places_that_are_left(run, capfd):
     script = """
 if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGSEGV)
 if restart == 1 and rank == 0: sys.exit(1)
-if restart < 2: sys.exit(3)
+if restart < 2: sys.exit(2)
 print(size, os.environ["CUDA_VISIBLE_DEVICES"], sys.argv[1])
 """
     code, reported = run(script, [*TWO, Place("GPU 3", "3")], restarts=5)
@@ -235,11 +247,7 @@ def test_a_second_signal_ends_all_at_once(launched):
         ("-D default", "distribute.gpus=", "left out; without --gpus one GPU trains"),
         ("-D mirrored", "distribute.gpus=all", "distribute.gpus is all; the batch is that of all"),
         ("-D mirrored --gpus 0,2", "distribute.gpus=0,2", "distribute.gpus is all"),
-        (
-            "--distributed",
-            "distribute.gpus=all",
-            "distribute.gpus is all; the batch is that of all",
-        ),
+        ("--distributed", "distribute.gpus=all", "distribute.gpus is all; the batch is that"),
         ("-D central-storage", "optimizer.placement=host", "optimizer.placement is host"),
     ],
 )

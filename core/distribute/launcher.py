@@ -1,8 +1,8 @@
 """A launcher of ranks: a process for each GPU of this machine, watched until all have ended.
 
 Standard input and output are the first rank's. What a rank writes to its standard error is relayed
-line by line, with "rank 3: " before those of all but the first, and what mien itself says there at
-the end of several ranks is told once. A signal that ends a run is forwarded to every rank,
+line by line, with "rank 3: " before those of all but the first, and what mien itself says there in
+several ranks is told once. A signal that ends a run is forwarded to every rank,
 a request (SIGUSR1, SIGUSR2) to the first; a second Ctrl-C or SIGTERM kills them all. A rank that
 outlives its launcher is sent SIGTERM by the kernel.
 """
@@ -59,8 +59,11 @@ class Ended:
     code: int
     """Exit code; minus the number of the signal that ended it."""
 
-    was_killed: bool
+    was_killed: bool = False
     """Whether the launcher has ended it."""
+
+    complaints: tuple[str, ...] = ()
+    """Lines that mien itself has written to its standard error."""
 
     def __str__(self) -> str:
         how = f"failed with exit code {self.code}"
@@ -94,14 +97,19 @@ def launch(
         for restart in itertools.count():
             ended = launcher.run(command(restart), places, restart)
             lost = None if launcher.stopped_by else lost_rank(ended)
+            _relay_complaints(ended, lost)
             if lost is None:
                 break
             places = [place for place in places if place is not lost.place]
-            if restart == restarts or not places:
-                report(f"{lost}; {saved()}; start again to go on")
-                break
+            goes_on = restart < restarts and places
             left = ", ".join(place.name for place in places)
-            report(f"{lost}; {saved()}; restart {restart + 1} of {restarts} goes on with {left}")
+            follows = f"restart {restart + 1} of {restarts} goes on with {left}"
+            if _first(ended).code != Outcome.HALTED:  # else it has said so itself
+                report(f"{lost}; {saved()}; {follows if goes_on else 'start again to go on'}")
+            elif goes_on:
+                report(follows)
+            if not goes_on:
+                break
     if launcher.insisted_by:
         signal.signal(launcher.insisted_by, signal.SIG_DFL)
         os.kill(os.getpid(), launcher.insisted_by)
@@ -173,7 +181,6 @@ class Launcher:
         deadline: float | None = None
         with selectors.DefaultSelector() as selector:
             self._start(command, places, restart, selector)
-            ranks = list(self._ranks)
             while self._ranks:
                 left_s = None if deadline is None else max(deadline - time.monotonic(), 0)
                 ready = {key.data: None for key, _ in selector.select(left_s)}
@@ -187,7 +194,6 @@ class Launcher:
                 if deadline is not None and time.monotonic() >= deadline:
                     self._kill()
                     deadline += _GRACE_S
-        _tell_mistakes(ranks)
         return ended
 
     def _start(
@@ -254,14 +260,11 @@ class _Rank:
     ) -> None:
         self.number, self.place, self.process = number, place, process
         self.was_killed = False
-        self.mistakes: list[str] = []
-        """Lines of mien itself: of the first rank those that were printed, of others those that are
-        still to be, if no other has the same."""
-
         assert process.stderr is not None
         self._selector, self._stderr = selector, process.stderr
         self._handle = os.pidfd_open(process.pid)
         self._rest = b""
+        self._complaints: list[str] = []
         os.set_blocking(self._stderr.fileno(), False)
         for handle in (self._handle, self._stderr):
             selector.register(handle, selectors.EVENT_READ, self)
@@ -275,7 +278,8 @@ class _Rank:
             return None
         self._selector.unregister(self._handle)
         os.close(self._handle)
-        return Ended(self.number, self.place, self.process.pid, code, self.was_killed)
+        complaints = tuple(self._complaints)
+        return Ended(self.number, self.place, self.process.pid, code, self.was_killed, complaints)
 
     def _relay(self, *, is_last: bool) -> None:
         written = b""
@@ -294,26 +298,31 @@ class _Rank:
     def _print(self, line: bytes) -> None:
         text = line.decode(errors="backslashreplace")
         if text.startswith("mien "):
-            self.mistakes.append(text)
-        if self.number == 0:
-            _relay(text)
-        elif not text.startswith("mien "):
-            _relay(f"rank {self.number}: {text}")
+            self._complaints.append(text)
+            if self.number > 0:
+                return  # until it is known whether the first has said the same
+        _relay(self.number, text)
 
 
-def _relay(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
+def _relay(rank: int, line: str) -> None:
+    """Print a line of a rank."""
+    name = f"rank {rank}: "
+    if rank == 0 or line.startswith(name):
+        name = ""
+    sys.stderr.write(f"{name}{line}\n")
     sys.stderr.flush()
 
 
-def _tell_mistakes(ranks: Sequence[_Rank]) -> None:
-    """Print what mien itself has said in other ranks than the first, each line once."""
+def _relay_complaints(ended: Sequence[Ended], lost: Ended | None) -> None:
+    """Print what mien has said in other ranks than the first: each line once, and nothing of a rank
+    that was lost, of which the launcher knows most."""
     told: set[str] = set()
-    for rank in ranks:
-        for text in rank.mistakes:
-            if rank.number > 0 and text not in told:
-                _relay(f"rank {rank.number}: {text}")
-            told.add(text)
+    for rank in sorted(ended, key=lambda each: each.rank):
+        for line in rank.complaints:
+            is_of_lost = lost is not None and f"pid {lost.pid}" in line
+            if rank.rank > 0 and line not in told and not is_of_lost:
+                _relay(rank.rank, line)
+            told.add(line)
 
 
 def _variables(places: Sequence[Place], restart: int) -> dict[str, str]:
