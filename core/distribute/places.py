@@ -53,7 +53,7 @@ def places_on_cpu(config: DistributeConfig) -> list[Place]:
             f"distribute.gpus is {config.gpus}, but train.device is cpu; say how many processes, "
             "such as --gpus 2, or leave one of them out"
         )
-    return [Place("CPU") for _ in range(int(config.gpus))]
+    return [Place(f"CPU process {number}") for number in range(int(config.gpus))]
 
 
 def num_planned(config: DistributeConfig, num_gpus: int) -> int:

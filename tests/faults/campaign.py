@@ -24,6 +24,7 @@ import disks
 import faces
 import kills
 import locks
+import lost_ranks
 import strangers
 import terminals
 import trial
@@ -32,6 +33,7 @@ from course import SKIPPED, Cases, Failed, Workshop
 FAULTS: dict[str, Callable[[Workshop, int, int], Cases]] = {
     "kill": kills.kills,
     "kill-in-stage-change": kills.kills_in_a_stage_change,
+    "kill-rank": lost_ranks.kills,
     "disk-full": disks.full,
     "disk-read-only": disks.read_only,
     "fsync-fails": disks.failing_fsync,
@@ -120,6 +122,7 @@ def main() -> int:
     counts = dict.fromkeys(FAULTS, 1 if args.short else ALL)
     counts["kill"] = args.kills - args.kills // 3
     counts["kill-in-stage-change"] = args.kills // 3
+    counts["kill-rank"] = 3 if args.short else args.kills // 4
     trial.warm_up()
     rows = []
     with tempfile.TemporaryDirectory(prefix="mien-faults-") as root:

@@ -6,9 +6,11 @@ save, so that whatever a disturbed one has saved can be compared with it, bit fo
 
 import contextlib
 import copy
+import functools
 import itertools
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +170,36 @@ class Workshop:
         words = self.words(course, model_dir, until or course.until, *more)
         return Trial(words, output, sabotage)
 
+    def start_ranks(
+        self,
+        course: Course,
+        model_dir: Path,
+        *more: str,
+        sabotages: dict[int, Sabotage] | None = None,
+    ) -> list[Trial]:
+        """Two ranks that train the course together, under way.
+
+        Args:
+            course: What is trained.
+            model_dir: Folder of the model.
+            more: Further words of the command line.
+            sabotages: By rank, what is spoilt in it first.
+        """
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = str(server.getsockname()[1])
+        words = self.words(course, model_dir, course.until, *more)
+        variables = {
+            **{"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+        }
+        trials = []
+        for rank in range(2):
+            own = variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            sabotage = (sabotages or {}).get(rank)
+            output = self.root / f"trial{next(self._numbers)}"
+            trials.append(Trial(words, output, functools.partial(_become, own, sabotage)))
+        return trials
+
     def train(
         self,
         course: Course,
@@ -187,13 +219,26 @@ class Workshop:
             outcome = self.train(
                 course, path, "--set", "save.keep_generations=100", sabotage=count_calls(report)
             )
-            require(outcome.code == 0, f"the straight run of {course.name}: {outcome.told}")
-            self._straight[course.name] = Straight(
-                saves={saved.iterations: saved for saved in all_saves(path)},
-                seconds=outcome.seconds,
-                num_calls=report.stat().st_size,
-            )
+            self.keep_straight(course, path, outcome, report)
         return self._straight[course.name]
+
+    def keep_straight(
+        self, course: Course, model_dir: Path, outcome: Outcome, report: Path
+    ) -> None:
+        """Have later runs of the course compared with this one, which nothing has disturbed.
+
+        Args:
+            course: What was trained.
+            model_dir: Folder with all its saves.
+            outcome: How it has ended.
+            report: File of `count_calls`.
+        """
+        require(outcome.code == 0, f"the straight run of {course.name}: {outcome.told}")
+        self._straight[course.name] = Straight(
+            saves={saved.iterations: saved for saved in all_saves(model_dir)},
+            seconds=outcome.seconds,
+            num_calls=report.stat().st_size,
+        )
 
     def finish(self, course: Course, model_dir: Path, *more: str) -> Outcome:
         """Resume to the end of the course; the model must then be the straight run's."""
@@ -217,6 +262,13 @@ class Workshop:
             assert copied is not None
             require(path.name.split("_")[-2] == str(copied.iterations), f"{path.name} is another")
             _compare(copied, straight[copied.iterations])
+
+
+def _become(variables: dict[str, str], sabotage: Sabotage | None) -> None:
+    """Be a rank, with something spoilt."""
+    os.environ.update(variables)
+    if sabotage:
+        sabotage()
 
 
 def newest(model_dir: Path) -> Saved | None:

@@ -1,0 +1,105 @@
+"""One of two ranks is killed at any moment: the other ends at once and says why, nothing that was
+saved is lost, and the resume is the same training.
+"""
+
+import functools
+import random
+import shutil
+import time
+
+from course import Cases, Course, Workshop, leftovers, newest, require
+from trial import TIMEOUT_S, Outcome, Trial, count_calls, die_at_call
+
+_COURSE = Course("two ranks", 10)
+
+_ENDS_WITHIN_S = 10.0
+"""Seconds within which a rank that has lost the other one must have ended."""
+
+
+class _Chain:
+    """One model folder after another, trained by two ranks of which one is killed."""
+
+    def __init__(self, shop: Workshop, moments: random.Random) -> None:
+        self._shop, self._moments = shop, moments
+        self._folder = shop.new_folder()
+        self._seconds, self._num_calls = self._train_straight()
+
+    def _train_straight(self) -> tuple[float, int]:
+        """Seconds that the training takes from its start report, and calls that change the disk."""
+        folder = self._shop.new_folder()
+        report = folder.parent / "calls"
+        keep_all = ("--set", "save.keep_generations=100")
+        trials = self._shop.start_ranks(
+            _COURSE, folder, *keep_all, sabotages={0: count_calls(report)}
+        )
+        began = _wait_for_start(trials)
+        outcomes = [trial.end() for trial in trials]
+        self._shop.keep_straight(_COURSE, folder, outcomes[0], report)
+        require(outcomes[1].code == 0, f"rank 1: {outcomes[1].told}")
+        return time.monotonic() - began, report.stat().st_size
+
+    def kill(self, rank: int, *, by_time: bool) -> str:
+        """Resume and have a rank killed once, before the end of the course."""
+        seen = None
+        while seen is None:
+            seen = self._resume(rank, by_time=by_time)
+        return seen
+
+    def _resume(self, victim: int, *, by_time: bool) -> str | None:
+        """What the kill left; None where the course was done before it."""
+        shop, folder = self._shop, self._folder
+        done = newest(folder)
+        number = self._moments.randint(1, self._num_calls)
+        sabotages = {} if by_time else {victim: die_at_call(number)}
+        trials = shop.start_ranks(_COURSE, folder, sabotages=sabotages)
+        if by_time:
+            _wait_for_start(trials)
+            time.sleep(self._moments.uniform(0.0, self._seconds))
+            trials[victim].kill()
+        killed = trials[victim].end()
+        killed_at = time.monotonic()
+        survivor = trials[1 - victim].end()
+        seen = None
+        if killed.was_killed and survivor.code != 0:
+            require(time.monotonic() - killed_at < _ENDS_WITHIN_S, "the survivor took too long")
+            seen = self._judge(victim, trials, survivor, done.iterations if done else 0)
+        else:
+            require({killed.code, survivor.code} <= {0, -9}, f"{killed.told} {survivor.told}")
+        shop.compare(_COURSE, folder)
+        if (last := newest(folder)) and last.iterations == _COURSE.until:
+            shutil.rmtree(folder.parent)
+            self._folder = shop.new_folder()
+        return seen
+
+    def _judge(self, victim: int, trials: list[Trial], survivor: Outcome, before: int) -> str:
+        require(survivor.code == 3, f"the survivor ended with {survivor.code}: {survivor.told}")
+        name = f"rank {victim} (pid {trials[victim].pid})"
+        lines = [line for line in survivor.told.splitlines() if name in line]
+        require(len(lines) == 1, f"told of {name}: {survivor.told[-400:]}")
+        require("Traceback" not in survivor.error, survivor.error[-400:])
+        require(not list(self._folder.glob("crash_report*")), "a survivor has written a report")
+        last = newest(self._folder)
+        events = trials[0].events()
+        told = max([before, *(e["iteration"] for e in events if e["event"] == "save")])
+        saved = last.iterations if last else 0
+        require(saved >= told, f"iteration {told} was saved, {saved} is left")
+        what = "while something was being written" if leftovers(self._folder) else "between writes"
+        return f"rank {victim} lost {what}"
+
+
+def kills(shop: Workshop, count: int, seed: int) -> Cases:
+    """Kill either rank at random times, and the first at random calls that change the disk."""
+    chain = _Chain(shop, random.Random(seed))
+    for number in range(count):
+        rank, by_time = number % 2, number % 4 != 2
+        how = "at a random time" if by_time else "at a random call"
+        yield f"rank {rank} {how}", functools.partial(chain.kill, rank, by_time=by_time)
+
+
+def _wait_for_start(trials: list[Trial]) -> float:
+    """The moment at which the first rank reports the start."""
+    until = time.monotonic() + TIMEOUT_S
+    while not any(event["event"] == "start" for event in trials[0].events()):
+        require(time.monotonic() < until, "the ranks have not started")
+        time.sleep(0.005)
+    return time.monotonic()
