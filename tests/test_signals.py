@@ -152,6 +152,15 @@ def test_the_second_one_ends_it_unless_the_terminal_was_closed(signals, ends):
     child.stdout.close()
 
 
+def test_one_of_several_processes_notes_a_signal_once_and_is_ended_by_none():
+    noted = []
+    with StopRequest(can_insist=False) as stop:
+        stop.when_noted.append(lambda: noted.append(stop.signal_name))
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        assert noted == ["SIGTERM"]
+
+
 def test_where_nothing_is_to_be_saved_a_signal_ends_even_a_call_that_waits(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with StopRequest() as stop:

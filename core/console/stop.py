@@ -28,8 +28,8 @@ class StopRequest:
     Args:
         should_stop: Function that is called between steps, in the thread that trains, and makes
             the request when it returns true; None: none.
-        can_insist: Whether a second signal ends the process; not of one among several, which
-            whoever started them ends together.
+        can_insist: Whether a second signal ends the process; else it is nothing. Of one among
+            several processes: it may come to each twice, and whoever started them can end them.
     """
 
     def __init__(
@@ -76,6 +76,8 @@ class StopRequest:
             self.is_abrupt = False
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if not self._can_insist and self._signal_name is not None:
+            return
         if self._can_insist and number in _INSISTENT:
             # A save that hangs must not make the program one that cannot be stopped.
             for each in _INSISTENT:
