@@ -65,8 +65,10 @@ class _Chain:
             seen = self._judge(victim, trials, survivor, done.iterations if done else 0)
         else:
             require({killed.code, survivor.code} <= {0, -9}, f"{killed.told} {survivor.told}")
-        shop.compare(_COURSE, folder)
-        if (last := newest(folder)) and last.iterations == _COURSE.until:
+        last = newest(folder)
+        if last:
+            shop.compare(_COURSE, folder)
+        if last and last.iterations == _COURSE.until:
             shutil.rmtree(folder.parent)
             self._folder = shop.new_folder()
         return seen
