@@ -123,6 +123,22 @@ sys.exit(3)
     assert (code, reported) == (3, ["restart 1 of 1 goes on with GPU 0, GPU 3"])
 
 
+def test_the_others_can_see_how_a_rank_has_ended(run, tmp_path, capfd):
+    script = f"""
+if rank == 1:
+    with open("{tmp_path}/own", "w") as file: file.write(str(os.getpid()))
+    os.rename("{tmp_path}/own", "{tmp_path}/pid")
+    os.kill(os.getpid(), signal.SIGKILL)
+stat = ""
+while not stat.endswith(" 9"):
+    if os.path.exists("{tmp_path}/pid"):
+        with open("{tmp_path}/pid") as file: pid = file.read()
+        with open(f"/proc/{{pid}}/stat") as file: stat = file.read().strip()
+sys.exit(3)
+"""
+    assert run(script) == (3, [])
+
+
 def test_the_run_goes_on_with_the_places_that_are_left(run, capfd):
     script = """
 if restart == 0 and rank == 1: os.kill(os.getpid(), signal.SIGSEGV)

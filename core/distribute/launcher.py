@@ -181,6 +181,7 @@ class Launcher:
         deadline: float | None = None
         with selectors.DefaultSelector() as selector:
             self._start(command, places, restart, selector)
+            started = self._ranks
             while self._ranks:
                 left_s = None if deadline is None else max(deadline - time.monotonic(), 0)
                 ready = {key.data: None for key, _ in selector.select(left_s)}
@@ -194,6 +195,9 @@ class Launcher:
                 if deadline is not None and time.monotonic() >= deadline:
                     self._kill()
                     deadline += _GRACE_S
+        # Only now: until then the others can see how a process has ended.
+        for rank in started:
+            rank.reap()
         return ended
 
     def _start(
@@ -214,7 +218,7 @@ class Launcher:
                 stderr=subprocess.PIPE,
                 preexec_fn=functools.partial(_end_with, os.getpid()),
             )
-            self._ranks.append(_Rank(number, place, process, selector))
+            self._ranks = [*self._ranks, _Rank(number, place, process, selector)]
         if self.stopped_by:  # meanwhile
             self._send(self.stopped_by, self._ranks)
 
@@ -233,12 +237,12 @@ class Launcher:
 
     def _send(self, number: signal.Signals, ranks: Iterable["_Rank"]) -> None:
         for rank in ranks:
-            rank.process.send_signal(number)
+            rank.send(number)
 
     def _kill(self) -> None:
         for rank in self._ranks:
             rank.was_killed = True
-            rank.process.kill()
+            rank.send(signal.SIGKILL)
 
 
 class _Rank:
@@ -269,17 +273,27 @@ class _Rank:
         for handle in (self._handle, self._stderr):
             selector.register(handle, selectors.EVENT_READ, self)
 
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; one that has ended stays as it is."""
+        signal.pidfd_send_signal(self._handle, number)
+
     def look(self) -> Ended | None:
         """Relay what it has written; how it ended, where it has."""
-        code = self.process.poll()  # first: what it has written before is there
+        # First: what it has written before its end is there by then.
+        end = os.waitid(os.P_PIDFD, self._handle, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if not self._stderr.closed:
-            self._relay(is_last=code is not None)
-        if code is None:
+            self._relay(is_last=end is not None)
+        if end is None:
             return None
+        code = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
         self._selector.unregister(self._handle)
-        os.close(self._handle)
         complaints = tuple(self._complaints)
         return Ended(self.number, self.place, self.process.pid, code, self.was_killed, complaints)
+
+    def reap(self) -> None:
+        """Let go of the process, which has ended."""
+        self.process.wait()
+        os.close(self._handle)
 
     def _relay(self, *, is_last: bool) -> None:
         written = b""
