@@ -34,6 +34,7 @@ FAULTS: dict[str, Callable[[Workshop, int, int], Cases]] = {
     "kill": kills.kills,
     "kill-in-stage-change": kills.kills_in_a_stage_change,
     "kill-rank": lost_ranks.kills,
+    "stop-rank": lost_ranks.stops,
     "disk-full": disks.full,
     "disk-read-only": disks.read_only,
     "fsync-fails": disks.failing_fsync,
@@ -122,6 +123,7 @@ def main() -> int:
     counts = dict.fromkeys(FAULTS, 1 if args.short else ALL)
     counts["kill"] = args.kills - args.kills // 3
     counts["kill-in-stage-change"] = args.kills // 3
+    counts["stop-rank"] = 3 if args.short else args.kills // 10
     counts["kill-rank"] = 3 if args.short else args.kills // 4
     trial.warm_up()
     rows = []

@@ -93,6 +93,9 @@ class Course:
     recipe: str = ""
 
 
+KEEP_ALL = ("--set", "save.keep_generations=100")
+"""Words that have a straight run keep every save."""
+
 COURSES = {
     course.name: course
     for course in (
@@ -211,34 +214,29 @@ class Workshop:
         """A training of the course, ended."""
         return self.start(course, model_dir, *more, until=until, sabotage=sabotage).end()
 
-    def straight(self, course: Course) -> Straight:
-        """The course without a disturbance; all its saves are kept."""
+    def straight(
+        self, course: Course, train: Callable[[Path, Path], Outcome] | None = None
+    ) -> Straight:
+        """The course without a disturbance; all its saves are kept.
+
+        Args:
+            course: What is trained.
+            train: Trains it in a folder, with a file for `count_calls`; None: in one process.
+        """
         if course.name not in self._straight:
             path = self.new_folder()
             report = path.parent / "calls"
-            outcome = self.train(
-                course, path, "--set", "save.keep_generations=100", sabotage=count_calls(report)
+            outcome = (train or functools.partial(self._train_straight, course))(path, report)
+            require(outcome.code == 0, f"the straight run of {course.name}: {outcome.told}")
+            self._straight[course.name] = Straight(
+                saves={saved.iterations: saved for saved in all_saves(path)},
+                seconds=outcome.seconds,
+                num_calls=report.stat().st_size,
             )
-            self.keep_straight(course, path, outcome, report)
         return self._straight[course.name]
 
-    def keep_straight(
-        self, course: Course, model_dir: Path, outcome: Outcome, report: Path
-    ) -> None:
-        """Have later runs of the course compared with this one, which nothing has disturbed.
-
-        Args:
-            course: What was trained.
-            model_dir: Folder with all its saves.
-            outcome: How it has ended.
-            report: File of `count_calls`.
-        """
-        require(outcome.code == 0, f"the straight run of {course.name}: {outcome.told}")
-        self._straight[course.name] = Straight(
-            saves={saved.iterations: saved for saved in all_saves(model_dir)},
-            seconds=outcome.seconds,
-            num_calls=report.stat().st_size,
-        )
+    def _train_straight(self, course: Course, model_dir: Path, report: Path) -> Outcome:
+        return self.train(course, model_dir, *KEEP_ALL, sabotage=count_calls(report))
 
     def finish(self, course: Course, model_dir: Path, *more: str) -> Outcome:
         """Resume to the end of the course; the model must then be the straight run's."""

@@ -1,13 +1,15 @@
-"""One of two ranks is killed at any moment: the other ends at once and says why, nothing that was
-saved is lost, and the resume is the same training.
+"""One of two ranks is killed or stopped at any moment: the other ends with it and says why, nothing
+that was saved is lost, and the resume is the same training.
 """
 
+import dataclasses
 import functools
 import random
 import shutil
 import time
+from pathlib import Path
 
-from course import Cases, Course, Workshop, leftovers, newest, require
+from course import KEEP_ALL, Cases, Course, Straight, Workshop, leftovers, newest, require
 from trial import TIMEOUT_S, Outcome, Trial, count_calls, die_at_call
 
 _COURSE = Course("two ranks", 10)
@@ -22,21 +24,7 @@ class _Chain:
     def __init__(self, shop: Workshop, moments: random.Random) -> None:
         self._shop, self._moments = shop, moments
         self._folder = shop.new_folder()
-        self._seconds, self._num_calls = self._train_straight()
-
-    def _train_straight(self) -> tuple[float, int]:
-        """Seconds that the training takes from its start report, and calls that change the disk."""
-        folder = self._shop.new_folder()
-        report = folder.parent / "calls"
-        keep_all = ("--set", "save.keep_generations=100")
-        trials = self._shop.start_ranks(
-            _COURSE, folder, *keep_all, sabotages={0: count_calls(report)}
-        )
-        began = _wait_for_start(trials)
-        outcomes = [trial.end() for trial in trials]
-        self._shop.keep_straight(_COURSE, folder, outcomes[0], report)
-        require(outcomes[1].code == 0, f"rank 1: {outcomes[1].told}")
-        return time.monotonic() - began, report.stat().st_size
+        self._straight = _straight(shop)
 
     def kill(self, rank: int, *, by_time: bool) -> str:
         """Resume and have a rank killed once, before the end of the course."""
@@ -49,12 +37,12 @@ class _Chain:
         """What the kill left; None where the course was done before it."""
         shop, folder = self._shop, self._folder
         done = newest(folder)
-        number = self._moments.randint(1, self._num_calls)
+        number = self._moments.randint(1, self._straight.num_calls)
         sabotages = {} if by_time else {victim: die_at_call(number)}
         trials = shop.start_ranks(_COURSE, folder, sabotages=sabotages)
         if by_time:
-            _wait_for_start(trials)
-            time.sleep(self._moments.uniform(0.0, self._seconds))
+            _wait_for("start", trials)
+            time.sleep(self._moments.uniform(0.0, self._straight.seconds))
             trials[victim].kill()
         killed = trials[victim].end()
         killed_at = time.monotonic()
@@ -98,10 +86,51 @@ def kills(shop: Workshop, count: int, seed: int) -> Cases:
         yield f"rank {rank} {how}", functools.partial(chain.kill, rank, by_time=by_time)
 
 
-def _wait_for_start(trials: list[Trial]) -> float:
-    """The moment at which the first rank reports the start."""
+def stops(shop: Workshop, count: int, seed: int) -> Cases:
+    """Send SIGTERM soon after the first save to the second rank, to the first, to both."""
+    moments = random.Random(seed)
+
+    def stop(ranks: tuple[int, ...]) -> str:
+        folder = shop.new_folder()
+        trials = shop.start_ranks(_COURSE, folder)
+        _wait_for("save", trials)
+        time.sleep(moments.uniform(0.0, 0.05))
+        for rank in ranks:
+            trials[rank].stop()
+        first, second = (trial.end() for trial in trials)
+        require(first.code == second.code, f"{first.code}: {first.told}; {second.told}")
+        require(first.code in (0, 4), f"ended with {first.code}: {first.told}")
+        require(not (left := leftovers(folder)), f"left over: {left}")
+        last = newest(folder)
+        saved, stopped = last.iterations if last else 0, first.events[-1]["iteration"]
+        require(saved == stopped, f"stopped at {stopped}, {saved} is saved")
+        _straight(shop)  # what it is compared with
+        shop.compare(_COURSE, folder)
+        return "done before" if first.code == 0 else "stopped together"
+
+    for number in range(count):
+        ranks = ((1,), (0,), (0, 1))[number % 3]
+        yield f"SIGTERM to {' and '.join(map(str, ranks))}", functools.partial(stop, ranks)
+
+
+def _straight(shop: Workshop) -> Straight:
+    """The course of two ranks, undisturbed, and how long it takes from its start report."""
+
+    def train(folder: Path, report: Path) -> Outcome:
+        sabotages = {0: count_calls(report)}
+        trials = shop.start_ranks(_COURSE, folder, *KEEP_ALL, sabotages=sabotages)
+        began = _wait_for("start", trials)
+        first, second = (trial.end() for trial in trials)
+        require(second.code == 0, f"rank 1: {second.told}")
+        return dataclasses.replace(first, seconds=time.monotonic() - began)
+
+    return shop.straight(_COURSE, train)
+
+
+def _wait_for(event: str, trials: list[Trial]) -> float:
+    """The moment at which the first rank reports an event."""
     until = time.monotonic() + TIMEOUT_S
-    while not any(event["event"] == "start" for event in trials[0].events()):
-        require(time.monotonic() < until, "the ranks have not started")
+    while not any(told["event"] == event for told in trials[0].events()):
+        require(time.monotonic() < until, f"no {event} is told")
         time.sleep(0.005)
     return time.monotonic()

@@ -103,6 +103,10 @@ class Trial:
         """End it as `kill -9` does."""
         os.kill(self.pid, signal.SIGKILL)
 
+    def stop(self) -> None:
+        """Ask it to end, as SIGTERM does."""
+        os.kill(self.pid, signal.SIGTERM)
+
     def end(self, kill_after_s: float | None = None) -> Outcome:
         """Wait for its end; kill it after so many seconds. One that hangs is killed by SIGABRT."""
         limit, number = TIMEOUT_S, signal.SIGABRT
