@@ -107,6 +107,7 @@ def _train(
     from ..core.console.outcome import Outcome
     from ..core.console.reporter import Reporter
     from ..core.console.requests import Requests
+    from ..core.console.stop import StopRequest
     from ..core.training.unattended import train
     from .acknowledge import acknowledge
     from .rank import train_as_rank
@@ -115,8 +116,10 @@ def _train(
         return train_as_rank(overrides, recipe, ranks, as_json=as_json)
     reporter = Reporter(as_json=as_json, level=overrides.sections["log"].level)
     try:
-        with Requests() as requests:
-            requests.stop.when_noted.append(lambda: acknowledge(requests.stop))
+        # A launcher of ranks may have started one only; a signal comes to that twice all the same.
+        stop = StopRequest(can_insist=ranks is None)
+        with Requests(stop) as requests:
+            stop.when_noted.append(lambda: acknowledge(stop))
             return train(overrides, reporter, recipe, requests)
     except SaveError as error:  # before the first step; later the loop tells of it
         complain("train", error)
