@@ -264,6 +264,7 @@ def test_a_second_signal_ends_all_at_once(launched):
         ("-D mirrored", "distribute.gpus=all", "distribute.gpus is all; the batch is that of all"),
         ("-D mirrored --gpus 0,2", "distribute.gpus=0,2", "distribute.gpus is all"),
         ("--distributed", "distribute.gpus=all", "distribute.gpus is all; the batch is that"),
+        ("-D central-storage", "optimizer.placement=host", "optimizer.placement is host"),
     ],
 )
 def test_strategies_of_faceswap_are_translated_and_told(words, meant, told, capsys):
