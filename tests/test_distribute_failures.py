@@ -33,36 +33,41 @@ def _until(event, lines):
     return pytest.fail(f"the output has ended without {event}")
 
 
-@pytest.mark.slow
-def test_a_run_goes_on_without_a_lost_rank_and_ends_with_its_launcher(sides, tmp_path):
-    """One command: two ranks, of which one is killed; then one rank, whose launcher is killed."""
-    model_dir = tmp_path / "model"
-    words = train_words(sides, model_dir, "-b", "4", "-s", "20", "--json", "--gpus", "2")
-    process = subprocess.Popen(
+@pytest.fixture
+def launched(sides, tmp_path):
+    """A launcher of two ranks of the CPU, which ends with the test; its streams are pipes."""
+    words = train_words(sides, tmp_path / "model", "-b", "4", "-s", "20", "--json", "--gpus", "2")
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(
         [sys.executable, "-m", "mien.cli", *words, "--restarts", "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with process, process.stdout as lines, process.stderr as errors:
-        saved = _until("save", lines)
-        ranks = _children(process.pid)
-        os.kill(ranks[1], signal.SIGKILL)
-        stop = _until("stop", lines)
-        assert stop["exit_code"] == 3
-        assert stop["reason"].startswith(f"rank 1 (pid {ranks[1]}) ended with signal 9; iteration ")
-        assert errors.readline() == "mien train: restart 1 of 1 goes on with CPU process 0\n"
-        start = _until("start", lines)
-        assert start["iteration"] >= saved["iteration"]
-        _until("step", lines)
+        **pipes,
+    ) as process:
+        yield process
         process.kill()
-        stop = _until("stop", lines)
-        assert stop["exit_code"] == 4
-        assert lines.read() == "", "the end of the last process that holds it"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_without_a_lost_rank_and_ends_with_its_launcher(launched, tmp_path):
+    """One command: two ranks, of which one is killed; then one rank, whose launcher is killed."""
+    lines = launched.stdout
+    saved = _until("save", lines)
+    ranks = _children(launched.pid)
+    os.kill(ranks[1], signal.SIGKILL)
+    stop = _until("stop", lines)
+    assert stop["exit_code"] == 3
+    assert stop["reason"].startswith(f"rank 1 (pid {ranks[1]}) ended with signal 9; iteration ")
+    start = _until("start", lines)
+    assert start["iteration"] >= saved["iteration"]
+    _until("step", lines)
+    launched.kill()
+    stop = _until("stop", lines)
+    assert stop["exit_code"] == 4
+    assert lines.read() == "", "the end of the last process that holds it"
     assert stop["iteration"] > start["iteration"]
+    assert "mien train: restart 1 of 1 goes on with CPU process 0\n" in launched.stderr.readlines()
+    model_dir = tmp_path / "model"
     assert Generations(model_dir).manifests()[0].iterations == stop["iteration"]
     assert not list(model_dir.glob("crash_report*"))
 
