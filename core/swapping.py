@@ -212,7 +212,6 @@ class BatchDecoder:
             faces_nhwc: Up to a batch of faces at the model's input size, BGR, float32 in 0..1.
         """
         count = len(faces_nhwc)
-        # A view: the copy to the device or number format brings it into order.
         faces_nchw = torch.from_numpy(faces_nhwc).permute(0, 3, 1, 2)
         if self._model.device.type == "cuda":
             with torch.cuda.device(self._model.device):

@@ -216,7 +216,6 @@ class Converter:
         input_23 = placed.face.frame_matrix(self._crop)
         matrix_23 = rescaled(input_23, self._output_px / self._crop.size_px)
         try:
-            # Drawn at the output's size: a mask of the frame's size would be resized on the way.
             mask_ss = face_mask(self._options, placed.face, matrix_23, self._output_px, learned_ss)
         except FaceFileError as error:
             raise ValueError(f"{placed.face.path}: {error}") from None

@@ -117,7 +117,6 @@ def _patches(
     middle = slice(pad, pad + out_px)
     targets_snffc = targets[..., :3].astype(np.float32) / 255.0
     pictures = predictions[..., :3].astype(np.float32) / 255.0
-    # Taken before the corners are painted, since these reach into the middle.
     filled = _rows_of(targets_snffc[:, :, middle, middle], pictures)
     # The middle as it is in the target is wanted after the corners were painted.
     around_snffc = targets_snffc.copy()

@@ -94,7 +94,6 @@ class Pictures:
 
     def keep(self, look: Look) -> None:
         """Keep what a save makes of the faces, to be compared with others."""
-        # Zero switches the history off.
         most, iteration = self._settings.history, look.iteration
         if not most:
             return
