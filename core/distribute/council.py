@@ -97,10 +97,13 @@ class Council:
             ahead: Iterations after which an event follows that the first rank knows of.
             peak_mib: Peak memory of this rank.
         """
+        # The first rank alone says when: of the others 0, which the largest of all passes over.
         following = iterations + self._pace(iterations, ahead) if self.ranks.is_first else 0
+        # One collective for all four: a meeting costs its latency, not its bytes.
         own = [self._stop_number(), int(wants_others), following, peak_mib]
         stop_number, attended, self.next_meeting, self.peak_mib = self.group.max(own)
         self._obey(stop_number)
+        # A stop makes them attend, too: what it is followed by, the first rank says.
         return bool(attended or stop_number)
 
     def call(self, call: Call, number: int = 0) -> None:
@@ -117,6 +120,7 @@ class Council:
 
     def await_call(self) -> tuple[Call, int]:
         """What the first rank has this one do, and the number that goes with it."""
+        # Zeros, so that the largest is what the first rank says.
         call, number, stop_number = self.group.max([0, 0, self._stop_number()])
         self._obey(stop_number)
         if call == Call.GO_ON:
@@ -128,6 +132,7 @@ class Council:
         now = time.monotonic()
         count, seconds = iterations - self._met_at, now - self._met_s
         self._met_at, self._met_s = iterations, now
+        # By the speed since the last meeting: iterations take from a millisecond to seconds.
         by_time = int(_PACE_S * count / seconds) if count and seconds > 0 else 1
         return max(1, min(by_time, ahead, _MOST_AHEAD))
 
@@ -140,6 +145,7 @@ class Council:
 
     def _obey(self, number: int) -> None:
         """Take a stop that another rank was asked for as one's own."""
+        # One that this rank was asked for itself stays, for it names what its user did.
         if number and not self.stop.signal_name:
             is_signal = number != _A_REQUEST
             self.stop.signal_name = signal.Signals(number).name if is_signal else "a request"

@@ -38,6 +38,7 @@ class Exchange:
     ):
         device = parameters[0].device
         self.layout, self.send, self.then = layout, send, then
+        # Made once: a CUDA graph replays the addresses that it was captured with.
         self.flat = layout.new_flat(wire, device)
         self.sums, self.parts = layout.views(self.flat), layout.parts_of(self.flat)
         self.is_first, self.is_due = True, True
@@ -60,9 +61,11 @@ class Exchange:
     def _handle(self, index: int, gradients: list[Tensor]) -> None:
         sums = [self.sums[number] for number in self.layout.parts[index]]
         if self.is_first:
+            # A copy and no fill before an addition: one launch less, and no stale numbers.
             torch._foreach_copy_(sums, gradients)
         else:
             torch._foreach_add_(sums, gradients)
         if self.is_due:
+            # Only where the sum is whole: between, nothing of an accumulation leaves the rank.
             self.send(self.parts[index])
             self.then(index)

@@ -57,6 +57,7 @@ class Layout:
         element_bytes: int,
     ):
         self.num_ranks = num_ranks
+        # The strides too: weights of convolutions lie channels last, and views keep that.
         self.shapes = [(each.shape, each.stride()) for each in parameters]
         self.sizes = sizes = [each.numel() for each in parameters]
         self.parts = grouped(order, sizes, PART_BYTES // element_bytes)
@@ -73,6 +74,7 @@ class Layout:
             first = end
             for number in part:
                 self.starts[number] = end
+                # Room is left behind a tensor, not before it: the first begins the part.
                 end = _rounded_up(end + sizes[number], ALIGNMENT)
             end = first + _rounded_up(end - first, ALIGNMENT * num_ranks)
             self.spans.append((first, end))
@@ -101,6 +103,7 @@ class Layout:
         first, end = self.spans[index]
         slice_length = (end - first) // self.num_ranks
         low = first + rank * slice_length
+        # Each part gives every rank the same share, so one's own slices lie without gaps.
         shift = first // self.num_ranks - low
         pieces = []
         for number in self.parts[index]:
@@ -109,6 +112,7 @@ class Layout:
             length = min(start + self.sizes[number], low + slice_length) - begin
             if length > 0:
                 pieces.append(Piece(number, begin - start, length, begin, begin + shift))
+        # Never none: the tables and the partial sums of a part need one tensor at least.
         last = self.parts[index][-1]
         return pieces or [Piece(last, self.sizes[last], ALIGNMENT, low, low + shift)]
 

@@ -94,6 +94,7 @@ class Prediction:
 
 def wire_bytes(num_bytes: int, num_gpus: int) -> float:
     """Bytes that each GPU sends, and receives, to sum so many bytes over all GPUs."""
+    # Of a ring: each rank passes on all but its own part, once to sum and once to spread.
     return 2 * (num_gpus - 1) / num_gpus * num_bytes
 
 
@@ -126,6 +127,7 @@ def _exchange_s(one: StepTime, num_gpus: int, link: Link) -> float:
 
 
 def _open_s(exchange_s: float, one: StepTime, link: Link) -> float:
+    # A CPU sums on the cores that compute, so nothing of it is hidden.
     if not link.is_beside:
         return exchange_s
     return max(_OPEN_SHARE * exchange_s, exchange_s - _HIDING_SHARE * one.backward_s)
@@ -146,6 +148,7 @@ def between(small: StepTime, large: StepTime) -> Callable[[int], StepTime]:
 
     def on_line(batch_size: int, low: float, high: float) -> float:
         share = (batch_size - small.batch_size) / (large.batch_size - small.batch_size)
+        # Not below nought, where the line is followed far to the left of both steps.
         return max(low + share * (high - low), 0.0)
 
     def step_at(batch_size: int) -> StepTime:
@@ -225,12 +228,14 @@ def outlook(
         num_gpus: GPUs of the run, at most as many as faces.
         link: Slowest link between them.
     """
+    # The largest share: all wait for the rank that has it.
     run = choose(step_at(math.ceil(batch_size / num_gpus)), num_gpus, link)
     predictions = (choose(step_at(b), num_gpus, link) for b in range(1, _LARGEST_BATCH + 1))
     return Outlook(
         batch_size,
         link,
         run,
+        # The same batch on both sides: a run's result hangs on it, so this is what a user gets.
         step_at(batch_size).step_s / run.step_s,
         choose(step_at(batch_size), num_gpus, link),
         next((each for each in predictions if each.speedup >= _PAYING_SHARE * num_gpus), None),

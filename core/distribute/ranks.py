@@ -38,6 +38,7 @@ class Ranks:
     """Processes of the run on this machine."""
 
     def __post_init__(self) -> None:
+        # Refused here: a wrong place would else show as ranks that wait for one another.
         if not (0 <= self.rank < self.size and 0 <= self.local_rank < self.local_size <= self.size):
             raise ValueError(
                 f"rank {self.rank} of {self.size} with local rank {self.local_rank} of "
@@ -70,6 +71,7 @@ class Ranks:
             )
         rank = self.rank if rank is None else rank
         count, remainder = divmod(batch_size, self.size)
+        # Each of the ranks before this one that has a face more moves it by one.
         return Share(rank * count + min(rank, remainder), count + (rank < remainder))
 
 
@@ -131,6 +133,7 @@ def _number(environment: Mapping[str, str], name: str) -> int:
             f"the environment names a rank, but {name} is not set; start the ranks by "
             "`mien train --gpus`, torchrun or srun, or unset RANK and WORLD_SIZE to train alone"
         )
+    # Bounded, since it is a number of processes; `int` would take signs, spaces and `_` as well.
     if not re.fullmatch(r"[0-9]{1,6}", value):
         raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
     return int(value)

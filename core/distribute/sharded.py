@@ -43,11 +43,14 @@ class ShardedUpdate(MirroredUpdate):
         self._connect()
         parts = range(len(self.layout.parts))
         rank = self.group.ranks.rank
+        # In the order of the parts, which is that of the tables and of the partial sums.
         self.pieces = [each for part in parts for each in self.layout.pieces(part, rank)]
         """Pieces of parameters that this rank moves."""
 
+        # Taken before the weights move: with 16 bits these are the exact ones.
         masters = self.master_weights
         self._lay_out_weights()
+        # One tensor of each kind, so that a save gathers it by one call.
         self.slices = {kind: self._new_slices() for kind in self.rule.moments}
         """What this rank keeps, by kind: its slices of the parts, one behind the other."""
 
@@ -91,6 +94,7 @@ class ShardedUpdate(MirroredUpdate):
         places = self._places({*numbers})
         pieces = [self.pieces[place] for place in places]
         gradients = self._views(self.exchange.flat)
+        # Only there: `norm` clips each parameter by its own, which lies on several ranks.
         by_parameter = len(self.parameters) if self.clipping.kind == "norm" else None
         squares = WholeSquares(self.group, pieces, by_parameter, self.flat_weights.device)
         own = [gradients[place] for place in places]
@@ -119,6 +123,7 @@ class ShardedUpdate(MirroredUpdate):
         assert isinstance(part, SlicedPart)
         self._move(part, part.gradients, part.squares)
         flats = self.layout.parts_of(self.flat_weights)
+        # Without overlap there is one part for all, and its buffer is still sent in pieces.
         for flat in [flats[index]] if self.overlaps else flats:
             self.group.all_gather(flat)
 
@@ -135,11 +140,13 @@ class ShardedUpdate(MirroredUpdate):
             return []
         whole = self.layout.new_flat(torch.float32, torch.device("cpu"))
         for (first, end), part in zip(self.layout.spans, self.layout.parts_of(whole), strict=True):
+            # Where the part's slice lies in the buffer of one rank.
             begin, stop = (place // self.layout.num_ranks for place in (first, end))
             part.copy_(torch.cat([each[begin:stop] for each in slices]))
         return self.layout.views(whole)
 
     def _whole(self, kind: str) -> list[Tensor]:
+        # In fp32 every rank has all weights, as the network computes with them.
         if kind == "weight" and kind not in self.slices:
             return [parameter.detach() for parameter in self.parameters]
         return super()._whole(kind)
@@ -151,6 +158,7 @@ class ShardedUpdate(MirroredUpdate):
         if kind == "weight":
             self.parameters[number].detach().copy_(tensor)
         parameter = self.parameters[number]
+        # In the parameter's order of memory, which the pieces are counted in.
         in_place = torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device)
         flat = in_place.copy_(tensor).as_strided((parameter.numel(),), (1,))
         for place in self._places({number}):
@@ -183,6 +191,7 @@ class WholeSquares:
         counts = [-(-piece.length // CHUNK) for piece in pieces]
         ends = [*itertools.accumulate(counts)]
         # Behind the chunks there is a zero, for parameters of fewer chunks than others.
+        # A table made once: which chunks are whose never changes, and a graph replays it.
         places = torch.full((num_parameters, max(counts)), ends[-1])
         for piece, count, end in zip(pieces, counts, ends, strict=True):
             places[piece.number, :count] = torch.arange(end - count, end)

@@ -34,6 +34,7 @@ class TreeSum:
     ):
         self.group, self.num_summands = group, num_summands
         device = parameters[0].device
+        # Only its places are used: nothing is sent before all is summed.
         layout = Layout(parameters, range(len(parameters)), num_ranks=1, element_bytes=4)
         # One for every level of the tree, and the one that comes from another rank.
         num_flats = max((num_summands - 1).bit_length() + 1, 2)
@@ -66,6 +67,7 @@ class TreeSum:
         distance = 1
         while distance < self.group.ranks.size:
             # Both of a pair add the same two sums, which is the same in either order.
+            # The rank whose number differs in this bit: so pairs are those of the tree.
             self.group.swap(own, other, self.group.ranks.rank ^ distance)
             own.add_(other)
             distance *= 2
@@ -85,5 +87,6 @@ class TreeSum:
             return
         half = count // 2
         self._sum(summand, first, half, level)
+        # One level deeper, since this level's buffer holds the first half meanwhile.
         self._sum(summand, first + half, count - half, level + 1)
         self.flats[level].add_(self.flats[level + 1])

@@ -52,6 +52,7 @@ class MirroredUpdate(Update):
         """Type in which gradients are sent."""
 
         if config.reduce == "fp32" or config.gradient_accumulation > 1:
+            # An accumulation adds up here, and 16 bits would lose the small ones of many.
             self.wire = torch.float32
         self.overlaps, self.is_whole = overlaps, not overlaps
         self.accumulated = 0
@@ -60,6 +61,7 @@ class MirroredUpdate(Update):
         self.gathered: dict[str, list[Tensor]] = {}
         """Whole tensors of kinds that are divided among the ranks, as they are now."""
 
+        # Only now: `_allocate`, which it calls, needs all of the above.
         super().__init__(model, config, precision)
         if overlaps:
             self._split(self.layout.parts)
@@ -90,6 +92,7 @@ class MirroredUpdate(Update):
 
     def end_iteration(self) -> None:
         """Count an iteration, also one that was the replay of a graph."""
+        # An update has changed what was gathered.
         self.gathered.clear()
         self.accumulated = 0 if self._is_due else self.accumulated + 1
 
@@ -106,6 +109,7 @@ class MirroredUpdate(Update):
         this rank's where no update is due."""
         self.exchange.finish(gradients)
         if not self._is_due:
+            # On the device too, where a save reads it; a replay of a graph counts itself.
             self.parts[0].scalars[Scalar.ACCUMULATED_GRADIENTS].add_(1)
         elif not self.overlaps:
             self._move_part(0)
@@ -118,6 +122,7 @@ class MirroredUpdate(Update):
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave, as `Update` does; all ranks call it with the same."""
         super().load(tensors)
+        # Read once, at a load: in a step it would wait for the GPU.
         self.accumulated = int(self.parts[0].scalars[Scalar.ACCUMULATED_GRADIENTS])
 
     def _send(self, part: Tensor) -> None:
@@ -138,6 +143,7 @@ class MirroredUpdate(Update):
 
     def _gather(self, kind: str) -> list[Tensor]:
         """Tensors of such a kind as a checkpoint holds them, on the first rank at least."""
+        # Another buffer: the sums of this rank go on, for a save is no update.
         total = torch.zeros_like(self.exchange.flat)
         if self.accumulated:
             total.copy_(self.exchange.flat)
