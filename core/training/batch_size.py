@@ -52,6 +52,7 @@ def choose(
 
 def _for_all(size: BatchSize, num_faces: dict[str, int], group: Group) -> BatchSize:
     """The batch of all ranks, where each takes what fits on the rank with the least room."""
+    # The least of all: ranks of unequal GPUs still have equal shares.
     [least] = group.min([size.size])
     num_ranks = group.ranks.size
     total = min(num_ranks * least, *num_faces.values())
@@ -78,6 +79,7 @@ def _fitting(
     if num_faces[side] <= fits:
         why = f"auto: all faces of side {side.upper()}"
         return BatchSize(num_faces[side], "faces", why)
+    # By the sizes there are: a limit between two of them would never be met exactly.
     if fits == max(size for size in memory.batch_sizes() if size <= limit):
         wider = f"; -b auto:{4 * limit} would allow more" if limit <= 64 else ""
         return BatchSize(fits, "limit", f"auto: it goes no further than {limit}{wider}")

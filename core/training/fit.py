@@ -60,6 +60,7 @@ def train(
         # Not without a stream: the reporter takes the program's output where it has none.
         stream = None if echo else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         reporter = Reporter(stream, listener=_listener(on_metrics, on_event))
+        # As a file's settings: the model keeps them for its next session.
         overrides = Overrides(lasting=_overrides_in(config))
         if overrides.sections["distribute"] != DistributeConfig():
             raise ValueError(

@@ -61,5 +61,6 @@ class Follower:
             elif call == Call.SEARCH:
                 follow_search(self.setup, self.council)
             elif call == Call.RATE:
+                # As text of all digits: another rounding would have the ranks take different steps.
                 rate = float(self.council.group.text())
                 self.setup.schedule = replace(self.setup.schedule, base_rate=rate, source="found")

@@ -23,6 +23,7 @@ def gather(setup: StepSetup, group: Group) -> None:
     setup.step.update.gather()
     sums = [0] * group.ranks.size
     sums[group.ranks.rank] = checksum(setup.model.state_dict().values())
+    # The largest of each place, in which all other ranks have 0: a gather of numbers.
     sums = group.max(sums)
     differing = [rank for rank, each in enumerate(sums) if each != sums[0]]
     if differing and group.ranks.is_first:

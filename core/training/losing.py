@@ -29,6 +29,7 @@ def leaving_reasons(group: Group) -> Iterator[None]:
         group.pass_on(lost)
         raise
     except BaseException as error:
+        # One line: it becomes the last line of the other ranks.
         text = str(error).strip().partition("\n")[0]
         code = exit_code_of(error)
         if code == _OWN_FAILURE:

@@ -48,6 +48,7 @@ def check(config: Config, ranks: Ranks = ALONE) -> None:
             f"train.micro_batch is {size}, which is for 1, 2, 4, 8.. processes, got {ranks.size}; "
             "train on as many, or set train.micro_batch to 0"
         )
+    # Evenly, so that the summands of each rank are a whole subtree.
     if batch_size and batch_size % (size * ranks.size):
         raise ValueError(
             f"train.batch_size must be a multiple of {size * ranks.size}, {ranks.size} processes "
@@ -103,6 +104,7 @@ class MicroBatchStep(TrainStep):
         self.size = size
         self.tree = TreeSum(update.parameters, loss.num_values, num_own, group)
         device = update.parameters[0].device
+        # A tensor made once: a graph reads it, and a number would be copied at every step.
         self.weight = torch.tensor(size / batch_size, device=device)
 
     def __call__(
@@ -123,6 +125,7 @@ class MicroBatchStep(TrainStep):
             part = micro_batch(batch, number, self.size)
             outputs = self.forward(part.input_nchw)
             losses = self.loss(outputs, part, scale)
+            # Weighed here, as the gradients are by their scale: the tree adds up both.
             return self.backward(outputs, losses.gradients), losses.row_v * self.weight
 
         return summand

@@ -84,6 +84,7 @@ def open_images(
 def report_warnings(folder: ModelFolder, reporter: Reporter) -> None:
     """Report the warnings of a model folder, each once."""
     while folder.warnings:
+        # Taken out: the folder adds to the same list at every save.
         reporter.warning(folder.warnings.pop(0))
 
 
@@ -96,6 +97,7 @@ def open_logs(
 ) -> Log:
     """Open this session's log; its events and lines are kept in their files from now on."""
     log = _open_log(config, model_dir, state, reporter)
+    # On the stack at once: a start that fails behind this must still close its file.
     stack.callback(_close_log, log, reporter)
     events = model_dir / "logs" / f"session_{state.session.number}" / EVENTS
     reporter.keep_in(
@@ -110,6 +112,7 @@ def open_logs(
 
 def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: Reporter) -> Log:
     """Open the logs of scalars; what refuses is left out, with a warning."""
+    # W&B and TensorBoard show them to others.
     settings = without_private(to_dict(config))
     logs: list[Log] = []
     openings: list[Callable[[], Log]] = [
@@ -124,6 +127,7 @@ def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: R
     if config.log.wandb:
         project = config.log.wandb
         openings.append(lambda: WandbLog(project, model_dir, state.run_id, settings))
+    # Each by itself: W&B that is out of reach must not cost the events on the disk.
     for opening in openings:
         try:
             log = opening()

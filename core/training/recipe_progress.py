@@ -95,6 +95,7 @@ class RecipeProgress:
         """Whether the plateau needs every loss up to this total iteration now."""
         plateau = self.stage.plateau
         done = iterations - self.stage_state.begun
+        # Counted from the stage's begin, so that no window reaches over two stages.
         return plateau is not None and plateau.is_loss and done % plateau.window == 0
 
     def iterations_to_window(self, iterations: int) -> int:
@@ -152,6 +153,7 @@ class RecipeProgress:
     def iterations_left(self, iterations: int, *, at_most: int) -> int:
         """Iterations to the end of the stage as far as one is known, else ``at_most``."""
         stage, state = self.stage, self.stage_state
+        # Minutes and a plateau cannot be foreseen, so only counts are looked at.
         ends = [at_most + iterations]
         if stage.iterations is not None:
             ends.append(state.begun + stage.iterations)
@@ -180,6 +182,7 @@ class RecipeProgress:
     def _take(self, value: float) -> None:
         plateau, state = self.stage.plateau, self.stage_state
         assert plateau is not None
+        # Against the best and not the last: a slow fall in small steps is no improvement either.
         if state.best is None or plateau.is_better(value, state.best):
             state.best, state.stale = value, 0
         else:

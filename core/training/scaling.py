@@ -42,6 +42,7 @@ def outlook_of(
     batch_size = config.train.batch_size
     small, whole, large = (
         step_time(config, precision, device, card, size)
+        # A rank's share and much more than the batch: between them lies all that is asked for.
         for size in (math.ceil(batch_size / num_gpus), batch_size, _GROWTH * batch_size)
     )
     if measured_s is not None:
@@ -57,6 +58,7 @@ def step_time(
     predicted = stretch(work, card)
     is_worth = device.type == "cuda" and overlap.pays(work)
     kind = overlap.choose(config.optimizer, precision, is_worth=is_worth)
+    # As the run itself would choose: beside the backward pass an update adds no time of its own.
     hidden_s = 0.0 if kind is Update else predicted.update_s
     return StepTime(
         batch_size,

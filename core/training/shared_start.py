@@ -28,6 +28,7 @@ def share_start(group: Group, saved: Generation | None, config: Config) -> None:
         saved: The save, whose tensors are on the CPU; None: a new model.
         config: Settings of the session.
     """
+    # As JSON and tensors: nothing that another process sends is to be unpickled.
     group.text(json.dumps({"config": to_dict(config), "saved": saved and _described(saved)}))
     if saved is not None:
         group.broadcast([*saved.model.values(), *(saved.optimizer or {}).values()])
@@ -39,6 +40,7 @@ def follow_start(group: Group) -> tuple[Generation | None, Config]:
     config, described = from_dict(values["config"]), values["saved"]
     if described is None:
         return None, config
+    # In the order in which the first rank has described them, which is that of its broadcasts.
     model, optimizer = _new(described["model"]), _new(described["optimizer"] or {})
     group.broadcast([*model.values(), *optimizer.values()])
     saved = Generation(
@@ -80,6 +82,7 @@ def with_own_threads(config: Config, ranks: Ranks) -> Config:
     """The settings with the threads of this process, where several share the cores of a machine."""
     if ranks.local_size == 1 or config.data.num_threads:
         return config
+    # Else every rank would decode with as many threads as there are cores.
     num_threads = max(1, thread_count(0) // ranks.local_size)
     return replace(config, data=replace(config.data, num_threads=num_threads))
 

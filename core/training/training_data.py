@@ -96,6 +96,7 @@ def open_feed(
     """The feed of batches of these faces, in the number format of the model's input; of several
     ranks each has its share of every batch."""
     input_px, output_px = sizes_of(config)
+    # Of one rank alone it is the whole batch.
     share = ranks.share(config.train.batch_size)
     return Feed(
         {side: opened.store for side, opened in faces.items()},
@@ -118,6 +119,7 @@ def _landmarks(
     """What faces are warped to, where they are warped to landmarks."""
     if not config.augment.warp_to_landmarks:
         return None
+    # Said, since a user who has asked for it would look for its effect.
     if not config.augment.warp:
         reporter.warning("augment.warp is off, so augment.warp_to_landmarks does nothing")
         return None

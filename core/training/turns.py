@@ -22,6 +22,7 @@ def in_turn(group: Group, opened: Callable[[], dict[str, SideFaces]]) -> dict[st
     for is_own_turn in turns:
         if is_own_turn:
             faces = opened()
+            # Before the barrier: a refusal here ends those that wait.
             _check_kept(faces, ranks.local_size)
         group.barrier()
     assert faces is not None  # every rank has a turn

@@ -150,6 +150,7 @@ def _reporting_end(reporter: Reporter, iteration: int, *, is_later: bool) -> Ite
         yield
     except (ValueError, SaveError) as error:
         if is_later:
+            # Of a later session only: the first one's refusal is told by the command itself.
             outcome = Outcome.HALTED if isinstance(error, SaveError) else Outcome.MISTAKE
             reporter.stop(iteration=iteration, reason=str(error), exit_code=outcome)
         raise
@@ -162,6 +163,7 @@ def _session_settings(use_lr_finder: bool) -> dict[str, Any]:
 
 def _free_memory() -> None:
     """Give back what a closed session held of a GPU: there may be no room for two."""
+    # Tensors in circles, as a model with hooks, are freed by the collector alone.
     gc.collect()
     torch.cuda.empty_cache()
 
@@ -193,6 +195,7 @@ class _Rollbacks:
             self.rate_factor = None
             return end
         settings, lowest = setup.config.train, setup.state.lowest_mean_loss
+        # By the state's own record, which only a save with a lower mean has changed.
         if self.lowest is not None and lowest is not None and lowest < self.lowest:
             self.count = 0  # training got further than ever in between
         self.count, self.lowest = self.count + 1, lowest
