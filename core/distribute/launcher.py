@@ -100,6 +100,7 @@ def launch(
             _relay_complaints(ended, lost)
             if lost is None:
                 break
+            # Without the lost one's: a GPU that has failed would most likely fail again.
             places = [place for place in places if place is not lost.place]
             goes_on = restart < restarts and places
             left = ", ".join(place.name for place in places)
@@ -110,6 +111,7 @@ def launch(
                 report(follows)
             if not goes_on:
                 break
+    # By the signal itself, so that a shell or a scheduler sees what has ended it.
     if launcher.insisted_by:
         signal.signal(launcher.insisted_by, signal.SIG_DFL)
         os.kill(os.getpid(), launcher.insisted_by)
@@ -189,6 +191,7 @@ class Launcher:
                     if each is None:
                         continue
                     ended.append(each)
+                    # A new list and no removal: a signal's handler may be walking the old one.
                     self._ranks = [rank for rank in self._ranks if rank.number != each.rank]
                     if deadline is None and _ends_others(each):
                         deadline = time.monotonic() + _GRACE_S
@@ -271,6 +274,7 @@ class _Rank:
         self._complaints: list[str] = []
         os.set_blocking(self._stderr.fileno(), False)
         for handle in (self._handle, self._stderr):
+            # Both wake the launcher: a rank may end without a word, or write and go on.
             selector.register(handle, selectors.EVENT_READ, self)
 
     def send(self, number: signal.Signals) -> None:
@@ -341,6 +345,7 @@ def _relay_complaints(ended: Sequence[Ended], lost: Ended | None) -> None:
 
 def _variables(places: Sequence[Place], restart: int) -> dict[str, str]:
     """What torchrun would have in the environment of all ranks, and the GPUs that they see."""
+    # A free one of the system's choice, so that two runs on a machine do not meet.
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     variables = {

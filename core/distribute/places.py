@@ -24,6 +24,7 @@ def places_on_gpus(
     left = [number for number in range(num_gpus) if number not in excluded]
     if "," in config.gpus:
         listed = [_known(number, "gpus", num_gpus) for number in config.gpus.split(",") if number]
+        # Each once, in the user's order: the first of them is the first rank's.
         chosen = [number for number in dict.fromkeys(listed) if number not in excluded]
     else:
         chosen = left if config.gpus == "all" else left[: int(config.gpus or 1)]
@@ -38,6 +39,7 @@ def places_on_gpus(
             f"{', '.join(map(str, chosen))}; use --gpus all"
         )
     visible = environment.get("CUDA_VISIBLE_DEVICES")
+    # By the names that are there, which may be UUIDs: numbers count among what is visible.
     names = list(map(str, range(num_gpus))) if visible is None else visible.split(",")
     return [Place(f"GPU {number}", names[number].strip()) for number in chosen]
 

@@ -112,6 +112,7 @@ def sharded(one: StepTime, num_gpus: int, link: Link) -> Prediction:
     # Nothing runs beside the gathering of the weights, which the next forward pass reads.
     gather_s = exchange_s / 2 + (num_gpus > 1) * _PART_S * one.gradient_bytes / _PART_BYTES
     open_s = _open_s(exchange_s / 2, one, link) + gather_s
+    # Divided by the GPUs: each moves its own share of the weights.
     step_s = _slowed_s(one, num_gpus) + _update_s(one, num_gpus) / num_gpus + open_s
     return Prediction("sharded", num_gpus, one, step_s, exchange_s, open_s)
 

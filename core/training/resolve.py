@@ -217,6 +217,7 @@ def _saved_model(saved: Generation, trust: Callable[[str, str], bool]) -> _Saved
 
 def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any]:
     """All settings as they were in the last session, its flags among them."""
+    # Of the session and not of the folder, in which flags leave no trace.
     settings = state.sessions[-1].settings if state.sessions else {}
     last: dict[str, Any] = {}
     for spec in all_settings():
@@ -274,6 +275,7 @@ def _notices_of_unwritable(paths: dict[Place, str]) -> list[Notice]:
 def _refuse_swapped(last: dict[str, Any], data: DataConfig) -> None:
     """Refuse the folders of the last session the other way round: A would be trained as B."""
     if data.input_a and data.input_b:
+        # Only both at once: a user may well put another folder in the place of one.
         if (data.input_a, data.input_b) == (last["input_b"], last["input_a"]):
             raise ValueError(
                 f"the folders are swapped: the model knows {shown(data.input_b)} as A and "
