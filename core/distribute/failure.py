@@ -95,7 +95,9 @@ class Members:
         self.ranks, self.store = ranks, store
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         numbers = [int(each) if each.isdecimal() else None for each in visible]
-        gpu = numbers[ranks.local_rank] if ranks.local_rank < len(numbers) else None
+        # One for each task is how srun shows them.
+        index = 0 if len(numbers) == 1 else ranks.local_rank
+        gpu = numbers[index] if index < len(numbers) else None
         own = _Member(_host(), os.getpid(), gpu)
         store.set(_key(ranks.rank), json.dumps(asdict(own)))
         self.members = [_Member(**json.loads(store.get(_key(rank)))) for rank in range(ranks.size)]
@@ -105,6 +107,20 @@ class Members:
         """Whether no rank before this one is left on this machine, to say what has happened."""
         before = self.members[: self.ranks.rank]
         return not any(each.is_here and each.end() is None for each in before)
+
+    def claim(self, gpu: str) -> None:
+        """Claim the GPU of a name for this rank alone.
+
+        Raises:
+            ValueError: Another rank has claimed it before.
+        """
+        own = str(self.ranks.rank)
+        holder = self.store.compare_set(f"gpu/{gpu}", "", own).decode()
+        if holder != own:
+            raise ValueError(
+                f"rank {holder} trains on the same GPU as rank {own}; show each rank another by "
+                "CUDA_VISIBLE_DEVICES, or start no more ranks than there are GPUs"
+            )
 
     def leave_failure(self, failure: Failure) -> None:
         """Leave the reason for which this rank ends; the first reason of all ranks stays."""

@@ -56,7 +56,14 @@ class Group:
         self._gpus: dist.ProcessGroup | None = None
 
     def use_gpu(self, device: torch.device) -> None:
-        """Connect the GPUs of the ranks too; a graph may capture what they say from then on."""
+        """Connect the GPUs of the ranks too; a graph may capture what they say from then on.
+
+        Raises:
+            ValueError: Two ranks have the same GPU.
+        """
+        if self._gpus is not None:
+            return
+        self.members.claim(str(torch.cuda.get_device_properties(device).uuid))
         with self.watched():
             torch.cuda.set_device(device)
             self._gpus = dist.new_group(backend="nccl", timeout=_PATIENCE, device_id=device)

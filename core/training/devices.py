@@ -96,6 +96,8 @@ def _own(setting: str, ranks: Ranks) -> torch.device:
             f"train.device is {setting}, but {ranks.local_size} ranks train on this machine, each "
             "on a GPU of its own; set it to auto, and choose GPUs by --gpus or CUDA_VISIBLE_DEVICES"
         )
+    if num_gpus == 1:  # srun shows each task its own
+        return torch.device("cuda", 0)
     if ranks.local_size > num_gpus:
         raise ValueError(
             f"{ranks.local_size} ranks are started on this machine, which shows them {num_gpus} "

@@ -158,7 +158,8 @@ def open_follower(
     # Which of the saved paths count, the first rank has decided.
     resolved = resolve(overrides, saved, recipe, lambda setting, path: True)
     resolved = replace(resolved, config=config)
-    faces_dir = Path(config.save.model_dir) / "faces"
+    assert overrides.model_dir is not None  # the first rank refuses to start without
+    faces_dir = overrides.model_dir / "faces"
     start = _Start(resolved, saved, faces_dir, rate_factor, crew=crew)
     with ExitStack() as stack:
         device = _device(start, reporter, stack)
