@@ -188,6 +188,11 @@ function summary(status) {
   return parts.join(" · ");
 }
 
+function rankFigures(step) {
+  const exchange = isNumber(step.exchange) ? `, exchange ${(100 * step.exchange).toFixed(0)} %` : "";
+  return `${step.gpus}${exchange}`;
+}
+
 function showFigures(status) {
   const step = status.latest.step ?? { iteration: status.latest.restore?.iteration };
   const isRunning = status.state === "running";
@@ -197,6 +202,7 @@ function showFigures(status) {
     ["Loss B", digits(step.loss_b, 5), "side-b"],
     ["EG/s", digits(step.eg_per_s, 1)],
     ["Data wait", isNumber(step.data_wait) ? `${(100 * step.data_wait).toFixed(1)} %` : "–"],
+    ...(isNumber(step.gpus) ? [["GPUs", rankFigures(step)]] : []),
     ["Memory", isNumber(step.memory_mib) ? `${grouped(Math.round(step.memory_mib))} MiB` : "–"],
     ["Time left", isRunning && isNumber(step.seconds_left) ? duration(step.seconds_left) : "–"],
     ["Learning rate", isNumber(step.learning_rate) ? step.learning_rate.toExponential(2) : "–"],

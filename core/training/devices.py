@@ -228,10 +228,10 @@ def _no_c_compiler() -> Problem | None:
     return None
 
 
-def free_bytes(device: torch.device, ranks: Ranks = ALONE) -> int:
-    """Bytes of memory that this process may use for training; ranks share that of a machine."""
+def free_bytes(device: torch.device) -> int:
+    """Bytes of memory that this process may use for training."""
     if device.type != "cuda":
-        return available_host_bytes() // ranks.local_size
+        return available_host_bytes()
     # What torch's allocator has reserved is free for this process, and for no other.
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 

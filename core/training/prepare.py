@@ -362,8 +362,10 @@ def _build_step(
     faces = _faces(start, config, device, of_faces)
     num_faces = {side: opened.store.num_faces for side, opened in faces.items()}
     # Only now: auto takes what memory the faces have left.
+    # The ranks of a machine have GPUs of their own, and share its memory.
+    num_sharing = 1 if device.type == "cuda" else start.ranks.local_size
     batch = batch_sizes.choose(
-        config, num_faces, precision, lambda: free_bytes(device, start.ranks), start.group
+        config, num_faces, precision, lambda: free_bytes(device) // num_sharing, start.group
     )
     config = batch_sizes.with_batch_size(config, batch.size)
     if progress:
