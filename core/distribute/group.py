@@ -165,6 +165,9 @@ class Group:
         try:
             yield
         except RuntimeError as error:  # of gloo, NCCL or the store; none has a class of its own
+            # A capture runs nothing, so it fails for other reasons than a lost rank.
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                raise
             lost = self.members.lost(wait=True)
             if lost is None and torch.cuda.is_available():
                 raise  # a fault of the GPU, or a graph that cannot be captured
