@@ -23,6 +23,7 @@ from torch import Tensor
 from ..core import precision as precisions
 from ..core.config import from_dict
 from ..core.data.feed import Batch
+from ..core.distribute.group import Group
 from ..core.estimate.flops import work_of
 from ..core.estimate.roofline import ceiling
 from ..core.losses.weighted import Loss, Losses
@@ -241,6 +242,8 @@ def train_step(
     engine: str = "eager",
     align_channels: str = "auto",
     without: str = "",
+    distribution: str = "auto",
+    group: Group | None = None,
 ) -> tuple[TrainStep, Autoencoder]:
     """A step of a fresh model as training builds it but for a lever, and the model."""
     measured = variant(name)
@@ -256,6 +259,7 @@ def train_step(
                 "batch_size": batch_size,
                 "engine": engine,
                 "decoder_streams": "one" if without == "streams" else "auto",
+                "distribution": distribution,
             },
         }
     )
@@ -266,6 +270,7 @@ def train_step(
         device,
         loss=_PlainLoss(config.loss, model.output_px, device) if without == "face_loss" else None,
         kind_of_update={"adam": _PlainUpdate, "series": OverlappedUpdate}.get(without, Update),
+        group=group,
     ), model
 
 
@@ -408,3 +413,23 @@ def phase_launches(
     augment = augment_launches(2 * batch_size, size_px=size_px, **sizes)
     counts["augment"] = sum(augment.values())
     return counts | {"all": sum(counts.values())}
+
+
+def rank_launches(name: str, group: Group) -> dict[str, int]:
+    """Kernels and collectives that a step launches beyond that of one process, by distribution.
+
+    Args:
+        name: Name of the model.
+        group: Ranks that take the step; one is enough to count.
+    """
+    cpu = torch.device("cpu")
+
+    def counted(distribution: str, group: Group | None) -> int:
+        step, model = train_step(
+            name, "bf16", cpu, align_channels="on", distribution=distribution, group=group
+        )
+        batch = make_batch(model, 1, cpu, step.update.precision.compute)
+        return launches.count(lambda: step(batch))
+
+    alone = counted("auto", None)
+    return {kind: counted(kind, group) - alone for kind in ("mirrored", "sharded")}

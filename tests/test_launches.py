@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from mien.benchmarks import bench_models, bench_step, launches
 from mien.benchmarks.variants import names, variant
+from mien.core.distribute.ranks import ALONE
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ def test_a_step_keeps_its_budget():
     counts = {name: bench_models.network_launches(variant(name)) for name in names()}
     for name in ("original", "lightweight"):
         counts[name] = bench_step.phase_launches(name)
+    counts["ranks"] = launches.read_budget()["ranks"]  # which the last test here counts
     assert counts == launches.read_budget(), (
         f"now {counts}; where that is meant, call launches.write_budget with it"
     )
@@ -96,3 +98,25 @@ def test_gradients_that_stay_factors_cost_one_launch():
         "update": 3,
         "all": 1,
     }
+
+
+class _OneRank:
+    """A rank by itself, whose collectives are a launch each."""
+
+    ranks = ALONE
+
+    def all_reduce(self, tensor):
+        tensor.add_(0)
+
+    reduce_scatter = all_gather = all_reduce
+
+
+@pytest.mark.budget
+def test_a_step_of_ranks_keeps_its_budget():
+    """Of each of 5 parts a copy and a sum, or a sum by slices and a gathering; the losses' share
+    and sum; of slices the sum of squares, here and over the ranks. Two gradients that lie in
+    another way than their parameters are not copied once more."""
+    torch.use_deterministic_algorithms(False)
+    counts = bench_step.rank_launches("lightweight", _OneRank())
+    assert counts == {"mirrored": 5 * 2 + 2 - 2, "sharded": 5 * 3 + 2 + 2 - 2}
+    assert counts == launches.read_budget()["ranks"]
