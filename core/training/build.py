@@ -189,6 +189,7 @@ def check_step(config: Config, device: torch.device, ranks: Ranks = ALONE) -> tu
     overlap.choose(config.optimizer, precisions.resolve(config.precision.mode, device))
     name, why = engines.choose(config.train.engine, device)
     fused_dense.check(config.optimizer, name)
+    micro_batches.check(config, ranks)
     if ranks.size > 1 and config.optimizer.fused_dense:
         raise ValueError(
             "optimizer.fused_dense is on, whose gradients are never in memory, so that ranks "
