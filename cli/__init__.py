@@ -56,6 +56,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return its exit code (see `EXIT_CODES`)."""
     argv = sys.argv[1:] if argv is None else argv
+    if "RANK" in os.environ or "SLURM_PROCID" in os.environ:
+        # Read when PyTorch is loaded, which else prints traces of C++ where another rank has ended.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if "_ARGCOMPLETE" in os.environ:  # set by the shell at each press of the Tab key
         _complete()
     command = argv[0] if argv and argv[0] in COMMANDS else None

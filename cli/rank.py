@@ -68,7 +68,10 @@ def train_as_rank(
             outcome = train(overrides, reporter, recipe, requests, group)
     except RankLost as lost:
         if _speaks(group, lost):
-            complain("train", lost)
+            go_on = (
+                "" if lost.failure.has_reason else "; the last save is whole, start again to go on"
+            )
+            complain("train", f"{lost}{go_on}")
         _end(lost.failure.exit_code)
     except (ValueError, SaveError, KeyboardInterrupt) as error:
         # The first rank tells what another one leaves as its reason.

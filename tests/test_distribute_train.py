@@ -60,6 +60,8 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_one_of_them_writes(sides, tm
     _run(1, _words(sides, model_dir, 3), tmp_path / "1")
     out = _run(3, _words(sides, model_dir, 3), tmp_path / "3")
     assert "gpus 3, exchange " in out
+    [events] = (model_dir / "logs/session_3/train").iterdir()
+    assert b"exchange" in events.read_bytes()
     _run(1, _words(sides, whole, 10), tmp_path / "whole_out")
     ours, theirs = _state(model_dir), _state(whole)
     assert (ours["iterations"], ours["faces_seen"]) == (10, theirs["faces_seen"])

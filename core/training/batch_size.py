@@ -37,12 +37,9 @@ def choose(
         group: Ranks that train together; None: this process alone.
 
     Raises:
-        ValueError: A side has fewer faces than are set, or no batch size fits, or there are more
-            ranks than faces in a batch.
+        ValueError: A side has fewer faces than are set, or no batch size fits.
     """
     check(config, num_faces)
-    if group is not None and config.train.batch_size:
-        group.ranks.share(config.train.batch_size)
     if config.train.batch_size:
         return BatchSize(config.train.batch_size)
     num_ranks = group.ranks.size if group else 1

@@ -190,6 +190,8 @@ def check_step(config: Config, device: torch.device, ranks: Ranks = ALONE) -> tu
     name, why = engines.choose(config.train.engine, device)
     fused_dense.check(config.optimizer, name)
     micro_batches.check(config, ranks)
+    if config.train.batch_size:  # else auto chooses one that is large enough
+        ranks.share(config.train.batch_size)
     if ranks.size > 1 and config.optimizer.fused_dense:
         raise ValueError(
             "optimizer.fused_dense is on, whose gradients are never in memory, so that ranks "

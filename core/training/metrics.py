@@ -86,6 +86,9 @@ class MetricsLogger:
         self.on_their_way: deque[Interval] = deque()
         self.began_at = self.asked_at = time.monotonic()
         self.waited_s, self.exchanged_s = setup.feed.waited_s, self._exchanged_s()
+        self.exchanged_before_s = self.exchanged_s
+        """Seconds of exchange before the session's first iteration."""
+
         self.saving_s, self.drawing_s = 0.0, 0.0
         """Seconds of the session for which saves, and the images made with them, held it up."""
 
@@ -135,7 +138,13 @@ class MetricsLogger:
         self._write(lambda: self.setup.log.scalars(dict(scalars), iteration, wall_time))
 
     def flush(self) -> None:
-        """Have all events so far be in their file."""
+        """Have all events so far be in their file, with one of the ranks, if there are several."""
+        if self.setup.council is not None:
+            elapsed_s = max(time.monotonic() - self.began_at, 1e-9)
+            exchanged_s = self._exchanged_s() - self.exchanged_before_s
+            exchange = {} if self.is_late else {"exchange": exchanged_s / elapsed_s}
+            ranks = {"gpus": float(self.setup.council.ranks.size)}
+            self.record(ranks | exchange, self.setup.state.iterations)
         self._write(lambda: self.setup.log.flush())
 
     def _write(self, write: Callable[[], None]) -> None:
