@@ -15,6 +15,7 @@
 namespace {
 
 constexpr mien::ColorTables kColors = mien::make_color_tables();
+constexpr mien::LabTables kLab = mien::make_lab_tables(kColors);
 
 mien::LevelTables make_level_tables() {
     mien::LevelTables tables;
@@ -238,7 +239,7 @@ mien_status mien_augment_cpu(const mien_augment_job *job, int32_t num_threads) {
     static const mien::AugmentFace augment_face = best_build();
     const size_t bytes = mien::face_scratch_bytes(*job);
     const int num_threads_used = mien::resolve_threads(num_threads);
-    const mien::FaceCall call{job, &kColors, &levels};
+    const mien::FaceCall call{job, &kColors, &kLab, &levels};
     std::atomic<bool> short_of_memory{false};
     mien::for_each(job->count, num_threads_used, [&](int64_t face, int) {
         unsigned char *scratch = thread_scratch(bytes);

@@ -202,9 +202,15 @@ void vary_color(const FaceCall &call, const mien_face &face, const uint32_t *sou
         return;
     }
     for (int at = 0; at < area; at += size) {  // by rows, which stay in the nearest cache
-        to_lab(*call.colors, source + 2 * at, size, s.lab[0] + at, s.lab[1] + at, s.lab[2] + at);
+        uint8_t *light = s.lab[0] + at, *a = s.lab[1] + at, *b = s.lab[2] + at;
+        int done = 0;
+#ifdef __AVX2__
+        done = mien::lab_row(*call.lab, source + 2 * at, size, face.lab, light, a, b);
+#endif
+        const int left = size - done;
+        to_lab(*call.colors, source + 2 * (at + done), left, light + done, a + done, b + done);
         for (int channel = 0; channel < 3; ++channel)
-            shift_levels(face.lab[channel], size, s.lab[channel] + at);
+            shift_levels(face.lab[channel], left, s.lab[channel] + at + done);
     }
     if (face.clahe_tiles > 0) equalise(s.lab[0], size, face.clahe_tiles, s);
     to_bgr(*call.colors, source, area, s.lab[0], s.lab[1], s.lab[2], s.colored);
@@ -493,7 +499,12 @@ template <int channels, typename T>
 void store_row(const uint32_t *__restrict row, int count, int rgb, const T *__restrict levels,
                T *__restrict out) {
     const int first = rgb ? 16 : 0, last = rgb ? 0 : 16;
-    for (int x = 0; x < count; ++x) {
+    int x = 0;
+#ifdef __AVX2__
+    if constexpr (channels == 3 && sizeof(T) == sizeof(float))
+        x = mien::store_units(row, count, rgb, reinterpret_cast<float *>(out));
+#endif
+    for (; x < count; ++x) {
         out[channels * x] = levels[(row[x] >> first) & 255];
         out[channels * x + 1] = levels[(row[x] >> 8) & 255];
         out[channels * x + 2] = levels[(row[x] >> last) & 255];

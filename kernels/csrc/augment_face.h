@@ -3,7 +3,7 @@
 
 #include <stddef.h>
 
-#include "color.cuh"
+#include "color_avx2.h"
 #include "mien.h"
 
 namespace mien {
@@ -18,6 +18,7 @@ struct LevelTables {
 struct FaceCall {
     const mien_augment_job *job;
     const ColorTables *colors;
+    const LabTables *lab;
     const LevelTables *levels;
 };
 

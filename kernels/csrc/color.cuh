@@ -75,10 +75,12 @@ MIEN_HD int cube_root_of(const ColorTables &t, int from_red, int from_green, int
     return t.cube_root[(from_red * red + from_green * green + from_blue * blue + 2048) >> 12];
 }
 
-MIEN_HD int lightness(int f_y) {
-    constexpr int kScale = (116 * 255 + 50) / 100, kShift = -((16 * 255 * 32768 + 50) / 100);
-    return (kScale * f_y + kShift + 16384) >> 15;
-}
+constexpr int kLightScale = (116 * 255 + 50) / 100;
+constexpr int kLightShift = -((16 * 255 * 32768 + 50) / 100);
+constexpr int kHalf = 16384;                  // of what the 15 fractional bits are rounded off by
+constexpr int kMiddle = 128 * 32768 + kHalf;  // a and b of a grey
+
+MIEN_HD int lightness(int f_y) { return (kLightScale * f_y + kLightShift + kHalf) >> 15; }
 
 // L alone, of a store pixel (B in the lowest byte).
 MIEN_HD int lightness_of(const ColorTables &t, uint32_t bgr) {
@@ -93,16 +95,30 @@ MIEN_HD Lab lab_of(const ColorTables &t, uint32_t bgr) {
     const int x = cube_root_of(t, 1777, 1541, 778, red, green, blue);
     const int y = cube_root_of(t, 871, 2929, 296, red, green, blue);
     const int z = cube_root_of(t, 73, 448, 3575, red, green, blue);
-    constexpr int kMiddle = 128 * 32768 + 16384;
     // No colour leaves 0..255: L 0..255, a 42..226, b 20..223.
     return {lightness(y), (500 * (x - y) + kMiddle) >> 15, (200 * (y - z) + kMiddle) >> 15};
 }
 
+// f * 108 / 841, rounded towards 0, by a product: of the f that lie on the straight piece.
+MIEN_HD constexpr int straight_part(int f) {
+    return static_cast<int>(static_cast<float>(f) * 0.12841856f);  // 2^-24 above 108 / 841
+}
+
+constexpr int kLowest = -8145;       // f of Z where L is 0 and b is 255
+constexpr int kStraightUpTo = 3390;  // f where the cube begins
+
+constexpr bool divides_exactly() {
+    for (int f = kLowest; f <= kStraightUpTo; ++f)
+        if (straight_part(f) != f * 108 / 841) return false;
+    return true;
+}
+static_assert(divides_exactly(), "straight_part must be f * 108 / 841");
+
 // f -> X or Z, both with 14 fractional bits: the cube, or the straight piece near black.
 MIEN_HD int cube_of(int f) {
-    const int straight = f * 108 / 841 - 290;
+    const int straight = straight_part(f) - 290;
     const int cube = (((f * f) >> 14) * f) >> 14;
-    return f <= 3390 ? straight : cube;
+    return f <= kStraightUpTo ? straight : cube;
 }
 
 MIEN_HD uint32_t bgr_of(const ColorTables &t, Lab lab) {
