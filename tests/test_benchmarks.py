@@ -19,6 +19,15 @@ def test_the_plain_step_computes_the_same_loss():
     )
 
 
+def test_the_plain_step_runs_no_operation_of_ours():
+    """The baseline would else get faster with what it is compared with."""
+    step = bench_step.plain_step("lightweight", 1, "fp32", torch.device("cpu"))
+    with torch.profiler.profile() as profile:
+        step()
+    ours = {event.key for event in profile.key_averages() if event.key.startswith("mien::")}
+    assert not ours
+
+
 def test_python_calls_are_counted_exactly():
     def inner():
         return None
