@@ -4,8 +4,9 @@
     python3 benchmarks/gpu_quick.py first --results out/ --wheels wheels/   # on a bare machine
     python3 benchmarks/gpu_quick.py second --results out/
 
-`first` takes less than 6 minutes and `second` less than 3 on a card of the H100's class: each part
-has a limit, and one that fails or runs into its limit never stops the next. It needs no network:
+`first` takes less than 6 minutes and `second` less than 3 on a card of the H100's class, by
+expectation, as neither ran on one: each command has a limit, which `--help` names, and one that
+fails or runs into its limit never stops the next. It needs no network:
 packages that the machine lacks lie as wheels in a folder. It imports nothing but Python's own
 modules, so it starts on any machine; all else runs in processes of its own.
 
@@ -33,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER, BATCH_SIZE = "original", 16
 TIMED_OUT = 124
+PACKAGES_LIMIT_S, BUILD_LIMIT_S = 20, 90
 PART_COLUMNS = "name seconds limit_s code"
 SESSION_COLUMNS = "session iterations eg_per_s data_wait peak_mib exit_code"
 STEP_COLUMNS = (
@@ -98,14 +100,14 @@ def first_parts(place: Place) -> list[Part]:
     quick = ["not 31_values", *(f"tests/test_{name}.py" for name in ("bias_act", "optimize"))]
     return [
         ("card", 10, ["nvidia-smi"], ""),
-        ("faces", 20, place.python("-c", FACES.format(scratch=scratch)), ""),
+        ("faces", 15, place.python("-c", FACES.format(scratch=scratch)), ""),
         (
             "train",
             60,
             place.mien(*train, *sides, "-t", TRAINER, "-b", str(BATCH_SIZE), "-i", "4000"),
             "train.jsonl",
         ),
-        ("resume", 30, place.mien(*train, "-i", "500"), "train.jsonl"),
+        ("resume", 25, place.mien(*train, "-i", "500"), "train.jsonl"),
         ("step", 100, place.python(STEP, str(place.results)), ""),
         ("triton numerics", 60, place.pytest("-k", *quick, processes=14), ""),
         (
@@ -140,7 +142,7 @@ def second_parts(place: Place) -> list[Part]:
             place.pytest("-m", "gpu", "-k", f"not {fails}", *(f"tests/test_{n}.py" for n in core)),
             "",
         ),
-        ("trainer tests", 60, place.pytest("-m", "gpu", "tests/test_trainer.py"), ""),
+        ("trainer tests", 50, place.pytest("-m", "gpu", "tests/test_trainer.py"), ""),
         (
             "failed capture",
             30,
@@ -150,6 +152,21 @@ def second_parts(place: Place) -> list[Part]:
     ]
 
 
+def programme() -> str:
+    """How long each command may take, for the help; what a bare machine lacks comes before."""
+    nowhere = Place(Path(), Path(), {})
+    lines = []
+    for which, parts in (("first", first_parts(nowhere)), ("second", second_parts(nowhere))):
+        minutes = sum(limit_s for _, limit_s, _, _ in parts) / 60
+        lines += [f"{which}: {minutes:.1f} minutes at most"]
+        lines += [f"  {name}: {limit_s} s at most" for name, limit_s, _, _ in parts]
+    lines += [
+        f"before both, where they are missing: packages, {PACKAGES_LIMIT_S} s, and the native "
+        f"library, {BUILD_LIMIT_S} s at most; 40 s are expected of the two"
+    ]
+    return "\n".join(lines)
+
+
 def prepare(place: Place, wheels: Path | None) -> list[Part]:
     """What a bare machine lacks: packages from a folder of wheels, and the native library."""
     parts: list[Part] = []
@@ -157,7 +174,7 @@ def prepare(place: Place, wheels: Path | None) -> list[Part]:
         target = Path(place.environment["PYTHONPATH"].split(os.pathsep)[0])
         files = sorted(map(str, wheels.glob("*.whl")))
         words = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(target)]
-        parts.append(("packages", 20, place.python(*words, *files), ""))
+        parts.append(("packages", PACKAGES_LIMIT_S, place.python(*words, *files), ""))
     probe = subprocess.run(
         place.python("-c", HAS_CUDA),
         env=place.environment,
@@ -166,7 +183,8 @@ def prepare(place: Place, wheels: Path | None) -> list[Part]:
         check=False,
     )
     if probe.returncode:
-        parts.append(("build", 90, place.python("setup.py", "build_ext", "--inplace"), ""))
+        build = place.python("setup.py", "build_ext", "--inplace")
+        parts.append(("build", BUILD_LIMIT_S, build, ""))
     return parts
 
 
@@ -289,7 +307,11 @@ def run_parts(which: str, results: Path, wheels: Path | None) -> int:
 
 def main() -> int:
     """Run the parts that are asked for and print the table; 1 where one of them failed."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog=programme(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("part", nargs="?", choices=("first", "second", "both"), default="both")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "benchmarks/results/quick", help="folder of results"

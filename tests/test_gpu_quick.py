@@ -56,8 +56,8 @@ def test_every_part_names_tests_and_files_that_exist(place):
 
 def test_the_limits_keep_the_time_that_is_promised(place):
     """Under 6 and under 3 minutes; a bare machine's packages and build take some 40 s besides."""
-    assert sum(part[1] for part in gpu_quick.first_parts(place)) <= 320
-    assert sum(part[1] for part in gpu_quick.second_parts(place)) <= 180
+    assert sum(part[1] for part in gpu_quick.first_parts(place)) + 40 < 360
+    assert sum(part[1] for part in gpu_quick.second_parts(place)) < 180
 
 
 def _step(iteration, seconds):
@@ -87,7 +87,9 @@ def test_it_starts_with_nothing_but_python(tmp_path):
         str(gpu_quick.ROOT / "benchmarks/gpu_quick.py"),
         "--help",
     ]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "first: 5.2 minutes at most" in shown
+    assert "train: 60 s at most" in shown
 
 
 def test_a_part_that_works_leaves_its_output_in_the_log(place):
