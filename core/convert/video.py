@@ -56,10 +56,11 @@ class Video:
                     name: getattr(context, name)
                     for name in ("colorspace", "color_range", "color_primaries", "color_trc")
                 }
-                self.pixel_aspect: Fraction = context.sample_aspect_ratio or Fraction(1)
+                # PyAV 19 has a rational of its own, which does less than a fraction.
+                self.pixel_aspect = Fraction(context.sample_aspect_ratio or 1)
                 # 25 is as good as any where there is none: the times come from the frames.
-                self.rate: Fraction = stream.average_rate or Fraction(25)
-                self.time_base: Fraction = stream.time_base or 1 / self.rate
+                self.rate = Fraction(stream.average_rate or 25)
+                self.time_base = Fraction(stream.time_base or 1 / self.rate)
                 # Not every container says how many there are; packets are counted without decoding.
                 self.num_frames: int = stream.frames or sum(
                     1 for packet in container.demux(stream) if packet.size
