@@ -60,7 +60,7 @@ setup(
     packages=["mien"] + [f"mien.{name}" for name in find_packages(include=ROOMS)],
     package_data={
         "mien.benchmarks": ["*.json"],
-        "mien.cli.monitor": ["page.*"],
+        "mien.cli.monitor": ["page.*", "*.js"],
         "mien.kernels": ["csrc/include/*.h"],
         "mien.core.faces": ["*.npz"],
         "mien.core.config.presets": ["*.toml", "costs.json"],

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -29,7 +30,10 @@ from mien.core.checkpoint.lock_owner import RequestError, lock_owner, send_reque
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.console.reporter import Reporter
 from mien.core.console.tensorboard import TensorBoardLog
+from mien.core.preview import kept
 from mien.core.preview.files import save_png
+from mien.core.preview.kept import KeptPreviews
+from mien.core.preview.tiles import Tiles
 
 TOKEN = "a-token-of-the-tests"
 BATCH_SIZE = 8
@@ -117,7 +121,7 @@ def _client(
 ) -> TestClient:
     is_open = host != "127.0.0.1"
     token = TOKEN if is_open or allows else None
-    app = make_app(folder, Access(host=host, token=token, is_open=is_open, allows=allows))
+    app = make_app([folder], Access(host=host, token=token, is_open=is_open, allows=allows))
     return TestClient(app, base_url="http://127.0.0.1:8420", follow_redirects=False, **options)
 
 
@@ -170,7 +174,7 @@ def test_every_part_of_the_page_is_served_and_guarded(logged):
 
 def test_the_page_needs_nothing_from_elsewhere():
     folder = Path(watch.__file__).parent
-    for name in ("page.html", "page.css", "page.js"):
+    for name in ("page.html", "page.css", "page.js", "preview.js", "graphs.js"):
         assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", (folder / name).read_text())
     page = (folder / "page.html").read_text()
     assert not re.search(r"<script(?! src=)|\son[a-z]+=|\sstyle=", page)
@@ -301,6 +305,89 @@ def test_links_are_not_followed(tmp_path):
     status = client.get("/api/status").json()
     assert (status["events"], status["preview"]) == ([], None)
     assert client.get("/preview.png").status_code == 404
+
+
+# The kept previews
+
+
+def _keep(folder: Path, iteration: int, *, kinds: int = 4, tile_px: int = 16, level: int = 0):
+    """Keep a preview of two faces a side, whose swap has a square mask."""
+    images = np.full((2, 2, kinds, tile_px, tile_px, 3), 40 + level, np.uint8)
+    images[:, :, 2] = 200 - level
+    if kinds == 4:
+        images[:, :, 3] = 0
+        images[:, :, 3, 4:12, 4:12] = 255
+    tiles = Tiles(iteration, ("a", "b"), images, None, tile_px, "0" * 16)
+    KeptPreviews(folder / "previews").keep(tiles, "a test", 10)
+
+
+def _pixels(answer) -> np.ndarray:
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "image/png"
+    return cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)
+
+
+def _has_red(image: np.ndarray) -> bool:
+    return bool((image[..., 2].astype(int) - image[..., 1] > 100).any())
+
+
+def test_kept_previews_are_listed_and_drawn(tmp_path):
+    client = _client(tmp_path)
+    assert client.get("/api/status").json()["kept"] == []
+    for iteration in (5, 10):
+        _keep(tmp_path, iteration, level=iteration)
+    assert client.get("/api/status").json()["kept"] == [5, 10]
+    answer = client.get("/kept.png?at=5")
+    assert b"synthetic face: preview by mien" in answer.content
+    assert answer.content.count(b"iteration 5") == 1
+    sheet = _pixels(answer)
+    assert not _has_red(sheet)
+    outlined = _pixels(client.get("/kept.png?at=5&mask=outline&enlarge=nearest"))
+    assert _has_red(outlined)
+    assert not np.array_equal(_pixels(client.get("/kept.png?at=5&mask=tint")), sheet)
+    two = _pixels(client.get("/kept.png?at=5&other=10"))
+    assert two.shape[1] < sheet.shape[1], "three pictures of a face, not four"
+    again = client.get("/kept.png?at=5", headers={"if-none-match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    _keep(tmp_path, 5, level=50)
+    assert client.get("/kept.png?at=5").headers["etag"] != answer.headers["etag"]
+
+
+@pytest.mark.parametrize(
+    ("query", "code", "words"),
+    [
+        ("", 400, "at must be the iteration of a kept preview"),
+        ("at=../preview", 400, "at must be an iteration"),
+        ("at=5&other=x", 400, "other must be an iteration"),
+        ("at=5&mask=<b>", 400, "mask must be one of outline, tint, off"),
+        ("at=5&enlarge=8k", 400, "enlarge must be one of lanczos, nearest"),
+        ("at=5&run=1", 400, "run must be a number from 0 to 0"),
+        ("at=7", 404, "no preview of iteration 7 is kept"),
+        ("at=6", 404, "is no preview of a save"),
+        ("at=8", 404, "is no preview of a save"),
+        ("at=9", 404, "must be at most 256 px, got those of iteration 9 with 400"),
+        ("at=5&other=6", 404, "is no preview of a save"),
+    ],
+)
+def test_a_kept_preview_of_a_stranger_is_only_data(tmp_path, query, code, words, monkeypatch):
+    _keep(tmp_path, 5)
+    (tmp_path / "previews/6.jpg").write_bytes(b"\xff\xd8 no picture")
+    (tmp_path / "previews/8.jpg").symlink_to(tmp_path / "previews/5.jpg")
+    monkeypatch.setattr(kept, "LARGEST_TILE_PX", 400)
+    _keep(tmp_path, 9, tile_px=400)
+    answer = _client(tmp_path).get(f"/kept.png?{query}")
+    assert (answer.status_code, words in answer.text) == (code, True), answer.text
+
+
+def test_a_link_in_the_place_of_the_previews_is_not_followed(tmp_path):
+    (tmp_path / "other").mkdir()
+    _keep(tmp_path / "other", 5)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "previews").symlink_to(tmp_path / "other/previews")
+    client = _client(folder)
+    assert client.get("/api/status").json()["kept"] == []
+    assert client.get("/kept.png?at=5").status_code == 404
 
 
 # The graphs and the table
@@ -676,16 +763,18 @@ def server():
     """Start `mien monitor`; the address that it printed, and the process."""
     started = []
 
-    def start(folder: Path, *words: str) -> tuple[str, subprocess.Popen]:
-        command = [sys.executable, "-m", "mien.cli", "monitor", folder, *words]
+    def start(folder: Path | list[Path], *words: str) -> tuple[str, subprocess.Popen]:
+        folders = folder if isinstance(folder, list) else [folder]
+        command = [sys.executable, "-m", "mien.cli", "monitor", *folders, *words]
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         started.append(process)
         line = process.stdout.readline().strip()
-        assert line.startswith(f"{folder} at http://127.0.0.1:"), process.communicate()
+        what = f"{len(folders)} runs" if len(folders) > 1 else folder
+        assert line.startswith(f"{what} at http://127.0.0.1:"), process.communicate()
         assert process.stdout.readline().startswith("Ctrl-C ends the page; training goes on")
-        return line.removeprefix(f"{folder} at "), process
+        return line.removeprefix(f"{what} at "), process
 
     yield start
     for process in started:
@@ -788,6 +877,69 @@ class Browser:
         ]
 
 
+# The start of a run as it is told, with what a page must not take for HTML.
+START = {
+    "trainer": "phaze-a",
+    "input_px": 128,
+    "output_px": [128, 256],
+    "batch_size": 8,
+    "precision": "bf16",
+    "losses": [{"name": "ssim", "weight": 1.0}, {"name": "<b>mse</b>", "weight": 0.5}],
+    "mask_type": "extended",
+    "learn_mask": True,
+    "warp": True,
+    "flip": False,
+    "color": True,
+    "optimizer": "adam",
+    "learning_rate": 5e-5,
+    "schedule": "constant",
+    "device_name": "CPU",
+    "engine": "eager",
+    "gpus": 2,
+    "faces_a": 1000,
+    "faces_b": 2000,
+    "save_interval": 250,
+    "stage": {"recipe": "long", "name": "detail", "number": 2, "count": 3},
+}
+
+
+@pytest.fixture
+def two_runs(tmp_path) -> list[Path]:
+    """Model folders of two runs that have ended, with kept previews and all that is logged."""
+    folders = [tmp_path / "one", tmp_path / "two <i>&"]
+    for place, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / ".lock").touch()
+        (folder / "config.toml").write_text(f"[train]\nbatch_size = {BATCH_SIZE}\n")
+        for number, first in ((1, 1), (2, 301)):
+            log = TensorBoardLog(folder, number, first)
+            for step in range(first, first + 300):
+                loss = (1 + place) / step
+                terms = {"batch_weighted_a/ssim": loss / 3, "learning_rate": 1e-5 * step}
+                faces = {"batch_face_a": loss, "batch_face_b": loss / 2}
+                log.scalars({"batch_total": 2 * loss} | faces | terms, step, 1e9 + step)
+                if step % 100 == 0:
+                    log.scalars({"evaluate/ssim_a": step / 1000}, step)
+            log.close()
+        with _events(folder, 2).open("w") as stream:
+            reporter = Reporter(stream, as_json=True)
+            reporter.start(START)
+            for step in range(301, 601, 50):
+                losses = {"loss_a": 0.1, "loss_b": 0.2, "eg_per_s": 50.0, "data_wait": 0.0}
+                reporter.step(
+                    iteration=step,
+                    **losses,
+                    memory_mib=900.0 + step,
+                    session_iterations=step - 300,
+                    elapsed_s=100.0,
+                    seconds_left=50.0,
+                )
+        for iteration in (100, 200, 300):
+            _keep(folder, iteration, level=iteration // 10)
+        save_png(folder / "preview.png", np.full((120, 240, 3), 200, np.uint8), "")
+    return folders
+
+
 @pytest.fixture
 def running(tmp_path, trainer) -> tuple[Path, subprocess.Popen]:
     """A model folder with two logged sessions and a preview, and the process of its third."""
@@ -838,6 +990,121 @@ def test_the_page_shows_the_run(running, server, browser, tmp_path):
     browser.click("#large button")
     assert not browser.find("#large").is_displayed()
     assert browser.errors() == []
+
+
+@pytest.mark.slow
+def test_a_visitor_judges_and_compares_runs(two_runs, server, browser, tmp_path):
+    address, _ = server(two_runs, "--port", "0")
+    browser.chrome.get(address)
+    browser.wait(lambda: "bf16" in browser.text("#setup"))
+    _check_header(browser)
+    _check_preview(browser)
+    _check_graphs(browser)
+    _check_runs(browser)
+    browser.picture(tmp_path / "wide.png")
+    browser.resize(390, 844, **{"color-scheme": "dark"})
+    browser.wait(lambda: browser.run("innerWidth") == 390)
+    assert browser.run("document.documentElement.scrollWidth") == 390
+    browser.picture(tmp_path / "phone.png")
+    assert browser.errors() == []
+
+
+def _check_header(browser):
+    shown = browser.text("#setup")
+    wanted = (
+        *("phaze-a", "128 px in, 128, 256 px out", "8 a side", "ssim 100 %, <b>mse</b> 50 %"),
+        *("warp on, flip off, color on", "2 × CPU", "2 of 3: detail (recipe long)"),
+    )
+    for words in wanted:
+        assert words in shown
+    assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", browser.text("#summary"))
+    figures = browser.text("#figures")
+    assert "551" in figures
+    assert "251" in figures
+    assert "00:01:40" in figures
+
+
+def _check_preview(browser):
+    from selenium.webdriver import Keys
+    from selenium.webdriver.support.select import Select
+
+    def width():
+        return browser.run("document.getElementById('preview').naturalWidth")
+
+    def source():
+        return browser.run("document.getElementById('preview').getAttribute('src')")
+
+    browser.wait(lambda: width() == 240)
+    browser.find("#history").send_keys(Keys.HOME)
+    browser.wait(lambda: width() > 900)
+    assert "iteration 100, as it was kept" in browser.text("#preview-age")
+    browser.click("#history-box [data-step='1']")
+    assert "at=200" in source()
+    Select(browser.find("#mask")).select_by_visible_text("outline")
+    assert "mask=outline" in source()
+    browser.click("#pixels")
+    assert "enlarge=nearest" in source()
+    alone = width()
+    Select(browser.find("#other")).select_by_visible_text("300")
+    browser.wait(lambda: width() < alone)
+    assert "iterations 200 and 300" in browser.text("#preview-age")
+    assert browser.find("#download").get_attribute("href").endswith(source())
+    assert browser.find("#download").get_attribute("download") == "preview_200.png"
+    browser.click("#enlarge")
+    browser.wait(lambda: browser.text("#zoom-value"))
+    browser.click("[data-zoom=whole]")
+    assert browser.text("#zoom-value") == "100 %"
+    browser.click("[data-zoom=in]")
+    assert browser.text("#zoom-value") == "150 %"
+    browser.click("#large [data-step='-1']")
+    assert "at=100" in source()
+    browser.click("#large button")
+    Select(browser.find("#other")).select_by_visible_text("nothing")
+    Select(browser.find("#mask")).select_by_visible_text("as drawn")
+    browser.find("#history").send_keys(Keys.END)
+    browser.wait(lambda: width() == 240)
+
+
+def _check_graphs(browser):
+    from selenium.webdriver.support.select import Select
+
+    browser.wait(lambda: _iterations(browser) == [1, 600])
+    browser.click("#series-box summary")
+    browser.click("#series [value='batch_face_b']")
+    browser.click("#series [value='batch_weighted_a/ssim']")
+    browser.wait(lambda: sorted(_names(browser, "loss")) == ["A face", "A ssim"])
+    lower = Select(browser.find("#lower"))
+    for text, last in (
+        ("learning rate", 6e-3),
+        ("held out: ssim_a", 0.6),
+        ("peak memory (MiB)", 1451),
+        ("speed (EG/s)", 2 * BATCH_SIZE),
+    ):
+        lower.select_by_visible_text(text)
+        y = browser.run("document.getElementById('speed').data[0].y")
+        assert y[-1] == pytest.approx(last, rel=1e-3)
+    browser.click("#sessions tr:nth-child(2) button")
+    browser.wait(lambda: _iterations(browser) == [301, 600])
+    file = browser.find("#sessions tr:nth-child(2) a").get_attribute("href")
+    assert "first=301&last=600" in file
+
+
+def _names(browser, graph):
+    return browser.run(
+        f"[...new Set(document.getElementById('{graph}').data.map(one => one.name))]"
+    )
+
+
+def _check_runs(browser):
+    from selenium.webdriver.support.select import Select
+
+    browser.click("#runs-box summary")
+    browser.click("#runs input[value='1']")
+    browser.wait(lambda: "two &lt;i&gt;&amp;: A face" in _names(browser, "loss"))
+    assert "two <i>&: A face" in browser.text("#loss .legend")
+    Select(browser.find("#run")).select_by_index(1)
+    browser.wait(lambda: browser.text("#name") == "two <i>&")
+    browser.wait(lambda: _iterations(browser) == [1, 600])
 
 
 HTML = "<img src=x onerror=document.title='taken'>"
@@ -921,10 +1188,10 @@ def test_the_graphs_are_smoothed_and_zoomed(running, server, browser):
         return browser.run("document.getElementById('loss').data[1].y.slice(0, 50)")
 
     raw = browser.run("document.getElementById('loss').data[0].y.slice(0, 50)")
-    average, expected = raw[0], []
-    for value in raw:
-        average = 0.1 * value + 0.9 * average
-        expected.append(average)
+    expected = []
+    for count in range(1, len(raw) + 1):  # the mean with weights 0.9^age: no value has a start
+        weights = 0.9 ** np.arange(count - 1, -1, -1)
+        expected.append(np.average(raw[:count], weights=weights))
     np.testing.assert_allclose(line(), expected)
     browser.find("#smoothing").send_keys(Keys.ARROW_RIGHT)
     assert browser.text("#smoothing-value") == "0.91"

@@ -20,7 +20,7 @@ FORM = b"POST /request/save HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4000\
 def connect(tmp_path):
     """Open connections to a server in a thread of this process."""
     access = Access(host="127.0.0.1", token="a-token-of-the-tests", is_open=False, allows=True)
-    server = make_server(make_app(tmp_path, access))
+    server = make_server(make_app([tmp_path], access))
     opened = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=([listener],))

@@ -13,11 +13,20 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PACKAGES = ("starlette", "uvicorn", "plotly")
 # Letters of a token that a user gives: below that it can be tried out. Chosen.
 _LEAST_TOKEN = 16
+# Runs on one page: more curves over each other cannot be told apart. Chosen.
+_MOST_RUNS = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("model", type=Path, metavar="MODEL", help="model folder, also of a new run")
+    parser.add_argument(
+        "models",
+        type=Path,
+        nargs="+",
+        metavar="MODEL",
+        help="model folder, also of a new run; several are shown on one page, with their curves "
+        "over each other",
+    )
     parser.add_argument(
         "--host",
         default=LOOPBACK[0],
@@ -47,8 +56,14 @@ def run(args: argparse.Namespace) -> int:
             f"the page needs {' and '.join(missing)}; install with `pip install "
             f"{' '.join(missing)}`"
         )
-    if args.model.exists() and not args.model.is_dir():
-        raise ValueError(f"MODEL must be a model folder, got the file {args.model}")
+    # Of a shell's `runs/*`, files that lie between the folders are no reason to refuse the rest.
+    models = [path for path in args.models if path.is_dir() or not path.exists()]
+    if not models:
+        raise ValueError(f"MODEL must be a model folder, got the file {args.models[0]}")
+    if len(models) > _MOST_RUNS:
+        raise ValueError(
+            f"MODEL must be at most {_MOST_RUNS} folders, got {len(models)}; name fewer"
+        )
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port must be 0 to 65535, got {args.port}")
     is_open = args.host not in LOOPBACK
@@ -62,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
     from .server import make_app
 
     access = Access(host=args.host, token=token, is_open=is_open, allows=args.allow_requests)
-    server = make_server(make_app(args.model, access))
+    server = make_server(make_app(models, access))
     with _listen(args.host, args.port) as listener:
-        _tell(listener, args, token)
+        _tell(listener, args, models, token)
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:  # the way to end it
@@ -100,7 +115,9 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _tell(listener: socket.socket, args: argparse.Namespace, token: str | None) -> None:
+def _tell(
+    listener: socket.socket, args: argparse.Namespace, models: list[Path], token: str | None
+) -> None:
     """Print where the page is, with the token in its address: the only time that it is told."""
     from urllib.parse import quote
 
@@ -108,7 +125,8 @@ def _tell(listener: socket.socket, args: argparse.Namespace, token: str | None) 
     host = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
     host = f"[{host}]" if ":" in host else host
     query = f"?token={quote(token, safe='')}" if token else ""
-    tell(f"{args.model} at http://{host}:{port}/{query}")
+    what = str(models[0]) if len(models) == 1 else f"{len(models)} runs"
+    tell(f"{what} at http://{host}:{port}/{query}")
     if args.host not in LOOPBACK:
         complain(
             "monitor",

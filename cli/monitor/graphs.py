@@ -1,5 +1,8 @@
 """A history of any length as few enough points to draw. Letters: n, iterations; p, points."""
 
+import csv
+import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +14,9 @@ from ...core.history.statistics import rate_per_iteration
 _SECONDS_A_POINT = 2.0  # shorter ones show the beat of log lines and saves, not the speed
 
 
-def loss_points(history: History, first: int | None, last: int | None, most: int) -> dict[str, Any]:
+def loss_points(
+    history: History, first: int | None, last: int | None, most: int, tags: Sequence[str]
+) -> dict[str, Any]:
     """Means over equally many events each, at most ``most``; None where nothing was logged.
 
     Args:
@@ -19,12 +24,12 @@ def loss_points(history: History, first: int | None, last: int | None, most: int
         first: Iteration to begin with; None: the first of all.
         last: Iteration to end with; None: the last of all.
         most: Number of points.
+        tags: Losses to be drawn, of those that the history has.
 
     Returns:
         ``iterations`` (p), the last one of each mean; ``per_point``, how many each is over, on
         average; and ``losses`` (p) by tag.
     """
-    tags = sorted({tag for session in history.sessions for tag in session.losses})
     parts: list[np.ndarray] = []
     num_iterations = 0
     for session in history.sessions:
@@ -76,6 +81,51 @@ def speed_points(
         iterations += [*steps_n[edges[1:]].tolist(), None]
         rates += [*_plain(rate), None]
     return {"iterations": iterations[:-1], "eg_per_s": rates[:-1]}
+
+
+def loss_tags(history: History) -> list[str]:
+    """Losses that were logged, sorted."""
+    return sorted({tag for session in history.sessions for tag in session.losses})
+
+
+def measured_points(
+    history: History, first: int | None, last: int | None, most: int
+) -> dict[str, dict[str, Any]]:
+    """``iterations`` and ``values`` of each metric of held-out faces, of at most about ``most``."""
+    columns: dict[str, tuple[list[int], list[float | None]]] = {}
+    for session in history.sessions:
+        for tag, (steps_n, values_n) in session.measured.items():
+            inside = _within(steps_n, first, last)
+            steps, values = columns.setdefault(tag, ([], []))
+            steps += steps_n[inside].tolist()
+            values += _plain(values_n[inside])
+    points = {}
+    for tag, (steps, values) in sorted(columns.items()):
+        every = max(1, -(-len(steps) // most))
+        points[tag] = {"iterations": steps[::every], "values": values[::every]}
+    return points
+
+
+def table(history: History, first: int | None, last: int | None, most: int) -> str:
+    """The losses and metrics of some iterations as comma-separated values, a line for each point.
+
+    Loss columns are means, as in `loss_points`; the line of a metric has that alone.
+    """
+    loss = loss_points(history, first, last, most, loss_tags(history))
+    measured = measured_points(history, first, last, most)
+    rows: dict[int, dict[str, float | None]] = {}
+    columns = {tag: (loss["iterations"], values) for tag, values in loss["losses"].items()}
+    columns |= {tag: (one["iterations"], one["values"]) for tag, one in measured.items()}
+    for tag, (iterations, values) in columns.items():
+        for iteration, value in zip(iterations, values, strict=True):
+            rows.setdefault(iteration, {})[tag] = value
+    stream = io.StringIO()
+    writer = csv.writer(stream)
+    writer.writerow(["iteration", *columns])
+    writer.writerows(
+        [iteration, *(row.get(tag) for tag in columns)] for iteration, row in sorted(rows.items())
+    )
+    return stream.getvalue()
 
 
 def _within(iterations_n: np.ndarray, first: int | None, last: int | None) -> slice:

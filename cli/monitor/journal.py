@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ...core.checkpoint.format import MAX_COUNT
 from ...core.checkpoint.state import session_number
 from ...core.console.event_files import older_file
 from ...core.console.reporter import EVENTS
@@ -27,6 +28,7 @@ _MAX_BYTES = 2 << 20  # of what was written before the first look: hours of stat
 _MAX_LINE_BYTES = 1 << 15  # of a start with all settings, there are some thousand
 _MAX_SECONDS = 1e11
 _MOST_STEPS, _MOST_OTHERS = 8, 200
+_MOST_OF_MEMORY = 2000
 
 
 class Journal:
@@ -47,6 +49,9 @@ class Journal:
 
         self.unreadable = 0
         """Lines that are no events, as a crash or a full disk may leave them."""
+
+        self.memory: list[tuple[int, float]] = []
+        """Iterations and peak memory in MiB, thinned out where they are many."""
 
         self._steps: deque[dict[str, Any]] = deque(maxlen=_MOST_STEPS)
         self._others: deque[dict[str, Any]] = deque(maxlen=_MOST_OTHERS)
@@ -73,6 +78,13 @@ class Journal:
                 self._start(now, _MAX_BYTES)
             self._take_rest(now)
 
+    def _take_start(self, stream: BinaryIO) -> None:
+        """Take in the start of the session, with which its file begins, however long that is."""
+        stream.seek(0)
+        event = _event(stream.readline(_MAX_LINE_BYTES + 1).rstrip(b"\n"))
+        if event is not None and event["event"] == "start":
+            self.latest["start"] = event
+
     def _is_followed(self, stream: BinaryIO) -> bool:
         """Whether what was read last is the beginning of this file."""
         return os.fstat(stream.fileno()).st_ino == self._inode and _size(stream) >= self._offset
@@ -83,6 +95,8 @@ class Journal:
             return
         self._inode = os.fstat(stream.fileno()).st_ino
         self._offset = max(0, _size(stream) - max(0, most_bytes))
+        if self._offset and "start" not in self.latest:
+            self._take_start(stream)
         if self._offset:
             stream.seek(self._offset)
             self._offset += len(stream.readline())
@@ -123,9 +137,21 @@ class Journal:
             self.latest = {}  # a session that was lost in a crash had the same number
         if event["event"] == "restore":
             self._steps.clear()
+            self.memory.clear()
         if event["event"] in KINDS:
             self.latest[event["event"]] = event
+        if event["event"] == "step":
+            self._take_memory(event.get("iteration"), event.get("memory_mib"))
         (self._steps if event["event"] == "step" else self._others).append(event)
+
+    def _take_memory(self, iteration: Any, memory_mib: Any) -> None:
+        # By `type`: to Python, JSON's true is an int as well.
+        if type(iteration) is not int or type(memory_mib) not in (int, float):
+            return
+        if 0 <= iteration <= MAX_COUNT and 0 <= memory_mib <= MAX_COUNT:
+            self.memory.append((iteration, memory_mib))
+        if len(self.memory) > _MOST_OF_MEMORY:
+            del self.memory[1::2]
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

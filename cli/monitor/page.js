@@ -17,9 +17,10 @@ const stored = sessionStorage;
 
 const view = {
   graphs: null, // the last answer of api/graphs
+  others: new Map(), // the same of the runs that are drawn over it, by number
+  run: 0, // which of the runs is shown
   zoom: null, // [first, last] iteration, as dragged
   clockOffset: 0, // of the server's clock, ms
-  preview: null,
   token: "",
   lastPoll: 0,
   asked: 0, // how often graphs were asked for
@@ -43,14 +44,16 @@ async function ask(url, key) {
 }
 
 async function poll(number) {
+  const run = view.run;
   try {
-    const status = await ask("api/status", "status");
+    const status = await ask(address("api/status"), "status");
+    if (run !== view.run) return; // another was chosen meanwhile
     if (status) view.status = status;
     if (view.status) showStatus(view.status);
     if (number % GRAPHS_EVERY === 0) {
       await askForGraphs();
-      const analysis = await ask("api/analysis", "analysis");
-      if (analysis) showAnalysis(analysis);
+      const analysis = await ask(address("api/analysis"), "analysis");
+      if (analysis && run === view.run) showAnalysis(analysis);
     }
     byId("connection").hidden = true;
     view.lastPoll = Date.now();
@@ -75,14 +78,36 @@ async function keepAsking() {
 
 async function askForGraphs() {
   const [first, last] = wantedRange();
-  const range = first === null ? "" : `?first=${first}&last=${last}`;
+  const range = first === null ? {} : { first, last };
+  const series = wantedSeries();
+  const words = series ? { ...range, series: series.join(",") } : range;
   view.asked += 1;
   const number = view.asked;
-  const graphs = await ask(`api/graphs${range}`, "graphs");
-  if (!graphs || number !== view.asked) return; // another range was asked for meanwhile
-  view.graphs = graphs;
-  drawLoss();
-  drawSpeed();
+  const graphs = await ask(address("api/graphs", words), "graphs");
+  let isNew = await askForOthers(words);
+  if (number !== view.asked) return; // another range was asked for meanwhile
+  if (graphs) {
+    view.graphs = graphs;
+    listSeries();
+    isNew = true;
+  }
+  if (isNew) drawGraphs();
+}
+
+// The graphs of the runs that are drawn over the one that is shown; true where there is anything new.
+async function askForOthers(words) {
+  let isNew = false;
+  for (const number of overlaid()) {
+    const graphs = await ask(address("api/graphs", { ...words, run: number }), `graphs ${number}`);
+    if (graphs) view.others.set(number, graphs);
+    isNew ||= graphs !== null;
+  }
+  return isNew;
+}
+
+// An address of this server, of the run that is shown unless it says of which.
+function address(path, words = {}) {
+  return `${path}?${new URLSearchParams({ run: view.run, ...words })}`;
 }
 
 // The iterations to draw: all ([null, null]), as zoomed, or a share at the end.
@@ -96,11 +121,14 @@ function wantedRange() {
 
 // Words
 
-const clock = (seconds) =>
-  new Date(seconds * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const clock = (seconds) => new Date(seconds * 1000).toTimeString().slice(0, 8);
 
-const moment = (seconds) =>
-  new Date(seconds * 1000).toLocaleString([], { dateStyle: "short", timeStyle: "short" });
+// As ISO 8601 writes it, in the reader's own time.
+function moment(seconds) {
+  const then = new Date(seconds * 1000);
+  const date = [then.getFullYear(), then.getMonth() + 1, then.getDate()].map((part) => String(part).padStart(2, "0"));
+  return `${date.join("-")} ${clock(seconds)}`;
+}
 
 function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
@@ -160,6 +188,8 @@ function showStatus(status) {
   document.title = printable(`${step ? `#${plain(step.iteration)} ` : ""}${word} – ${status.name}`);
   say(byId("summary"), summary(status));
   showFigures(status);
+  showSetup(status);
+  showRuns(status);
   showLog(status);
   showPreview(status);
   byId("requests").hidden = !status.may_ask;
@@ -198,6 +228,8 @@ function showFigures(status) {
   const isRunning = status.state === "running";
   const figures = [
     ["Iteration", grouped(step.iteration)],
+    ["of this session", grouped(step.session_iterations)],
+    ["Elapsed", isNumber(step.elapsed_s) ? duration(step.elapsed_s) : "–"],
     ["Loss A", digits(step.loss_a, 5), "side-a"],
     ["Loss B", digits(step.loss_b, 5), "side-b"],
     ["EG/s", digits(step.eg_per_s, 1)],
@@ -205,6 +237,8 @@ function showFigures(status) {
     ...(isNumber(step.gpus) ? [["GPUs", rankFigures(step)]] : []),
     ["Memory", isNumber(step.memory_mib) ? `${grouped(Math.round(step.memory_mib))} MiB` : "–"],
     ["Time left", isRunning && isNumber(step.seconds_left) ? duration(step.seconds_left) : "–"],
+    ["Ends", isRunning && isNumber(step.seconds_left) ? moment(step.time + step.seconds_left) : "–"],
+    ["Next save", isRunning ? nextSave(status.latest) : "–"],
     ["Learning rate", isNumber(step.learning_rate) ? step.learning_rate.toExponential(2) : "–"],
   ];
   const list = byId("figures");
@@ -216,19 +250,105 @@ function showFigures(status) {
     }
   }
   figures.forEach(([, value], place) => say(list.children[place].lastChild, value));
+  const total = isNumber(step.elapsed_s) && isNumber(step.seconds_left) ? step.elapsed_s + step.seconds_left : 0;
+  byId("progress").hidden = !isRunning || !(total > 0);
+  if (total > 0) byId("progress").value = step.elapsed_s / total;
 }
 
-function showPreview(status) {
-  const told = status.latest.preview;
-  say(byId("preview-age"), told ? `iteration ${grouped(told.iteration)}, ${clock(told.time)}` : "");
-  byId("no-preview").hidden = status.preview !== null;
-  byId("enlarge").hidden = status.preview === null;
-  if (status.preview === view.preview) return;
-  view.preview = status.preview;
-  if (status.preview) {
-    byId("preview").src = `preview.png?${status.preview}`;
-    if (byId("large").open) byId("large-picture").src = byId("preview").src;
+// When the next save is due, by what the run told at its start and of its last save.
+function nextSave({ start, save, step }) {
+  if (isNumber(start?.save_minutes) && start.save_minutes > 0) {
+    return `about ${clock((save ?? start).time + 60 * start.save_minutes)}`;
   }
+  if (!isNumber(start?.save_interval) || !(start.save_interval > 0) || !isNumber(step?.iteration)) return "–";
+  const since = step.iteration % start.save_interval;
+  return `in ${grouped(start.save_interval - since)} iterations`;
+}
+
+const onOff = (name, value) => `${name} ${value ? "on" : "off"}`;
+
+// What was told at the start of the session: what decides the result.
+const SETUP = [
+  ["Trainer", (start) => plain(start.trainer)],
+  ["Size", (start) => `${plain(start.input_px)} px in, ${[start.output_px].flat().map(plain).join(", ")} px out`],
+  ["Batch", (start) => `${plain(start.batch_size)} a side`],
+  ["Precision", (start) => plain(start.precision)],
+  ["Losses", (start) => (Array.isArray(start.losses) ? start.losses.map(lossWord).join(", ") : "–")],
+  ["Mask", (start) => `${plain(start.mask_type)}, ${start.learn_mask ? "learned" : "not learned"}`],
+  ["Augmentation", (start) => ["warp", "flip", "color"].map((name) => onOff(name, start[name])).join(", ")],
+  ["Optimizer", (start) => `${plain(start.optimizer)}, rate ${digits(start.learning_rate, 7)}, ${plain(start.schedule)}`],
+  ["Device", (start) => `${isNumber(start.gpus) ? `${start.gpus} × ` : ""}${plain(start.device_name)}, ${plain(start.engine)}`],
+  ["Faces", (start) => `${grouped(start.faces_a)} of A, ${grouped(start.faces_b)} of B`],
+  ["Stage", (start) => (start.stage ? stageWord(start.stage) : "no recipe")],
+];
+
+const lossWord = (loss) => `${plain(loss?.name)} ${isNumber(loss?.weight) ? `${+(100 * loss.weight).toPrecision(3)} %` : ""}`;
+const stageWord = (stage) =>
+  `${plain(stage.number)} of ${plain(stage.count)}: ${plain(stage.name)} (recipe ${plain(stage.recipe)})`;
+
+function showSetup(status) {
+  const { start } = status.latest;
+  const shown = JSON.stringify(start ?? null);
+  const list = byId("setup");
+  if (list.dataset.shown === shown) return;
+  list.dataset.shown = shown;
+  byId("setup-box").hidden = !start;
+  list.replaceChildren(
+    ...(start ? SETUP : []).map(([name, word]) => {
+      const pair = document.createElement("div");
+      pair.append(element("dt", name), element("dd", word(start)));
+      return pair;
+    }),
+  );
+}
+
+// The runs
+
+function showRuns(status) {
+  const names = status.runs;
+  byId("runs-box").hidden = names.length < 2;
+  const shown = JSON.stringify(names);
+  if (names.length < 2 || byId("runs").dataset.shown === shown) return;
+  byId("runs").dataset.shown = shown;
+  byId("run").replaceChildren(...names.map((name, number) => choice(number, name)));
+  byId("run").value = view.run;
+  byId("runs").replaceChildren(
+    ...names.map((name, number) => {
+      const label = document.createElement("label");
+      const box = document.createElement("input");
+      box.type = "checkbox";
+      box.value = number;
+      box.addEventListener("change", showRange);
+      label.append(box, printable(` ${name}`));
+      return label;
+    }),
+  );
+}
+
+function choice(value, text) {
+  const made = element("option", text);
+  made.value = value;
+  return made;
+}
+
+// Numbers of the runs whose curves are drawn over the one that is shown.
+function overlaid() {
+  const boxes = [...byId("runs").querySelectorAll("input:checked")];
+  return boxes.map((box) => Number(box.value)).filter((number) => number !== view.run);
+}
+
+function chooseRun() {
+  view.run = Number(byId("run").value);
+  view.zoom = null;
+  view.status = null;
+  view.graphs = { loss: null, speed: null, sessions: [] };
+  view.asked += 1; // what is on its way is of the run before
+  tags.clear();
+  chosen.at = null;
+  byId("other").value = "";
+  byId("range").value = "1";
+  drawGraphs();
+  poll(0);
 }
 
 // The log
@@ -292,7 +412,7 @@ function showAnalysis(analysis) {
 
 function row(figures, name) {
   const cells = [
-    name,
+    "",
     figures.start ? moment(figures.start) : "–",
     figures.end ? moment(figures.end) : "–",
     isNumber(figures.elapsed_s) ? duration(figures.elapsed_s) : "–",
@@ -302,155 +422,24 @@ function row(figures, name) {
   ];
   const made = document.createElement("tr");
   made.append(...cells.map((text) => element("td", text)));
+  const canZoom = isNumber(figures.first) && isNumber(figures.last);
+  made.firstChild.append(...(canZoom ? sessionLinks(figures, name) : [printable(name)]));
   return made;
 }
 
-// The graphs
-
-const DASHES = ["solid", "dash", "dot", "dashdot"];
-
-// {side, name, dash} of batch_face_a, batch_face_b_2, batch_mask_a.
-function kind(tag) {
-  const [, what, side, output] = /^batch_(face|mask)_([ab])(?:_(\d+))?$/.exec(tag) ?? [null, tag, "", ""];
-  const number = Number(output ?? 0);
-  const name = `${side.toUpperCase()} ${what}${output ? ` ${output}` : ""}`;
-  return { side, name, dash: what === "mask" ? "dot" : DASHES[Math.max(0, number - 1) % DASHES.length] };
-}
-
-// Exponential average of what is there: s = (1 - amount) x + amount s, beginning with the first x.
-function smoothed(values, amount) {
-  let average = null;
-  return values.map((value) => {
-    if (value === null) return null;
-    average = average === null ? value : (1 - amount) * value + amount * average;
-    return average;
+// A button that shows the graphs of one session, and its numbers as a file.
+function sessionLinks({ first, last }, name) {
+  const button = element("button", name, "link");
+  button.type = "button";
+  button.title = "Show the graphs of this session";
+  button.addEventListener("click", () => {
+    zoom([first, Math.max(last, first + 1)]);
+    byId("loss").scrollIntoView({ block: "center" });
   });
-}
-
-function color(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-}
-
-function layout(yaxis) {
-  const isNarrow = window.innerWidth < 480;
-  const axis = { gridcolor: color("--line"), zerolinecolor: color("--line"), automargin: true };
-  const [first, last] = wantedRange();
-  const sessions = view.graphs?.sessions ?? [];
-  return {
-    margin: { l: isNarrow ? 44 : 56, r: 10, t: 34, b: 40 },
-    paper_bgcolor: "rgba(0,0,0,0)",
-    plot_bgcolor: "rgba(0,0,0,0)",
-    font: { color: color("--ink"), family: "system-ui, sans-serif", size: isNarrow ? 11 : 13 },
-    legend: { orientation: "h", x: 0.5, xanchor: "center", y: isNarrow ? -0.22 : -0.18, yanchor: "top" },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: color("--faint"), activecolor: color("--ink") },
-    hovermode: "x unified",
-    hoverlabel: { bgcolor: color("--card"), bordercolor: color("--line"), font: { color: color("--ink") } },
-    // A finger scrolls the page; it zooms after a touch on the graph's own zoom button.
-    dragmode: view.dragmode ?? (matchMedia("(pointer: coarse)").matches ? false : "zoom"),
-    xaxis: {
-      ...axis,
-      title: { text: "iteration", standoff: 6 },
-      tickformat: ",~s",
-      hoverformat: ",d",
-      ...(first === null ? { autorange: true } : { range: [first, last] }),
-    },
-    yaxis: { ...axis, fixedrange: true, rangemode: "normal", ...yaxis },
-    // A dotted line where a session begins.
-    shapes: sessions.map((session) => ({
-      type: "line",
-      xref: "x",
-      yref: "paper",
-      x0: session.first,
-      x1: session.first,
-      y0: 0,
-      y1: 1,
-      line: { color: color("--faint"), width: 1, dash: "dot" },
-    })),
-  };
-}
-
-const CONFIG = {
-  displaylogo: false,
-  displayModeBar: true,
-  modeBarButtons: [["zoom2d", "pan2d"], ["zoomIn2d", "zoomOut2d", "autoScale2d"], ["toImage"]],
-  doubleClick: "autosize",
-  responsive: true,
-};
-
-function drawLoss() {
-  const loss = view.graphs.loss;
-  const amount = Number(byId("smoothing").value);
-  const traces = [];
-  for (const [tag, values] of Object.entries(loss?.losses ?? {})) {
-    const { side, name, dash } = kind(tag);
-    const paint = color(side === "b" ? "--side-b" : "--side-a");
-    const common = { x: loss.iterations, mode: "lines", legendgroup: tag, name };
-    if (amount > 0) {
-      const line = { color: paint, width: 1 };
-      traces.push({ ...common, y: values, line, opacity: 0.25, showlegend: false, hoverinfo: "skip" });
-    }
-    traces.push({
-      ...common,
-      y: smoothed(values, amount),
-      line: { color: paint, width: 2, dash },
-      hovertemplate: "%{y:.5f}",
-    });
-  }
-  const type = byId("log-axis").checked ? "log" : "linear";
-  Plotly.react("loss", traces, layout({ type, autorange: true, tickformat: "~g" }), CONFIG);
-  const over = loss?.per_point ?? 1;
-  say(
-    byId("loss-note"),
-    !loss?.iterations.length
-      ? "No losses have been logged yet; they reach the disk twice a minute."
-      : over > 1
-        ? `Each point is the mean of ${grouped(over)} iterations: zoom in for finer ones.`
-        : "Each point is one iteration.",
-  );
-}
-
-function drawSpeed() {
-  const speed = view.graphs.speed;
-  const traces = speed
-    ? [
-        {
-          x: speed.iterations,
-          y: speed.eg_per_s,
-          mode: speed.iterations.length < 3 ? "lines+markers" : "lines",
-          line: { color: color("--good"), width: 1.5 },
-          name: "EG/s",
-          hovertemplate: "%{y:,.1f}",
-          connectgaps: false,
-        },
-      ]
-    : [];
-  Plotly.react("speed", traces, layout({ rangemode: "tozero", autorange: true }), CONFIG);
-}
-
-// A drag along the axis of either graph is a zoom of both; a double click shows all again.
-function zoomed(change) {
-  if (change.dragmode !== undefined) view.dragmode = change.dragmode;
-  const from = change["xaxis.range[0]"] ?? change["xaxis.range"]?.[0];
-  const to = change["xaxis.range[1]"] ?? change["xaxis.range"]?.[1];
-  if (from !== undefined) {
-    const first = Math.max(0, Math.floor(from));
-    zoom([first, Math.max(first + 1, Math.ceil(to))]);
-  } else if (change["xaxis.autorange"]) {
-    zoom(null);
-  }
-}
-
-async function zoom(range) {
-  view.zoom = range;
-  byId("range").value = range ? "" : "1";
-  await showRange();
-}
-
-async function showRange() {
-  drawLoss();
-  drawSpeed();
-  tags.delete("graphs");
-  await askForGraphs().catch(() => undefined); // the next poll tells what is wrong
+  const file = element("a", "CSV");
+  file.href = address("series.csv", { first, last });
+  file.download = `session_${Number(name) || 0}.csv`;
+  return [button, " ", file];
 }
 
 // Requests
@@ -459,7 +448,7 @@ async function request(name) {
   const token = view.token || byId("token").value;
   say(byId("answer"), "asking…");
   try {
-    const answer = await fetch(`request/${name}`, { method: "POST", headers: { "X-Mien-Token": token } });
+    const answer = await fetch(address(`request/${name}`), { method: "POST", headers: { "X-Mien-Token": token } });
     const values = await answer.json();
     if (answer.status === 403) askForToken();
     if (answer.ok) keepToken(token);
@@ -499,17 +488,16 @@ function takeToken() {
 function listen() {
   byId("smoothing").addEventListener("input", () => {
     say(byId("smoothing-value"), Number(byId("smoothing").value).toFixed(2));
-    if (view.graphs) drawLoss();
+    drawLoss();
   });
   byId("log-axis").addEventListener("change", () => view.graphs && drawLoss());
   byId("range").addEventListener("change", () => {
     view.zoom = null;
     if (view.graphs) showRange();
   });
-  byId("enlarge").addEventListener("click", () => {
-    byId("large-picture").src = byId("preview").src;
-    byId("large").showModal();
-  });
+  byId("run").addEventListener("change", chooseRun);
+  byId("lower").addEventListener("change", drawLower);
+  listenToPreview();
   byId("requests").addEventListener("submit", (event) => event.preventDefault());
   for (const button of document.querySelectorAll("[data-request]")) {
     const name = button.dataset.request;
@@ -528,8 +516,7 @@ function begin() {
   takeToken();
   listen();
   view.graphs = { loss: null, speed: null, sessions: [] };
-  drawLoss();
-  drawSpeed();
+  drawGraphs();
   for (const id of ["loss", "speed"]) byId(id).on("plotly_relayout", zoomed);
   keepAsking();
 }

@@ -3,18 +3,21 @@
     GET /                          the page; with ?token= it opens it, where it needs a token
     GET /page.css /page.js /plotly.js
     GET /preview.png               the newest preview of the run
+    GET /kept.png?at=&other=&mask=&enlarge=   a kept preview, or the swaps of two
     GET /api/status                where the run stands, and its last events
-    GET /api/graphs?first=&last=   losses and speed of these iterations, as some thousand points
+    GET /api/graphs?first=&last=&series=      these series, and the speed, as some thousand points
     GET /api/analysis              the table of sessions
+    GET /series.csv?first=&last=   all series of these iterations
     POST /request/save, /request/preview, /request/stop
 
-A GET changes nothing. Everything that is shown has an ETag: what has not changed is not sent again.
+Of several runs, ?run= says which: 0 is the first that was named. A GET changes nothing. Everything
+that is shown has an ETag: what has not changed is not sent again.
 """
 
 import gzip
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from urllib.parse import parse_qs, quote
 
 from plotly.offline import get_plotlyjs
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -30,11 +34,13 @@ from starlette.routing import Route
 
 from ...core.checkpoint.lock_owner import REQUESTS, RequestError, send_request
 from .access import COOKIE, HEADER, Access
+from .pictures import Drawing
 from .watch import Watch
 
 # A form has a token and nothing else; shorter answers grow by gzip's head. Chosen, unmeasured.
 _MAX_FORM_BYTES = 4096
 _GZIP_FROM_BYTES = 1024
+_MOST_SERIES = 64
 _HEADERS = {
     # plotly writes styles of its own into the page; scripts come from files alone.
     "content-security-policy": "default-src 'none'; script-src 'self'; connect-src 'self'; "
@@ -49,18 +55,18 @@ _HEADERS = {
 _REQUESTS = {f"/request/{name}": name for name in REQUESTS}
 """Paths that ask for their token themselves; it may come in a form."""
 
+_PAGE_FILES = ("page.html", "page.css", "page.js", "preview.js", "graphs.js")
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 
 
-def make_app(model_dir: Path, access: Access) -> Starlette:
-    """The server of one model's page.
+def make_app(model_dirs: Sequence[Path], access: Access) -> Starlette:
+    """The server of the page of one run, or of several.
 
     Args:
-        model_dir: The model folder; it may be empty, or be made later.
+        model_dirs: The model folders; each may be empty, or be made later.
         access: Rules of who may do what.
     """
-    watch = Watch(model_dir, may_ask=access.allows)
-    files = {name: _File(*_page_file(name)) for name in ("page.html", "page.css", "page.js")}
+    files = {name: _File(*_page_file(name)) for name in _PAGE_FILES}
     files["plotly.js"] = _plotly()
 
     def page(request: Request) -> Response:
@@ -68,52 +74,114 @@ def make_app(model_dir: Path, access: Access) -> Starlette:
             return _opened(access)
         return files["page.html"].answer(request)
 
-    def preview(request: Request) -> Response:
-        content = watch.preview()
+    runs = Runs(model_dirs, access)
+    routes = [
+        Route("/", page),
+        *(Route(f"/{name}", files[name].answer) for name in files if name != "page.html"),
+        Route("/preview.png", runs.preview),
+        Route("/kept.png", runs.kept),
+        Route("/api/status", runs.status),
+        Route("/api/graphs", runs.graphs),
+        Route("/api/analysis", runs.analysis),
+        Route("/series.csv", runs.table),
+        *(Route(path, runs.asked(name), methods=["POST"]) for path, name in _REQUESTS.items()),
+    ]
+    guard = Middleware(BaseHTTPMiddleware, dispatch=_guard(access))
+    app = Starlette(routes=routes, middleware=[guard])
+    app.router.redirect_slashes = False  # what is here has one path
+    return app
+
+
+class Runs:
+    """What the page shows of the runs, and may ask of them.
+
+    Args:
+        model_dirs: The model folders.
+        access: Rules of who may do what.
+    """
+
+    def __init__(self, model_dirs: Sequence[Path], access: Access) -> None:
+        self._access, self._model_dirs = access, model_dirs
+        self._watches = [Watch(path, may_ask=access.allows) for path in model_dirs]
+
+    def status(self, request: Request) -> Response:
+        """Where a run stands."""
+        values = self._watch(request).status()
+        return _json(request, values | {"runs": [watch.name for watch in self._watches]})
+
+    def preview(self, request: Request) -> Response:
+        """The newest preview as the run drew it."""
+        content = self._watch(request).preview()
         if content is None:
             return Response("there is no preview yet\n", 404)
         return _answer(request, content, "image/png")
 
-    def status(request: Request) -> Response:
-        return _json(request, watch.status())
-
-    def graphs(request: Request) -> Response:
+    def kept(self, request: Request) -> Response:
+        """A drawing of kept previews, made only where the browser lacks it."""
+        pictures = self._watch(request).pictures
+        words = request.query_params
+        at = _iteration(request, "at")
+        if at is None:
+            raise HTTPException(400, "at must be the iteration of a kept preview")
         try:
-            first, last = (_iteration(request, name) for name in ("first", "last"))
+            drawing = Drawing(
+                at,
+                _iteration(request, "other"),
+                words.get("mask", "off"),
+                words.get("enlarge", "lanczos"),
+            )
         except ValueError as error:
-            return Response(f"{error}\n", 400)
-        return _json(request, watch.graphs(first, last))
+            raise HTTPException(400, str(error)) from error
+        try:
+            tag = _tag(pictures.tag(drawing).encode())
+            if tag in request.headers.get("if-none-match", ""):
+                return _tagged(request, tag, b"", None, "image/png")
+            return _tagged(request, tag, pictures.draw(drawing), None, "image/png")
+        except ValueError as error:
+            raise HTTPException(404, str(error)) from error
 
-    def analysis(request: Request) -> Response:
-        return _json(request, watch.analysis())
+    def graphs(self, request: Request) -> Response:
+        """Losses and speed of some iterations."""
+        first, last = _iteration(request, "first"), _iteration(request, "last")
+        return _json(request, self._watch(request).graphs(first, last, _series(request)))
 
-    def asked(name: str) -> Callable[[Request], Awaitable[Response]]:
+    def analysis(self, request: Request) -> Response:
+        """The table of sessions."""
+        return _json(request, self._watch(request).analysis())
+
+    def table(self, request: Request) -> Response:
+        """All series of some iterations, as a file of comma-separated values."""
+        first, last = _iteration(request, "first"), _iteration(request, "last")
+        content = self._watch(request).table(first, last).encode()
+        return _answer(request, content, "text/csv; charset=utf-8")
+
+    def asked(self, name: str) -> Callable[[Request], Awaitable[Response]]:
+        """The answer to a request of this name."""
+
         async def answer(request: Request) -> Response:
+            access = self._access
             if not access.allows:
                 return _refusal(403, "this page is read-only; see mien monitor --allow-requests")
             if not access.is_token(request.headers.get(HEADER) or await _form_token(request)):
                 return _refusal(403, "the token is missing or wrong")
             try:
-                found = send_request(model_dir, name)
+                found = send_request(self._model_dirs[self._number(request)], name)
             except RequestError as error:
                 return _refusal(409, str(error))
             return JSONResponse({"asked": name, "pid": found.pid})
 
         return answer
 
-    routes = [
-        Route("/", page),
-        *(Route(f"/{name}", files[name].answer) for name in files if name != "page.html"),
-        Route("/preview.png", preview),
-        Route("/api/status", status),
-        Route("/api/graphs", graphs),
-        Route("/api/analysis", analysis),
-        *(Route(path, asked(name), methods=["POST"]) for path, name in _REQUESTS.items()),
-    ]
-    guard = Middleware(BaseHTTPMiddleware, dispatch=_guard(access))
-    app = Starlette(routes=routes, middleware=[guard])
-    app.router.redirect_slashes = False  # what is here has one path
-    return app
+    def _watch(self, request: Request) -> Watch:
+        return self._watches[self._number(request)]
+
+    def _number(self, request: Request) -> int:
+        """Which of the runs is meant; a number of this server's own, never a path."""
+        text = request.query_params.get("run", "0")
+        most = len(self._watches) - 1
+        if not text.isascii() or not text.isdecimal() or len(text) > 4 or int(text) > most:
+            raise HTTPException(400, f"run must be a number from 0 to {most}, got {text[:20]!r}")
+        return int(text)
 
 
 _Next = Callable[[Request], Awaitable[Response]]
@@ -172,12 +240,19 @@ async def _form_token(request: Request) -> str | None:
 
 
 def _iteration(request: Request, name: str) -> int | None:
+    """An iteration of the query; None where it has none of the name."""
     text = request.query_params.get(name)
     if text is None:
         return None
     if not text.isascii() or not text.isdecimal() or len(text) > 12:
-        raise ValueError(f"{name} must be an iteration, got {text[:20]!r}")
+        raise HTTPException(400, f"{name} must be an iteration, got {text[:20]!r}")
     return int(text)
+
+
+def _series(request: Request) -> list[str] | None:
+    """The series that are wanted; only those that were logged will be found."""
+    words = request.query_params.get("series")
+    return None if words is None else words.split(",", _MOST_SERIES)[:_MOST_SERIES]
 
 
 def _refusal(code: int, why: str) -> Response:

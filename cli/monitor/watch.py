@@ -7,6 +7,7 @@ import re
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from typing import Any
 from ... import __version__
 from ...core.checkpoint.lock_owner import lock_owner
 from ...core.checkpoint.model_folder import PREVIEW, STATE
-from ...core.history.history import History, event_files, read_history
+from ...core.history.history import History, SessionHistory, event_files, read_history
 from ...core.history.statistics import total_statistics
 from ...core.system.durable_files import DamagedError, read_regular
-from .graphs import loss_points, speed_points
+from .graphs import loss_points, loss_tags, measured_points, speed_points, table
 from .journal import Journal
+from .pictures import Pictures
 
 POINTS = 1500
 """Points of a graph at most. Chosen, unmeasured."""
@@ -34,7 +36,14 @@ time. Chosen, unmeasured."""
 _MAX_PREVIEW_BYTES = 256 << 20
 _MOST_SESSIONS = 500  # rows of the table
 _MOST_BEGINS = 200  # lines in a graph where sessions begin; more would hide it
-_SHOWN = re.compile(r"batch_(face|mask)_[ab](_\d{1,2})?", re.ASCII)
+_MOST_ROWS = 20_000  # of a table of values
+_DRAWN = re.compile(r"batch_(face|mask)_[ab](_\d{1,2})?", re.ASCII)
+_SHOWN = re.compile(
+    _DRAWN.pattern
+    + r"|batch_(un)?weighted_[ab](_\d{1,2})?/[\w.-]{1,40}|learning_rate|evaluate/[\w.-]{1,40}",
+    re.ASCII,
+)
+"""Series that may be drawn; those of `_DRAWN` are where no others are asked for."""
 
 
 class Watch:
@@ -47,12 +56,18 @@ class Watch:
 
     def __init__(self, model_dir: Path, *, may_ask: bool) -> None:
         self._path, self._may_ask = model_dir, may_ask
+        self.pictures = Pictures(model_dir)
         self._journal, self._journal_lock = Journal(model_dir), threading.Lock()
         self._history_lock = threading.Lock()
         self._history: History | None = None
         self._problem: str | None = None
         self._read_again_at = 0.0
         self._seen: dict[str, tuple[int, int]] | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self._path.resolve().name
 
     def status(self) -> dict[str, Any]:
         """State of the run, and its last events."""
@@ -78,7 +93,7 @@ class Watch:
         else:
             state = "idle" if self._path.is_dir() and any(self._path.iterdir()) else "new"
         return {
-            "name": self._path.resolve().name,
+            "name": self.name,
             "state": state,
             "host": None if owner is None or owner.is_here else owner.host,
             "pid": owner.pid if owner is not None and owner.is_running else None,
@@ -87,22 +102,35 @@ class Watch:
             "events": events,
             "unreadable": unreadable,
             "preview": self._preview_tag(),
+            "kept": self.pictures.iterations(),
             "may_ask": self._may_ask,
             "version": __version__,
         }
 
-    def graphs(self, first: int | None, last: int | None) -> dict[str, Any]:
-        """Losses and speed from one iteration to another, as points to draw."""
+    def graphs(
+        self, first: int | None, last: int | None, series: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Losses, metrics and speed from one iteration to another, as points to draw.
+
+        series: losses to be drawn; None: those of faces and masks.
+        """
         history, problem = self._read()
         if history is None:
             return {"problem": problem, "loss": None, "speed": None, "sessions": []}
+        available = loss_tags(history)
+        wanted = [
+            tag for tag in available if (_DRAWN.fullmatch(tag) if series is None else tag in series)
+        ]
         logged = [one for one in history.sessions if len(one.iterations_n)]
         begins = [(one.number, int(one.iterations_n[0])) for one in logged]
         low, high = 0 if first is None else first, math.inf if last is None else last
         later = [(number, begin) for number, begin in begins[1:] if low <= begin <= high]
         return {
             "problem": problem,
-            "loss": loss_points(history, first, last, POINTS),
+            "loss": loss_points(history, first, last, POINTS, wanted),
+            "available": available,
+            "measured": measured_points(history, first, last, POINTS),
+            "memory": self._memory(low, high),
             "speed": speed_points(history, first, last, POINTS),
             "sessions": [{"number": number, "first": begin} for number, begin in later]
             if len(later) <= _MOST_BEGINS
@@ -114,15 +142,31 @@ class Watch:
     def analysis(self) -> dict[str, Any]:
         """The statistics of each of the newest sessions, and of all together."""
         history, problem = self._read()
-        sessions = [one.statistics() for one in history.sessions] if history else []
+        of_history = history.sessions if history else []
+        sessions = [one.statistics() for one in of_history]
+        rows = [
+            dataclasses.asdict(statistics) | _ends(session)
+            for session, statistics in zip(of_history, sessions, strict=True)
+        ]
         return {
             "problem": problem,
             "warnings": history.warnings if history else [],
             "trainer": history.trainer if history else None,
             "earlier": max(0, len(sessions) - _MOST_SESSIONS),
-            "sessions": [dataclasses.asdict(one) for one in sessions[-_MOST_SESSIONS:]],
+            "sessions": rows[-_MOST_SESSIONS:],
             "total": dataclasses.asdict(total_statistics(sessions)) if sessions else None,
         }
+
+    def table(self, first: int | None, last: int | None) -> str:
+        """All series of some iterations as comma-separated values."""
+        history, _ = self._read()
+        return table(history, first, last, _MOST_ROWS) if history else "iteration\r\n"
+
+    def _memory(self, low: float, high: float) -> dict[str, list[Any]]:
+        """Peak memory of the newest session, as far as its last events tell it."""
+        with self._journal_lock:
+            points = [point for point in self._journal.memory if low <= point[0] <= high]
+        return {"iterations": [at for at, _ in points], "values": [mib for _, mib in points]}
 
     def preview(self) -> bytes | None:
         """The newest preview of the run as PNG; None where there is none."""
@@ -174,3 +218,11 @@ class Watch:
             self._problem = None
         except ValueError as error:  # the page tells of it, and keeps what it had
             self._problem, self._seen = str(error), None
+
+
+def _ends(session: SessionHistory) -> dict[str, int | None]:
+    """The first and the last iteration that were logged of a session."""
+    logged = session.iterations_n
+    if not len(logged):
+        return {"first": None, "last": None}
+    return {"first": int(logged[0]) - int(session.counts_n[0]) + 1, "last": int(logged[-1])}

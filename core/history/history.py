@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
 
+EVALUATE = "evaluate/"
+"""Begin of the tags of metrics of held-out faces."""
+
 BATCH_SIZE_TAG = "batch_size"
 """A session's events begin with one that has it."""
 
@@ -74,6 +77,9 @@ class SessionHistory:
 
     losses: dict[str, np.ndarray]
     """(n,) means of each tag that was requested; NaN where it was not logged."""
+
+    measured: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    """Iterations and values of each metric of held-out faces that was requested."""
 
     pauses_s: float = 0.0
     """Seconds between the sessions, where it stands for several."""
@@ -160,6 +166,9 @@ class _EventFile:
     counts: array = field(default_factory=lambda: array("q"))
     times: array = field(default_factory=lambda: array("d"))
     losses: dict[str, array] = field(default_factory=dict)
+    measured: dict[str, tuple[array, array]] = field(default_factory=dict)
+    """Iterations and values of metrics, which have events of their own."""
+
     batch_size: int | None = None
     tags: set[str] = field(default_factory=set)
     """Tags of all values, also of those that are not kept."""
@@ -192,6 +201,7 @@ class _EventFile:
             self._find_places(values, wants)
         # An event of something else, as the settings, an image or the metrics of a save.
         if ITERATION not in self.places:
+            self._add_measured(event.step, values, wants)
             return
         # A run that went back logs the same iterations again: the later ones hold.
         if self.iterations and event.step <= self.iterations[-1]:
@@ -208,10 +218,26 @@ class _EventFile:
         places = {value.tag: place for place, value in enumerate(values)}
         self.tags |= places.keys()
         self.places = {tag: place for tag, place in places.items() if tag == ITERATION}
+        if not self.places:
+            return
         for tag, place in places.items():
             if wants(tag) and (tag in self.losses or len(self.losses) < _MOST_TAGS):
                 self.losses.setdefault(tag, array("d", [np.nan]) * len(self.times))
                 self.places[tag] = place
+
+    def _add_measured(
+        self, step: int, values: "Sequence[Summary.Value]", wants: Callable[[str], bool]
+    ) -> None:
+        """Take in metrics of held-out faces."""
+        for value in values:
+            tag = value.tag
+            if not tag.startswith(EVALUATE) or not wants(tag):
+                continue
+            if tag in self.measured or len(self.measured) < _MOST_TAGS:
+                iterations, column = self.measured.setdefault(tag, (array("q"), array("d")))
+                _cut_columns(step - 1, iterations, column)
+                iterations.append(step)
+                column.append(value.simple_value)
 
     def _last_iteration(self, step: int) -> int:
         """The iteration after which the event of a step begins."""
@@ -221,9 +247,16 @@ class _EventFile:
 
     def cut(self, last: float) -> None:
         """Forget the iterations after one."""
-        count = bisect_right(self.iterations, last)
-        for column in (self.iterations, self.counts, self.times, *self.losses.values()):
-            del column[count:]
+        _cut_columns(last, self.iterations, self.counts, self.times, *self.losses.values())
+        for columns in self.measured.values():
+            _cut_columns(last, *columns)
+
+
+def _cut_columns(last: float, iterations: array, *columns: array) -> None:
+    """Forget what columns hold of the iterations after one."""
+    count = bisect_right(iterations, last)
+    for column in (iterations, *columns):
+        del column[count:]
 
 
 def _read_files(logs: Path, wants: Callable[[str], bool]) -> list[_EventFile]:
@@ -353,6 +386,11 @@ def _joined(
         )
         for tag in sorted({tag for file in files for tag in file.losses})
     }
+    measured = {}
+    for tag in sorted({tag for file in files for tag in file.measured}):
+        columns = [file.measured[tag] for file in files if tag in file.measured]
+        steps, values = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+        measured[tag] = (steps.astype(int), values.astype(float))
     return SessionHistory(
         number=number,
         saved=saved,
@@ -363,6 +401,7 @@ def _joined(
         counts_n=np.concatenate([[], *(np.array(file.counts) for file in files)]).astype(int),
         times_n=np.concatenate([[], *(np.array(file.times) for file in files)]),
         losses=losses,
+        measured=measured,
         pauses_s=_pauses(files),
     )
 
