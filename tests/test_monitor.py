@@ -1,6 +1,7 @@
 """The page of `mien monitor`: what it serves and to whom, and what it shows in a browser."""
 
 import base64
+import csv
 import fcntl
 import os
 import re
@@ -294,6 +295,7 @@ def test_only_the_end_of_a_long_journal_is_read(tmp_path, monkeypatch):
     status = _client(tmp_path).get("/api/status").json()
     assert status["unreadable"] == 0
     assert [event["event"] for event in status["events"]] == ["step", "step", "stop"]
+    assert status["latest"]["start"]["trainer"] == "original"  # with which it begins
 
 
 def test_links_are_not_followed(tmp_path):
@@ -455,6 +457,68 @@ def test_only_losses_of_faces_and_masks_are_drawn(tmp_path):
     log.close()
     losses = _client(tmp_path).get("/api/graphs").json()["loss"]["losses"]
     assert set(losses) == {"batch_face_a", "batch_mask_b_2"}
+
+
+def test_every_series_can_be_drawn_and_taken_as_a_file(two_runs):
+    client = _client(two_runs[0])
+    wanted = "batch_weighted_a/ssim,learning_rate,batch_total,nothing"
+    graphs = client.get(f"/api/graphs?series={wanted}").json()
+    terms = ["batch_face_a", "batch_face_b", "batch_weighted_a/ssim", "learning_rate"]
+    assert graphs["available"] == terms
+    assert set(graphs["loss"]["losses"]) == set(terms[2:])
+    expected = {
+        "iterations": [100, 200, 300, 400, 500, 600],
+        "values": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+    }
+    assert graphs["measured"] == {"evaluate/ssim_a": expected}
+    assert graphs["memory"] == {
+        "iterations": [301, 351, 401, 451, 501, 551],
+        "values": [1201.0, 1251.0, 1301.0, 1351.0, 1401.0, 1451.0],
+    }
+    analysis = client.get("/api/analysis").json()
+    assert [(one["first"], one["last"]) for one in analysis["sessions"]] == [(1, 300), (301, 600)]
+    answer = client.get("/series.csv?first=399&last=401")
+    assert answer.headers["content-type"] == "text/csv; charset=utf-8"
+    head, *lines = list(csv.reader(answer.text.splitlines()))
+    assert head == ["iteration", *terms, "evaluate/ssim_a"]
+    assert [line[0] for line in lines] == ["399", "400", "401"]
+    assert [line[-1] for line in lines] == ["", "0.4", ""]
+    assert float(lines[1][1]) == pytest.approx(1 / 400, rel=1e-5)
+
+
+def test_metrics_of_iterations_that_were_undone_are_not_shown(tmp_path):
+    (tmp_path / ".lock").touch()
+    for number, first, value in ((1, 1, 0.5), (2, 6, 0.75)):
+        log = TensorBoardLog(tmp_path, number, first)
+        for step in range(first, first + 10):
+            log.scalars({"batch_total": 1.0, "batch_face_a": 1.0}, step, 1e9 + 100 * number + step)
+            if step % 5 == 0:
+                log.scalars({"evaluate/psnr_a": value}, step)
+        log.close()
+    measured = _client(tmp_path).get("/api/graphs").json()["measured"]["evaluate/psnr_a"]
+    assert measured == {"iterations": [5, 10, 15], "values": [0.5, 0.75, 0.75]}
+
+
+def test_of_several_runs_each_is_shown_and_asked_by_its_number(two_runs, trainer, tmp_path):
+    process = trainer(tmp_path / "third")
+    access = Access(host="127.0.0.1", token=TOKEN, is_open=False, allows=True)
+    app = make_app([*two_runs, tmp_path / "third"], access)
+    client = TestClient(app, base_url="http://127.0.0.1:8420")
+    status = client.get("/api/status?run=1").json()
+    assert (status["name"], status["runs"]) == ("two <i>&", ["one", "two <i>&", "third"])
+    losses = [
+        client.get(f"/api/graphs?run={run}").json()["loss"]["losses"]["batch_face_a"][0]
+        for run in range(2)
+    ]
+    assert losses == [1.0, 2.0]
+    for run in ("3", "-1", "../one", "1e0", "00000", ""):
+        for path in ("/api/status", "/api/graphs", "/kept.png", "/preview.png", "/series.csv"):
+            assert client.get(path, params={"run": run, "at": 100}).status_code == 400
+    headers = {"x-mien-token": TOKEN}
+    assert client.post("/request/save?run=1", headers=headers).status_code == 409
+    assert client.post("/request/save?run=9", headers=headers).status_code == 400
+    assert client.post("/request/save?run=2", headers=headers).json()["pid"] == process.pid
+    assert process.stdout.readline() == "SIGUSR1\n"
 
 
 def test_means_of_a_graph_leave_out_what_is_missing(tmp_path, monkeypatch):
@@ -748,6 +812,8 @@ def test_a_file_is_no_model(tmp_path, capsys):
     (tmp_path / "model").touch()
     assert cli.main(["monitor", str(tmp_path / "model")]) == 2
     assert "MODEL must be a model folder, got the file" in capsys.readouterr().err
+    assert cli.main(["monitor", *(str(tmp_path / f"{number}") for number in range(33))]) == 2
+    assert "MODEL must be at most 32 folders, got 33" in capsys.readouterr().err
 
 
 def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):

@@ -163,7 +163,9 @@ function lossTraces(run, loss, own, amount) {
   const traces = [];
   for (const [tag, values] of Object.entries(loss?.losses ?? {})) {
     if (tag === "learning_rate") continue;
-    const { side, name, dash } = kind(tag);
+    const { side, name, dash: usual } = kind(tag);
+    // Another run has one colour for both sides.
+    const dash = own && side === "b" && usual === "solid" ? "dash" : usual;
     const paint = color(own ?? (side === "b" ? "--side-b" : "--side-a"));
     const common = { x: loss.iterations, mode: "lines", legendgroup: run + tag, name: label(run + name) };
     if (amount > 0) {
@@ -207,7 +209,9 @@ function drawLower() {
       hovertemplate: isSpeed ? "%{y:,.1f}" : "%{y:.5g}",
       connectgaps: false,
     }));
-  Plotly.react("speed", traces, layout({ rangemode: isSpeed ? "tozero" : "normal", autorange: true }), CONFIG);
+  const all = layout({ rangemode: isSpeed ? "tozero" : "normal", autorange: true });
+  all.legend.y = -0.34; // of a graph that is low
+  Plotly.react("speed", traces, all, CONFIG);
 }
 
 // A drag along the axis of either graph is a zoom of both; a double click shows all again.

@@ -165,6 +165,7 @@ class Watch:
     def _memory(self, low: float, high: float) -> dict[str, list[Any]]:
         """Peak memory of the newest session, as far as its last events tell it."""
         with self._journal_lock:
+            self._journal.update()
             points = [point for point in self._journal.memory if low <= point[0] <= high]
         return {"iterations": [at for at, _ in points], "values": [mib for _, mib in points]}
 
