@@ -28,7 +28,7 @@ _MAX_BYTES = 2 << 20  # of what was written before the first look: hours of stat
 _MAX_LINE_BYTES = 1 << 15  # of a start with all settings, there are some thousand
 _MAX_SECONDS = 1e11
 _MOST_STEPS, _MOST_OTHERS = 8, 200
-_MOST_OF_MEMORY = 2000
+_MOST_OF_MEMORY = 2000  # points; a graph of them shows no more
 
 
 class Journal:
@@ -149,6 +149,8 @@ class Journal:
         if type(iteration) is not int or type(memory_mib) not in (int, float):
             return
         if 0 <= iteration <= MAX_COUNT and 0 <= memory_mib <= MAX_COUNT:
+            while self.memory and self.memory[-1][0] >= iteration:  # lost in a crash
+                self.memory.pop()
             self.memory.append((iteration, memory_mib))
         if len(self.memory) > _MOST_OF_MEMORY:
             del self.memory[1::2]

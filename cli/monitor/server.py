@@ -1,7 +1,7 @@
 """The page, what it shows as JSON, and the requests that it may make.
 
     GET /                          the page; with ?token= it opens it, where it needs a token
-    GET /page.css /page.js /plotly.js
+    GET /page.css /page.js /preview.js /graphs.js /plotly.js
     GET /preview.png               the newest preview of the run
     GET /kept.png?at=&other=&mask=&enlarge=   a kept preview, or the swaps of two
     GET /api/status                where the run stands, and its last events
