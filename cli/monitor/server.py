@@ -105,7 +105,7 @@ class Runs:
         self._watches = [Watch(path, may_ask=access.allows) for path in model_dirs]
 
     def status(self, request: Request) -> Response:
-        """Where a run stands."""
+        """State of a run, and the names of all."""
         values = self._watch(request).status()
         return _json(request, values | {"runs": [watch.name for watch in self._watches]})
 
@@ -176,7 +176,7 @@ class Runs:
         return self._watches[self._number(request)]
 
     def _number(self, request: Request) -> int:
-        """Which of the runs is meant; a number of this server's own, never a path."""
+        """Number of the run that is meant: of this server's own, never a path."""
         text = request.query_params.get("run", "0")
         most = len(self._watches) - 1
         if not text.isascii() or not text.isdecimal() or len(text) > 4 or int(text) > most:
