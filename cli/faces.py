@@ -20,20 +20,12 @@ _NUM_NAMED = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verbs and their options."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    text = "Measure one face folder, or both sides against each other."
-    check = verbs.add_parser(
-        "check",
-        help=text,
-        description=f"{text} Exit code 2 where a folder holds too few usable faces to train.",
-    )
-    check.add_argument("folder", type=Path, metavar="FOLDER", help="face PNGs (of side A)")
-    check.add_argument(
-        "folder_b", type=Path, nargs="?", metavar="FOLDER_B", help="face PNGs of side B"
-    )
-    check.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    _add_check(verbs)
     text = "Show what one face file says and how training sees it."
     inspect = verbs.add_parser("inspect", help=text, description=text)
-    inspect.add_argument("file", type=Path, metavar="FILE", help="a face PNG")
+    inspect.add_argument(
+        "file", type=Path, metavar="FILE|FOLDER", help="a face PNG, or a folder: a line a face"
+    )
     inspect.add_argument("--json", action="store_true", help="print the facts as JSON")
     inspect.add_argument(
         "--output", type=Path, metavar="PICTURE.png", help="write the crops and masks here"
@@ -61,6 +53,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     importing.add_argument("--json", action="store_true", help="print what was done as JSON")
 
 
+def _add_check(verbs: Any) -> None:
+    """Declare the verb that measures."""
+    text = "Measure one face folder, or both sides against each other."
+    check = verbs.add_parser(
+        "check",
+        help=text,
+        description=f"{text} Exit code 2 where a folder holds too few usable faces to train.",
+    )
+    check.add_argument("folder", type=Path, metavar="FOLDER", help="face PNGs (of side A)")
+    check.add_argument(
+        "folder_b", type=Path, nargs="?", metavar="FOLDER_B", help="face PNGs of side B"
+    )
+    check.add_argument("--json", action="store_true", help="print the measurements as JSON")
+    check.add_argument(
+        "--lists",
+        type=Path,
+        metavar="FOLDER",
+        help="write the paths of repeated, blurred, odd, blank and unusable files into a list for "
+        "each kind, for `xargs -0`",
+    )
+    check.add_argument(
+        "--sheet", type=Path, metavar="PICTURE", help="draw some files of each of these kinds"
+    )
+    check.add_argument(
+        "--poses", type=Path, metavar="PICTURE", help="draw where the faces of each side look"
+    )
+    check.add_argument(
+        "--move-to",
+        type=Path,
+        metavar="FOLDER",
+        help="move these files there, into a folder for each kind; nothing is deleted",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Carry out one verb; 0, or 2 where a checked folder cannot be trained on."""
     return _VERBS[args.verb](args)
@@ -68,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from ..core.faces.check import compare, report
+    from ..core.faces.review import verdict
 
     folders = [folder for folder in (args.folder, args.folder_b) if folder is not None]
     reports = []
@@ -75,41 +102,84 @@ def _check(args: argparse.Namespace) -> int:
         with _progress(str(folder)) as progress:
             reports.append(report(folder, progress=progress))
     comparison = compare(*reports) if len(reports) == 2 else None
+    fitness = verdict(reports, comparison)
     if args.json:
         facts: dict[str, Any] = {"folders": [one.as_dict() for one in reports]}
         if comparison:
             facts["comparison"] = comparison.as_dict()
-        tell_json(facts)
+        facts |= {"ready": fitness.is_ready, "reasons": fitness.reasons}
+        tell_json(facts | _review(args, reports))
     else:
         _print_check(reports, comparison)
+        tell(*(f"{what}: {where}" for what, where in _review(args, reports).items()))
+        tell(fitness.text)
     return 0 if all(one.trainable for one in reports) else 2
 
 
-def _inspect(args: argparse.Namespace) -> int:
-    import cv2
+def _review(args: argparse.Namespace, reports: "list[Report]") -> dict[str, Any]:
+    """Write and move what was asked for; what is where now, by what it is."""
+    from ..core.faces.review import move_named, write_lists
+    from ..core.preview.files import save_picture
+    from ..core.preview.review import pose_picture, review_sheet
 
+    done: dict[str, Any] = {}
+    if args.lists:
+        done["lists"] = ", ".join(map(str, write_lists(reports, args.lists))) or "nothing to list"
+    if args.sheet:
+        sheet = review_sheet(reports)
+        if sheet is not None:
+            save_picture(args.sheet, sheet, "--sheet")
+        done["sheet"] = str(args.sheet) if sheet is not None else "nothing to show"
+    if args.poses:
+        pose_picture(reports, args.poses)
+        done["poses"] = str(args.poses)
+    # Last of all: the others read the files where they are.
+    for report in reports if args.move_to else ():
+        moved = move_named(report, args.move_to)
+        counts = ", ".join(f"{count} {kind}" for kind, count in moved.items()) or "nothing"
+        done[f"moved from {report.path}"] = f"{counts} to {args.move_to}"
+    return done
+
+
+def _inspect(args: argparse.Namespace) -> int:
     from ..core.faces.inspect import contact_sheet, inspect
     from ..core.faces.png import FaceFileError
-    from ..core.system.durable_files import write_output
+    from ..core.preview.files import save_picture
 
+    if args.file.is_dir():
+        return _inspect_folder(args)
     try:
         facts = inspect(args.file)
         sheet = contact_sheet(args.file) if args.output else None
     except FaceFileError as error:
         raise ValueError(f"{args.file}: {error}") from None
     if sheet is not None:
-        if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-            raise ValueError(f"--output must end in .png or .jpg, got {args.output}")
-        encoded = cv2.imencode(args.output.suffix.lower(), sheet)[1]
-        try:
-            write_output(args.output, encoded.tobytes(), force=True)
-        except OSError as error:
-            raise ValueError(f"--output {args.output}: {error.strerror or error}") from None
+        save_picture(args.output, sheet, "--output")
         facts["picture"] = str(args.output)
     if args.json:
         tell_json(facts)
     else:
         _print_rows(str(args.file), _flat(facts))
+    return 0
+
+
+def _inspect_folder(args: argparse.Namespace) -> int:
+    """A line for each face of a folder, or its facts as JSON."""
+    from ..core.faces.folder import read_folder
+    from ..core.faces.inspect import summary
+
+    if args.output:
+        raise ValueError("--output shows one face: give its file, or use `faces check --sheet`")
+    opened = read_folder(args.file, minimum=0)
+    facts = [summary(face) for face in opened.faces]
+    unusable = {rejected.path.name: rejected.reason for rejected in opened.rejected}
+    if args.json:
+        tell_json({"faces": facts, "unusable": unusable})
+        return 0
+    rows = [["file", "px", "in the source", "yaw", "pitch", "roll", "from the mean"]]
+    rows += [[str(value) for value in face.values()] for face in facts]
+    _print_table(f"{args.file}: {len(facts)} faces", rows)
+    tell(*(f"  unusable: {name}: {reason}" for name, reason in unusable.items()))
     return 0
 
 

@@ -45,6 +45,20 @@ def inspect(path: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
+def summary(face: Face) -> dict[str, Any]:
+    """The facts of a face in one line, without its masks, ready for JSON; no picture is decoded."""
+    alignment = face.alignment
+    return {
+        "file": face.path.name,
+        "edge_px": face.edge_px,
+        "native_px": round(face.native_px),
+        "yaw": round(alignment.yaw),
+        "pitch": round(alignment.pitch),
+        "roll": round(alignment.roll),
+        "distance_from_mean_face": round(alignment.average_distance, 3),
+    }
+
+
 def contact_sheet(path: str | os.PathLike[str], *, tile_px: int = 192) -> np.ndarray:
     """One face as training sees it: its crops, and its masks laid over the face; BGR uint8.
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from ..faces.png_pixels import encode_rgb
-from ..system.durable_files import DamagedError, read_regular, replace_file
+from ..system.durable_files import DamagedError, read_regular, replace_file, write_output
 from ..system.image_text import COMMENT, commented, labelled
 from ..system.output import silent_libraries
 
@@ -33,6 +33,26 @@ _READ_AS = {
 
 _SHARP = (cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 """Colours as sharp as brightness, since a tile may have only 64 px."""
+
+
+def save_picture(path: Path, image: np.ndarray, flag: str) -> None:
+    """Write a picture where a user has named it, as a PNG or JPEG by its ending.
+
+    Args:
+        path: The file; an older one is replaced.
+        image: (H, W, 3) uint8 BGR.
+        flag: The flag that has named it.
+
+    Raises:
+        ValueError: The ending is of neither, or the disk refuses; one line.
+    """
+    kind = path.suffix.lower()
+    if kind not in (".png", ".jpg", ".jpeg"):
+        raise ValueError(f"{flag} must end in .png or .jpg, got {path}")
+    try:
+        write_output(path, cv2.imencode(kind, image)[1].tobytes(), force=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror or error}") from None
 
 
 def save_png(path: str | Path, image: np.ndarray, text: str) -> None:

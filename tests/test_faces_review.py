@@ -1,0 +1,120 @@
+"""What `faces check` says at its end, lists, draws and moves; `faces inspect` of a folder."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+
+from mien.cli import main
+from mien.core.faces.check import report
+from mien.core.faces.review import move_named, named_files
+from mien.core.faces.synthetic import draw_folder
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp("review")
+    draw_folder(root / "a", identity="a", count=26, size_px=96)
+    return root / "a"
+
+
+@pytest.fixture
+def spoilt(drawn, tmp_path):
+    """Faces, one of them twice, and a file that is none, its name odd."""
+    folder = tmp_path / "mine"
+    shutil.copytree(drawn, folder)
+    first = sorted(folder.iterdir())[0]
+    shutil.copy(first, folder / "zz again.png")
+    (folder / "zz\nno face.png").write_bytes(b"no")
+    return folder
+
+
+def test_the_last_line_is_the_verdict(drawn, tmp_path, capsys):
+    assert main(["faces", "check", str(drawn)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "ready"
+    few = tmp_path / "few"
+    few.mkdir()
+    shutil.copy(sorted(drawn.iterdir())[0], few)
+    assert main(["faces", "check", str(drawn), str(few)]) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "not ready, because few has 1 usable faces of at least 25"
+    assert main(["faces", "check", str(drawn), str(drawn), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["ready"] is False
+    assert len(facts["reasons"]) == 1
+
+
+def test_lists_are_for_xargs_and_never_written_over(spoilt, tmp_path, capsys):
+    lists = tmp_path / "lists"
+    words = ["faces", "check", str(spoilt), "--lists", str(lists)]
+    assert main(words) == 0
+    listed = {path.name: path.read_bytes().split(b"\0")[:-1] for path in lists.iterdir()}
+    assert listed["repeated.txt"] == [bytes(spoilt / "zz again.png")]
+    assert listed["unusable.txt"] == [bytes(spoilt / "zz\nno face.png")]
+    before = {path: path.read_bytes() for path in lists.iterdir()}
+    assert main(words) == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in lists.iterdir()}
+
+
+def test_named_files_are_moved_and_none_is_lost(spoilt, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in spoilt.iterdir()}
+    aside = tmp_path / "aside"
+    words = ["faces", "check", str(spoilt), "--move-to", str(aside)]
+    assert main(words) == 0
+    assert "1 unusable" in capsys.readouterr().out
+    after = {path.name: path.read_bytes() for path in spoilt.iterdir()}
+    moved = {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()}
+    assert moved.keys() >= {"zz again.png", "zz\nno face.png"}
+    assert before == after | moved
+    assert not after.keys() & moved.keys()
+
+
+def test_a_move_that_would_hide_a_file_moves_nothing(spoilt, tmp_path):
+    place = tmp_path / "aside/repeated/zz again.png"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"mine")
+    measured, before = report(spoilt), sorted(spoilt.iterdir())
+    with pytest.raises(ValueError, match="zz again.png is there already; give another folder"):
+        move_named(measured, tmp_path / "aside")
+    with pytest.raises(ValueError, match="lies in .* itself; give a folder beside it"):
+        move_named(measured, spoilt / "aside")
+    assert (sorted(spoilt.iterdir()), place.read_bytes()) == (before, b"mine")
+
+
+def test_every_file_is_named_once(spoilt):
+    named = named_files(report(spoilt))
+    names = [name for of_kind in named.values() for name in of_kind]
+    assert len(names) == len(set(names))
+    assert {"unusable", "repeated"} <= named.keys()
+
+
+def test_pictures_of_what_to_look_at_and_of_poses(spoilt, drawn, tmp_path, capsys):
+    sheet, poses = tmp_path / "sheet.jpg", tmp_path / "poses.png"
+    words = ["faces", "check", str(spoilt), str(drawn), "--sheet", str(sheet)]
+    assert main([*words, "--poses", str(poses)]) in (0, 2)
+    image = cv2.imread(str(sheet))
+    assert image.std() > 20, "there is a face in it"
+    assert cv2.imread(str(poses)).shape[1] > 900
+    for flag, name in (("--sheet", "x.txt"), ("--poses", "x.bmp")):
+        assert main(["faces", "check", str(spoilt), flag, str(tmp_path / name)]) == 2
+        assert f"{flag} must end in" in capsys.readouterr().err
+    clean = tmp_path / "none.png"
+    assert main(["faces", "check", str(drawn), "--sheet", str(clean)]) == 0
+    assert ("sheet: nothing to show" in capsys.readouterr().out) == (not clean.exists())
+
+
+def test_a_folder_is_inspected_by_a_line_a_face(spoilt, capsys):
+    assert main(["faces", "inspect", str(spoilt)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{spoilt}: 27 faces"
+    assert lines[1].split()[:2] == ["file", "px"]
+    assert any("zz?no face.png" in line or "no face.png" in line for line in lines)
+    assert main(["faces", "inspect", str(spoilt), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert len(facts["faces"]) == 27
+    assert np.isfinite(facts["faces"][0]["yaw"])
+    assert [*facts["unusable"]] == ["zz\nno face.png"]
+    assert main(["faces", "inspect", str(spoilt), "--output", "x.png"]) == 2
