@@ -13,7 +13,7 @@ import pytest
 
 from mien.core.console.event_files import older_file
 from mien.core.console.reporter import Reporter
-from mien.core.console.status_line import duration
+from mien.core.console.status_line import duration, fitted, status_text
 from mien.core.console.tensorboard import LogError, NullLog, TensorBoardLog, open_log
 from mien.core.console.wandb_log import WandbLog
 
@@ -30,6 +30,7 @@ STEP = {
     "saving": None,
     "drawing": None,
     "seconds_left": 753.0,
+    "seconds_to_save": 42.0,
 }
 
 
@@ -90,7 +91,7 @@ def test_plain_lines():
     assert lines[:3] == ["model     original", "face set  faces/a", "threads   2"]
     pattern = (
         r"\[\d\d:\d\d:\d\d\] \[#00012\] Loss A: 0\.34316, Loss B: 0\.33458 \| EG/s 123\.4 "
-        r"\| wait 0\.3 % \| 812 MiB \| 7 in 0:01:01 \| left 0:12:33"
+        r"\| left 0:12:33 \| save in 0:00:42 \| wait 0\.3 % \| 812 MiB \| 7 in 0:01:01"
     )
     assert re.fullmatch(pattern, lines[3])
     assert lines[4:] == [
@@ -103,9 +104,45 @@ def test_plain_lines():
 
 def test_unknown_memory_and_end_are_left_out():
     stream = io.StringIO()
-    unknown = ("memory_mib", "session_iterations", "elapsed_s", "seconds_left")
+    unknown = ("memory_mib", "session_iterations", "elapsed_s", "seconds_left", "seconds_to_save")
     Reporter(stream).step(**STEP | dict.fromkeys(unknown))
     assert stream.getvalue().endswith("| EG/s 123.4 | wait 0.3 %\n")
+
+
+@pytest.mark.parametrize(
+    ("width", "last"),
+    [(200, "7 in 0:01:01"), (80, "left 3 d 4 h"), (92, "save in 0:00:42"), (20, "Loss B: 0.33458")],
+)
+def test_a_status_line_is_as_long_as_the_terminal_is_wide(width, last):
+    text = fitted(status_text(STEP | {"seconds_left": 3600 * 76.2}), width)
+    assert text.endswith(last)
+    assert len(text) <= max(width, 41)
+
+
+def test_where_lines_stay_there_is_one_a_minute(tmp_path):
+    now = iter(range(1000, 5000, 7))
+    streams = {}
+    for all_steps in (False, True):
+        stream = streams[all_steps] = io.StringIO()
+        reporter = Reporter(stream, clock=lambda: float(next(now)))
+        log_file = tmp_path / f"{all_steps}.log"
+        reporter.keep_in(
+            events=tmp_path / f"{all_steps}.jsonl",
+            log_file=log_file,
+            level="info",
+            all_steps=all_steps,
+        )
+        for iteration in range(1, 21):
+            reporter.step(**STEP | {"iteration": iteration})
+        reporter.stop(iteration=20, reason="done", exit_code=0)
+        printed = [line for line in stream.getvalue().splitlines() if "Loss A" in line]
+        kept = [line for line in log_file.read_text().splitlines() if "Loss A" in line]
+        events = (tmp_path / f"{all_steps}.jsonl").read_text().splitlines()
+        assert len(printed) == (20 if all_steps else 3)
+        assert len(kept) == (20 if all_steps else 3)
+        assert len(events) == 21
+        assert re.fullmatch(r"\[\d\d:\d\d:\d\d\] \[#00001\] Loss.*", printed[0])
+        assert re.fullmatch(r"[\d-]+ [\d:]+ INFO +\[#00001\] Loss.*", kept[0]), "one time stamp"
 
 
 def test_a_terminal_keeps_one_status_line(monkeypatch):

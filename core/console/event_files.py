@@ -12,13 +12,15 @@ from typing import Any
 
 from ..system.durable_files import open_plain
 from .report import Report
-from .spacing import Spacing
+from .spacing import Pause, Spacing
 from .status_line import step_report
 
 # Bounds of what reports take of a disk; chosen, unmeasured.
 _MOST_BYTES = 16 << 20
 _OLDER_FILES = 4
-_SECONDS_BETWEEN_STEPS = 1.0
+_SECONDS_BETWEEN_EVENTS = 1.0
+SECONDS_BETWEEN_STEPS = 60.0
+"""Seconds between two lines of steps that people read later. Chosen."""
 
 
 class ReportFile:
@@ -30,13 +32,17 @@ class ReportFile:
         as_json: Keep the JSON lines, in a plain file that no link leads to; else the texts with
             date and level before each line, in whatever the user names: a link's target, a device.
         remedy: What the user can do where the disk refuses.
+        steps_s: Seconds between two reports of steps.
 
     Raises:
         OSError: The file cannot be opened.
     """
 
-    def __init__(self, path: Path, *, level: str, as_json: bool, remedy: str) -> None:
+    def __init__(
+        self, path: Path, *, level: str, as_json: bool, remedy: str, steps_s: float = 0.0
+    ) -> None:
         self.path, self.level, self._as_json, self._remedy = path, level, as_json, remedy
+        self._steps = Pause(steps_s)
         # The folder of a session is made by whoever writes there first.
         path.parent.mkdir(parents=True, exist_ok=True)
         # The user may have named a link, which a rotation must not replace by a file.
@@ -46,6 +52,8 @@ class ReportFile:
     def add(self, report: Report) -> str | None:
         """Keep a report; what to warn of where the disk refuses, once."""
         if self._handle is None or not report.is_worth(self.level):
+            return None
+        if report.event == "step" and not self._steps.is_over(report.time):
             return None
         text = report.line + "\n" if self._as_json else _dated(report)
         try:
@@ -111,15 +119,18 @@ class ReportFiles:
         """What was reported before it was known where to keep it; None from then on."""
 
         self._files: list[ReportFile] = []
-        self._spacing = Spacing(_SECONDS_BETWEEN_STEPS)
+        self._spacing = Spacing(_SECONDS_BETWEEN_EVENTS)
 
-    def open(self, *, events: Path | None, log_file: Path | None, level: str) -> list[str]:
+    def open(
+        self, *, events: Path | None, log_file: Path | None, level: str, all_steps: bool
+    ) -> list[str]:
         """Keep reports in other files from now on; what cannot be kept, in words.
 
         Args:
             events: File for every report as a JSON line; None: for none.
             log_file: File for the texts; None: for none.
             level: Lowest level of these.
+            all_steps: Whether they get every step that the events get; else one a minute.
 
         Raises:
             ValueError: The log file, which the user has named, cannot be written.
@@ -129,7 +140,10 @@ class ReportFiles:
         if log_file is not None:
             remedy = "free space, or choose another --log-file"
             try:
-                self._files.append(ReportFile(log_file, level=level, as_json=False, remedy=remedy))
+                steps_s = 0.0 if all_steps else SECONDS_BETWEEN_STEPS
+                self._files.append(
+                    ReportFile(log_file, level=level, as_json=False, remedy=remedy, steps_s=steps_s)
+                )
             except OSError as error:
                 reason = error.strerror or error
                 raise ValueError(

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO, Unpack, cast
 
 from ..system.output import Output
 from ..system.printable import printable
-from .event_files import ReportFiles
+from .event_files import SECONDS_BETWEEN_STEPS, ReportFiles
 from .notify import Notifier
 from .report import Report
-from .status_line import StatusLine, step_report
+from .spacing import Pause
+from .status_line import StatusLine, StepFields, clock, complete, step_report
 
 EVENTS = "events.jsonl"
 
@@ -71,6 +72,7 @@ class Reporter:
         """The latest events as JSON lines, oldest first."""
 
         self._files = ReportFiles()
+        self._steps = Pause(SECONDS_BETWEEN_STEPS)
         self._notifier: Notifier | None = None
 
     def notify_by(self, notifier: Notifier) -> None:
@@ -78,20 +80,27 @@ class Reporter:
         self._end_notifications()  # those of the session before
         self._notifier = notifier
 
-    def keep_in(self, *, events: Path | None, log_file: Path | None, level: str) -> None:
+    def keep_in(
+        self, *, events: Path | None, log_file: Path | None, level: str, all_steps: bool = False
+    ) -> None:
         """Keep reports in files, those so far in the first ones of all; print from a level on.
 
         Args:
             events: File for every report as a JSON line; None: for none.
             log_file: File for what is printed; None: for none.
             level: Lowest level of what is printed.
+            all_steps: Print every step, also where that is no terminal; else one a minute.
 
         Raises:
             ValueError: The log file cannot be written.
         """
         self._keep_steps()
         self._level = level
-        self._warn_all(self._files.open(events=events, log_file=log_file, level=level))
+        self._steps = Pause(0.0 if all_steps else SECONDS_BETWEEN_STEPS)
+        problems = self._files.open(
+            events=events, log_file=log_file, level=level, all_steps=all_steps
+        )
+        self._warn_all(problems)
 
     def start(self, fields: dict[str, Any], lines: dict[str, str] | None = None) -> None:
         """Report what is about to be trained.
@@ -106,60 +115,15 @@ class Reporter:
         table = [f"{name:<{width}}  {line}" for name, line in lines.items()]
         self._log("start", table, fields)
 
-    def step(
-        self,
-        *,
-        iteration: int,
-        loss_a: float,
-        loss_b: float,
-        eg_per_s: float,
-        data_wait: float,
-        memory_mib: float | None = None,
-        learning_rate: float | None = None,
-        session_iterations: int | None = None,
-        elapsed_s: float | None = None,
-        saving: float | None = None,
-        drawing: float | None = None,
-        seconds_left: float | None = None,
-        gpus: int | None = None,
-        exchange: float | None = None,
-    ) -> None:
-        """Report where training stands.
-
-        Args:
-            iteration: Total iteration.
-            loss_a: Loss of side A.
-            loss_b: Loss of side B.
-            eg_per_s: Faces trained per second, both sides.
-            data_wait: Share of the time that the step waited for data, 0 to 1.
-            memory_mib: Peak memory of the device; of several, the largest.
-            learning_rate: Learning rate of that iteration.
-            session_iterations: Number of these that are of this session.
-            elapsed_s: Seconds since the session's first iteration.
-            saving: Share of that time for which saves held training up, 0 to 1.
-            drawing: The same of the images and metrics that are made with them.
-            seconds_left: Seconds until the last iteration of the session or of its stage.
-            gpus: Number of ranks that train together; None: one, and then there is no exchange.
-            exchange: Share of the time that it took, 0 to 1; None: it is not known.
-        """
-        fields = {
-            "iteration": iteration,
-            "loss_a": loss_a,
-            "loss_b": loss_b,
-            "eg_per_s": eg_per_s,
-            "data_wait": data_wait,
-            "memory_mib": memory_mib,
-            "learning_rate": learning_rate,
-            "session_iterations": session_iterations,
-            "elapsed_s": elapsed_s,
-            "saving": saving,
-            "drawing": drawing,
-            "seconds_left": seconds_left,
-        }
-        fields |= {} if gpus is None else {"gpus": gpus, "exchange": exchange}
-        now = self._clock()
-        self._show(step_report(fields, now))
-        if self._files.add_step(fields, now):
+    def step(self, **fields: Unpack[StepFields]) -> None:
+        """Report where training stands: as the status line, elsewhere once a minute."""
+        everything, now = complete(fields), self._clock()
+        report = step_report(everything, now)
+        self._hand_out(report)
+        # Where lines stay, one a second would bury all others.
+        if self._as_json or self._live or self._steps.is_over(now):
+            self._show(report)
+        if self._files.add_step(everything, now):
             self._keep_steps()
 
     def save(
@@ -308,6 +272,7 @@ class Reporter:
         self._keep_steps()
         lines = [text] if isinstance(text, str) else text
         report = self._report(event, lines, fields, level)
+        self._hand_out(report)
         self._show(report)
         if is_news and self._notifier is not None:
             self._notifier.tell(report)
@@ -316,12 +281,17 @@ class Reporter:
     def _report(self, event: str, lines: list[str], fields: dict[str, Any], level: str) -> Report:
         return Report.of(event, self._clock(), level, lines, fields)
 
-    def _show(self, report: Report) -> None:
+    def _hand_out(self, report: Report) -> None:
         self.latest.append(report.line)
         if self._listener is not None:
             self._listener(report.line)
-        if report.is_worth(self._level):
-            self._print(report.event, report.line if self._as_json else report.text)
+
+    def _show(self, report: Report) -> None:
+        if not report.is_worth(self._level):
+            return
+        # A line that stays says when; that of a terminal is of this moment.
+        at = clock(report.time) if report.event == "step" and not self._live else ""
+        self._print(report.event, report.line if self._as_json else at + report.text)
 
     def _keep_steps(self) -> None:
         """Keep what stands for the status lines since the one that was kept last."""

@@ -5,6 +5,22 @@ from typing import Any
 _MEANS = ("loss_a", "loss_b", "eg_per_s", "data_wait")
 
 
+class Pause:
+    """At least so many seconds between two of something."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._last: float | None = None
+
+    def is_over(self, now: float) -> bool:
+        """Whether it is time again; then the next pause begins. now: seconds since 1970."""
+        # A clock that was set back must not silence the run.
+        if self._last is not None and 0 <= now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
 class Spacing:
     """Status reports, of which at most one in some seconds is kept.
 

@@ -1,14 +1,17 @@
 """The status line of a run: its text, and its place at the bottom of a terminal."""
 
 import time
-from typing import Any, TextIO, cast
+from collections.abc import Iterator
+from typing import Any, Required, TextIO, TypedDict, cast
 
 from ..system.output import Output
 from .report import Report
 
+_BAR = " | "
+
 
 class StatusLine:
-    """A status at the bottom of a terminal (folded where it is narrow), others scroll by above."""
+    """A status at the bottom of a terminal, as much of it as fits; others scroll by above."""
 
     def __init__(self, stream: Output) -> None:
         from rich.console import Console
@@ -32,7 +35,7 @@ class StatusLine:
         # With the first step: before, a bar of progress has this place.
         if not self._live.is_started:
             self._live.start()
-        self._live.update(self._text(text), refresh=True)
+        self._live.update(self._text(fitted(text, self._console.width)), refresh=True)
 
     def write(self, text: str) -> None:
         # Not folded by rich: a path that is broken into lines can be neither copied nor clicked.
@@ -42,35 +45,113 @@ class StatusLine:
         self._live.stop()
 
 
+class StepFields(TypedDict, total=False):
+    """Position of a training, as a report of a step says it; what is not known is None."""
+
+    iteration: Required[int]
+    """Total iteration."""
+
+    loss_a: Required[float]
+    loss_b: Required[float]
+    eg_per_s: Required[float]
+    """Faces trained per second, both sides."""
+
+    data_wait: Required[float]
+    """Share of the time that the step waited for data, 0 to 1."""
+
+    memory_mib: float | None
+    """Peak memory of the device; of several, the largest."""
+
+    learning_rate: float | None
+    """Learning rate of that iteration."""
+
+    session_iterations: int | None
+    """Number of these that are of this session."""
+
+    elapsed_s: float | None
+    """Seconds since the session's first iteration."""
+
+    saving: float | None
+    """Share of that time for which saves held training up, 0 to 1."""
+
+    drawing: float | None
+    """The same of the images and metrics that are made with them."""
+
+    seconds_left: float | None
+    """Seconds until the last iteration of the session or of its stage."""
+
+    seconds_to_save: float | None
+    """Seconds until the next save, about."""
+
+    gpus: int | None
+    """Number of ranks that train together; absent: one, and then there is no exchange."""
+
+    exchange: float | None
+    """Share of the time that the exchange took, 0 to 1."""
+
+
+_OF_RANKS = ("gpus", "exchange")
+
+
+def complete(fields: StepFields) -> dict[str, Any]:
+    """The fields of a step with a None for each that is not given, but those of several ranks."""
+    names = (name for name in StepFields.__annotations__ if name not in _OF_RANKS)
+    return dict.fromkeys(names) | dict(fields)
+
+
 def step_report(fields: dict[str, Any], at: float) -> Report:
     """The report of a step.
 
     Args:
-        fields: Arguments of `Reporter.step`.
+        fields: All fields, as `complete` gives them.
         at: Time of the step, in seconds since 1970.
     """
-    return Report.of("step", at, "info", [status_text(fields, at)], fields)
+    return Report.of("step", at, "info", [status_text(fields)], fields)
 
 
-def status_text(fields: dict[str, Any], now: float) -> str:
-    """The status line of a step's fields, those of `Reporter.step`."""
-    clock = time.strftime("%H:%M:%S", time.localtime(now))
-    text = (
-        f"[{clock}] [#{fields['iteration']:05d}] Loss A: {fields['loss_a']:.5f}, "
-        f"Loss B: {fields['loss_b']:.5f} | EG/s {fields['eg_per_s']:.1f}"
-        f" | wait {100 * fields['data_wait']:.1f} %"
+def status_text(fields: dict[str, Any]) -> str:
+    """The status line of a step's fields: parts between bars, those that matter most first."""
+    return _BAR.join(_parts(fields))
+
+
+def fitted(text: str, width: int) -> str:
+    """As many of the first parts of a status line as a terminal of this width holds in one line."""
+    parts = text.split(_BAR)
+    while len(parts) > 1 and len(_BAR.join(parts)) > width:
+        parts.pop()
+    return _BAR.join(parts)
+
+
+def _parts(fields: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"[#{fields['iteration']:05d}] Loss A: {fields['loss_a']:.5f}, "
+        f"Loss B: {fields['loss_b']:.5f}"
     )
-    if "gpus" in fields:
-        text += f" | gpus {fields['gpus']}"
-        if fields["exchange"] is not None:
-            text += f", exchange {100 * fields['exchange']:.0f} %"
-    if fields["memory_mib"] is not None:
-        text += f" | {fields['memory_mib']:.0f} MiB"
-    if fields["session_iterations"] is not None and fields["elapsed_s"] is not None:
-        text += f" | {fields['session_iterations']} in {duration(fields['elapsed_s'])}"
+    yield f"EG/s {fields['eg_per_s']:.1f}"
     if fields["seconds_left"] is not None:
-        text += f" | left {duration(fields['seconds_left'])}"
-    return text
+        yield f"left {long_duration(fields['seconds_left'])}"
+    if fields["seconds_to_save"] is not None:
+        yield f"save in {long_duration(fields['seconds_to_save'])}"
+    yield f"wait {100 * fields['data_wait']:.1f} %"
+    if "gpus" in fields:
+        shared = fields["exchange"]
+        exchange = "" if shared is None else f", exchange {100 * shared:.0f} %"
+        yield f"gpus {fields['gpus']}{exchange}"
+    if fields["memory_mib"] is not None:
+        yield f"{fields['memory_mib']:.0f} MiB"
+    if fields["session_iterations"] is not None and fields["elapsed_s"] is not None:
+        yield f"{fields['session_iterations']} in {duration(fields['elapsed_s'])}"
+
+
+def clock(at: float) -> str:
+    """The time of day as a plain line begins with it; at: seconds since 1970."""
+    return time.strftime("[%H:%M:%S] ", time.localtime(at))
+
+
+def long_duration(seconds: float) -> str:
+    """Time that is left, as 0:12:33; from a day on as 3 d 4 h."""
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h" if hours >= 24 else duration(seconds)
 
 
 def duration(seconds: float) -> str:

@@ -41,6 +41,7 @@ class Checkpointer:
     ):
         self.setup, self.reporter, self.requests, self.metrics = setup, reporter, requests, metrics
         self.check, self.parts = check, parts
+        metrics.to_save = self.seconds_to_save
         self.look: Look | None = None
         """The faces and pictures that the last preview shows."""
 
@@ -72,6 +73,19 @@ class Checkpointer:
             interval = settings.snapshot_interval
             left = min(left, interval - state.iterations % interval)
         return left
+
+    def seconds_to_save(self, iteration_s: float) -> float:
+        """Seconds until the next save, where an iteration takes so many."""
+        settings, since = self.setup.config.save, time.monotonic() - self.saved_at
+        if settings.save_minutes:
+            return max(60 * settings.save_minutes - since, 0.0)
+        by_count = self.iterations_to_save() * iteration_s
+        if settings.save_interval:
+            return by_count
+        # Both must be over: the first multiple of the iterations after the last second.
+        every_s = SAVE_ITERATIONS * iteration_s
+        late_by = SAVE_SECONDS - since - by_count
+        return by_count + max(math.ceil(late_by / every_s), 0) * every_s
 
     def _saves(self, requests: set[Request]) -> bool:
         """Whether a save is due after an iteration, or requested."""

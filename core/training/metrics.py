@@ -79,6 +79,9 @@ class MetricsLogger:
         take: Callable[[Losses, Interval], None],
     ):
         self.setup, self.reporter, self.until, self.take = setup, reporter, until, take
+        self.to_save: Callable[[float], float | None] = lambda _seconds: None
+        """Seconds until the next save, given those of an iteration; set by whoever saves."""
+
         self.is_late = setup.device.type == "cuda"
         self.unlogged = 0
         """Iterations whose losses have not been fetched."""
@@ -188,6 +191,7 @@ class MetricsLogger:
             saving=self.saving_s / elapsed_s,
             drawing=self.drawing_s / elapsed_s,
             seconds_left=(remaining + behind) * interval.seconds / interval.count,
+            seconds_to_save=self.to_save(interval.seconds / interval.count),
             **self._of_ranks(interval),
         )
 

@@ -104,6 +104,7 @@ def open_logs(
         events=events if config.save.logs else None,
         log_file=Path(config.log.file) if config.log.file else None,
         level=config.log.level,
+        all_steps=config.train.log_interval > 0,
     )
     if config.notify.command or config.notify.url:
         reporter.notify_by(Notifier(config.notify, model_dir))
