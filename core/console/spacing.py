@@ -6,7 +6,7 @@ _MEANS = ("loss_a", "loss_b", "eg_per_s", "data_wait")
 
 
 class Pause:
-    """At least so many seconds between two of something."""
+    """Pause of so many seconds, at least, between two of something."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -115,7 +115,7 @@ def status_text(fields: dict[str, Any]) -> str:
 
 
 def fitted(text: str, width: int) -> str:
-    """As many of the first parts of a status line as a terminal of this width holds in one line."""
+    """The first parts of a status line, as many as a terminal of this width holds in one line."""
     parts = text.split(_BAR)
     while len(parts) > 1 and len(_BAR.join(parts)) > width:
         parts.pop()
