@@ -551,3 +551,17 @@ def test_a_path_that_is_given_relative_has_not_changed(sides, tmp_path, monkeypa
     for _ in range(2):
         assert _train([side.name for side in sides], tmp_path / "model", "-i", "1") == 0
     assert "updated" not in capsys.readouterr().out
+
+
+def test_previews_of_saves_are_in_the_log(sides, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert _train(sides, tmp_path / "model", "-i", "2", "-s", "1") == 0
+    events = EventAccumulator(str(tmp_path / "model/logs/session_1/train"))
+    events.Reload()
+    pictures = events.Images("preview")
+    assert [picture.step for picture in pictures] == [1, 2]
+    image = cv2.imdecode(np.frombuffer(pictures[-1].encoded_image_string, np.uint8), 1)
+    assert image.shape == (pictures[-1].height, pictures[-1].width, 3)
+    assert b"synthetic face" in pictures[-1].encoded_image_string
+    assert b"batch_size" in events.Tensors("settings")[0].tensor_proto.string_val[0]

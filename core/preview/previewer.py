@@ -15,7 +15,7 @@ from ..data.sides import SIDES
 from ..faces.folder import Face, read_folder, skipped
 from ..precision import Precision
 from .faces import PreviewFaces, PreviewLoader, drawn, spread
-from .files import save_jpeg, save_png
+from .files import encoded_jpeg, save_jpeg, save_png
 from .image import description, image_of, shown_mask, uses_mask
 from .kept import KeptPreviews
 from .look import Look, look_at
@@ -74,6 +74,8 @@ class Pictures:
 
         # By place, not by file: a full disk would else be reported at every save.
         self._is_told: set[Path] = set()
+        self._shown: tuple[np.ndarray, str] | None = None
+        """The preview that was written last, and what it says of itself."""
 
     def look(self, iteration: int) -> Look:
         """What the model makes of the preview's faces as of now."""
@@ -90,7 +92,14 @@ class Pictures:
             self._attempt(partial(save_png, path, image, text), path, at=path)
         if self._window is not None:
             self._window.show(image)
+        self._shown = image, text
         return self._preview_paths[0]
+
+    def shown_jpeg(self) -> tuple[bytes, tuple[int, int]]:
+        """The preview that was written last as a JPEG, and its width and height in px."""
+        assert self._shown is not None  # a preview is written before anybody asks for it
+        image, text = self._shown
+        return encoded_jpeg(image, text), (image.shape[1], image.shape[0])
 
     def keep(self, look: Look) -> None:
         """Keep what a save makes of the faces, to be compared with others."""

@@ -140,6 +140,10 @@ class MetricsLogger:
         """Write an event."""
         self._write(lambda: self.setup.log.scalars(dict(scalars), iteration, wall_time))
 
+    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], iteration: int) -> None:
+        """Write a picture into the logs, as `Log.picture` takes it."""
+        self._write(lambda: self.setup.log.picture(name, jpeg, size_px, iteration))
+
     def flush(self) -> None:
         """Have all events so far be in their file, with one of the ranks, if there are several."""
         if self.setup.council is not None:
