@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from ...models.autoencoder import Autoencoder
 from ..checkpoint.model_folder import PREVIEW, PREVIEWS
 from ..config import Config
