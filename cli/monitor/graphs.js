@@ -235,6 +235,6 @@ async function zoom(range) {
 
 async function showRange() {
   drawGraphs();
-  for (const key of [...tags.keys()]) if (key.startsWith("graphs")) tags.delete(key);
+  forgetGraphs();
   await askForGraphs().catch(() => undefined); // the next poll tells what is wrong
 }

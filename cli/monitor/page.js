@@ -85,13 +85,20 @@ async function askForGraphs() {
   const number = view.asked;
   const graphs = await ask(address("api/graphs", words), "graphs");
   let isNew = await askForOthers(words);
-  if (number !== view.asked) return; // another range was asked for meanwhile
+  if (number !== view.asked) {
+    forgetGraphs(); // others were asked for meanwhile, and these have not been drawn
+    return;
+  }
   if (graphs) {
     view.graphs = graphs;
     listSeries();
     isNew = true;
   }
   if (isNew) drawGraphs();
+}
+
+function forgetGraphs() {
+  for (const key of [...tags.keys()]) if (key.startsWith("graphs")) tags.delete(key);
 }
 
 // The graphs of the runs that are drawn over the one that is shown; true where there is anything new.
