@@ -45,6 +45,7 @@ from mien.core.faces.png import FaceFileError, FaceHeader, StoredMask, read_head
 from mien.core.faces.synthetic import draw_folder
 from mien.core.history.restore import restore
 from mien.core.optim.lr_schedule import begin_schedule, found_rate, rate_factor
+from mien.core.system.image_text import png_chunk
 from mien.core.training.divergence import DivergenceDetector, NotFinite, TrainingDiverged, settle
 from mien.core.training.recipe_progress import RecipeProgress, StageState, find_progress
 
@@ -209,7 +210,7 @@ def with_text(content: bytes, text: bytes) -> bytes:
     """A face PNG with another header text."""
     first = 8 + 25
     length = struct.unpack_from(">I", content, first)[0]
-    chunk = png._chunk(b"iTXt", png.KEYWORD + bytes(5) + text)
+    chunk = png_chunk(b"iTXt", png.KEYWORD + bytes(5) + text)
     return content[:first] + chunk + content[first + 12 + length :]
 
 
@@ -367,7 +368,7 @@ def test_packs(deepfacelab_face, seed):
 
 def test_a_million_chunks_are_not_walked_through(face):
     content, folder, _ = face
-    path = _write(folder, content[:33] + png._chunk(b"teXt", b"") * 10**6 + content[33:])
+    path = _write(folder, content[:33] + png_chunk(b"teXt", b"") * 10**6 + content[33:])
     with bounded(), pytest.raises(FaceFileError, match="more than 1000 chunks"):
         read_header(path)
 
@@ -389,7 +390,7 @@ def test_a_picture_that_was_replaced_by_a_larger_one_is_not_decoded(face, monkey
     found = read_folder(path.parent, minimum=1).faces[0]
     assert isinstance(decode_one(found, Crop("face", 1.0, 0.0, 32)), np.ndarray)
     huge = struct.pack(">II5B", 60_000, 60_000, 8, 2, 0, 0, 0)
-    path.write_bytes(content[:8] + png._chunk(b"IHDR", huge) + content[33:])
+    path.write_bytes(content[:8] + png_chunk(b"IHDR", huge) + content[33:])
 
     def refuse(*_):
         raise AssertionError("it was decoded")
