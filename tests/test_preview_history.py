@@ -16,6 +16,7 @@ from mien.core.preview import kept
 from mien.core.preview.files import read_jpeg, save_jpeg
 from mien.core.preview.kept import KeptPreviews, thinned
 from mien.core.preview.tiles import ORIGINAL, Tiles
+from mien.core.system.durable_files import temporary_name
 
 SAVES = [1, 2, 4, 6]
 
@@ -264,3 +265,14 @@ def test_a_picture_that_is_there_stays(trained, tmp_path, capsys):
     _preview(trained, "--strip", "-o", path, code=2)
     assert "add --force to replace it" in capsys.readouterr().err
     assert path.read_text() == "mine"
+
+
+def test_what_a_kill_has_left_beside_kept_previews_is_swept(tmp_path):
+    previews = KeptPreviews(tmp_path / "previews")
+    tiles = Tiles(7, ("a", "b"), np.zeros((2, 1, 3, 8, 8, 3), np.uint8), None, 8, "")
+    previews.keep(tiles, "", most=4)
+    left = temporary_name(previews.path(8))
+    left.write_bytes(b"half a picture")
+    (tmp_path / "previews/mine.tmp").touch()
+    previews.keep(tiles, "", most=4)
+    assert sorted(path.name for path in (tmp_path / "previews").iterdir()) == ["7.jpg", "mine.tmp"]

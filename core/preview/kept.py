@@ -20,6 +20,7 @@ import numpy as np
 
 from ..data.sides import SIDES
 from ..faces.geometry import resize
+from ..system.durable_files import discard_leftovers
 from .files import read_jpeg, save_jpeg
 from .tiles import Tiles
 
@@ -64,6 +65,7 @@ class KeptPreviews:
             OSError: The disk refuses.
         """
         self.folder.mkdir(exist_ok=True)
+        discard_leftovers(self.folder)  # of a kill: the run alone writes here
         small = _shrunk(tiles.images)
         _, num_faces, _, tile_px = small.shape[:4]
         about = {

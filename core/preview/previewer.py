@@ -16,6 +16,7 @@ from ..config import Config
 from ..data.sides import SIDES
 from ..faces.folder import Face, read_folder, skipped
 from ..precision import Precision
+from ..system.durable_files import discard_leftovers
 from .faces import PreviewFaces, PreviewLoader, drawn, spread
 from .files import encoded_jpeg, save_jpeg, save_png
 from .image import description, image_of, shown_mask, uses_mask
@@ -125,6 +126,9 @@ class Pictures:
         # An iteration that is saved again has its picture already.
         if self._timelapse_faces is None or self._timelapse_at == iteration:
             return None
+        # In a folder of the user's own another run may be writing.
+        if not self._settings.timelapse_output:
+            discard_leftovers(self._timelapse_folder)
         # Set before it is tried: a disk that refuses is not asked again for the same iteration.
         self._timelapse_at = iteration
         look = look_at(self._model, self._compute, self._timelapse_faces, iteration)
