@@ -55,7 +55,7 @@ def _one(name, batch_size):
 
 @pytest.mark.parametrize(("name", "batch_size", "link"), ROWS)
 def test_the_rows_of_a_simulation(name, batch_size, link):
-    """That one sends each part of the gradients when it is there; the largest difference is 4 %."""
+    """The simulation sends each part of the gradients at once; the largest difference is 4 %."""
     one = _one(name, batch_size)
     for way, expected in zip(
         (predict.mirrored, predict.sharded), ROWS[name, batch_size, link], strict=True
@@ -149,7 +149,7 @@ def test_ranks_on_gpus_choose_by_prediction(monkeypatch):
 
 
 def test_an_update_that_one_gpu_hides_is_not_won():
-    """With `optimizer.overlap` it is about as many times the speed as there are GPUs, not above."""
+    """The speed-up with `optimizer.overlap` is about the number of GPUs, not above."""
     plain, hidden = _outlook(16, 8, NVLINK), _outlook(16, 8, NVLINK, overlap="auto")
     assert plain.grown.speedup > 8 > hidden.grown.speedup > 4
     assert hidden.grown.step_s == pytest.approx(plain.grown.step_s)

@@ -113,9 +113,9 @@ class _OneRank:
 
 @pytest.mark.budget
 def test_a_step_of_ranks_keeps_its_budget():
-    """Of each of 5 parts a copy and a sum, or a sum by slices and a gathering; the losses' share
-    and sum; of slices the sum of squares, here and over the ranks. Two gradients that lie in
-    another way than their parameters are not copied once more."""
+    """Launches of each of 5 parts: a copy and a sum, or a sum by slices and a gathering; the
+    losses' share and sum; of slices the sum of squares, here and over the ranks. Two gradients
+    that lie in another way than their parameters are not copied once more."""
     torch.use_deterministic_algorithms(False)
     counts = bench_step.rank_launches("lightweight", _OneRank())
     assert counts == {"mirrored": 5 * 2 + 2 - 2, "sharded": 5 * 3 + 2 + 2 - 2}

@@ -529,7 +529,7 @@ def test_tensorboard_gets_the_settings_and_now_and_then_a_preview(tmp_path):
 
     log = TensorBoardLog(tmp_path, 1, settings="[train]\nbatch_size = 3\n")
     for step in (100, 110, 120, 1000):
-        log.picture("preview", b"\xff\xd8 a picture", (12, 8), step)
+        log.picture("preview", lambda: (b"\xff\xd8 a picture", (12, 8)), step)
     log.close()
     events = EventAccumulator(str(tmp_path / "logs/session_1/train"))
     events.Reload()
@@ -553,7 +553,7 @@ def test_weights_and_biases_gets_means_pictures_and_settings(tmp_path, monkeypat
     for step in (1, 2, 3):
         log.scalars({"batch_total": float(step)}, step)
     log.scalars({"evaluate/ssim_a": 0.5}, 3)
-    log.picture("preview", _jpeg(), (12, 8), 3)
+    log.picture("preview", lambda: (_jpeg(), (12, 8)), 3)
     log.close()
     means = [(1, {"batch_total": 1.0}), (3, {"batch_total": 2.5}), (3, {"evaluate/ssim_a": 0.5})]
     assert sent[:3] == means

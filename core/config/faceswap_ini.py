@@ -20,8 +20,8 @@ from typing import Any
 
 from ... import models
 from ...models.fields import shown
-from ..system.durable_files import open_for_reading
 from . import SECTIONS, ModelConfig, decoded, fields_of
+from .toml import read_content
 
 MAX_BYTES = 1 << 20
 """Largest file that is read; one with every help text has a tenth of it."""
@@ -145,11 +145,7 @@ def read_preset(path: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 def _parsed_preset(path: Path) -> dict[str, Any]:
     """The options of a preset, each a plain value."""
-    try:
-        with open_for_reading(path, follows_links=True) as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    content = read_content(path, MAX_BYTES)
     try:
         values = json.loads(decoded(content)) if len(content) <= MAX_BYTES else None
     except (ValueError, RecursionError) as error:
@@ -211,11 +207,7 @@ def _settings_in(
 
 
 def _parsed(path: Path) -> configparser.ConfigParser:
-    try:
-        with open_for_reading(path, follows_links=True) as opened:
-            content = opened.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    content = read_content(path, MAX_BYTES)
     if len(content) > MAX_BYTES:
         raise ValueError(f"{path} must be a train.ini of at most 1 MiB, and is larger")
     # No text but a section's own is anyone's default, and `%` is a sign like others.

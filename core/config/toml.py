@@ -37,15 +37,24 @@ def to_toml(config: Config) -> str:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The plain values of a TOML file; ValueError where it cannot be read."""
-    try:
-        with open_for_reading(path, follows_links=True) as file:
-            content = file.read(MAX_TOML_BYTES + 1)
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    content = read_content(path, MAX_TOML_BYTES)
     try:
         return parse_toml(content)
     except ValueError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def read_content(path: Path, max_bytes: int) -> bytes:
+    """The content of a file of settings, or of a larger one its first ``max_bytes`` and one more.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    try:
+        with open_for_reading(path, follows_links=True) as file:
+            return file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
 
 
 def parse_toml(content: bytes) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class LogError(RuntimeError):
     """The TensorBoard events cannot be written; the message says why and what to do."""
 
 
+Encode = Callable[[], tuple[bytes, tuple[int, int]]]
+"""Maker of the content of a JPEG, and of its width and height in px."""
+
+
 class Log(Protocol):
     """Destination of scalars."""
 
@@ -57,13 +61,12 @@ class Log(Protocol):
             wall_time: Time at which it ended, in seconds since 1970; now, where it is not given.
         """
 
-    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+    def picture(self, name: str, encode: Encode, step: int) -> None:
         """Record a picture of a save; it may be left out where one was not long ago.
 
         Args:
             name: Name of the series.
-            jpeg: Content of the file.
-            size_px: Width and height.
+            encode: Called where the picture is kept.
             step: Total iteration.
         """
 
@@ -85,10 +88,10 @@ class Logs:
         for log in self._logs:
             log.scalars(values, step, wall_time)
 
-    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+    def picture(self, name: str, encode: Encode, step: int) -> None:
         """Record a picture of a save, as `Log.picture`."""
         for log in self._logs:
-            log.picture(name, jpeg, size_px, step)
+            log.picture(name, encode, step)
 
     def flush(self) -> None:
         """Hand everything to the disk."""
@@ -107,7 +110,7 @@ class NullLog:
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Drop the values."""
 
-    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+    def picture(self, name: str, encode: Encode, step: int) -> None:
         """Drop the picture."""
 
     def flush(self) -> None:
@@ -174,12 +177,12 @@ class TensorBoardLog:
         if time.monotonic() - self._flushed_at >= _SECONDS_BETWEEN_FLUSHES:
             self._flush()
 
-    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+    def picture(self, name: str, encode: Encode, step: int) -> None:
         """Record a picture of a save, unless one is there of nearly as many iterations."""
         if step < _PICTURE_FACTOR * self._pictured_at.get(name, 0):
             return
         self._pictured_at[name] = step
-        width, height = size_px
+        jpeg, (width, height) = encode()
         image = self._summary.Image(
             width=width, height=height, colorspace=3, encoded_image_string=jpeg
         )

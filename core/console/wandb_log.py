@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .spacing import Means
-from .tensorboard import ITERATION, LogError
+from .tensorboard import ITERATION, Encode, LogError
 
 _SECONDS_BETWEEN_ROWS = 1.0  # thousands of iterations a minute would be refused; chosen, unmeasured
 _FINISH_S = 60.0
@@ -77,11 +77,11 @@ class WandbLog:
         if time.monotonic() - self._written_at >= _SECONDS_BETWEEN_ROWS:
             self._write_means()
 
-    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], step: int) -> None:
+    def picture(self, name: str, encode: Encode, step: int) -> None:
         """Record a picture of a save, as `Log.picture`."""
         # As a file: W&B would decode and encode pixels.
         path = Path(self._run.dir) / f"{name}.jpg"
-        path.write_bytes(jpeg)
+        path.write_bytes(encode()[0])
         self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
     def flush(self) -> None:

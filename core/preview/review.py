@@ -1,5 +1,6 @@
 """Pictures of measured face folders: the files to look at, and where the faces look."""
 
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..faces.face import usual_crop
 from ..faces.folder import read_face
 from ..faces.png import FaceFileError
 from ..faces.review import named_files
+from ..system.durable_files import write_output
 from .sheet import arranged
 
 _TILE_PX = 128
@@ -73,8 +75,10 @@ def pose_picture(reports: Sequence[Report], path: Path) -> None:
         axis.set_xlabel("yaw, degrees")
         axis.set_ylabel("pitch, degrees")
         figure.colorbar(drawn, ax=axis, label="% of the faces")
+    stream = io.BytesIO()
+    figure.savefig(stream, format=path.suffix[1:].lower())
     try:
-        figure.savefig(path)
+        write_output(path, stream.getvalue(), force=True)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -157,7 +157,7 @@ class Checkpointer:
         self.metrics.flush()
         queued_at = time.monotonic()
         self._write_preview(look)
-        self.metrics.picture("preview", *self.setup.images.shown_jpeg(), look.iteration)
+        self.metrics.picture("preview", self.setup.images.shown_jpeg, look.iteration)
         self.setup.images.keep(look)
         added = self.setup.images.add_to_timelapse(state.iterations)
         if added is not None:

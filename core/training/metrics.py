@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..console.reporter import Reporter
-from ..console.tensorboard import LogError, NullLog
+from ..console.tensorboard import Encode, LogError, NullLog
 from ..data.sides import SIDES
 from .loss_buffer import CAPACITY, to_host
 from .training_setup import TrainingSetup
@@ -140,9 +140,9 @@ class MetricsLogger:
         """Write an event."""
         self._write(lambda: self.setup.log.scalars(dict(scalars), iteration, wall_time))
 
-    def picture(self, name: str, jpeg: bytes, size_px: tuple[int, int], iteration: int) -> None:
+    def picture(self, name: str, encode: Encode, iteration: int) -> None:
         """Write a picture into the logs, as `Log.picture` takes it."""
-        self._write(lambda: self.setup.log.picture(name, jpeg, size_px, iteration))
+        self._write(lambda: self.setup.log.picture(name, encode, iteration))
 
     def flush(self) -> None:
         """Have all events so far be in their file, with one of the ranks, if there are several."""

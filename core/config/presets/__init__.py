@@ -4,6 +4,7 @@ A preset is a TOML file of settings as `--configfile` takes it, with a line that
 weighs less than all else that a user gives, and more than the defaults.
 """
 
+import functools
 import json
 import re
 from contextlib import suppress
@@ -69,6 +70,7 @@ def _readable(path: Path) -> Preset:
         return Preset(path.stem, path, f"cannot be used: {error}", {})
 
 
+@functools.cache
 def costs() -> dict[str, dict[str, Any]]:
     """What each of mien's own presets asks of a GPU, computed by `benchmarks.preset_costs`."""
     return json.loads((PACKAGED / "costs.json").read_text(encoding="utf-8"))
