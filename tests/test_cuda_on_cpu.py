@@ -84,9 +84,12 @@ def params_nx():
 
 
 def _beyond(params_nx):
-    """Parameters that a CPU refuses, and what a GPU takes them for."""
+    """Parameters that a CPU refuses, and what a GPU takes them for.
+
+    Both faces lie far beyond all memory: nearer ones could fall into another tensor of the call.
+    """
     wild, tame = (records_of(params_nx).copy() for _ in range(2))
-    wild["index"][[0, 5]], tame["index"][[0, 5]] = [2**62, -7], [NUM_FACES[0] - 1, 0]
+    wild["index"][[0, 5]], tame["index"][[0, 5]] = [2**48, -(2**48)], [NUM_FACES[0] - 1, 0]
     wild["warp"][[2, 6]], tame["warp"][[2, 6]] = [7, -1], 0
     wild["near"][3], tame["near"][3] = 12, 9
     wild["clahe_tiles"][7], tame["clahe_tiles"][7] = 99, 10

@@ -1100,6 +1100,11 @@ def _check_preview(browser):
     def source():
         return browser.run("document.getElementById('preview').getAttribute('src')")
 
+    def is_drawn():  # until then the picture before it is there, with its width
+        address = browser.run("document.getElementById('preview').currentSrc")
+        is_complete = browser.run("document.getElementById('preview').complete")
+        return is_complete and address.endswith(source())
+
     browser.wait(lambda: width() == 240)
     browser.find("#history").send_keys(Keys.HOME)
     browser.wait(lambda: width() > 900)
@@ -1110,6 +1115,7 @@ def _check_preview(browser):
     assert "mask=outline" in source()
     browser.click("#pixels")
     assert "enlarge=nearest" in source()
+    browser.wait(is_drawn)
     alone = width()
     Select(browser.find("#other")).select_by_visible_text("300")
     browser.wait(lambda: width() < alone)
