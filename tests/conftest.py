@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import zlib
@@ -180,6 +181,11 @@ def sides(tmp_path_factory) -> tuple[Path, Path]:
     for side in "ab":
         draw_folder(root / side, identity=side, count=26, size_px=96)
     return root / "a", root / "b"
+
+
+def pytest_collection_finish():
+    """Spare every later collection the objects of the modules: training collects at each end."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mien.core.console import tensorboard
 from mien.core.console.event_files import older_file
 from mien.core.console.reporter import Reporter
 from mien.core.console.status_line import duration, fitted, status_text
@@ -214,6 +216,13 @@ def test_tensorboard_events_hold_the_scalars(tmp_path):
     totals = events.Scalars("batch_total")
     assert [(event.step, event.value) for event in totals] == [(101, 25.25), (102, 25.5)]
     assert totals[0].wall_time == events.Scalars("batch_face_a")[0].wall_time
+
+
+@pytest.mark.parametrize("size", [0, 1, 300])
+def test_a_record_is_framed_as_tensorboard_frames_it(size):
+    theirs = io.BytesIO()
+    RecordWriter(theirs).write(content := os.urandom(size))
+    assert tensorboard._record(content) == theirs.getvalue()
 
 
 def test_the_events_of_a_long_training_are_means(tmp_path, monkeypatch):

@@ -21,10 +21,13 @@ TensorBoard itself is imported only where a TensorBoardLog is made.
 
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+
+import google_crc32c
 
 from .spacing import Means
 
@@ -146,13 +149,11 @@ class TensorBoardLog:
     ) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = Event, Summary
         self.folder = model_dir / "logs" / f"session_{session}" / "train"
         # Not by its SummaryWriter, whose thread prints a traceback where the disk is full.
         self._file: BinaryIO = self._guarded(lambda: self._create(ending))
-        self._records = RecordWriter(self._file)
         self._flushed_at = time.monotonic()
         self._means = Means()
         began = SessionLog(status=SessionLog.START)
@@ -234,7 +235,7 @@ class TensorBoardLog:
 
     def _add(self, wall_time: float | None = None, **fields: Any) -> None:
         now = time.time() if wall_time is None else wall_time
-        self._records.write(self._event(wall_time=now, **fields).SerializeToString())
+        self._file.write(_record(self._event(wall_time=now, **fields).SerializeToString()))
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
         try:
@@ -244,6 +245,23 @@ class TensorBoardLog:
                 f"cannot write logs to {self.folder}: {error.strerror or error}; free space or "
                 "make it writable, or start again with --no-logs"
             ) from error
+
+
+def _record(content: bytes) -> bytes:
+    """Frame an event as TensorFlow's files of records have it: length, checksum, content, checksum.
+
+    TensorBoard's own writer takes the checksums byte by byte in Python and holds the interpreter
+    meanwhile: 0.36 s for a MB (measured), a pause of training wherever a preview is kept.
+    """
+    length = struct.pack("<Q", len(content))
+    return b"".join([length, _masked_crc(length), content, _masked_crc(content)])
+
+
+def _masked_crc(content: bytes) -> bytes:
+    """CRC-32C, rotated and shifted by a constant, as the format wants it."""
+    crc = google_crc32c.value(content)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    return struct.pack("<I", masked)
 
 
 def open_log(
