@@ -21,7 +21,7 @@ _ACCUMULATED_GRADIENTS = tl.constexpr(Scalar.ACCUMULATED_GRADIENTS)
 _RECORDED_NORMS = tl.constexpr(Scalar.RECORDED_NORMS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_partials", "capacity"])
 def _record_kernel(
     partials_ptr,  # [N] fp64
     scalars_ptr,   # fp64, see `Scalar`

@@ -130,7 +130,8 @@ def _update_loss_scale(scalars_ptr, is_due, is_finite, GROWTH_INTERVAL: tl.const
     tl.store(scalars_ptr + _FINITE_STEPS, tl.where(is_due, finite_steps, finite_steps_before))
 
 
-@triton.jit
+# One form for any numbers of partial sums and past norms: a rank may hold any number of the former.
+@triton.jit(do_not_specialize=["num_partials", "capacity"])
 def _scalars_kernel(
     partials_ptr,  # [N] fp64
     scalars_ptr,   # fp64, see `Scalar`

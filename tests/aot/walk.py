@@ -30,6 +30,8 @@ from mien.benchmarks.launches import launches_of_mien
 from mien.core import precision as precisions
 from mien.core.config import Config, from_dict, merge
 from mien.core.data.feed import Batch
+from mien.core.distribute.group import Group
+from mien.core.distribute.ranks import Ranks
 from mien.core.estimate.flops import meta_model
 from mien.core.optim import fused_dense, overlap
 from mien.core.training.build import build_step, has_aligned_channels
@@ -55,6 +57,19 @@ class _Driver:
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
+
+
+class _SilentGroup(Group):
+    """Two ranks that send nothing: what is launched does not hang on the sums."""
+
+    def __init__(self) -> None:
+        self.ranks = Ranks(0, 2)
+
+    def all_reduce(self, tensor: torch.Tensor, *_: object) -> None: ...
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> None: ...
+
+    def all_gather(self, tensor: torch.Tensor) -> None: ...
 
 
 class _Launching(TorchDispatchMode):
@@ -125,6 +140,24 @@ def fused_cases() -> Iterator[Settings]:
         yield merge(_of_model("original", tiny, batch_size), fused)
 
 
+def shared_cases() -> Iterator[Settings]:
+    """Settings of runs on several ranks, whose gradients may have other types than the weights."""
+    tiny = dataclasses.asdict(models.family("original").tiny)
+    rules = [*_rules(), *({"gradient_clipping": clipping} for clipping in CLIPPINGS)]
+    changes: list[Settings] = [
+        {
+            "precision": {"mode": mode},
+            "optimizer": {**rule, "reduce": reduce},
+            "train": {"distribution": distribution},
+        }
+        for mode in ("bf16", "fp16", "fp32")
+        for reduce in ("same", "fp32")
+        for distribution in ("mirrored", "sharded")
+        for rule in rules
+    ]
+    yield from _changed(_of_model("original", tiny, batch_size=4), changes)
+
+
 def _of_model(trainer: str, options: Settings, batch_size: int = 16) -> Settings:
     return {
         "model": {"trainer": trainer, "options": options},
@@ -164,11 +197,10 @@ def _optimizer_changes() -> Iterator[Settings]:
     for mode in ("bf16", "fp16", "fp32"):
         for rule in rules:
             yield {"precision": {"mode": mode}, "optimizer": rule}
-    yield {"optimizer": {"gradient_clipping": "autoclip", "autoclip_history": 1}}
 
 
-def _run(config: Config) -> None:
-    """The steps of a run that differ, and what its previews show."""
+def _run(config: Config, group: Group | None = None) -> None:
+    """The steps of a run that differ, and what its previews show; of ranks, those of the first."""
     model, precision = meta_model(config), precisions.resolve(config.precision.mode, META)
     if has_aligned_channels(config, META):
         model.align(MULTIPLE)
@@ -176,7 +208,7 @@ def _run(config: Config) -> None:
     # Where it may run beside the backward pass: then its first step is as one without that, and the
     # later ones have parts.
     kind_of_update = overlap.choose(config.optimizer, precision, is_worth=True)
-    step = build_step(config, model, META, kind_of_update=kind_of_update)
+    step = build_step(config, model, META, kind_of_update=kind_of_update, group=group)
     made = empty(
         2 * config.train.batch_size,
         input_px=model.input_px,
@@ -203,6 +235,8 @@ def walk() -> set[Form]:
     with _noted() as forms:
         for settings in cases():
             _run(from_dict(settings))
+        for settings in shared_cases():
+            _run(from_dict(settings), _SilentGroup())
         with mock.patch.object(fused_dense, "LEAST", 1):  # the layers of a tiny model are small
             for settings in fused_cases():
                 _run(from_dict(settings))
