@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.system.paths import expanded
-from .lines import tell, tell_json
+from .lines import tell, tell_json, tell_stage
 
 _MIB = 2**20
 
@@ -60,7 +60,7 @@ def run_export(args: argparse.Namespace) -> int:
     for flag in ("target", "mask"):
         if getattr(args, flag) is not None and args.to != "dfm":
             raise ValueError(f"--{flag} is of a .dfm, not of --to {args.to}; leave it out")
-    with _stages() as report:
+    with _stages(as_json=args.json) as report:
         facts, lines = EXPORTERS[args.to](args, expanded(args.output), report)
     if args.json:
         tell_json(facts)
@@ -70,10 +70,13 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _stages() -> Iterator[Report]:
-    """What takes the stages: a line that changes on a terminal, nothing elsewhere."""
+def _stages(*, as_json: bool) -> Iterator[Report]:
+    """What takes the stages: a line that changes on a terminal, elsewhere a line for each.
+
+    as_json: the output is for the facts alone.
+    """
     if not sys.stderr.isatty():
-        yield lambda stage: None
+        yield (lambda stage: None) if as_json else tell_stage
         return
     from rich.console import Console
 

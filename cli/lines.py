@@ -20,6 +20,11 @@ def tell(*lines: str) -> None:
     require_reader()
 
 
+def tell_stage(line: str) -> None:
+    """Print what is being done at once; the work goes on where nobody reads that any more."""
+    print(printable(line), flush=True)
+
+
 def tell_json(value: Any, indent: int | None = 1) -> None:
     """Print plain values as JSON."""
     print(to_json(value, indent))

@@ -47,7 +47,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{output} is there already; choose another name, or add --force")
     from ..core.preview.timelapse_video import find_pictures, make_film
 
-    film = make_film(find_pictures(folder), output, fps=args.fps, last_seconds=args.last_seconds)
+    film = make_film(
+        find_pictures(folder),
+        output,
+        fps=args.fps,
+        last_seconds=args.last_seconds,
+        force=args.force,
+    )
     for path in film.unreadable:
         complain("timelapse", f"{path} cannot be read and was left out")
     if film.num_passed_over:

@@ -13,6 +13,7 @@ import pytest
 
 from mien.core.system.durable_files import (
     OddFileError,
+    checked_output,
     copy_file,
     discard,
     discard_leftovers,
@@ -186,6 +187,45 @@ def test_a_new_file_takes_no_other_ones_place(tmp_path):
         write_file(path, b"other")
     assert path.read_bytes() == b"mine"
     assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.usefixtures("disk")
+def test_a_file_has_its_name_only_once_it_is_whole(tmp_path, monkeypatch):
+    """A kill then leaves none, and the same call makes it anew."""
+    fsync, names = os.fsync, []
+
+    def look(handle):
+        names.extend(os.listdir(tmp_path))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", look)
+    write_file(tmp_path / "new", b"mine")
+    assert "new" not in names
+    for name in names:
+        (tmp_path / name).write_text("of a kill")
+    discard_leftovers(tmp_path)
+    assert os.listdir(tmp_path) == ["new"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_judged_bad_replaces_nothing(tmp_path, force):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def judge_bad():
+        with checked_output(path, force=force) as temporary:
+            write_file(temporary, b"new")
+            raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        judge_bad()
+    assert (os.listdir(tmp_path), path.read_bytes()) == (["file"], b"old")
+    with pytest.raises(FileExistsError), checked_output(path, force=False) as temporary:
+        write_file(temporary, b"new")
+    assert (os.listdir(tmp_path), path.read_bytes()) == (["file"], b"old")
+    with checked_output(path, force=True) as temporary:
+        write_file(temporary, b"new")
+    assert (os.listdir(tmp_path), path.read_bytes()) == (["file"], b"new")
 
 
 @pytest.mark.usefixtures("disk")

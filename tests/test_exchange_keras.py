@@ -227,13 +227,19 @@ def test_an_export_tells_its_stages(tmp_path, exported, export):
     assert comparing.endswith("with the model")
 
 
-def test_stages_are_shown_on_a_terminal_alone(monkeypatch, capsys):
-    for is_terminal in (False, True):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        with exchange._stages() as report:
-            report("reading the save")
-        assert ("reading the save" in capsys.readouterr().err) == is_terminal
+@pytest.mark.parametrize(
+    ("is_terminal", "as_json", "out", "err"),
+    [(False, False, 1, 0), (False, True, 0, 0), (True, False, 0, 1), (True, True, 0, 1)],
+)
+def test_stages_are_lines_where_there_is_no_terminal_to_show_them(
+    monkeypatch, capsys, is_terminal, as_json, out, err
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with exchange._stages(as_json=as_json) as report:
+        report("reading the save")
+    said = capsys.readouterr()
+    assert ("reading the save\n" in said.out, "reading the save" in said.err) == (out, err)
 
 
 def test_training_goes_on_with_an_import(tmp_path, exported, sides, capsys):

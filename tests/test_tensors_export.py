@@ -41,6 +41,11 @@ def test_what_differs_is_not_kept(model, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(tensors_export, "load_model", damaged)
     target = tmp_path / "m.safetensors"
-    assert main(["model", "export", str(model), "--to", "safetensors", "-o", str(target)]) == 2
+    words = ["model", "export", str(model), "--to", "safetensors", "-o", str(target)]
+    assert main(words) == 2
     assert "was not kept" in capsys.readouterr().err
-    assert not target.exists()
+    assert not list(tmp_path.iterdir())
+    target.write_bytes(b"an older export")
+    assert main([*words, "--force"]) == 2
+    assert target.read_bytes() == b"an older export"
+    assert list(tmp_path.iterdir()) == [target]

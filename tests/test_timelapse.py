@@ -181,3 +181,29 @@ def test_force_replaces_a_film(folder, tmp_path):
     film.write_text("an older film")
     assert main(["timelapse", str(folder), "-o", str(film), "--force"]) == 0
     assert len(_greys(film)[0]) == 4
+
+
+def test_a_film_that_a_full_disk_has_cut_short_replaces_none(folder, tmp_path, capfd, monkeypatch):
+    """OpenCV writes on and says nothing: here its writer loses the end of the file."""
+
+    plain = cv2.VideoWriter
+
+    class CutShort:
+        def __init__(self, name, *settings):
+            self.name, self.writer = name, plain(name, *settings)
+
+        def write(self, frame):
+            self.writer.write(frame)
+
+        def release(self):
+            self.writer.release()
+            os.truncate(self.name, os.path.getsize(self.name) // 2)
+
+    film = tmp_path / "film.mp4"
+    film.write_text("an older film")
+    monkeypatch.setattr(cv2, "VideoWriter", CutShort)
+    assert main(["timelapse", str(folder), "-o", str(film), "--force"]) == 2
+    said = capfd.readouterr().err
+    assert "cannot be written; check the free space" in said
+    assert said.count("\n") == 1
+    assert film.read_text() == "an older film"

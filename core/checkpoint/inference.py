@@ -67,13 +67,12 @@ def write_inference(
     # First of all: gigabytes need not be read for a file that cannot be written.
     refuse_target(path, target, ".safetensors", force=force)
     source, state, config, saved = read_model(path, generation)
-    return write_weights(
-        target, source, state, config, saved, precision=precision, side=side, force=force
-    )
+    content, metadata = weights_file(source, state, config, saved, precision=precision, side=side)
+    write_export(target, content, force=force)
+    return metadata
 
 
-def write_weights(
-    target: Path,
+def weights_file(
     source: Path,
     state: dict[str, Any],
     config: Config,
@@ -81,9 +80,8 @@ def write_weights(
     *,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     side: Literal["a", "b", "both"] = "both",
-    force: bool = False,
-) -> dict[str, str]:
-    """Write what `read_model` gave, as `write_inference` does; the metadata of the file.
+) -> tuple[Content, dict[str, str]]:
+    """Content of the file of what `read_model` gave, and its metadata.
 
     In fp32 the weights are not copied for it.
     """
@@ -100,8 +98,8 @@ def write_weights(
     refuse_not_finite(used)
     tensors = {name: _cast(name, tensor, precision) for name, tensor in used.items()}
     metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
-    _write(target, tensors, metadata, force=force)
-    return metadata
+    # Not by `write_tensors`: the library writes to a file of a random name, which a kill leaves.
+    return tensor_file(tensors, metadata), metadata
 
 
 def read_model(
@@ -283,13 +281,6 @@ def _cast(name: str, tensor: Tensor, precision: str) -> Tensor:
     if not cast_tensor.isfinite().all():
         raise ValueError(f"{name!r} holds numbers too large for {precision}; use bf16 or fp32")
     return cast_tensor
-
-
-def _write(
-    target: Path, tensors: dict[str, Tensor], metadata: dict[str, str], *, force: bool
-) -> None:
-    # Not by `write_tensors`: the library writes to a file of a random name, which a kill leaves.
-    write_export(target, tensor_file(tensors, metadata), force=force)
 
 
 def write_export(target: Path, content: Content, *, force: bool) -> None:

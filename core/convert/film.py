@@ -351,6 +351,7 @@ def _open_output(
             manifest | {"preview": settings.preview},
             # Frames out of all over the film have no sound that would fit.
             has_sound=settings.preview is None,
+            force=settings.force,
         )
     return PictureOutput(settings.output, manifest, text)
 

@@ -21,7 +21,13 @@ from ...models.fields import shown
 from ..blend import BlendOptions
 from ..faces.png_pixels import encode_rgb
 from ..swapping import SwapModel
-from ..system.durable_files import DamagedError, read_regular, sync_folder, write_file
+from ..system.durable_files import (
+    DamagedError,
+    discard_leftovers,
+    read_regular,
+    sync_folder,
+    write_file,
+)
 from ..system.image_text import labelled
 from .frames import Frame, read_bytes
 from .placement import Faces, landmarks_digest
@@ -167,6 +173,8 @@ def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]
     with contextlib.suppress(FileExistsError):
         # Not its parents: a name with a slip of the pen would grow a tree.
         folder.mkdir()
+    # On a disk that has no files without a name, a kill leaves a part of one.
+    discard_leftovers(folder)
     names = set(os.listdir(folder))
     if not names:
         # Before any frame: a folder of frames without it is refused at the next call.

@@ -43,6 +43,7 @@ class VideoOutput:
         comment: Text that the file says about itself.
         manifest: What decides how the frames look, from `manifest_of`.
         has_sound: Whether it takes the sound.
+        force: Put it in the place of an older one, too.
 
     Raises:
         ValueError: Parts of it are there that were made with something else.
@@ -59,8 +60,10 @@ class VideoOutput:
         manifest: dict[str, Any],
         *,
         has_sound: bool,
+        force: bool = False,
     ) -> None:
         self.path, self._source, self._comment, self._has_sound = path, source, comment, has_sound
+        self._force = force
         self._rate = source.rate if source else rate
         self._time_base = source.time_base if source else 1 / self._rate
         self._numbers = {stem: number for number, stem in enumerate(stems)}
@@ -151,9 +154,16 @@ class VideoOutput:
                     rate=self._rate,
                     time_base=self._time_base,
                     sound=self._source if self._has_sound else None,
+                    force=self._force,
                 )
         except library().FFmpegError as error:
             raise self._unwritable(error) from None
+        except FileExistsError:
+            # It was not there when the film was begun, which may have been hours ago.
+            raise ValueError(
+                f"{self.path} has come to be meanwhile: move it away and call it again, or add "
+                "--force to replace it; nothing is lost"
+            ) from None
         self._parts.remove()
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from ..system.durable_files import discard_leftovers, sync_file, sync_folder, temporary_name
+from ..system.durable_files import checked_output, discard_leftovers, sync_file, sync_folder
 from .output import MANIFEST, open_folder
 from .video import Video, library
 
@@ -50,7 +50,6 @@ class VideoParts:
         self.folder = video.with_name(f"{video.name}.parts")
         remedy = "remove it, or give the video another name"
         names = open_folder(self.folder, manifest, remedy)
-        discard_leftovers(self.folder)
         matches = (_PART.fullmatch(name) for name in sorted(names))
         self._spans = [(int(match[1]), int(match[2])) for match in matches if match]
         # Once, as a set: each frame of a film asks.
@@ -107,8 +106,9 @@ def join(
     rate: Fraction,
     time_base: Fraction,
     sound: Video | None,
+    force: bool,
 ) -> None:
-    """Make one video of parts, whole or not at all, in the place of an older one.
+    """Make one video of parts, whole or not at all.
 
     Args:
         files: The parts, in order.
@@ -117,23 +117,19 @@ def join(
         rate: Frames a second, in the mean.
         time_base: Unit of its times, s.
         sound: Video whose sound it takes, copied as it is.
+        force: Put it in the place of an older one, too.
 
     Raises:
         ValueError: The parts are not coded alike.
+        FileExistsError: Something has got its name meanwhile.
     """
-    discard_leftovers(video.parent, of=video)
-    temporary = temporary_name(video)
-    try:
+    with checked_output(video, force=force) as temporary:
         kind = CONTAINERS[video.suffix.lower()]
         with library().open(str(temporary), "w", format=kind) as target:
             target.metadata["comment"] = comment
             _copy_packets(files, target, rate, time_base, sound)
         # Before its name: a power cut must not leave a whole name on half a film.
         sync_file(temporary)
-        os.replace(temporary, video)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(video.parent)
 
 
 def _copy_packets(

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
-from ..checkpoint.inference import refuse_target, write_weights
+from ..checkpoint.inference import refuse_target, weights_file
 from ..data.sides import SIDES
 from ..swapping import load_model
+from ..system.durable_files import checked_output, write_file
 from .trained_model import Report, read_trained_model, sample_pictures, silent
 
 
@@ -54,23 +55,33 @@ def export_tensors(
     pictures_nssc = np.stack(sample_pictures(model.network.input_px, faces))
     pictures_ncss = torch.from_numpy(pictures_nssc).permute(0, 3, 1, 2).contiguous()
     wanted = _outputs(model.network, pictures_ncss)
-    report("writing the weights")
-    weights = model.network.state_dict()
-    metadata = write_weights(target, model.source, model.state, model.config, weights, force=force)
-    del model, weights
-    report("reading them back, to compare them with the model")
-    found = _outputs(load_model(target).network, pictures_ncss)
+    content, metadata = weights_file(
+        model.source, model.state, model.config, model.network.state_dict()
+    )
+    try:
+        with checked_output(target, force=force) as temporary:
+            report("writing the weights")
+            write_file(temporary, content)
+            del model, content
+            report("reading them back, to compare them with the model")
+            # Of the file as it lies on the disk, before it takes the place of an older one.
+            difference = _difference(_outputs(load_model(temporary).network, pictures_ncss), wanted)
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    return TensorsExport(target, metadata, target.stat().st_size, difference, len(faces))
+
+
+def _difference(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """Largest difference of an output from the model's; ValueError where there is one."""
     pairs = zip(found, wanted, strict=True)
     difference = max(float((one - other).abs().max()) for one, other in pairs)
     # Not a tolerance: the same numbers computed by the same code have the same bits.
     if difference != 0:
-        # After the write, since only a file on the disk can be read back.
-        target.unlink()
         raise ValueError(
             f"the file differs from the model by {difference:.1e}, so it was not kept: see to the "
             "disk, and `mien model verify` the folder"
         )
-    return TensorsExport(target, metadata, target.stat().st_size, difference, len(faces))
+    return difference
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..system.durable_files import open_for_reading, write_file
+from ..system.durable_files import discard_leftovers, open_for_reading, write_file
 from ..system.paths import expanded, refusals_told
 from .dfl_face import JpegFace
 from .dfl_pack import read_persons
@@ -98,6 +98,7 @@ def import_faces(source: str | Path, output: str | Path, *, progress: Progress) 
     with refusals_told():
         for folder in sorted({place.path.parent for place in places}):
             folder.mkdir(parents=True, exist_ok=True)
+            discard_leftovers(folder)
     results = _write_all(faces, places, progress)
     pairs = list(zip(faces, results, strict=True))
     written = [face for face, result in pairs if not result.reason]

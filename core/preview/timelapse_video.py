@@ -14,6 +14,7 @@ from ..checkpoint.known_paths import KnownPaths
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import TrainingState
 from ..system.durable_files import write_output
+from ..system.output import silent_libraries
 from .files import read_jpeg
 
 _MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
@@ -91,7 +92,12 @@ def _named_places(folder: Path) -> Iterator[Path]:
 
 
 def make_film(
-    pictures: list[Path], output: Path, *, fps: float | None = None, last_seconds: float = 0.0
+    pictures: list[Path],
+    output: Path,
+    *,
+    fps: float | None = None,
+    last_seconds: float = 0.0,
+    force: bool = False,
 ) -> Film:
     """Write an MPEG-4 film of the pictures; it has its name only once it is whole.
 
@@ -99,10 +105,11 @@ def make_film(
 
     Args:
         pictures: JPEG files, in order.
-        output: The film, a name in .mp4; an older one is replaced.
+        output: The film, a name in .mp4.
         fps: Pictures in a second; None: so many that the film lasts 5 to 20 s, up to 60, and
             evenly chosen pictures where that is not enough.
         last_seconds: How much longer the last picture stays.
+        force: Put it in the place of an older one, too.
 
     Raises:
         ValueError: No picture can be read, or the film cannot be written.
@@ -134,15 +141,14 @@ def make_film(
             num_frames += 1
         # Only now is the index written; before, the file is no film.
         writer.release()
-        # OpenCV does not say when a disk is full: an empty or missing file is the only sign.
-        content = part.read_bytes() if part.is_file() else b""
-    if not content:
+        content = part.read_bytes() if _num_frames(part) == num_frames else None
+    if content is None:
         raise ValueError(
             f"{output} cannot be written; check the free space in {tempfile.gettempdir()}, where "
             "it is made"
         )
     try:
-        write_output(output, content, force=True)
+        write_output(output, content, force=force)
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
     return Film(
@@ -155,6 +161,12 @@ def make_film(
         height_px,
         unreadable,
     )
+
+
+def _num_frames(film: Path) -> int:
+    """Frames of a film that OpenCV has written: it does not say when a disk is full."""
+    with silent_libraries():
+        return int(cv2.VideoCapture(str(film)).get(cv2.CAP_PROP_FRAME_COUNT))
 
 
 def _rate(num_pictures: int) -> float:

@@ -172,15 +172,29 @@ def write_file(path: Path, content: Content, mode: int = 0o666) -> None:
 
 
 def _write_named_file(path: Path, content: Content, mode: int) -> None:
-    """The same on a disk that has no files without a name: a crash leaves a part of it."""
-    with open(path, "xb", opener=partial(os.open, mode=mode)) as stream:
-        try:
+    """The same on a disk that has no files without a name: a kill leaves a temporary one."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb", opener=partial(os.open, mode=mode)) as stream:
             stream.writelines([content] if isinstance(content, bytes) else content)
             stream.flush()
             os.fsync(stream.fileno())
-        except BaseException:
-            discard(path)
-            raise
+        _name_new(temporary, path)
+    finally:
+        discard(temporary)
+
+
+def _name_new(temporary: Path, path: Path) -> None:
+    """Give a whole file its name; FileExistsError where there is anything of this name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # In two steps, where there are no hard links: no rename refuses to replace.
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.rename(temporary, path)
 
 
 def replace_file(path: Path, content: Content, mode: int = 0o666) -> None:
@@ -213,15 +227,45 @@ def write_output(path: Path, content: Content, *, force: bool) -> None:
     Raises:
         OSError: OddFileError where there is anything but a plain file, or as `write_file`.
     """
+    if force:
+        with checked_output(path, force=True) as temporary:
+            write_file(temporary, content)
+    else:
+        # Without a temporary name, which a kill would leave.
+        path = path.resolve()
+        write_file(path, content)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def checked_output(path: Path, *, force: bool) -> Iterator[Path]:
+    """Temporary name of a file that the user has named, to be written, read back and judged.
+
+    It becomes the file where the block ends without an error; else all stays as it was.
+
+    Args:
+        path: The file, whose folder is there.
+        force: Put it in the place of an older one, too.
+
+    Raises:
+        OSError: As `write_output`.
+    """
     # Before the rename, which would replace the user's link by the file.
     path = path.resolve()
     if force:
         with suppress(FileNotFoundError):
             _refuse_odd(path, os.lstat(path))
-        replace_file(path, content)
-    else:
-        write_file(path, content)
-        sync_folder(path.parent)
+    discard_leftovers(path.parent, of=path)
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        if force:
+            os.replace(temporary, path)
+        else:
+            _name_new(temporary, path)
+    finally:
+        discard(temporary)
+    sync_folder(path.parent)
 
 
 def set_permissions(path: Path, mode: int) -> None:
