@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 def print_dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, *, as_json: bool) -> None:
     """Run two steps of what the settings describe, and tell what training so is like."""
-    trial = dry_run(overrides, Reporter(sys.stderr if as_json else sys.stdout), recipe)
+    num_gpus = num_planned(overrides.sections["distribute"], len(cards()))
+    reporter = Reporter(sys.stderr if as_json else sys.stdout)
+    trial = dry_run(overrides, reporter, recipe, num_gpus=num_gpus)
     card = ceilings.card_of(harness.known_ceilings() or ceilings.measure_ceilings(trial.device))
     bound = ceiling(work_of(meta_model(trial.config), trial.config.train.batch_size), card)
-    num_gpus = num_planned(overrides.sections["distribute"], len(cards()))
     outlook = _outlook(trial, card, num_gpus) if num_gpus > 1 else None
     if as_json:
         facts = _facts(trial, bound, card)
@@ -90,7 +91,8 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
         "memory"
     )
     if trial.memory is not None:
-        memory = f"GPU memory   {describe(trial.memory, trial.free_bytes)}"
+        of_each = "of each GPU: " if outlook else ""
+        memory = f"GPU memory   {of_each}{describe(trial.memory, trial.free_bytes)}"
     losses = [
         f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}"
         for number, losses in enumerate(trial.losses, 1)

@@ -177,16 +177,46 @@ def test_the_advice_names_the_nearest_setting_that_fits():
     assert "\n" not in text
 
 
+def test_the_advice_counts_what_each_rank_trains_on():
+    config = settings(train={"batch_size": 64})
+    need = memory.footprint(config, BF16, num_ranks=4)
+    # Of a rank's 16 faces 12 fit, which is more than enough for all 64 of one process at once.
+    free = round(need.at(12).total_bytes / 0.9) + MIB
+    text = memory.advice(config, BF16, free, num_ranks=4)
+    total = f"{need.at(16).total_mib:,.0f} MiB at batch size 64 (16 on each of 4 GPUs), and "
+    assert total in text
+    assert text.endswith("; use --batch-size 48")
+    # Divided unevenly, the rank that has most counts: 6 of 16 faces.
+    assert "(6 on each of 3 GPUs)" in memory.advice(
+        settings(train={"batch_size": 16}), BF16, free, num_ranks=3
+    )
+    tight = round(need.at(4).total_bytes / 0.9) - MIB
+    text = memory.advice(settings(train={"batch_size": 16}), BF16, tight, num_ranks=4)
+    assert text.endswith("; use --set train.distribution=sharded --batch-size 16")
+    automatic = settings(train={"batch_size": "auto"})
+    assert "use --batch-size 0" not in memory.advice(automatic, BF16, free, num_ranks=4)
+    assert "at batch size 48 (12 on each" in memory.advice(automatic, BF16, free, num_ranks=4)
+
+
 def test_what_is_advised_is_taken_by_the_settings():
     """The words are flags and settings that exist."""
-    changes = memory._changes(settings(), FP32, 1)
+    changes = memory._changes(settings(), FP32, 1, 2)
     texts = [words for words, *_ in changes]
-    words = "--set data.placement=host --precision bf16 --set optimizer.placement=host"
+    words = (
+        "--set data.placement=host --set train.distribution=sharded --precision bf16 "
+        "--set optimizer.placement=host"
+    )
     assert texts[-1].endswith(words)
-    from_dict({"data": {"placement": "host"}, "model": {"options": {"lowmem": True}}})
+    from_dict(
+        {
+            "data": {"placement": "host"},
+            "train": {"distribution": "sharded"},
+            "model": {"options": {"lowmem": True}},
+        }
+    )
     assert models.options_of("original", {"lowmem": True}).lowmem
     lightweight = dataclasses.replace(
         settings(), model=dataclasses.replace(settings().model, trainer="lightweight")
     )
-    texts = [words for words, *_ in memory._changes(lightweight, BF16, 0)]
+    texts = [words for words, *_ in memory._changes(lightweight, BF16, 0, 1)]
     assert texts == ["--set optimizer.placement=host"], "it has no lowmem"

@@ -77,7 +77,8 @@ class ShardedUpdate(MirroredUpdate):
     def _new_slices(self) -> Tensor:
         length = self.layout.length // self.layout.num_ranks
         if self.is_on_host:
-            return placement.page_locked_zeros([torch.empty(length, device="meta")])[0]
+            like = [torch.empty(length, device="meta")]
+            return placement.page_locked_zeros(like, self._host_room_bytes())[0]
         return torch.zeros(length, device=self.flat_weights.device)
 
     def _views(self, flat: Tensor) -> list[Tensor]:

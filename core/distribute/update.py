@@ -70,6 +70,11 @@ class MirroredUpdate(Update):
         super()._allocate()
         self._connect()
 
+    def _host_room_bytes(self) -> int:
+        # The least that any rank sees, since others may not have taken theirs yet.
+        [room] = self.group.min([super()._host_room_bytes()])
+        return room // self.group.ranks.local_size
+
     def _connect(self) -> None:
         """Make the buffer that is sent, which adds up gradients, too."""
         self.layout = Layout(

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...kernels.optimizer_rules import Rule
 from ..config import OptimizerConfig
-from ..data.store import available_host_bytes
 from ..estimate.links import Link
 
 _LINK_SHARE = 0.75
@@ -62,28 +61,31 @@ def described(num_bytes: int, link: Link, accumulation: int = 1) -> str:
     )
 
 
-def page_locked(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of fp32 tensors, with their strides, in host memory that a GPU can address."""
-    return [copy.copy_(tensor) for copy, tensor in zip(_empty(tensors), tensors, strict=True)]
+def page_locked(tensors: Sequence[Tensor], room_bytes: int) -> list[Tensor]:
+    """Copies of fp32 tensors, with their strides, in host memory that a GPU can address; of that
+    this process may take so many bytes."""
+    copies = _empty(tensors, room_bytes)
+    return [copy.copy_(tensor) for copy, tensor in zip(copies, tensors, strict=True)]
 
 
-def page_locked_zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros in fp32 of the shapes and strides of these, in host memory that a GPU can address."""
-    return [zeros.zero_() for zeros in _empty(tensors)]
+def page_locked_zeros(tensors: Sequence[Tensor], room_bytes: int) -> list[Tensor]:
+    """Zeros in fp32 of the shapes and strides of these, in host memory that a GPU can address; of
+    that this process may take so many bytes."""
+    return [zeros.zero_() for zeros in _empty(tensors, room_bytes)]
 
 
-def _empty(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _empty(tensors: Sequence[Tensor], room_bytes: int) -> list[Tensor]:
     """Memory for so many numbers.
 
     Raises:
         ValueError: The host has too little.
     """
     # Asked first: page-locked memory cannot be swapped out, and the kernel would end processes.
-    need, free = 4 * sum(tensor.numel() for tensor in tensors), available_host_bytes()
-    if need > free:
+    need = 4 * sum(tensor.numel() for tensor in tensors)
+    if need > room_bytes:
         raise ValueError(
             f"optimizer.placement is host, but {need / _MIB:,.0f} MiB do not fit in host memory "
-            f"({free / _MIB:,.0f} MiB free); set it to gpu"
+            f"({room_bytes / _MIB:,.0f} MiB free for this process); set it to gpu"
         )
     return [
         torch.empty_like(tensor, dtype=torch.float32, device="cpu", pin_memory=True)

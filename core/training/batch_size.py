@@ -70,7 +70,8 @@ def _fitting(
     fits = need.largest_batch(free, limit)
     # Even the smallest is too much: the advice is of that one.
     if not fits:
-        raise ValueError(memory.advice(with_batch_size(config, 4), precision, free))
+        smallest = with_batch_size(config, num_ranks * memory.batch_sizes()[0])
+        raise ValueError(memory.advice(smallest, precision, free, num_ranks=num_ranks))
     side = min(num_faces, key=num_faces.__getitem__)
     # A batch larger than a side is refused, so the smaller side bounds it.
     if num_faces[side] <= fits:

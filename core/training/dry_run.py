@@ -1,5 +1,6 @@
 """A dry run: everything that training does up to the second step, and nothing of it kept."""
 
+import math
 import resource
 import tempfile
 import time
@@ -43,7 +44,7 @@ class DryRun:
     device: torch.device
     num_parameters: int
     memory: memory.Memory | None
-    """Estimate for a GPU; None on a CPU."""
+    """Estimate for a GPU, for each of them where several are planned; None on a CPU."""
 
     free_bytes: int
     """Memory that was there for it."""
@@ -58,11 +59,19 @@ class DryRun:
     """Peak that was measured: GPU memory taken, or on a CPU the resident memory of the process."""
 
 
-def dry_run(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None) -> DryRun:
+def dry_run(
+    overrides: Overrides, reporter: Reporter, recipe: Recipe | None = None, *, num_gpus: int = 1
+) -> DryRun:
     """Run two steps of what the settings describe: of the model in the folder, where there is one,
     as its next two would be. It is only read.
 
     Faces that an earlier start decoded are used; those decoded now are not kept.
+
+    Args:
+        overrides: What the user set.
+        reporter: Reports what was chosen, and warns.
+        recipe: Stages to train in; None: those that the model was saved with, if any.
+        num_gpus: GPUs that the run is planned for; the steps are run on one.
 
     Raises:
         ValueError: As training would raise it.
@@ -72,10 +81,10 @@ def dry_run(overrides: Overrides, reporter: Reporter, recipe: Recipe | None = No
         tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch,
         open_dry_run(overrides, reporter, recipe, Path(scratch)) as setup,
     ):
-        return _run_steps(setup)
+        return _run_steps(setup, num_gpus)
 
 
-def _run_steps(setup: TrainingSetup) -> DryRun:
+def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
     begun_at, free, losses = setup.state.iterations, free_bytes(setup.device), []
     on_gpu = setup.device.type == "cuda"
     # The first steps of a graph are eager; what is measured must be replays.
@@ -89,7 +98,10 @@ def _run_steps(setup: TrainingSetup) -> DryRun:
         named = setup.step.loss.named(setup.step.loss_buffer.fetch(1)())
         step_s = time.perf_counter() - begin
         losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
-    need = memory.footprint(setup.config, setup.precision) if on_gpu else None
+    need = None
+    if on_gpu:
+        whole = memory.footprint(setup.config, setup.precision, num_ranks=num_gpus)
+        need = whole.at(math.ceil(setup.config.train.batch_size / num_gpus))
     return DryRun(
         config=setup.config,
         iterations=begun_at,
@@ -98,7 +110,7 @@ def _run_steps(setup: TrainingSetup) -> DryRun:
         precision=setup.precision.name,
         device=setup.device,
         num_parameters=setup.step.update.num_parameters,
-        memory=None if need is None else need.at(setup.config.train.batch_size),
+        memory=need,
         free_bytes=free,
         losses=losses,
         step_s=step_s,

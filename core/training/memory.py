@@ -10,6 +10,7 @@ each storage once, and so is the largest layer. The rest are allowances.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -145,37 +146,50 @@ def host_state(config: Config, precision: Precision, num_parameters: int, link: 
     return placement.described(num_bytes, link, config.optimizer.gradient_accumulation)
 
 
-def advice(config: Config, precision: Precision, free_bytes: int, *, store_bytes: int = 0) -> str:
+def advice(
+    config: Config,
+    precision: Precision,
+    free_bytes: int,
+    *,
+    store_bytes: int = 0,
+    num_ranks: int = 1,
+) -> str:
     """What to change after a run with these settings went out of memory: one line.
 
-    The nearest setting that fits: a smaller batch, else the faces in host memory, else a lower
-    precision, else the optimizer's state in host memory, else the family's `lowmem`, which makes
-    another model.
+    The nearest setting that fits: a smaller batch, else the faces in host memory, else the state of
+    the optimizer divided among the ranks, else a lower precision, else that state in host memory,
+    else the family's `lowmem`, which makes another model.
 
     Args:
-        config: The settings of the run.
+        config: The settings of the run; an automatic batch size is taken for the one that it
+            leads to.
         precision: Same as for `footprint`.
-        free_bytes: Free before the run took any.
+        free_bytes: Free before the run took any, on one GPU.
         store_bytes: Same as for `footprint`.
+        num_ranks: Ranks of the run, which share its batch.
     """
-    batch_size = config.train.batch_size
-    need = footprint(config, precision, store_bytes=store_bytes)
+    need = footprint(config, precision, store_bytes=store_bytes, num_ranks=num_ranks)
+    fits = need.largest_batch(free_bytes)
+    batch_size = config.train.batch_size or num_ranks * (fits or batch_sizes()[0])
+    # Of the rank that has most: where the batch does not divide evenly, some have a face less.
+    share = math.ceil(batch_size / num_ranks)
+    on_each = f" ({share} on each of {num_ranks} GPUs)" if num_ranks > 1 else ""
     begin = (
         f"out of GPU memory: {config.model.trainer} in {precision.name} needs about "
-        f"{need.at(batch_size).total_mib:,.0f} MiB at batch size {batch_size}, and "
+        f"{need.at(share).total_mib:,.0f} MiB at batch size {batch_size}{on_each}, and "
         f"{free_bytes / MIB:,.0f} MiB were free; "
     )
-    fits = need.largest_batch(free_bytes)
     # Below the batch that failed: an estimate that says it fits has just been proved wrong.
-    smaller = [size for size in batch_sizes() if size < batch_size and size <= fits]
+    smaller = [size for size in batch_sizes() if size < share and size <= fits]
     if smaller:
-        return f"{begin}use --batch-size {smaller[-1]}"
+        return f"{begin}use --batch-size {num_ranks * smaller[-1]}"
     # From the change that costs least: faces in host memory change no result at all.
-    for words, changed, lowered, store in _changes(config, precision, store_bytes):
-        fits = footprint(changed, lowered, store_bytes=store).largest_batch(free_bytes)
+    for words, changed, lowered, store in _changes(config, precision, store_bytes, num_ranks):
+        need = footprint(changed, lowered, store_bytes=store, num_ranks=num_ranks)
+        fits = need.largest_batch(free_bytes)
         if fits:
             cost = _cost_of_placement(config, changed, lowered)
-            return f"{begin}use {words} --batch-size {min(fits, batch_size)}{cost}"
+            return f"{begin}use {words} --batch-size {min(num_ranks * fits, batch_size)}{cost}"
     return f"{begin}no setting of this model fits; use a GPU with more memory"
 
 
@@ -188,12 +202,17 @@ def _cost_of_placement(before: Config, after: Config, precision: Precision) -> s
 
 
 def _changes(
-    config: Config, precision: Precision, store_bytes: int
+    config: Config, precision: Precision, store_bytes: int, num_ranks: int
 ) -> Iterator[tuple[str, Config, Precision, int]]:
     """(a user's words, settings, precision, bytes of the store), each change on top of the last."""
     words = ""
     if store_bytes:
         words = "--set data.placement=host"
+        yield words, config, precision, 0
+    # Not with micro-batches, which every rank adds up whole.
+    if num_ranks > 1 and config.train.distribution != "sharded" and not config.train.micro_batch:
+        words = f"{words} --set train.distribution=sharded".strip()
+        config = from_dict(merge(to_dict(config), {"train": {"distribution": "sharded"}}))
         yield words, config, precision, 0
     if precision.compute is torch.float32:
         words = f"{words} --precision bf16".strip()

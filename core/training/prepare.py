@@ -163,9 +163,9 @@ def open_follower(
     start = _Start(resolved, saved, faces_dir, rate_factor, crew=crew)
     with ExitStack() as stack:
         device = _device(start, reporter, stack)
-        with _explaining_memory(config, device), refusals_told():
+        with _explaining_memory(config, device, start.ranks), refusals_told():
             setup, _ = _build_step(start, device, reporter, stack)
-        with _explaining_memory(config, device):
+        with _explaining_memory(config, device, start.ranks):
             yield setup
 
 
@@ -266,7 +266,7 @@ def _built(
     device = _device(start, reporter, stack)
     expected = (RankLost,)  # of which the other rank tells what there is to tell
     with (
-        _explaining_memory(config, device),
+        _explaining_memory(config, device, start.ranks),
         reporting_crashes(folder.path, config, reporter, expected),
     ):
         with refusals_told():
@@ -292,13 +292,14 @@ def _device(start: _Start, reporter: Reporter, stack: ExitStack) -> torch.device
 
 
 @contextmanager
-def _explaining_memory(config: Config, device: torch.device) -> Iterator[None]:
+def _explaining_memory(config: Config, device: torch.device, ranks: Ranks) -> Iterator[None]:
     """Say what to do where the memory of the device does not suffice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         precision = precisions.resolve(config.precision.mode, device)
-        raise ValueError(memory.advice(config, precision, free_bytes(device))) from error
+        free = free_bytes(device)
+        raise ValueError(memory.advice(config, precision, free, num_ranks=ranks.size)) from error
 
 
 def _build(
