@@ -12,6 +12,7 @@ from ..core.console.stop import StopRequest
 from ..core.distribute.failure import RankLost
 from ..core.distribute.group import Group, open_group
 from ..core.distribute.ranks import Ranks
+from ..core.distribute.stop_relay import StopRelay
 from ..core.training.losing import exit_code_of
 from ..core.training.resolve import Overrides
 from ..core.training.unattended import train
@@ -61,7 +62,7 @@ def train_as_rank(
     try:
         # A signal may come twice, from a terminal and from the launcher, which can insist.
         stop = StopRequest(can_insist=False)
-        with Requests(stop, has_keys=ranks.is_first) as requests:
+        with Requests(stop, has_keys=ranks.is_first) as requests, StopRelay(group.store):
             if ranks.is_first:
                 stop.when_noted.append(lambda: acknowledge(stop))
             reporter = _reporter(overrides, ranks, as_json=as_json)

@@ -7,20 +7,24 @@ from ranks import call
 
 from mien.benchmarks.bench_step import make_batch
 from mien.core.data.feed import Batch
-from mien.core.distribute.ranks import Ranks
+from mien.core.distribute.ranks import ALONE, Ranks
 from mien.core.distribute.tree import TreeSum
+from mien.core.estimate.flops import meta_model
 from mien.core.training import micro_batch as micro_batches
 from mien.core.training.build import build_model, build_step
+from mien.core.training.shared_start import notices_of_parts
+from mien.models.batch_norm import BatchNorm
 
 BATCH, STEPS = 8, 4
 MODES = ("fp32", "bf16")
 
 
-def _config(mode, **train):
+def _config(mode, trainer="lightweight", **train):
+    options = {"width": 8} if trainer == "lightweight" else {"details": "good"}
     return tiny_config(
         {
             "train": {"batch_size": BATCH, "micro_batch": 1, "seed": 1, **train},
-            "model": {"trainer": "lightweight", "options": {"width": 8}},
+            "model": {"trainer": trainer, "options": options},
             "precision": {"mode": mode},
         }
     )
@@ -38,9 +42,11 @@ def _share(batch, share):
     )
 
 
-def _train(group, config, places, saved=None):
+def _train(group, config, places, saved=None, *, has_norm=False):
     """What is saved after steps on the batches of these places, and the losses."""
     model, _ = build_model(config, CPU)
+    if has_norm:
+        model.encoder.append(BatchNorm(16))
     step = build_step(config, model, CPU, group=group)
     if saved is not None:
         step.update.load_weights(saved[0])
@@ -57,6 +63,13 @@ def _train(group, config, places, saved=None):
         for tensors in (step.update.weights(), step.update.tensors())
     ]
     return *copies, rows
+
+
+def _with_norms(group):
+    """Weights of a model with batch norm after steps on micro-batches."""
+    weights, *_ = _train(group, _config("fp32", micro_batch=2), range(2), has_norm=True)
+    assert any(".running_" in name for name in weights)
+    return {name: each for name, each in weights.items() if ".running_" not in name}
 
 
 def _tree(group, num_summands=12):
@@ -77,6 +90,7 @@ def _of_ranks(group, halves):
     """Unbroken runs, and ends of runs that another number of ranks has begun."""
     return {
         "tree": _tree(group),
+        "norms": _with_norms(group),
         "runs": {mode: _train(group, _config(mode), range(STEPS)) for mode in MODES},
         "halves": {mode: _train(group, _config(mode), range(STEPS // 2)) for mode in MODES},
         "ends": {
@@ -127,6 +141,28 @@ def test_weights_have_the_bits_of_one_process(ranks, mode):
     resumed = _train(None, _config(mode), range(STEPS // 2, STEPS), half)
     for state in (resumed, ranks[4][0]["ends"][mode], ranks[4][3]["ends"][mode]):
         _assert_same_bits(state, alone)
+
+
+def test_batch_norm_of_micro_batches_is_that_of_one_process_but_for_its_estimates(ranks):
+    alone = _with_norms(None)
+    for rank in [*ranks[2], *ranks[4]]:
+        for name, tensor in alone.items():
+            assert torch.equal(rank["norms"][name], tensor), name
+
+
+@pytest.mark.parametrize("place", [ALONE, Ranks(0, 2, 0, 2)])
+def test_it_is_said_what_batch_norm_sees(place):
+    config = _config("fp32", "dlight", micro_batch=2)
+    notice, *of_ranks = notices_of_parts(config, meta_model(config), place)
+    assert notice.startswith("dlight has batch norm, which with train.micro_batch sees 2 faces ")
+    told = "dlight has dropout, seeing the faces of one rank: "
+    assert [each.startswith(told) for each in of_ranks] == [True] * (place.size > 1)
+    whole = _config("fp32", "dlight", micro_batch=0)
+    notices = notices_of_parts(whole, meta_model(whole), place)
+    told = "dlight has batch norm and dropout, seeing the faces of one rank: "
+    assert [each.startswith(told) for each in notices] == [True] * (place.size > 1)
+    plain = _config("fp32")
+    assert notices_of_parts(plain, meta_model(plain), place) == []
 
 
 def test_micro_batches_are_a_batch_but_for_rounding():

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,9 @@ def _notes_of_writing(model_dir, file):
     sys.addaudithook(note)
 
 
-def test_a_run_goes_on_with_any_number_of_ranks_and_one_of_them_writes(sides, tmp_path):
+def test_a_run_goes_on_with_any_number_of_ranks_and_one_of_them_writes(
+    sides, tmp_path, monkeypatch
+):
     model_dir, whole = tmp_path / "model", tmp_path / "whole"
     written = tmp_path / "written"
 
@@ -58,7 +61,13 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_one_of_them_writes(sides, tm
     assert ranks.wait_all(ranks.start(2, run, tmp_path / "2")) == [0, 0]
     assert written.read_text() == ""
     _run(1, _words(sides, model_dir, 3), tmp_path / "1")
-    out = _run(3, _words(sides, model_dir, 3), tmp_path / "3")
+    # Without room for a file of decoded faces, each of the ranks decodes them.
+    monkeypatch.setenv("MIEN_DISK_RESERVE_MIB", str(2**40))
+    elsewhere = ("--set", f"data.store_dir={tmp_path / 'store'}")
+    out = _run(3, _words(sides, model_dir, 3, *elsewhere), tmp_path / "3")
+    monkeypatch.undo()
+    assert out.count(" are in no file that the 3 ranks of this machine could share (") == 2
+    assert not [*(tmp_path / "store").iterdir()]
     assert "gpus 3, exchange " in out
     [events] = (model_dir / "logs/session_3/train").iterdir()
     assert b"exchange" in events.read_bytes()
@@ -81,6 +90,32 @@ def test_a_stop_of_any_rank_is_one_save_and_the_end_of_all(stopped, sides, tmp_p
     last = started[0].out.splitlines()[-1]
     assert "SIGTERM received; the state is saved" in last
     assert f"Stopped at iteration {_state(tmp_path / 'model')['iterations']}: " in last
+
+
+def test_a_stop_reaches_a_rank_while_another_one_waits_for_it(sides, tmp_path):
+    """The second rank waits in a collective, where no handler runs, for faces of the first."""
+
+    def run():
+        def decode(*_args, **_settings):
+            print("decoding", flush=True)
+            threading.Event().wait()
+
+        def wait(*args):
+            print("waiting", flush=True)
+            return in_turn(*args)
+
+        in_turn, prepare.in_turn = prepare.in_turn, wait
+        if os.environ["RANK"] == "0":
+            prepare.open_faces = decode
+        return main(_words(sides, tmp_path / "model", 1))
+
+    first, second = ranks.start(2, run, tmp_path)
+    first.wait_for("decoding")
+    second.wait_for("waiting")
+    os.kill(second.pid, signal.SIGTERM)
+    assert ranks.wait_all([first, second], 10) == [4, 4]
+    assert first.err.read_text() == "mien train: SIGTERM received before training began\n"
+    assert "mien train" not in second.err.read_text()
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -5,7 +5,7 @@ What is wrong is found in the order in which a user would look: settings, folder
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from .outputs import open_images, open_logs, open_window, report_warnings
 from .recipe_progress import RecipeProgress
 from .resolve import Overrides, Resolved, resolve
 from .resume import check_fit, restore, settle_state
-from .shared_start import follow_start, notices_of_ranks, share_start, with_own_threads
+from .shared_start import follow_start, notices_of_parts, share_start, with_own_threads
 from .startup import start_report
 from .training_data import check_folders, open_faces, open_feed
 from .training_setup import StepSetup, TrainingSetup
@@ -313,7 +313,7 @@ def _build(
     images, evaluation = open_images(
         config, model, faces, step_setup.precision, folder, run_id, window, reporter
     )
-    for notice in notices_of_ranks(config, model, start.ranks):
+    for notice in notices_of_parts(config, model, start.ranks):
         reporter.notice(notice)
     # Late: a start that was refused has changed nothing in the model folder.
     folder.write_config(start.resolved.kept)
@@ -360,7 +360,7 @@ def _build_step(
         # Before the model is made: settings of a far larger one would take the memory first.
         check_fit(config, start.saved)
     model, loaded = _model(start, config, device)
-    faces = _faces(start, config, device, of_faces)
+    faces = _faces(start, config, device, of_faces, reporter.warning)
     num_faces = {side: opened.store.num_faces for side, opened in faces.items()}
     # Only now: auto takes what memory the faces have left.
     # The ranks of a machine have GPUs of their own, and share its memory.
@@ -410,9 +410,22 @@ def _model(start: _Start, config: Config, device: torch.device) -> tuple[Autoenc
 
 
 def _faces(
-    start: _Start, config: Config, device: torch.device, reporter: Reporter
+    start: _Start,
+    config: Config,
+    device: torch.device,
+    reporter: Reporter,
+    warn: Callable[[str], None],
 ) -> dict[str, SideFaces]:
-    """The faces of both sides; of the ranks of a machine one decodes them, for all."""
+    """The faces of both sides; of the ranks of a machine one decodes them, for all.
+
+    Args:
+        start: What the session starts from.
+        config: Settings of this rank.
+        device: Device on which they are trained on.
+        reporter: Shows the progress, and warns of faces that cannot be used; of other ranks than
+            the first, to nobody.
+        warn: Called with what is particular to this machine.
+    """
 
     def opened() -> dict[str, SideFaces]:
         return open_faces(
@@ -424,7 +437,7 @@ def _faces(
             num_readers=start.ranks.local_size,
         )
 
-    return opened() if start.group is None else in_turn(start.group, opened)
+    return opened() if start.group is None else in_turn(start.group, opened, warn)
 
 
 def _begin_session(

@@ -87,10 +87,21 @@ def with_own_threads(config: Config, ranks: Ranks) -> Config:
     return replace(config, data=replace(config.data, num_threads=num_threads))
 
 
-def notices_of_ranks(config: Config, model: Autoencoder, ranks: Ranks) -> list[str]:
-    """What a user should know of a training that several ranks share."""
-    if ranks.size == 1:
-        return []
+def notices_of_parts(config: Config, model: Autoencoder, ranks: Ranks) -> list[str]:
+    """What a user should know of a batch that is trained on in parts, by ranks or one after the
+    other."""
+    notices, size = [], config.train.micro_batch
+    if size and norms_of(model):
+        notices.append(
+            f"{config.model.trainer} has batch norm, which with train.micro_batch sees {size} "
+            f"faces of a side at a time, and not all {config.train.batch_size}; the weights have "
+            "the same bits on any number of ranks, but its running estimates, by which previews "
+            "and swaps normalise, have not"
+        )
+    return notices if ranks.size == 1 else notices + _notices_of_ranks(config, model, ranks)
+
+
+def _notices_of_ranks(config: Config, model: Autoencoder, ranks: Ranks) -> list[str]:
     notices = []
     smallest = config.train.batch_size // ranks.size
     if smallest < _FEW_FACES:
@@ -99,11 +110,11 @@ def notices_of_ranks(config: Config, model: Autoencoder, ranks: Ranks) -> list[s
             f"on {smallest} faces of a side, which leaves most of a GPU idle; it is the batch of "
             "all ranks together"
         )
-    parts = ["batch norm"] if norms_of(model) else []
+    parts = ["batch norm"] if norms_of(model) and not config.train.micro_batch else []
     parts += ["dropout"] if model.is_noisy else []
     if parts:
         notices.append(
-            f"{config.model.trainer} has {' and '.join(parts)}, which see the faces of one rank: "
+            f"{config.model.trainer} has {' and '.join(parts)}, seeing the faces of one rank: "
             "another number of ranks trains it a little differently"
         )
     return notices
