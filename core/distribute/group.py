@@ -5,6 +5,7 @@ that another process sends is ever run.
 """
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -59,15 +60,24 @@ class Group:
         """Connect the GPUs of the ranks too; a graph may capture what they say from then on.
 
         Raises:
-            ValueError: Two ranks have the same GPU.
+            ValueError: Two ranks have the same GPU, or NCCL cannot connect them.
         """
         if self._gpus is not None:
             return
         self.members.claim(str(torch.cuda.get_device_properties(device).uuid))
-        with self.watched():
-            torch.cuda.set_device(device)
-            self._gpus = dist.new_group(backend="nccl", timeout=_PATIENCE, device_id=device)
-        self.all_reduce(torch.zeros(1, device=device))  # the connection is made by its first use
+        try:
+            with self.watched():
+                torch.cuda.set_device(device)
+                self._gpus = dist.new_group(backend="nccl", timeout=_PATIENCE, device_id=device)
+            # The connection is made by its first use.
+            self.all_reduce(torch.zeros(1, device=device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"NCCL cannot connect the GPUs of {self.ranks.size} ranks ({_first_line(error)}); "
+                f"NCCL_DEBUG=INFO has it say why. {_shared_memory()}{_interfaces(self.ranks)}"
+            ) from error
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
         """Sum a tensor over the ranks in place; all then hold the same bits."""
@@ -172,7 +182,10 @@ class Group:
             if lost is None and torch.cuda.is_available():
                 raise  # a fault of the GPU, or a graph that cannot be captured
             if lost is None:
-                text = f"the ranks have lost one another ({_first_line(error)})"
+                text = (
+                    f"the ranks have lost one another ({_first_line(error)})"
+                    f"{_interfaces(self.ranks)}"
+                )
                 raise RankLost(Failure(text, None)) from error
             raise lost from error
 
@@ -236,7 +249,7 @@ def open_group(ranks: Ranks, device: torch.device | None = None) -> Group:
         raise ValueError(
             f"rank {ranks.rank} cannot connect with the {ranks.size - 1} other ranks at "
             f"{host}:{port} ({_first_line(error)}); see whether all were started, with the same "
-            "MASTER_ADDR and MASTER_PORT"
+            f"MASTER_ADDR and MASTER_PORT{_interfaces(ranks)}"
         ) from error
     group = Group(ranks, store)
     if device is not None and device.type == "cuda":
@@ -256,6 +269,28 @@ def _address() -> tuple[str, int]:
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"MASTER_PORT must be a number from 1 to 65535, got {port!r}")
     return os.environ["MASTER_ADDR"], int(port)
+
+
+def _shared_memory() -> str:
+    """Sentence about /dev/shm, which is small in containers, and by which NCCL connects GPUs."""
+    try:
+        room = f"has {shutil.disk_usage('/dev/shm').free / 2**20:,.0f} MiB free"
+    except OSError:
+        room = "is not there"
+    return (
+        f"/dev/shm {room}; where that is little, start the container with more "
+        "(--shm-size=1g), or set NCCL_SHM_DISABLE=1"
+    )
+
+
+def _interfaces(ranks: Ranks) -> str:
+    """Clause about network interfaces, where ranks of other machines are to be reached."""
+    if ranks.local_size == ranks.size:
+        return ""
+    return (
+        "; where machines have several network interfaces, set GLOO_SOCKET_IFNAME, and with GPUs "
+        "NCCL_SOCKET_IFNAME, to the one between them"
+    )
 
 
 def _first_line(error: BaseException) -> str:

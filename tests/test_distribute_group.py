@@ -1,0 +1,54 @@
+"""Connections of ranks that cannot be made: what is said of them."""
+
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import CPU
+
+from mien.core.distribute import failure, group
+from mien.core.distribute.ranks import Ranks
+
+
+def _fail(words):
+    def fail(*_args, **_settings):
+        raise RuntimeError(words)
+
+    return fail
+
+
+def test_gpus_that_nccl_cannot_connect_are_told_with_what_helps(monkeypatch):
+    monkeypatch.setattr(failure, "_SEARCH_S", 0)
+    for name, value in {
+        "get_device_properties": lambda device: types.SimpleNamespace(uuid="a GPU"),
+        "is_available": lambda: True,
+        "is_current_stream_capturing": lambda: False,
+        "set_device": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(dist, "new_group", _fail("No space left on device\nat line 3"))
+    with pytest.raises(ValueError, match="^NCCL cannot connect the GPUs of 1 ranks") as refusal:
+        group.Group(Ranks(), dist.HashStore()).use_gpu(CPU)
+    text = str(refusal.value)
+    assert "(No space left on device); NCCL_DEBUG=INFO has it say why. /dev/shm has " in text
+    assert "--shm-size=1g" in text
+    assert "\n" not in text
+    monkeypatch.setattr(group.shutil, "disk_usage", _refuse)
+    assert "/dev/shm is not there; " in group._shared_memory()
+
+
+def _refuse(path):
+    raise FileNotFoundError(path)
+
+
+def test_interfaces_are_named_where_there_are_other_machines(monkeypatch):
+    monkeypatch.setattr(dist, "TCPStore", _fail("timed out"))
+    for name, value in {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="other ranks at 10.0.0.1:29500") as refusal:
+        group.open_group(Ranks(1, 4, 1, 2))
+    assert "set GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME, to" in str(refusal.value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT$"):
+        group.open_group(Ranks(1, 4, 1, 4))
