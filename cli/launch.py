@@ -9,6 +9,7 @@ from ..core.config.recipes import Recipe
 from ..core.console.reporter import Reporter
 from ..core.distribute.launcher import Place, launch
 from ..core.distribute.places import places_on_cpu, places_on_gpus
+from ..core.distribute.ranks import Ranks
 from ..core.training.devices import count_gpus
 from ..core.training.prepare import settings_of
 from ..core.training.resolve import Overrides
@@ -40,6 +41,8 @@ def launch_ranks(
     # What is wrong with the settings is told here, once.
     train = settings_of(overrides, recipe).config.train
     places = _places(train.device, distribute)
+    if train.batch_size:
+        Ranks(size=len(places)).share(train.batch_size)  # refused before any process is started
     model_dir = overrides.model_dir
     until = train.last_iteration(_saved_iterations(model_dir))
 

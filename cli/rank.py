@@ -58,7 +58,7 @@ def train_as_rank(
     Raises:
         ValueError: The ranks cannot meet, or what the user set is of no use; for the first rank.
     """
-    group = open_group(ranks)
+    group = open_group(ranks, when_slow=lambda text: complain("train", text))
     try:
         # A signal may come twice, from a terminal and from the launcher, which can insist.
         stop = StopRequest(can_insist=False)

@@ -1,5 +1,6 @@
 """Connections of ranks that cannot be made: what is said of them."""
 
+import threading
 import types
 
 import pytest
@@ -52,3 +53,36 @@ def test_interfaces_are_named_where_there_are_other_machines(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT$"):
         group.open_group(Ranks(1, 4, 1, 4))
+
+
+def test_a_name_that_nobody_knows_is_refused_where_all_ranks_are_here(monkeypatch):
+    def unknown(host, port):
+        raise group.socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(group.socket, "getaddrinfo", unknown)
+    for name, value in {"MASTER_ADDR": "nowhere", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"nowhere, which .* know \(Name .*\); .* 127.0.0.1$"):
+        group.open_group(Ranks(1, 2, 1, 2))
+
+
+def test_a_rank_that_waits_says_for_whom(monkeypatch):
+    told, is_told = [], threading.Event()
+
+    def connect(*_args, **_settings):
+        assert is_told.wait(60)
+        raise RuntimeError("too late")
+
+    def hear(text):
+        told.append(text)
+        is_told.set()
+
+    monkeypatch.setattr(group, "_SILENCE_S", 0)
+    monkeypatch.setattr(dist, "TCPStore", connect)
+    for name, value in {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="too late"):
+        group.open_group(Ranks(1, 4, 0, 2), when_slow=hear)
+    [text] = told
+    assert text.startswith("rank 1 waits for the 3 other ranks at 10.0.0.1:29500, for 5 minutes at")
+    assert "GLOO_SOCKET_IFNAME" in text

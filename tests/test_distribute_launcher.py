@@ -346,6 +346,11 @@ def test_processes_of_the_cpu_are_counted():
         (["--restarts", "2"], {}, "distribute.restarts goes on with the GPUs that are left"),
         (["--gpus", "2", "--set", "loss.eye_multiplier=0"], {}, "loss.eye_multiplier must be"),
         (
+            ["--gpus", "17", "--device", "cpu", "-b", "16"],
+            {},
+            "train.batch_size must be at least 17, a face of a side for each of the 17 ranks",
+        ),
+        (
             ["--gpus", "2", "--device", "cpu"],
             {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
             "this process is rank 1 of 4 already, by its environment",

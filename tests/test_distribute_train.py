@@ -12,8 +12,9 @@ import ranks
 import torch
 from conftest import saved_tensors, train_words
 
+from mien import __version__
 from mien.cli import main
-from mien.core.training import engine, prepare
+from mien.core.training import engine, prepare, shared_start
 
 
 def _words(sides, model_dir, iterations, *more):
@@ -148,6 +149,36 @@ def _fails(error, when):
         return own(*args, **settings)
 
     setattr(module, name, fail)
+
+
+def _as_another_version(sides, model_dir):
+    shared_start.__version__ = "0.0.1"
+    return _words(sides, model_dir, 1)
+
+
+def _with_another_batch(sides, model_dir):
+    return _words(sides, model_dir, 1, "--batch-size", "6")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (_as_another_version, f"this is mien 0.0.1, and rank 0 is mien {__version__}; install one"),
+        (_with_another_batch, "train.batch_size is 6 here, and 5 for rank 0; start all ranks by"),
+    ],
+)
+def test_ranks_that_were_not_started_alike_are_refused(other, words, sides, tmp_path):
+    model_dir = tmp_path / "model"
+
+    def run():
+        is_other = os.environ["RANK"] == "1"
+        return main(other(sides, model_dir) if is_other else _words(sides, model_dir, 1))
+
+    first, second = ranks.start(2, run, tmp_path)
+    assert ranks.wait_all([first, second], 20) == [2, 2]
+    assert first.err.read_text().startswith(f"mien train: rank 1: {words} ")
+    assert second.err.read_text() == ""
+    assert not (model_dir / "generations").exists()
 
 
 @pytest.mark.parametrize(

@@ -446,8 +446,8 @@ class DistributeConfig(Section):
         object.__setattr__(self, "gpus", gpus)
         if gpus and not _COUNT_OR_NUMBERS.fullmatch(gpus):
             raise ValueError(
-                "distribute.gpus must be all, how many (2) or which with commas between (0,2,3), "
-                f"got {shown(gpus)}"
+                "distribute.gpus must be all, how many (2; up to 999) or which with commas between "
+                f"(0,2,3), got {shown(gpus)}"
             )
         if not all(word.isdecimal() and len(word) <= 3 for word in words):
             raise ValueError(

@@ -6,9 +6,10 @@ that another process sends is ever run.
 
 import os
 import shutil
+import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -21,6 +22,10 @@ from .ranks import Ranks
 
 _OPENING = timedelta(minutes=5)
 """Wait for the other ranks to be there: a cold start of several machines; chosen, unmeasured."""
+
+_SILENCE_S = 8.0
+"""Seconds of waiting for the other ranks after which it is said: a mistake in their addresses shows
+no sooner, and ranks of one machine are there by then. Chosen."""
 
 _PATIENCE = timedelta(minutes=30)
 """Wait for the other ranks in a collective: they may be decoding faces; chosen, unmeasured."""
@@ -220,23 +225,36 @@ class Group:
         return self._gpus if tensor.is_cuda else None
 
 
-def open_group(ranks: Ranks, device: torch.device | None = None) -> Group:
+def open_group(
+    ranks: Ranks,
+    device: torch.device | None = None,
+    when_slow: Callable[[str], None] = lambda text: None,
+) -> Group:
     """Connect with the other ranks, by MASTER_ADDR and MASTER_PORT.
 
     Args:
         ranks: Place of this process.
         device: Device that it trains on, where that is known; the GPUs are then connected too.
+        when_slow: Called, in a thread, with what is waited for, where the others are late.
 
     Raises:
-        ValueError: The address is not set, or the others have not come within 5 minutes.
+        ValueError: The address is of no use, or the others have not come within 5 minutes.
     """
-    host, port = _address()
+    host, port = _address(ranks)
+    waiting = f"{ranks.size - 1} other ranks at {host}:{port}"
     # An agent of torchrun keeps the store alive over restarts, which is not to be read again.
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if ranks.local_size == ranks.size:
         # Else gloo asks which address the machine's name has, which may be none.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    slow = threading.Timer(
+        _SILENCE_S,
+        when_slow,
+        [f"rank {ranks.rank} waits for the {waiting}, for 5 minutes at most{_interfaces(ranks)}"],
+    )
+    slow.daemon = True
+    slow.start()
     try:
         served = dist.TCPStore(
             host, port, ranks.size, is_master=ranks.is_first and not agent, timeout=_OPENING
@@ -247,17 +265,19 @@ def open_group(ranks: Ranks, device: torch.device | None = None) -> Group:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"rank {ranks.rank} cannot connect with the {ranks.size - 1} other ranks at "
-            f"{host}:{port} ({_first_line(error)}); see whether all were started, with the same "
+            f"rank {ranks.rank} cannot connect with the {waiting} ({_first_line(error)}); see "
+            "whether all were started, with the same "
             f"MASTER_ADDR and MASTER_PORT{_interfaces(ranks)}"
         ) from error
+    finally:
+        slow.cancel()
     group = Group(ranks, store)
     if device is not None and device.type == "cuda":
         group.use_gpu(device)
     return group
 
 
-def _address() -> tuple[str, int]:
+def _address(ranks: Ranks) -> tuple[str, int]:
     """Address at which the ranks meet: MASTER_ADDR and MASTER_PORT."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
@@ -268,7 +288,17 @@ def _address() -> tuple[str, int]:
     port = os.environ["MASTER_PORT"]
     if not port.isdecimal() or not 0 < int(port) < 65536:
         raise ValueError(f"MASTER_PORT must be a number from 1 to 65535, got {port!r}")
-    return os.environ["MASTER_ADDR"], int(port)
+    host = os.environ["MASTER_ADDR"]
+    # Only of one machine: the name of another may become known while it starts.
+    if ranks.local_size == ranks.size:
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise ValueError(
+                f"MASTER_ADDR is {host}, which this machine does not know ({error.strerror}); all "
+                "ranks are here, so set it to 127.0.0.1"
+            ) from error
+    return host, int(port)
 
 
 def _shared_memory() -> str:

@@ -8,16 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import __version__
 from ...models.autoencoder import Autoencoder
 from ...models.batch_norm import norms_of
 from ..checkpoint.format import Generation
-from ..config import Config, from_dict, to_dict
+from ..config import Config, from_dict, merge, to_dict
+from ..config.recipes import Recipe
 from ..data.decode import thread_count
 from ..distribute.group import Group
 from ..distribute.ranks import Ranks
+from .resolve import Overrides
 
 _FEW_FACES = 4
 """Faces of a side and rank below which a notice is given; chosen, unmeasured."""
+
+
+def check_alike(group: Group, overrides: Overrides, recipe: Recipe | None) -> None:
+    """Refuse ranks that were not started alike; every rank calls it.
+
+    Raises:
+        ValueError: This rank has other settings, or is another mien, than the first one.
+    """
+    given = merge(overrides.lasting, overrides.session)
+    settings = {
+        f"{section}.{name}": value
+        for section, values in given.items()
+        for name, value in values.items()
+    }
+    settings["recipe"] = recipe and recipe.to_dict()
+    own = json.dumps([__version__, settings], default=str)
+    first_version, first = json.loads(group.text(own))
+    if first_version != __version__:
+        raise ValueError(
+            f"this is mien {__version__}, and rank 0 is mien {first_version}; install one version "
+            "on all machines"
+        )
+    _, settings = json.loads(own)
+    for name in sorted(settings.keys() | first.keys()):
+        if settings.get(name) != first.get(name):
+            raise ValueError(
+                f"{name} is {settings.get(name)} here, and {first.get(name)} for rank 0; start all "
+                "ranks by the same command line"
+            )
 
 
 def share_start(group: Group, saved: Generation | None, config: Config) -> None:

@@ -28,6 +28,7 @@ from .losing import end_of_lost, leaving_reasons
 from .lr_finder import find_rate, is_due
 from .prepare import open_follower, open_setup
 from .resolve import Overrides
+from .shared_start import check_alike
 from .trainer import Trainer
 from .training_setup import TrainingSetup
 
@@ -60,6 +61,7 @@ def train(
         return _lead(overrides, reporter, recipe, requests, None)
     crew = Crew(group, requests.stop)
     with leaving_reasons(group):
+        check_alike(group, overrides, recipe)
         if group.ranks.is_first:
             return _lead(overrides, reporter, recipe, requests, crew)
         return _follow(overrides, reporter, recipe, crew)
