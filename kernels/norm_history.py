@@ -73,6 +73,8 @@ def in_order(history_c: Tensor, scalars: Tensor) -> Tensor:
 
 def load_history(history_c: Tensor, scalars: Tensor, saved: Tensor) -> None:
     """Take up the newest norms of a history that `in_order` gave, as many as there is room for."""
+    # On the CPU, where a checkpoint is: how many there are is a number that the host needs.
+    saved = saved.cpu()
     norms = saved[torch.isfinite(saved)][-len(history_c) :]
     history_c.fill_(math.inf)
     history_c[: len(norms)] = norms.to(history_c)

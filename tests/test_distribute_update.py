@@ -120,7 +120,12 @@ def _run(group, case, kind=None, poisoned=None):
     return *_saved(update), skipped
 
 
-RESUMED = [("bf16", {}), ("fp32", {"gradient_accumulation": 3}), ("fp16", {"reduce": "fp32"})]
+RESUMED = [
+    ("bf16", {}),
+    ("fp32", {"gradient_accumulation": 3}),
+    ("fp16", {"reduce": "fp32"}),
+    ("fp32", {"gradient_clipping": "autoclip", "autoclip_history": 3}),
+]
 
 
 def _continued(group, path, kind, case):
@@ -234,9 +239,11 @@ def test_a_save_goes_on_with_the_other_kind_and_on_one_process(two_ranks, number
     ranks, folder = two_ranks
     mode, settings = RESUMED[number]
     unbroken, *_ = _run(None, (mode, settings, False))
-    _assert_same(ranks[0]["resumed"][number, first][0], unbroken)
+    # The norm is that of slices, which is rounded elsewhere than that of tensors.
+    is_exact = "gradient_clipping" not in settings
+    _assert_same(ranks[0]["resumed"][number, first][0], unbroken, is_exact=is_exact)
     alone, _ = _continued(None, folder / f"{number} {first}", None, RESUMED[number])
-    _assert_same(alone, unbroken)
+    _assert_same(alone, unbroken, is_exact=is_exact)
 
 
 def test_a_search_for_a_rate_leaves_slices_as_they_were(two_ranks):

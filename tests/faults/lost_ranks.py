@@ -4,13 +4,25 @@ that was saved is lost, and the resume is the same training.
 
 import dataclasses
 import functools
+import itertools
+import os
 import random
+import select
 import shutil
 import time
 from pathlib import Path
 
 from course import KEEP_ALL, Cases, Course, Straight, Workshop, leftovers, newest, require
-from trial import TIMEOUT_S, Outcome, Trial, count_calls, die_at_call
+from trial import (
+    TIMEOUT_S,
+    Outcome,
+    Sabotage,
+    Trial,
+    count_calls,
+    die_at_call,
+    kill_at_call,
+    leave_pid,
+)
 
 _COURSE = Course("two ranks", 10)
 
@@ -25,6 +37,7 @@ class _Chain:
         self._shop, self._moments = shop, moments
         self._folder = shop.new_folder()
         self._straight = _straight(shop)
+        self._numbers = itertools.count()
 
     def kill(self, rank: int, *, by_time: bool) -> str:
         """Resume and have a rank killed once, before the end of the course."""
@@ -38,7 +51,7 @@ class _Chain:
         shop, folder = self._shop, self._folder
         done = newest(folder)
         number = self._moments.randint(1, self._straight.num_calls)
-        sabotages = {} if by_time else {victim: die_at_call(number)}
+        sabotages = {} if by_time else self._at_call(victim, number)
         trials = shop.start_ranks(_COURSE, folder, sabotages=sabotages)
         if by_time:
             _wait_for("start", trials)
@@ -61,6 +74,13 @@ class _Chain:
             self._folder = shop.new_folder()
         return seen
 
+    def _at_call(self, victim: int, number: int) -> dict[int, Sabotage]:
+        """What kills a rank when the first one is about to change the disk for the n-th time."""
+        if victim == 0:
+            return {0: die_at_call(number)}
+        pid = self._folder.parent / f"pid{next(self._numbers)}"
+        return {0: kill_at_call(number, pid), 1: leave_pid(pid)}
+
     def _judge(self, victim: int, trials: list[Trial], survivor: Outcome, before: int) -> str:
         require(survivor.code == 3, f"the survivor ended with {survivor.code}: {survivor.told}")
         name = f"rank {victim} (pid {trials[victim].pid})"
@@ -78,16 +98,18 @@ class _Chain:
 
 
 def kills(shop: Workshop, count: int, seed: int) -> Cases:
-    """Kill either rank at random times, and the first at random calls that change the disk."""
+    """Kill either rank at random times, and at random calls by which the first one changes the
+    disk: most of these are part of a save."""
     chain = _Chain(shop, random.Random(seed))
     for number in range(count):
-        rank, by_time = number % 2, number % 4 != 2
-        how = "at a random time" if by_time else "at a random call"
+        rank, by_time = number % 2, number % 4 < 2
+        how = "at a random time" if by_time else "at a random call of the first"
         yield f"rank {rank} {how}", functools.partial(chain.kill, rank, by_time=by_time)
 
 
 def stops(shop: Workshop, count: int, seed: int) -> Cases:
-    """Send SIGTERM soon after the first save to the second rank, to the first, to both."""
+    """Send SIGTERM soon after the first save to the second rank, to the first, to both; kill the
+    process that has started them."""
     moments = random.Random(seed)
 
     def stop(ranks: tuple[int, ...]) -> str:
@@ -109,8 +131,33 @@ def stops(shop: Workshop, count: int, seed: int) -> Cases:
         return "done before" if first.code == 0 else "stopped together"
 
     for number in range(count):
-        ranks = ((1,), (0,), (0, 1))[number % 3]
+        if number % 4 == 3:
+            yield "the starter is killed", functools.partial(_lose_starter, shop)
+            continue
+        ranks = ((1,), (0,), (0, 1))[number % 4]
         yield f"SIGTERM to {' and '.join(map(str, ranks))}", functools.partial(stop, ranks)
+
+
+def _lose_starter(shop: Workshop) -> str:
+    """Kill the starter of two ranks after their first save: they save and end by themselves."""
+    folder = shop.new_folder()
+    starter = shop.start(_COURSE, folder, "--gpus", "2")
+    _wait_for("save", [starter])
+    ranks = Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text().split()
+    handles = [os.pidfd_open(int(pid)) for pid in ranks]
+    starter.kill()
+    for handle in handles:
+        ended, _, _ = select.select([handle], [], [], _ENDS_WITHIN_S)
+        require(bool(ended), "a rank has outlived its starter")
+        os.close(handle)
+    stop = starter.end().events[-1]
+    require(stop.get("exit_code") in (0, 4), f"the last event is {stop}")
+    require(not (left := leftovers(folder)), f"left over: {left}")
+    last = newest(folder)
+    require(last is not None and last.iterations == stop["iteration"], f"{stop} is not saved")
+    _straight(shop)
+    shop.compare(_COURSE, folder)
+    return "done before" if stop["exit_code"] == 0 else "saved and ended without their starter"
 
 
 def _straight(shop: Workshop) -> Straight:

@@ -167,6 +167,27 @@ def die_at_call(number: int) -> Sabotage:
     return lambda: _watch_disk(act)
 
 
+def kill_at_call(number: int, other: Path) -> Sabotage:
+    """Kill the process whose number stands in a file just before the n-th call that changes the
+    disk of this one; none where it has not left its number yet."""
+
+    def act(_name: str, count: int, _half: Callable[[], None]) -> None:
+        if count == number:
+            with contextlib.suppress(FileNotFoundError):
+                os.kill(int(other.read_text()), signal.SIGKILL)
+
+    return lambda: _watch_disk(act)
+
+
+def leave_pid(path: Path) -> Sabotage:
+    """Leave the number of the process in a file."""
+
+    def arm() -> None:
+        path.write_text(str(os.getpid()))
+
+    return arm
+
+
 def count_calls(report: Path) -> Sabotage:
     """Count the calls that change the disk; the number is the size of the file ``report``."""
     handle = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
