@@ -1,7 +1,5 @@
 """The optimizer's state in host memory: the same bits, what it saves and costs, what is told."""
 
-import os
-
 import pytest
 import torch
 from conftest import CPU, json_events, tiny_config, train_words
@@ -13,8 +11,9 @@ from mien.benchmarks.bench_step import make_batch
 from mien.cli import main
 from mien.core import precision as precisions
 from mien.core.config import OptimizerConfig, from_dict
+from mien.core.distribute import update
 from mien.core.estimate.links import C2C, PCIE_4, PCIE_5
-from mien.core.optim import optimizer, placement
+from mien.core.optim import placement
 from mien.core.optim.optimizer import Update
 from mien.core.precision import Precision
 from mien.core.training import memory
@@ -98,13 +97,9 @@ def gpu_waits(monkeypatch):
     waits = []
     monkeypatch.setattr(placement, "is_on_host", lambda config, device: config.placement == "host")
     like = {"dtype": torch.float32, "device": "cpu"}
-
-    def empty(tensors, room_bytes):
-        # Of the ranks that train below each has half of what the one sees that sees least.
-        assert "RANK" not in os.environ or room_bytes == 50
-        return [torch.empty_like(each, **like) for each in tensors]
-
-    monkeypatch.setattr(placement, "_empty", empty)
+    monkeypatch.setattr(
+        placement, "_empty", lambda tensors: [torch.empty_like(each, **like) for each in tensors]
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     return waits
 
@@ -146,22 +141,37 @@ def _on_ranks(group, settings):
     return step.update.weights() | step.update.tensors() if group.ranks.is_first else {}
 
 
-def test_a_rank_keeps_its_share_in_host_memory(gpu_waits, monkeypatch, tmp_path):
-    seen = {"0": 100, "1": 111}
-    monkeypatch.setattr(optimizer, "available_host_bytes", lambda: seen[os.environ["RANK"]])
+def _refusal_on_ranks(group):
+    with pytest.raises(ValueError, match="do not fit") as refusal:
+        _on_ranks(group, {"placement": "host"})
+    return str(refusal.value)
+
+
+def test_a_rank_keeps_its_share_in_host_memory(gpu_waits, tmp_path):
     plain = call(2, _on_ranks, tmp_path / "gpu", {})[0]
     on_host = call(2, _on_ranks, tmp_path / "host", {"placement": "host"})[0]
     assert plain.keys() == on_host.keys()
     assert all(torch.equal(tensor, on_host[name]) for name, tensor in plain.items())
 
 
-def test_a_host_with_too_little_memory_is_told():
+def test_the_ranks_of_a_machine_divide_its_memory(gpu_waits, monkeypatch, tmp_path):
+    # Some 200,000 parameters of 12 bytes: the half of a rank is more than half of the room.
+    monkeypatch.setattr(update, "available_host_bytes", lambda: 2 * MIB)
+    refused = call(2, _refusal_on_ranks, tmp_path)
+    assert set(refused) == {
+        "optimizer.placement is host, but 1 MiB do not fit in host memory (1 MiB free for this "
+        "process); set it to gpu"
+    }
+
+
+def test_a_host_with_too_little_memory_is_told(monkeypatch):
+    monkeypatch.setattr(placement, "available_host_bytes", lambda: 3 * MIB)
     line = (
         r"optimizer.placement is host, but 4 MiB do not fit in host memory \(3 MiB free for this "
         r"process\); set it to gpu"
     )
     with pytest.raises(ValueError, match=f"^{line}$"):
-        placement.page_locked([torch.empty(MIB, device="meta")], 3 * MIB)
+        placement.page_locked([torch.empty(MIB, device="meta")])
 
 
 @pytest.mark.parametrize(

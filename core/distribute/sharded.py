@@ -39,6 +39,11 @@ class ShardedUpdate(MirroredUpdate):
     `weights` and `tensors` are for the first rank, after all have called `gather`.
     """
 
+    @property
+    def num_holders(self) -> int:
+        """Ranks that divide master weights and moments among themselves: all."""
+        return self.group.ranks.size
+
     def _allocate(self) -> None:
         self._connect()
         parts = range(len(self.layout.parts))
@@ -77,8 +82,7 @@ class ShardedUpdate(MirroredUpdate):
     def _new_slices(self) -> Tensor:
         length = self.layout.length // self.layout.num_ranks
         if self.is_on_host:
-            like = [torch.empty(length, device="meta")]
-            return placement.page_locked_zeros(like, self._host_room_bytes())[0]
+            return placement.page_locked_zeros([torch.empty(length, device="meta")])[0]
         return torch.zeros(length, device=self.flat_weights.device)
 
     def _views(self, flat: Tensor) -> list[Tensor]:

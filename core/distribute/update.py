@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ...kernels.optimizer_scalars import Scalar
 from ..config import OptimizerConfig
-from ..optim.optimizer import Update
+from ..data.store import available_host_bytes
+from ..optim import placement
+from ..optim.optimizer import Update, rule_of
 from ..precision import Precision
 from .exchange import Exchange
 from .group import Group
@@ -61,19 +63,33 @@ class MirroredUpdate(Update):
         self.gathered: dict[str, list[Tensor]] = {}
         """Whole tensors of kinds that are divided among the ranks, as they are now."""
 
+        if placement.is_on_host(config, next(model.parameters()).device):
+            self._check_host_room(model, config, precision)
         # Only now: `_allocate`, which it calls, needs all of the above.
         super().__init__(model, config, precision)
         if overlaps:
             self._split(self.layout.parts)
 
+    @property
+    def num_holders(self) -> int:
+        """Ranks that divide master weights and moments among themselves."""
+        return 1
+
+    def _check_host_room(
+        self, model: nn.Module, config: OptimizerConfig, precision: Precision
+    ) -> None:
+        """Refuse what the ranks of a machine cannot keep in its memory, before one has taken any:
+        each would take for free what the others are about to."""
+        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
+        of_each = placement.host_bytes(rule_of(config), precision.compute)
+        [room] = self.group.min([available_host_bytes()])
+        placement.check_room(
+            trained * of_each // self.num_holders, room // self.group.ranks.local_size
+        )
+
     def _allocate(self) -> None:
         super()._allocate()
         self._connect()
-
-    def _host_room_bytes(self) -> int:
-        # The least that any rank sees, since others may not have taken theirs yet.
-        [room] = self.group.min([super()._host_room_bytes()])
-        return room // self.group.ranks.local_size
 
     def _connect(self) -> None:
         """Make the buffer that is sent, which adds up gradients, too."""

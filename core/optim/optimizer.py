@@ -22,7 +22,6 @@ from ...kernels.optimizer_scalars import Scalar, new_scalars
 from ...kernels.tensor_table import TensorTable
 from ...models.alignment import axes_of, crop, pad
 from ..config import OptimizerConfig
-from ..data.store import available_host_bytes
 from ..precision import Precision
 from . import fused_dense, optimizer_state, placement
 from .frozen import Frozen
@@ -179,9 +178,7 @@ class Update:
         self.low_precision_weights: list[Tensor] = []
         if precision.compute is not torch.float32:
             if self.is_on_host:
-                self.master_weights = placement.page_locked(
-                    self.master_weights, self._host_room_bytes()
-                )
+                self.master_weights = placement.page_locked(self.master_weights)
             for parameter in self.parameters:
                 # The master weights above keep the fp32 numbers; the parameter now is the copy.
                 parameter.data = parameter.data.to(precision.compute)
@@ -209,18 +206,10 @@ class Update:
 
     def _allocate(self) -> None:
         """Make what is kept of every parameter from step to step, besides its weights."""
-        self.moments = {kind: self._new_moments() for kind in self.rule.moments}
+        zeros = placement.page_locked_zeros if self.is_on_host else _zeros
+        self.moments = {kind: zeros(self.parameters) for kind in self.rule.moments}
         # On the GPU in any case: every iteration adds to them.
         self.accumulators = _zeros(self.parameters) if self.accumulation > 1 else []
-
-    def _new_moments(self) -> list[Tensor]:
-        if self.is_on_host:
-            return placement.page_locked_zeros(self.parameters, self._host_room_bytes())
-        return _zeros(self.parameters)
-
-    def _host_room_bytes(self) -> int:
-        """Host memory that this process may still take."""
-        return available_host_bytes()
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) loss, one of each parameter; or keep

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...kernels.optimizer_rules import Rule
 from ..config import OptimizerConfig
+from ..data.store import available_host_bytes
 from ..estimate.links import Link
 
 _LINK_SHARE = 0.75
@@ -61,32 +62,33 @@ def described(num_bytes: int, link: Link, accumulation: int = 1) -> str:
     )
 
 
-def page_locked(tensors: Sequence[Tensor], room_bytes: int) -> list[Tensor]:
-    """Copies of fp32 tensors, with their strides, in host memory that a GPU can address; of that
-    this process may take so many bytes."""
-    copies = _empty(tensors, room_bytes)
-    return [copy.copy_(tensor) for copy, tensor in zip(copies, tensors, strict=True)]
+def page_locked(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of fp32 tensors, with their strides, in host memory that a GPU can address."""
+    return [copy.copy_(tensor) for copy, tensor in zip(_empty(tensors), tensors, strict=True)]
 
 
-def page_locked_zeros(tensors: Sequence[Tensor], room_bytes: int) -> list[Tensor]:
-    """Zeros in fp32 of the shapes and strides of these, in host memory that a GPU can address; of
-    that this process may take so many bytes."""
-    return [zeros.zero_() for zeros in _empty(tensors, room_bytes)]
+def page_locked_zeros(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros in fp32 of the shapes and strides of these, in host memory that a GPU can address."""
+    return [zeros.zero_() for zeros in _empty(tensors)]
 
 
-def _empty(tensors: Sequence[Tensor], room_bytes: int) -> list[Tensor]:
+def check_room(num_bytes: int, room_bytes: int) -> None:
+    """Refuse, by ValueError, what does not fit in the host memory that this process may take."""
+    if num_bytes > room_bytes:
+        raise ValueError(
+            f"optimizer.placement is host, but {num_bytes / _MIB:,.0f} MiB do not fit in host "
+            f"memory ({room_bytes / _MIB:,.0f} MiB free for this process); set it to gpu"
+        )
+
+
+def _empty(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Memory for so many numbers.
 
     Raises:
         ValueError: The host has too little.
     """
     # Asked first: page-locked memory cannot be swapped out, and the kernel would end processes.
-    need = 4 * sum(tensor.numel() for tensor in tensors)
-    if need > room_bytes:
-        raise ValueError(
-            f"optimizer.placement is host, but {need / _MIB:,.0f} MiB do not fit in host memory "
-            f"({room_bytes / _MIB:,.0f} MiB free for this process); set it to gpu"
-        )
+    check_room(4 * sum(tensor.numel() for tensor in tensors), available_host_bytes())
     return [
         torch.empty_like(tensor, dtype=torch.float32, device="cpu", pin_memory=True)
         for tensor in tensors
