@@ -124,7 +124,7 @@ def _timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def _starter(folder: Path, size_px: int, store_dir: Path, threads: int) -> Callable[[], Any]:
     a, b = (str(folder / side) for side in SIDES)
-    data = DataConfig(input_a=a, input_b=b, num_threads=threads)
+    data = DataConfig(input_a=(a,), input_b=(b,), num_threads=threads)
 
     def start() -> Any:
         return open_sides(

@@ -65,6 +65,9 @@ def _add_check(verbs: Any) -> None:
     check.add_argument(
         "folder_b", type=Path, nargs="?", metavar="FOLDER_B", help="face PNGs of side B"
     )
+    check.add_argument(
+        "--sub-folders", action="store_true", help="measure the faces of sub-folders, too"
+    )
     check.add_argument("--json", action="store_true", help="print the measurements as JSON")
     check.add_argument(
         "--lists",
@@ -100,7 +103,7 @@ def _check(args: argparse.Namespace) -> int:
     reports = []
     for folder in folders:
         with _progress(str(folder)) as progress:
-            reports.append(report(folder, progress=progress))
+            reports.append(report(folder, sub_folders=args.sub_folders, progress=progress))
     comparison = compare(*reports) if len(reports) == 2 else None
     fitness = verdict(reports, comparison)
     if args.json:

@@ -46,6 +46,8 @@ def _values(spec: Spec) -> str:
         return ", ".join(spec.choices)
     if spec.low is not None:
         return " or ".join([*spec.words, f"{spec.low} to {spec.high}"])
+    if spec.is_list_of_paths:
+        return "a path or a list of paths"
     return {bool: "true, false", str: "text", dict: "a table"}.get(spec.type, "words")
 
 

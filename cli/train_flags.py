@@ -153,7 +153,9 @@ def _add_flag(group: argparse._ArgumentGroup, spec: settings.Spec) -> None:
     else:
         options["type"] = functools.partial(_value, spec)
         options["metavar"] = spec.name.upper()
-        if spec.type == tuple[str, ...]:
+        if spec.is_list_of_paths:
+            options["action"] = "append"  # a flag for each, since a word behind it may be anything
+        elif spec.type == tuple[str, ...]:
             options["nargs"] = "+"
         if spec.default not in ("", ()):
             options["help"] += f" (default: {spec.default})"

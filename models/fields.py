@@ -96,7 +96,7 @@ class Field:
         """Valid values, as a message has them after "must be"."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
-        kind = " or ".join([*self.words, _KINDS[self.type]])
+        kind = " or ".join([*self.words, self._kind])
         if self.low is None:
             return "a finite number" if self.type is float else kind
         if self.high is None:
@@ -110,7 +110,7 @@ class Field:
             several = "any of " if self.type == tuple[str, ...] else ""
             return several + ", ".join(self.choices)
         if self.low is None or self.high is None:
-            return _KINDS[self.type]
+            return self._kind
         steps = f" in steps of {self.step}" if self.step > 1 else ""
         return f"{self._written(self.low)} to {self._written(self.high)}{steps}"
 
@@ -121,12 +121,27 @@ class Field:
         assert self.high is not None
         return range(int(self.low), int(self.high) + 1, self.step)
 
+    @property
+    def _kind(self) -> str:
+        """Kind of value, in words."""
+        return "a path, or a list of paths" if self.is_list_of_paths else _KINDS[self.type]
+
+    @property
+    def is_list_of_paths(self) -> bool:
+        """Whether it holds any number of paths."""
+        return self.is_path and self.type == tuple[str, ...]
+
     def _take_words(self, value: Any, name: str) -> tuple[str, ...]:
-        """The words of a list, or of one text with spaces between them."""
-        words = value.split() if isinstance(value, str) else value
+        """The words of a list, or of one text with spaces between them, which a path may hold."""
+        words = value
+        if isinstance(value, str):
+            words = [value] if self.is_path else value.split()
         is_list = isinstance(words, list | tuple)
         if not is_list or not all(isinstance(word, str) for word in words):
-            raise ValueError(f"{name} must be {_KINDS[self.type]}, got {shown(value)}")
+            raise ValueError(f"{name} must be {self._kind}, got {shown(value)}")
+        if self.is_path:
+            # An empty text is no path: with it a user, or a saved model, has none.
+            words = [word for word in words if word]
         each = dataclasses.replace(self, type=str)
         return tuple(each.take(word, name) for word in words)
 

@@ -609,15 +609,17 @@ def test_mixed_folders_are_told(folder, pak, tmp_path, sides):
     shutil.copytree(sides[0], mixed)
     shutil.copy(next(folder.iterdir()), mixed)
     found = read_folder(mixed)
-    assert found.passed_over.num_jpegs == 1
-    assert "give JPEGs of DeepFaceLab a folder of their own" in found.passed_over.notice
+    assert found.passed_over[found.path].num_jpegs == 1
+    assert (
+        "give JPEGs of DeepFaceLab a folder of their own" in found.passed_over[found.path].notice()
+    )
     shutil.copy(pak, mixed)
     assert "holds faceset.pak and 26 PNGs" in folder_refusal(mixed)
     shutil.copytree(folder, tmp_path / "unpacked")
     shutil.copy(pak, tmp_path / "unpacked")
     found = read_folder(tmp_path / "unpacked")
     assert found.faces[0].file.name == "faceset.pak"
-    assert found.passed_over.counts == ["30 JPEGs"]
+    assert found.passed_over[found.path].counts == ["30 JPEGs"]
 
 
 def test_frames_beside_aligned_faces_name_the_folder_to_give(folder, tmp_path):

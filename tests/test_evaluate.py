@@ -90,7 +90,7 @@ def test_about_one_in_n_is_held_out():
 def test_added_and_removed_faces_move_no_other(many, tmp_path):
     settings = EvaluateConfig(held_out=5)
     whole = read_folder(many[0])
-    trained, measured = hold_out(whole, settings, side="a", strict=False, centering="face")
+    trained, measured = hold_out(whole, settings, side="a", data=DataConfig())
     assert {face.path for face in trained.faces}.isdisjoint(face.path for face in measured.faces)
     assert len(trained.faces) + len(measured.faces) == 36
     fewer = tmp_path / "fewer"
@@ -98,7 +98,7 @@ def test_added_and_removed_faces_move_no_other(many, tmp_path):
     gone = {trained.faces[0].path.name, measured.faces[0].path.name}
     for name in gone:
         (fewer / name).unlink()
-    left, still = hold_out(read_folder(fewer), settings, side="a", strict=False, centering="face")
+    left, still = hold_out(read_folder(fewer), settings, side="a", data=DataConfig())
     assert [f.path.name for f in left.faces] == [f.path.name for f in trained.faces[1:]]
     assert [f.path.name for f in still.faces] == [f.path.name for f in measured.faces[1:]]
 

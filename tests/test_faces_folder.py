@@ -145,13 +145,13 @@ def test_sub_folders_and_jpegs_are_named_where_there_is_no_png(tmp_path):
 
 def test_what_lies_beside_the_faces_is_counted(tmp_path):
     folder = write_faces(tmp_path / "a", ["f1.png"])
-    assert read_folder(folder, minimum=1).passed_over.notice == ""
+    assert read_folder(folder, minimum=1).passed_over[folder].notice() == ""
     write_faces(folder / "good", ["f2.png", "f3.png"])
     (folder / "f.jpg").write_bytes(b"\xff\xd8\xff")
     found = read_folder(folder, minimum=1)
     assert len(found.faces) == 1
-    assert found.passed_over.counts == ["2 PNGs in its sub-folder good", "1 JPEGs"]
-    assert found.passed_over.notice == (
+    assert found.passed_over[found.path].counts == ["2 PNGs in its sub-folder good", "1 JPEGs"]
+    assert found.passed_over[found.path].notice() == (
         "2 PNGs in its sub-folder good and 1 JPEGs are not used: put the faces into one folder; "
         "give JPEGs of DeepFaceLab a folder of their own"
     )
@@ -167,7 +167,7 @@ def test_only_so_much_of_sub_folders_is_looked_at(tmp_path, monkeypatch):
     found = passed_over(folder)
     assert found.subfolders == ("0", "1", "2")
     assert found.counts == ["more than 8 PNGs in its sub-folders 0, 1, 2"]
-    assert passed_over(tmp_path / "gone").notice == ""
+    assert passed_over(tmp_path / "gone").notice() == ""
 
 
 def test_legacy_crops_are_read_for_the_legacy_crop_only(tmp_path):

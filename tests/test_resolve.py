@@ -19,7 +19,7 @@ from mien.core.config import (
     to_dict,
     to_toml,
 )
-from mien.core.config.path_settings import paths_in, with_paths
+from mien.core.config.path_settings import each_path, paths_in, with_paths
 from mien.core.config.recipes import NONE, Recipe
 from mien.core.optim.lr_schedule import LR_FINDER
 from mien.core.training.batch_size import with_batch_size
@@ -57,6 +57,11 @@ def _told(resolved):
     return [notice.text for notice in resolved.notices]
 
 
+def _held(spec, path):
+    """A path as the setting holds it."""
+    return (path,) if spec.is_list_of_paths else path
+
+
 def _other(spec):
     """A valid value that is not the default; None where there is none."""
     if spec.type is bool:
@@ -65,7 +70,7 @@ def _other(spec):
         others = [choice for choice in spec.choices if choice not in (spec.default, "none")]
         return others[0] if others else None
     if spec.is_path:
-        return "/other.png"
+        return _held(spec, "/other.png")
     if spec.is_private:
         return "the user's alone"
     if spec.type is str:
@@ -94,7 +99,7 @@ def test_a_flag_holds_for_its_session_unless_it_makes_the_model(spec):
     assert getattr(getattr(first.config, spec.section), spec.name) == value
     kept = getattr(getattr(first.kept, spec.section), spec.name)
     stays = spec.locked or spec.full_name in (
-        *("data.input_a", "data.input_b", "optimizer.use_lr_finder"),
+        *("data.input_a", "data.input_b", "data.sub_folders", "optimizer.use_lr_finder"),
     )
     assert kept == (value if stays else spec.default)
 
@@ -364,7 +369,8 @@ def test_every_text_without_choices_is_a_path_or_known_not_to_be_one():
     paths = {spec.full_name for spec in PATHS}
     private = {spec.full_name for spec in all_settings() if spec.is_private}
     assert free - paths - private == {"model.trainer", "preview.mask_color", "distribute.gpus"}
-    assert paths <= free
+    lists = {spec.full_name for spec in PATHS if spec.is_list_of_paths}
+    assert paths <= free | lists
 
 
 def test_every_option_that_is_a_text_without_choices_is_a_path():
@@ -386,7 +392,7 @@ def test_a_path_that_the_model_folder_names_counts_only_if_it_is_trusted(spec):
 
     resolved = resolve(Overrides(), saved, None, trust)
     for config in (resolved.config, resolved.kept):
-        assert path not in paths_in(to_dict(config), "lightweight").values()
+        assert path not in _paths_of(config)
     if spec.full_name in ("save.model_dir", "model.load_weights"):
         assert resolved.notices == [], "it never comes from the folder"
         return
@@ -396,7 +402,13 @@ def test_a_path_that_the_model_folder_names_counts_only_if_it_is_trusted(spec):
     assert notice.text.startswith(f"{spec.full_name} is left out: the model folder names '{path}'")
     assert notice.text.endswith(spec.flags[-1] if spec.flags else f"--set {spec.full_name}=")
     trusted = _resolve(saved)
-    assert getattr(getattr(trusted.config, spec.section), spec.name) == path
+    assert getattr(getattr(trusted.config, spec.section), spec.name) == _held(spec, path)
+
+
+def _paths_of(config):
+    """All paths in the settings of a lightweight model."""
+    values = paths_in(to_dict(config), "lightweight").values()
+    return {path for value in values for path in each_path(value)}
 
 
 @pytest.mark.parametrize("spec", PATHS, ids=lambda spec: spec.full_name)
@@ -405,10 +417,10 @@ def test_a_path_that_is_given_again_counts_and_the_named_one_does_not_come_back(
     given = {spec.section: {spec.name: "/mine.png"}}
     resolved = resolve(Overrides(session=given), saved, None, lambda *_: False)
     assert not any(spec.full_name in line and "left out" in line for line in _told(resolved))
-    kept = paths_in(to_dict(resolved.kept), "lightweight").values()
-    assert "/strange.png" not in kept
+    assert "/strange.png" not in _paths_of(resolved.kept)
     if spec.full_name != "model.load_weights":
-        assert getattr(getattr(resolved.config, spec.section), spec.name) == "/mine.png"
+        held = _held(spec, "/mine.png")
+        assert getattr(getattr(resolved.config, spec.section), spec.name) == held
 
 
 def test_options_that_are_paths_count_likewise(with_options):
@@ -438,7 +450,8 @@ def test_paths_are_absolute_wherever_they_come_from(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/user")
     relative = with_paths({}, {("data", "input_a"): "a", ("log", "file"): "~/x.log"})
     for resolved in (_resolve(lasting=relative), _resolve(_saved(), relative)):
-        assert resolved.config.data.input_a == resolved.kept.data.input_a == str(tmp_path / "a")
+        folders = (str(tmp_path / "a"),)
+        assert resolved.config.data.input_a == resolved.kept.data.input_a == folders
         assert resolved.config.log.file == "/home/user/x.log"
 
 
@@ -455,7 +468,48 @@ def test_a_name_that_is_no_utf_8_holds_for_the_session_and_is_not_kept():
     given = {"data": {"input_a": "/faces/\udce4", "input_b": "/faces/\xe4"}}
     for saved in (None, _saved()):
         resolved = _resolve(saved, given)
-        assert resolved.config.data.input_a == "/faces/\udce4"
-        assert (resolved.kept.data.input_a, resolved.kept.data.input_b) == ("", "/faces/\xe4")
-        assert parse_toml(to_toml(resolved.kept).encode())["data"]["input_b"] == "/faces/\xe4"
+        assert resolved.config.data.input_a == ("/faces/\udce4",)
+        assert (resolved.kept.data.input_a, resolved.kept.data.input_b) == ((), ("/faces/\xe4",))
+        assert parse_toml(to_toml(resolved.kept).encode())["data"]["input_b"] == ["/faces/\xe4"]
         assert "data.input_a is no UTF-8 name ('/faces/\\udce4')" in _told(resolved)[-1]
+
+
+# Several folders of a side
+
+
+def test_each_of_several_folders_must_be_trusted_by_its_path_without_the_share():
+    """Else a link in a model folder from a stranger would be read by adding a number to it."""
+    folders = ["/old/a", "/strange/link:0.5"]
+    saved = _saved(merge(SAVED, {"data": {"input_a": folders}}))
+    asked = []
+
+    def trust(setting, path):
+        asked.append(path)
+        return "strange" not in path
+
+    resolved = resolve(Overrides(), saved, None, trust)
+    assert "/strange/link" in asked
+    assert resolved.config.data.input_a == ()
+    assert "the model folder names '/strange/link'" in _told(resolved)[0]
+    assert _resolve(saved).config.data.input_a == tuple(folders)
+
+
+def test_several_folders_are_told_absolute_and_refused_on_the_other_side(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    saved = _saved(merge(SAVED, {"data": {"input_a": ["/a", "/c"]}}))
+    given = {"data": {"input_a": ["one", "two:0.3"]}}
+    assert _told(_resolve(saved, given)) == [
+        f"updated data.input_a from /a, /c to {tmp_path}/one, {tmp_path}/two:0.3"
+    ]
+    swapped = {"input_a": "/old/b", "input_b": ["/c:0.5", "/a"]}
+    with pytest.raises(ValueError, match="the folders are swapped"):
+        _resolve(saved, data=swapped)
+    # As it was written before there were lists, and by a stranger.
+    one = dataclasses.replace(saved, config=merge(saved.config, {"data": {"input_a": "/a"}}))
+    assert _resolve(one).config.data.input_a == ("/a",)
+    settings = saved.state["sessions"][0]["settings"]["data"]
+    settings["input_a"] = "/old/a"
+    (told,) = _told(_resolve(saved))
+    assert told.startswith("updated data.input_a from /old/a to /a, /c; it was set by a flag")
+    settings["input_a"] = 5
+    assert _told(_resolve(saved)) == []

@@ -107,8 +107,8 @@ def test_what_lies_in_sub_folders_is_told(sides, tmp_path):
     shutil.copytree(sides[0], folder / "left")
     (warning,) = warnings_of(opened(folder, sides[1]), LossConfig())
     assert warning == (
-        f"side A: {folder}: 26 PNGs in its sub-folder left are not used: put the faces into one "
-        "folder"
+        f"side A: {folder}: 26 PNGs in its sub-folder left are not used: add --sub-folders, or put "
+        "the faces into one folder"
     )
 
 

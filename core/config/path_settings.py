@@ -2,11 +2,12 @@
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ... import models
 from ...models.fields import fields_of as options_of
-from ..system.paths import expanded
+from ..system.paths import expanded, split_share
 from . import SECTIONS, fields_of, merge
 
 _NO_SIGN = re.compile("[\ud800-\udfff]")
@@ -15,8 +16,11 @@ _NO_SIGN = re.compile("[\ud800-\udfff]")
 Place = tuple[str, ...]
 """Place of a setting in nested settings: section and name; an option is three words deep."""
 
+Paths = str | list[str]
+"""Value of a setting that is a path, or a list of folders with their shares, if any."""
 
-def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
+
+def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, Paths]:
     """Every path that valid nested settings give, by its place; those left empty are none.
 
     Args:
@@ -29,7 +33,7 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
         for name, spec in fields_of(kind).items()
         if spec.is_path and values.get(section, {}).get(name)
     ]
-    paths: dict[Place, str] = {place: values[place[0]][place[1]] for place in places}
+    paths: dict[Place, Paths] = {place: values[place[0]][place[1]] for place in places}
     options = values.get("model", {}).get("options", {})
     for name, option in options_of(models.family(trainer).Config).items():
         path = options.get(name)
@@ -39,7 +43,12 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, str]:
     return paths
 
 
-def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any]:
+def each_path(value: Paths) -> list[str]:
+    """The paths of a setting, without the shares of folders."""
+    return [value] if isinstance(value, str) else [split_share(text)[0] for text in value]
+
+
+def with_paths(values: dict[str, Any], paths: Mapping[Place, Paths]) -> dict[str, Any]:
     """The same settings with these paths in their places."""
     for place, path in paths.items():
         nested: Any = path
@@ -52,7 +61,13 @@ def with_paths(values: dict[str, Any], paths: dict[Place, str]) -> dict[str, Any
 
 def absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
     """Nested settings of the paths in these, absolute, to mean the same from every folder."""
-    paths = {place: absolute(path) for place, path in paths_in(values, trainer).items()}
+    paths: dict[Place, Paths] = {}
+    for place, value in paths_in(values, trainer).items():
+        if isinstance(value, str):
+            paths[place] = absolute(value)
+            continue
+        # A share stays where it is, at the end of the folder's name.
+        paths[place] = [absolute(text) for text in value if text]
     return with_paths({}, paths)
 
 
@@ -64,8 +79,12 @@ def absolute(path: str) -> str:
 
 def unwritable(values: dict[str, Any], trainer: str) -> dict[Place, str]:
     """Every path in valid nested settings whose name is no UTF-8, so that no TOML can hold it."""
-    paths = paths_in(values, trainer)
-    return {place: path for place, path in paths.items() if _NO_SIGN.search(path)}
+    return {
+        place: path
+        for place, value in paths_in(values, trainer).items()
+        for path in each_path(value)
+        if _NO_SIGN.search(path)
+    }
 
 
 def way_to_give(place: Place) -> str:

@@ -73,11 +73,15 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Folders of the faces, how faces are cut out of them and where they are kept."""
 
-    input_a: str = setting("", flag="-A --input-a", stays=True, path=True)
-    """Folder of the faces of side A, the person in the film: face PNGs, or DeepFaceLab's JPEGs."""
+    input_a: tuple[str, ...] = setting((), flag="-A --input-a", stays=True, path=True)
+    """Folders of the faces of side A, the person in the film: face PNGs, or DeepFaceLab's JPEGs.
+    Several: all faces alike, or FOLDER:0.3 for three of ten draws from that one."""
 
-    input_b: str = setting("", flag="-B --input-b", stays=True, path=True)
-    """Folder of the faces of side B, the face to put there: face PNGs, or DeepFaceLab's JPEGs."""
+    input_b: tuple[str, ...] = setting((), flag="-B --input-b", stays=True, path=True)
+    """Folders of the faces of side B, the face to put there, in the same way."""
+
+    sub_folders: bool = setting(False, flag="--sub-folders", stays=True)
+    """Read the faces of sub-folders, too."""
 
     centering: str = setting("face", choices=("face", "head", "legacy"), locked=True)
     """What the crop is centred on: the face, the whole head, or the old, tighter crop."""

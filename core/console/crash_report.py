@@ -21,6 +21,7 @@ import torch
 from ... import __version__
 from ..checkpoint.model_folder import SaveError
 from ..config import Config, all_settings, to_dict, to_toml
+from ..config.path_settings import each_path
 from ..system.durable_files import replace_file
 from .reporter import Reporter
 from .tensorboard import LogError
@@ -114,7 +115,8 @@ def _without_faces(text: str, config: Config) -> str:
     """The same with the name of no file in a folder of faces."""
     data, measured, preview = config.data, config.evaluate, config.preview
     folders = {
-        *(data.input_a, data.input_b, measured.held_out_a, measured.held_out_b),
+        *each_path([*data.input_a, *data.input_b]),
+        *(measured.held_out_a, measured.held_out_b),
         *(preview.timelapse_input_a, preview.timelapse_input_b),
     }
     # The longest first: one folder may lie within another.

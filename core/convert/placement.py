@@ -98,7 +98,7 @@ def read_faces(folder: Path, mask: str, warn: Callable[[str], None]) -> Faces:
         raise ValueError(f"{folder} holds no usable face{why}")
     if rejected:
         warn(skipped(rejected))
-    if notice := passed_over(folder).notice:
+    if notice := passed_over(folder).notice():
         warn(f"{folder}: {notice}")
     for found in faces.values():
         # As they were found: where two overlap, the later one lies on top at every call.

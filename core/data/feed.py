@@ -7,6 +7,7 @@ Shape letters: N faces, first those of A, then as many of B; H rows, W columns.
 """
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from ...kernels.augment import Augmented, Landmarks, augment, empty, workspace_bytes
 from ...kernels.draw import FACE_PARAMS, Ranges, draw, records_of
 from ..config import Config, to_dict
+from .shares import DrawTable
 from .sides import SIDES
 from .store import FaceStore
 
@@ -47,6 +49,8 @@ class Feed:
     together with the step; each replay then makes the next batch. Faces in a file are no use to a
     graph: the host gathers those of each batch (`is_capturable`).
 
+    tables: of each side whose folders have shares of its draws, the faces that are drawn.
+
     Where several processes train one run, a feed makes only the faces of its share: ``count`` of
     each side, behind the ``offset`` first ones of the batch. Together they make the batch.
     """
@@ -65,6 +69,7 @@ class Feed:
         landmarks: tuple[Landmarks, Landmarks] | None = None,
         offset: int = 0,
         count: int | None = None,
+        tables: Mapping[str, DrawTable | None] | None = None,
     ):
         self.offset, self.batch_size = offset, config.train.batch_size
         self.count = self.batch_size if count is None else count
@@ -94,6 +99,10 @@ class Feed:
         """Whether `batch` leaves the host out."""
 
         self._gathers = device.type == "cuda" and not self.is_capturable
+        self._tables = [(tables or {}).get(side) for side in SIDES]
+        for table in filter(None, self._tables):
+            # Where the host gathers the faces, it draws them, too.
+            table.move_to(torch.device("cpu") if self._gathers else device)
         self._buffers: list[_BatchBuffers] = []
         if device.type == "cuda":
             first = _BatchBuffers(self)
@@ -151,17 +160,7 @@ class Feed:
         buffers, config = self._buffers[turn] if self._buffers else _BatchBuffers(self), self.config
         faces = [self.stores[side].faces_fssc for side in SIDES]
         num_faces = [len(faces_fssc) for faces_fssc in faces]
-        params_nx = draw(
-            self.ranges,
-            seed=config.train.seed,
-            first=first,
-            count=self.count,
-            offset=self.offset,
-            advance=self.batch_size,
-            num_faces=num_faces,
-            size_px=self.size_px,
-            out=None if self._gathers else buffers.params_nx,
-        )
+        params_nx = self._draw(first, num_faces, None if self._gathers else buffers.params_nx)
         if self._gathers:
             # Only the faces of this batch cross to the GPU; the file holds all of them.
             faces = [each.to(self.device) for each in _chosen(faces, params_nx)]
@@ -186,6 +185,30 @@ class Feed:
         return Batch(
             out.input_bchw, tuple(out.targets_bchw), tuple(out.weights_b1hw), out.mask_b1hw
         )
+
+    def _draw(self, first: list[int] | Tensor, num_faces: list[int], out: Tensor | None) -> Tensor:
+        """The parameters of the faces after so many of each side."""
+        # As it was: drawing moves the count on.
+        begin = first.clone() if isinstance(first, Tensor) and any(self._tables) else first
+        params_nx = draw(
+            self.ranges,
+            seed=self.config.train.seed,
+            first=first,
+            count=self.count,
+            offset=self.offset,
+            advance=self.batch_size,
+            num_faces=[
+                table.num_slots if table else count
+                for table, count in zip(self._tables, num_faces, strict=True)
+            ],
+            size_px=self.size_px,
+            out=out,
+        )
+        for side, table in enumerate(self._tables):
+            if table:
+                rows = slice(side * self.count, (side + 1) * self.count)
+                table.choose(params_nx[rows], begin[side] + self.offset)
+        return params_nx
 
     def close(self) -> None:
         """End the thread that works ahead."""

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import DataConfig, EvaluateConfig
+from ..config.path_settings import each_path
 from ..faces import geometry
 from ..faces.folder import MINIMUM_FACES, Face, FaceFolder, Rejected, read_folder
-from ..faces.listing import overlap
+from ..faces.listing import overlap_of_sides
 from ..faces.png import FaceFileError
 from .decode import decode_crops
 from .pipeline import configured_masks
@@ -57,7 +58,7 @@ def is_trained_on(name: str, evaluate: EvaluateConfig) -> bool:
 
 
 def hold_out(
-    folder: FaceFolder, evaluate: EvaluateConfig, *, side: str, strict: bool, centering: str
+    folder: FaceFolder, evaluate: EvaluateConfig, *, side: str, data: DataConfig
 ) -> tuple[FaceFolder, FaceFolder]:
     """The faces of a side to train on, and those to measure on: none where none are asked for.
 
@@ -68,7 +69,13 @@ def hold_out(
     own = getattr(evaluate, f"held_out_{side}")
     if own:
         try:
-            return folder, read_folder(own, strict=strict, minimum=1, centering=centering)
+            return folder, read_folder(
+                own,
+                strict=data.strict,
+                minimum=1,
+                centering=data.centering,
+                sub_folders=data.sub_folders,
+            )
         except ValueError as error:
             raise ValueError(f"evaluate.held_out_{side}: {error}") from None
     if not evaluate.held_out:
@@ -88,7 +95,8 @@ def hold_out(
             f"{setting} leaves {len(trained)} of {len(pairs)} faces to train on, at least "
             f"{MINIMUM_FACES} are needed; make it larger, or add faces"
         )
-    return dataclasses.replace(folder, faces=trained), FaceFolder(folder.path, measured)
+    held_out = dataclasses.replace(folder, faces=measured, rejected=[])
+    return dataclasses.replace(folder, faces=trained), held_out
 
 
 def check_held_out(data: DataConfig, evaluate: EvaluateConfig) -> None:
@@ -162,7 +170,7 @@ def load_held_out(
         landmarks.append(in_crop_l2 * np.float32(target_px / process_px))
     if not inputs:
         raise ValueError(
-            f"none of the {len(chosen)} held-out faces of {folder.path} can be used "
+            f"none of the {len(chosen)} held-out faces of {folder.title} can be used "
             f"({rejected[0].path.name}: {rejected[0].reason})"
         )
     return HeldOutFaces(
@@ -171,14 +179,16 @@ def load_held_out(
 
 
 def _check_folders(data: DataConfig, evaluate: EvaluateConfig) -> None:
-    folders = {f"data.input_{side}": getattr(data, f"input_{side}") for side in "ab"}
+    folders = {
+        f"data.input_{side}": each_path(list(getattr(data, f"input_{side}"))) for side in "ab"
+    }
     for side in "ab":
         setting, own = f"evaluate.held_out_{side}", getattr(evaluate, f"held_out_{side}")
         if not own:
             continue
-        for other, path in folders.items():
+        for other, paths in folders.items():
             try:
-                shared = overlap(own, path)
+                shared = overlap_of_sides([own], paths, sub_folders=data.sub_folders)
             except ValueError as error:
                 raise ValueError(f"{setting}: {error}") from None
             if shared:
@@ -187,7 +197,7 @@ def _check_folders(data: DataConfig, evaluate: EvaluateConfig) -> None:
                     "of its own"
                 )
         # Added as it goes, so that the two held-out folders are compared with one another too.
-        folders[setting] = own
+        folders[setting] = [own]
 
 
 def _mask(face: Face, crop: geometry.Crop, data: DataConfig, size_px: int) -> np.ndarray:

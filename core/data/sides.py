@@ -13,13 +13,14 @@ import torch
 from ...models.autoencoder import Side
 from ..config import DataConfig, EvaluateConfig, LossConfig
 from ..faces.face import MAX_OUTSIDE_SHARE, Face, as_settings, usual_of
-from ..faces.folder import FaceFolder, Rejected, named, read_folder, uneven
+from ..faces.folder import FaceFolder, Rejected, named, read_folders, uneven
 from ..faces.geometry import Crop
-from ..faces.listing import list_pictures, overlap
-from ..system.paths import expanded
+from ..faces.listing import list_pictures, name_of, overlap_of_sides
+from ..system.paths import expanded, split_share
 from .held_out import check_held_out, hold_out, is_trained_on
 from .landmarks import store_landmarks
 from .pipeline import FaceDecoder
+from .shares import DrawTable, Source, shares_of, sources_of
 from .store import FaceStore, is_decoded, open_store
 
 SIDES: tuple[Side, Side] = ("a", "b")
@@ -32,7 +33,10 @@ class SideFaces:
     """The faces of one side."""
 
     folder: FaceFolder
-    """Faces of the folder, less those that are held out."""
+    """Faces of the folders, less those that are held out."""
+
+    sources: list[Source]
+    """The folders as they were given."""
 
     store: FaceStore
     crop: Crop
@@ -44,7 +48,45 @@ class SideFaces:
         """The folder's faces less those that the store had to leave out."""
         # A set: there may be 100,000 faces.
         usable = set(self.store.names)
-        return [face for face in self.folder.faces if face.path.name in usable]
+        return [face for face in self.folder.faces if self.folder.name_of(face.path) in usable]
+
+    @property
+    def folder_f(self) -> np.ndarray:
+        """Number of the folder that each face of the store is from, (F,) int64."""
+        numbers = [self.folder.folder_of(face.path) for face in self.trained_on]
+        return np.array(numbers, dtype=np.int64)
+
+    @property
+    def shares(self) -> list[float] | None:
+        """Share of the draws of each folder; None where all faces are drawn alike."""
+        if len(self.sources) == 1 or all(source.share is None for source in self.sources):
+            return None
+        return shares_of(self.sources, self._num_faces)
+
+    @property
+    def draw_table(self) -> DrawTable | None:
+        """The faces that are drawn where folders have shares; None where all are drawn alike."""
+        shares = self.shares
+        if shares is None:
+            return None
+        return DrawTable(self.folder_f, self.store.names, shares)
+
+    @property
+    def described(self) -> str:
+        """The folders with the number of their faces, and their shares, in words."""
+        if len(self.sources) == 1:
+            return f"{self.store.num_faces} of {self.folder.path}"
+        counts = zip(self.sources, self._num_faces, strict=True)
+        parts = [f"{count} of {source.folder}" for source, count in counts]
+        if self.shares is not None:
+            shares = zip(parts, self.shares, strict=True)
+            parts = [f"{part} ({share:.1%} of draws)" for part, share in shares]
+        return ", ".join(parts)
+
+    @property
+    def _num_faces(self) -> list[int]:
+        """Number of the faces of each folder."""
+        return np.bincount(self.folder_f, minlength=len(self.sources)).tolist()
 
     @property
     def landmarks_fl2(self) -> np.ndarray:
@@ -54,8 +96,10 @@ class SideFaces:
     @property
     def left_out(self) -> list[list[Rejected]]:
         """The files that cannot be used, and why: of each folder that has any."""
-        trained_on = self.folder.rejected + self.store.rejected
-        return [files for files in (trained_on, self.held_out.rejected) if files]
+        by_folder: dict[Path, list[Rejected]] = {}
+        for file in self.folder.rejected + self.store.rejected:
+            by_folder.setdefault(file.path.parent, []).append(file)
+        return [files for files in (*by_folder.values(), self.held_out.rejected) if files]
 
 
 def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
@@ -64,9 +108,9 @@ def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
     for side, opened in faces.items():
         name, store = f"side {side.upper()}", opened.store
         warnings.extend(store.warnings)
-        for folder in (opened.folder, opened.held_out):
-            if folder.passed_over.notice:
-                warnings.append(f"{name}: {folder.path}: {folder.passed_over.notice}")
+        for path, others in (opened.folder.passed_over | opened.held_out.passed_over).items():
+            if notice := others.notice(has_flag=True):
+                warnings.append(f"{name}: {path}: {notice}")
         if cut_short := _cut_short(opened):
             warnings.append(f"{name}: {cut_short}")
         if store.empty:
@@ -143,22 +187,14 @@ def open_sides(
         ValueError: A folder is missing, holds too few faces or such as do not fit the settings, or
             shares faces with another.
     """
-    paths = {side: getattr(data, f"input_{side}") for side in SIDES}
-    for side, path in paths.items():  # what can be seen at a glance is refused first
-        list_pictures(path, side=side)
-    # A face on both sides would be trained to look like itself, by both decoders.
-    shared = overlap(*paths.values())
-    if shared:
-        raise ValueError(f"{shared}: give each side a folder of its own")
+    sources = _sources(data)
     check_held_out(data, evaluate)
     crop = Crop(data.centering, data.coverage / 100, data.vertical_offset / 100, size_px)
     opened = {}
-    with _reading(paths, data, evaluate, crop, (store_dir, earlier_dir), device) as coming:
+    with _reading(sources, data, evaluate, crop, (store_dir, earlier_dir), device) as coming:
         for side, (reading, decoder) in coming.items():
             # Waits for this side's headers only, while the other side's are still to come.
-            folder, held_out = hold_out(
-                reading.result(), evaluate, side=side, strict=data.strict, centering=data.centering
-            )
+            folder, held_out = hold_out(reading.result(), evaluate, side=side, data=data)
             with progress(f"Decoding faces of {side.upper()}") as report_progress:
                 store = open_store(
                     folder,
@@ -173,13 +209,40 @@ def open_sides(
                 )
             # After decoding, which has drawn the masks, and before hours are spent on nothing.
             _refuse_empty_masks(side, store)
-            opened[side] = SideFaces(folder, store, crop, held_out)
+            opened[side] = SideFaces(folder, sources[side], store, crop, held_out)
+            _refuse_empty_folders(side, opened[side])
     return {str(side): faces for side, faces in opened.items()}
+
+
+def _sources(data: DataConfig) -> dict[Side, list[Source]]:
+    """The folders of both sides; refused, by ValueError, is what can be seen at a glance."""
+    texts: dict[Side, tuple[str, ...]] = {"a": data.input_a, "b": data.input_b}
+    sources = {}
+    for side in SIDES:
+        for text in texts[side]:
+            list_pictures(split_share(text)[0], side=side, sub_folders=data.sub_folders)
+        sources[side] = sources_of(texts[side], side=side, sub_folders=data.sub_folders)
+    a, b = ([source.folder for source in sources[side]] for side in SIDES)
+    # A face on both sides would be trained to look like itself, by both decoders.
+    shared = overlap_of_sides(a, b, sub_folders=data.sub_folders)
+    if shared:
+        raise ValueError(f"{shared}: give each side a folder of its own")
+    return sources
+
+
+def _refuse_empty_folders(side: str, opened: SideFaces) -> None:
+    """Refuse, by ValueError, a folder that has a share of the draws and nothing to draw."""
+    for number, source in enumerate(opened.sources):
+        if opened.shares and source.share and number not in opened.folder_f:
+            raise ValueError(
+                f"{name_of(source.folder, side)} has a share of the draws, but no face of it is "
+                "trained on; leave it out, or add faces"
+            )
 
 
 @contextlib.contextmanager
 def _reading(
-    paths: dict[Side, str],
+    sources: dict[Side, list[Source]],
     data: DataConfig,
     evaluate: EvaluateConfig,
     crop: Crop,
@@ -199,11 +262,12 @@ def _reading(
                 decoder.add(face)
 
         try:
-            return read_folder(
-                paths[side],
+            return read_folders(
+                [source.folder for source in sources[side]],
                 strict=data.strict,
                 side=side,
                 centering=data.centering,
+                sub_folders=data.sub_folders,
                 on_face=on_face,
             )
         finally:
@@ -216,9 +280,10 @@ def _reading(
         reader = stack.enter_context(ThreadPoolExecutor(1))
         worker = stack.enter_context(ThreadPoolExecutor(1))
         coming = {}
-        for side, path in paths.items():
+        for side in sources:
             decoder = None
-            if not is_decoded(expanded(path), *raw_dirs):
+            folders = [expanded(source.folder) for source in sources[side]]
+            if not is_decoded(folders, *raw_dirs):
                 decoder = FaceDecoder(crop, data, device, worker)
                 # Before the threads are waited for: a refusal need not wait for all pictures.
                 stack.callback(decoder.close)

@@ -29,7 +29,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -43,7 +43,7 @@ import torch
 from ..checkpoint.lock import NO_FLOCK
 from ..config import DataConfig
 from ..faces import masks
-from ..faces.folder import Face, FaceFolder, Rejected
+from ..faces.folder import FaceFolder, Rejected
 from ..faces.geometry import Crop
 from ..faces.png import FaceFileError
 from ..system.durable_files import open_for_reading, sync_folder
@@ -225,9 +225,7 @@ def open_store(
         with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:
             if not decoder:
                 decoder = stack.enter_context(decoding(folder.faces, crop, data, device))
-            decoded = _decode_into(
-                build.pixels_fssc, folder.faces, decoder, data.strict, report_progress
-            )
+            decoded = _decode_into(build.pixels_fssc, folder, decoder, data.strict, report_progress)
             facts = dataclasses.replace(facts, **decoded)
             _check_usable(facts, folder, data.strict, minimum)
             faces_fssc = build.end(facts)
@@ -250,10 +248,15 @@ def open_store(
     )
 
 
-def is_decoded(folder: Path, *raw_dirs: Path | None) -> bool:
-    """Whether the faces of a folder were decoded at some earlier start, be it otherwise."""
+def is_decoded(folders: Sequence[Path], *raw_dirs: Path | None) -> bool:
+    """Whether the faces of these folders were decoded at some earlier start, be it otherwise."""
     raw_files = chain.from_iterable(raw.glob("*.faces") for raw in raw_dirs if raw)
-    return any(_is_of(path, str(folder.resolve())) for path in raw_files)
+    return any(_is_of(path, _written(folders)) for path in raw_files)
+
+
+def _written(folders: Sequence[Path]) -> str:
+    """Folders as a raw file has them."""
+    return "\n".join(str(folder.resolve()) for folder in folders)
 
 
 def choose_placement(
@@ -352,7 +355,7 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
     settings = {"crop": dataclasses.asdict(crop), "mask": mask, "opencv": cv2.__version__}
     # Of a file that is gone, zeros: decoding rejects it, and it may come back as it was.
     files = [
-        [face.path.name, *(face.size_and_time if face.file.exists() else (0, 0))]
+        [folder.name_of(face.path), *(face.size_and_time if face.file.exists() else (0, 0))]
         for face in folder.faces
     ]
     # In the order of the faces, which is that of the rows: it is part of the key.
@@ -360,10 +363,10 @@ def _plan(folder: FaceFolder, crop: Crop, data: DataConfig) -> _Facts:
     return _Facts(
         # 128 bits: no two keys meet by chance, and the name stays short.
         key=hashlib.sha256(text.encode()).hexdigest()[:32],
-        folder=str(folder.path.resolve()),
+        folder=_written(folder.folders),
         size_px=crop.size_px,
         settings=settings,
-        names=[face.path.name for face in folder.faces],
+        names=[folder.name_of(face.path) for face in folder.faces],
         rejected=[],
     )
 
@@ -376,14 +379,14 @@ def _check_usable(facts: _Facts, folder: FaceFolder, strict: bool, minimum: int)
         num_files = len(folder.faces) + len(folder.rejected)
         first = "".join(f"; {name}: {reason}" for name, reason in facts.rejected[:1])
         raise ValueError(
-            f"{folder.path} has {len(facts.names)} usable faces of {num_files}, "
+            f"{folder.title} has {len(facts.names)} usable faces of {num_files}, "
             f"at least {max(minimum, 1)} are needed{first}"
         )
 
 
 def _decode_into(
     pixels_fssc: np.ndarray,
-    faces: list[Face],
+    folder: FaceFolder,
     decoder: FaceDecoder,
     strict: bool,
     report_progress: Callable[[int, int], None],
@@ -393,8 +396,9 @@ def _decode_into(
     rejected: list[list[str]] = []
     empty: list[list[str]] = []
     areas_outside = dict.fromkeys(masks.AREAS, 0)
+    faces = folder.faces
     for number, (face, (crop_bgr, face_masks)) in enumerate(zip(faces, decoder, strict=True)):
-        name = face.path.name
+        name = folder.name_of(face.path)
         if isinstance(crop_bgr, FaceFileError) or isinstance(face_masks, FaceFileError):
             error = crop_bgr if isinstance(crop_bgr, FaceFileError) else face_masks
             rejected.append([name, str(error)])

@@ -15,8 +15,9 @@ from ...models.autoencoder import Autoencoder
 from ..checkpoint.format import metadata_of
 from ..checkpoint.inference import network_of, read_model, refuse_not_finite
 from ..config import Config, to_dict
+from ..config.path_settings import each_path
 from ..data.decode import decode_one
-from ..faces.folder import read_folder
+from ..faces.folder import read_folders
 from ..faces.geometry import Crop
 
 # Faces show more of a model than noise does; two of each side take no time. Chosen.
@@ -58,10 +59,16 @@ class TrainedModel:
         """Crops of the first faces of both folders, (S, S, 3) uint8, BGR; none of a folder that
         is not there any more."""
         crops = []
-        for path in (self.config.data.input_a, self.config.data.input_b):
+        data = self.config.data
+        for paths in (data.input_a, data.input_b):
             # A model may be exported where its faces are not: the drawn pictures are compared then.
             with suppress(ValueError):
-                folder = read_folder(path, minimum=0, most=_FACES_OF_SIDE)
+                folder = read_folders(
+                    each_path(list(paths)),
+                    minimum=0,
+                    most=_FACES_OF_SIDE,
+                    sub_folders=data.sub_folders,
+                )
                 crops += [decode_one(face, self.crop) for face in folder.faces]
         return [crop for crop in crops if isinstance(crop, np.ndarray)]
 

@@ -61,8 +61,9 @@ class Spread:
 class Report:
     """What was measured in one folder. `as_dict` makes it ready for JSON.
 
-    passed_over: pictures that are not looked at. versions: number of faces of each alignments
-    version; num_legacy: those from before 2.0. shows: what most of the pictures show: the head
+    sub_folders: whether faces of sub-folders are among them. passed_over: pictures that are not
+    looked at. versions: number of faces of each alignments version; num_legacy: those from before
+    2.0. shows: what most of the pictures show: the head
     crop, the legacy crop, or a face type of DeepFaceLab. sizes_px: number of files of each edge.
     native_px: width of the picture in px of the source, before extraction scaled it. masks: number
     of faces that have each stored mask. empty_masks: by mask, faces with (almost) nothing inside it
@@ -75,6 +76,7 @@ class Report:
     path: str
     num_files: int
     num_faces: int
+    sub_folders: bool
     passed_over: PassedOver
     versions: dict[str, int]
     num_legacy: int
@@ -145,13 +147,19 @@ class _Measured:
     empty: dict[str, str]
 
 
-def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) -> Report:
+def report(
+    folder: str | os.PathLike[str],
+    *,
+    sub_folders: bool = False,
+    progress: Progress | None = None,
+) -> Report:
     """What is in a face folder and what to do about it.
 
-    progress: called with the number of pictures done and of all.
+    sub_folders: whether faces of its sub-folders are in it, too. progress: called with the number
+    of pictures done and of all.
     Raises ValueError where there is no such folder or no PNG in it.
     """
-    opened = read_folder(folder, minimum=0)
+    opened = read_folder(folder, minimum=0, sub_folders=sub_folders)
     faces: list[Face] = []
     measured: list[_Measured] = []
     rejected = list(opened.rejected)
@@ -170,14 +178,14 @@ def report(folder: str | os.PathLike[str], *, progress: Progress | None = None) 
     # Headers were refused first and pictures later: a user reads them as one list.
     rejected.sort(key=lambda file: file.path)
     opened = dataclasses.replace(opened, faces=faces, rejected=rejected)
-    measurements = _report(opened, measured)
+    measurements = _report(opened, measured, sub_folders)
     return dataclasses.replace(measurements, advice=_advice(measurements))
 
 
 def compare(a: Report, b: Report) -> Comparison:
     """What side A shows that B lacks, and the other way round."""
     # First of all: with shared faces every other difference is without meaning.
-    shared = overlap(a.path, b.path)
+    shared = overlap(a.path, b.path, sub_folders=a.sub_folders or b.sub_folders)
     only_a, only_b = _poses_only(a, b), _poses_only(b, a)
     advice = []
     if shared:
@@ -269,9 +277,9 @@ def _signs(grey: np.ndarray) -> np.ndarray:
     return np.where(low > np.median(low), np.float32(1), np.float32(-1))
 
 
-def _report(opened: FaceFolder, measured: list[_Measured]) -> Report:
+def _report(opened: FaceFolder, measured: list[_Measured], sub_folders: bool) -> Report:
     faces = opened.faces
-    names = [face.path.name for face in faces]
+    names = [opened.name_of(face.path) for face in faces]
     pairs = list(zip(names, measured, strict=True))
     sharpness = np.array([one.sharpness for one in measured])
     # Against the set's own median: how sharp faces are depends on the film. Chosen, unmeasured.
@@ -282,7 +290,8 @@ def _report(opened: FaceFolder, measured: list[_Measured]) -> Report:
         path=str(opened.path),
         num_files=len(faces) + len(opened.rejected),
         num_faces=len(faces),
-        passed_over=opened.passed_over,
+        sub_folders=sub_folders,
+        passed_over=opened.passed_over[opened.path],
         versions=dict(sorted(versions.items())),
         num_legacy=sum(face.centering == "legacy" for face in faces),
         shows=usual_of(faces, _CROP_PX)[0] if faces else "head",
@@ -301,9 +310,13 @@ def _report(opened: FaceFolder, measured: list[_Measured]) -> Report:
         blurred=[n for n, is_dull in zip(names, dull, strict=True) if is_dull and n not in blank],
         blank=blank,
         # Chosen, unmeasured.
-        odd_landmarks=[face.path.name for face in faces if face.alignment.average_distance > 0.08],
+        odd_landmarks=[
+            name
+            for name, face in zip(names, faces, strict=True)
+            if face.alignment.average_distance > 0.08
+        ],
         damaged_masks={name: one.damaged for name, one in pairs if one.damaged},
-        unreadable={file.path.name: file.reason for file in opened.rejected},
+        unreadable={opened.name_of(file.path): file.reason for file in opened.rejected},
         advice=[],
     )
 
@@ -363,8 +376,8 @@ def _advice(result: Report) -> list[str]:
             f"{len(result.unreadable)} of {result.num_files} files cannot be used and are left "
             "out: repair or remove them."
         )
-    if result.passed_over.notice:
-        advice.append(f"{result.passed_over.notice}.")
+    if notice := result.passed_over.notice(has_flag=True):
+        advice.append(f"{notice}.")
     advice.extend(_version_advice(result))
     if result.num_faces < MINIMUM_FACES:
         advice.append(

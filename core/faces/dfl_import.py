@@ -115,7 +115,7 @@ def import_faces(source: str | Path, output: str | Path, *, progress: Progress) 
         cut_short=dict(sorted(_cut_short(written).items())),
         rejected=rejected | {face.path.name: one.reason for face, one in pairs if one.reason},
         damaged_masks={face.path.name: one.damaged_mask for face, one in pairs if one.damaged_mask},
-        notices=[*notices, *filter(None, [opened.passed_over.notice])],
+        notices=[*notices, *filter(None, [opened.passed_over[opened.path].notice()])],
     )
 
 

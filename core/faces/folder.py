@@ -1,4 +1,4 @@
-"""One side's faces: each of a folder with its landmarks and alignment, sorted by name.
+"""One side's faces: each of a folder, or of several, with its landmarks and alignment, by name.
 
 They are face PNGs; or, where a folder holds none, JPEGs of DeepFaceLab, or the pack of them.
 
@@ -15,7 +15,7 @@ Letters: l = landmark (68), 2 = (x, y).
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..system.paths import expanded
@@ -44,12 +44,36 @@ class Rejected:
 
 @dataclass
 class FaceFolder:
-    """The faces of a folder, sorted by file name, the files that are none, and what else it has."""
+    """The faces of a folder, sorted by file name, the files that are none, and what else it has.
+
+    Several folders are as one that holds all their faces; path is then the one that all lie in.
+    folders: those that were given. is_nested: whether faces may lie below the path.
+    """
 
     path: Path
     faces: list[Face]
     rejected: list[Rejected] = field(default_factory=list)
-    passed_over: PassedOver = field(default_factory=PassedOver)
+    passed_over: dict[Path, PassedOver] = field(default_factory=dict)
+    folders: tuple[Path, ...] = ()
+    is_nested: bool = False
+
+    def __post_init__(self) -> None:
+        self.folders = self.folders or (self.path,)
+
+    @property
+    def title(self) -> str:
+        """The folders as texts have them."""
+        return ", ".join(map(str, self.folders))
+
+    def name_of(self, file: Path) -> str:
+        """Name of a face file, alone among all faces; below the path with its folder."""
+        return str(file.relative_to(self.path)) if self.is_nested else file.name
+
+    def folder_of(self, file: Path) -> int:
+        """Number of the given folder that holds a file."""
+        holding = [number for number, one in enumerate(self.folders) if one in file.parents]
+        # Of nested folders the inner one: faces of sub-folders are not the outer one's then.
+        return max(holding, key=lambda number: len(self.folders[number].parts))
 
 
 def read_folder(
@@ -60,19 +84,45 @@ def read_folder(
     side: str | None = None,
     most: int | None = None,
     centering: str | None = None,
+    sub_folders: bool | None = None,
     on_face: Callable[[Face], None] | None = None,
 ) -> FaceFolder:
-    """The faces of a folder or of a pack; sub-folders and other files are passed over.
+    """The faces of a folder or of a pack; other files are passed over.
 
     strict: refuse the folder at the first file that is no usable face. minimum: faces that a side
     needs; with 0 a folder without any comes back too. side: "a" or "b", for the texts. most: faces
     after which the rest of the folder is not read. centering: of the crop that they are for; None
-    for none, then pictures of any kind come back. on_face: called with each face when it is read.
+    for none, then pictures of any kind come back. sub_folders: whether faces of sub-folders are
+    read, too; None: the command has no such choice. on_face: called with each face when it is read.
     Raises ValueError, one line, where the folder is missing, holds no faces or too few, or faces
     that show another crop.
     """
-    folder = expanded(path)
-    files = list_pictures(folder, side=side)
+    return read_folders(
+        [path],
+        strict=strict,
+        minimum=minimum,
+        side=side,
+        most=most,
+        centering=centering,
+        sub_folders=sub_folders,
+        on_face=on_face,
+    )
+
+
+def read_folders(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    strict: bool = False,
+    minimum: int = MINIMUM_FACES,
+    side: str | None = None,
+    most: int | None = None,
+    centering: str | None = None,
+    sub_folders: bool | None = None,
+    on_face: Callable[[Face], None] | None = None,
+) -> FaceFolder:
+    """The faces of folders, as of one that holds them all; the rest as of `read_folder`."""
+    opened, files = _listed(paths, side, sub_folders)
+    name = name_of(opened.title, side)
     faces: list[Face] = []
     rejected: list[Rejected] = []
     # Threads would only wait for each other: this is Python's own work.
@@ -91,11 +141,35 @@ def read_folder(
     if len(faces) < minimum:
         # These are so few that it takes no time, and `faces check` counts them too.
         rejected = sorted(rejected + _without_picture(faces), key=lambda file: file.path)
-        raise ValueError(_too_few(folder, faces, rejected, minimum, side))
+        opened = replace(opened, faces=faces, rejected=rejected)
+        raise ValueError(_too_few(opened, name, minimum, has_flag=sub_folders is False))
     if centering is not None:
         # Behind the count: a folder of too few faces is no matter of their version.
-        _check_versions(name_of(folder, side), faces, centering)
-    return FaceFolder(folder, faces, rejected, passed_over(folder))
+        _check_versions(name, faces, centering)
+    return replace(opened, faces=faces, rejected=rejected)
+
+
+def _listed(
+    paths: Sequence[str | os.PathLike[str]], side: str | None, sub_folders: bool | None
+) -> tuple[FaceFolder, list[Path]]:
+    """The folders, of which nothing is read yet, and their files in the order of the faces."""
+    folders = tuple(expanded(path) for path in paths)
+    if len(folders) > 1:
+        folders = tuple(Path(os.path.abspath(folder)) for folder in folders)
+    files = [
+        file for each in folders for file in list_pictures(each, side=side, sub_folders=sub_folders)
+    ]
+    opened = FaceFolder(
+        folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders)),
+        faces=[],
+        passed_over={each: passed_over(each, sub_folders=bool(sub_folders)) for each in folders},
+        folders=folders,
+        is_nested=len(folders) > 1 or bool(sub_folders),
+    )
+    if opened.is_nested:
+        # As if they lay in one folder, whose faces are numbered by name.
+        files.sort(key=lambda file: (file.name, file))
+    return opened, files
 
 
 def read_face(path: Path) -> tuple[Face, FaceHeader]:
@@ -214,17 +288,16 @@ def _check_versions(name: str, faces: list[Face], centering: str) -> None:
         )
 
 
-def _too_few(
-    folder: Path, faces: list[Face], rejected: list[Rejected], minimum: int, side: str | None
-) -> str:
+def _too_few(opened: FaceFolder, name: str, minimum: int, *, has_flag: bool) -> str:
     """The one line that says why a folder is refused, and what to do."""
-    name, tail = name_of(folder, side), named(rejected)
+    faces, rejected, tail = opened.faces, opened.rejected, named(opened.rejected)
     kind = "JPEGs" if rejected and rejected[0].path.suffix.lower() in JPEG_SUFFIXES else "PNGs"
     if not faces and any(file.is_extracted for file in rejected):
         return f"{name}: none of its {len(rejected)} {kind} can be used ({tail})"
-    others = passed_over(folder)
-    if not faces and rejected and others.subfolders:
-        return f"{name}: its {len(rejected)} {kind} are not extracted faces{others.instead}"
+    nested = next((each for each in opened.passed_over.values() if each.subfolders), None)
+    if not faces and rejected and nested:
+        instead = nested.instead(has_flag=has_flag)
+        return f"{name}: its {len(rejected)} {kind} are not extracted faces{instead}"
     if not faces and rejected:
         return (
             f"{name}: its {len(rejected)} {kind} are not extracted faces: extract faces from the "

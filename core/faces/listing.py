@@ -1,13 +1,13 @@
 """The picture files of a folder: which count, which are passed over, and which two folders share.
 
 Files named .png count, links to files too; where there are none, the pack of faces that DeepFaceLab
-makes, else JPEGs. JPEGs beside others, and sub-folders, do not: what lies there is counted to be
-told, one level deep and up to a bound.
+makes, else JPEGs. JPEGs beside others do not, nor do sub-folders unless they are asked for: what
+lies there is counted to be told, one level deep and up to a bound.
 """
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from ..system.paths import expanded
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 PACK_NAME = "faceset.pak"
 PACK_SUFFIX = ".pak"
+SUB_FOLDERS_FLAG = "--sub-folders"
 
 _KINDS = {".png": "PNG", **dict.fromkeys(JPEG_SUFFIXES, "JPEG")}
 _NUM_NAMED = 5
@@ -38,27 +39,29 @@ class PassedOver:
     kind: str = "PNG"
     is_whole: bool = True
 
-    @property
-    def notice(self) -> str:
-        """What is not used, and what to do, as a sentence; empty where all is used."""
+    def notice(self, *, has_flag: bool = False) -> str:
+        """What is not used, and what to do, as a sentence; empty where all is used. has_flag:
+        whether the command can read sub-folders."""
         if not self.counts:
             return ""
         remedies = []
         if self.subfolders:
-            remedies.append("put the faces into one folder")
+            flag = f"add {SUB_FOLDERS_FLAG}, or " if has_flag else ""
+            remedies.append(f"{flag}put the faces into one folder")
         if self.num_jpegs:
             remedies.append("give JPEGs of DeepFaceLab a folder of their own")
         return f"{' and '.join(self.counts)} are not used: {'; '.join(remedies)}"
 
-    @property
-    def instead(self) -> str:
-        """What a folder that holds no PNG holds in their place, and what to do."""
+    def instead(self, *, has_flag: bool = False) -> str:
+        """What a folder that holds no PNG holds in their place, and what to do; has_flag: whether
+        the command can read sub-folders."""
         if self.subfolders:
             is_one = len(self.subfolders) == 1
             count = self._count if self.kind == "PNG" else f"{self._count} JPEGs"
+            flag = f", add {SUB_FOLDERS_FLAG}" if has_flag else ""
             return (
                 f"; its {self._names} {'holds' if is_one else 'hold'} {count}: give "
-                f"{'that one' if is_one else 'one of them'}, or put the faces into one folder"
+                f"{'that one' if is_one else 'one of them'}{flag}, or put the faces into one folder"
             )
         return ": give the folder that holds the face PNGs"
 
@@ -79,13 +82,20 @@ class PassedOver:
         return f"sub-folder{'s' if len(self.subfolders) > 1 else ''} {some}{more}"
 
 
-def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> list[Path]:
-    """The .png files of a folder, sorted by name; links to files count, sub-folders do not.
+def list_pictures(
+    path: str | os.PathLike[str], *, side: str | None = None, sub_folders: bool | None = None
+) -> list[Path]:
+    """The .png files of a folder, sorted by name; links to files count.
 
     Where it has none, its faceset.pak, which may be given itself, too; else its JPEGs.
-    side: "a" or "b", for the texts. Raises ValueError, one line, where there is no such folder, no
-    such file in it, or PNGs and a pack.
+    side: "a" or "b", for the texts. sub_folders: whether those of its sub-folders count too, sorted
+    by folder; None: the command has no such choice. Raises ValueError, one line, where there is no
+    such folder, no such file in it, or PNGs and a pack.
     """
+    if sub_folders:
+        holders = _holders(expanded(path))
+        if holders:
+            return [file for holder in holders for file in list_pictures(holder, side=side)]
     folder = expanded(path)
     name = name_of(folder, side)
     if not folder.exists():
@@ -107,41 +117,62 @@ def list_pictures(path: str | os.PathLike[str], *, side: str | None = None) -> l
             "its own"
         )
     if not entries[kind]:
-        raise ValueError(f"{name} holds no PNG{_passed_over(folder, entries).instead}")
+        others = _passed_over(folder, entries)
+        raise ValueError(f"{name} holds no PNG{others.instead(has_flag=sub_folders is False)}")
     # Sorted: numbers of faces, and so what is drawn of a seed, must not depend on the disk.
     return [folder / file for file in sorted(entries[kind])]
 
 
-def passed_over(path: str | os.PathLike[str]) -> PassedOver:
-    """The pictures of a folder and of its sub-folders that are not looked at."""
+def passed_over(path: str | os.PathLike[str], *, sub_folders: bool = False) -> PassedOver:
+    """The pictures of a folder, and of its sub-folders unless these are read, too, that are not
+    looked at."""
     folder = expanded(path)
     try:
-        return _passed_over(folder, _entries(folder))
+        others = _passed_over(folder, _entries(folder))
+        return PassedOver(num_jpegs=others.num_jpegs) if sub_folders else others
     except OSError:  # a pack, or it is gone since its pictures were listed
         return PassedOver()
 
 
-def overlap(folder_a: str | os.PathLike[str], folder_b: str | os.PathLike[str]) -> str | None:
+def overlap_of_sides(
+    folders_a: Sequence[str], folders_b: Sequence[str], *, sub_folders: bool = False
+) -> str | None:
+    """How any folder of one side shares faces with any of the other, in words; None where none
+    does."""
+    found = (
+        overlap(a, b, sub_folders=sub_folders) for a, b in itertools.product(folders_a, folders_b)
+    )
+    return next(filter(None, found), None)
+
+
+def overlap(
+    folder_a: str | os.PathLike[str],
+    folder_b: str | os.PathLike[str],
+    *,
+    sub_folders: bool = False,
+    may_nest: bool = False,
+) -> str | None:
     """How two folders share faces, in words; None where they do not.
 
-    They share them where they are one folder, where one lies inside the other, or where files of
-    both are one file by another name (links).
+    They share them where they are one folder, where one lies inside the other (unless they may
+    nest), or where files of both are one file by another name (links).
     """
     path_a, path_b = (expanded(path).resolve() for path in (folder_a, folder_b))
     if path_a == path_b:
         return f"both use the folder {path_a}"
     for inner, outer in ((path_a, path_b), (path_b, path_a)):
         # Sub-folders are passed over, but a user who nests sides has most likely slipped.
-        if outer in inner.parents:
+        if outer in inner.parents and not may_nest:
             return f"{inner} lies inside {outer}"
     # By number and not by name: sets are often put together of links.
-    shared = set(_file_numbers(path_a)) & set(_file_numbers(path_b))
+    numbers_a, numbers_b = (set(_file_numbers(path, sub_folders)) for path in (path_a, path_b))
+    shared = numbers_a & numbers_b
     if shared:
         return f"{path_a} and {path_b} share {len(shared)} files"
     return None
 
 
-def name_of(folder: Path, side: str | None) -> str:
+def name_of(folder: Path | str, side: str | None) -> str:
     """A folder as it is named in texts."""
     return f"side {side.upper()}: {folder}" if side else str(folder)
 
@@ -168,6 +199,23 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return kind if kind and entry.is_file() else "other"
     except OSError:  # a link that leads to itself
         return "other"
+
+
+def _holders(folder: Path) -> list[Path]:
+    """A folder and all below it, sorted, of which each holds pictures; links are not followed."""
+    holders = []
+    # Not recursion, whose limit a stranger's nesting may be made to meet.
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        holder = waiting.pop()
+        try:
+            entries = _entries(holder)
+        except OSError as error:
+            raise ValueError(f"{holder} cannot be read: {error.strerror or error}") from None
+        if entries[_kind_used(entries)]:
+            holders.append(holder)
+        waiting += [holder / name for name in entries["folder"]]
+    return sorted(holders)
 
 
 def _kind_used(entries: dict[str, list[str]]) -> str:
@@ -200,8 +248,8 @@ def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
     )
 
 
-def _file_numbers(folder: Path) -> Iterator[tuple[int, int]]:
+def _file_numbers(folder: Path, sub_folders: bool) -> Iterator[tuple[int, int]]:
     """Device and number of each picture: the same for every name of one file."""
-    for path in list_pictures(folder):
+    for path in list_pictures(folder, sub_folders=sub_folders):
         status = path.stat()
         yield status.st_dev, status.st_ino

@@ -108,16 +108,16 @@ def move_named(report: Report, target: Path) -> dict[str, int]:
     if target == source or source in target.parents:
         raise ValueError(f"--move-to {target} lies in {source} itself; give a folder beside it")
     moves = [
-        (source / name, target / kind / name)
+        (kind, source / name, target / kind / name)
         for kind, names in named_files(report).items()
         for name in names
     ]
-    for _, place in moves:
+    for _, _, place in moves:
         # Before the first one is moved: half a job is harder to undo than none.
         if os.path.lexists(place):
             raise ValueError(f"{place} is there already; give another folder to --move-to")
     moved: dict[str, int] = {}
-    for path, place in moves:
+    for kind, path, place in moves:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             # A link fails where the name was taken meanwhile, and a rename would replace it.
@@ -128,5 +128,5 @@ def move_named(report: Report, target: Path) -> dict[str, int]:
             raise ValueError(
                 f"cannot move {path} to {place}: {error.strerror or error}{remedy}"
             ) from error
-        moved[place.parent.name] = moved.get(place.parent.name, 0) + 1
+        moved[kind] = moved.get(kind, 0) + 1
     return moved

@@ -169,6 +169,7 @@ class Pictures:
                 side=side,
                 most=settings.preview_images,
                 centering=self._config.data.centering,
+                sub_folders=self._config.data.sub_folders,
             )
             if opened.rejected:
                 self._warn(skipped(opened.rejected, "of the time-lapse"))

@@ -14,9 +14,10 @@ from ..checkpoint.known_paths import KnownPaths
 from ..checkpoint.model_folder import PREVIEWS, ModelFolder
 from ..checkpoint.retention import snapshot_path
 from ..config import Config
+from ..config.path_settings import each_path
 from ..data.decode import thread_count
 from ..data.sides import SIDES
-from ..faces.folder import Face, read_folder, skipped
+from ..faces.folder import Face, read_folders, skipped
 from ..system.durable_files import DamagedError
 from .faces import PreviewFaces, spread
 from .image import loader_of
@@ -56,9 +57,16 @@ class SavedModel:
             ValueError: There is no folder, or none of its faces can be shown.
         """
         faces: dict[str, list[Face]] = {}
-        for side, path in (folders or self._trained_folders()).items():
-            centering = self.config.data.centering
-            opened = read_folder(path, minimum=1, side=side, centering=centering)
+        chosen = {side: [path] for side, path in folders.items()} or self._trained_folders()
+        data = self.config.data
+        for side, paths in chosen.items():
+            opened = read_folders(
+                paths,
+                minimum=1,
+                side=side,
+                centering=data.centering,
+                sub_folders=data.sub_folders if not folders else None,
+            )
             if opened.rejected:
                 warn(skipped(opened.rejected))
             faces[side] = spread(opened.faces, count)
@@ -75,20 +83,20 @@ class SavedModel:
         # The format of the masters, whatever was trained in: one picture has no need of speed.
         return look_at(self.network, torch.float32, faces, self.iteration)
 
-    def _trained_folders(self) -> dict[str, Path]:
+    def _trained_folders(self) -> dict[str, list[Path]]:
         """The folders of faces that the settings name; a stranger's may name any."""
         # To decode any folder that a model from elsewhere names would betray what lies there.
         known = KnownPaths(self.model_dir, self.run_id)
-        folders: dict[str, Path] = {}
+        folders: dict[str, list[Path]] = {}
         for side in SIDES:
             setting = f"input_{side}"
-            path = getattr(self.config.data, setting)
-            if not path or not known.trust(f"data.{setting}", path):
+            paths = each_path(list(getattr(self.config.data, setting)))
+            if not paths or not all(known.trust(f"data.{setting}", path) for path in paths):
                 raise ValueError(
                     f"the faces that {self.model_dir} was trained on are not known here; add "
                     "-A FOLDER, -B FOLDER or both"
                 )
-            folders[side] = Path(path)
+            folders[side] = [Path(path) for path in paths]
         return folders
 
 

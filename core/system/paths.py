@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ _REMEDIES = DISK_REMEDIES | {
     errno.ENAMETOOLONG: "use a shorter name",
 }
 
+_SHARED = re.compile(r"(?P<folder>.+):(?P<share>[0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
+
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """The same path with the home folder in the place of `~` or `~name`.
@@ -35,6 +38,17 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         raise ValueError(
             f"{os.fspath(path)}: that home folder is not known here; write the path without ~"
         ) from None
+
+
+def split_share(text: str) -> tuple[str, float | None]:
+    """A folder as a setting names it, and the share of draws behind its colon; None: there is none.
+
+    A path that exists is one, whatever it ends with.
+    """
+    match = _SHARED.fullmatch(text)
+    if match is None or os.path.lexists(expanded(text)):
+        return text, None
+    return match["folder"], float(match["share"])
 
 
 def refusal(error: OSError) -> str | None:

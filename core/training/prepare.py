@@ -21,7 +21,7 @@ from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.saver import Saver
 from ..checkpoint.state import TrainingState
 from ..config import Config, from_dict, merge, to_dict
-from ..config.path_settings import paths_in
+from ..config.path_settings import each_path, paths_in
 from ..config.recipes import Recipe
 from ..console.crash_report import reporting_crashes
 from ..console.reporter import Notice, Reporter
@@ -247,7 +247,8 @@ def _remember_paths(resolved: Resolved, setup: TrainingSetup, reporter: Reporter
         (".".join(place), path)
         # Both: paths by flags stand in the session's record, where `mien timelapse` meets them.
         for config in (resolved.kept, resolved.config)
-        for place, path in paths_in(to_dict(config), config.model.trainer).items()
+        for place, value in paths_in(to_dict(config), config.model.trainer).items()
+        for path in each_path(value)
     ]
     problem = KnownPaths(setup.folder.path, setup.state.run_id).remember(pairs)
     if problem:

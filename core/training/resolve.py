@@ -11,6 +11,7 @@ model (`Spec.stays`, and what is locked) are kept as well.
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..config import (
     Config,
     DataConfig,
     OptimizerConfig,
+    Spec,
     all_settings,
     from_dict,
     merge,
@@ -207,7 +209,8 @@ def _saved_model(saved: Generation, trust: Callable[[str, str], bool]) -> _Saved
     own = to_dict(from_dict(merge(saved.config, _NOT_KEPT)))
     strange = {
         place: path
-        for place, path in path_settings.paths_in(own, own["model"]["trainer"]).items()
+        for place, value in path_settings.paths_in(own, own["model"]["trainer"]).items()
+        for path in path_settings.each_path(value)
         if not trust(".".join(place), os.path.abspath(os.path.expanduser(path)))
     }
     # Emptied and not refused: a copied folder must open, and a notice names what is left out.
@@ -223,7 +226,13 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
     for spec in all_settings():
         table = settings.get(spec.section)
         if not spec.locked and isinstance(table, dict) and spec.name in table:
-            last.setdefault(spec.section, {})[spec.name] = table[spec.name]
+            values = last.setdefault(spec.section, {})
+            if not spec.is_list_of_paths:
+                values[spec.name] = table[spec.name]
+                continue
+            # One path is written as a list of one today; what is none stays the model's own.
+            with suppress(ValueError):
+                values[spec.name] = list(spec.take(table[spec.name], spec.full_name))
     return merge(own, last)
 
 
@@ -276,10 +285,15 @@ def _refuse_swapped(last: dict[str, Any], data: DataConfig) -> None:
     """Refuse the folders of the last session the other way round: A would be trained as B."""
     if data.input_a and data.input_b:
         # Only both at once: a user may well put another folder in the place of one.
-        if (data.input_a, data.input_b) == (last["input_b"], last["input_a"]):
+        # In whatever order and with whatever shares they are listed.
+        a, b, last_a, last_b = (
+            sorted(path_settings.each_path(list(folders)))
+            for folders in (data.input_a, data.input_b, last["input_a"], last["input_b"])
+        )
+        if (a, b) == (last_b, last_a):
             raise ValueError(
-                f"the folders are swapped: the model knows {shown(data.input_b)} as A and "
-                f"{shown(data.input_a)} as B; give -A and -B as before, or begin a new model"
+                f"the folders are swapped: the model knows {', '.join(map(shown, b))} as A and "
+                f"{', '.join(map(shown, a))} as B; give -A and -B as before, or begin a new model"
             )
 
 
@@ -313,7 +327,7 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
         if last != value:
             # Else the user, who has changed nothing, would look for what did.
             why = "; it was set by a flag, for that session" if value == own else ""
-            change = f"from {_shown(spec.word_for(last))} to {_shown(spec.word_for(value))}"
+            change = f"from {_written(spec, last)} to {_written(spec, value)}"
             yield Notice(f"updated {spec.full_name} {change}{why}")
     for option, own, value in _options(model.own, new):
         name = f"model.options.{option.name}"
@@ -329,6 +343,13 @@ def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, 
     )
     for option in fields_of(type(old_options)).values():
         yield option, getattr(old_options, option.name), getattr(new_options, option.name)
+
+
+def _written(spec: Spec, value: Any) -> str:
+    """The value of a setting as a user writes it."""
+    if spec.is_list_of_paths:
+        return ", ".join(map(_shown, value)) or _shown("")
+    return _shown(spec.word_for(value))
 
 
 def _shown(value: Any) -> str:

@@ -83,9 +83,14 @@ def _fields_of_settings(config: Config) -> dict[str, Any]:
         "save_minutes": config.save.save_minutes,
         "snapshot_interval": config.save.snapshot_interval,
         "seed": config.train.seed,
-        "input_a": config.data.input_a,
-        "input_b": config.data.input_b,
+        "input_a": _folders(config.data.input_a),
+        "input_b": _folders(config.data.input_b),
     }
+
+
+def _folders(texts: tuple[str, ...]) -> str | list[str]:
+    """The folders of a side: one as a text, several as a list."""
+    return texts[0] if len(texts) == 1 else list(texts)
 
 
 def _fields_of_setup(
@@ -208,8 +213,8 @@ def _lines_of_parts(
             f"side are this one's; each moves {moved}"
         )
     for side, opened in faces.items():
-        store, path = opened.store, getattr(setup.config.data, f"input_{side}")
-        lines[f"faces {side}"] = f"{store.num_faces} of {path}; {store.backend}; {store.why}"
+        store = opened.store
+        lines[f"faces {side}"] = f"{opened.described}; {store.backend}; {store.why}"
     if setup.progress:
         lines["stage"] = str(setup.progress)
     if fields["held_out"]:

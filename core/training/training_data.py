@@ -110,6 +110,7 @@ def open_feed(
         landmarks=_landmarks(config, faces, device, reporter),
         offset=share.first,
         count=share.count,
+        tables={side: opened.draw_table for side, opened in faces.items()},
     )
 
 
