@@ -140,6 +140,11 @@ def test_what_does_not_go_together_is_refused_in_one_line(folders, tmp_path):
         with pytest.raises(ValueError, match=words) as refusal:
             opened(list(texts), folders)
         assert "\n" not in str(refusal.value)
+    none = tmp_path / "none"
+    none.mkdir()
+    (none / "0.png").write_bytes(b"none")
+    with pytest.raises(ValueError, match="none has a share of the draws, but no face of it is"):
+        opened([whole, f"{none}:0.5"], folders)
     tree = str(folders["tree"])
     with pytest.raises(ValueError, match="its sub-folder right holds 13: .* add --sub-folders"):
         opened(tree, folders)
