@@ -127,7 +127,7 @@ def test_print_config_of_a_model_prints_its_settings(inputs, tmp_path, capsys):
     assert printed["model"]["trainer"] == "lightweight"
     assert printed["model"]["options"] == {"width": 8}
     assert (printed["train"]["batch_size"], printed["loss"]["loss_function_2"]) == (4, "mae")
-    assert printed["data"]["input_a"] == inputs[1]
+    assert printed["data"]["input_a"] == [inputs[1]]
     assert printed["augment"]["warp"] is True, "the flag of the last session is over"
     assert printed["augment"]["flip"] is False, "as this command line would train"
     assert "Note: updated augment.warp from false to true" in said.err
