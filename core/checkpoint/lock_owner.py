@@ -19,7 +19,12 @@ from ..system.durable_files import open_plain
 from .lock import LOCK, NO_FLOCK
 from .owner import read_owner
 
-REQUESTS = {"save": signal.SIGUSR1, "preview": signal.SIGUSR2, "stop": signal.SIGTERM}
+REQUESTS = {
+    "save": signal.SIGUSR1,
+    "preview": signal.SIGUSR2,
+    "stop": signal.SIGTERM,
+    "change": signal.SIGRTMIN,
+}
 
 
 class RequestError(RuntimeError):

@@ -1,8 +1,8 @@
 """What a run reports: status lines for people, or JSON events for programs.
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
-"save" | "snapshot" | "preview" | "timelapse" | "stage" | "notice" | "warning" | "crash" | "stop",
-"time": seconds since 1970, ...}. They are kept in <model dir>/logs/session_<n>/events.jsonl, of the
+"save" | "snapshot" | "preview" | "timelapse" | "stage" | "change" | "notice" | "warning" | "crash" |
+"stop", "time": seconds since 1970, ...}. They are kept in <model dir>/logs/session_<n>/events.jsonl, of the
 steps one a second (see `spacing`), where a session that was lost in a crash and the one that has
 its number are told apart by their "start". There is "restore", too: what followed its iteration was
 undone by `mien model restore`.
@@ -163,6 +163,12 @@ class Reporter:
         text = f"{reason[0].upper()}{reason[1:]}"
         self._log("stage", text, {"reason": reason}, is_news=True)
 
+    def change(self, *, iteration: int, name: str, old: Any, new: Any, by: str) -> None:
+        """Report that a free setting was changed while training goes on, and from where."""
+        fields = {"iteration": iteration, "name": name, "old": old, "new": new, "by": by}
+        text = f"Changed {name} from {old} to {new} at iteration {iteration}, by {by}"
+        self._log("change", text, fields)
+
     def snapshot(self, *, iteration: int, path: Path) -> None:
         """Report that a copy of the model was made, next to its folder."""
         text = f"Snapshot of iteration {iteration}: {path}"
@@ -242,6 +248,21 @@ class Reporter:
         self.close()
         self._end_notifications()
         self._files.close()
+
+    def say(self, text: str) -> None:
+        """Answer a key on the terminal; nothing elsewhere, where no keys are."""
+        if self._live is not None:
+            self._live.write(printable(text))
+
+    def prompt(self, text: str) -> None:
+        """Show what the user types in the place of the status line; an empty text: no more."""
+        if self._live is not None:
+            self._live.prompt(printable(text))
+
+    def hint(self, text: str) -> None:
+        """Have the status line end with a hint where there is room."""
+        if self._live is not None:
+            self._live.hint = text
 
     def close(self) -> None:
         """Leave the terminal as it was; the last status line stays."""

@@ -4,25 +4,45 @@ SIGINT, SIGTERM, SIGHUP, Enter    finish the step, save and stop (`stop`)
 SIGUSR1, s                        save now; with it comes a preview
 SIGUSR2, r                        a preview now
 m                                 the preview with its mask as a tint, or as it was
+SIGRTMIN                          take the changes of settings that `change_request` has left
+c                                 a menu that changes settings
+?                                 the keys
 
 A signal that was ignored when the program started stays so.
 """
 
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Literal
 
 from ..system.output import Output
 from ..system.signals import Handlers
 from .keyboard import Keyboard
+from .settings_menu import SettingsMenu
 from .stop import StopRequest
 
-Request = Literal["save", "preview", "redraw"]
-"""Kinds of request: to save, to preview the present model, to redraw what was seen last."""
+Request = Literal["save", "preview", "redraw", "change", "keys"]
+"""Kinds of request: to save, to preview the present model, to redraw what was seen last, to take
+the changes that were left in the model folder, to name the keys."""
 
-_SIGNALS: dict[signal.Signals, Request] = {signal.SIGUSR1: "save", signal.SIGUSR2: "preview"}
-_KEYS: dict[str, Request] = {"s": "save", "r": "preview", "m": "redraw"}
+_SIGNALS: dict[signal.Signals, Request] = {
+    signal.SIGUSR1: "save",
+    signal.SIGUSR2: "preview",
+    signal.SIGRTMIN: "change",
+}
+_KEYS: dict[str, Request] = {"s": "save", "r": "preview", "m": "redraw", "?": "keys"}
+_ANSWERS = {
+    "s": "Saving after this step...",
+    "r": "Drawing a preview after this step...",
+    "m": "Drawing the preview with its mask the other way...",
+    "\n": "Saving after this step, then training ends...",
+}
+HELP = (
+    "Keys: s saves, r renews the preview, m shows its mask the other way, c changes a setting, "
+    "Enter saves and ends, ? names the keys"
+)
 
 
 class Requests:
@@ -39,6 +59,13 @@ class Requests:
         self.mask_is_toggled = False
         """The mask is to be shown as a tint where it is set not to be, and the other way round."""
 
+        self.echo: Callable[[str], None] = lambda _text: None
+        """Function that answers a key at once."""
+
+        self.menu: SettingsMenu | None = None
+        """Menu of the settings of the present session; None before the first one."""
+
+        self._changes: list[str] = []
         self._pending: set[Request] = set()
         self._keyboard: Keyboard | None = None
         self._handlers = Handlers(dict.fromkeys(_SIGNALS, self._note))
@@ -59,6 +86,16 @@ class Requests:
         self._handlers.__exit__()
         self.stop.__exit__()
 
+    @property
+    def has_keyboard(self) -> bool:
+        """Whether the terminal's keys come here."""
+        return self._keyboard is not None
+
+    def take_changes(self) -> list[str]:
+        """The changes entered in the menu since this was last called, as ``section.key=value``."""
+        taken, self._changes = self._changes, []
+        return taken
+
     def take(self) -> set[Request]:
         """The requests since this was last called."""
         if self._keyboard is not None:
@@ -71,8 +108,17 @@ class Requests:
 
     def press(self, keys: str) -> None:
         """Take in keys; those that mean nothing do nothing."""
-        for key in keys.lower():
-            if key in "\r\n":
+        if self.menu is not None and self.menu.is_open:
+            self._changes += self.menu.press(keys)
+            return
+        for place, key in enumerate(keys.lower().replace("\r", "\n")):
+            if key in _ANSWERS:
+                self.echo(_ANSWERS[key])
+            if key == "c" and self.menu is not None:
+                self.menu.open()
+                self.press(keys[place + 1 :])  # the menu's, in the case that they were typed in
+                return
+            if key == "\n":
                 self.stop.signal_name = self.stop.signal_name or "Enter"
             elif key in _KEYS:
                 self._pending.add(_KEYS[key])

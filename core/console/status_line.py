@@ -30,12 +30,30 @@ class StatusLine:
             redirect_stderr=False,
             vertical_overflow="crop",
         )
+        self.hint = ""
+        """Last part of the line, where there is room."""
+
+        self._status, self._prompt = "", ""
 
     def update(self, text: str) -> None:
+        """Show a status."""
+        self._status = text
+        self._draw()
+
+    def prompt(self, text: str) -> None:
+        """Show a prompt in the place of the status, until it is empty."""
+        if text != self._prompt:
+            self._prompt = text
+            self._draw()
+
+    def _draw(self) -> None:
         # With the first step: before, a bar of progress has this place.
         if not self._live.is_started:
             self._live.start()
-        self._live.update(self._text(fitted(text, self._console.width)), refresh=True)
+        width = self._console.width
+        # Of a long prompt the end, where the letters appear that are typed.
+        shown = self._prompt[-width:] or fitted(self._status, width, self.hint)
+        self._live.update(self._text(shown), refresh=True)
 
     def write(self, text: str) -> None:
         # Not folded by rich: a path that is broken into lines can be neither copied nor clicked.
@@ -114,12 +132,14 @@ def status_text(fields: dict[str, Any]) -> str:
     return _BAR.join(_parts(fields))
 
 
-def fitted(text: str, width: int) -> str:
-    """The first parts of a status line, as many as a terminal of this width holds in one line."""
+def fitted(text: str, width: int, hint: str = "") -> str:
+    """The first parts of a status line, as many as a terminal of this width holds in one line; a
+    hint follows where one more part fits."""
     parts = text.split(_BAR)
     while len(parts) > 1 and len(_BAR.join(parts)) > width:
         parts.pop()
-    return _BAR.join(parts)
+    with_hint = _BAR.join([*parts, hint])
+    return with_hint if hint and len(with_hint) <= width else _BAR.join(parts)
 
 
 def _parts(fields: dict[str, Any]) -> Iterator[str]:

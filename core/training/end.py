@@ -1,9 +1,36 @@
 """How a session of training ended, and whether another follows."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..console.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Change:
+    """A free setting that was changed while training went on."""
+
+    section: str
+    name: str
+    old: Any
+    new: Any
+    by: str
+    """Where it came from: keyboard or page."""
+
+    @property
+    def full_name(self) -> str:
+        """Section and name, as `--set` takes them."""
+        return f"{self.section}.{self.name}"
+
+
+def settings_of(changes: Iterable[Change]) -> dict[str, dict[str, Any]]:
+    """The new values by section and key; of one setting the last one."""
+    values: dict[str, dict[str, Any]] = {}
+    for change in changes:
+        values.setdefault(change.section, {})[change.name] = change.new
+    return values
 
 
 @dataclass(frozen=True)
@@ -15,10 +42,13 @@ class End:
 
     reason: str
     goes_on: bool = False
-    """Whether another trainer follows: of the next stage, or after a rollback."""
+    """Whether another trainer follows: of the next stage, after a rollback or a change."""
 
     back_at: int | None = None
     """The model has gone back to the save of this iteration, to try again."""
+
+    changes: tuple[Change, ...] = ()
+    """Settings that the user has changed, with which the next session begins."""
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,9 @@ class _Start:
     crew: Crew | None = None
     """Ranks that train together; None: this process alone."""
 
+    faces: dict[str, SideFaces] | None = None
+    """Faces of the session before, where its settings of them still hold."""
+
     @property
     def group(self) -> Group | None:
         """The connection with the other ranks."""
@@ -90,6 +93,7 @@ def open_setup(
     *,
     rate_factor: float | None = None,
     crew: Crew | None = None,
+    faces: dict[str, SideFaces] | None = None,
 ) -> Iterator[TrainingSetup]:
     """Open everything for a session of training, and close it afterwards.
 
@@ -101,6 +105,7 @@ def open_setup(
         recipe: Stages to train in; None: those that the model was saved with, if any.
         rate_factor: What the learning rate is multiplied with after rollbacks; None: as saved.
         crew: Ranks that train together; None: this process alone.
+        faces: Faces of the session before, where its settings of them still hold; None: to be read.
 
     Raises:
         ValueError: A setting, a folder or the model folder is not usable; one line says why.
@@ -126,7 +131,7 @@ def open_setup(
         report_warnings(folder, reporter)
         if crew is not None:
             share_start(crew.group, saved, resolved.config)
-        start = _Start(resolved, saved, folder.path / "faces", rate_factor, crew=crew)
+        start = _Start(resolved, saved, folder.path / "faces", rate_factor, None, crew, faces)
         with _built(start, folder, reporter, stack) as setup:
             # At the end: paths of a start that was refused are not to be trusted later.
             _remember_paths(resolved, setup, reporter)
@@ -324,6 +329,7 @@ def _build(
         saver=stack.enter_context(Saver(folder)),
         log=open_logs(config, folder.path, step_setup.state, reporter, stack),
         images=images,
+        faces=faces,
         evaluation=evaluation,
     )
     threads = thread_count(config.data.num_threads)
@@ -438,6 +444,8 @@ def _faces(
             num_readers=start.ranks.local_size,
         )
 
+    if start.faces is not None:
+        return start.faces
     return opened() if start.group is None else in_turn(start.group, opened, warn)
 
 

@@ -104,6 +104,17 @@ class Overrides:
         """The same, told of before, with further settings of this session."""
         return Overrides(self.lasting, merge(self.session, values))
 
+    def with_lasting(self, values: dict[str, dict[str, Any]]) -> "Overrides":
+        """The same, told of before, with further values that the model keeps, also in the place of
+        flags."""
+        flags = {
+            section: {name: value for name, value in table.items() if name not in values[section]}
+            if section in values
+            else table
+            for section, table in self.session.items()
+        }
+        return Overrides(merge(self.lasting, values), flags)
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -327,7 +338,7 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
         if last != value:
             # Else the user, who has changed nothing, would look for what did.
             why = "; it was set by a flag, for that session" if value == own else ""
-            change = f"from {_written(spec, last)} to {_written(spec, value)}"
+            change = f"from {written(spec, last)} to {written(spec, value)}"
             yield Notice(f"updated {spec.full_name} {change}{why}")
     for option, own, value in _options(model.own, new):
         name = f"model.options.{option.name}"
@@ -345,7 +356,7 @@ def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, 
         yield option, getattr(old_options, option.name), getattr(new_options, option.name)
 
 
-def _written(spec: Spec, value: Any) -> str:
+def written(spec: Spec, value: Any) -> str:
     """The value of a setting as a user writes it."""
     if spec.is_list_of_paths:
         return ", ".join(map(_shown, value)) or _shown("")

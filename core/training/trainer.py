@@ -16,6 +16,7 @@ from .divergence import DivergenceDetector, NotFinite, TrainingDiverged
 from .end import End
 from .metrics import Interval, Losses, MetricsLogger, peak_memory_mib
 from .pacing import Pacing
+from .steering import Steering
 from .training_setup import TrainingSetup
 
 
@@ -52,6 +53,7 @@ class Trainer:
         self.checkpointer = Checkpointer(
             setup, reporter, requests, self.metrics, self._check_pictures, self._parts
         )
+        self.steering = Steering(setup, reporter, requests)
         self.held: TrainingDiverged | SaveError | None = None
         """Reason to end that the other ranks do not know yet."""
 
@@ -150,7 +152,7 @@ class Trainer:
             return End(Outcome.DONE, self._why_done())
         if self.stop.signal_name:
             return End(Outcome.STOPPED, f"{self.stop.signal_name} received; the state is saved")
-        return self._end_of_stage()
+        return self.steering.end or self._end_of_stage()
 
     def _why_done(self) -> str:
         total = self.setup.config.train.until
@@ -213,7 +215,7 @@ class Trainer:
     def _new_requests(self) -> set[Request]:
         """Requests of the user since the last step."""
         self.requests.press(self.setup.images.keys())
-        return self.requests.take()
+        return self.steering.take(self.requests.take())
 
     def _save_as_it_is(self) -> None:
         """Save a training that has diverged, so that it can be looked at."""

@@ -11,6 +11,7 @@ from ..checkpoint.state import TrainingState
 from ..config import Config
 from ..console.tensorboard import Log
 from ..data.feed import Feed
+from ..data.sides import SideFaces
 from ..distribute.council import Council
 from ..evaluate.evaluate import Evaluation
 from ..optim.lr_schedule import Schedule
@@ -60,4 +61,5 @@ class TrainingSetup(StepSetup):
     saver: Saver
     log: Log
     images: Pictures
+    faces: dict[str, SideFaces]
     evaluation: Evaluation | None

@@ -18,11 +18,12 @@ from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Requests
 from ..console.stop import Interrupted, StopRequest
+from ..data.sides import SideFaces
 from ..distribute.council import Call, Council, Crew
 from ..distribute.failure import RankLost
 from ..distribute.group import Group
 from ..optim.lr_schedule import rate_factor
-from .end import End, Orders
+from .end import End, Orders, settings_of
 from .follower import Follower
 from .losing import end_of_lost, leaving_reasons
 from .lr_finder import find_rate, is_due
@@ -78,10 +79,16 @@ def _lead(
     until: int | None = None
     end: End | None = None
     iteration, rollbacks, stop = 0, _Rollbacks(), requests.stop
+    faces: dict[str, SideFaces] | None = None
     while True:
         with _reporting_end(reporter, iteration, is_later=until is not None), ExitStack() as stack:
             opening = open_setup(
-                overrides, reporter, recipe, rate_factor=rollbacks.rate_factor, crew=crew
+                overrides,
+                reporter,
+                recipe,
+                rate_factor=rollbacks.rate_factor,
+                crew=crew,
+                faces=faces,
             )
             try:
                 # There is nothing to save yet, and decoding may take minutes.
@@ -103,15 +110,17 @@ def _lead(
                     _dismiss(setup.council, Orders(end.outcome, goes_on, rollbacks.rate_factor))
             except RankLost as lost:
                 end, goes_on = end_of_lost(lost, setup), False
+        assert end is not None  # whatever is raised above leaves this function
         iteration, use_lr_finder = setup.state.iterations, setup.config.optimizer.use_lr_finder
+        # No live setting touches the decoded faces; ranks take turns to read them.
+        faces = setup.faces if end.changes and crew is None else None
         # All tensors go, or two models would be on the GPU while the next session opens.
         del setup
         _free_memory()
-        assert end is not None  # whatever is raised above leaves this function
         if not goes_on:
             break
-        report = reporter.stage if end.back_at is None else reporter.rollback
-        report(end.reason)
+        _report_next(reporter, end, iteration)
+        overrides = overrides.with_lasting(settings_of(end.changes))
         overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None
     if end.goes_on:
@@ -137,6 +146,21 @@ def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, cre
             return orders.outcome
         rate_factor = orders.rate_factor
         overrides = overrides.with_session(_session_settings(use_lr_finder))
+
+
+def _report_next(reporter: Reporter, end: End, iteration: int) -> None:
+    """Report why another session follows."""
+    for change in end.changes:
+        reporter.change(
+            iteration=iteration,
+            name=change.full_name,
+            old=change.old,
+            new=change.new,
+            by=change.by,
+        )
+    if not end.changes:
+        report = reporter.stage if end.back_at is None else reporter.rollback
+        report(end.reason)
 
 
 def _dismiss(council: Council, orders: Orders) -> None:

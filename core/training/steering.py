@@ -1,0 +1,106 @@
+"""Free settings changed while training goes on.
+
+A change ends the session with a save, and the next one opens with it, as after a stop and a start
+with `--set`: the model keeps it. What would be refused at that start is refused here, in one line,
+and training goes on as it was.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint.change_request import take_changes
+from ..config import Config, Spec, from_dict, merge, to_dict
+from ..config.live import MAIN_SETTINGS, live_settings, parse_change
+from ..console.outcome import Outcome
+from ..console.reporter import Reporter
+from ..console.requests import HELP, Request, Requests
+from ..console.settings_menu import SettingsMenu
+from ..distribute.ranks import ALONE
+from ..losses.weighted import Loss
+from .build import check_step, sizes_of
+from .end import Change, End
+from .resolve import written
+from .training_setup import TrainingSetup
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """A change as somebody has asked for it."""
+
+    text: str
+    """Setting and value, as ``section.key=value``."""
+
+    by: str
+    """Where it came from: keyboard or page."""
+
+
+class Steering:
+    """Takes the changes that the user asks for, and ends the session for them.
+
+    Args:
+        setup: What is trained.
+        reporter: Shows the keys and the menu, and says what is refused.
+        requests: Requests of the user.
+    """
+
+    def __init__(self, setup: TrainingSetup, reporter: Reporter, requests: Requests) -> None:
+        self.setup, self.reporter, self.requests = setup, reporter, requests
+        self.end: End | None = None
+        """How the session ends for what was asked; None: it goes on."""
+
+        values = {
+            name: written(spec, getattr(getattr(setup.config, spec.section), spec.name))
+            for name, spec in live_settings().items()
+        }
+        main = {name: values[name] for name in MAIN_SETTINGS}
+        requests.echo = reporter.say
+        requests.menu = SettingsMenu(
+            main | values, len(main), write=reporter.say, prompt=reporter.prompt
+        )
+        reporter.prompt("")  # the menu of the session before may have been open
+        reporter.hint("? keys" if requests.has_keyboard else "")
+
+    def take(self, requests: set[Request]) -> set[Request]:
+        """Take in requests; those that are left to others."""
+        wishes = [_Wish(text, "keyboard") for text in self.requests.take_changes()]
+        if "keys" in requests:
+            self.reporter.say(HELP)
+        if "change" in requests:
+            wishes += [_Wish(text, "page") for text in take_changes(self.setup.folder.path)]
+        self._change(wishes)
+        return requests - {"keys", "change"}
+
+    def _change(self, wishes: list[_Wish]) -> None:
+        """End the session for the changes that can be made."""
+        changes: list[Change] = []
+        config = self.setup.config
+        for wish in wishes:
+            try:
+                spec, value = parse_change(wish.text)
+                changed = self._checked(spec, value, config)
+            except ValueError as error:
+                self.reporter.warning(f"nothing was changed: {error}")
+                continue
+            old = getattr(getattr(config, spec.section), spec.name)
+            if value == old:
+                self.reporter.say(f"{spec.full_name} is {written(spec, old)} already")
+                continue
+            changes.append(Change(spec.section, spec.name, old, value, wish.by))
+            config = changed
+        if changes:
+            self.end = End(Outcome.STOPPED, "", goes_on=True, changes=tuple(changes))
+
+    def _checked(self, spec: Spec, value: Any, config: Config) -> Config:
+        """The settings with a change, which the next session could open with; else ValueError."""
+        setup = self.setup
+        stage = setup.progress.settings() if setup.progress else {}
+        if spec.name in stage.get(spec.section, {}):
+            raise ValueError(
+                f"{spec.full_name} is set by the stages of the recipe; change it there, or leave "
+                "the recipe with --recipe none"
+            )
+        changed = from_dict(merge(to_dict(config), {spec.section: {spec.name: value}}))
+        check_step(changed, setup.device, setup.council.ranks if setup.council else ALONE)
+        if changed.loss != config.loss:
+            Loss(changed.loss, sizes_of(config)[1], "cpu")
+        return changed

@@ -1,0 +1,195 @@
+"""Settings changed while training goes on: by keys, by files that a page leaves, and refused."""
+
+import json
+import os
+import signal
+
+import pytest
+from conftest import assert_same_bits, json_events, train_words
+
+from mien.cli import main
+from mien.core.checkpoint.change_request import take_changes, write_change
+from mien.core.config import all_settings
+from mien.core.config.live import MAIN_SETTINGS, live_settings, parse_change
+from mien.core.console.requests import Requests
+from mien.core.console.settings_menu import SettingsMenu
+from mien.core.console.status_line import fitted
+from mien.core.data.feed import Feed
+from mien.core.training.training_data import open_sides
+
+
+def _train(sides, model_dir, *more):
+    words = train_words(sides, model_dir, "-b", "4", "--set", "train.log_interval=1", "--json")
+    return main([*words, *more])
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """A function that has things done, by the running program's requests, before iterations."""
+    actions, noted = {}, []
+    enter, following = Requests.__enter__, Feed.next
+
+    def next_batch(self, faces_seen):
+        # Once: after a change the next session makes the batch of this iteration again.
+        actions.pop(faces_seen["a"] // 4 + 1, lambda _requests: None)(noted[-1])
+        return following(self, faces_seen)
+
+    monkeypatch.setattr(Requests, "__enter__", lambda self: noted.append(self) or enter(self))
+    monkeypatch.setattr(Feed, "next", next_batch)
+    return actions.update
+
+
+def _settings(model_dir):
+    pointer = json.loads((model_dir / "state.json").read_text())
+    newest = model_dir / "generations" / pointer["generation"] / "state.json"
+    return [each["settings"] for each in json.loads(newest.read_text())["sessions"]]
+
+
+def test_changes_by_keys_last_and_equal_a_stop_and_a_start_with_them(
+    sides, tmp_path, during, capsys, monkeypatch
+):
+    live, stopped = tmp_path / "live", tmp_path / "stopped"
+    openings = []
+
+    def opening(*given, **named):
+        openings.append(given)
+        return open_sides(*given, **named)
+
+    monkeypatch.setattr("mien.core.training.training_data.open_sides", opening)
+    # A flag holds for its session; what is set live takes its place.
+    keys = ("c2\rtrue\r", "c1\r1e-4\r")
+    during({3: lambda requests: [requests.press(each) for each in keys]})
+    assert _train(sides, live, "-i", "6", "--no-warp") == 0
+    assert len(openings) == 1, "the faces are read once"
+    events = json_events(capsys.readouterr().out)
+    changes = [event for event in events if event["event"] == "change"]
+    assert [(each["name"], each["old"], each["new"], each["by"]) for each in changes] == [
+        ("augment.warp", False, True, "keyboard"),
+        ("optimizer.learning_rate", 5e-5, 1e-4, "keyboard"),
+    ]
+    assert [event["event"] for event in events].count("stop") == 1
+    assert events[-1]["iteration"] == 6
+    logs = [(live / f"logs/session_{n}/events.jsonl").read_text() for n in (1, 2)]
+    assert logs[0].count('"change"') == 2
+    assert [each["augment"]["warp"] for each in _settings(live)] == [False, True]
+    at = changes[0]["iteration"]
+    assert _train(sides, stopped, "-i", str(at), "--no-warp") == 0
+    more = ("--set", "augment.warp=true", "--set", "optimizer.learning_rate=1e-4")
+    assert _train(sides, stopped, "-i", str(6 - at), *more) == 0
+    assert_same_bits(live, stopped)
+    assert main(["train", "-m", str(live), "-i", "1"]) == 0
+    assert _settings(live)[-1]["optimizer"]["learning_rate"] == 1e-4, "the model has kept it"
+
+
+def test_a_page_s_changes_are_refused_in_one_line_or_taken(sides, tmp_path, during, capsys):
+    model_dir = tmp_path / "model"
+
+    def ask_in_vain(_requests):
+        for change in (
+            "optimizer.learning_rate=7",
+            "augment.warq=false",
+            "model.trainer=dfaker",
+            "train.iterations=9",
+            "loss.loss_function_2=lpips_vgg16",
+            "augment.flip=true",
+        ):
+            write_change(model_dir, os.getpid(), change)
+        write_change(model_dir, 1, "augment.flip=false")
+        os.kill(os.getpid(), signal.SIGRTMIN)
+
+    def ask(_requests):
+        write_change(model_dir, os.getpid(), "loss.eye_multiplier = 5")
+        os.kill(os.getpid(), signal.SIGRTMIN)
+
+    during({2: ask_in_vain, 4: ask})
+    assert _train(sides, model_dir, "-i", "5") == 0
+    events = json_events(capsys.readouterr().out)
+    said = [event["message"] for event in events if event["event"] == "warning"]
+    said = [message for message in said if message.startswith("nothing was changed")]
+    assert len(said) == 5, "one setting is as it was"
+    assert "must be a number from 1e-06 to 0.01, got 7" in said[0]
+    assert "did you mean augment.warp" in said[1]
+    assert "is fixed in a model" in said[2]
+    assert "start again with --set train.iterations=VALUE" in said[3]
+    assert "lpips" in said[4]
+    (change,) = (event for event in events if event["event"] == "change")
+    assert (change["name"], change["new"], change["by"]) == ("loss.eye_multiplier", 5, "page")
+    assert [each["loss"]["eye_multiplier"] for each in _settings(model_dir)] == [3, 5]
+    assert not list(model_dir.glob(".change-*"))
+
+
+def test_a_setting_of_the_recipe_s_stage_is_left_to_it(sides, tmp_path, during, capsys):
+    recipe = tmp_path / "one.toml"
+    recipe.write_text("[[stage]]\niterations = 4\nset.augment.warp = false\n")
+    during({3: lambda requests: requests.press("c2\rtrue\r")})
+    assert _train(sides, tmp_path / "model", "--recipe", str(recipe)) == 0
+    assert "augment.warp is set by the stages of the recipe" in capsys.readouterr().out
+
+
+def test_only_plain_files_are_taken_as_changes(tmp_path):
+    (tmp_path / "secret").write_text("augment.warp=false")
+    (tmp_path / f".change-{os.getpid()}-1").symlink_to(tmp_path / "secret")
+    (tmp_path / f".change-{os.getpid()}-2").write_bytes(b"x" * 5000)
+    write_change(tmp_path, os.getpid(), "augment.warp=true")
+    assert take_changes(tmp_path) == ["augment.warp=true"]
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_every_free_setting_of_what_is_trained_can_be_changed_to_its_default():
+    settings = live_settings()
+    assert set(MAIN_SETTINGS) <= settings.keys()
+    assert all(not spec.locked for spec in settings.values())
+    for name, spec in settings.items():
+        text = json.dumps(spec.default)
+        assert parse_change(f"{name}={text}") == (spec, spec.default)
+    assert not settings.keys() & {spec.full_name for spec in all_settings() if spec.is_private}
+
+
+class TestMenu:
+    @pytest.fixture
+    def menu(self):
+        self.lines, self.prompts = [], []
+        values = {"augment.warp": "true", "augment.flip": "true", "loss.eye_multiplier": "3"}
+        return SettingsMenu(values, 2, write=self.lines.append, prompt=self.prompts.append)
+
+    def test_a_number_a_part_of_a_name_and_a_value_make_a_change(self, menu):
+        menu.open()
+        assert self.lines == ["1  augment.warp = true", "2  augment.flip = true"]
+        assert menu.press("eyx\x7f\x1b[Ae\r8") == []
+        assert self.prompts[-1] == "loss.eye_multiplier = 3, new value (Enter, Esc leaves): 8_"
+        assert menu.press("\r") == ["loss.eye_multiplier=8"]
+        assert (menu.is_open, self.prompts[-1]) == (False, "")
+
+    @pytest.mark.parametrize("keys", ["\x1b", "1\r\x1b", "\r", "1\r\r", "xyz\x1bfalse\r"])
+    def test_it_is_left_without_a_change(self, menu, keys):
+        menu.open()
+        assert menu.press(keys) == []
+        assert not menu.is_open
+
+    def test_a_word_of_several_settings_or_of_none_is_answered(self, menu):
+        menu.open()
+        menu.press("augment\rnone\r")
+        assert self.lines[-2] == "augment may be augment.warp, augment.flip"
+        assert self.lines[-1] == "no setting that can be changed now has none in its name"
+        assert menu.is_open
+
+
+def test_each_key_is_answered_and_enter_in_the_menu_ends_nothing():
+    requests, answers = Requests(), []
+    requests.echo = answers.append
+    requests.menu = SettingsMenu(
+        {"augment.warp": "true"}, 1, write=answers.append, prompt=lambda _text: None
+    )
+    requests.press("s?c1\rfalse\r")
+    assert requests.take() == {"save", "keys"}
+    assert requests.take_changes() == ["augment.warp=false"]
+    assert answers == ["Saving after this step...", "1  augment.warp = true"]
+    assert requests.stop.signal_name is None
+    requests.press("\r")
+    assert requests.stop.signal_name == "Enter"
+    assert answers[-1] == "Saving after this step, then training ends..."
+
+
+def test_the_hint_is_there_where_it_fits():
+    assert fitted("one | two", 80, "? keys") == "one | two | ? keys"
+    assert fitted("one | two", 15, "? keys") == "one | two"
