@@ -1,11 +1,11 @@
 """What a run reports: status lines for people, or JSON events for programs.
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
-"save" | "snapshot" | "preview" | "timelapse" | "stage" | "change" | "notice" | "warning" | "crash" |
-"stop", "time": seconds since 1970, ...}. They are kept in <model dir>/logs/session_<n>/events.jsonl, of the
-steps one a second (see `spacing`), where a session that was lost in a crash and the one that has
-its number are told apart by their "start". There is "restore", too: what followed its iteration was
-undone by `mien model restore`.
+"save" | "snapshot" | "preview" | "timelapse" | "stage" | "change" | "notice" | "warning" |
+"crash" | "stop", "time": seconds since 1970, ...}. They are kept in
+<model dir>/logs/session_<n>/events.jsonl, of the steps one a second (see `spacing`), where a
+session that was lost in a crash and the one that has its number are told apart by their "start".
+There is "restore", too: what followed its iteration was undone by `mien model restore`.
 """
 
 import sys
