@@ -17,7 +17,7 @@ class Change:
     old: Any
     new: Any
     by: str
-    """Where it came from: keyboard or page."""
+    """Source of it: keyboard or page."""
 
     @property
     def full_name(self) -> str:

@@ -31,7 +31,7 @@ class _Wish:
     """Setting and value, as ``section.key=value``."""
 
     by: str
-    """Where it came from: keyboard or page."""
+    """Source of it: keyboard or page."""
 
 
 class Steering:
