@@ -157,7 +157,7 @@ def _as_another_version(sides, model_dir):
 
 
 def _with_another_batch(sides, model_dir):
-    return _words(sides, model_dir, 1, "--batch-size", "6")
+    return _words(sides, model_dir, 1, "--batch-size", "6", "--log-level", "warning")
 
 
 @pytest.mark.parametrize(

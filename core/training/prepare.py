@@ -434,6 +434,9 @@ def _faces(
         warn: Called with what is particular to this machine.
     """
 
+    # The first one has taken its part of the memory when the others look how much is left.
+    num_readers = start.ranks.local_size - (not start.ranks.is_first_here)
+
     def opened() -> dict[str, SideFaces]:
         return open_faces(
             config,
@@ -441,7 +444,7 @@ def _faces(
             reporter,
             faces_dir=start.faces_dir,
             earlier_dir=start.decoded_faces,
-            num_readers=start.ranks.local_size,
+            num_readers=num_readers,
         )
 
     if start.faces is not None:

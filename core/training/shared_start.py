@@ -22,6 +22,9 @@ from .resolve import Overrides
 _FEW_FACES = 4
 """Faces of a side and rank below which a notice is given; chosen, unmeasured."""
 
+_OF_THE_FIRST = ("log", "preview")
+"""Sections of settings that only the first rank reads, so that others may differ in them."""
+
 
 def check_alike(group: Group, overrides: Overrides, recipe: Recipe | None) -> None:
     """Refuse ranks that were not started alike; every rank calls it.
@@ -33,6 +36,7 @@ def check_alike(group: Group, overrides: Overrides, recipe: Recipe | None) -> No
     settings = {
         f"{section}.{name}": value
         for section, values in given.items()
+        if section not in _OF_THE_FIRST
         for name, value in values.items()
     }
     settings["recipe"] = recipe and recipe.to_dict()
