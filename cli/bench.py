@@ -8,7 +8,7 @@ from typing import Any
 from .lines import show, tell, tell_json
 
 ALL = ("kernels", "data", "step", "train", "roofline")
-KINDS = ("machine", *ALL, "scaling", "models", "ceilings", "learning", "report")
+KINDS = ("machine", *ALL, "swap", "scaling", "models", "ceilings", "learning", "report")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "minutes. The others are for who works on mien: kernels: each against PyTorch; data: "
         "batches from the store, first start-up; step: training steps, Python calls and launches; "
         "train: the whole loop; roofline: what a step could reach; all: these five; models: every "
-        "model, what it takes to make it and how fast a GPU trains it; scaling: one run on 1, 2, "
-        "4, 8 GPUs, beside what is predicted; ceilings: what this card can do, measured anew; "
+        "model, what it takes to make it and how fast a GPU trains it; swap: frames of a film in a "
+        "second, and what takes the time; scaling: one run on 1, 2, 4, 8 GPUs, beside what is "
+        "predicted; ceilings: what this card can do, measured anew; "
         "learning: curves against a reference (needs --reference and faces); report: put the "
         "newest results into README.md and docs of mien's own folder, or print them where there "
         "is none",
@@ -191,6 +192,7 @@ def _rows(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[dict
         bench_models,
         bench_scaling,
         bench_step,
+        bench_swap,
         bench_train,
         roofline,
     )
@@ -208,6 +210,8 @@ def _rows(kind: str, only: list[str], ceilings: dict[str, Any]) -> Iterator[dict
         return bench_train.rows()
     if kind == "scaling":
         return bench_scaling.rows(ceilings)
+    if kind == "swap":
+        return bench_swap.rows()
     if kind == "models":
         return bench_models.rows(only, ceilings)
     return roofline.rows(card_of(ceilings))

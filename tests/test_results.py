@@ -15,6 +15,7 @@ from mien.benchmarks import (
     bench_kernels,
     bench_machine,
     bench_step,
+    bench_swap,
     bench_train,
     ceilings,
     compare,
@@ -78,6 +79,15 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_committed_results_fit_the_schema(path):
     jsonschema.validate(harness.read_results(path), SCHEMA)
+
+
+def test_a_row_of_a_swapped_film_fits_the_schema(monkeypatch):
+    for name, value in {"_HEAD_PX": 64, "HEIGHT_PX": 170, "WIDTH_PX": 180, "NUM_FRAMES": 5}.items():
+        monkeypatch.setattr(bench_swap, name, value)
+    rows = bench_swap.rows()
+    content = {"schema": 2, **harness.environment(), "ceilings": CEILINGS, "conditions": {}}
+    jsonschema.validate(content | {"rows": [next(rows)]}, SCHEMA)
+    rows.close()  # its film is removed, and PyTorch has its threads again
 
 
 def test_the_schema_refuses_what_it_does_not_know():

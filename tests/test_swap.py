@@ -34,6 +34,7 @@ from mien.core.faces.picture import open_picture
 from mien.core.faces.png import read_header, write_face
 from mien.core.faces.synthetic import draw_folder
 from mien.core.swapping import BatchDecoder, SwapModel, load_model
+from mien.core.system.durable_files import temporary_name
 
 NUM_FACES = 5
 
@@ -555,12 +556,14 @@ def test_a_stopped_conversion_goes_on_where_it_was(run, place):
     stopped, _ = run(should_stop=lambda: next(calls, True), num_threads=1, batch_size=1)
     assert stopped.is_stopped
     assert stopped.frames == 3
+    temporary_name(place / "out/frame.png").write_bytes(b"of a kill")
     resumed, _ = run()
     assert resumed.frames == whole.frames
     assert resumed.kept >= 3
     assert resumed.faces + resumed.kept >= NUM_FACES
     for path in (place / "whole").glob("*.png"):
         assert path.read_bytes() == (place / "out" / path.name).read_bytes()
+    assert sorted(os.listdir(place / "out")) == sorted(os.listdir(place / "whole"))
 
 
 def test_frames_made_otherwise_are_not_completed(run, place):
@@ -929,6 +932,22 @@ def test_a_stopped_video_goes_on_where_it_was(run, place, clip, most_frames, mon
     for image, wanted in zip(images, whole[0], strict=True):
         assert np.abs(image.astype(int) - wanted).mean() < 1
     assert [path.name for path in (place / "film.mp4.parts").iterdir()] == ["my notes.txt"]
+
+
+def test_a_video_that_has_come_to_be_meanwhile_is_not_replaced(run, place, clip):
+    made = place / "film.mp4"
+    settings = {"frames": clip, "output": made}
+
+    def appear():
+        made.write_text("mine")
+        return False
+
+    with pytest.raises(ValueError, match="has come to be meanwhile: move it away"):
+        run(should_stop=appear, **settings)
+    assert made.read_text() == "mine"
+    made.unlink()
+    report, _ = run(**settings)
+    assert report.kept == report.frames, "its parts were kept"
 
 
 def test_a_video_that_is_not_whole_is_gone_on_with_by_the_same_call_only(run, place, clip):
