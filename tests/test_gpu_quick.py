@@ -45,6 +45,26 @@ def test_a_part_past_its_limit_is_ended_with_its_children(place):
     assert state.stdout.strip()[:1] in ("", "Z"), "the child still runs"
 
 
+def test_packages_that_are_missing_are_named(place):
+    def ended(*options):
+        command = place.python(*options, "-c", gpu_quick.REQUIRED)
+        return run_limited(command, place.environment, gpu_quick.REQUIRED_LIMIT_S)
+
+    assert ended() == (0, "")
+    code, output = ended("-S", "-I")  # Python's own modules alone
+    assert code == 1
+    assert output.startswith("missing: torch, triton, numpy, opencv-python-headless, cffi, ")
+
+
+def test_a_file_of_tests_that_cannot_be_imported_stops_no_other(place, tmp_path):
+    (tmp_path / "test_broken.py").write_text("import there_is_no_such_package\n")
+    (tmp_path / "test_sound.py").write_text("def test_it():\n    pass\n")
+    command = place.pytest(str(tmp_path), processes=1)
+    code, output = run_limited(command, place.environment, 60)
+    assert code == 1
+    assert "1 passed, 1 error" in output
+
+
 def test_every_part_names_tests_and_files_that_exist(place):
     root = gpu_quick.ROOT
     for _, _, command, _ in gpu_quick.first_parts(place) + gpu_quick.second_parts(place):
