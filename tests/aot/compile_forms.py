@@ -39,15 +39,25 @@ class Bounds:
 
     least_wide_stores: int = 0
 
+    most_registers_uneven: int | None = None
+    """Registers where a run of channels is no multiple of 8, as the last layer's three are: values
+    then have addresses of their own. None: as many as elsewhere."""
+
+    def most_registers_of(self, form: Form) -> int:
+        """Registers that a thread of the form may have."""
+        if self.most_registers_uneven is None or _has_whole_runs(form):
+            return self.most_registers
+        return self.most_registers_uneven
+
 
 BOUNDS = {
     "bias_act._backward_kernel": Bounds(96, 2, 2),
-    "bias_act._forward_kernel": Bounds(64, 2, 2),
+    "bias_act._forward_kernel": Bounds(64, 2, 2, most_registers_uneven=88),
     "dense_norm._gram_kernel": Bounds(224, 4),
     "dense_norm._product_kernel": Bounds(72, 5, 1),
     "dense_update._dense_update_kernel": Bounds(96, 18, 4),
-    "enlarge._backward_kernel": Bounds(80, 1, 1),
-    "enlarge._forward_kernel": Bounds(80, 1, 1),
+    "enlarge._backward_kernel": Bounds(80, 1, 1, most_registers_uneven=128),
+    "enlarge._forward_kernel": Bounds(80, 1, 1, most_registers_uneven=128),
     "gradient_norm._factors_kernel": Bounds(48, 17),
     "gradient_norm._norm_kernel": Bounds(64, 6, 1),
     "norm_history._record_kernel": Bounds(96, 10, 1),
@@ -75,7 +85,7 @@ class Usage:
         bounds = BOUNDS[form.kernel]
         found = {
             f"{self.stack_bytes} bytes of stack": self.stack_bytes > 0,
-            f"{self.registers} registers": self.registers > bounds.most_registers,
+            f"{self.registers} registers": self.registers > bounds.most_registers_of(form),
         }
         if _has_whole_runs(form):
             found[f"{self.wide_loads} wide loads"] = self.wide_loads < bounds.least_wide_loads
