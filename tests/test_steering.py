@@ -1,20 +1,24 @@
-"""Settings changed while training goes on: by keys, by files that a page leaves, and refused."""
+"""Steering of a run: settings changed while training goes on, and pauses; by keys and a page."""
 
 import json
 import os
 import signal
+import weakref
 
 import pytest
 from conftest import assert_same_bits, json_events, train_words
 
 from mien.cli import main
-from mien.core.checkpoint.change_request import take_changes, write_change
+from mien.core.checkpoint.left_request import leave_request, take_left_requests
+from mien.core.checkpoint.lock_owner import lock_owner
 from mien.core.config import all_settings
 from mien.core.config.live import MAIN_SETTINGS, live_settings, parse_change
+from mien.core.console.reporter import Reporter
 from mien.core.console.requests import Requests
 from mien.core.console.settings_menu import SettingsMenu
 from mien.core.console.status_line import fitted
 from mien.core.data.feed import Feed
+from mien.core.training import unattended
 from mien.core.training.training_data import open_sides
 
 
@@ -93,12 +97,12 @@ def test_a_page_s_changes_are_refused_in_one_line_or_taken(sides, tmp_path, duri
             "loss.loss_function_2=lpips_vgg16",
             "augment.flip=true",
         ):
-            write_change(model_dir, os.getpid(), change)
-        write_change(model_dir, 1, "augment.flip=false")
+            leave_request(model_dir, os.getpid(), change)
+        leave_request(model_dir, 1, "augment.flip=false")
         os.kill(os.getpid(), signal.SIGRTMIN)
 
     def ask(_requests):
-        write_change(model_dir, os.getpid(), "loss.eye_multiplier = 5")
+        leave_request(model_dir, os.getpid(), "loss.eye_multiplier = 5")
         os.kill(os.getpid(), signal.SIGRTMIN)
 
     during({2: ask_in_vain, 4: ask})
@@ -115,7 +119,7 @@ def test_a_page_s_changes_are_refused_in_one_line_or_taken(sides, tmp_path, duri
     (change,) = (event for event in events if event["event"] == "change")
     assert (change["name"], change["new"], change["by"]) == ("loss.eye_multiplier", 5, "page")
     assert [each["loss"]["eye_multiplier"] for each in _settings(model_dir)] == [3, 5]
-    assert not list(model_dir.glob(".change-*"))
+    assert not list(model_dir.glob(".request-*"))
 
 
 def test_a_setting_of_the_recipe_s_stage_is_left_to_it(sides, tmp_path, during, capsys):
@@ -128,10 +132,10 @@ def test_a_setting_of_the_recipe_s_stage_is_left_to_it(sides, tmp_path, during, 
 
 def test_only_plain_files_are_taken_as_changes(tmp_path):
     (tmp_path / "secret").write_text("augment.warp=false")
-    (tmp_path / f".change-{os.getpid()}-1").symlink_to(tmp_path / "secret")
-    (tmp_path / f".change-{os.getpid()}-2").write_bytes(b"x" * 5000)
-    write_change(tmp_path, os.getpid(), "augment.warp=true")
-    assert take_changes(tmp_path) == ["augment.warp=true"]
+    (tmp_path / f".request-{os.getpid()}-1").symlink_to(tmp_path / "secret")
+    (tmp_path / f".request-{os.getpid()}-2").write_bytes(b"x" * 5000)
+    leave_request(tmp_path, os.getpid(), "augment.warp=true")
+    assert take_left_requests(tmp_path) == ["augment.warp=true"]
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
@@ -193,3 +197,73 @@ def test_each_key_is_answered_and_enter_in_the_menu_ends_nothing():
 def test_the_hint_is_there_where_it_fits():
     assert fitted("one | two", 80, "? keys") == "one | two | ? keys"
     assert fitted("one | two", 15, "? keys") == "one | two"
+
+
+def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
+    sides, tmp_path, during, capsys, monkeypatch
+):
+    model_dir, models, stopped = tmp_path / "model", [], []
+    trainer, report = unattended.Trainer, Reporter.pause
+
+    def training(setup, *others):
+        models.append(weakref.ref(setup.model))
+        return trainer(setup, *others)
+
+    def leave(text):
+        leave_request(model_dir, os.getpid(), text)
+        os.kill(os.getpid(), signal.SIGRTMIN)
+
+    def press(keys):
+        return lambda requests: requests.press(keys)
+
+    ends = [
+        lambda: os.kill(os.getpid(), signal.SIGCONT),
+        lambda: leave("resume"),
+        lambda: os.kill(os.getpid(), signal.SIGCONT),
+        lambda: os.kill(os.getpid(), signal.SIGTERM),
+    ]
+
+    def reporting(self, *, iteration, is_over):
+        report(self, iteration=iteration, is_over=is_over)
+        if not is_over:
+            assert [model() for model in models] == [None] * len(models)
+            assert lock_owner(model_dir).is_running, "the folder stays this process's"
+            ends.pop(0)()
+
+    monkeypatch.setattr(unattended, "Trainer", training)
+    monkeypatch.setattr(Reporter, "pause", reporting)
+    # Under a shell it stops here; a test has none.
+    monkeypatch.setattr(Requests, "_stop_here", lambda _self: stopped.append(True))
+    suspend = {7: lambda _requests: os.kill(os.getpid(), signal.SIGTSTP)}
+    during({3: press("p"), 5: lambda _requests: leave("pause"), **suspend, 9: press(" ")})
+    assert _train(sides, model_dir, "-i", "20") == 4
+    events = json_events(capsys.readouterr().out)
+    told = [event["event"] for event in events if event["event"] in ("pause", "resume", "stop")]
+    assert told == ["pause", "resume"] * 3 + ["pause", "stop"]
+    assert len(stopped) == 1
+    assert events[-1]["reason"] == "SIGTERM received; the state is saved"
+    at = events[-1]["iteration"]
+    capsys.readouterr()
+    straight = tmp_path / "straight"
+    assert _train(sides, straight, "-i", str(at)) == 0
+    assert_same_bits(model_dir, straight)
+
+
+def test_a_pause_is_ended_by_keys_of_its_own_and_ctrl_z_stops_at_once_where_none_can_be(
+    monkeypatch,
+):
+    requests, stopped = Requests(), []
+    monkeypatch.setattr(Requests, "_stop_here", lambda _self: stopped.append(True))
+    requests.press("p")
+    requests.wait(lambda: pytest.fail("nothing was left"))
+    requests.press("\n")
+    requests.wait(lambda: pytest.fail("nothing was left"))
+    assert requests.stop.signal_name == "Enter"
+    with requests:
+        os.kill(os.getpid(), signal.SIGTSTP)
+        assert (len(stopped), requests.take()) == (1, set())
+        requests.can_pause = True
+        os.kill(os.getpid(), signal.SIGTSTP)
+        assert (len(stopped), requests.take()) == (1, {"pause"})
+        os.kill(os.getpid(), signal.SIGTSTP)
+        assert len(stopped) == 2, "a second one does not wait"

@@ -23,7 +23,7 @@ REQUESTS = {
     "save": signal.SIGUSR1,
     "preview": signal.SIGUSR2,
     "stop": signal.SIGTERM,
-    "change": signal.SIGRTMIN,
+    "look": signal.SIGRTMIN,
 }
 
 
@@ -69,7 +69,8 @@ def lock_owner(model_dir: Path) -> LockOwner | None:
 
 
 def send_request(model_dir: Path, request: str) -> LockOwner:
-    """Request of the process that trains a model to save, to draw a preview, or to save and stop.
+    """Request of the process that trains a model to save, to draw a preview, to save and stop, or
+    to look at what was left for it (`left_request`).
 
     Args:
         model_dir: The model folder.

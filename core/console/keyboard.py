@@ -1,19 +1,16 @@
 """Keys as they are pressed on the terminal, without Enter and without their echo.
 
-The terminal is put back when the program ends, stops or is put aside with Ctrl-Z, and left alone
-while another program has it: to touch it from the background would stop this one.
+The terminal is put back when the program ends or stops, and where its owner says so, as before it
+is put aside with Ctrl-Z. It is left alone while another program has it: to touch it from the
+background would stop this one.
 """
 
 import os
 import select
-import signal
 import termios
 import time
 import tty
 from contextlib import suppress
-from types import FrameType
-
-from ..system.signals import Handlers
 
 _SECONDS_BETWEEN_LOOKS = 0.1  # at the keys; chosen, unmeasured
 
@@ -44,18 +41,13 @@ class Keyboard:
 
         self._is_over = False
         self._looked_at = 0.0
-        self._handlers = Handlers(
-            {signal.SIGTSTP: self._step_aside, signal.SIGCONT: self._come_back}
-        )
 
     def __enter__(self) -> "Keyboard":
-        self._handlers.__enter__()
         self._set()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()
-        self._handlers.__exit__()
 
     def keys(self) -> str:
         """The keys pressed since the last look; looks ten times a second at most."""
@@ -69,10 +61,17 @@ class Keyboard:
             return ""
         try:
             # As many as are there: keys that were held must not answer one by one for seconds.
-            return os.read(self._handle, 64).decode(errors="replace")
-        except OSError:  # the terminal was closed
+            pressed = os.read(self._handle, 64)
+        except OSError:
+            pressed = b""
+        if not pressed:  # the terminal was closed
             self._is_over = True
-            return ""
+        return pressed.decode(errors="replace")
+
+    @property
+    def handles(self) -> list[int]:
+        """The handle to wait for keys at; empty where none can come."""
+        return [] if self._is_over or self._original is None else [self._handle]
 
     def restore(self) -> None:
         """Put the terminal back for good."""
@@ -95,16 +94,13 @@ class Keyboard:
         with suppress(termios.error):  # it was closed at this moment
             termios.tcsetattr(self._handle, termios.TCSANOW, original)
 
-    def _step_aside(self, number: int, _frame: FrameType | None) -> None:
+    def step_aside(self) -> None:
+        """Put the terminal back for the shell, which is to have it for a while."""
         self._put_back()
-        # The default action, which stops the process as its shell expects.
-        self._handlers.set(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(os.getpid(), number)  # stops here, until SIGCONT
 
-    def _come_back(self, _number: int, _frame: FrameType | None) -> None:
-        if not self._is_over:
-            self._handlers.set(signal.SIGTSTP, self._step_aside)
-            self._set()
+    def come_back(self) -> None:
+        """Have single keys again, where this program is the one in the foreground."""
+        self._set()
 
 
 def _is_in_foreground(handle: int) -> bool:

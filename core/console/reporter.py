@@ -1,8 +1,8 @@
 """What a run reports: status lines for people, or JSON events for programs.
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
-"save" | "snapshot" | "preview" | "timelapse" | "stage" | "change" | "notice" | "warning" |
-"crash" | "stop", "time": seconds since 1970, ...}. They are kept in
+"save" | "snapshot" | "preview" | "timelapse" | "stage" | "change" | "pause" | "resume" |
+"notice" | "warning" | "crash" | "stop", "time": seconds since 1970, ...}. They are kept in
 <model dir>/logs/session_<n>/events.jsonl, of the steps one a second (see `spacing`), where a
 session that was lost in a crash and the one that has its number are told apart by their "start".
 There is "restore", too: what followed its iteration was undone by `mien model restore`.
@@ -248,6 +248,14 @@ class Reporter:
         self.close()
         self._end_notifications()
         self._files.close()
+
+    def pause(self, *, iteration: int, is_over: bool) -> None:
+        """Report that training pauses, or that the pause is over."""
+        text = f"Paused at iteration {iteration}: saved, and the GPU is free; p or SIGCONT resumes"
+        if is_over:
+            text = f"Resumed at iteration {iteration}"
+        self._log("resume" if is_over else "pause", text, {"iteration": iteration})
+        self.close()
 
     def say(self, text: str) -> None:
         """Answer a key on the terminal; nothing elsewhere, where no keys are."""

@@ -4,16 +4,21 @@ SIGINT, SIGTERM, SIGHUP, Enter    finish the step, save and stop (`stop`)
 SIGUSR1, s                        save now; with it comes a preview
 SIGUSR2, r                        a preview now
 m                                 the preview with its mask as a tint, or as it was
-SIGRTMIN                          take the changes of settings that `change_request` has left
+SIGRTMIN                          look at what `left_request` has in the model folder
+SIGTSTP (Ctrl-Z)                  save, free the GPU, then stop until SIGCONT
+p, space                          save, free the GPU and wait for the same key, or SIGCONT
 c                                 a menu that changes settings
 ?                                 the keys
 
 A signal that was ignored when the program started stays so.
 """
 
+import os
+import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
 
@@ -23,25 +28,32 @@ from .keyboard import Keyboard
 from .settings_menu import SettingsMenu
 from .stop import StopRequest
 
-Request = Literal["save", "preview", "redraw", "change", "keys"]
-"""Kinds of request: to save, to preview the present model, to redraw what was seen last, to take
-the changes that were left in the model folder, to name the keys."""
+Request = Literal["save", "preview", "redraw", "look", "keys", "pause"]
+"""Kinds of request: to save, to preview the present model, to redraw what was seen last, to look at
+what was left in the model folder, to name the keys, to pause or to go on."""
+
+PAUSE, RESUME = "pause", "resume"
+"""Words that other processes leave to pause training, and to have it go on."""
 
 _SIGNALS: dict[signal.Signals, Request] = {
     signal.SIGUSR1: "save",
     signal.SIGUSR2: "preview",
-    signal.SIGRTMIN: "change",
+    signal.SIGRTMIN: "look",
 }
-_KEYS: dict[str, Request] = {"s": "save", "r": "preview", "m": "redraw", "?": "keys"}
+_KEYS: dict[str, Request] = {
+    **{"s": "save", "r": "preview", "m": "redraw", "?": "keys"},
+    **{"p": "pause", " ": "pause"},
+}
 _ANSWERS = {
     "s": "Saving after this step...",
     "r": "Drawing a preview after this step...",
     "m": "Drawing the preview with its mask the other way...",
+    **dict.fromkeys("p ", "Pausing after this step: saving, then the GPU is freed..."),
     "\n": "Saving after this step, then training ends...",
 }
 HELP = (
     "Keys: s saves, r renews the preview, m shows its mask the other way, c changes a setting, "
-    "Enter saves and ends, ? names the keys"
+    "p or space pauses and frees the GPU, as Ctrl-Z does, Enter saves and ends, ? names the keys"
 )
 
 
@@ -65,10 +77,20 @@ class Requests:
         self.menu: SettingsMenu | None = None
         """Menu of the settings of the present session; None before the first one."""
 
+        self.can_pause = False
+        """Whether training can be paused now; else Ctrl-Z stops the process at once."""
+
+        self.is_paused = False
+        """Whether training is paused, or about to be."""
+
+        self._is_suspended = False
         self._changes: list[str] = []
         self._pending: set[Request] = set()
         self._keyboard: Keyboard | None = None
-        self._handlers = Handlers(dict.fromkeys(_SIGNALS, self._note))
+        self._handlers = Handlers(
+            dict.fromkeys(_SIGNALS, self._note)
+            | {signal.SIGTSTP: self._suspend, signal.SIGCONT: self._continue}
+        )
 
     def __enter__(self) -> "Requests":
         self.stop.__enter__()
@@ -112,9 +134,9 @@ class Requests:
             self._changes += self.menu.press(keys)
             return
         for place, key in enumerate(keys.lower().replace("\r", "\n")):
-            if key in _ANSWERS:
+            if key in _ANSWERS and not self.is_paused:
                 self.echo(_ANSWERS[key])
-            if key == "c" and self.menu is not None:
+            if key == "c" and not self.is_paused and self.menu is not None:
                 self.menu.open()
                 self.press(keys[place + 1 :])  # the menu's, in the case that they were typed in
                 return
@@ -127,3 +149,65 @@ class Requests:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._pending.add(_SIGNALS[signal.Signals(number)])
+
+    def wait(self, left: Callable[[], list[str]]) -> None:
+        """Wait for the end of a pause, by a key, a signal or what is left, without using the CPU.
+
+        Args:
+            left: Called where another process has left requests; gives their texts.
+        """
+        with _woken_by_signals() as reader:
+            if self._is_suspended:
+                self._stop_here()
+            while not self._is_over(left):
+                handles = self._keyboard.handles if self._keyboard is not None else []
+                ready, _, _ = select.select([reader, *handles], [], [])
+                if reader in ready:
+                    os.read(reader, 4096)
+        self.is_paused = self._is_suspended = False
+
+    def _is_over(self, left: Callable[[], list[str]]) -> bool:
+        """Whether the pause has been ended since this was last called."""
+        requests = self.take()
+        if "keys" in requests:
+            self.echo("Paused: p or space goes on, Enter ends")
+        # The stop last: a key that was taken just now may have asked for it.
+        is_resumed = "pause" in requests or ("look" in requests and RESUME in left())
+        return is_resumed or self.stop.signal_name is not None
+
+    def _suspend(self, _number: int, _frame: FrameType | None) -> None:
+        # A second one does not wait for the save, and where nothing is trained there is none.
+        if self.is_paused or self._is_suspended or not self.can_pause:
+            self._stop_here()
+        else:
+            self._is_suspended = True
+            self._pending.add("pause")
+
+    def _stop_here(self) -> None:
+        """Stop the process, until SIGCONT, as its shell expects it of Ctrl-Z."""
+        if self._keyboard is not None:
+            self._keyboard.step_aside()
+        # The default action, which does nothing where no shell could ever have it go on.
+        self._handlers.set(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # stops here
+        self._handlers.set(signal.SIGTSTP, self._suspend)
+
+    def _continue(self, _number: int, _frame: FrameType | None) -> None:
+        if self._keyboard is not None:
+            self._keyboard.come_back()
+        if self.is_paused:
+            self._pending.add("pause")
+
+
+@contextmanager
+def _woken_by_signals() -> Iterator[int]:
+    """A handle that can be read once a signal has come."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)

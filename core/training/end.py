@@ -42,13 +42,16 @@ class End:
 
     reason: str
     goes_on: bool = False
-    """Whether another trainer follows: of the next stage, after a rollback or a change."""
+    """Whether another trainer follows: of the next stage, after a rollback, a change or a pause."""
 
     back_at: int | None = None
     """The model has gone back to the save of this iteration, to try again."""
 
     changes: tuple[Change, ...] = ()
     """Settings that the user has changed, with which the next session begins."""
+
+    pauses: bool = False
+    """Whether the next session is to wait for the end of a pause."""
 
 
 @dataclass(frozen=True)

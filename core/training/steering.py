@@ -1,19 +1,19 @@
-"""Free settings changed while training goes on.
+"""Free settings changed while training goes on, and pauses.
 
 A change ends the session with a save, and the next one opens with it, as after a stop and a start
 with `--set`: the model keeps it. What would be refused at that start is refused here, in one line,
-and training goes on as it was.
+and training goes on as it was. A pause ends the session as well; what follows it opens all anew.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoint.change_request import take_changes
+from ..checkpoint.left_request import take_left_requests
 from ..config import Config, Spec, from_dict, merge, to_dict
 from ..config.live import MAIN_SETTINGS, live_settings, parse_change
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
-from ..console.requests import HELP, Request, Requests
+from ..console.requests import HELP, PAUSE, RESUME, Request, Requests
 from ..console.settings_menu import SettingsMenu
 from ..distribute.ranks import ALONE
 from ..losses.weighted import Loss
@@ -58,6 +58,7 @@ class Steering:
             main | values, len(main), write=reporter.say, prompt=reporter.prompt
         )
         reporter.prompt("")  # the menu of the session before may have been open
+        requests.can_pause, requests.is_paused = setup.council is None, False
         reporter.hint("? keys" if requests.has_keyboard else "")
 
     def take(self, requests: set[Request]) -> set[Request]:
@@ -65,10 +66,24 @@ class Steering:
         wishes = [_Wish(text, "keyboard") for text in self.requests.take_changes()]
         if "keys" in requests:
             self.reporter.say(HELP)
-        if "change" in requests:
-            wishes += [_Wish(text, "page") for text in take_changes(self.setup.folder.path)]
+        if "look" in requests:
+            left = take_left_requests(self.setup.folder.path)
+            wishes += [_Wish(text, "page") for text in left if text not in (PAUSE, RESUME)]
+            requests |= {"pause"} if PAUSE in left else set()
         self._change(wishes)
-        return requests - {"keys", "change"}
+        if "pause" in requests:
+            self._pause()
+        return requests - {"keys", "look", "pause"}
+
+    def _pause(self) -> None:
+        """End the session for a pause."""
+        if self.setup.council is not None:
+            self.reporter.warning(
+                "a run of several ranks cannot pause; stop it (Enter), and start it again later"
+            )
+        elif self.end is None:
+            self.requests.is_paused = True
+            self.end = End(Outcome.STOPPED, "", goes_on=True, pauses=True)
 
     def _change(self, wishes: list[_Wish]) -> None:
         """End the session for the changes that can be made."""

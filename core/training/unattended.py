@@ -27,6 +27,7 @@ from .end import End, Orders, settings_of
 from .follower import Follower
 from .losing import end_of_lost, leaving_reasons
 from .lr_finder import find_rate, is_due
+from .pause import pause
 from .prepare import open_follower, open_setup
 from .resolve import Overrides
 from .shared_start import check_alike
@@ -115,11 +116,11 @@ def _lead(
         # No live setting touches the decoded faces; ranks take turns to read them.
         faces = setup.faces if end.changes and crew is None else None
         # All tensors go, or two models would be on the GPU while the next session opens.
-        del setup
+        del setup, opening
         _free_memory()
         if not goes_on:
             break
-        _report_next(reporter, end, iteration)
+        _meanwhile(end, iteration, overrides, reporter, requests)
         overrides = overrides.with_lasting(settings_of(end.changes))
         overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None
@@ -148,8 +149,14 @@ def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, cre
         overrides = overrides.with_session(_session_settings(use_lr_finder))
 
 
-def _report_next(reporter: Reporter, end: End, iteration: int) -> None:
-    """Report why another session follows."""
+def _meanwhile(
+    end: End, iteration: int, overrides: Overrides, reporter: Reporter, requests: Requests
+) -> None:
+    """Report why another session follows, and wait where that is for the end of a pause."""
+    if end.pauses:
+        assert overrides.model_dir is not None  # a session has been trained there
+        pause(overrides.model_dir, iteration, reporter, requests)
+        return
     for change in end.changes:
         reporter.change(
             iteration=iteration,

@@ -1,0 +1,42 @@
+"""Requests that another process, such as `mien monitor`, leaves for the one that trains.
+
+Each is a small file of the model folder, `.request-<pid>-<number>`, written before the signal that
+has it read. It holds ``pause``, ``resume``, or a change of a setting as ``section.key=value``. A
+process reads those of its own number alone, and no start reads any: what lies in a folder that came
+from elsewhere changes nothing.
+"""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ..system.durable_files import DamagedError, read_regular, write_file
+
+MAX_REQUEST_BYTES = 1000
+_PREFIX = ".request-"
+_MOST_AT_ONCE = 100
+
+
+def leave_request(model_dir: Path, pid: int, text: str) -> Path:
+    """Leave a request for a process; the file that holds it.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    path = model_dir / f"{_PREFIX}{pid}-{time.time_ns():020d}"
+    write_file(path, text.encode())
+    return path
+
+
+def take_left_requests(model_dir: Path) -> list[str]:
+    """The requests left for this process, oldest first; all that were left are removed."""
+    texts = []
+    for path in sorted(model_dir.glob(f"{_PREFIX}*"))[:_MOST_AT_ONCE]:
+        with suppress(OSError, DamagedError):  # taken away at this moment, or no plain file
+            content = read_regular(path, MAX_REQUEST_BYTES)
+            if path.name.startswith(f"{_PREFIX}{os.getpid()}-"):
+                texts.append(content.decode(errors="replace"))
+        with suppress(OSError):
+            path.unlink()
+    return texts
