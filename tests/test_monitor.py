@@ -55,18 +55,28 @@ def tell(event, **fields):
         stream.write(json.dumps({"event": event, "time": time.time(), **fields}) + "\\n")
 asked = []
 if listens:
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGRTMIN):
         signal.signal(number, lambda number, _: asked.append(number))
-tell("start", trainer="lightweight")
+tell("start", trainer="lightweight", live={"augment.warp": True, "optimizer.learning_rate": 5e-5})
 print("ready", flush=True)
 for iteration in range(100, 6000):
     losses = {"loss_a": 0.25, "loss_b": 0.5, "eg_per_s": 123.4, "data_wait": 0.01}
-    tell("step", iteration=iteration, **losses, memory_mib=None, seconds_left=60.0)
+    left = {"seconds_left": 60.0, "seconds_to_save": 30.0}
+    tell("step", iteration=iteration, **losses, memory_mib=None, **left)
     for number in asked[:]:
         asked.remove(number)
         print(signal.Signals(number).name, flush=True)
         if number == signal.SIGUSR1:
             tell("save", iteration=iteration, path="x", seconds=0.1, mean_loss=0.5)
+        for path in sorted(folder.glob(f".request-{os.getpid()}-*")):
+            text = path.read_text()
+            path.unlink()
+            if "=" in text:
+                name, new = text.split("=")
+                tell("change", iteration=iteration, name=name, old=True, new=new, by="page")
+            else:
+                tell(text, iteration=iteration)
+            print(text, flush=True)
         if number == signal.SIGTERM:
             tell("stop", iteration=iteration, reason="SIGTERM received", exit_code=4)
             sys.exit(4)
@@ -659,11 +669,31 @@ def test_requests_reach_the_run(tmp_path, trainer):
         answer = client.post(f"/request/{name}", headers={"x-mien-token": TOKEN})
         assert (answer.status_code, answer.json()) == (200, {"asked": name, "pid": process.pid})
         assert process.stdout.readline() == f"{signal_name}\n"
+    listed = client.get("/api/settings").json()
+    assert listed[0]["name"] == "optimizer.learning_rate"
+    assert listed[0]["values"] == "1e-06 to 0.01"
+    for name, state in (("pause", "paused"), ("resume", "running"), ("change", "running")):
+        asked = {"change": "augment.warp=false"} if name == "change" else {}
+        answer = client.post(f"/request/{name}", data=asked, headers={"x-mien-token": TOKEN})
+        assert answer.json() == {"asked": name, "pid": process.pid}
+        assert process.stdout.readline() == "SIGRTMIN\n"
+        assert process.stdout.readline() == f"{asked.get('change', name)}\n"
+        assert client.get("/api/status").json()["state"] == state
+    for change, words in (
+        ("optimizer.learning_rate=7", "must be a number from 1e-06 to 0.01, got 7"),
+        ("model.trainer=dfaker", "is fixed in a model"),
+        ("", "there is no setting"),
+    ):
+        answer = client.post("/request/change", data={"token": TOKEN, "change": change})
+        assert answer.status_code == 400
+        assert words in answer.json()["error"]
     answer = client.post(
         "/request/stop", data={"token": TOKEN}, headers={"origin": str(client.base_url)}
     )
     assert answer.status_code == 200
     assert process.wait(300) == 4
+    answer = client.post("/request/pause", data={"token": TOKEN})
+    assert (answer.status_code, list(tmp_path.glob(".request-*"))) == (409, [])
     answer = client.post("/request/stop", data={"token": TOKEN})
     assert answer.status_code == 409
     assert answer.json()["error"] == f"no run to stop: nothing trains {tmp_path} now"
@@ -1295,7 +1325,7 @@ def test_the_graphs_are_smoothed_and_zoomed(running, server, browser):
 
 
 @pytest.mark.slow
-def test_the_page_asks_the_run_for_work(running, server, browser):
+def test_the_page_asks_the_run_for_work(running, server, browser, tmp_path):
     folder, process = running
     address, _ = server(folder, "--port", "0", "--allow-requests", "--token", TOKEN)
     browser.chrome.get(address.partition("?")[0])
@@ -1317,6 +1347,29 @@ def test_the_page_asks_the_run_for_work(running, server, browser):
     assert not browser.find("#token").is_displayed()
     browser.click("[data-request=preview]")
     assert process.stdout.readline() == "SIGUSR2\n"
+
+    browser.wait(lambda: browser.find("#rule").text.startswith("1e-06 to 0.01. Step size"))
+    assert browser.find("#value").get_attribute("value") == "0.00005"
+    browser.find("#setting").send_keys("augment.warp")
+    browser.wait(lambda: browser.find("#value").get_attribute("value") == "true")
+    browser.find("#value").clear()
+    browser.find("#value").send_keys("false")
+    browser.click("#change button")
+    assert browser.text("#change-text") == "Change augment.warp from true to false?"
+    browser.click("#confirm-change [value=change]")
+    assert process.stdout.readline() == "SIGRTMIN\n"
+    assert process.stdout.readline() == "augment.warp=false\n"
+    browser.wait(lambda: "Changed augment.warp from true to false" in browser.text("#log"))
+    browser.picture(tmp_path / "change.png")
+    browser.click("#pause")
+    browser.wait(lambda: browser.text("#state") == "paused")
+    assert not browser.find(button).is_enabled()
+    assert browser.text("#pause") == "Go on"
+    browser.click("#pause")
+    browser.wait(lambda: browser.text("#state") == "running")
+    assert [process.stdout.readline() for _ in range(4)] == [
+        *("SIGRTMIN\n", "pause\n", "SIGRTMIN\n", "resume\n"),
+    ]
 
     browser.click("[data-request=stop]")
     browser.click("#confirm [value=cancel]")

@@ -20,7 +20,7 @@ from ...core.console.event_files import older_file
 from ...core.console.reporter import EVENTS
 from ...core.system.durable_files import open_for_reading
 
-KINDS = ("start", "step", "save", "preview", "stop", "crash", "restore")
+KINDS = ("start", "step", "save", "preview", "stop", "crash", "restore", "pause", "resume")
 """Events whose latest one is looked at by itself."""
 
 # Bounds of what a stranger's journal costs a look; chosen, unmeasured.

@@ -21,6 +21,7 @@ const view = {
   run: 0, // which of the runs is shown
   zoom: null, // [first, last] iteration, as dragged
   clockOffset: 0, // of the server's clock, ms
+  settings: null, // those that may be changed, once they were asked for
   token: "",
   lastPoll: 0,
   asked: 0, // how often graphs were asked for
@@ -176,6 +177,7 @@ function element(name, text, className) {
 
 const STATES = new Map([
   ["running", "running"],
+  ["paused", "paused"],
   ["stopped", "stopped"],
   ["failed", "failed"],
   ["restored", "went back"],
@@ -199,10 +201,56 @@ function showStatus(status) {
   showRuns(status);
   showLog(status);
   showPreview(status);
+  showRequests(status);
+}
+
+// While training is paused it can go on or stop, and nothing else.
+function showRequests(status) {
+  const isPaused = status.state === "paused";
   byId("requests").hidden = !status.may_ask;
+  byId("change").hidden = !status.may_ask || status.state !== "running";
+  byId("pause").dataset.request = isPaused ? "resume" : "pause";
+  say(byId("pause"), isPaused ? "Go on" : "Pause");
   for (const button of document.querySelectorAll("[data-request]")) {
-    button.disabled = status.state !== "running";
+    const canBe = isPaused && ["resume", "stop"].includes(button.dataset.request);
+    button.disabled = status.state !== "running" && !canBe;
   }
+  if (!byId("change").hidden) listSettings();
+}
+
+// The settings that may be changed
+
+async function listSettings() {
+  if (view.settings) return;
+  view.settings = [];
+  try {
+    view.settings = await (await fetch(address("api/settings"))).json();
+  } catch {
+    view.settings = null; // asked for again with the next status
+    return;
+  }
+  byId("setting").replaceChildren(...view.settings.map(({ name }) => choice(name, name)));
+  showSetting();
+}
+
+// What a setting is in this session, as its start has told.
+function presentValue(name) {
+  const values = new Map(Object.entries(view.status?.latest.start?.live ?? {}));
+  return values.has(name) ? plain(values.get(name)) : "";
+}
+
+function showSetting() {
+  const name = byId("setting").value;
+  byId("value").value = printable(presentValue(name));
+  const setting = view.settings?.find((each) => each.name === name);
+  say(byId("rule"), setting ? `${setting.values}. ${setting.doc}` : "");
+}
+
+function askForChange(event) {
+  event.preventDefault();
+  const name = byId("setting").value;
+  say(byId("change-text"), `Change ${name} from ${presentValue(name)} to ${byId("value").value}?`);
+  byId("confirm-change").showModal();
 }
 
 function summary(status) {
@@ -262,8 +310,9 @@ function showFigures(status) {
   if (total > 0) byId("progress").value = step.elapsed_s / total;
 }
 
-// When the next save is due, by what the run told at its start and of its last save.
+// When the next save is due, as the last step told; of an older run by its start and last save.
 function nextSave({ start, save, step }) {
+  if (isNumber(step?.seconds_to_save)) return `about ${clock(step.time + step.seconds_to_save)}`;
   if (isNumber(start?.save_minutes) && start.save_minutes > 0) {
     return `about ${clock((save ?? start).time + 60 * start.save_minutes)}`;
   }
@@ -374,6 +423,13 @@ const LINES = new Map([
       (isNumber(event.mean_loss) ? `, mean loss ${digits(event.mean_loss, 5)}` : ""),
   ],
   ["preview", (event) => `Preview of iteration ${plain(event.iteration)}`],
+  [
+    "change",
+    (event) =>
+      `Changed ${plain(event.name)} from ${plain(event.old)} to ${plain(event.new)} at iteration ${plain(event.iteration)}, by ${plain(event.by)}`,
+  ],
+  ["pause", (event) => `Paused at iteration ${plain(event.iteration)}`],
+  ["resume", (event) => `Went on at iteration ${plain(event.iteration)}`],
   ["restore", (event) => `Went back to iteration ${plain(event.iteration)}: what followed it is undone`],
   ["notice", (event) => `Note: ${plain(event.message)}`],
   ["warning", (event) => `Warning: ${plain(event.message)}`],
@@ -451,11 +507,15 @@ function sessionLinks({ first, last }, name) {
 
 // Requests
 
-async function request(name) {
+async function request(name, fields = {}) {
   const token = view.token || byId("token").value;
   say(byId("answer"), "asking…");
   try {
-    const answer = await fetch(address(`request/${name}`), { method: "POST", headers: { "X-Mien-Token": token } });
+    const answer = await fetch(address(`request/${name}`), {
+      method: "POST",
+      headers: { "X-Mien-Token": token },
+      body: new URLSearchParams(fields),
+    });
     const values = await answer.json();
     if (answer.status === 403) askForToken();
     if (answer.ok) keepToken(token);
@@ -469,6 +529,9 @@ const ASKED = new Map([
   ["save", "Asked for a save: it is made after the present step."],
   ["preview", "Asked for a preview: it is made after the present step."],
   ["stop", "Asked to stop: the run saves and ends."],
+  ["pause", "Asked to pause: the run saves, and frees the GPU."],
+  ["resume", "Asked to go on."],
+  ["change", "Asked for the change: see the log below."],
 ]);
 
 function keepToken(token) {
@@ -507,9 +570,19 @@ function listen() {
   listenToPreview();
   byId("requests").addEventListener("submit", (event) => event.preventDefault());
   for (const button of document.querySelectorAll("[data-request]")) {
-    const name = button.dataset.request;
-    button.addEventListener("click", () => (name === "stop" ? byId("confirm").showModal() : request(name)));
+    button.addEventListener("click", () => {
+      const name = button.dataset.request; // that of the pause is not always the same
+      if (name === "stop") byId("confirm").showModal();
+      else request(name);
+    });
   }
+  byId("setting").addEventListener("change", showSetting);
+  byId("change").addEventListener("submit", askForChange);
+  byId("confirm-change").addEventListener("close", () => {
+    const change = `${byId("setting").value}=${byId("value").value}`;
+    if (byId("confirm-change").returnValue === "change") request("change", { change });
+    byId("confirm-change").returnValue = "";
+  });
   byId("confirm").addEventListener("close", () => {
     if (byId("confirm").returnValue === "stop") request("stop");
     byId("confirm").returnValue = "";

@@ -8,7 +8,9 @@
     GET /api/graphs?first=&last=&series=      these series, and the speed, as some thousand points
     GET /api/analysis              the table of sessions
     GET /series.csv?first=&last=   all series of these iterations
-    POST /request/save, /request/preview, /request/stop
+    GET /api/settings              the settings that may be changed while training goes on
+    POST /request/save, /request/preview, /request/stop, /request/pause, /request/resume
+    POST /request/change           with change=section.key=value in its form
 
 Of several runs, ?run= says which: 0 is the first that was named. A GET changes nothing. Everything
 that is shown has an ETag: what has not changed is not sent again.
@@ -32,12 +34,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from ...core.checkpoint.lock_owner import REQUESTS, RequestError, send_request
+from ...core.checkpoint.left_request import send_left_request
+from ...core.checkpoint.lock_owner import REQUESTS, LockOwner, RequestError, send_request
+from ...core.config.live import MAIN_SETTINGS, live_settings, parse_change
 from .access import COOKIE, HEADER, Access
 from .pictures import Drawing
 from .watch import Watch
 
-# A form has a token and nothing else; shorter answers grow by gzip's head. Chosen, unmeasured.
+# A form has a token and a change at most; shorter answers grow by gzip's head. Chosen, unmeasured.
 _MAX_FORM_BYTES = 4096
 _GZIP_FROM_BYTES = 1024
 _MOST_SERIES = 64
@@ -52,7 +56,8 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cache-control": "no-cache",
 }
-_REQUESTS = {f"/request/{name}": name for name in REQUESTS}
+_CHANGE = "change"
+_REQUESTS = {f"/request/{name}": name for name in (*REQUESTS, "pause", "resume", _CHANGE)}
 """Paths that ask for their token themselves; it may come in a form."""
 
 _PAGE_FILES = ("page.html", "page.css", "page.js", "preview.js", "graphs.js")
@@ -83,6 +88,7 @@ def make_app(model_dirs: Sequence[Path], access: Access) -> Starlette:
         Route("/api/status", runs.status),
         Route("/api/graphs", runs.graphs),
         Route("/api/analysis", runs.analysis),
+        Route("/api/settings", _settings),
         Route("/series.csv", runs.table),
         *(Route(path, runs.asked(name), methods=["POST"]) for path, name in _REQUESTS.items()),
     ]
@@ -162,10 +168,14 @@ class Runs:
             access = self._access
             if not access.allows:
                 return _refusal(403, "this page is read-only; see mien monitor --allow-requests")
-            if not access.is_token(request.headers.get(HEADER) or await _form_token(request)):
+            form = await _form(request)
+            if not access.is_token(request.headers.get(HEADER) or form.get("token")):
                 return _refusal(403, "the token is missing or wrong")
             try:
-                found = send_request(self._model_dirs[self._number(request)], name)
+                model_dir = self._model_dirs[self._number(request)]
+                found = _send(model_dir, name, form.get("change", ""))
+            except ValueError as error:
+                return _refusal(400, f"nothing was changed: {error}")
             except RequestError as error:
                 return _refusal(409, str(error))
             return JSONResponse({"asked": name, "pid": found.pid})
@@ -182,6 +192,24 @@ class Runs:
         if not text.isascii() or not text.isdecimal() or len(text) > 4 or int(text) > most:
             raise HTTPException(400, f"run must be a number from 0 to {most}, got {text[:20]!r}")
         return int(text)
+
+
+def _send(model_dir: Path, name: str, change: str) -> LockOwner:
+    """Send a request; ValueError where it is a change that cannot be, RequestError as others."""
+    if name in REQUESTS:
+        return send_request(model_dir, name)
+    if name != _CHANGE:
+        return send_left_request(model_dir, name)
+    parse_change(change)
+    return send_left_request(model_dir, change)
+
+
+def _settings(request: Request) -> Response:
+    """The settings that may be changed, those that are changed most first."""
+    specs = live_settings()
+    names = [*MAIN_SETTINGS, *(name for name in specs if name not in MAIN_SETTINGS)]
+    rows = [{"name": name, "values": specs[name].values, "doc": specs[name].doc} for name in names]
+    return _json(request, rows)
 
 
 _Next = Callable[[Request], Awaitable[Response]]
@@ -226,17 +254,17 @@ def _opened(access: Access) -> Response:
     return response
 
 
-async def _form_token(request: Request) -> str | None:
-    """The token of a plain form; a body that is larger than one with a token is not read."""
+async def _form(request: Request) -> dict[str, str]:
+    """The fields of a plain form; of a body that is larger than any of the page's none."""
     body = b""
     try:
         async for part in request.stream():
             body += part
             if len(body) > _MAX_FORM_BYTES:
-                return None
+                return {}
     except ClientDisconnect:  # whoever asked has left before the end
-        return None
-    return parse_qs(body.decode(errors="replace")).get("token", [None])[0]
+        return {}
+    return {name: values[0] for name, values in parse_qs(body.decode(errors="replace")).items()}
 
 
 def _iteration(request: Request, name: str) -> int | None:

@@ -79,7 +79,7 @@ class Watch:
         newest = events[-1] if events else None
         is_fresh = newest is not None and time.time() - newest["time"] < _FRESH_SECONDS
         if owner is not None and owner.is_running:
-            state = "running"
+            state = "paused" if _is_paused(latest) else "running"
         elif "stop" in latest:
             state = "stopped"
         elif "crash" in latest:
@@ -219,6 +219,13 @@ class Watch:
             self._problem = None
         except ValueError as error:  # the page tells of it, and keeps what it had
             self._problem, self._seen = str(error), None
+
+
+def _is_paused(latest: dict[str, dict[str, Any]]) -> bool:
+    """Whether the newest session was paused and has not gone on since."""
+    if "pause" not in latest:
+        return False
+    return "resume" not in latest or latest["resume"]["time"] < latest["pause"]["time"]
 
 
 def _ends(session: SessionHistory) -> dict[str, int | None]:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..system.durable_files import DamagedError, read_regular, write_file
+from .lock_owner import STEER, LockOwner, RequestError, lock_owner, send_request
 
 MAX_REQUEST_BYTES = 1000
 _PREFIX = ".request-"
@@ -27,6 +28,26 @@ def leave_request(model_dir: Path, pid: int, text: str) -> Path:
     path = model_dir / f"{_PREFIX}{pid}-{time.time_ns():020d}"
     write_file(path, text.encode())
     return path
+
+
+def send_left_request(model_dir: Path, text: str) -> LockOwner:
+    """Leave a request for the process that trains a model, and have it look.
+
+    Raises:
+        RequestError: As `send_request`, or the disk refuses; nothing is left then.
+    """
+    owner = lock_owner(model_dir)
+    if owner is None or not owner.is_running:
+        return send_request(model_dir, STEER)  # which says why there is none to ask
+    try:
+        path = leave_request(model_dir, owner.pid, text)
+    except OSError as error:
+        raise RequestError(f"{model_dir} takes no request: {error.strerror}") from error
+    try:
+        return send_request(model_dir, STEER)
+    except RequestError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def take_left_requests(model_dir: Path) -> list[str]:

@@ -23,8 +23,11 @@ REQUESTS = {
     "save": signal.SIGUSR1,
     "preview": signal.SIGUSR2,
     "stop": signal.SIGTERM,
-    "look": signal.SIGRTMIN,
 }
+STEER = "steer"
+"""Request to look at what `left_request` has for the process."""
+
+_SIGNALS = REQUESTS | {STEER: signal.SIGRTMIN}
 
 
 class RequestError(RuntimeError):
@@ -74,7 +77,7 @@ def send_request(model_dir: Path, request: str) -> LockOwner:
 
     Args:
         model_dir: The model folder.
-        request: One of `REQUESTS`.
+        request: One of `REQUESTS`, or `STEER`.
 
     Returns:
         The process that the request was sent to.
@@ -82,7 +85,7 @@ def send_request(model_dir: Path, request: str) -> LockOwner:
     Raises:
         RequestError: Where none holds the folder on this host, or it does not listen for this.
     """
-    number = REQUESTS[request]
+    number = _SIGNALS[request]
     owner = lock_owner(model_dir)
     if owner is None or (owner.is_here and not owner.is_running):
         raise RequestError(f"no run to {request}: nothing trains {model_dir} now")

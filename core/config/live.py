@@ -7,6 +7,7 @@ model's first start is none of them.
 from typing import Any
 
 from ...models.fields import no_such
+from .sections import Config
 from .settings import Spec, all_settings
 from .toml import parse_assignment
 
@@ -32,6 +33,14 @@ def live_settings() -> dict[str, Spec]:
         spec.full_name: spec
         for spec in all_settings()
         if spec.section in _SECTIONS and not (spec.locked or spec.is_path or spec.stays)
+    }
+
+
+def live_values(config: Config) -> dict[str, Any]:
+    """The values of those settings by their full names."""
+    return {
+        name: getattr(getattr(config, spec.section), spec.name)
+        for name, spec in live_settings().items()
     }
 
 

@@ -7,6 +7,7 @@ import torch
 
 from ... import __version__
 from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
+from ..config.live import live_values
 from ..data.sides import SideFaces
 from ..distribute.sharded import ShardedUpdate
 from ..estimate.links import host_link
@@ -41,6 +42,7 @@ def start_report(
         **_fields_of_settings(config),
         **_fields_of_setup(setup, faces, batch),
         "num_threads": num_threads,
+        "live": live_values(config),
         "load_weights": config.model.load_weights or None,
     }
     lines = {

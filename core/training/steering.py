@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.left_request import take_left_requests
 from ..config import Config, Spec, from_dict, merge, to_dict
-from ..config.live import MAIN_SETTINGS, live_settings, parse_change
+from ..config.live import MAIN_SETTINGS, live_settings, live_values, parse_change
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import HELP, PAUSE, RESUME, Request, Requests
@@ -48,9 +48,9 @@ class Steering:
         self.end: End | None = None
         """How the session ends for what was asked; None: it goes on."""
 
+        specs = live_settings()
         values = {
-            name: written(spec, getattr(getattr(setup.config, spec.section), spec.name))
-            for name, spec in live_settings().items()
+            name: written(specs[name], value) for name, value in live_values(setup.config).items()
         }
         main = {name: values[name] for name in MAIN_SETTINGS}
         requests.echo = reporter.say
