@@ -443,7 +443,7 @@ const LINES = new Map([
 function line(event) {
   const known = LINES.get(event.event);
   if (known) return known(event);
-  const facts = Object.entries(event).filter(([name, value]) => !["event", "time"].includes(name) && value !== null);
+  const facts = Object.entries(event).filter(([name, value]) => !["event", "time", "live"].includes(name) && value !== null);
   const words = facts.map(([name, value]) => `${name.replaceAll("_", " ")} ${isNumber(value) ? +value.toPrecision(5) : plain(value)}`);
   return `${event.event[0]?.toUpperCase() ?? ""}${event.event.slice(1)}: ${words.join(", ")}`;
 }
