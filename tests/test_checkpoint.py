@@ -371,7 +371,10 @@ def test_none_whole_is_refused_with_advice_and_nothing_is_touched(tmp_path):
         for iterations in (1, 2):
             flip_bit(save(folder, iterations) / "model.safetensors")
     before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    with ModelFolder(path) as folder, pytest.raises(ValueError, match="--model-dir") as caught:
+    with (
+        ModelFolder(path) as folder,
+        pytest.raises(ValueError, match="another model folder$") as caught,
+    ):
         folder.load()
     assert "holds no whole save: generation 2 is damaged (model.safetensors" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -495,6 +498,11 @@ def test_foreign_folders_are_refused_and_untouched(tmp_path):
     assert os.listdir(foreign) == ["holiday.jpg"]
     with pytest.raises(ValueError, match=r"holiday\.jpg is a file; choose"):
         ModelFolder(foreign / "holiday.jpg")
+    # What only reads has no flag for another folder.
+    with pytest.raises(ValueError, match="holds no model; give that of a model$"):
+        ModelFolder(foreign, read_only=True)
+    with pytest.raises(ValueError, match="is a file; choose a folder$"):
+        ModelFolder(foreign / "holiday.jpg", read_only=True)
     (tmp_path / "disk" / "lost+found").mkdir(parents=True)
     new_folder(tmp_path / "disk").close()
 

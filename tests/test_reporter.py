@@ -16,7 +16,7 @@ from mien.core.console import tensorboard
 from mien.core.console.event_files import older_file
 from mien.core.console.reporter import Reporter
 from mien.core.console.status_line import duration, fitted, status_text
-from mien.core.console.tensorboard import LogError, NullLog, TensorBoardLog, open_log
+from mien.core.console.tensorboard import LogError, Logs, NullLog, TensorBoardLog, open_log
 from mien.core.console.wandb_log import WandbLog
 
 STEP = {
@@ -292,6 +292,41 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, capfd):
     with pytest.raises(LogError, match="No space left on device; free space"):
         log.close()
     assert capfd.readouterr().err == ""
+
+
+def test_one_log_that_refuses_costs_the_others_nothing():
+    class Log(NullLog):
+        """Remembers what reaches it; a full one refuses all of it."""
+
+        def __init__(self, is_full):
+            self.steps, self.is_full, self.is_closed = [], is_full, False
+
+        def scalars(self, values, step, wall_time=None):
+            self.steps.append(step)
+            self.flush()
+
+        def flush(self):
+            if self.is_full:
+                raise LogError("the disk is full")
+
+        def close(self):
+            self.is_closed = True
+            self.flush()
+
+    said = []
+    full, other = Log(is_full=True), Log(is_full=False)
+    log = Logs(full, other, warn=said.append)
+    for step in (1, 2):
+        log.scalars({"batch_total": 1.0}, step)
+        log.flush()
+    log.close()
+    assert (full.steps, other.steps) == ([1], [1, 2])
+    assert full.is_closed
+    assert other.is_closed
+    assert said == [
+        "the disk is full; no more events are written there in this session",
+        "the disk is full; the last events are lost",
+    ]
 
 
 def test_events_reach_the_disk_without_being_flushed(tmp_path, monkeypatch):

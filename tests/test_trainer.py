@@ -274,7 +274,7 @@ def test_what_is_not_the_model_may_fail_to_be_written(sides, tmp_path, monkeypat
     assert (
         f"cannot write {model_dir}/preview.png: No space left on device; training goes on" in said
     )
-    assert said.count("cannot write logs; no more events are written in this session") == 1
+    assert said.count("cannot write logs; no more events are written there in this session") == 1
     assert "cannot write logs; the last events are lost" in said
     assert_same_bits(straight, model_dir)
 

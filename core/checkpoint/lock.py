@@ -97,7 +97,7 @@ def acquire(path: Path) -> Lock:
             return lock
     raise ValueError(
         f"model folder {path} is being made or removed by other runs; try again, or choose another "
-        "--model-dir"
+        "model folder"
     )
 
 
@@ -133,7 +133,7 @@ def _try(path: Path) -> Lock | None:
     except OSError as error:
         raise ValueError(
             f"cannot write to model folder {path}: {error.strerror}; make it writable, or choose "
-            "another --model-dir"
+            "another model folder"
         ) from error
     return None
 
@@ -153,13 +153,14 @@ def _taken(path: Path, handle: int) -> Lock | None:
     except (BlockingIOError, InUseError) as error:
         name = str(error) if isinstance(error, InUseError) else _owner_named_in(handle)
         raise ValueError(
-            f"model folder {path} is in use by {name}; stop that run, or choose another --model-dir"
+            f"model folder {path} is in use by {name}; stop that run, or choose another "
+            "model folder"
         ) from error
     except OSError as error:
         is_held = False
         raise ValueError(
-            f"cannot lock model folder {path}: {error.strerror}; choose a --model-dir on a local "
-            "disk with free space"
+            f"cannot lock model folder {path}: {error.strerror}; choose one on a local disk "
+            "with free space"
         ) from error
     finally:
         if not is_held:

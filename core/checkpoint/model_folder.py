@@ -177,7 +177,7 @@ class ModelFolder:
             why = passed_over[0] if passed_over else "its generations are missing"
             raise ValueError(
                 f"model folder {self.path} holds no whole save: {why}; put back a copy of its "
-                "generations folder, or choose another --model-dir"
+                "generations folder, or choose another model folder"
             )
         return None
 
@@ -395,7 +395,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         # A disk that is mounted for one model has this folder at its root.
         names = set(os.listdir(path)) - {"lost+found"}
     except NotADirectoryError as error:
-        raise ValueError(f"model folder {path} is a file; choose another --model-dir") from error
+        raise ValueError(f"model folder {path} is a file; choose a folder") from error
     except FileNotFoundError as error:
         if read_only:
             raise ValueError(f"model folder {path} does not exist") from error
@@ -413,9 +413,8 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         )
     # A lock is enough: a run that was killed before its first save leaves no more than that.
     if names and not names & {LOCK, OWNER, FOLDER}:
-        raise ValueError(
-            f"model folder {path} is not empty and holds no model; choose a new or empty folder"
-        )
+        remedy = "give that of a model" if read_only else "choose a new or empty folder"
+        raise ValueError(f"model folder {path} is not empty and holds no model; {remedy}")
 
 
 def _refuse_other_model(generations: Generations, trainer: str | None) -> None:

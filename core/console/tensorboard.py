@@ -81,30 +81,45 @@ class Log(Protocol):
 
 
 class Logs:
-    """Several destinations as one."""
+    """Several destinations as one. What cannot be written is reported once, and the others go on:
+    training is worth more than its graph.
 
-    def __init__(self, *logs: Log) -> None:
-        self._logs = logs
+    Args:
+        logs: The destinations.
+        warn: Called with a sentence about one that refuses.
+    """
+
+    def __init__(self, *logs: Log, warn: Callable[[str], None]) -> None:
+        self._logs, self._warn = logs, warn
+        self._writing = list(logs)
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`."""
-        for log in self._logs:
-            log.scalars(values, step, wall_time)
+        self._write(lambda log: log.scalars(values, step, wall_time))
 
     def picture(self, name: str, encode: Encode, step: int) -> None:
         """Record a picture of a save, as `Log.picture`."""
-        for log in self._logs:
-            log.picture(name, encode, step)
+        self._write(lambda log: log.picture(name, encode, step))
 
     def flush(self) -> None:
         """Hand everything to the disk."""
-        for log in self._logs:
-            log.flush()
+        self._write(lambda log: log.flush())
 
     def close(self) -> None:
         """Flush and release all."""
         for log in self._logs:
-            log.close()
+            try:
+                log.close()
+            except LogError as error:
+                self._warn(f"{error}; the last events are lost")
+
+    def _write(self, write: Callable[[Log], None]) -> None:
+        for log in tuple(self._writing):
+            try:
+                write(log)
+            except LogError as error:
+                self._writing.remove(log)
+                self._warn(f"{error}; no more events are written there in this session")
 
 
 class NullLog:

@@ -81,7 +81,13 @@ class WandbLog:
         """Record a picture of a save, as `Log.picture`."""
         # As a file: W&B would decode and encode pixels.
         path = Path(self._run.dir) / f"{name}.jpg"
-        path.write_bytes(encode()[0])
+        try:
+            path.write_bytes(encode()[0])
+        except OSError as error:
+            raise LogError(
+                f"cannot write pictures for W&B to {path.parent}: {error.strerror}; free space, or "
+                "leave log.wandb out"
+            ) from error
         self._run.log({name: self._wandb.Image(str(path))}, step=step)
 
     def flush(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..console.reporter import Reporter
-from ..console.tensorboard import Encode, LogError, NullLog
+from ..console.tensorboard import Encode
 from ..data.sides import SIDES
 from .loss_buffer import CAPACITY, to_host
 from .training_setup import TrainingSetup
@@ -138,11 +138,11 @@ class MetricsLogger:
         self, scalars: Mapping[str, float], iteration: int, wall_time: float | None = None
     ) -> None:
         """Write an event."""
-        self._write(lambda: self.setup.log.scalars(dict(scalars), iteration, wall_time))
+        self.setup.log.scalars(dict(scalars), iteration, wall_time)
 
     def picture(self, name: str, encode: Encode, iteration: int) -> None:
         """Write a picture into the logs, as `Log.picture` takes it."""
-        self._write(lambda: self.setup.log.picture(name, encode, iteration))
+        self.setup.log.picture(name, encode, iteration)
 
     def flush(self) -> None:
         """Have all events so far be in their file, with one of the ranks, if there are several."""
@@ -152,16 +152,7 @@ class MetricsLogger:
             exchange = {} if self.is_late else {"exchange": exchanged_s / elapsed_s}
             ranks = {"gpus": float(self.setup.council.ranks.size)}
             self.record(ranks | exchange, self.setup.state.iterations)
-        self._write(lambda: self.setup.log.flush())
-
-    def _write(self, write: Callable[[], None]) -> None:
-        """Do something with the log; what cannot be written is reported once."""
-        try:
-            write()
-        except LogError as error:
-            self.reporter.warning(f"{error}; no more events are written in this session")
-            # Training is worth more than its graph: it goes on without.
-            self.setup.log = NullLog()
+        self.setup.log.flush()
 
     def _report(self, interval: Interval) -> None:
         named, schedule = self.setup.step.loss.named(interval.rows()), self.setup.schedule

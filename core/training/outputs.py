@@ -98,7 +98,7 @@ def open_logs(
     """Open this session's log; its events and lines are kept in their files from now on."""
     log = _open_log(config, model_dir, state, reporter)
     # On the stack at once: a start that fails behind this must still close its file.
-    stack.callback(_close_log, log, reporter)
+    stack.callback(log.close)
     events = model_dir / "logs" / f"session_{state.session.number}" / EVENTS
     reporter.keep_in(
         events=events if config.save.logs else None,
@@ -138,11 +138,4 @@ def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: R
             reporter.warning(f"{error}; no events are written there in this session")
         else:
             logs.append(log)
-    return logs[0] if len(logs) == 1 else Logs(*logs)
-
-
-def _close_log(log: Log, reporter: Reporter) -> None:
-    try:
-        log.close()
-    except LogError as error:
-        reporter.warning(f"{error}; the last events are lost")
+    return Logs(*logs, warn=reporter.warning)
