@@ -142,7 +142,8 @@ def _lose_starter(shop: Workshop) -> str:
     """Kill the starter of two ranks after their first save: they save and end by themselves."""
     folder = shop.new_folder()
     starter = shop.start(_COURSE, folder, "--gpus", "2")
-    _wait_for("save", [starter])
+    # Its ranks are no forks: each imports everything anew.
+    _wait_for("save", [starter], 4 * TIMEOUT_S)
     ranks = Path(f"/proc/{starter.pid}/task/{starter.pid}/children").read_text().split()
     handles = [os.pidfd_open(int(pid)) for pid in ranks]
     starter.kill()
@@ -174,9 +175,9 @@ def _straight(shop: Workshop) -> Straight:
     return shop.straight(_COURSE, train)
 
 
-def _wait_for(event: str, trials: list[Trial]) -> float:
+def _wait_for(event: str, trials: list[Trial], timeout_s: float = TIMEOUT_S) -> float:
     """The moment at which the first rank reports an event."""
-    until = time.monotonic() + TIMEOUT_S
+    until = time.monotonic() + timeout_s
     while not any(told["event"] == event for told in trials[0].events()):
         require(time.monotonic() < until, f"no {event} is told")
         time.sleep(0.005)
