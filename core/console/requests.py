@@ -126,6 +126,8 @@ class Requests:
             return set()
         # A signal between these two names adds to the set that is handed out.
         taken, self._pending = self._pending, set()
+        if self._is_suspended and "pause" in taken:
+            self.echo(_ANSWERS["p"])  # Ctrl-Z is answered here: its handler must not write
         return taken
 
     def press(self, keys: str) -> None:
