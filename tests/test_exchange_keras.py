@@ -30,7 +30,7 @@ from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import TrainingState
 from mien.core.checkpoint.verify import facts_of
 from mien.core.config import from_dict, model_settings
-from mien.core.exchange import keras_export, legacy_attributes, legacy_h5
+from mien.core.exchange import keras_export, keras_file, legacy_attributes, legacy_h5
 from mien.core.exchange.keras_config import from_json, to_json
 from mien.core.exchange.keras_export import export_keras
 from mien.core.exchange.keras_order import snake_case, weight_paths
@@ -368,6 +368,17 @@ def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch, capsys):
     assert main(words) == 2
     assert "so it was not kept" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_full_disk_is_named_without_what_hdf5_says_of_it(tmp_path, monkeypatch, kind):
+    def refuse(*_):
+        raise kind("Can't close file (file write failed: time = now\n, errno = 28, buf = 0x5598)")
+
+    monkeypatch.setattr(keras_file, "_fill", refuse)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        keras_file._write_arrays(tmp_path / "m.h5", None)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def test_targets_of_an_export(tmp_path, capsys):

@@ -5,6 +5,8 @@ them, for it finds weights by those numbers.
 """
 
 import json
+import os
+import re
 import tempfile
 import time
 import zipfile
@@ -49,8 +51,16 @@ def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
 
 
 def _write_arrays(path: Path, graph: Network) -> None:
-    with require_h5py().File(path, "w") as file:
-        _fill(file, graph)
+    """Write the weights; OSError where the disk refuses, with the disk's own reason."""
+    try:
+        with require_h5py().File(path, "w") as file:
+            _fill(file, graph)
+    except (OSError, RuntimeError) as error:
+        # HDF5 tells it among addresses and times; on closing a file, by a RuntimeError.
+        code = re.search(r"errno = (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _fill(group: Any, network: Network) -> None:
