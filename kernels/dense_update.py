@@ -74,6 +74,7 @@ def _dense_update_kernel(
     RULE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     IS_BOUNDED: tl.constexpr,
+    HAS_EMA: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE_OUTPUTS: tl.constexpr,
     TILE_INPUTS: tl.constexpr,
@@ -81,7 +82,9 @@ def _dense_update_kernel(
 ):  # fmt: skip
     if tl.load(scalars_ptr + _IS_APPLIED) == 0:
         return
-    factor, step_size, gradient_step_size, root_factor, root_offset = step_sizes_of(scalars_ptr)
+    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share = step_sizes_of(
+        scalars_ptr
+    )
     tile = tiles_ptr + tl.program_id(0) * 3
     number = tl.load(tile)
     rows = tl.multiple_of(tl.load(tile + 1), 16) + tl.arange(0, TILE_OUTPUTS)
@@ -98,25 +101,33 @@ def _dense_update_kernel(
     )  # fmt: skip
 
     row = tensors_ptr + tensor * _NUM_COLUMNS
-    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision = state_of(
+    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision = state_of(
         row, 0, low_precision_ptr
     )
     if factors_ptr is not None:
         factor *= tl.load(factors_ptr + tensor)
     added_decay, keep = decays_of(row, scalars_ptr, added_decay, decoupled_decay)
     update_block(
-        gradient, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision,
+        gradient, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
         rows[:, None] * num_inputs + columns[None, :],
         (rows < num_outputs)[:, None] & (columns < num_inputs)[None, :],
-        factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
+        factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+        added_decay, keep,
         beta_1, rest_1, beta_2, rest_2, epsilon, bound,
-        RULE, AMSGRAD, IS_BOUNDED, low_precision_ptr is not None,
+        RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, low_precision_ptr is not None,
     )  # fmt: skip
 
 
 @torch.library.custom_op(
     "mien::dense_update",
-    mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "low_precision"),
+    mutates_args=(
+        "parameters",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "emas",
+        "low_precision",
+    ),
 )
 def dense_update_op(
     parameters: Sequence[Tensor],
@@ -125,6 +136,7 @@ def dense_update_op(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor],
     low_precision: Sequence[Tensor],
     scalars: Tensor,
     factors_t: Tensor | None,
@@ -138,6 +150,7 @@ def dense_update_op(
     epsilon: float,
     weight_decay: float,
     bound: float,
+    ema: float,
 ) -> None:
     """Dense weights in both precisions and their moments moved by their low-rank gradients. A bound
     of 0 is none."""
@@ -148,13 +161,14 @@ def dense_update_op(
         epsilon=epsilon,
         weight_decay=weight_decay,
         amsgrad=bool(exp_avg_sqs and max_exp_avg_sqs),
+        ema=ema,
     )
     if not uses_triton(scalars):
         gradients = [
             grad_output_no.float().t() @ input_ni.float()
             for input_ni, grad_output_no in zip(inputs, grad_outputs, strict=True)
         ]
-        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas)
         lists = [list(each) for each in (parameters, gradients, *moments)]
         numbers_l = layers_lc[:, LayerColumn.TENSOR]
         own = None if factors_t is None else factors_t[numbers_l]
@@ -167,7 +181,7 @@ def dense_update_op(
         _dense_update_kernel[(len(tiles_m3),)](
             tensors_tc, layers_lc, tiles_m3, row_t, scalars, factors_t, inputs[0],
             low_precision[0] if low_precision else None, *numbers_of(rule), bound,
-            RULE=rule.name, AMSGRAD=rule.has_max_exp_avg_sq, IS_BOUNDED=bound > 0,
+            RULE=rule.name, AMSGRAD=rule.has_max_exp_avg_sq, IS_BOUNDED=bound > 0, HAS_EMA=ema > 0,
             PRECISION=precision_of_products(), TILE_OUTPUTS=TILE_OUTPUTS, TILE_INPUTS=TILE_INPUTS,
             BLOCK_N=block, num_warps=_WARPS,
         )  # fmt: skip

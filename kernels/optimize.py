@@ -6,6 +6,7 @@
     exp_avg = beta_1 * exp_avg + (1 - beta_1) * gradient            lion: by beta_2, after the step
     exp_avg_sq = beta_2 * exp_avg_sq + (1 - beta_2) * gradient^2
     parameter -= change                  t steps; m, v: exp_avg, exp_avg_sq / (1 - beta^t)
+    ema += share * (parameter - ema)     share = 1 - min(decay, (1 + t) / (10 + t))
     low_precision = parameter, rounded to the type that the network computes in
 
     adam, adamw  learning_rate * m / (sqrt(v) + epsilon); with amsgrad v by the largest exp_avg_sq
@@ -76,21 +77,24 @@ _BLOCK = 1024  # four elements a thread: 16 bytes of fp32, 8 of a 16-bit type
 
 @triton.jit
 def _span(
-    gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision, first, end,
-    factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
+    gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision, first, end,
+    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+    added_decay, keep,
     beta_1, rest_1, beta_2, rest_2, epsilon, bound,
     RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr,
-    HAS_LOW_PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_EMA: tl.constexpr, HAS_LOW_PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Update the elements from ``first`` to ``end``, at most BLOCK of them."""
     at = first + tl.arange(0, BLOCK)
     inside = at < end
     gradient = tl.load(gradients + at, mask=inside, other=0.0).to(tl.float32)
     update_block(
-        gradient, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision, at, inside,
-        factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
+        gradient, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
+        at, inside,
+        factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+        added_decay, keep,
         beta_1, rest_1, beta_2, rest_2, epsilon, bound,
-        RULE, AMSGRAD, IS_BOUNDED, HAS_LOW_PRECISION,
+        RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, HAS_LOW_PRECISION,
     )  # fmt: skip
 
 
@@ -107,11 +111,14 @@ def _update_kernel(
     RULE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     IS_BOUNDED: tl.constexpr,
+    HAS_EMA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(scalars_ptr + _IS_APPLIED) == 0:
         return
-    factor, step_size, gradient_step_size, root_factor, root_offset = step_sizes_of(scalars_ptr)
+    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share = step_sizes_of(
+        scalars_ptr
+    )
 
     # Backwards, so that the gradients which the norm has read last are still in the cache.
     chunk = chunks_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)) * 3
@@ -119,7 +126,7 @@ def _update_kernel(
     start = tl.multiple_of(tl.load(chunk + 1), 16)
     elements = tl.load(chunk + 2)
     row = tensors_ptr + tensor * _NUM_COLUMNS
-    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision = state_of(
+    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision = state_of(
         row, start, low_precision_ptr
     )
     if gradient_ptr is not None:
@@ -135,25 +142,34 @@ def _update_kernel(
     whole = elements // 8 * 8
     for first in range(0, whole, BLOCK):
         _span(
-            gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision,
+            gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
             first, whole,
-            factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
+            factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+            added_decay, keep,
             beta_1, rest_1, beta_2, rest_2, epsilon, bound,
-            RULE, AMSGRAD, IS_BOUNDED, HAS_LOW_PRECISION, BLOCK,
+            RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, HAS_LOW_PRECISION, BLOCK,
         )  # fmt: skip
     if whole < elements:
         _span(
-            gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision,
+            gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
             whole, elements,
-            factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
+            factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+            added_decay, keep,
             beta_1, rest_1, beta_2, rest_2, epsilon, bound,
-            RULE, AMSGRAD, IS_BOUNDED, HAS_LOW_PRECISION, 8,
+            RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, HAS_LOW_PRECISION, 8,
         )  # fmt: skip
 
 
 @torch.library.custom_op(
     "mien::optimize_update",
-    mutates_args=("parameters", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "low_precision"),
+    mutates_args=(
+        "parameters",
+        "exp_avgs",
+        "exp_avg_sqs",
+        "max_exp_avg_sqs",
+        "emas",
+        "low_precision",
+    ),
 )
 def _update_op(
     parameters: Sequence[Tensor],
@@ -161,6 +177,7 @@ def _update_op(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Tensor],
     low_precision: Sequence[Tensor],
     scalars: Tensor,
     factors_t: Tensor | None,
@@ -175,6 +192,7 @@ def _update_op(
     epsilon: float,
     weight_decay: float,
     bound: float,
+    ema: float,
 ) -> None:
     """Weights in both precisions and moments moved. A bound of 0 is none; gradients are the
     accumulators themselves where they were accumulated; numbers are the rows of the table."""
@@ -185,9 +203,10 @@ def _update_op(
         epsilon=epsilon,
         weight_decay=weight_decay,
         amsgrad=bool(exp_avg_sqs and max_exp_avg_sqs),
+        ema=ema,
     )
     if not uses_triton(scalars):
-        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas)
         lists = [list(each) for each in (parameters, gradients, *moments)]
         own = None if factors_t is None else factors_t[numbers]
         decays = tensors_tc[numbers, Column.DECAYS].tolist()
@@ -198,7 +217,7 @@ def _update_op(
             tensors_tc, gradient_row, chunks_n3, scalars, factors_t,
             None if is_accumulated else gradients[0], low_precision[0] if low_precision else None,
             *numbers_of(rule), bound,
-            RULE=rule.name, AMSGRAD=rule.has_max_exp_avg_sq, IS_BOUNDED=bound > 0,
+            RULE=rule.name, AMSGRAD=rule.has_max_exp_avg_sq, IS_BOUNDED=bound > 0, HAS_EMA=ema > 0,
             BLOCK=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
 
@@ -293,7 +312,7 @@ def _update_scalars(
         sorted_c = torch.sort(history_c).values
     scalars_op(
         partials_n, sorted_c, scalars, rule.name, rule.beta_1, rule.beta_2, rule.epsilon,
-        clipping.kind, clipping.bound, accumulation, dynamic_scale,
+        clipping.kind, clipping.bound, accumulation, dynamic_scale, rule.ema,
     )  # fmt: skip
     if clipping.kind == "norm":
         factors_op(partials_n, scalars, table.factors_t, tensors_tc, clipping.bound)
@@ -317,14 +336,14 @@ def _update_weights(
         _update_op(
             state.parameters, table.accumulators or gradients, *state.moments, state.low_precision,
             scalars, factors_t, table.tensors_tc, gradient_row, table.chunks_n3, table.plain,
-            bool(table.accumulators), *numbers, bound,
+            bool(table.accumulators), *numbers, bound, rule.ema,
         )  # fmt: skip
     if table.dense and low_rank:
         state, dense = table.dense_state, table.dense
         dense_update.dense_update_op(
             state.parameters, low_rank.inputs, low_rank.grad_outputs, *state.moments,
             state.low_precision, scalars, factors_t, table.tensors_tc, dense.layers_lc,
-            dense.tiles_m3, low_rank.row_t, *numbers, bound,
+            dense.tiles_m3, low_rank.row_t, *numbers, bound, rule.ema,
         )  # fmt: skip
 
 

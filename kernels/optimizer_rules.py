@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from .checks import check_choice
 
-MOMENTS = ("mean", "square", "largest")
+EMA = "ema"
+
+MOMENTS = ("mean", "square", "largest", EMA)
 """Moments that rules keep of each weight, in fp32, by the names that they have in checkpoints: in
-code exp_avg, exp_avg_sq and max_exp_avg_sq. `Rule.moments` says which of them a rule has."""
+code exp_avg, exp_avg_sq, max_exp_avg_sq and ema, the average of the weight itself. `Rule.moments`
+says which of them a rule has."""
 
 RULES = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop")
 
@@ -48,9 +51,13 @@ class Rule:
     amsgrad: bool = False
     """Divide by the largest exp_avg_sq so far; of adam and adamw, others ignore it."""
 
+    ema: float = 0.0
+    """Decay rate of the average of the weights, 0 to below 1; 0: there is none."""
+
     def __post_init__(self) -> None:
         check_choice(self.name, "rule", RULES)
-        for name, beta in (("beta_1", self.beta_1), ("beta_2", self.beta_2)):
+        for name in ("beta_1", "beta_2", "ema"):
+            beta = getattr(self, name)
             if not 0 <= beta < 1:
                 raise ValueError(f"{name} must be 0 to below 1, got {beta}")
         for name, value in (("epsilon", self.epsilon), ("weight_decay", self.weight_decay)):
@@ -61,7 +68,8 @@ class Rule:
     def moments(self) -> tuple[str, ...]:
         """Names among `MOMENTS` that the rule keeps."""
         moments = _MOMENTS_OF_RULE.get(self.name, ("mean", "square"))
-        return (*moments, "largest") if self.has_max_exp_avg_sq else moments
+        largest = ("largest",) if self.has_max_exp_avg_sq else ()
+        return (*moments, *largest, *([EMA] if self.ema else []))
 
     @property
     def has_max_exp_avg_sq(self) -> bool:

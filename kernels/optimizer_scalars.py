@@ -68,6 +68,9 @@ class Scalar(Places):
     ROOT_OFFSET = auto()
     """Summand of the denominator: epsilon, or 1 where AdaBelief does not divide yet."""
 
+    EMA_SHARE = auto()
+    """Share of the moved weight in the average of the weights; not written where there is none."""
+
 
 def new_scalars(device: torch.device | str, *, learning_rate: float, scale: float = 1.0) -> Tensor:
     """Scalars of a run that has not begun: float64 (number of `Scalar`,).

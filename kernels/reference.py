@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .optimizer_rules import Clipping, Rule
+from .optimizer_rules import EMA, Clipping, Rule
 from .reference_augment import augment as augment
 from .reference_augment import vary_color as vary_color
 
@@ -130,8 +130,12 @@ def optimize(
             parameter = (1 - learning_rate * decay) * parameter
         else:
             gradient = gradient + decay * parameter
+        ema = own.pop(EMA, None)
         change, own = _change(gradient, own, rule, step)
         moved.append(parameter - learning_rate * change)
+        if ema is not None:
+            decay = min(rule.ema, (1 + step) / (10 + step))
+            own[EMA] = decay * ema + (1 - decay) * moved[-1]
         for kind, tensor in own.items():
             new[kind].append(tensor)
     return moved, new

@@ -23,9 +23,11 @@ _STEP_SIZE = tl.constexpr(Scalar.STEP_SIZE)
 _GRADIENT_STEP_SIZE = tl.constexpr(Scalar.GRADIENT_STEP_SIZE)
 _ROOT_FACTOR = tl.constexpr(Scalar.ROOT_FACTOR)
 _ROOT_OFFSET = tl.constexpr(Scalar.ROOT_OFFSET)
+_EMA_SHARE = tl.constexpr(Scalar.EMA_SHARE)
 _PARAMETER, _LOW_PRECISION = tl.constexpr(Column.PARAMETER), tl.constexpr(Column.LOW_PRECISION)
 _EXP_AVG, _EXP_AVG_SQ = tl.constexpr(Column.EXP_AVG), tl.constexpr(Column.EXP_AVG_SQ)
 _MAX_EXP_AVG_SQ, _DECAYS = tl.constexpr(Column.MAX_EXP_AVG_SQ), tl.constexpr(Column.DECAYS)
+_EMA = tl.constexpr(Column.EMA)
 
 
 @triton.jit
@@ -72,13 +74,14 @@ def _rule(
 @triton.jit
 def step_sizes_of(scalars_ptr):
     """What a weight is moved by: (GRADIENT_FACTOR, STEP_SIZE, GRADIENT_STEP_SIZE, ROOT_FACTOR,
-    ROOT_OFFSET) of `Scalar`, in fp32."""
+    ROOT_OFFSET, EMA_SHARE) of `Scalar`, in fp32."""
     factor = tl.load(scalars_ptr + _GRADIENT_FACTOR).to(tl.float32)
     step_size = tl.load(scalars_ptr + _STEP_SIZE).to(tl.float32)
     gradient_step_size = tl.load(scalars_ptr + _GRADIENT_STEP_SIZE).to(tl.float32)
     root_factor = tl.load(scalars_ptr + _ROOT_FACTOR).to(tl.float32)
     root_offset = tl.load(scalars_ptr + _ROOT_OFFSET).to(tl.float32)
-    return factor, step_size, gradient_step_size, root_factor, root_offset
+    ema_share = tl.load(scalars_ptr + _EMA_SHARE).to(tl.float32)
+    return factor, step_size, gradient_step_size, root_factor, root_offset, ema_share
 
 
 @triton.jit
@@ -91,28 +94,29 @@ def decays_of(row, scalars_ptr, added_decay, decoupled_decay):
 
 @triton.jit
 def state_of(row, start, low_precision_ptr):
-    """Pointers (parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision) from an element
-    of a tensor on; what the rule has not is never to be read."""
+    """Pointers (parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision) from an
+    element of a tensor on; what the rule has not is never to be read."""
     FULL: tl.constexpr = tl.pointer_type(tl.float32)
     parameters = tensor_at(row + _PARAMETER, FULL) + start
     exp_avgs = tensor_at(row + _EXP_AVG, FULL) + start
     exp_avg_sqs = tensor_at(row + _EXP_AVG_SQ, FULL) + start
     max_exp_avg_sqs = tensor_at(row + _MAX_EXP_AVG_SQ, FULL) + start
+    emas = tensor_at(row + _EMA, FULL) + start
     if low_precision_ptr is not None:
         low_precision = tensor_at(row + _LOW_PRECISION, low_precision_ptr.dtype) + start
     else:
         low_precision = parameters
-    return parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision
+    return parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision
 
 
 @triton.jit
 def update_block(
     gradient,  # fp32, of the scaled loss
-    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, low_precision, at, inside,
-    factor, step_size, gradient_step_size, root_factor, root_offset, added_decay, keep,
+    parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision, at, inside,
+    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share, added_decay, keep,
     beta_1, rest_1, beta_2, rest_2, epsilon, bound,
     RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr,
-    HAS_LOW_PRECISION: tl.constexpr,
+    HAS_EMA: tl.constexpr, HAS_LOW_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Move the elements at these places, of a block of any shape."""
     HAS_EXP_AVG: tl.constexpr = RULE != "rms-prop"
@@ -143,6 +147,9 @@ def update_block(
         tl.store(exp_avg_sqs + at, exp_avg_sq, mask=inside)
     if HAS_MAX_EXP_AVG_SQ:
         tl.store(max_exp_avg_sqs + at, max_exp_avg_sq, mask=inside)
+    if HAS_EMA:
+        ema = tl.load(emas + at, mask=inside, other=0.0)
+        tl.store(emas + at, ema + ema_share * (parameter - ema), mask=inside)
     if HAS_LOW_PRECISION:
         tl.store(low_precision + at, parameter.to(low_precision.dtype.element_ty), mask=inside)
 
@@ -164,7 +171,8 @@ def plain_update(
     rule: Rule,
     bound: float,
 ) -> None:
-    """Move parameters by gradients, exp_avgs, exp_avg_sqs and max_exp_avg_sqs as the kernels do.
+    """Move parameters by gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, and the emas after
+    them, as the kernels do.
 
     Args:
         lists: Parameters and moments are written to; a kind that the rule lacks is empty.
@@ -192,8 +200,10 @@ def plain_update(
     for is_decayed in (False, True):
         chosen = [bool(decay and rule.weight_decay) == is_decayed for decay in decays]
         if any(chosen):
-            own = [list(itertools.compress(tensors, chosen)) for tensors in lists]
+            own = [list(itertools.compress(tensors, chosen)) for tensors in lists[:-1]]
             _plain_rule(own, values, rule, rule.weight_decay if is_decayed else 0.0)
+    if rule.ema:
+        torch._foreach_lerp_(lists[-1], lists[0], values[Scalar.EMA_SHARE])
     if low_precision:
         torch._foreach_copy_(low_precision, lists[0])
 

@@ -36,6 +36,7 @@ _STEP_SIZE = tl.constexpr(Scalar.STEP_SIZE)
 _GRADIENT_STEP_SIZE = tl.constexpr(Scalar.GRADIENT_STEP_SIZE)
 _ROOT_FACTOR = tl.constexpr(Scalar.ROOT_FACTOR)
 _ROOT_OFFSET = tl.constexpr(Scalar.ROOT_OFFSET)
+_EMA_SHARE = tl.constexpr(Scalar.EMA_SHARE)
 
 GROWTH_INTERVAL = 2000
 """Finite steps after which a dynamic loss scale doubles, as in PyTorch's GradScaler."""
@@ -95,6 +96,7 @@ def _rule_scalars(
 def _update_rule_scalars(
     scalars_ptr, is_applied,
     RULE: tl.constexpr, BETA_1: tl.constexpr, BETA_2: tl.constexpr, EPSILON: tl.constexpr,
+    EMA: tl.constexpr,
 ):  # fmt: skip
     """Count the step, where it is applied, and write what the rule takes of it."""
     step = tl.load(scalars_ptr + _STEP)
@@ -115,6 +117,9 @@ def _update_rule_scalars(
     tl.store(scalars_ptr + _GRADIENT_STEP_SIZE, gradient_step_size)
     tl.store(scalars_ptr + _ROOT_FACTOR, root_factor)
     tl.store(scalars_ptr + _ROOT_OFFSET, root_offset)
+    if EMA > 0:
+        # 1 - (1 + t) / (10 + t), of the step that is made: see `optimize`.
+        tl.store(scalars_ptr + _EMA_SHARE, tl.maximum(9 / (step + 11), 1 - EMA))
 
 
 @triton.jit
@@ -146,6 +151,7 @@ def _scalars_kernel(
     BOUND: tl.constexpr,
     ACCUMULATION: tl.constexpr,
     DYNAMIC_SCALE: tl.constexpr,
+    EMA: tl.constexpr,
     GROWTH_INTERVAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +178,7 @@ def _scalars_kernel(
     skipped = tl.load(scalars_ptr + _SKIPPED_STEPS)
     is_skipped = is_due & (is_finite == 0)
     tl.store(scalars_ptr + _SKIPPED_STEPS, tl.where(is_skipped, skipped + 1, skipped))
-    _update_rule_scalars(scalars_ptr, is_applied, RULE, BETA_1, BETA_2, EPSILON)
+    _update_rule_scalars(scalars_ptr, is_applied, RULE, BETA_1, BETA_2, EPSILON, EMA)
     if DYNAMIC_SCALE:
         _update_loss_scale(scalars_ptr, is_due, is_finite, GROWTH_INTERVAL)
 
@@ -190,13 +196,14 @@ def scalars_op(
     bound: float,
     accumulation: int,
     dynamic_scale: bool,
+    ema: float,
 ) -> None:
     """The scalars of the step."""
     if not uses_triton(scalars):
         values = scalars.tolist()
         _plain_update(
             values, plain_mean_norm(partials_n, values), sorted_c, clipping, bound, accumulation,
-            dynamic_scale, rule, beta_1, beta_2, epsilon,
+            dynamic_scale, rule, beta_1, beta_2, epsilon, ema,
         )  # fmt: skip
         scalars.copy_(torch.tensor(values, dtype=torch.float64))
         return
@@ -206,7 +213,7 @@ def scalars_op(
             0 if sorted_c is None else len(sorted_c),
             RULE=rule, BETA_1=beta_1, BETA_2=beta_2, EPSILON=epsilon,
             CLIPPING=clipping, BOUND=bound, ACCUMULATION=accumulation,
-            DYNAMIC_SCALE=dynamic_scale, GROWTH_INTERVAL=GROWTH_INTERVAL,
+            DYNAMIC_SCALE=dynamic_scale, EMA=ema, GROWTH_INTERVAL=GROWTH_INTERVAL,
             BLOCK=BLOCK_SUM, num_warps=WARPS,
         )  # fmt: skip
 
@@ -228,6 +235,7 @@ def _plain_update(
     beta_1: float,
     beta_2: float,
     epsilon: float,
+    ema: float,
 ) -> None:
     """Change the values of the scalars as the kernel does."""
     accumulated = values[Scalar.ACCUMULATED_GRADIENTS] + 1
@@ -257,6 +265,8 @@ def _plain_update(
     values[Scalar.STEP] += 1
     values[Scalar.BETA_1_POWER] *= beta_1
     values[Scalar.BETA_2_POWER] *= beta_2
+    if ema:
+        values[Scalar.EMA_SHARE] = max(9 / (10 + values[Scalar.STEP]), 1 - ema)
     _plain_rule_scalars(values, rule, beta_1, beta_2, epsilon)
 
 

@@ -41,7 +41,7 @@ from .places import Places
 
 
 class Column(Places):
-    """Column of the table of tensors; the first six hold addresses, 0 where there is no tensor."""
+    """Column of the table of tensors; the first seven hold addresses, 0 where there is none."""
 
     PARAMETER = auto()
     """Master weights, fp32."""
@@ -54,6 +54,9 @@ class Column(Places):
 
     MAX_EXP_AVG_SQ = auto()
     """Largest second moment with amsgrad; AdaMax's infinity norm."""
+
+    EMA = auto()
+    """Average of the master weights."""
 
     LOW_PRECISION = auto()
     """Weights that the network computes with, bf16 or fp16."""
@@ -96,7 +99,7 @@ class State:
 
     parameters: list[Tensor]
     moments: tuple[list[Tensor], ...]
-    """exp_avgs, exp_avg_sqs, max_exp_avg_sqs."""
+    """exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas."""
 
     low_precision: list[Tensor]
 
@@ -124,7 +127,7 @@ class TensorTable:
             parameters: fp32, contiguous or channels_last, on the device of the update or, as the
                 moments and accumulators may, in page-locked host memory.
             moments: Moments among `MOMENTS` that the rule keeps; fp32, each tensor of the shape and
-                the strides of its parameter, zeros at the start.
+                the strides of its parameter, zeros at the start; but `ema` as the parameters.
             low_precision: The weights that the network computes with: the same, but all bf16 or all
                 fp16; none where it computes in fp32.
             accumulators: Tensors that sum gradients of several backward passes, laid out as the

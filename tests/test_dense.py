@@ -507,7 +507,7 @@ def test_opcheck():
             state.low_precision,
         ),
         *(scalars, tables.factors_t, tables.tensors_tc, table.layers_lc, table.tiles_m3),
-        *(low_rank.row_t, "nadam", 0.9, 0.999, 1e-8, 0.1, 0.5),
+        *(low_rank.row_t, "nadam", 0.9, 0.999, 1e-8, 0.1, 0.5, 0.0),
     )
     for operation, arguments in (
         (dense_norm_op, (*norm, low_rank.row_t)),

@@ -13,7 +13,7 @@ from mien.kernels import optimize as optimize_module
 from mien.kernels.gradient_norm import factors_op, norm_op
 from mien.kernels.norm_history import in_order, load_history, new_history, record_op
 from mien.kernels.optimize import LAUNCHES, _update_op, optimize
-from mien.kernels.optimizer_rules import CLIPPINGS, RULES, Clipping, Rule
+from mien.kernels.optimizer_rules import CLIPPINGS, EMA, RULES, Clipping, Rule
 from mien.kernels.optimizer_scalars import Scalar, new_scalars
 from mien.kernels.scalars_update import scalars_op
 from mien.kernels.tensor_table import TensorTable, finish_capture
@@ -63,7 +63,10 @@ class Model:
                 each.to(memory_format=torch.channels_last) if each.ndim == 4 else each
                 for each in self.parameters
             ]
-        self.moments = {kind: self._zeros() for kind in rule.moments}
+        self.moments = {
+            kind: [each.clone() for each in self.parameters] if kind == EMA else self._zeros()
+            for kind in rule.moments
+        }
         self.copies = [each.to(copies) for each in self.parameters] if copies else []
         self.accumulators = self._zeros() if accumulation > 1 else []
         self.history_c = new_history(device, history) if history else None
@@ -173,6 +176,39 @@ def test_steps_equal_the_reference(where, rule, gradients, weight_decay):
     assert now[Scalar.SKIPPED_STEPS] == 0
     assert now[Scalar.BETA_1_POWER] == pytest.approx(0.9**8, rel=1e-14)
     assert now[Scalar.BETA_2_POWER] == pytest.approx(0.999**8, rel=1e-14)
+
+
+@pytest.mark.parametrize("decay", [0.15, 0.9])
+@pytest.mark.parametrize("name", ["adamw", "rms-prop"])
+def test_the_average_follows_the_moved_weights(where, name, decay):
+    """By the share of the formula; a step that is left out, or only adds up, moves it not."""
+    rule = Rule(name=name, ema=decay, epsilon=1e-2)
+    model = Model(RAGGED, where, rule=rule, accumulation=2, copies=BF16)
+    scalars = new_scalars(where, learning_rate=0.01)
+    parameters, moments = model.doubles()
+    for step in range(1, 5):
+        given = model.gradients()
+        for bad in (True, False):
+            for part in range(2):
+                before = [each.clone() for each in model.moments[EMA]]
+                hurt = [each * math.nan if bad and part == 0 else each for each in given]
+                model.step(hurt, scalars)
+                assert _equal(before, model.moments[EMA]) == (bad or part == 0)
+        parameters, moments = reference.optimize(
+            parameters, given, moments, rule=rule, learning_rate=0.01, step=step
+        )
+        for average, want in zip(model.moments[EMA], moments[EMA], strict=True):
+            # Weights of up to 4.5, of which each step rounds weight and average: 4.8e-7 each.
+            torch.testing.assert_close(average.double().cpu(), want, rtol=0, atol=1e-6 * step)
+    # The weights are what they are without an average.
+    plain = Model(RAGGED, where, rule=Rule(name=name, epsilon=1e-2), copies=BF16, accumulation=2)
+    scalars = new_scalars(where, learning_rate=0.01)
+    for _ in range(4):
+        given = plain.gradients()
+        for _part in range(2):
+            plain.step(given, scalars)
+    assert _equal(plain.parameters, model.parameters)
+    assert _equal(plain.copies, model.copies)
 
 
 @pytest.mark.parametrize("beta_2", [0.0, 0.6, 0.8, 0.9, 0.99])
@@ -802,15 +838,15 @@ def test_opcheck():
         (factors_op, (partials_n, scalars, tables.factors_t, tensors_tc, 0.1)),
         (
             _update_op,
-            (tables.parameters, gradients, *tables.moments.values(), [], tables.low_precision),
+            (tables.parameters, gradients, *tables.moments.values(), [], [], tables.low_precision),
         ),
     ]
     more = {
         norm_op: (tables.chunks_n3,),
-        scalars_op: ("autoclip", 50.0, 1, True),
+        scalars_op: ("autoclip", 50.0, 1, True, 0.0),
         _update_op: (
             *(scalars, tables.factors_t, tensors_tc, row, tables.chunks_n3, tables.plain),
-            *(False, "nadam", 0.9, 0.999, 1e-8, 0.1, 0.5),
+            *(False, "nadam", 0.9, 0.999, 1e-8, 0.1, 0.5, 0.0),
         ),
     }
     for operation, arguments in calls:
