@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core.system.paths import expanded
 from .lines import tell, tell_json, tell_stage
+from .weights_flag import add_weights
 
 _MIB = 2**20
 
@@ -32,6 +33,7 @@ def add_verbs(verbs: Any) -> tuple[argparse.ArgumentParser, argparse.ArgumentPar
     export.add_argument(
         "--generation", metavar="NAME", help="a save, or backup (default: the newest)"
     )
+    add_weights(export)
     export.add_argument(
         "--target",
         choices=("facefusion", "deepfacelive", "visomaster", "dfl"),
@@ -107,7 +109,12 @@ def _keras(args: argparse.Namespace, target: Path, report: Report) -> tuple[Fact
     from ..core.exchange.keras_export import export_keras
 
     done = export_keras(
-        args.model, target, generation=args.generation, force=args.force, report=report
+        args.model,
+        target,
+        generation=args.generation,
+        weights=args.weights,
+        force=args.force,
+        report=report,
     )
     faces = f"{done.num_faces} of its own faces" if done.num_faces else "no faces of its own"
     lines = [
@@ -122,7 +129,12 @@ def _safetensors(args: argparse.Namespace, target: Path, report: Report) -> tupl
     from ..core.exchange.tensors_export import export_tensors
 
     done = export_tensors(
-        args.model, target, generation=args.generation, force=args.force, report=report
+        args.model,
+        target,
+        generation=args.generation,
+        weights=args.weights,
+        force=args.force,
+        report=report,
     )
     size = f"{done.size_bytes / _MIB:,.1f} MiB"
     lines = [
@@ -137,7 +149,12 @@ def _onnx(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts
     from ..core.exchange.onnx_export import export_onnx
 
     done = export_onnx(
-        args.model, target, generation=args.generation, force=args.force, report=report
+        args.model,
+        target,
+        generation=args.generation,
+        weights=args.weights,
+        force=args.force,
+        report=report,
     )
     return _of_onnx(done)
 
@@ -151,6 +168,7 @@ def _dfm(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts,
         program=args.target or "facefusion",
         mask=args.mask,
         generation=args.generation,
+        weights=args.weights,
         force=args.force,
         report=report,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from ..core.system.paths import expanded
 from . import exchange
 from .lines import tell, tell_json
+from .weights_flag import add_weights
 
 _MIB = 2**20
 
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inference.add_argument(
         "--side", choices=("a", "b", "both"), default="both", help="as whom faces are decoded"
     )
+    add_weights(inference)
     inference.add_argument("--force", action="store_true", help="replace the file")
     for sub in (*verb.values(), *exchange.add_verbs(verbs)):
         sub.add_argument("--json", action="store_true", help="print the facts as JSON")
@@ -186,6 +188,7 @@ def _inference(args: argparse.Namespace) -> int:
         generation=args.generation,
         precision=args.precision,
         side=args.side,
+        weights=args.weights,
         force=args.force,
     )
     if args.json:

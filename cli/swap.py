@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.system.paths import expanded
 from .lines import complain, tell, tell_json
+from .weights_flag import add_weights
 
 if TYPE_CHECKING:
     from ..core.convert.film import Emit, Report
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--generation", metavar="NAME", help="a save, or backup (default: the newest)"
     )
+    add_weights(parser)
     _add_blending(parser)
     _add_computing(parser)
     parser.add_argument(
@@ -127,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
         frames=expanded(args.frames),
         output=expanded(args.output),
         generation=args.generation,
+        weights=args.weights,
         side=args.side,
         mask=args.mask,
         feather_px=args.feather,

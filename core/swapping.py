@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import models
 from ..models.autoencoder import Autoencoder, Side
-from .checkpoint.inference import SCHEMA, built, network_of, read_model, refuse_misfit
+from .checkpoint.inference import SCHEMA, Weights, built, network_of, read_model, refuse_misfit
 from .checkpoint.inference import SIDES as SIDES_OF
 from .config import DataConfig, from_dict
 from .data.decode import decode_one
@@ -80,7 +80,11 @@ class SwapModel:
 
 
 def load_model(
-    path: str | Path, *, generation: str | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    generation: str | None = None,
+    device: str | torch.device = "cpu",
+    weights: Weights = "auto",
 ) -> SwapModel:
     """Read a model for use.
 
@@ -88,6 +92,9 @@ def load_model(
         path: A model folder, which is only read, or a file of `mien model inference`.
         generation: Name of a save of the folder, or `backup`; None: the newest.
         device: Device on which it is to compute.
+        weights: Weights of a folder's save: of the training (raw), their average (ema), which
+            `train.ema` keeps, or that where there is one (auto). A file has those that it was made
+            with.
 
     Raises:
         ValueError: There is no model, it is damaged, or it does not fit its own settings; one line
@@ -95,10 +102,15 @@ def load_model(
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        return _of_folder(path, generation, device)
+        return _of_folder(path, generation, device, weights)
     # Refused, not passed over: a user who names a save would get another one.
     if generation is not None:
         raise ValueError(f"{path} is no model folder, so it has no generation {generation!r}")
+    if weights != "auto":
+        raise ValueError(
+            f"{path} is no model folder, so it has one set of weights, not {weights!r}; leave "
+            "weights out"
+        )
     return _of_file(path, device)
 
 
@@ -286,8 +298,10 @@ def _levels(shares: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return np.rint(shares * 255).astype(np.uint8) if dtype == np.uint8 else shares
 
 
-def _of_folder(path: Path, generation: str | None, device: str | torch.device) -> SwapModel:
-    source, state, config, tensors = read_model(path, generation)
+def _of_folder(
+    path: Path, generation: str | None, device: str | torch.device, weights: Weights
+) -> SwapModel:
+    source, state, config, tensors = read_model(path, generation, weights=weights)
     network = network_of(source, config, tensors).to(device)
     return _ready(network, SIDES_OF["both"], config.data, state["run_id"], state["iterations"])
 

@@ -26,9 +26,10 @@ from ..system.durable_files import (
 )
 
 MANIFEST_SCHEMA = 1
-MODEL, OPTIMIZER, STATE, CONFIG = (
+MODEL, OPTIMIZER, EMA, STATE, CONFIG = (
     "model.safetensors",
     "optimizer.safetensors",
+    "ema.safetensors",
     "state.json",
     "config.toml",
 )
@@ -69,6 +70,9 @@ _NUMBER_FORMATS = {
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+Tensors = dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Generation:
     """One complete save, read back and verified."""
@@ -79,6 +83,8 @@ class Generation:
     optimizer: dict[str, Tensor] | None
     state: dict[str, Any]
     config: dict[str, Any] | None
+    ema: dict[str, Tensor] | None = None
+    """Averages of the weights that were trained, where they were kept."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,14 @@ class Manifest:
     run_id: str
     mien_version: str
     files: dict[str, tuple[int, str]]
+
+
+def tensor_files(
+    model: Tensors, optimizer: Tensors | None, ema: Tensors | None = None
+) -> dict[str, Tensors]:
+    """Tensors of a save by the name of the file that holds them."""
+    parts = {MODEL: model, OPTIMIZER: optimizer, EMA: ema}
+    return {name: tensors for name, tensors in parts.items() if tensors is not None}
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -290,7 +304,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     # No other names than these, since each is joined to a path.
     files, rest = body.get("files"), (body.get("sequence"), body.get("iterations"))
-    known = {MODEL, OPTIMIZER, STATE, CONFIG}
+    known = {MODEL, OPTIMIZER, EMA, STATE, CONFIG}
     # Whatever the digest says: anybody can compute one over what he likes.
     good = (
         schema == MANIFEST_SCHEMA
@@ -354,7 +368,7 @@ def read_tensors(folder: Path, name: str, manifest: Manifest, max_bytes: int) ->
 
     Args:
         folder: The generation's.
-        name: `MODEL` or `OPTIMIZER`.
+        name: `MODEL`, `OPTIMIZER` or `EMA`.
         manifest: The generation's.
         max_bytes: Bytes of the largest file that such a model has: `most_tensor_bytes`.
 
@@ -402,16 +416,20 @@ def read_generation(folder: Path, manifest: Manifest) -> Generation:
     """Read a whole generation, the small files first."""
     # They say how large the tensors can be, which bounds what is read of them.
     state, config = read_state(folder, manifest)
-    optimizer, max_bytes = None, most_tensor_bytes(config)
-    if OPTIMIZER in manifest.files:
-        optimizer = read_tensors(folder, OPTIMIZER, manifest, max_bytes)
+    max_bytes = most_tensor_bytes(config)
+    tensors = {
+        name: read_tensors(folder, name, manifest, max_bytes)
+        for name in (OPTIMIZER, EMA, MODEL)
+        if name in manifest.files
+    }
     return Generation(
         name=manifest.name,
         path=folder,
-        model=read_tensors(folder, MODEL, manifest, max_bytes),
-        optimizer=optimizer,
+        model=tensors[MODEL],
+        optimizer=tensors.get(OPTIMIZER),
         state=state,
         config=config,
+        ema=tensors.get(EMA),
     )
 
 

@@ -26,6 +26,7 @@ from ...models.fields import shown
 from ..config import Config, from_dict, model_settings
 from ..system.durable_files import Content, DamagedError, write_output
 from .format import (
+    EMA,
     MODEL,
     metadata_of,
     most_tensor_bytes,
@@ -38,6 +39,9 @@ from .model_folder import ModelFolder
 
 SCHEMA = "mien.inference/1"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Weights = Literal["auto", "ema", "raw"]
+"""Weights of a save: `read_model` says which."""
+
 SIDES: dict[str, tuple[Side, ...]] = {"a": ("a",), "b": ("b",), "both": ("a", "b")}
 
 
@@ -48,6 +52,7 @@ def write_inference(
     generation: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     side: Literal["a", "b", "both"] = "both",
+    weights: Weights = "auto",
     force: bool = False,
 ) -> dict[str, str]:
     """Write the weights of a generation for use, whole or not at all; the metadata of the file.
@@ -58,6 +63,7 @@ def write_inference(
         generation: Name of one, or `backup`; None: the newest.
         precision: Number format of the weights.
         side: Side as whom faces are to be decoded.
+        weights: Same as for `read_model`.
         force: Replace the file where there is one.
 
     Raises:
@@ -66,7 +72,7 @@ def write_inference(
     """
     # First of all: gigabytes need not be read for a file that cannot be written.
     refuse_target(path, target, ".safetensors", force=force)
-    source, state, config, saved = read_model(path, generation)
+    source, state, config, saved = read_model(path, generation, weights=weights)
     content, metadata = weights_file(source, state, config, saved, precision=precision, side=side)
     write_export(target, content, force=force)
     return metadata
@@ -103,26 +109,35 @@ def weights_file(
 
 
 def read_model(
-    path: Path, generation: str | None = None
+    path: Path, generation: str | None = None, *, weights: Weights = "auto"
 ) -> tuple[Path, dict[str, Any], Config, dict[str, Tensor]]:
     """A save of a model folder, which is only read: its place, state, settings and weights.
 
     Args:
         path: The model folder.
         generation: Name of one, or `backup`; None: the newest.
+        weights: Those of the training (raw), their average (ema), or that where there is one
+            (auto). What has no average, as statistics of norms, is as in the training.
 
     Raises:
-        ValueError: There is no such save, or it is damaged, or its settings are unknown.
+        ValueError: There is no such save, or it is damaged, or its settings are unknown, or it has
+            no average and that is asked for.
     """
     with ModelFolder(path, read_only=True) as folder:
         source, manifest = folder.generations.find(generation)
     try:
         state, values = read_state(source, manifest)
         tensors = read_tensors(source, MODEL, manifest, most_tensor_bytes(values))
+        if weights != "raw" and EMA in manifest.files:
+            tensors |= read_tensors(source, EMA, manifest, most_tensor_bytes(values))
     except DamagedError as damage:
         raise ValueError(
             f"{source} is damaged ({damage}); `mien model verify {path}` tells what is whole"
         ) from damage
+    if weights == "ema" and EMA not in manifest.files:
+        raise ValueError(
+            f"{source} has no average of the weights, which train.ema keeps; ask for raw weights"
+        )
     if values is None:
         raise ValueError(f"{source} holds no config.toml, so its settings are unknown")
     return source, state, from_dict(values), tensors

@@ -3,6 +3,7 @@
     config.toml          settings as last resolved, for people to read
     state.json           the pointer: which generation is in use, the run's counts, the lowest loss
     generations/<n>/     model.safetensors  optimizer.safetensors  state.json  config.toml
+                         ema.safetensors, the average of the weights where there is one
                          manifest.json (size and SHA-256 of the others, and the order of writing)
     backup/              the same of the save with the lowest mean loss
     archived_<time>/     what `restore` replaced: generations, state.json, config.toml, logs
@@ -32,8 +33,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..config import Config, to_toml
 from ..system.durable_files import (
     DamagedError,
@@ -49,13 +48,13 @@ from . import retention
 from .format import (
     CONFIG,
     MAX_JSON_BYTES,
-    MODEL,
-    OPTIMIZER,
     STATE,
     Generation,
     Manifest,
+    Tensors,
     metadata_of,
     parse_json,
+    tensor_files,
     write_tensors,
 )
 from .generations import BACKUP, FOLDER, Generations
@@ -64,6 +63,8 @@ from .owner import OWNER, InUseError
 from .pointer import is_same_save, read_pointer, write_pointer
 
 PREVIEW, PREVIEWS = "preview.png", "previews"
+
+State = dict[str, Any]
 
 _WARNED_OF_DISK: set[Path] = set()
 """Folders of whose disk's limits this process has warned; every stage of a run opens its folder."""
@@ -198,7 +199,7 @@ class ModelFolder:
         )
 
     def save(
-        self, model: dict[str, Tensor], optimizer: dict[str, Tensor] | None, state: dict[str, Any]
+        self, model: Tensors, optimizer: Tensors | None, state: State, ema: Tensors | None = None
     ) -> Path:
         """The folder of a new complete generation, durable on disk when this returns.
 
@@ -211,7 +212,7 @@ class ModelFolder:
         self._require_lock()
         state_bytes = json.dumps(state, indent=1, allow_nan=False).encode()
         metadata = metadata_of(state)
-        tensors = {MODEL: model} | ({} if optimizer is None else {OPTIMIZER: optimizer})
+        tensors = tensor_files(model, optimizer, ema)
         texts = {STATE: state_bytes} | ({} if self._config is None else {CONFIG: self._config})
         file_names = frozenset(tensors | texts)
         current = self._current

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .format import MODEL, OPTIMIZER
+from .format import Tensors
 from .model_folder import ModelFolder
 
 _SPARE_GPU_BYTES = 1 << 30
@@ -53,15 +53,17 @@ class Saver:
 
     def save(
         self,
-        model: dict[str, Tensor],
-        optimizer: dict[str, Tensor] | None,
+        model: Tensors,
+        optimizer: Tensors | None,
         state: dict[str, Any],
+        ema: Tensors | None = None,
         *,
         is_best: bool = False,
         with_snapshot: bool = False,
     ) -> float:
         """Seconds that the caller had to wait for the save before this one.
 
+        ``ema`` holds averages of the weights, where they are kept.
         The best one so far becomes the backup too, and a snapshot is made where it is due. When
         this returns the tensors may change: what is written is what they held at the call (on a
         GPU: what the work queued on the current stream until then makes of them).
@@ -72,20 +74,22 @@ class Saver:
         started = time.monotonic()
         self.wait()
         waited = time.monotonic() - started
-        labelled = {f"{MODEL}/{name}": tensor for name, tensor in model.items()}
-        labelled |= {f"{OPTIMIZER}/{name}": tensor for name, tensor in (optimizer or {}).items()}
+        parts = {"model": model, "optimizer": optimizer, "ema": ema}
+        labelled = {
+            f"{part}/{name}": tensor
+            for part, tensors in parts.items()
+            for name, tensor in (tensors or {}).items()
+        }
         in_flight = self._stage(labelled)
-        model_copy = {name: self._buffers[f"{MODEL}/{name}"] for name in model}
-        optimizer_copy = (
-            None
-            if optimizer is None
-            else {name: self._buffers[f"{OPTIMIZER}/{name}"] for name in optimizer}
-        )
+        copies = {
+            part: {name: self._buffers[f"{part}/{name}"] for name in tensors}
+            for part, tensors in parts.items()
+            if tensors is not None
+        }
         self._pending = self._pool.submit(
             self._write,
             in_flight,
-            model_copy,
-            optimizer_copy,
+            copies,
             # Training goes on in these dictionaries while they are written.
             copy.deepcopy(state),
             is_best,
@@ -117,8 +121,7 @@ class Saver:
     def _write(
         self,
         in_flight: list[tuple[torch.cuda.Event, list[Tensor]]],
-        model: dict[str, Tensor],
-        optimizer: dict[str, Tensor] | None,
+        copies: dict[str, Tensors],
         state: dict[str, Any],
         is_best: bool,
         with_snapshot: bool,
@@ -127,7 +130,7 @@ class Saver:
         for event, sources in in_flight:
             event.synchronize()
             sources.clear()  # the GPU memory of the staged copies goes back only now
-        path = self._folder.save(model, optimizer, state)
+        path = self._folder.save(copies["model"], copies.get("optimizer"), state, copies.get("ema"))
         # After the save itself, which must not fail for a copy of it.
         if is_best:
             self._folder.back_up(path)

@@ -97,7 +97,11 @@ def nan_scan(path: Path, name: str | None = None) -> tuple[str, int, list[NotFin
             ) from damage
     not_finite = []
     # Of the optimizer too: a moment that is infinite spoils the weights at the next step.
-    parts = {"model": generation.model, "optimizer": generation.optimizer or {}}
+    parts = {
+        "model": generation.model,
+        "optimizer": generation.optimizer or {},
+        "ema": generation.ema or {},
+    }
     for file, tensors in parts.items():
         not_finite += [bad for key, tensor in tensors.items() if (bad := _scan(file, key, tensor))]
     return source.name, sum(map(len, parts.values())), not_finite

@@ -375,6 +375,11 @@ class TrainConfig(Section):
     rollback_factor: float = setting(0.5, low=0.01, high=1.0)
     """What the learning rate is multiplied with at each rollback, until another rate is set."""
 
+    ema: float = setting(0.0, low=0.0, high=0.999999)
+    """Decay of a running average of the weights, 0.999 or so, which previews, held-out scores,
+    exports and swaps are then made of; it is kept in fp32, 4 bytes a parameter more. Its decay
+    begins low: of update t it is min(ema, (1 + t) / (10 + t)). 0: no average."""
+
     freeze_weights: bool = setting(False, flag="-f --freeze-weights")
     """Leave some of the model as it is, normally the encoder, and train the rest faster."""
 

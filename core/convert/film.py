@@ -16,7 +16,7 @@ import numpy as np
 from ...models.autoencoder import Side
 from .. import precision
 from ..blend import FEATHER_SHARE, LEARNED, STORED, BlendOptions
-from ..checkpoint.inference import write_export
+from ..checkpoint.inference import Weights, write_export
 from ..data.decode import thread_count
 from ..faces.inspect import tiled
 from ..faces.masks import LANDMARK_MASKS
@@ -56,6 +56,9 @@ class SwapSettings:
 
     generation: str | None = None
     """Name of a save of the model; None: the newest."""
+
+    weights: Weights = "auto"
+    """Same as for `load_model`."""
 
     side: Side = "b"
     """Side as whom the faces are decoded."""
@@ -189,7 +192,12 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     source = Video(settings.frames) if settings.frames.is_file() else PictureFolder(settings.frames)
     device = choose_device(settings.device, warn)
     compute = precision.resolve(settings.precision, device)
-    model = load_model(settings.model, generation=settings.generation, device=device)
+    model = load_model(
+        settings.model,
+        generation=settings.generation,
+        device=device,
+        weights=settings.weights,
+    )
     require_side(model, settings.side)
     options = _blend_options(settings, model)
     faces = read_faces(settings.faces, options.mask, warn)

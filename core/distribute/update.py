@@ -32,6 +32,7 @@ class MirroredUpdate(Update):
         model: Model on its device, with the same weights on all ranks.
         config: Settings of the optimizer.
         precision: Precision as it was resolved.
+        ema: Decay of the average of the weights; 0: none is kept.
         group: Ranks of the run.
         order: Numbers of the trained parameters in the order in which their gradients come.
         overlaps: Whether each part is moved once it was summed, during the backward pass.
@@ -44,6 +45,7 @@ class MirroredUpdate(Update):
         model: nn.Module,
         config: OptimizerConfig,
         precision: Precision,
+        ema: float = 0.0,
         *,
         group: Group,
         order: Sequence[int],
@@ -66,7 +68,7 @@ class MirroredUpdate(Update):
         if placement.is_on_host(config, next(model.parameters()).device):
             self._check_host_room(model, config, precision)
         # Only now: `_allocate`, which it calls, needs all of the above.
-        super().__init__(model, config, precision)
+        super().__init__(model, config, precision, ema)
         if overlaps:
             self._split(self.layout.parts)
 

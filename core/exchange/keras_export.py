@@ -26,6 +26,7 @@ from .keras_state import state_of
 from .keras_weights_file import require_h5py
 from .matching import match
 from .onnx_check import MAX_DIFFERENCE
+from ..checkpoint.inference import Weights
 from .trained_model import Report, read_trained_model, sample_pictures, silent
 
 
@@ -48,6 +49,7 @@ def export_keras(
     target: Path,
     *,
     generation: str | None = None,
+    weights: Weights = "auto",
     force: bool = False,
     report: Report = silent,
 ) -> KerasExport:
@@ -57,6 +59,7 @@ def export_keras(
         path: The model folder; it is only read.
         target: Folder to write, which is new or empty.
         generation: Name of a save, or `backup`; None: the newest.
+        weights: Same as for `read_model`.
         force: Replace the model of faceswap that is in the folder.
         report: Called with each stage.
 
@@ -65,7 +68,7 @@ def export_keras(
             said in Keras, or the file differs from the model.
     """
     require_h5py()
-    model = read_trained_model(path, generation, report)
+    model = read_trained_model(path, generation, report, weights)
     # faceswap names plugins as Python modules, which take no hyphen.
     name = model.config.model.trainer.replace("-", "_")
     files = (f"{name}.keras", f"{name}_state.json")

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..checkpoint.inference import refuse_target, write_export
+from ..checkpoint.inference import Weights, refuse_target, write_export
 from .dfm import dfm_file, dfm_plan, plain_file
 from .onnx_check import expected_of_dfm, expected_of_plain, verify
 from .onnx_graph import import_onnx
@@ -54,6 +54,7 @@ def export_onnx(
     target: Path,
     *,
     generation: str | None = None,
+    weights: Weights = "auto",
     force: bool = False,
     report: Report = silent,
 ) -> OnnxExport:
@@ -63,6 +64,7 @@ def export_onnx(
         path: The model folder; it is only read.
         target: A file *.onnx outside the saves.
         generation: Name of a save, or `backup`; None: the newest.
+        weights: Same as for `read_model`.
         force: Replace the file where there is one.
         report: Called with each stage.
 
@@ -73,7 +75,7 @@ def export_onnx(
     import_onnx()
     # Before the model is read and computed with, which takes long.
     refuse_target(path, target, ".onnx", force=force)
-    model = read_trained_model(path, generation, report)
+    model = read_trained_model(path, generation, report, weights)
     report("writing the graph and the weights")
     content = plain_file(model.network).content(model.metadata)
     faces, input_px = model.faces(), model.network.input_px
@@ -99,6 +101,7 @@ def export_dfm(
     program: str = "facefusion",
     mask: str | None = None,
     generation: str | None = None,
+    weights: Weights = "auto",
     force: bool = False,
     report: Report = silent,
 ) -> OnnxExport:
@@ -110,6 +113,7 @@ def export_dfm(
         program: Program that is to load it, a key of `PROGRAMS`.
         mask: One of `MASKS`; None: the learned mask where there is one, else the mean face.
         generation: Name of a save, or `backup`; None: the newest.
+        weights: Same as for `read_model`.
         force: Replace the file where there is one.
         report: Called with each stage.
 
@@ -118,7 +122,7 @@ def export_dfm(
     """
     import_onnx()
     refuse_target(path, target, ".dfm", force=force)
-    model = read_trained_model(path, generation, report)
+    model = read_trained_model(path, generation, report, weights)
     plan = dfm_plan(model.network, model.crop, program, mask)
     # Nothing but the file says later what it was made for.
     metadata = model.metadata | {"target": plan.target, "mask": plan.mask}

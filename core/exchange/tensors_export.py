@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
-from ..checkpoint.inference import refuse_target, weights_file
+from ..checkpoint.inference import Weights, refuse_target, weights_file
 from ..data.sides import SIDES
 from ..swapping import load_model
 from ..system.durable_files import checked_output, write_file
@@ -31,6 +31,7 @@ def export_tensors(
     target: Path,
     *,
     generation: str | None = None,
+    weights: Weights = "auto",
     force: bool = False,
     report: Report = silent,
 ) -> TensorsExport:
@@ -42,6 +43,7 @@ def export_tensors(
         path: The model folder; it is only read.
         target: A file *.safetensors outside the saves.
         generation: Name of a save, or `backup`; None: the newest.
+        weights: Same as for `read_model`.
         force: Replace the file where there is one.
         report: Called with each stage.
 
@@ -50,7 +52,7 @@ def export_tensors(
             refuses, or gives back something else.
     """
     refuse_target(path, target, ".safetensors", force=force)
-    model = read_trained_model(path, generation, report)
+    model = read_trained_model(path, generation, report, weights)
     faces = model.faces()
     pictures_nssc = np.stack(sample_pictures(model.network.input_px, faces))
     pictures_ncss = torch.from_numpy(pictures_nssc).permute(0, 3, 1, 2).contiguous()

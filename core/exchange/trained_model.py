@@ -13,7 +13,7 @@ import numpy as np
 
 from ...models.autoencoder import Autoencoder
 from ..checkpoint.format import metadata_of
-from ..checkpoint.inference import network_of, read_model, refuse_not_finite
+from ..checkpoint.inference import Weights, network_of, read_model, refuse_not_finite
 from ..config import Config, to_dict
 from ..config.path_settings import each_path
 from ..data.decode import decode_one
@@ -74,7 +74,10 @@ class TrainedModel:
 
 
 def read_trained_model(
-    path: Path, generation: str | None = None, report: Report = silent
+    path: Path,
+    generation: str | None = None,
+    report: Report = silent,
+    weights: Weights = "auto",
 ) -> TrainedModel:
     """Read a save of a model folder, which is only read.
 
@@ -82,13 +85,14 @@ def read_trained_model(
         path: The model folder.
         generation: Name of a save, or `backup`; None: the newest.
         report: Called when it begins.
+        weights: Same as for `read_model`.
 
     Raises:
         ValueError: There is no such save, or it is damaged, does not fit its own settings, or holds
             numbers that are none.
     """
     report("reading the save")
-    source, state, config, tensors = read_model(path, generation)
+    source, state, config, tensors = read_model(path, generation, weights=weights)
     refuse_not_finite(tensors)
     # Sorted, so that equal settings have one hash whatever wrote them.
     settings = json.dumps(to_dict(config), sort_keys=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.norm_history import in_order, load_history, new_history
 from ...kernels.optimize import optimize
-from ...kernels.optimizer_rules import Clipping, Rule
+from ...kernels.optimizer_rules import EMA, Clipping, Rule
 from ...kernels.optimizer_scalars import Scalar, new_scalars
 from ...kernels.tensor_table import TensorTable
 from ...models.alignment import axes_of, crop, pad
@@ -45,8 +45,8 @@ _RMS_MEMORY = 0.99
 """Decay rate of RMSprop's mean square."""
 
 
-def rule_of(config: OptimizerConfig) -> Rule:
-    """The rule that the settings describe."""
+def rule_of(config: OptimizerConfig, ema: float = 0.0) -> Rule:
+    """The rule that the settings describe, with `train.ema` as the decay of the average."""
     return Rule(
         name=config.optimizer,
         beta_1=config.ada_beta_1,
@@ -54,6 +54,7 @@ def rule_of(config: OptimizerConfig) -> Rule:
         epsilon=10.0**config.epsilon_exponent,
         weight_decay=config.weight_decay,
         amsgrad=config.ada_amsgrad,
+        ema=ema,
     )
 
 
@@ -94,6 +95,25 @@ def _zeros_like(expected: Tensor) -> Tensor:
     return torch.zeros(expected.shape, dtype=expected.dtype)
 
 
+def _lowered(parameters: Sequence[nn.Parameter], compute: torch.dtype) -> list[Tensor]:
+    """The weights of the parameters, which are of this type from now on."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(compute)
+    return [parameter.detach() for parameter in parameters]
+
+
+def _without_memory(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors in fp32 of the shapes and strides of these, which hold nothing."""
+    return [torch.empty_like(each, dtype=torch.float32, device="meta") for each in tensors]
+
+
+def _history_of(config: OptimizerConfig, device: torch.device) -> Tensor | None:
+    """Room for the norms that autoclip looks at; None: there is no autoclip."""
+    if config.gradient_clipping != "autoclip":
+        return None
+    return new_history(device, config.autoclip_history or _LONGEST_HISTORY)
+
+
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay moves a parameter: biases and norms, which it leaves alone, have one
     dimension, or a name that says so."""
@@ -110,16 +130,40 @@ def _saved_scalars(rule: Rule, accumulation: int) -> dict[str, int]:
     return saved
 
 
-def _zeros_of_thawed(
-    tensors: Mapping[str, Tensor], shapes: Mapping[str, Tensor], moments: Collection[str]
+def _completed(
+    tensors: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    names: Collection[str],
+    kinds: Collection[str],
 ) -> dict[str, Tensor]:
-    """Moments of the parameters of which a checkpoint's tensors hold none."""
-    return {
-        f"{name}.{kind}": _zeros_like(like)
-        for name, like in shapes.items()
+    """A checkpoint's tensors of an optimizer, with zeros for what has not begun.
+
+    A parameter of which there is nothing was frozen until now, and begins at zero. Then the count
+    of steps begins anew for all, for Adam's correction of young means needs it: with the old count
+    the first steps of such a parameter would be several times the rate. The others take shorter
+    steps for some hundred iterations.
+
+    What was accumulated goes on, if all of it is there and there is still accumulation.
+
+    Args:
+        tensors: Tensors of the checkpoint.
+        own: Tensors as the optimizer has them now.
+        names: Parameters that are trained.
+        kinds: Kinds of tensors that the checkpoint should hold of each.
+    """
+    moments = [kind for kind in kinds if kind != "accumulator"]
+    thawed = {
+        f"{name}.{kind}": _zeros_like(own[f"{name}.{kind}"])
+        for name in names
         if not any(f"{name}.{kind}" in tensors for kind in moments)
         for kind in moments
     }
+    fresh = {name: own[name] for name in (*_COUNTS, "momentum_product") if name in own and thawed}
+    completed = thawed | dict(tensors) | fresh
+    if any(f"{name}.accumulator" not in completed for name in names):
+        begun = {f"{name}.accumulator" for name in names} | {"accumulated"}
+        completed |= {name: _zeros_like(own[name]) for name in begun & own.keys()}
+    return completed
 
 
 @dataclass(frozen=True)
@@ -160,6 +204,7 @@ class Update:
         model: nn.Module,
         config: OptimizerConfig,
         precision: Precision,
+        ema: float = 0.0,
     ):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Frozen parameters get no moments and no place in the table, so they cost no launch.
@@ -179,11 +224,9 @@ class Update:
         if precision.compute is not torch.float32:
             if self.is_on_host:
                 self.master_weights = placement.page_locked(self.master_weights)
-            for parameter in self.parameters:
-                # The master weights above keep the fp32 numbers; the parameter now is the copy.
-                parameter.data = parameter.data.to(precision.compute)
-            self.low_precision_weights = [parameter.detach() for parameter in self.parameters]
-        self.rule, self.clipping = rule_of(config), clipping_of(config)
+            # The master weights above keep the fp32 numbers; the parameters now are the copies.
+            self.low_precision_weights = _lowered(self.parameters, precision.compute)
+        self.rule, self.clipping = rule_of(config, ema), clipping_of(config)
         self.accumulation = config.gradient_accumulation
         self._saved = _saved_scalars(self.rule, self.accumulation)
         self.moments: dict[str, list[Tensor]] = {}
@@ -191,16 +234,12 @@ class Update:
         """Sums of gradients, in fp32, of parameters whose update is not due."""
 
         self._allocate()
-        self.history_c: Tensor | None = None
+        self._begin_averages()
+        self.history_c = _history_of(config, device)
         """Norms of past gradients, for autoclip."""
 
-        if self.clipping.kind == "autoclip":
-            self.history_c = new_history(device, config.autoclip_history or _LONGEST_HISTORY)
-        scalars = new_scalars(
-            device,
-            learning_rate=config.learning_rate,
-            scale=_FIRST_SCALE if precision.scales_loss else 1.0,
-        )
+        scale = _FIRST_SCALE if precision.scales_loss else 1.0
+        scalars = new_scalars(device, learning_rate=config.learning_rate, scale=scale)
         self.parts = [self._part(list(range(len(self.parameters))), scalars)]
         self.rate = config.learning_rate
 
@@ -210,6 +249,11 @@ class Update:
         self.moments = {kind: zeros(self.parameters) for kind in self.rule.moments}
         # On the GPU in any case: every iteration adds to them.
         self.accumulators = _zeros(self.parameters) if self.accumulation > 1 else []
+
+    def _begin_averages(self) -> None:
+        """Have the averages, where they are kept, be the weights as they are now."""
+        if self.rule.ema:
+            torch._foreach_copy_(self.moments[EMA], self.master_weights)
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) loss, one of each parameter; or keep
@@ -234,9 +278,8 @@ class Update:
     @property
     def scale(self) -> Tensor | None:
         """What the loss's gradient is multiplied with, on the device; None: nothing."""
-        return (
-            self.parts[0].scalars[Scalar.LOSS_SCALE].float() if self.precision.scales_loss else None
-        )
+        scales = self.precision.scales_loss
+        return self.parts[0].scalars[Scalar.LOSS_SCALE].float() if scales else None
 
     def set_rate(self, rate: float) -> None:
         """Have the next update take this rate; nothing is read from the device."""
@@ -270,13 +313,31 @@ class Update:
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         return state | self._cropped(self._whole("weight")) | self.frozen.weights
 
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """Averages of the weights that are trained, as a checkpoint holds them; empty: none."""
+        self._settle()
+        return self._cropped(self._whole(EMA)) if self.rule.ema else {}
+
+    def load_averages(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `averages` gave; one that is missing stays as it is.
+
+        Raises:
+            ValueError: A tensor has another shape or number format, or holds NaN or infinity.
+        """
+        expected = self._whole_shapes()
+        for number, name in enumerate(self.names):
+            if self.rule.ema and name in tensors:
+                optimizer_state.check(f"{name}.{EMA}", tensors[name], expected[name])
+                self._take(EMA, number, self._padded(name, tensors[name]))
+
     def _expected_weights(self) -> dict[str, Tensor]:
         """Tensors of the names, shapes and formats that `weights` gives; not all have memory."""
         state = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
         return state | self._whole_shapes() | self.frozen.weights
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `weights` gave.
+        """Take up what `weights` gave; averages begin there.
 
         Raises:
             ValueError: A tensor is missing, unknown, or of another shape or number format.
@@ -292,6 +353,7 @@ class Update:
                 self.frozen.load_weight(name, tensor)
             else:
                 state[name].copy_(tensor)
+        self._begin_averages()
 
     def tensors(self) -> dict[str, Tensor]:
         """What a resume needs besides, by name: `<parameter>.mean`, `.square`, `.largest` as the
@@ -315,15 +377,7 @@ class Update:
         return state if self.history_c is None else state | {"history": self.history_c}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `tensors` gave; the settings stay as configured now.
-
-        A parameter of which there is nothing was frozen until now, and begins at zero. Then the
-        count of steps begins anew for all, for Adam's correction of young means needs it: with the
-        old count the first steps of such a parameter would be several times the rate. The others
-        take shorter steps for some hundred iterations.
-
-        What was accumulated goes on, if all of it is there and there is still accumulation; of
-        autoclip's history as many of the newest norms are kept as it now has room for.
+        """Take up what `tensors` gave, as `_completed` says; the settings stay as configured now.
 
         Raises:
             ValueError: A tensor is missing, has another shape or number format, or holds a number
@@ -331,16 +385,11 @@ class Update:
         """
         # What was saved may be a stranger's.
         own = self._expected()
-        thawed = _zeros_of_thawed(tensors, self._whole_shapes(), self.moments)
-        counts = [*_COUNTS, *(["momentum_product"] if self.rule.name == "nadam" else [])]
-        fresh = {name: own[name] for name in counts} if thawed else {}
-        tensors = thawed | tensors | fresh
-        if any(f"{name}.accumulator" not in tensors for name in self.names):
-            begun = {f"{name}.accumulator" for name in self.names} | {"accumulated"}
-            tensors |= {name: _zeros_like(own[name]) for name in begun & own.keys()}
+        tensors = _completed(tensors, own, self.names, self._kinds)
         history = tensors.get("history")
         for name, tensor in own.items():
-            # Without a history autoclip begins with an empty one, as where the clipping is new.
+            # Without a history autoclip begins with an empty one, as where the clipping is new. Of
+            # one that is there it takes as many of the newest norms as it has room for.
             if name != "history" or history is not None:
                 optimizer_state.check(name, tensors.get(name), tensor)
         for name, index in self._saved.items():
@@ -359,8 +408,8 @@ class Update:
 
     @property
     def _kinds(self) -> list[str]:
-        """Moments and accumulators, by the last part of their names in a checkpoint."""
-        return [*self.moments, *(["accumulator"] if self.accumulators else [])]
+        """Moments and accumulators, by the last part of their names among `tensors`."""
+        return [k for k in self.moments if k != EMA] + ["accumulator"] * bool(self.accumulators)
 
     def _own(self, kind: str) -> list[Tensor]:
         """Tensors of one kind: `weight`, or one of `_kinds`."""
@@ -380,12 +429,7 @@ class Update:
 
     def _whole_shapes(self) -> dict[str, Tensor]:
         """Tensors without memory, of the names, shapes and formats of a kind in a checkpoint."""
-        return self._cropped(
-            [
-                torch.empty_like(parameter, dtype=torch.float32, device="meta")
-                for parameter in self.parameters
-            ]
-        )
+        return self._cropped(_without_memory(self.parameters))
 
     def _settle(self) -> None:
         """Wait for the GPU where the host is to read or write what it moves."""

@@ -17,6 +17,7 @@ _RANGES = {
     # Never below nought: the rule takes its root, and NaN would spread to every weight.
     "square": (0.0, _LARGEST),
     "largest": (0.0, _LARGEST),
+    "ema": (-_LARGEST, _LARGEST),
     "step": (0.0, _MOST),
     # Adam divides by one less this; at 1 only before the first step.
     "beta_1_power": (0.0, 1.0),

@@ -102,8 +102,10 @@ class OverlappedUpdate(Update):
 
     is_whole = False
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, precision: Precision):
-        super().__init__(model, config, precision)
+    def __init__(
+        self, model: nn.Module, config: OptimizerConfig, precision: Precision, ema: float = 0.0
+    ):
+        super().__init__(model, config, precision, ema)
         device = self.parameters[0].device
         # A CPU has no streams: there parts are moved between two layers, on the same cores.
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None

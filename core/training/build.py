@@ -104,7 +104,7 @@ def build_step(
         update = _shared_update(config, model, precision, group)
     else:
         kind = kind_of_update or _kind_of_update(config, precision, device)
-        update = kind(model, config.optimizer, precision)
+        update = kind(model, config.optimizer, precision, config.train.ema)
     loss = loss or Loss(config.loss, model.output_px, device)
     stream = torch.cuda.Stream(device) if _has_two_streams(config, device) else None
     shared = _shared_step(config, device, group) if group else None
@@ -136,7 +136,10 @@ def _shared_update(
     # Gradients are sent during the backward pass anyway; auto leaves the weights for afterwards.
     overlaps = overlap.choose(config.optimizer, precision) is overlap.OverlappedUpdate
     order = arrival_order(meta_model(config))
-    return kind(model, config.optimizer, precision, group=group, order=order, overlaps=overlaps)
+    ema = config.train.ema
+    return kind(
+        model, config.optimizer, precision, ema, group=group, order=order, overlaps=overlaps
+    )
 
 
 def _is_sharded(

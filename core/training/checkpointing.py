@@ -11,6 +11,7 @@ from ..console.requests import Request, Requests
 from ..distribute.council import Call
 from ..evaluate import evaluate as evaluations
 from ..evaluate.evaluate import evaluate, measured_at
+from ..optim.averaged import averaged
 from ..preview.look import Look
 from .gathering import gather
 from .metrics import MetricsLogger
@@ -141,7 +142,7 @@ class Checkpointer:
             return
         self._gather()
         # Before anything is written: images that show a divergence must not become the newest save.
-        look = self.look = self.setup.images.look(state.iterations)
+        look = self.look = self._look()
         self.check(look)
         mean_loss, is_best = None, False
         if is_good and (is_last or not self._is_only_first()):
@@ -158,8 +159,9 @@ class Checkpointer:
         queued_at = time.monotonic()
         self._write_preview(look)
         self.metrics.picture("preview", self.setup.images.shown_jpeg, look.iteration)
-        self.setup.images.keep(look)
-        added = self.setup.images.add_to_timelapse(state.iterations)
+        with averaged(self.setup.step.update):
+            self.setup.images.keep(look)
+            added = self.setup.images.add_to_timelapse(state.iterations)
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)
         self.saved_at = time.monotonic()
@@ -189,6 +191,7 @@ class Checkpointer:
             update.weights(),
             update.tensors() if with_optimizer else None,
             self.setup.state.to_dict(),
+            update.averages or None,
             is_best=is_best,
             with_snapshot=with_snapshot,
         )
@@ -204,8 +207,14 @@ class Checkpointer:
         self.metrics.log(wait=True)  # the device has then made all steps
         if self.look is None or "preview" in requests:
             self._gather()
-            self.look = self.setup.images.look(self.setup.state.iterations)
+            self.look = self._look()
         self._write_preview(self.look)
+
+    def _look(self) -> Look:
+        """What the model makes of the preview's faces as of now, by the average of its weights
+        where one is kept."""
+        with averaged(self.setup.step.update):
+            return self.setup.images.look(self.setup.state.iterations)
 
     def _write_preview(self, look: Look) -> None:
         mask_is_toggled = self.requests.mask_is_toggled
@@ -222,7 +231,8 @@ class Checkpointer:
         # Measured already, where a save of this very iteration came before.
         if setup.evaluation is None or self.requests.stop.signal_name or is_measured:
             return
-        metrics = evaluate(setup.model, setup.precision, setup.evaluation)
+        with averaged(setup.step.update):
+            metrics = evaluate(setup.model, setup.precision, setup.evaluation)
         # JSON holds no NaN, and a plateau could not compare one; the report still shows it.
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         setup.state.parts[evaluations.PART] = {"iteration": iteration} | finite

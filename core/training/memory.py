@@ -142,7 +142,8 @@ def host_state(config: Config, precision: Precision, num_parameters: int, link: 
         num_parameters: Number of parameters that are trained.
         link: Link between the GPU and the host.
     """
-    num_bytes = num_parameters * placement.host_bytes(rule_of(config.optimizer), precision.compute)
+    rule = rule_of(config.optimizer, config.train.ema)
+    num_bytes = num_parameters * placement.host_bytes(rule, precision.compute)
     return placement.described(num_bytes, link, config.optimizer.gradient_accumulation)
 
 
@@ -258,6 +259,7 @@ def _bytes_of_a_parameter(config: Config, compute: torch.dtype, num_ranks: int) 
         "lowered weights": compute.itemsize if is_lowered else 0,
         "gradients": compute.itemsize,
         "optimizer state": 4 * share * len(rule.moments),
+        "average of the weights": 4 * share if config.train.ema else 0,
     }
     if num_ranks == 1:
         return state | {"accumulated gradients": 4 if accumulates else 0}

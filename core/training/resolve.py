@@ -180,6 +180,7 @@ def resolve(
     if model:
         _refuse_swapped(model.last["data"], config.data)
         notices += _changes(model, to_dict(config))
+        notices += _notices_of_average(model.before, config)
     notices += _notices_of_unwritable(unwritable)
     notices = [*overrides.notices, *notices]
     return Resolved(config, kept, model.before if model else None, progress, notices)
@@ -344,6 +345,16 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
         name = f"model.options.{option.name}"
         if own != value and name not in not_compared:
             yield Notice(f"updated {name} from {_shown(own)} to {_shown(value)}")
+
+
+def _notices_of_average(before: Config, config: Config) -> list[Notice]:
+    """Sentence about an average of the weights that begins or ends here."""
+    if bool(before.train.ema) == bool(config.train.ema):
+        return []
+    if config.train.ema:
+        return [Notice("train.ema is on: the average begins at the weights as they are now")]
+    text = "train.ema is 0: the average of the weights is dropped, and saves from now on lack it"
+    return [Notice(text, is_warning=True)]
 
 
 def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, Any, Any]]:

@@ -42,6 +42,7 @@ def restore(config: Config, saved: Generation | None, update: Update) -> Trainin
         update.load_weights(saved.model)
         if saved.optimizer is not None:
             update.load(saved.optimizer)
+        update.load_averages(saved.ema or {})
     state = TrainingState.from_dict(saved.state)
     measured_at(state)  # what is not valid is refused now, and not at the first save
     return state

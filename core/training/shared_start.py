@@ -67,7 +67,7 @@ def share_start(group: Group, saved: Generation | None, config: Config) -> None:
     # As JSON and tensors: nothing that another process sends is to be unpickled.
     group.text(json.dumps({"config": to_dict(config), "saved": saved and _described(saved)}))
     if saved is not None:
-        group.broadcast([*saved.model.values(), *(saved.optimizer or {}).values()])
+        group.broadcast([tensor for each in _tensors_of(saved) for tensor in each.values()])
 
 
 def follow_start(group: Group) -> tuple[Generation | None, Config]:
@@ -77,17 +77,27 @@ def follow_start(group: Group) -> tuple[Generation | None, Config]:
     if described is None:
         return None, config
     # In the order in which the first rank has described them, which is that of its broadcasts.
-    model, optimizer = _new(described["model"]), _new(described["optimizer"] or {})
-    group.broadcast([*model.values(), *optimizer.values()])
+    model, optimizer, ema = (
+        None if described[part] is None else _new(described[part])
+        for part in ("model", "optimizer", "ema")
+    )
+    assert model is not None
     saved = Generation(
         name=described["name"],
         path=Path(described["path"]),
         model=model,
-        optimizer=None if described["optimizer"] is None else optimizer,
+        optimizer=optimizer,
+        ema=ema,
         state=described["state"],
         config=described["config"],
     )
+    group.broadcast([tensor for each in _tensors_of(saved) for tensor in each.values()])
     return saved, config
+
+
+def _tensors_of(saved: Generation) -> tuple[dict[str, Tensor], ...]:
+    """Tensors of a save, file by file, in the order in which they are sent."""
+    return saved.model, saved.optimizer or {}, saved.ema or {}
 
 
 def _described(saved: Generation) -> dict[str, Any]:
@@ -101,6 +111,7 @@ def _described(saved: Generation) -> dict[str, Any]:
         "path": str(saved.path),
         "model": sizes(saved.model),
         "optimizer": None if saved.optimizer is None else sizes(saved.optimizer),
+        "ema": None if saved.ema is None else sizes(saved.ema),
         "state": saved.state,
         "config": saved.config,
     }
