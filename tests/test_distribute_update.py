@@ -70,11 +70,12 @@ def _config(settings):
 
 def _make(group, mode, kind, settings, overlaps=False):
     precision = precisions.resolve(mode, CPU)
-    model, config = _Net(), _config(settings)
+    rest = {name: value for name, value in settings.items() if name != "ema"}
+    model, config, ema = _Net(), _config(rest), settings.get("ema", 0.0)
     if group is None:
-        return Update(model, config, precision)
+        return Update(model, config, precision, ema)
     order = [*range(len([*model.parameters()]))][::-1]
-    return KINDS[kind](model, config, precision, group=group, order=order, overlaps=overlaps)
+    return KINDS[kind](model, config, precision, ema, group=group, order=order, overlaps=overlaps)
 
 
 def _saved(update):
@@ -84,6 +85,7 @@ def _saved(update):
     if not isinstance(update, MirroredUpdate) or update.group.ranks.is_first:
         tensors = {name: each.clone() for name, each in update.weights().items()}
         tensors |= {f"state of {name}": each.clone() for name, each in update.tensors().items()}
+        tensors |= {f"average of {name}": each.clone() for name, each in update.averages.items()}
     return tensors, [each.detach().clone() for each in update.parameters]
 
 
@@ -101,6 +103,8 @@ CASES += [
     ("fp32", {"optimizer": "nadam", "gradient_clipping": "autoclip"}, False),
     ("bf16", {"optimizer": "lion", "reduce": "fp32"}, False),
     ("bf16", {"ada_amsgrad": True}, False),
+    ("bf16", {"ema": 0.3}, False),
+    ("fp32", {"ema": 0.3, "optimizer": "lion"}, True),
 ]
 IDS = [f"{mode} {' '.join(map(str, s.values()))}{' overlap' * o}" for mode, s, o in CASES]
 
@@ -121,7 +125,7 @@ def _run(group, case, kind=None, poisoned=None):
 
 
 RESUMED = [
-    ("bf16", {}),
+    ("bf16", {"ema": 0.3}),
     ("fp32", {"gradient_accumulation": 3}),
     ("fp16", {"reduce": "fp32"}),
     ("fp32", {"gradient_clipping": "autoclip", "autoclip_history": 3}),
@@ -132,9 +136,10 @@ def _continued(group, path, kind, case):
     """The state after steps that go on from a save."""
     mode, settings = case
     update = _make(group, mode, kind, settings)
-    weights, state = torch.load(path)
+    weights, state, averages = torch.load(path)
     update.load_weights(weights)
     update.load(state)
+    update.load_averages(averages)
     for iteration in range(2, ITERATIONS):
         ranks = (0, 1) if group is None else (group.ranks.rank,)
         each = [_gradients(update, rank, iteration) for rank in ranks]
@@ -153,7 +158,7 @@ def _resumed(group, folder):
             saved.gather()
             path = folder / f"{number} {first}"
             if group.ranks.is_first:
-                torch.save((saved.weights(), saved.tensors()), path)
+                torch.save((saved.weights(), saved.tensors(), saved.averages), path)
             group.barrier()
             states[number, first] = _continued(group, path, second, RESUMED[number])
     return states
@@ -161,7 +166,7 @@ def _resumed(group, folder):
 
 def _searched(group):
     """Whether a search for a rate leaves a sharded update as it was."""
-    update = _make(group, "bf16", "sharded", {})
+    update = _make(group, "bf16", "sharded", {"ema": 0.3})
     _move(update, _gradients(update, group.ranks.rank, 0))
     before, restore = _saved(update), _restorer_of(update)
     for iteration in (1, 2):

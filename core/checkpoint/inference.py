@@ -116,7 +116,7 @@ def read_model(
     Args:
         path: The model folder.
         generation: Name of one, or `backup`; None: the newest.
-        weights: Those of the training (raw), their average (ema), or that where there is one
+        weights: Weights of the training (raw), their average (ema), or that where there is one
             (auto). What has no average, as statistics of norms, is as in the training.
 
     Raises:

@@ -12,6 +12,7 @@ import torch
 
 from ...models.autoencoder import Autoencoder
 from ...models.graph_evaluation import evaluate
+from ..checkpoint.inference import Weights
 from ..checkpoint.state import TrainingState
 from ..system.durable_files import (
     discard,
@@ -26,7 +27,6 @@ from .keras_state import state_of
 from .keras_weights_file import require_h5py
 from .matching import match
 from .onnx_check import MAX_DIFFERENCE
-from ..checkpoint.inference import Weights
 from .trained_model import Report, read_trained_model, sample_pictures, silent
 
 

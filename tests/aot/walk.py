@@ -134,6 +134,7 @@ def fused_cases() -> Iterator[Settings]:
         for mode in ("bf16", "fp16", "fp32")
         for rule in [*_rules(), {"gradient_clipping": "value"}, {"gradient_clipping": "norm"}]
     ]
+    changes += _averaging()
     for settings in _changed(_of_model("original", tiny, batch_size=4), changes):
         yield merge(settings, fused)
     for batch_size in (16, 64):
@@ -172,6 +173,8 @@ def _changed(settings: Settings, changes: list[Settings]) -> Iterator[Settings]:
 
 
 MASK: list[Settings] = [{}, {"loss": {"learn_mask": True}}]
+
+EMA: Settings = {"train": {"ema": 0.999}}
 
 NETWORK_CHANGES: list[Settings] = [
     {"model": {"reflect_padding": True}},
