@@ -200,6 +200,16 @@ def _optimizer_changes() -> Iterator[Settings]:
     for mode in ("bf16", "fp16", "fp32"):
         for rule in rules:
             yield {"precision": {"mode": mode}, "optimizer": rule}
+    yield from _averaging()
+    yield {**EMA, "optimizer": {"gradient_accumulation": 4}}
+
+
+def _averaging() -> Iterator[Settings]:
+    """What changes the kernels that keep an average of the weights."""
+    for rule in _rules():
+        yield {**EMA, "precision": {"mode": "bf16"}, "optimizer": rule}
+    for mode in ("fp16", "fp32"):
+        yield {**EMA, "precision": {"mode": mode}}
 
 
 def _run(config: Config, group: Group | None = None) -> None:
