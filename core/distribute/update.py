@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from ...kernels.optimizer_rules import Rule
 from ...kernels.optimizer_scalars import Scalar
 from ..config import OptimizerConfig
 from ..data.store import available_host_bytes
@@ -66,7 +67,7 @@ class MirroredUpdate(Update):
         """Whole tensors of kinds that are divided among the ranks, as they are now."""
 
         if placement.is_on_host(config, next(model.parameters()).device):
-            self._check_host_room(model, config, precision)
+            self._check_host_room(model, rule_of(config, ema), precision)
         # Only now: `_allocate`, which it calls, needs all of the above.
         super().__init__(model, config, precision, ema)
         if overlaps:
@@ -77,13 +78,11 @@ class MirroredUpdate(Update):
         """Ranks that divide master weights and moments among themselves."""
         return 1
 
-    def _check_host_room(
-        self, model: nn.Module, config: OptimizerConfig, precision: Precision
-    ) -> None:
+    def _check_host_room(self, model: nn.Module, rule: Rule, precision: Precision) -> None:
         """Refuse what the ranks of a machine cannot keep in its memory, before one has taken any:
         each would take for free what the others are about to."""
         trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-        of_each = placement.host_bytes(rule_of(config), precision.compute)
+        of_each = placement.host_bytes(rule, precision.compute)
         [room] = self.group.min([available_host_bytes()])
         placement.check_room(
             trained * of_each // self.num_holders, room // self.group.ranks.local_size
