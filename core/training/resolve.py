@@ -180,7 +180,6 @@ def resolve(
     if model:
         _refuse_swapped(model.last["data"], config.data)
         notices += _changes(model, to_dict(config))
-        notices += _notices_of_average(model.before, config)
     notices += _notices_of_unwritable(unwritable)
     notices = [*overrides.notices, *notices]
     return Resolved(config, kept, model.before if model else None, progress, notices)
@@ -339,6 +338,7 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
         if last != value:
             # Else the user, who has changed nothing, would look for what did.
             why = "; it was set by a flag, for that session" if value == own else ""
+            why += _consequence(spec.full_name, last, value)
             change = f"from {written(spec, last)} to {written(spec, value)}"
             yield Notice(f"updated {spec.full_name} {change}{why}")
     for option, own, value in _options(model.own, new):
@@ -347,14 +347,13 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
             yield Notice(f"updated {name} from {_shown(own)} to {_shown(value)}")
 
 
-def _notices_of_average(before: Config, config: Config) -> list[Notice]:
-    """Sentence about an average of the weights that begins or ends here."""
-    if bool(before.train.ema) == bool(config.train.ema):
-        return []
-    if config.train.ema:
-        return [Notice("train.ema is on: the average begins at the weights as they are now")]
-    text = "train.ema is 0: the average of the weights is dropped, and saves from now on lack it"
-    return [Notice(text, is_warning=True)]
+def _consequence(setting: str, last: Any, value: Any) -> str:
+    """Clause about what a changed setting does to what the model keeps; empty: nothing."""
+    if setting != "train.ema" or bool(last) == bool(value):
+        return ""
+    if value:
+        return "; the average begins at the weights as they are now"
+    return "; the average of the weights is dropped, and saves from now on lack it"
 
 
 def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, Any, Any]]:
