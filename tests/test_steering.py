@@ -105,10 +105,16 @@ def test_a_page_s_changes_are_refused_in_one_line_or_taken(sides, tmp_path, duri
         leave_request(model_dir, os.getpid(), "loss.eye_multiplier = 5")
         os.kill(os.getpid(), signal.SIGRTMIN)
 
-    during({2: ask_in_vain, 4: ask})
+    def ask_too_late(_requests):
+        leave_request(model_dir, os.getpid(), "loss.mouth_multiplier=4")
+        os.kill(os.getpid(), signal.SIGRTMIN)
+
+    during({2: ask_in_vain, 4: ask, 5: ask_too_late})
     assert _train(sides, model_dir, "-i", "5") == 0
     events = json_events(capsys.readouterr().out)
     said = [event["message"] for event in events if event["event"] == "warning"]
+    assert said[-1].startswith("loss.mouth_multiplier was not changed, as the session ended")
+    assert said[-1].endswith("start again with --set loss.mouth_multiplier=4")
     said = [message for message in said if message.startswith("nothing was changed")]
     assert len(said) == 5, "one setting is as it was"
     assert "must be a number from 1e-06 to 0.01, got 7" in said[0]
@@ -260,6 +266,9 @@ def test_a_pause_is_ended_by_keys_of_its_own_and_ctrl_z_stops_at_once_where_none
     requests.wait(lambda: pytest.fail("nothing was left"))
     assert requests.stop.signal_name == "Enter"
     with requests:
+        os.kill(os.getpid(), signal.SIGRTMIN)
+        requests.wait(lambda: ["augment.flip=false", "resume"])
+        assert requests.take_left_in_pause() == ["augment.flip=false"], "made when it goes on"
         os.kill(os.getpid(), signal.SIGTSTP)
         assert (len(stopped), requests.take()) == (1, set())
         requests.can_pause = True

@@ -85,6 +85,7 @@ class Requests:
 
         self._is_suspended = False
         self._changes: list[str] = []
+        self._left_in_pause: list[str] = []
         self._pending: set[Request] = set()
         self._keyboard: Keyboard | None = None
         self._handlers = Handlers(
@@ -116,6 +117,11 @@ class Requests:
     def take_changes(self) -> list[str]:
         """The changes entered in the menu since this was last called, as ``section.key=value``."""
         taken, self._changes = self._changes, []
+        return taken
+
+    def take_left_in_pause(self) -> list[str]:
+        """The changes that other processes left during a pause, as ``section.key=value``."""
+        taken, self._left_in_pause = self._left_in_pause, []
         return taken
 
     def take(self) -> set[Request]:
@@ -174,7 +180,9 @@ class Requests:
         if "keys" in requests:
             self.echo("Paused: p or space goes on, Enter ends")
         # The stop last: a key that was taken just now may have asked for it.
-        is_resumed = "pause" in requests or ("look" in requests and RESUME in left())
+        texts = left() if "look" in requests else []
+        self._left_in_pause += [text for text in texts if text not in (PAUSE, RESUME)]
+        is_resumed = "pause" in requests or RESUME in texts
         return is_resumed or self.stop.signal_name is not None
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:

@@ -64,6 +64,7 @@ class Steering:
     def take(self, requests: set[Request]) -> set[Request]:
         """Take in requests; those that are left to others."""
         wishes = [_Wish(text, "keyboard") for text in self.requests.take_changes()]
+        wishes += [_Wish(text, "page") for text in self.requests.take_left_in_pause()]
         if "keys" in requests:
             self.reporter.say(HELP)
         if "look" in requests:
@@ -74,6 +75,21 @@ class Steering:
         if "pause" in requests:
             self._pause()
         return requests - {"keys", "look", "pause"}
+
+    def tell_unmade(self, end: End) -> None:
+        """Name the changes that came too late, where the session has ended in another way.
+
+        Args:
+            end: How it has ended.
+        """
+        if self.end is None or end is self.end:
+            return
+        for change in self.end.changes:
+            value = written(live_settings()[change.full_name], change.new)
+            self.reporter.warning(
+                f"{change.full_name} was not changed, as the session ended in the same step; start "
+                f"again with --set {change.full_name}={value}"
+            )
 
     def _pause(self) -> None:
         """End the session for a pause."""

@@ -66,6 +66,7 @@ class Trainer:
         try:
             try:
                 end = self._train()
+                self.steering.tell_unmade(end)
                 # The next stage goes on with the optimizer's state, whether it is to stay or not.
                 self.checkpointer.save(is_last=True, with_optimizer=end.goes_on)
             except TrainingDiverged as divergence:
