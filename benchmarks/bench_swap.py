@@ -11,6 +11,7 @@ import dataclasses
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,9 @@ def _row(
 
     def convert() -> None:
         with tempfile.TemporaryDirectory(dir=place) as folder:
-            output = PictureOutput(Path(folder), {}, "synthetic face")
-            for _ in converter.convert(frames.frames(), output, threads):
-                pass
+            with closing(PictureOutput(Path(folder), {}, "synthetic face")) as output:
+                for _ in converter.convert(frames.frames(), output, threads):
+                    pass
 
     convert()  # once, for what is loaded and chosen at the first call
     before_cpu_s, before_s = time.process_time(), time.perf_counter()

@@ -22,7 +22,7 @@ import torch
 from mien.cli import main
 from mien.core.blend import BlendOptions, face_mask, matched, softened
 from mien.core.checkpoint import inference
-from mien.core.convert import convert, film, output, video, video_output
+from mien.core.convert import convert, film, output, output_lock, video, video_output
 from mien.core.convert.film import SwapSettings, swap_film
 from mien.core.convert.frames import Frame, read_picture
 from mien.core.convert.patch import cut_patch, paste
@@ -564,6 +564,40 @@ def test_a_stopped_conversion_goes_on_where_it_was(run, place):
     for path in (place / "whole").glob("*.png"):
         assert path.read_bytes() == (place / "out" / path.name).read_bytes()
     assert sorted(os.listdir(place / "out")) == sorted(os.listdir(place / "whole"))
+
+
+@pytest.mark.parametrize("output_name", ["out", "film.mp4"])
+def test_a_second_swap_to_the_same_output_is_refused(run, place, clip, output_name):
+    settings = {"frames": clip, "output": place / output_name, "num_threads": 1}
+    folder = place / ("out" if output_name == "out" else "film.mp4.parts")
+    refusals = []
+
+    def swap_too():
+        if not refusals:
+            part = temporary_name(folder / "part")
+            part.write_bytes(b"under way")
+            with pytest.raises(ValueError, match="being written to by another `mien swap`") as told:
+                run(**settings)
+            part.unlink()  # fails where it was swept
+            refusals.append(str(told.value))
+        return False
+
+    report, events = run(should_stop=swap_too, **settings)
+    assert report.frames == NUM_FACES + 1
+    assert "\n" not in refusals[0]
+    assert not [event for event in events if event["event"] == "warning"]
+    assert run(**settings | {"force": True})[0].frames == NUM_FACES + 1, "its end lets go"
+
+
+def test_a_disk_without_flock_is_told(run, place, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(output_lock.fcntl, "flock", refuse)
+    report, events = run()
+    (line,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert "has no flock: let no other `mien swap` write there" in line
+    assert report.frames == NUM_FACES + 1
 
 
 def test_frames_made_otherwise_are_not_completed(run, place):

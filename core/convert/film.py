@@ -229,6 +229,8 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     text = origin(model, settings.side)
     written = stems if chosen is None else [stem for stem in stems if stem in chosen]
     output = _open_output(settings, model, options, source, written, faces, text)
+    if output.notice:
+        warn(output.notice)
     emit(
         "start",
         output=str(settings.output),

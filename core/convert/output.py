@@ -30,6 +30,7 @@ from ..system.durable_files import (
 )
 from ..system.image_text import labelled
 from .frames import Frame, read_bytes
+from .output_lock import OutputLock
 from .placement import Faces, landmarks_digest
 
 MANIFEST = "mien_swap.json"
@@ -103,14 +104,20 @@ class PictureOutput:
         text: What each swapped frame says about itself.
 
     Raises:
-        ValueError: The folder holds other files, or frames that were made with something else; or
-            the disk refuses a file.
+        ValueError: The folder holds other files, or frames that were made with something else;
+            another swap is writing to it; or the disk refuses a file.
         OSError: It cannot be made.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any], text: str) -> None:
         self.folder, self._text = folder, text
-        self._names = open_folder(folder, manifest, "give a new folder, or empty this one first")
+        remedy = "give a new folder, or empty this one first"
+        self._names, self._lock = open_folder(folder, manifest, remedy)
+
+    @property
+    def notice(self) -> str:
+        """What the user should know of how the folder is held; empty where nothing is unusual."""
+        return self._lock.notice
 
     def is_done(self, frame: Frame, has_faces: bool) -> bool:
         """Whether the frame is there already."""
@@ -136,7 +143,8 @@ class PictureOutput:
         sync_folder(self.folder)
 
     def close(self) -> None:
-        """Do nothing: what is written stays."""
+        """Let another swap have the folder; what is written stays."""
+        self._lock.release()
 
     @staticmethod
     def _name(frame: Frame, is_swapped: bool) -> str:
@@ -155,8 +163,9 @@ def _write(path: Path, content: bytes) -> None:
         ) from None
 
 
-def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]:
-    """Names in a folder of frames to be written or completed, which is made where there is none.
+def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> tuple[set[str], OutputLock]:
+    """Names in a folder of frames to be written or completed, and its lock; it is made where there
+    is none.
 
     Args:
         folder: The folder.
@@ -164,8 +173,8 @@ def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]
         remedy: What to do where it holds anything else.
 
     Raises:
-        ValueError: It holds other files, or frames that were made with something else; or the disk
-            refuses a file.
+        ValueError: It holds other files, or frames that were made with something else; another swap
+            is writing to it; or the disk refuses a file.
         OSError: It cannot be made.
     """
     if not folder.parent.is_dir():
@@ -173,6 +182,16 @@ def open_folder(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]
     with contextlib.suppress(FileExistsError):
         # Not its parents: a name with a slip of the pen would grow a tree.
         folder.mkdir()
+    lock = OutputLock(folder)
+    try:
+        return _own_names(folder, manifest, remedy), lock
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _own_names(folder: Path, manifest: dict[str, Any], remedy: str) -> set[str]:
+    """Names in a folder that is locked, once what is there is known to be of the same call."""
     # On a disk that has no files without a name, a kill leaves a part of one.
     discard_leftovers(folder)
     names = set(os.listdir(folder))

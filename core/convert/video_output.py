@@ -46,7 +46,8 @@ class VideoOutput:
         force: Put it in the place of an older one, too.
 
     Raises:
-        ValueError: Parts of it are there that were made with something else.
+        ValueError: Parts of it are there that were made with something else, or another swap is
+            writing it.
         OSError: The folder of the parts cannot be made.
     """
 
@@ -72,6 +73,11 @@ class VideoOutput:
         self._parts = VideoParts(path, manifest | coding)
         self._part: _Part | None = None
         self._size: tuple[int, int] | None = None
+
+    @property
+    def notice(self) -> str:
+        """What the user should know of how its parts are held; empty where nothing is unusual."""
+        return self._parts.notice
 
     def is_done(self, frame: Frame, has_faces: bool) -> bool:
         """Whether a part that is there holds the frame."""
@@ -146,16 +152,17 @@ class VideoOutput:
             self._end_part()
             # From the disk's names, parts of earlier calls among them.
             files = self._parts.files()
-            if files:
-                join(
-                    files,
-                    self.path,
-                    comment=self._comment,
-                    rate=self._rate,
-                    time_base=self._time_base,
-                    sound=self._source if self._has_sound else None,
-                    force=self._force,
-                )
+            if not files:
+                return
+            join(
+                files,
+                self.path,
+                comment=self._comment,
+                rate=self._rate,
+                time_base=self._time_base,
+                sound=self._source if self._has_sound else None,
+                force=self._force,
+            )
         except library().FFmpegError as error:
             raise self._unwritable(error) from None
         except FileExistsError:
@@ -172,7 +179,7 @@ class VideoOutput:
             self._end_part()
         if self._part is not None:
             self._part.discard()
-        self._parts.remove_if_empty()
+        self._parts.close()
 
     def _begin_part(self, coded: _Coded) -> "_Part":
         stream_settings = {

@@ -42,14 +42,18 @@ class VideoParts:
         manifest: What decides how its frames look, ready for JSON.
 
     Raises:
-        ValueError: The folder holds something else, or parts that were made with something else.
+        ValueError: The folder holds something else, or parts that were made with something else;
+            or another swap is writing to it.
         OSError: It cannot be made.
     """
 
     def __init__(self, video: Path, manifest: dict[str, Any]) -> None:
         self.folder = video.with_name(f"{video.name}.parts")
         remedy = "remove it, or give the video another name"
-        names = open_folder(self.folder, manifest, remedy)
+        names, self._lock = open_folder(self.folder, manifest, remedy)
+        self.notice = self._lock.notice
+        """What the user should know of how the folder is held; empty where nothing is unusual."""
+
         matches = (_PART.fullmatch(name) for name in sorted(names))
         self._spans = [(int(match[1]), int(match[2])) for match in matches if match]
         # Once, as a set: each frame of a film asks.
@@ -89,10 +93,13 @@ class VideoParts:
         if not os.listdir(self.folder):
             self.folder.rmdir()
 
-    def remove_if_empty(self) -> None:
-        """Remove the folder where it holds no part."""
-        if not self._spans:
-            self.remove()
+    def close(self) -> None:
+        """Let another swap have the folder, which is removed where it holds no part."""
+        try:
+            if not self._spans:
+                self.remove()
+        finally:
+            self._lock.release()
 
     def _path(self, first: int, last: int) -> Path:
         return self.folder / f"{first:09d}-{last:09d}.nut"
