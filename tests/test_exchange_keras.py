@@ -397,16 +397,59 @@ def test_targets_of_an_export(tmp_path, capsys):
     assert kept.read_text() == "mine"
     (tmp_path / "other").mkdir()
     (tmp_path / "other/original.keras").write_text("theirs")
+    (tmp_path / "odd/lightweight_state.json").mkdir(parents=True)
     for target, text in (
         (tmp_path / "other", "holds original.keras"),
         (kept, "is no folder"),
         (tmp_path / "none/out", "make it first"),
         (tmp_path / "m/out", "lies in the model folder"),
+        (tmp_path / "odd", "lightweight_state.json is a folder"),
     ):
         code, told = export(target, "--force")
         assert (code, told.count("\n"), text in told) == (2, 1, True), told
     assert (tmp_path / "other/original.keras").read_text() == "theirs"
     assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
+def test_a_graph_never_lies_beside_the_state_of_another(tmp_path, monkeypatch, kind):
+    """At whichever name a replacement is cut off; the same export heals it."""
+    names, target = ("m.keras", "m_state.json"), tmp_path / "out"
+
+    def pair(folder, text):
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / name).write_text(text)
+        return folder
+
+    def found():
+        return [path.read_text() if path.exists() else None for path in map(target.joinpath, names)]
+
+    def cut_off(number, call):
+        def move(*paths):
+            moves.append(paths)
+            if len(moves) == number:
+                raise kind
+            call(*paths)
+
+        return move
+
+    left = []
+    for number in range(1, 4):
+        pair(target, "old")
+        moves = []
+        with monkeypatch.context() as patch:
+            for name in ("rename", "replace"):
+                patch.setattr(keras_export.os, name, cut_off(number, getattr(os, name)))
+            with pytest.raises(kind):
+                keras_export._move(pair(tmp_path / "new", "new"), target, names)
+        left.append(found())
+        keras_export._move(pair(tmp_path / "new", "new"), target, names)
+        assert found() == ["new", "new"]
+        assert sorted(os.listdir(target)) == sorted(names)
+    # A refusal of the disk is no kill: what it has moved aside comes back.
+    second = "old" if kind is OSError else None
+    assert left == [["old", "old"], ["old", second], ["new", None]]
 
 
 def test_options_of_another_target_are_refused(tmp_path, capsys):

@@ -121,6 +121,9 @@ def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: b
     foreign = [name for name in others if name not in files]
     if foreign or (there and not others):
         raise ValueError(f"{target} holds {(foreign or there)[0]}; choose a new or empty folder")
+    for name in files:
+        if (target / name).is_dir():
+            raise ValueError(f"{target / name} is a folder; choose a new or empty one to write to")
     if there and not force:
         raise ValueError(f"{target} holds a model already; add --force to replace it")
 
@@ -138,19 +141,43 @@ def _beside(target: Path) -> Iterator[Path]:
         discard(folder)
 
 
-def _move(folder: Path, target: Path, files: tuple[str, ...]) -> None:
+def _move(folder: Path, target: Path, files: tuple[str, str]) -> None:
     """Put the files, durable on the disk, into their folder: at once where it is new."""
     for file in files:
         sync_file(folder / file)
     sync_folder(folder)
     if target.is_dir() and any(target.iterdir()):
-        for file in files:
-            # One by one: no folder can be renamed onto one that is not empty.
-            os.replace(folder / file, target / file)
-        sync_folder(target)
+        # One by one: no folder can be renamed onto one that is not empty.
+        _replace(folder, target, files)
     else:
         os.rename(folder, target)
     sync_folder(target.parent)
+
+
+def _replace(folder: Path, target: Path, files: tuple[str, str]) -> None:
+    """Put the graph and the state in the place of older ones, which stay where the disk refuses.
+
+    A graph never lies beside the state of another: what a kill leaves between has no state, which
+    a conversion of faceswap and an import refuse by name, and the same export replaces.
+    """
+    graph, state = files
+    aside = temporary_name(target / state)
+    has_state = os.path.lexists(target / state)
+    if has_state:
+        os.rename(target / state, aside)
+        # Before the graph changes: a power cut must not bring the name back beside a new one.
+        sync_folder(target)
+    try:
+        os.replace(folder / graph, target / graph)
+    except OSError:
+        if has_state:
+            os.rename(aside, target / state)
+        raise
+    sync_folder(target)
+    os.replace(folder / state, target / state)
+    sync_folder(target)
+    # Only now, and those of kills too: what was there before may have been all that was left.
+    discard_leftovers(target, of=target / state)
 
 
 def _difference(path: Path, network: Autoencoder, faces: Sequence[np.ndarray]) -> float:
