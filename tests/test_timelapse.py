@@ -2,13 +2,16 @@
 
 import json
 import os
+import signal
 
 import cv2
 import numpy as np
 import pytest
 
 from mien.cli import main
+from mien.core.preview import timelapse_video
 from mien.core.preview.timelapse_video import find_pictures, make_film
+from mien.core.system import durable_files
 
 GREYS = {"9.jpg": 40, "10.jpg": 80, "10-2.jpg": 120, "10-10.jpg": 160}
 
@@ -176,11 +179,20 @@ def test_refusals_are_one_line_and_write_nothing(
     assert not list(tmp_path.glob("*film*"))
 
 
-def test_force_replaces_a_film(folder, tmp_path):
+def test_force_replaces_a_film_and_sweeps_what_a_kill_has_left(folder, tmp_path, monkeypatch):
     film = tmp_path / "film.mp4"
     film.write_text("an older film")
+    with monkeypatch.context() as patch:
+        patch.setattr(durable_files, "discard", lambda _: None)  # as nobody does after a kill
+        patch.setattr(timelapse_video, "sync_file", lambda _: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            make_film(find_pictures(folder), film, force=True)
+    (left,) = {path.name for path in tmp_path.iterdir()} - {"film.mp4", "model"}
+    assert os.listdir(tmp_path / left) == ["film.mp4"]
+    assert film.read_text() == "an older film"
     assert main(["timelapse", str(folder), "-o", str(film), "--force"]) == 0
     assert len(_greys(film)[0]) == 4
+    assert sorted(os.listdir(tmp_path)) == ["film.mp4", "model"]
 
 
 def test_a_film_that_a_full_disk_has_cut_short_replaces_none(folder, tmp_path, capfd, monkeypatch):

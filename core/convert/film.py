@@ -152,6 +152,8 @@ def swap_film(
     # Monotonic: the clock may be set while a film of hours is made.
     began_at = time.monotonic()
     film = _prepare(settings, emit)
+    if film.output.notice:
+        emit("warning", message=film.output.notice)
     frames = faces = kept = 0
     is_stopped = False
     tiles: list[tuple[str, np.ndarray]] = []
@@ -229,8 +231,6 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     text = origin(model, settings.side)
     written = stems if chosen is None else [stem for stem in stems if stem in chosen]
     output = _open_output(settings, model, options, source, written, faces, text)
-    if output.notice:
-        warn(output.notice)
     emit(
         "start",
         output=str(settings.output),

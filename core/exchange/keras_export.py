@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,8 @@ from ...models.graph_evaluation import evaluate
 from ..checkpoint.inference import Weights
 from ..checkpoint.state import TrainingState
 from ..system.durable_files import (
-    discard,
     discard_leftovers,
+    folder_beside,
     sync_file,
     sync_folder,
     temporary_name,
@@ -78,7 +77,7 @@ def export_keras(
     state = state_of(model.config, TrainingState.from_dict(model.state), graph)
     faces = model.faces()
     try:
-        with _beside(target) as folder:
+        with folder_beside(target) as folder:
             report("writing the graph and the weights")
             write_keras(folder / files[0], graph, model.metadata)
             report("reading it back, to compare it with the model")
@@ -126,19 +125,6 @@ def _refuse_target(path: Path, target: Path, files: tuple[str, ...], *, force: b
             raise ValueError(f"{target / name} is a folder; choose a new or empty one to write to")
     if there and not force:
         raise ValueError(f"{target} holds a model already; add --force to replace it")
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, which is gone in the end if nothing has moved it away."""
-    discard_leftovers(target.parent, of=target)
-    # On the same disk, so that it can be renamed.
-    folder = temporary_name(target)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        discard(folder)
 
 
 def _move(folder: Path, target: Path, files: tuple[str, str]) -> None:

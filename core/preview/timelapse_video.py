@@ -1,8 +1,8 @@
 """A film of the pictures that a time-lapse has left."""
 
+import itertools
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from ..checkpoint.known_paths import KnownPaths
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import TrainingState
-from ..system.durable_files import write_output
+from ..system.durable_files import checked_output, folder_beside, sync_file
 from ..system.output import silent_libraries
 from .files import read_jpeg
 
@@ -122,33 +122,11 @@ def make_film(
         raise ValueError(f"none of {len(shown)} pictures can be read, {shown[0]} the first")
     least_seconds = 0.0 if fps else _LEAST_SECONDS
     fps = fps or _rate(len(shown))
-    frame = _even(first)
-    height_px, width_px = frame.shape[:2]
-    num_frames = 1
-    # OpenCV writes to a name it is given: apart, so that a part never has the film's.
-    with tempfile.TemporaryDirectory(prefix="mien-") as folder:
-        part = Path(folder) / "film.mp4"
-        writer = cv2.VideoWriter(str(part), _MPEG4, fps, (width_px, height_px))
-        writer.write(frame)
-        for image in images:
-            frame = _fitted(image, width_px, height_px)
-            writer.write(frame)
-            num_frames += 1
-        # Those that could not be read may have left it too short.
-        missing = max(round(least_seconds * fps) - num_frames, 0)
-        for _ in range(missing + round(last_seconds * fps)):
-            writer.write(frame)
-            num_frames += 1
-        # Only now is the index written; before, the file is no film.
-        writer.release()
-        content = part.read_bytes() if _num_frames(part) == num_frames else None
-    if content is None:
-        raise ValueError(
-            f"{output} cannot be written; check the free space in {tempfile.gettempdir()}, where "
-            "it is made"
-        )
+    height_px, width_px = _even(first).shape[:2]
+    fitted = (_fitted(image, width_px, height_px) for image in itertools.chain([first], images))
+    frames = _lasting(fitted, round(least_seconds * fps), round(last_seconds * fps))
     try:
-        write_output(output, content, force=force)
+        num_frames = _write(output, frames, fps, (width_px, height_px), force=force)
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror or error}") from error
     return Film(
@@ -161,6 +139,53 @@ def make_film(
         height_px,
         unreadable,
     )
+
+
+def _lasting(frames: Iterator[np.ndarray], num_least: int, num_more: int) -> Iterator[np.ndarray]:
+    """Yield frames, and the last one again: until there are so many, and so many more times."""
+    num_frames = 0
+    for frame in frames:
+        yield frame
+        num_frames += 1
+    # Those that could not be read may have left it too short.
+    yield from itertools.repeat(frame, max(num_least - num_frames, 0) + num_more)
+
+
+def _write(
+    output: Path,
+    frames: Iterator[np.ndarray],
+    fps: float,
+    size_px: tuple[int, int],
+    *,
+    force: bool,
+) -> int:
+    """Write a film of frames of one size, width and height; how many there were.
+
+    Raises:
+        ValueError: The disk is full.
+        OSError: The disk refuses in another way.
+    """
+    # OpenCV writes to a name in .mp4 only: apart, so that a part never has the film's.
+    with (
+        checked_output(output, force=force) as temporary,
+        folder_beside(output.resolve()) as folder,
+    ):
+        part = folder / "film.mp4"
+        writer = cv2.VideoWriter(str(part), _MPEG4, fps, size_px)
+        num_frames = 0
+        for frame in frames:
+            writer.write(frame)
+            num_frames += 1
+        # Only now is the index written; before, the file is no film.
+        writer.release()
+        if _num_frames(part) != num_frames:
+            raise ValueError(
+                f"{output} cannot be written; check the free space in {output.parent}, where it is "
+                "made"
+            )
+        sync_file(part)
+        os.rename(part, temporary)
+    return num_frames
 
 
 def _num_frames(film: Path) -> int:

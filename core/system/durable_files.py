@@ -268,6 +268,22 @@ def checked_output(path: Path, *, force: bool) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder beside a file or folder that the user has named, to make it in.
+
+    It is on the same disk, so that what it holds can be renamed; in the end it is gone, unless it
+    was moved away itself.
+    """
+    discard_leftovers(path.parent, of=path)
+    folder = temporary_name(path)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        discard(folder)
+
+
 def set_permissions(path: Path, mode: int) -> None:
     """Set the permissions of a file or folder: a courtesy, which many disks do not offer."""
     with suppress(OSError):
