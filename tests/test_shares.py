@@ -134,7 +134,9 @@ def test_what_does_not_go_together_is_refused_in_one_line(folders, tmp_path):
         (one, f"{link}:0.5"): "both use the folder",
         (one, f"{two}:1"): "has no share, and those of the other folders make 1",
         (one, f"{two}:0"): "must be at least 0.001 of all, got 0",
-        (one, f"{two}:x"): "two:x does not exist",
+        (one, f"{two}:1e9"): "two: the share .* must be a number such as 0.3, got '1e9'",
+        (f"{one}:{'9' * 400}", f"{two}:1"): "one: the share .* must be a number such as 0.3, got",
+        (one, f"{two}x:0.5"): "twox does not exist",
         (one, str(folders["b"])): "give each side a folder of its own",
     }.items():
         with pytest.raises(ValueError, match=words) as refusal:
@@ -151,6 +153,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(folders, tmp_path):
     with pytest.raises(ValueError, match="share 13 files: give each face once"):
         opened([tree, f"{tree}/right"], folders, sub_folders=True)
     assert sources_of([whole], side="a", sub_folders=False) == [Source(whole, None)]
+    small = sources_of([f"{one}:0.0001", f"{two}:0.0003"], side="a", sub_folders=False)
+    assert shares_of(small, [13, 13]) == pytest.approx([0.25, 0.75]), "of their sum"
 
 
 def test_a_path_with_a_colon_that_exists_is_one(folders, tmp_path):

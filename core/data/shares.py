@@ -16,6 +16,7 @@ number of the slot in it, its slots).
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...models.fields import shown
 from ..faces.listing import name_of, overlap
 from ..system.paths import split_share
 
@@ -41,13 +43,31 @@ class Source:
     share: float | None
 
 
+def source_of(text: str, side: str) -> Source:
+    """The folder that one text of a setting names, and its share.
+
+    Raises:
+        ValueError: What stands behind the colon of a folder is no number.
+    """
+    source = Source(*split_share(text))
+    folder, _, share = text.rpartition(":")
+    is_meant = source.share is None and os.path.isdir(folder) and not os.path.lexists(text)
+    if is_meant or not math.isfinite(source.share or 0.0):
+        raise ValueError(
+            f"{name_of(folder, side)}: the share of draws behind the colon must be a number such "
+            f"as 0.3, got {shown(share)}"
+        )
+    return source
+
+
 def sources_of(texts: Sequence[str], *, side: str, sub_folders: bool) -> list[Source]:
     """The folders that a setting names.
 
     Raises:
-        ValueError: Two of them share faces, or the shares leave a folder without any.
+        ValueError: Two of them share faces, a share is no number, or the shares leave a folder
+            without any.
     """
-    sources = [Source(*split_share(text)) for text in texts]
+    sources = [source_of(text, side) for text in texts]
     for number, source in enumerate(sources):
         for other in sources[:number]:
             shared = overlap(other.folder, source.folder, sub_folders=sub_folders, may_nest=True)
@@ -56,7 +76,7 @@ def sources_of(texts: Sequence[str], *, side: str, sub_folders: bool) -> list[So
     given = [source.share for source in sources if source.share is not None]
     least, total = min(given, default=1.0), sum(given)
     is_whole = len(given) == len(sources)
-    if len(sources) > 1 and least < MIN_SHARE * max(1.0, total if is_whole else 0.0):
+    if len(sources) > 1 and (not least or least < MIN_SHARE * (total if is_whole else 1.0)):
         raise ValueError(
             f"side {side.upper()}: the share of a folder must be at least {MIN_SHARE:g} of all, "
             f"got {least:g}; give more, or leave that folder out"

@@ -16,11 +16,11 @@ from ..faces.face import MAX_OUTSIDE_SHARE, Face, as_settings, usual_of
 from ..faces.folder import FaceFolder, Rejected, named, read_folders, uneven
 from ..faces.geometry import Crop
 from ..faces.listing import list_pictures, name_of, overlap_of_sides
-from ..system.paths import expanded, split_share
+from ..system.paths import expanded
 from .held_out import check_held_out, hold_out, is_trained_on
 from .landmarks import store_landmarks
 from .pipeline import FaceDecoder
-from .shares import DrawTable, Source, shares_of, sources_of
+from .shares import DrawTable, Source, shares_of, source_of, sources_of
 from .store import FaceStore, is_decoded, open_store
 
 SIDES: tuple[Side, Side] = ("a", "b")
@@ -220,7 +220,7 @@ def _sources(data: DataConfig) -> dict[Side, list[Source]]:
     sources = {}
     for side in SIDES:
         for text in texts[side]:
-            list_pictures(split_share(text)[0], side=side, sub_folders=data.sub_folders)
+            list_pictures(source_of(text, side).folder, side=side, sub_folders=data.sub_folders)
         sources[side] = sources_of(texts[side], side=side, sub_folders=data.sub_folders)
     a, b = ([source.folder for source in sources[side]] for side in SIDES)
     # A face on both sides would be trained to look like itself, by both decoders.
