@@ -9,7 +9,7 @@ from ..core.config import recipes
 from ..core.console.reporter import Reporter
 from ..core.distribute.places import num_planned
 from ..core.distribute.predict import Outlook
-from ..core.estimate.flops import meta_model, work_of
+from ..core.estimate.flops import configured_work
 from ..core.estimate.links import LOOPBACK, gpu_link
 from ..core.estimate.roofline import Card, Prediction, ceiling
 from ..core.training.dry_run import DryRun, dry_run
@@ -29,7 +29,7 @@ def print_dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, *, as_j
     reporter = Reporter(sys.stderr if as_json else sys.stdout)
     trial = dry_run(overrides, reporter, recipe, num_gpus=num_gpus)
     card = ceilings.card_of(harness.known_ceilings() or ceilings.measure_ceilings(trial.device))
-    bound = ceiling(work_of(meta_model(trial.config), trial.config.train.batch_size), card)
+    bound = ceiling(configured_work(trial.config, trial.config.train.batch_size), card)
     outlook = _outlook(trial, card, num_gpus) if num_gpus > 1 else None
     if as_json:
         facts = _facts(trial, bound, card)

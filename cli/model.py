@@ -196,12 +196,15 @@ def _inference(args: argparse.Namespace) -> int:
         return 0
     sides = "sides a and b" if args.side == "both" else f"side {args.side}"
     size = _size_of(target.stat().st_size)
-    tell(f"wrote {target}: {metadata['trainer']}, {sides}, {args.precision}{size}")
+    weights = "the average of the weights" if metadata["weights"] == "ema" else "the weights"
+    tell(f"wrote {target}: {weights} of {metadata['trainer']}, {sides}, {args.precision}{size}")
     return 0
 
 
 def _save(facts: dict[str, Any]) -> str:
-    return f"{facts['name']}, iteration {facts['iterations']:,}{_size_of(facts['size_bytes'])}"
+    size = _size_of(facts["size_bytes"])
+    average = ", with the average of the weights" if facts["has_average"] else ""
+    return f"{facts['name']}, iteration {facts['iterations']:,}{size}{average}"
 
 
 def _backup(facts: dict[str, Any]) -> str:

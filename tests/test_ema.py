@@ -7,6 +7,7 @@ from contextlib import suppress
 import pytest
 import torch
 from conftest import CPU, assert_same_bits, saved_tensors, train_words
+from safetensors import safe_open
 from torch import nn
 
 from mien.cli import main
@@ -165,6 +166,10 @@ def test_what_is_used_is_the_average_unless_raw_is_asked_for(model_dir, tmp_path
         target = tmp_path / f"{weights}.safetensors"
         words = ("model", "inference", str(model_dir), "-o", str(target), "--weights", weights)
         assert main([*words]) == 0
+        word = "raw" if weights == "raw" else "ema"
+        with safe_open(target, "pt") as stream:
+            assert stream.metadata()["weights"] == word
+        assert ("the average of the weights of" in capsys.readouterr().out) is (word == "ema")
         of_file, of_folder = load_model(target), load_model(model_dir, weights=weights)
         for name, tensor in of_file.network.state_dict().items():
             assert torch.equal(tensor, expected[name])
@@ -176,6 +181,8 @@ def test_what_is_used_is_the_average_unless_raw_is_asked_for(model_dir, tmp_path
     num_tensors = len(raw) + len(average) + len(saved_tensors(model_dir, "optimizer"))
     assert f"0 of {num_tensors} tensors" in capsys.readouterr().out
     assert main(["model", "verify", str(model_dir)]) == 0
+    assert main(["model", "info", str(model_dir)]) == 0
+    assert "with the average of the weights" in capsys.readouterr().out
 
 
 def test_an_average_that_ends_or_begins_is_told(sides, model_dir, tmp_path, capsys):

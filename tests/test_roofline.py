@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mien import models
 from mien.benchmarks import roofline
 from mien.benchmarks.variants import names, variant
+from mien.core.config import from_dict
+from mien.core.estimate.flops import configured_work
 from mien.core.optim.fused_dense import LEAST
 from mien.models import blocks
 
@@ -109,6 +111,9 @@ def test_work_grows_with_the_batch_and_the_width():
     assert large.flops() == 3 * small.flops()
     assert large.activation_bytes == 3 * small.activation_bytes
     assert large.weight_bytes == small.weight_bytes
+    settings = {"model": {"trainer": "original", "options": {"width": 8}}, "train": {"ema": 0.9}}
+    averaged = configured_work(from_dict(settings), 2)
+    assert averaged.weight_bytes == small.weight_bytes + 8 * small.num_parameters
     lowmem = roofline.work_of(models.meta_model("original", width=8, lowmem=True), 2)
     assert lowmem.num_parameters < small.num_parameters
 

@@ -113,6 +113,8 @@ def read_model(
 ) -> tuple[Path, dict[str, Any], Config, dict[str, Tensor]]:
     """A save of a model folder, which is only read: its place, state, settings and weights.
 
+    The state says which weights these are (`weights`: raw or ema), for what is made with them.
+
     Args:
         path: The model folder.
         generation: Name of one, or `backup`; None: the newest.
@@ -128,7 +130,9 @@ def read_model(
     try:
         state, values = read_state(source, manifest)
         tensors = read_tensors(source, MODEL, manifest, most_tensor_bytes(values))
-        if weights != "raw" and EMA in manifest.files:
+        is_average = weights != "raw" and EMA in manifest.files
+        state["weights"] = "ema" if is_average else "raw"
+        if is_average:
             tensors |= read_tensors(source, EMA, manifest, most_tensor_bytes(values))
     except DamagedError as damage:
         raise ValueError(

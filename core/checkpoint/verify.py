@@ -17,6 +17,7 @@ from ... import models
 from ..config import from_dict, model_settings
 from ..system.durable_files import DamagedError, reading
 from .format import (
+    EMA,
     MODEL,
     STATE,
     Manifest,
@@ -174,7 +175,12 @@ def _facts_of_network(config_values: dict[str, Any] | None) -> dict[str, Any]:
 
 def _facts_of_save(manifest: Manifest) -> dict[str, Any]:
     size_bytes = sum(size for size, _ in manifest.files.values())
-    return {"name": manifest.name, "iterations": manifest.iterations, "size_bytes": size_bytes}
+    return {
+        "name": manifest.name,
+        "iterations": manifest.iterations,
+        "size_bytes": size_bytes,
+        "has_average": EMA in manifest.files,
+    }
 
 
 def _snapshots(path: Path) -> list[Path]:

@@ -10,7 +10,8 @@ as often as no implementation can do without:
                        forward result (activation, bias, depth-to-space)
     update             28 bytes a parameter: fp32 weight, mean and square read and written, the bf16
                        gradient read, the bf16 weight written. With forward, data gradient and
-                       weight gradient (2 each) that makes 34 bytes a parameter and step.
+                       weight gradient (2 each) that makes 34 bytes a parameter and step. With
+                       `train.ema` 8 more: the fp32 average read and written.
 
 The activations of one face are therefore moved 3 * (inputs + outputs) + 2 * outputs values, over
 all forward products.
@@ -37,6 +38,9 @@ VALUE_BYTES = 2
 UPDATE_BYTES = 28
 """Bytes that an update moves for a parameter: weight, mean and square in fp32 both ways, gradient
 and weight in bf16 one way."""
+
+AVERAGE_BYTES = 8
+"""Bytes that it moves besides for the fp32 average that `train.ema` keeps, both ways."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,9 @@ class Work:
     """Gradients of dense weights that the update forms by itself; they are not among the
     products."""
 
+    update_bytes: int = UPDATE_BYTES
+    """Bytes that the update moves for a parameter."""
+
     def with_fused_dense(self, least: int) -> "Work":
         """The same step with `optimizer.fused_dense`, of layers with so many weights or more."""
         is_fused = [p.dense_values >= least for p in self.products]
@@ -117,7 +124,7 @@ class Work:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights, their gradients and the optimizer's state, read or written."""
-        return (3 * VALUE_BYTES + UPDATE_BYTES) * self.num_parameters
+        return (3 * VALUE_BYTES + self.update_bytes) * self.num_parameters
 
 
 class Recorder(TorchDispatchMode):
@@ -198,6 +205,13 @@ def meta_model(config: Config) -> Autoencoder:
     if config.train.freeze_weights:
         model.freeze()
     return model
+
+
+def configured_work(config: Config, batch_size: int) -> Work:
+    """What a step of ``batch_size`` faces a side does in the configured training."""
+    work = work_of(meta_model(config), batch_size)
+    average_bytes = AVERAGE_BYTES if config.train.ema else 0
+    return replace(work, update_bytes=work.update_bytes + average_bytes)
 
 
 def work_of(model: Autoencoder, batch_size: int) -> Work:

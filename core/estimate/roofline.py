@@ -9,7 +9,7 @@ reach (`_product_s`), the pointwise passes apart, and a gap after every kernel.
 import math
 from dataclasses import dataclass
 
-from .flops import UPDATE_BYTES, VALUE_BYTES, Product, Work
+from .flops import VALUE_BYTES, Product, Work
 
 _GEMM_SHARE = 0.72
 """Share of the tensor peak that a well-shaped product of cuDNN or cuBLAS reaches. From what others
@@ -138,14 +138,14 @@ def _of_backward(work: Work, products_s: list[float]) -> float:
 def _update_s(work: Work, tensor_flops: float, bandwidth: float) -> float:
     """The update; of weights whose gradients it forms, without reading those."""
     fused = sum(p.weight_values for p in work.fused)
-    plain_s = UPDATE_BYTES * (work.num_parameters - fused) / bandwidth
-    return plain_s + sum(_fused_s(p, tensor_flops, bandwidth) for p in work.fused)
+    plain_s = work.update_bytes * (work.num_parameters - fused) / bandwidth
+    return plain_s + sum(_fused_s(p, work, tensor_flops, bandwidth) for p in work.fused)
 
 
-def _fused_s(product: Product, tensor_flops: float, bandwidth: float) -> float:
+def _fused_s(product: Product, work: Work, tensor_flops: float, bandwidth: float) -> float:
     """The update of one dense weight: memory or its small products, whichever takes longer; and
     before it the Gram matrices of both factors."""
-    num_bytes = (UPDATE_BYTES - VALUE_BYTES) * product.weight_values
+    num_bytes = (work.update_bytes - VALUE_BYTES) * product.weight_values
     num_bytes += VALUE_BYTES * product.input_values
     gram_flops = 2 * product.depth * product.input_values
     return max(product.flops / tensor_flops, num_bytes / bandwidth) + gram_flops / tensor_flops

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import OptimizerConfig
-from ..estimate.flops import UPDATE_BYTES, Work
+from ..estimate.flops import Work
 from ..precision import Precision
 from .arrivals import Arrivals, grouped
 from .optimizer import Update, clipping_of
@@ -38,7 +38,7 @@ def pays(work: Work) -> bool:
 
     Products are taken at the peak, so the share is rather too large for slow ones.
     """
-    update_bytes = UPDATE_BYTES * work.num_parameters
+    update_bytes = work.update_bytes * work.num_parameters
     # In bytes throughout: operations count as the bytes that are copied in their time.
     return update_bytes >= LEAST_SHARE * (update_bytes + work.flops() / FLOPS_PER_BYTE)
 

@@ -14,7 +14,7 @@ from ..distribute.group import Group
 from ..distribute.ranks import ALONE, Ranks
 from ..distribute.sharded import ShardedUpdate
 from ..distribute.update import MirroredUpdate
-from ..estimate.flops import meta_model, work_of
+from ..estimate.flops import configured_work, meta_model
 from ..exchange.keras_import import read_any_weights
 from ..losses.weighted import Loss
 from ..optim import fused_dense, overlap
@@ -123,7 +123,7 @@ def _kind_of_update(
         return Update
     # On a CPU there is nothing to overlap with.
     is_worth = device.type == "cuda" and overlap.pays(
-        work_of(meta_model(config), config.train.batch_size)
+        configured_work(config, config.train.batch_size)
     )
     return overlap.choose(config.optimizer, precision, is_worth=is_worth)
 

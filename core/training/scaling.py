@@ -8,7 +8,7 @@ import torch
 from ..config import Config
 from ..distribute.predict import Outlook, StepTime, between, choose, outlook
 from ..distribute.ranks import Ranks
-from ..estimate.flops import meta_model, work_of
+from ..estimate.flops import configured_work
 from ..estimate.links import NETWORK, Link, gpu_link
 from ..estimate.roofline import CARDS, Card, card_named, stretch
 from ..optim import overlap
@@ -54,7 +54,7 @@ def step_time(
     config: Config, precision: Precision, device: torch.device, card: Card, batch_size: int
 ) -> StepTime:
     """The step of one device with so many faces a side, by what good libraries reach."""
-    work = work_of(meta_model(config), batch_size)
+    work = configured_work(config, batch_size)
     predicted = stretch(work, card)
     is_worth = device.type == "cuda" and overlap.pays(work)
     kind = overlap.choose(config.optimizer, precision, is_worth=is_worth)
