@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import signal
+import tty
 import weakref
 
 import pytest
@@ -13,6 +15,7 @@ from mien.core.checkpoint.left_request import leave_request, take_left_requests
 from mien.core.checkpoint.lock_owner import lock_owner
 from mien.core.config import all_settings
 from mien.core.config.live import MAIN_SETTINGS, live_settings, parse_change
+from mien.core.console.keyboard import Keyboard
 from mien.core.console.reporter import Reporter
 from mien.core.console.requests import Requests
 from mien.core.console.settings_menu import SettingsMenu
@@ -31,7 +34,11 @@ def _train(sides, model_dir, *more):
 def during(monkeypatch):
     """A function that has things done, by the running program's requests, before iterations."""
     actions, noted = {}, []
-    enter, following = Requests.__enter__, Feed.next
+    enter, following, made = Requests.__enter__, Feed.next, Reporter.__init__
+
+    def make(self, *given, **named):
+        made(self, *given, **named)
+        self.has_status_line = True  # as on a terminal: the menu is there
 
     def next_batch(self, faces_seen):
         # Once: after a change the next session makes the batch of this iteration again.
@@ -40,6 +47,7 @@ def during(monkeypatch):
 
     monkeypatch.setattr(Requests, "__enter__", lambda self: noted.append(self) or enter(self))
     monkeypatch.setattr(Feed, "next", next_batch)
+    monkeypatch.setattr(Reporter, "__init__", make)
     return actions.update
 
 
@@ -60,8 +68,17 @@ def test_changes_by_keys_last_and_equal_a_stop_and_a_start_with_them(
         return open_sides(*given, **named)
 
     monkeypatch.setattr("mien.core.training.training_data.open_sides", opening)
-    # A flag holds for its session; what is set live takes its place.
-    keys = ("c2\rtrue\r", "c1\r1e-4\r")
+    report = Reporter.pause
+
+    def reporting(self, *, iteration, is_over):
+        report(self, iteration=iteration, is_over=is_over)
+        if not is_over:
+            os.kill(os.getpid(), signal.SIGCONT)
+
+    monkeypatch.setattr(Reporter, "pause", reporting)
+    # A flag holds for its session; what is set live takes its place, and a pause of the same step
+    # comes before it.
+    keys = ("c2\rtrue\r", "c1\r1e-4\r", "p")
     during({3: lambda requests: [requests.press(each) for each in keys]})
     assert _train(sides, live, "-i", "6", "--no-warp") == 0
     assert len(openings) == 1, "the faces are read once"
@@ -71,7 +88,10 @@ def test_changes_by_keys_last_and_equal_a_stop_and_a_start_with_them(
         ("augment.warp", False, True, "keyboard"),
         ("optimizer.learning_rate", 5e-5, 1e-4, "keyboard"),
     ]
-    assert [event["event"] for event in events].count("stop") == 1
+    kinds = [event["event"] for event in events]
+    assert [kind for kind in kinds if kind in ("pause", "resume", "change", "stop")] == [
+        *("pause", "resume", "change", "change", "stop")
+    ]
     assert events[-1]["iteration"] == 6
     logs = [(live / f"logs/session_{n}/events.jsonl").read_text() for n in (1, 2)]
     assert logs[0].count('"change"') == 2
@@ -141,6 +161,8 @@ def test_only_plain_files_are_taken_as_changes(tmp_path):
     (tmp_path / f".request-{os.getpid()}-1").symlink_to(tmp_path / "secret")
     (tmp_path / f".request-{os.getpid()}-2").write_bytes(b"x" * 5000)
     leave_request(tmp_path, os.getpid(), "augment.warp=true")
+    with pytest.raises(ValueError, match="has 1000 bytes at most, got 1014; shorten it"):
+        leave_request(tmp_path, os.getpid(), f"augment.warp={1001 * ' '}")
     assert take_left_requests(tmp_path) == ["augment.warp=true"]
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
@@ -153,6 +175,9 @@ def test_every_free_setting_of_what_is_trained_can_be_changed_to_its_default():
         text = json.dumps(spec.default)
         assert parse_change(f"{name}={text}") == (spec, spec.default)
     assert not settings.keys() & {spec.full_name for spec in all_settings() if spec.is_private}
+    for text in ("augment.warp=true\n[loss]", "augment.warp=true\x1b[2J"):
+        with pytest.raises(ValueError, match="in one line without control characters, got 'augm"):
+            parse_change(text)
 
 
 class TestMenu:
@@ -165,7 +190,7 @@ class TestMenu:
     def test_a_number_a_part_of_a_name_and_a_value_make_a_change(self, menu):
         menu.open()
         assert self.lines == ["1  augment.warp = true", "2  augment.flip = true"]
-        assert menu.press("eyx\x7f\x1b[Ae\r8") == []
+        assert menu.press("eyx\x7fe\r8") == []
         assert self.prompts[-1] == "loss.eye_multiplier = 3, new value (Enter, Esc leaves): 8_"
         assert menu.press("\r") == ["loss.eye_multiplier=8"]
         assert (menu.is_open, self.prompts[-1]) == (False, "")
@@ -198,6 +223,29 @@ def test_each_key_is_answered_and_enter_in_the_menu_ends_nothing():
     requests.press("\r")
     assert requests.stop.signal_name == "Enter"
     assert answers[-1] == "Saving after this step, then training ends..."
+    requests.press("c")
+    requests.begin_pause()
+    requests.press("p")
+    assert requests.take() == {"pause"}, "the menu is closed, and does not take the key"
+
+
+def test_arrows_and_function_keys_are_no_letters():
+    outer, inner = pty.openpty()
+    tty.setcbreak(inner)
+    keyboard = Keyboard(inner)
+    keyboard._original = []  # as in the foreground, which a test is not
+    # Right, F1, F4 with shift, F1 of Linux's own console, and a paste; cut nowhere.
+    os.write(outer, b"\x1b[C\x1bOP\x1b[1;2S\x1b[[A\x1b[200~" * 20 + b"s\x1b")
+    assert keyboard.keys() == "s\x1b"
+    os.close(outer)
+    os.close(inner)
+
+
+def test_no_menu_opens_where_it_could_not_be_seen():
+    requests = Requests()
+    requests.begin_session(None, can_pause=True)
+    requests.press("c\r")
+    assert (requests.take_changes(), requests.stop.signal_name) == ([], "Enter")
 
 
 def test_the_hint_is_there_where_it_fits():
@@ -226,7 +274,7 @@ def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
         lambda: os.kill(os.getpid(), signal.SIGCONT),
         lambda: leave("resume"),
         lambda: os.kill(os.getpid(), signal.SIGCONT),
-        lambda: os.kill(os.getpid(), signal.SIGTERM),
+        lambda: [leave("augment.flip=false"), os.kill(os.getpid(), signal.SIGTERM)],
     ]
 
     def reporting(self, *, iteration, is_over):
@@ -248,6 +296,7 @@ def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
     assert told == ["pause", "resume"] * 3 + ["pause", "stop"]
     assert len(stopped) == 1
     assert events[-1]["reason"] == "SIGTERM received; the state is saved"
+    assert events[-2]["message"].startswith("augment.flip was not changed, as the session ended")
     at = events[-1]["iteration"]
     capsys.readouterr()
     straight = tmp_path / "straight"
@@ -271,7 +320,7 @@ def test_a_pause_is_ended_by_keys_of_its_own_and_ctrl_z_stops_at_once_where_none
         assert requests.take_left_in_pause() == ["augment.flip=false"], "made when it goes on"
         os.kill(os.getpid(), signal.SIGTSTP)
         assert (len(stopped), requests.take()) == (1, set())
-        requests.can_pause = True
+        requests.begin_session(None, can_pause=True)
         os.kill(os.getpid(), signal.SIGTSTP)
         assert (len(stopped), requests.take()) == (1, {"pause"})
         os.kill(os.getpid(), signal.SIGTSTP)

@@ -23,10 +23,16 @@ def leave_request(model_dir: Path, pid: int, text: str) -> Path:
     """Leave a request for a process; the file that holds it.
 
     Raises:
+        ValueError: It is longer than a request can be.
         OSError: The disk refuses.
     """
+    content = text.encode()
+    if len(content) > MAX_REQUEST_BYTES:
+        raise ValueError(
+            f"a request has {MAX_REQUEST_BYTES} bytes at most, got {len(content)}; shorten it"
+        )
     path = model_dir / f"{_PREFIX}{pid}-{time.time_ns():020d}"
-    write_file(path, text.encode())
+    write_file(path, content)
     return path
 
 
@@ -34,6 +40,7 @@ def send_left_request(model_dir: Path, text: str) -> LockOwner:
     """Leave a request for the process that trains a model, and have it look.
 
     Raises:
+        ValueError: It is longer than a request can be.
         RequestError: As `send_request`, or the disk refuses; nothing is left then.
     """
     owner = lock_owner(model_dir)

@@ -6,7 +6,7 @@ model's first start is none of them.
 
 from typing import Any
 
-from ...models.fields import no_such
+from ...models.fields import no_such, shown
 from .sections import Config
 from .settings import Spec, all_settings
 from .toml import parse_assignment
@@ -48,8 +48,14 @@ def parse_change(text: str) -> tuple[Spec, Any]:
     """The setting and the value of ``section.key=value``.
 
     Raises:
-        ValueError: The setting is unknown or not one of these, or the value breaks its rule.
+        ValueError: The setting is unknown or not one of these, the value breaks its rule, or it is
+            more than a line.
     """
+    if not text.strip().isprintable():
+        raise ValueError(
+            "a change must be section.key=value in one line without control characters, got "
+            f"{shown(text)}"
+        )
     name, _, written = (part.strip() for part in text.partition("="))
     settings = live_settings()
     if name not in settings:

@@ -6,6 +6,7 @@ background would stop this one.
 """
 
 import os
+import re
 import select
 import termios
 import time
@@ -13,6 +14,11 @@ import tty
 from contextlib import suppress
 
 _SECONDS_BETWEEN_LOOKS = 0.1  # at the keys; chosen, unmeasured
+_MOST_BYTES = 4096
+"""Bytes of a look: all that Linux keeps of a terminal, so that no sequence is cut in two."""
+
+# As terminals send arrows and F1: their last letter is that of a key.
+_SEQUENCES = re.compile(r"\x1b(\[\[?[0-?]*[ -/]*[@-~]|O[A-Za-z])")
 
 
 class Terminal:
@@ -61,12 +67,12 @@ class Keyboard:
             return ""
         try:
             # As many as are there: keys that were held must not answer one by one for seconds.
-            pressed = os.read(self._handle, 64)
+            pressed = os.read(self._handle, _MOST_BYTES)
         except OSError:
             pressed = b""
         if not pressed:  # the terminal was closed
             self._is_over = True
-        return pressed.decode(errors="replace")
+        return _SEQUENCES.sub("", pressed.decode(errors="replace"))
 
     @property
     def handles(self) -> list[int]:

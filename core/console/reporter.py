@@ -67,7 +67,8 @@ class Reporter:
         self._clock = clock
         self._level = level
         is_terminal = self._stream.isatty() if terminal is None else terminal
-        self._live = StatusLine(self._stream) if is_terminal and not as_json else None
+        self.has_status_line = is_terminal and not as_json  # and with it answers and prompts
+        self._live = StatusLine(self._stream) if self.has_status_line else None
         self.latest: deque[str] = deque(maxlen=_LATEST)
         """The latest events as JSON lines, oldest first."""
 

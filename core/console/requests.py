@@ -75,15 +75,17 @@ class Requests:
         """Function that answers a key at once."""
 
         self.menu: SettingsMenu | None = None
-        """Menu of the settings of the present session; None before the first one."""
+        """Menu of the settings of the present session; None where it could not be shown."""
 
-        self.can_pause = False
+        self._can_pause = False
         """Whether training can be paused now; else Ctrl-Z stops the process at once."""
 
-        self.is_paused = False
+        self._is_paused = False
         """Whether training is paused, or about to be."""
 
         self._is_suspended = False
+        """Whether a pause that was asked for is to stop the process, as Ctrl-Z does."""
+
         self._changes: list[str] = []
         self._left_in_pause: list[str] = []
         self._pending: set[Request] = set()
@@ -114,6 +116,23 @@ class Requests:
         """Whether the terminal's keys come here."""
         return self._keyboard is not None
 
+    def begin_session(self, menu: SettingsMenu | None, *, can_pause: bool) -> None:
+        """Take requests for a session.
+
+        Args:
+            menu: Menu of its settings; None where that could not be shown.
+            can_pause: Whether it can be paused.
+        """
+        self.menu, self._can_pause, self._is_paused = menu, can_pause, False
+        # Of a pause that the session before did not come to, since it had gone back to a save.
+        self._is_suspended &= "pause" in self._pending
+
+    def begin_pause(self) -> None:
+        """Take keys as those of a pause."""
+        self._is_paused = True
+        if self.menu is not None:
+            self.menu.close()  # or it would take the key that ends the pause
+
     def take_changes(self) -> list[str]:
         """The changes entered in the menu since this was last called, as ``section.key=value``."""
         taken, self._changes = self._changes, []
@@ -142,9 +161,9 @@ class Requests:
             self._changes += self.menu.press(keys)
             return
         for place, key in enumerate(keys.lower().replace("\r", "\n")):
-            if key in _ANSWERS and not self.is_paused:
+            if key in _ANSWERS and not self._is_paused:
                 self.echo(_ANSWERS[key])
-            if key == "c" and not self.is_paused and self.menu is not None:
+            if key == "c" and not self._is_paused and self.menu is not None:
                 self.menu.open()
                 self.press(keys[place + 1 :])  # the menu's, in the case that they were typed in
                 return
@@ -172,7 +191,7 @@ class Requests:
                 ready, _, _ = select.select([reader, *handles], [], [])
                 if reader in ready:
                     os.read(reader, 4096)
-        self.is_paused = self._is_suspended = False
+        self._is_paused = self._is_suspended = False
 
     def _is_over(self, left: Callable[[], list[str]]) -> bool:
         """Whether the pause has been ended since this was last called."""
@@ -187,7 +206,7 @@ class Requests:
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:
         # A second one does not wait for the save, and where nothing is trained there is none.
-        if self.is_paused or self._is_suspended or not self.can_pause:
+        if self._is_paused or self._is_suspended or not self._can_pause:
             self._stop_here()
         else:
             self._is_suspended = True
@@ -205,7 +224,7 @@ class Requests:
     def _continue(self, _number: int, _frame: FrameType | None) -> None:
         if self._keyboard is not None:
             self._keyboard.come_back()
-        if self.is_paused:
+        if self._is_paused:
             self._pending.add("pause")
 
 

@@ -3,12 +3,9 @@
 It takes keys as they come and never waits, so that training does not wait for it either.
 """
 
-import re
 from collections.abc import Callable, Mapping
 
 _ESCAPE, _BACKSPACES = "\x1b", "\x7f\b"
-# As terminals send arrows and the like, which mean nothing here.
-_SEQUENCES = re.compile(r"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z])")
 _MOST_LETTERS = 200
 
 
@@ -53,7 +50,7 @@ class SettingsMenu:
     def press(self, keys: str) -> list[str]:
         """Take in keys; the changes that were entered, as ``section.key=value``."""
         changes = []
-        for key in _SEQUENCES.sub("", keys):
+        for key in keys:
             if key == _ESCAPE:
                 self.close()
             elif key in "\r\n":

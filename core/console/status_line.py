@@ -60,6 +60,7 @@ class StatusLine:
         self._console.print(self._text(text), soft_wrap=True)
 
     def close(self) -> None:
+        self.prompt("")  # of a menu that is open: the last status stays
         self._live.stop()
 
 

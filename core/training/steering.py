@@ -5,7 +5,8 @@ with `--set`: the model keeps it. What would be refused at that start is refused
 and training goes on as it was. A pause ends the session as well; what follows it opens all anew.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checkpoint.left_request import take_left_requests
@@ -54,11 +55,11 @@ class Steering:
         }
         main = {name: values[name] for name in MAIN_SETTINGS}
         requests.echo = reporter.say
-        requests.menu = SettingsMenu(
-            main | values, len(main), write=reporter.say, prompt=reporter.prompt
-        )
+        menu = SettingsMenu(main | values, len(main), write=reporter.say, prompt=reporter.prompt)
         reporter.prompt("")  # the menu of the session before may have been open
-        requests.can_pause, requests.is_paused = setup.council is None, False
+        requests.begin_session(
+            menu if reporter.has_status_line else None, can_pause=setup.council is None
+        )
         reporter.hint("? keys" if requests.has_keyboard else "")
 
     def take(self, requests: set[Request]) -> set[Request]:
@@ -84,12 +85,7 @@ class Steering:
         """
         if self.end is None or end is self.end:
             return
-        for change in self.end.changes:
-            value = written(live_settings()[change.full_name], change.new)
-            self.reporter.warning(
-                f"{change.full_name} was not changed, as the session ended in the same step; start "
-                f"again with --set {change.full_name}={value}"
-            )
+        warn_unmade(assignments_of(self.end.changes), self.reporter)
 
     def _pause(self) -> None:
         """End the session for a pause."""
@@ -97,9 +93,10 @@ class Steering:
             self.reporter.warning(
                 "a run of several ranks cannot pause; stop it (Enter), and start it again later"
             )
-        elif self.end is None:
-            self.requests.is_paused = True
-            self.end = End(Outcome.STOPPED, "", goes_on=True, pauses=True)
+        else:
+            self.requests.begin_pause()
+            # A change of the same step is made when the pause is over.
+            self.end = replace(self.end or _next_session(), pauses=True)
 
     def _change(self, wishes: list[_Wish]) -> None:
         """End the session for the changes that can be made."""
@@ -119,7 +116,7 @@ class Steering:
             changes.append(Change(spec.section, spec.name, old, value, wish.by))
             config = changed
         if changes:
-            self.end = End(Outcome.STOPPED, "", goes_on=True, changes=tuple(changes))
+            self.end = replace(_next_session(), changes=tuple(changes))
 
     def _checked(self, spec: Spec, value: Any, config: Config) -> Config:
         """The settings with a change, which the next session could open with; else ValueError."""
@@ -135,3 +132,25 @@ class Steering:
         if changed.loss != config.loss:
             Loss(changed.loss, sizes_of(config)[1], "cpu")
         return changed
+
+
+def _next_session() -> End:
+    """End of a session that the next one follows."""
+    return End(Outcome.STOPPED, "", goes_on=True)
+
+
+def assignments_of(changes: Iterable[Change]) -> list[str]:
+    """Changes as `--set` takes them."""
+    specs = live_settings()
+    names = ((change.full_name, change.new) for change in changes)
+    return [f"{name}={written(specs[name], value)}" for name, value in names]
+
+
+def warn_unmade(assignments: Iterable[str], reporter: Reporter) -> None:
+    """Name changes, as `--set` takes them, that were asked for and came too late."""
+    for assignment in assignments:
+        name, _, value = (part.strip() for part in assignment.partition("="))
+        reporter.warning(
+            f"{name} was not changed, as the session ended first; start again with "
+            f"--set {name}={value}"
+        )

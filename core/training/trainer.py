@@ -66,7 +66,6 @@ class Trainer:
         try:
             try:
                 end = self._train()
-                self.steering.tell_unmade(end)
                 # The next stage goes on with the optimizer's state, whether it is to stay or not.
                 self.checkpointer.save(is_last=True, with_optimizer=end.goes_on)
             except TrainingDiverged as divergence:
@@ -77,6 +76,7 @@ class Trainer:
         except SaveError as error:
             reason = f"{self.divergence}; {error}" if self.divergence else str(error)
             end = End(Outcome.HALTED, reason)
+        self.steering.tell_unmade(end)
         return end
 
     def _remaining(self) -> int:

@@ -31,6 +31,7 @@ from .pause import pause
 from .prepare import open_follower, open_setup
 from .resolve import Overrides
 from .shared_start import check_alike
+from .steering import assignments_of, warn_unmade
 from .trainer import Trainer
 from .training_setup import TrainingSetup
 
@@ -98,6 +99,7 @@ def _lead(
             except Interrupted:
                 if until is None or crew is not None:
                     raise  # there is nothing to save, or others wait, who must hear of it
+                _warn_of_changes(end, requests, reporter)
                 break
             if until is None:
                 # Once: later sessions of this start share the iterations that the user has set.
@@ -120,7 +122,8 @@ def _lead(
         _free_memory()
         if not goes_on:
             break
-        _meanwhile(end, iteration, overrides, reporter, requests)
+        with _reporting_end(reporter, iteration, is_later=True):
+            _meanwhile(end, iteration, overrides, reporter, requests)
         overrides = overrides.with_lasting(settings_of(end.changes))
         overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None
@@ -156,8 +159,8 @@ def _meanwhile(
     if end.pauses:
         assert overrides.model_dir is not None  # a session has been trained there
         pause(overrides.model_dir, iteration, reporter, requests)
-        return
-    for change in end.changes:
+    # After a stop no session follows that would make them, which is told at its end.
+    for change in () if requests.stop.signal_name else end.changes:
         reporter.change(
             iteration=iteration,
             name=change.full_name,
@@ -165,9 +168,15 @@ def _meanwhile(
             new=change.new,
             by=change.by,
         )
-    if not end.changes:
+    if not end.changes and not end.pauses:
         report = reporter.stage if end.back_at is None else reporter.rollback
         report(end.reason)
+
+
+def _warn_of_changes(end: End | None, requests: Requests, reporter: Reporter) -> None:
+    """Name the changes of the session before, and of a pause, that no session came to make."""
+    made_by_next = end.changes if end is not None else ()
+    warn_unmade(assignments_of(made_by_next) + requests.take_left_in_pause(), reporter)
 
 
 def _dismiss(council: Council, orders: Orders) -> None:
@@ -178,7 +187,8 @@ def _dismiss(council: Council, orders: Orders) -> None:
 
 @contextmanager
 def _reporting_end(reporter: Reporter, iteration: int, *, is_later: bool) -> Iterator[None]:
-    """Report a mistake or a full disk that ends a later session as the end of training too."""
+    """Report a mistake or a full disk, in a later session or before it, as the end of training
+    too."""
     try:
         yield
     except (ValueError, SaveError) as error:
