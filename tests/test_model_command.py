@@ -585,6 +585,7 @@ def test_inference_metadata_and_precisions(tmp_path, capsys):
     assert options["learn_mask"] is True
     assert metadata == {
         "format": "pt",
+        "weights": "raw",
         "schema": "mien.inference/1",
         "mien_version": metadata["mien_version"],
         "run_id": RUN_ID,
