@@ -154,7 +154,10 @@ def _settings_of(
     from ..core.training.prepare import report_notices, settings_of
 
     resolved = settings_of(overrides, recipe)
-    report_notices(Reporter(sys.stderr, as_json=as_json), resolved.notices)
+    reporter = Reporter(sys.stderr, as_json=as_json)
+    report_notices(reporter, resolved.notices)
+    for change in resolved.changes:
+        reporter.notice(f"changed since the last session: {change}")
     return resolved
 
 

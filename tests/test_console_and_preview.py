@@ -69,11 +69,10 @@ def test_events_are_kept_as_they_are_told(sides, tmp_path, capsys):
     assert {event["event"] for event in json_events(kept)} == {
         *("start", "step", "save", "preview", "stop")
     }
-    assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.learning_rate=1e-4") == 0
+    assert _train(sides, model_dir, "-i", "1", "--set", "optimizer.placement=host") == 0
     second = json_events((model_dir / "logs/session_2/events.jsonl").read_text())
     kinds = [event["event"] for event in second]
-    assert kinds[:2] == ["notice"] * 2, "what was told before the session had a number"
-    assert "start" in kinds
+    assert kinds[:2] == ["notice", "start"], "what was told before the session had a number"
     assert kinds[-1] == "stop"
 
 
@@ -550,7 +549,7 @@ def test_a_path_that_is_given_relative_has_not_changed(sides, tmp_path, monkeypa
     monkeypatch.chdir(sides[0].parent)
     for _ in range(2):
         assert _train([side.name for side in sides], tmp_path / "model", "-i", "1") == 0
-    assert "updated" not in capsys.readouterr().out
+    assert "changed" not in capsys.readouterr().out
 
 
 def test_previews_of_saves_are_in_the_log(sides, tmp_path):

@@ -73,6 +73,8 @@ def test_what_several_ranks_would_bring_is_predicted(inputs, capsys):
     assert "scaling" not in capsys.readouterr().out
 
 
+BY_A_FLAG = "it was set by a flag, for that session"
+
 RECIPE = """
 [[stage]]
 name = "learn"
@@ -130,7 +132,7 @@ def test_print_config_of_a_model_prints_its_settings(inputs, tmp_path, capsys):
     assert printed["data"]["input_a"] == [inputs[1]]
     assert printed["augment"]["warp"] is True, "the flag of the last session is over"
     assert printed["augment"]["flip"] is False, "as this command line would train"
-    assert "Note: updated augment.warp from false to true" in said.err
+    assert "Note: changed since the last session: augment.warp: false -> true; it was" in said.err
     assert main(["train", "-m", str(model_dir), "-t", "original", "--print-config"]) == 2
     assert "holds a model of lightweight, not of original" in capsys.readouterr().err
     assert _files(tmp_path) == before
@@ -142,10 +144,10 @@ def test_a_mistake_in_a_dry_run_is_one_line(inputs, tmp_path, capsys):
 
 
 def _start(capsys):
-    """The event of the start, and what else was noted."""
+    """The event of the start, and its changes: names, old and new values, notes."""
     events = json_events(capsys.readouterr().out)
-    notes = [event["message"] for event in events if event["event"] == "notice"]
-    return next(event for event in events if event["event"] == "start"), notes
+    start = next(event for event in events if event["event"] == "start")
+    return start, [tuple(change.values()) for change in start["changes"]]
 
 
 @pytest.mark.parametrize(
@@ -196,15 +198,15 @@ def test_auto_is_saved_as_such_and_told_at_every_start(inputs, tmp_path, monkeyp
     assert (saved["batch_size"], saved["auto_batch_limit"]) == ("auto", 12)
     monkeypatch.setattr(prepare, "free_bytes", lambda *_: 880 << 20)
     assert main(["train", *words, "--device", "cpu", "--set", "train.auto_batch_limit=8"]) == 0
-    start, notes = _start(capsys)
+    start, changes = _start(capsys)
     assert (start["batch_size"], start["batch_size_bound"]) == (8, "limit")
-    assert "auto has chosen batch size 8; the last session had 12" in notes
+    assert changes[-1] == ("train.batch_size", 12, 8, "auto has chosen it")
     assert _train(inputs, *words, "-b", "4") == 0
-    assert "updated train.batch_size from auto to 4" in _start(capsys)[1]
+    assert ("train.batch_size", "auto", 4, None) in _start(capsys)[1]
     assert main(["train", *words, "--device", "cpu"]) == 0
-    start, notes = _start(capsys)
+    start, changes = _start(capsys)
     assert start["batch_size"] == 8, "a flag holds for its session"
-    assert any(line.startswith("updated train.batch_size from 4 to auto; it was") for line in notes)
+    assert ("train.batch_size", 4, "auto", BY_A_FLAG) in changes
 
 
 def test_auto_by_a_flag_is_not_the_batch_of_later_sessions(inputs, tmp_path, capsys):
@@ -212,9 +214,9 @@ def test_auto_by_a_flag_is_not_the_batch_of_later_sessions(inputs, tmp_path, cap
     assert _train(inputs, *words, "-b", "auto") == 0
     assert _start(capsys)[0]["batch_size"] == 26
     assert main(["train", *words, "--device", "cpu"]) == 0
-    start, notes = _start(capsys)
+    start, changes = _start(capsys)
     assert start["batch_size"] == 16
-    assert any(line.startswith("updated train.batch_size from auto to 16") for line in notes)
+    assert ("train.batch_size", "auto", 16, BY_A_FLAG) in changes
 
 
 def test_where_nothing_fits_auto_says_so(inputs, tmp_path, monkeypatch, capsys):

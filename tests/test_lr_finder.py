@@ -206,9 +206,11 @@ def test_a_found_rate_stays_until_another_is_given(sides, tmp_path, capsys, sees
     assert main(["train", "-m", str(model), "-i", "1", "--json", *given]) == 0
     told = json_events(capsys.readouterr().out)
     notices = [event["message"] for event in told if event["event"] == "notice"]
+    (changes,) = (event["changes"] for event in told if event["event"] == "start")
     assert [e["learning_rate"] for e in told if e["event"] == "step"] == [2e-4]
     assert f"the learning rate is 0.0002, as set, in place of {rate:g}, as found" in notices[0]
-    assert "updated optimizer.use_lr_finder from true to false" in notices
+    finder = {"name": "optimizer.use_lr_finder", "old": True, "new": False, "note": None}
+    assert finder in changes
     assert main(["train", "-m", str(model), "-i", "1", "--json"]) == 0
     events, warnings = _events(capsys)
     assert events["step"]["learning_rate"] == 2e-4

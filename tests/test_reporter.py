@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from mien.core.console import tensorboard
+from mien.core.console import tensorboard, wandb_log
 from mien.core.console.event_files import older_file
 from mien.core.console.reporter import Reporter
 from mien.core.console.status_line import duration, fitted, status_text
@@ -507,7 +508,8 @@ NAME = "a\nb\x1b[2J\x9b\u202egnp\u2028\x7f\udce4.png"
 ESCAPED = r"a\nb\u001b[2J\u009b\u202egnp\u2028\u007f\xe4.png"
 
 
-def test_no_name_does_anything_to_a_terminal_or_a_log(tmp_path):
+def test_no_name_does_anything_to_a_terminal_or_a_log(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     for terminal in (False, True):
         stream = io.StringIO()
         reporter = Reporter(stream, terminal=terminal)
@@ -518,7 +520,8 @@ def test_no_name_does_anything_to_a_terminal_or_a_log(tmp_path):
         reporter.stop(iteration=1, reason=f"{NAME} is gone", exit_code=3)
         texts = [f"faces    {ESCAPED}", "threads  2", f"Warning: skipped {ESCAPED}: no face"]
         texts.append(f"Stopped at iteration 1: {ESCAPED} is gone")
-        assert stream.getvalue().splitlines() == texts
+        shown = [line.strip("│ ") for line in _without_styles(stream).splitlines()]
+        assert [line for line in shown if line[0] not in "╭╰"] == texts
         assert [line[28:] for line in path.read_text().splitlines()] == texts
 
 
@@ -550,19 +553,40 @@ def test_a_level_holds_for_json_too():
 
 
 def test_a_start_has_lines_for_people_and_fields_for_programs():
-    fields, lines = {"batch_size": 16, "losses": [{"name": "ssim"}]}, {"batch": "16 a side"}
+    fields = {"batch_size": 16, "losses": [{"name": "ssim"}]}
+    rows = [("batch", "16 a side"), ("changed", "augment.flip: true -> false"), ("", "last")]
     text, events = io.StringIO(), io.StringIO()
-    Reporter(text).start(fields, lines)
-    assert text.getvalue() == "batch  16 a side\n"
-    Reporter(events, as_json=True, clock=lambda: 1.0).start(fields, lines)
+    Reporter(text).start(fields, rows)
+    assert text.getvalue() == (
+        "batch    16 a side\nchanged  augment.flip: true -> false\n         last\n"
+    )
+    Reporter(events, as_json=True, clock=lambda: 1.0).start(fields, rows)
     assert json.loads(events.getvalue()) == {"event": "start", "time": 1.0} | fields
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_a_terminal_shows_the_start_in_a_frame_as_wide_as_itself(monkeypatch, tmp_path, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    folder = f"/faces/[bold]\x1b[2J{'x' * 150}"
+    stream = io.StringIO()
+    reporter = Reporter(stream, terminal=True)
+    reporter.keep_in(events=None, log_file=tmp_path / "log", level="info")
+    reporter.start({}, [("batch", "16 a side"), ("faces a", f"{'many ' * 20}of {folder}")])
+    lines = _without_styles(stream).splitlines()
+    assert {len(line) for line in lines} == {width}
+    assert lines[0].startswith("╭─ mien train ─")
+    text = "".join(line.strip("│ ") for line in lines[1:-1])
+    assert f"/faces/[bold]\\u001b[2J{'x' * 20}" in text
+    assert text.count("x") == 150
+    assert "16 a side\n" in (tmp_path / "log").read_text(), "no frame where lines stay"
 
 
 def test_a_notice_is_no_warning(tmp_path):
     stream = io.StringIO()
     reporter = Reporter(stream)
-    reporter.notice("updated augment.warp from true to false")
-    assert stream.getvalue() == "Note: updated augment.warp from true to false\n"
+    reporter.notice("the rate is 0.1, as set")
+    assert stream.getvalue() == "Note: the rate is 0.1, as set\n"
     stream = io.StringIO()
     Reporter(stream, level="warning").notice("updated")
     assert stream.getvalue() == ""
@@ -588,7 +612,11 @@ def test_tensorboard_gets_the_settings_and_now_and_then_a_preview(tmp_path):
 
 def test_weights_and_biases_gets_means_pictures_and_settings(tmp_path, monkeypatch):
     """Offline, as W&B keeps it for `wandb sync`: nothing leaves the machine."""
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
+    # However slow the machine is, no second row is due.
+    monkeypatch.setattr(wandb_log, "_SECONDS_BETWEEN_ROWS", math.inf)
     log = WandbLog("faces", tmp_path / "hero", "0" * 32, {"train": {"batch_size": 3}})
     sent, send = [], log._run.log
     monkeypatch.setattr(
@@ -599,6 +627,7 @@ def test_weights_and_biases_gets_means_pictures_and_settings(tmp_path, monkeypat
     log.scalars({"evaluate/ssim_a": 0.5}, 3)
     log.picture("preview", lambda: (_jpeg(), (12, 8)), 3)
     log.close()
+    wandb.teardown()  # until then W&B's own process may hold what it has not written
     means = [(1, {"batch_total": 1.0}), (3, {"batch_total": 2.5}), (3, {"evaluate/ssim_a": 0.5})]
     assert sent[:3] == means
     assert [(step, [*row]) for step, row in sent[3:]] == [(3, ["preview"])]
@@ -622,6 +651,10 @@ def test_weights_and_biases_without_a_login_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="log.wandb needs wandb, which is not installed"):
         WandbLog("faces", tmp_path, "0" * 32, {})
+
+
+def _without_styles(stream):
+    return re.sub(r"\x1b\[\d*m", "", stream.getvalue())
 
 
 def _jpeg() -> bytes:

@@ -54,7 +54,7 @@ def _resolve(saved=None, lasting=None, recipe=None, trusts=True, **session):
 
 
 def _told(resolved):
-    return [notice.text for notice in resolved.notices]
+    return [*(notice.text for notice in resolved.notices), *map(str, resolved.changes)]
 
 
 def _held(spec, path):
@@ -88,7 +88,7 @@ def test_nothing_given_is_the_saved_config():
     assert resolved.config == resolved.kept
     expected = merge(SAVED, {"model": {"options": {"width": 32}}})
     assert resolved.config == from_dict(expected)
-    assert resolved.notices == []
+    assert _told(resolved) == []
 
 
 @pytest.mark.parametrize("spec", FLAGS, ids=lambda spec: spec.full_name)
@@ -161,15 +161,18 @@ def test_another_batch_size_changes_nothing_else_and_keeps_its_rule():
 # What is told
 
 
-def test_differences_to_the_last_session_are_told_and_are_no_warnings():
+def test_differences_to_the_last_session_are_told_and_are_no_notices():
     lasting = {"data": {"input_a": "/new/a"}, "loss": {"loss_weight_2": 50}}
     resolved = _resolve(_saved(), lasting, augment={"zoom_amount": 5}, save={"logs": False})
     assert _told(resolved) == [
-        "updated data.input_a from /old/a to /new/a",
-        "updated loss.loss_weight_2 from 100 to 50",
-        "updated save.logs from true to false",
+        "data.input_a: /old/a -> /new/a",
+        "loss.loss_weight_2: 100 -> 50",
+        "save.logs: true -> false",
     ]
-    assert not any(notice.is_warning for notice in resolved.notices)
+    assert resolved.notices == []
+    rate, logs = resolved.changes[1:]
+    assert (rate.name, rate.old, rate.new, rate.note) == ("loss.loss_weight_2", 100, 50, "")
+    assert (logs.old, logs.new) == (True, False)
 
 
 def test_a_flag_that_has_ended_is_told():
@@ -177,13 +180,13 @@ def test_a_flag_that_has_ended_is_told():
     saved = _saved(session=last)
     ended = "; it was set by a flag, for that session"
     assert _told(_resolve(saved)) == [
-        f"updated augment.warp from false to true{ended}",
-        f"updated train.batch_size from 4 to 8{ended}",
-        f"updated train.iterations from 5 to 1000000{ended}",
+        f"augment.warp: false -> true{ended}",
+        f"train.batch_size: 4 -> 8{ended}",
+        f"train.iterations: 5 -> 1000000{ended}",
     ]
     assert _told(_resolve(saved, **last)) == [], "the same line again changes nothing"
     again = last | {"train": {"iterations": 6, "batch_size": 4}}
-    assert _told(_resolve(saved, **again)) == ["updated train.iterations from 5 to 6"]
+    assert _told(_resolve(saved, **again)) == ["train.iterations: 5 -> 6"]
 
 
 def test_the_place_of_the_model_is_no_difference():
@@ -246,8 +249,8 @@ def test_locked_settings_may_be_repeated_but_not_changed():
         "data": {"coverage": 87.5},
         "train": {"seed": 5},
     }
-    assert _resolve(_saved(), **same).notices == []
-    assert _resolve(_saved(), same).notices == []
+    assert _told(_resolve(_saved(), **same)) == []
+    assert _told(_resolve(_saved(), same)) == []
 
 
 @pytest.mark.parametrize(
@@ -286,10 +289,10 @@ def test_every_setting_is_refused_or_updated_as_its_lock_says(spec):
     if spec.full_name in OF_A_START | {"optimizer.use_lr_finder"}:
         return
     if spec.is_private:  # a notice of it would be kept with the others
-        assert resolved.notices == []
+        assert _told(resolved) == []
         return
-    assert _told(resolved)[0].startswith(f"updated {spec.full_name} from ")
-    assert len(resolved.notices) == 1
+    (told,) = _told(resolved)
+    assert told.startswith(f"{spec.full_name}: ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -314,8 +317,8 @@ def test_free_options_change_and_locked_ones_are_refused_one_by_one(with_options
     given = {"model": {"options": {"nodes": 16, "dropout": 0.5, "layers": ["encoder", "fc"]}}}
     resolved = _resolve(with_options, given)
     assert _told(resolved) == [
-        "updated model.options.dropout from 0.25 to 0.5",
-        "updated model.options.layers from ['encoder'] to ['encoder', 'fc']",
+        "model.options.dropout: 0.25 -> 0.5",
+        "model.options.layers: ['encoder'] -> ['encoder', 'fc']",
     ]
     assert resolved.kept.model.options["nodes"] == 16
     assert resolved.kept.model.options["dropout"] == 0.5
@@ -331,7 +334,7 @@ def test_free_options_change_and_locked_ones_are_refused_one_by_one(with_options
 
 
 def test_an_option_that_the_model_is_older_than_has_its_default(with_options):
-    assert _resolve(with_options, {"model": {"options": {"layers": ["encoder"]}}}).notices == []
+    assert _told(_resolve(with_options, {"model": {"options": {"layers": ["encoder"]}}})) == []
     assert _resolve(with_options).config.model.options["layers"] == ("encoder",)
 
 
@@ -471,7 +474,7 @@ def test_a_name_that_is_no_utf_8_holds_for_the_session_and_is_not_kept():
         assert resolved.config.data.input_a == ("/faces/\udce4",)
         assert (resolved.kept.data.input_a, resolved.kept.data.input_b) == ((), ("/faces/\xe4",))
         assert parse_toml(to_toml(resolved.kept).encode())["data"]["input_b"] == ["/faces/\xe4"]
-        assert "data.input_a is no UTF-8 name ('/faces/\\udce4')" in _told(resolved)[-1]
+        assert "data.input_a is no UTF-8 name ('/faces/\\udce4')" in _told(resolved)[0]
 
 
 # Several folders of a side
@@ -499,7 +502,7 @@ def test_several_folders_are_told_absolute_and_refused_on_the_other_side(monkeyp
     saved = _saved(merge(SAVED, {"data": {"input_a": ["/a", "/c"]}}))
     given = {"data": {"input_a": ["one", "two:0.3"]}}
     assert _told(_resolve(saved, given)) == [
-        f"updated data.input_a from /a, /c to {tmp_path}/one, {tmp_path}/two:0.3"
+        f"data.input_a: /a, /c -> {tmp_path}/one, {tmp_path}/two:0.3"
     ]
     swapped = {"input_a": "/old/b", "input_b": ["/c:0.5", "/a"]}
     with pytest.raises(ValueError, match="the folders are swapped"):
@@ -510,6 +513,6 @@ def test_several_folders_are_told_absolute_and_refused_on_the_other_side(monkeyp
     settings = saved.state["sessions"][0]["settings"]["data"]
     settings["input_a"] = "/old/a"
     (told,) = _told(_resolve(saved))
-    assert told.startswith("updated data.input_a from /old/a to /a, /c; it was set by a flag")
+    assert told.startswith("data.input_a: /old/a -> /a, /c; it was set by a flag")
     settings["input_a"] = 5
     assert _told(_resolve(saved)) == []

@@ -11,7 +11,7 @@ from mien.cli import main
 
 FIRST_LINES = (
     *("trainer", "batch", "losses", "mask", "crop"),
-    *("augment", "optimizer", "precision", "saves"),
+    *("augment", "optimizer", "precision", "EMA", "saves"),
 )
 
 
@@ -40,7 +40,9 @@ def test_the_first_lines_tell_what_decides_the_result(sides, tmp_path, capsys):
     assert lines["augment"] == "warp on, warp to landmarks off, flip on, color on"
     assert lines["optimizer"] == "adam, learning rate 5e-05 (as set), constant"
     assert lines["precision"].startswith("fp32 (")
+    assert lines["EMA"] == "off"
     assert lines["saves"] == "every 250 iterations, but at least 60 s apart"
+    assert "changed" not in lines
 
 
 def test_doctor_counts_the_threads_as_training_does(sides, tmp_path, capsys, monkeypatch):
@@ -67,6 +69,13 @@ def test_they_tell_what_is_set_otherwise(sides, tmp_path, capsys):
     assert lines["augment"] == "warp off, warp to landmarks off, flip off, color on"
     assert lines["optimizer"].startswith("lion, learning rate 5e-05 (as set), warm-up over 4")
     assert lines["saves"] == "every 7 iterations"
+    _train(sides, tmp_path / "model", "--set", "train.ema=0.99", "-P", "-s", "7")
+    lines = _lines(capsys.readouterr().out)
+    assert lines["EMA"] == "of the weights, decay 0.99"
+    assert list(lines)[-2:] == ["changed", ""]
+    assert lines["changed"] == "augment.warp: false -> true; it was set by a flag, for that session"
+    begins = "the average begins at the weights as they are now"
+    assert lines[""] == f"train.ema: 0.0 -> 0.99; {begins}"
     unused = ("--set", "loss.penalized_mask_loss=false", "--save-minutes", "2")
     _train(sides, tmp_path / "other", *unused)
     lines = _lines(capsys.readouterr().out)
@@ -118,6 +127,8 @@ def test_the_event_has_fields_and_no_sentences(start, sides, tmp_path):
         "stage": None,
         "frozen": [],
         "load_weights": None,
+        "ema": 0.0,
+        "changes": [],
     }
     assert {name: start[name] for name in expected} == expected
     assert (start["faces_a"], start["held_out"]) == (26, None)

@@ -243,10 +243,10 @@ def test_a_nan_in_the_last_iterations_halts_too(
 def test_a_full_disk_halts_with_the_last_save_named(sides, tmp_path, monkeypatch, capsys):
     original = ModelFolder.save
 
-    def save(self, model, optimizer, state):
+    def save(self, model, optimizer, state, *others):
         if state["iterations"] > 1:
             raise SaveError("cannot save to X: No space left on device")
-        return original(self, model, optimizer, state)
+        return original(self, model, optimizer, state, *others)
 
     monkeypatch.setattr(ModelFolder, "save", save)
     assert _train(sides, tmp_path / "model", "-i", "8", "-s", "2") == 3
@@ -394,7 +394,9 @@ def test_a_resume_needs_only_the_folder_and_tells_of_changes(sides, tmp_path, ca
     monkeypatch.chdir(tmp_path)
     assert main(["train", "-m", "model", "-i", "1", "--set", "optimizer.learning_rate=1e-4"]) == 0
     said = capsys.readouterr().out
-    assert "updated optimizer.learning_rate from 5e-05 to 0.0001" in said
+    changed = said[said.index("\nchanged    ") :].partition("\n[")[0]
+    assert "  optimizer.learning_rate: 5e-05 -> 0.0001" in changed
+    assert "Note: " not in said
     assert json.loads((model_dir / "state.json").read_text())["iterations"] == 2
 
 

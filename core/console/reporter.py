@@ -23,6 +23,7 @@ from .event_files import SECONDS_BETWEEN_STEPS, ReportFiles
 from .notify import Notifier
 from .report import Report
 from .spacing import Pause
+from .start_panel import Rows, plain_lines
 from .status_line import StatusLine, StepFields, clock, complete, step_report
 
 EVENTS = "events.jsonl"
@@ -103,18 +104,16 @@ class Reporter:
         )
         self._warn_all(problems)
 
-    def start(self, fields: dict[str, Any], lines: dict[str, str] | None = None) -> None:
-        """Report what is about to be trained.
+    def start(self, fields: dict[str, Any], rows: Rows | None = None) -> None:
+        """Report what is about to be trained: on a terminal as a panel.
 
         Args:
             fields: Numbers, words and lists for programs.
-            lines: Model, folders and chosen paths for people; None: the fields, one a line.
+            rows: Model, folders and chosen paths for people; None: the fields, one a row.
         """
-        if lines is None:
-            lines = {name.replace("_", " "): str(value) for name, value in fields.items()}
-        width = max((len(name) for name in lines), default=0)
-        table = [f"{name:<{width}}  {line}" for name, line in lines.items()]
-        self._log("start", table, fields)
+        if rows is None:
+            rows = [(name.replace("_", " "), str(value)) for name, value in fields.items()]
+        self._log("start", plain_lines(rows), fields, panel=rows)
 
     def step(self, **fields: Unpack[StepFields]) -> None:
         """Report where training stands: as the status line, elsewhere once a minute."""
@@ -230,7 +229,7 @@ class Reporter:
         self._keep_steps()
         self.close()
         text = f"mien itself has failed; {path} says what is known of it"
-        report = self._report("crash", [text], {"error": error, "path": path}, "error")
+        report = Report.of("crash", self._clock(), "error", [text], {"error": error, "path": path})
         self._warn_all(self._files.add(report))
         if self._as_json:
             self._print("crash", report.line)
@@ -297,27 +296,28 @@ class Reporter:
         level: str = "info",
         *,
         is_news: bool = False,
+        panel: Rows | None = None,
     ) -> None:
         """Show and keep a report, of one line or of some; news are told elsewhere, too."""
         self._keep_steps()
         lines = [text] if isinstance(text, str) else text
-        report = self._report(event, lines, fields, level)
+        report = Report.of(event, self._clock(), level, lines, fields)
         self._hand_out(report)
-        self._show(report)
+        self._show(report, panel)
         if is_news and self._notifier is not None:
             self._notifier.tell(report)
         self._warn_all(self._files.add(report))
-
-    def _report(self, event: str, lines: list[str], fields: dict[str, Any], level: str) -> Report:
-        return Report.of(event, self._clock(), level, lines, fields)
 
     def _hand_out(self, report: Report) -> None:
         self.latest.append(report.line)
         if self._listener is not None:
             self._listener(report.line)
 
-    def _show(self, report: Report) -> None:
+    def _show(self, report: Report, panel: Rows | None = None) -> None:
         if not report.is_worth(self._level):
+            return
+        if panel and self._live:
+            self._live.write_panel(panel)
             return
         # A line that stays says when; that of a terminal is of this moment.
         at = clock(report.time) if report.event == "step" and not self._live else ""

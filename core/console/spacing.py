@@ -13,7 +13,7 @@ class Pause:
         self._last: float | None = None
 
     def is_over(self, now: float) -> bool:
-        """Whether it is time again; then the next pause begins. now: seconds since 1970."""
+        """Whether it is time again; then the next pause begins. now: seconds of any clock."""
         # A clock that was set back must not silence the run.
         if self._last is not None and 0 <= now - self._last < self._seconds:
             return False

@@ -6,6 +6,7 @@ from typing import Any, Required, TextIO, TypedDict, cast
 
 from ..system.output import Output
 from .report import Report
+from .start_panel import Rows, framed
 
 _BAR = " | "
 
@@ -58,6 +59,9 @@ class StatusLine:
     def write(self, text: str) -> None:
         # Not folded by rich: a path that is broken into lines can be neither copied nor clicked.
         self._console.print(self._text(text), soft_wrap=True)
+
+    def write_panel(self, rows: Rows) -> None:
+        self._console.print(framed(rows))
 
     def close(self) -> None:
         self.prompt("")  # of a menu that is open: the last status stays

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .spacing import Means
+from .spacing import Means, Pause
 from .tensorboard import ITERATION, Encode, LogError
 
 _SECONDS_BETWEEN_ROWS = 1.0  # thousands of iterations a minute would be refused; chosen, unmeasured
@@ -64,7 +64,7 @@ class WandbLog:
                 f"W&B cannot be used ({reason}); run `wandb login`, or set WANDB_MODE=offline"
             ) from error
         self._means = Means()
-        self._written_at = 0.0
+        self._rows = Pause(_SECONDS_BETWEEN_ROWS)
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`; of many a second their means."""
@@ -74,7 +74,7 @@ class WandbLog:
             self._run.log(values, step=step)
             return
         self._means.add(values, step, time.time() if wall_time is None else wall_time)
-        if time.monotonic() - self._written_at >= _SECONDS_BETWEEN_ROWS:
+        if self._rows.is_over(time.monotonic()):
             self._write_means()
 
     def picture(self, name: str, encode: Encode, step: int) -> None:
@@ -104,6 +104,5 @@ class WandbLog:
 
     def _write_means(self) -> None:
         means, self._means = self._means, Means()
-        self._written_at = time.monotonic()
         if means.count:
             self._run.log(means.values(), step=means.step)

@@ -45,7 +45,7 @@ from .recipe_progress import RecipeProgress
 from .resolve import Overrides, Resolved, resolve
 from .resume import check_fit, restore, settle_state
 from .shared_start import follow_start, notices_of_parts, share_start, with_own_threads
-from .startup import start_report
+from .startup import Chosen, start_report
 from .training_data import check_folders, open_faces, open_feed
 from .training_setup import StepSetup, TrainingSetup
 from .turns import in_turn
@@ -333,25 +333,13 @@ def _build(
         evaluation=evaluation,
     )
     threads = thread_count(config.data.num_threads)
-    reporter.start(
-        *start_report(setup, faces, chosen.batch, chosen.engine_why, threads, chosen.loaded)
-    )
+    reporter.start(*start_report(setup, chosen, start.resolved.changes, threads))
     return setup
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """What was found and chosen while a step was built, for the report."""
-
-    faces: dict[str, SideFaces]
-    batch: batch_sizes.BatchSize
-    engine_why: str
-    loaded: str
 
 
 def _build_step(
     start: _Start, device: torch.device, reporter: Reporter, stack: ExitStack
-) -> tuple[StepSetup, _Chosen]:
+) -> tuple[StepSetup, Chosen]:
     """What trains, the same on every rank.
 
     What can be refused at a glance is refused first: to decode the faces may take minutes.
@@ -380,7 +368,7 @@ def _build_step(
         _check_later_stages(progress, config, num_faces, device, start.ranks)
     _set_libraries(device, start.ranks, deterministic=config.train.deterministic)
     step = build_step(config, model, device, loss=loss, group=start.group)
-    state, schedule = _begin_session(start, config, step.update, batch, reporter)
+    state, schedule = _begin_session(start, config, step.update, batch.size)
     feed = open_feed(config, faces, device, precision, of_faces, start.ranks)
     # Closed before the model folder, whose decoded faces its threads may be reading.
     stack.callback(feed.close)
@@ -403,7 +391,7 @@ def _build_step(
     engine_why = engine_why if engine.name == engine_name else f"{engine_name} cannot run here"
     if start.group is not None:
         start.group.barrier()  # a rank that is refused ends all before anything is written
-    return setup, _Chosen(faces, batch, engine_why, loaded)
+    return setup, Chosen(faces, batch, engine_why, loaded)
 
 
 def _model(start: _Start, config: Config, device: torch.device) -> tuple[Autoencoder, str]:
@@ -453,11 +441,7 @@ def _faces(
 
 
 def _begin_session(
-    start: _Start,
-    config: Config,
-    update: Update,
-    batch: batch_sizes.BatchSize,
-    reporter: Reporter,
+    start: _Start, config: Config, update: Update, batch_size: int
 ) -> tuple[TrainingState, Schedule]:
     """The state of the session that begins, new or as saved, and its learning rates.
 
@@ -468,10 +452,7 @@ def _begin_session(
     state = restore(config, start.saved, update)
     settle_state(state, resolved.before or config, progress, start.rate_factor, config)
     schedule = begin_schedule(state, config, progress.rate_factor if progress else 1.0)
-    if batch.bound and state.sessions and state.session.batch_size != batch.size:
-        before = state.session.batch_size
-        reporter.notice(f"auto has chosen batch size {batch.size}; the last session had {before}")
-    state.begin_session(resolved.config, batch_size=batch.size)
+    state.begin_session(resolved.config, batch_size=batch_size)
     return state, schedule
 
 

@@ -117,6 +117,25 @@ class Overrides:
 
 
 @dataclass(frozen=True)
+class Change:
+    """A setting that is other than in the last session."""
+
+    name: str
+    old: Any
+    new: Any
+    """Values for programs; words where those stand for numbers."""
+
+    text: str
+    """Both values in words."""
+
+    note: str = ""
+    """Clause about where the change comes from, or what it leads to."""
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (f"{self.name}: {self.text}", self.note)))
+
+
+@dataclass(frozen=True)
 class Resolved:
     """The settings of a run."""
 
@@ -132,8 +151,11 @@ class Resolved:
     progress: RecipeProgress | None
     """The recipe and the progress in it."""
 
+    changes: list[Change]
+    """Differences to the last session."""
+
     notices: list[Notice]
-    """Sentences to report: differences to the last session, and what was left out."""
+    """Sentences to report, as of what was left out."""
 
 
 def resolve(
@@ -179,10 +201,9 @@ def resolve(
     stages.check_metrics(progress, config)
     if model:
         _refuse_swapped(model.last["data"], config.data)
-        notices += _changes(model, to_dict(config))
-    notices += _notices_of_unwritable(unwritable)
-    notices = [*overrides.notices, *notices]
-    return Resolved(config, kept, model.before if model else None, progress, notices)
+    changes = list(_changes(model, to_dict(config))) if model else []
+    notices = [*overrides.notices, *notices, *_notices_of_unwritable(unwritable)]
+    return Resolved(config, kept, model.before if model else None, progress, changes, notices)
 
 
 @dataclass(frozen=True)
@@ -328,8 +349,8 @@ def _refuse_change(name: str, old: Any, new: Any) -> None:
         )
 
 
-def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
-    """A sentence for each free setting that is other than in the last session."""
+def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Change]:
+    """Each free setting that is other than in the last session."""
     not_compared = {".".join(place) for place in model.strange} | _NOT_COMPARED
     for spec in all_settings():
         if spec.locked or spec.is_private or spec.full_name in not_compared:
@@ -337,14 +358,19 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Notice]:
         last, own, value = (each[spec.section][spec.name] for each in (model.last, model.own, new))
         if last != value:
             # Else the user, who has changed nothing, would look for what did.
-            why = "; it was set by a flag, for that session" if value == own else ""
-            why += _consequence(spec.full_name, last, value)
-            change = f"from {written(spec, last)} to {written(spec, value)}"
-            yield Notice(f"updated {spec.full_name} {change}{why}")
+            reason = "it was set by a flag, for that session" if value == own else ""
+            consequence = _consequence(spec.full_name, last, value)
+            yield Change(
+                spec.full_name,
+                spec.word_for(last),
+                spec.word_for(value),
+                text=f"{written(spec, last)} -> {written(spec, value)}",
+                note="; ".join(filter(None, (reason, consequence))),
+            )
     for option, own, value in _options(model.own, new):
         name = f"model.options.{option.name}"
         if own != value and name not in not_compared:
-            yield Notice(f"updated {name} from {_shown(own)} to {_shown(value)}")
+            yield Change(name, own, value, f"{_shown(own)} -> {_shown(value)}")
 
 
 def _consequence(setting: str, last: Any, value: Any) -> str:
@@ -352,8 +378,8 @@ def _consequence(setting: str, last: Any, value: Any) -> str:
     if setting != "train.ema" or bool(last) == bool(value):
         return ""
     if value:
-        return "; the average begins at the weights as they are now"
-    return "; the average of the weights is dropped, and saves from now on lack it"
+        return "the average begins at the weights as they are now"
+    return "the average of the weights is dropped, and saves from now on lack it"
 
 
 def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, Any, Any]]:

@@ -1,6 +1,8 @@
 """What is reported before the first iteration: the settings that decide the result, and the path
 that each part takes; as fields for programs and as lines for people."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ import torch
 from ... import __version__
 from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
 from ..config.live import live_values
+from ..console.start_panel import Rows
 from ..data.sides import SideFaces
 from ..distribute.sharded import ShardedUpdate
 from ..estimate.links import host_link
@@ -15,35 +18,47 @@ from ..optim.fused_dense import described
 from . import memory
 from .batch_size import BatchSize
 from .devices import threads_in_words
+from .resolve import Change
 from .scaling import outlook_at_start
 from .training_setup import TrainingSetup
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What was found and chosen while a step was built."""
+
+    faces: dict[str, SideFaces]
+    batch: BatchSize
+    engine_why: str
+    """How the engine was chosen."""
+
+    loaded: str
+    """What a new model began with, in words; empty: with nothing."""
+
+
 def start_report(
-    setup: TrainingSetup,
-    faces: dict[str, SideFaces],
-    batch: BatchSize,
-    engine_why: str,
-    num_threads: int,
-    loaded: str,
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """The fields and the lines of the start.
+    setup: TrainingSetup, chosen: Chosen, changes: list[Change], num_threads: int
+) -> tuple[dict[str, Any], Rows]:
+    """The fields of the start, and the rows of its panel.
 
     Args:
         setup: Ready to go.
-        faces: Faces of each side.
-        batch: The batch size and why.
-        engine_why: How the engine was chosen.
+        chosen: What was found and chosen for it.
+        changes: Settings that are other than in the last session.
         num_threads: Threads that decode and augment.
-        loaded: What a new model began with, in words; empty where with nothing.
     """
-    config = setup.config
+    config, faces, batch = setup.config, chosen.faces, chosen.batch
+    changes = [*changes, *_change_by_auto(setup, batch)]
     fields = {
         **_fields_of_settings(config),
         **_fields_of_setup(setup, faces, batch),
         "num_threads": num_threads,
         "live": live_values(config),
         "load_weights": config.model.load_weights or None,
+        "changes": [
+            {"name": each.name, "old": each.old, "new": each.new, "note": each.note or None}
+            for each in changes
+        ],
     }
     lines = {
         "trainer": f"{config.model.trainer}, {fields['input_px']} px in, "
@@ -56,10 +71,21 @@ def start_report(
         "augment": _augmentation(config),
         "optimizer": f"{config.optimizer.optimizer}, learning rate {setup.schedule}",
         "precision": f"{setup.precision.name} ({setup.precision.why})",
+        "EMA": f"of the weights, decay {config.train.ema:g}" if config.train.ema else "off",
         "saves": _saves(config),
-        **_lines_of_parts(setup, faces, fields, engine_why),
+        **_lines_of_parts(setup, faces, fields, chosen.engine_why),
+        **({"loaded": chosen.loaded} if chosen.loaded else {}),
     }
-    return fields, lines | ({"loaded": loaded} if loaded else {})
+    names = ["changed", *[""] * len(changes)]
+    return fields, [*lines.items(), *zip(names, map(str, changes), strict=False)]
+
+
+def _change_by_auto(setup: TrainingSetup, batch: BatchSize) -> Iterator[Change]:
+    """The batch size that auto has chosen, where the last session had another."""
+    before = [session.batch_size for session in setup.state.sessions[-2:-1]]
+    if batch.bound and before and before[0] != batch.size:
+        text = f"{before[0]} -> {batch.size}"
+        yield Change("train.batch_size", before[0], batch.size, text, "auto has chosen it")
 
 
 def _fields_of_settings(config: Config) -> dict[str, Any]:
@@ -81,6 +107,7 @@ def _fields_of_settings(config: Config) -> dict[str, Any]:
         "flip": augment.flip,
         "color": augment.color,
         "optimizer": config.optimizer.optimizer,
+        "ema": config.train.ema,
         "save_interval": config.save.save_interval,
         "save_minutes": config.save.save_minutes,
         "snapshot_interval": config.save.snapshot_interval,
