@@ -87,8 +87,12 @@ def tiny_step(
 
 def train_words(sides: Sequence[Path], model_dir: Path, *more: str) -> list[str]:
     """Command line that trains a narrow `lightweight` on the CPU; words that follow weigh more."""
+    # Given twice, a flag of faces would add a folder to the first one.
+    faces = [
+        (flag, side) for flag, side in zip(("-A", "-B"), sides, strict=True) if flag not in more
+    ]
     return [
-        *("train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir)),
+        *("train", *(str(word) for pair in faces for word in pair), "-m", str(model_dir)),
         *("-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", *more),
     ]
 

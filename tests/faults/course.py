@@ -147,8 +147,11 @@ class Workshop:
         done = None
         with contextlib.suppress(ValueError):  # nothing whole is left
             done = newest(model_dir)
+        # Given twice, a flag of faces would add a folder to the first one.
+        faces = {"-A": self.root / "a", "-B": self.root / "b"}
         words = [
-            *("train", "-A", str(self.root / "a"), "-B", str(self.root / "b")),
+            "train",
+            *(str(word) for flag in faces if flag not in more for word in (flag, faces[flag])),
             *("-m", str(model_dir), "-t", "lightweight", "--set", "model.options.width=8"),
             *("-b", "4", "-s", "1", "--device", "cpu", "--json", "--set", "data.num_threads=1"),
             *("--set", "data.decoder=opencv", "--set", "preview.preview_images=2"),
