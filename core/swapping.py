@@ -53,6 +53,9 @@ class SwapModel:
     iterations: int
     """Number of iterations that it was trained for."""
 
+    weights: str = "raw"
+    """Weights that it has: those of the training (raw), or their average (ema)."""
+
     @property
     def input_px(self) -> int:
         """Edge of the pictures that the network takes."""
@@ -303,7 +306,8 @@ def _of_folder(
 ) -> SwapModel:
     source, state, config, tensors = read_model(path, generation, weights=weights)
     network = network_of(source, config, tensors).to(device)
-    return _ready(network, SIDES_OF["both"], config.data, state["run_id"], state["iterations"])
+    facts = state["run_id"], state["iterations"], state["weights"]
+    return _ready(network, SIDES_OF["both"], config.data, *facts)
 
 
 def _of_file(path: Path, device: str | torch.device) -> SwapModel:
@@ -338,7 +342,8 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
     # A file may hold 16 bits; the model is built in fp32 and computes in what the caller says.
     plain = {name: _as_fp32(tensor) for name, tensor in tensors.items()}
     network = built(metadata["trainer"], options, plain).to(device)
-    return _ready(network, sides, data, run_id, iterations)
+    weights = "ema" if metadata.get("weights") == "ema" else "raw"
+    return _ready(network, sides, data, run_id, iterations, weights)
 
 
 def _ready(
@@ -347,6 +352,7 @@ def _ready(
     data: DataConfig,
     run_id: str,
     iterations: int,
+    weights: str,
 ) -> SwapModel:
     return SwapModel(
         network=network,
@@ -356,6 +362,7 @@ def _ready(
         vertical_offset=data.vertical_offset,
         run_id=run_id,
         iterations=iterations,
+        weights=weights,
     )
 
 

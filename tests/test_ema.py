@@ -171,6 +171,7 @@ def test_what_is_used_is_the_average_unless_raw_is_asked_for(model_dir, tmp_path
             assert stream.metadata()["weights"] == word
         assert ("the average of the weights of" in capsys.readouterr().out) is (word == "ema")
         of_file, of_folder = load_model(target), load_model(model_dir, weights=weights)
+        assert of_file.weights == of_folder.weights == word
         for name, tensor in of_file.network.state_dict().items():
             assert torch.equal(tensor, expected[name])
             assert torch.equal(tensor, of_folder.network.state_dict()[name])

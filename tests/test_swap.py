@@ -605,7 +605,11 @@ def test_frames_made_otherwise_are_not_completed(run, place):
     for settings in ({"color": "mean"}, {"side": "a"}, {"feather_px": 1.0}, {"mask": "components"}):
         with pytest.raises(ValueError, match="holds frames made with .* give a new folder"):
             run(**settings)
-    (place / "out" / "mien_swap.json").write_text("[" * 5000)
+    manifest = place / "out" / "mien_swap.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"weights": "ema"}))
+    with pytest.raises(ValueError, match="made with weights 'ema', now it is 'raw'"):
+        run()
+    manifest.write_text("[" * 5000)
     with pytest.raises(ValueError, match="is damaged"):
         run()
 

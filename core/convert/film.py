@@ -238,6 +238,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
         faces=num_faces,
         run_id=model.run_id,
         iterations=model.iterations,
+        weights=model.weights,
         side=settings.side,
         **asdict(options),
         device=str(device),

@@ -51,9 +51,10 @@ twice: three quarters of the time of OpenCV's default, for the same size."""
 
 def origin(model: SwapModel, side: Side) -> str:
     """What a picture or a film says about itself."""
+    averaged = ", average of the weights" if model.weights == "ema" else ""
     return (
         f"synthetic face: swapped by mien {__version__}, run {model.run_id}, iteration "
-        f"{model.iterations}, decoded as {side}"
+        f"{model.iterations}{averaged}, decoded as {side}"
     )
 
 
@@ -69,6 +70,7 @@ def manifest_of(
         "kind": "synthetic face",
         "run_id": model.run_id,
         "iterations": model.iterations,
+        "weights": model.weights,
         "side": side,
         **asdict(options),
         "frames": str(frames.resolve()),
