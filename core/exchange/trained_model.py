@@ -99,6 +99,7 @@ def read_trained_model(
     origin = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest()}
     metadata = metadata_of(state) | origin
     del metadata["format"]  # of the tensors' own file
+    del state["weights"]  # told by the metadata; what is left is the state as saved
     return TrainedModel(
         source=source,
         network=network_of(source, config, tensors),
