@@ -104,6 +104,7 @@ def test_file_says_where_it_comes_from(tmp_path, faces):
         "run_id": RUN_ID,
         "trainer": "lightweight",
         "iterations": "9",
+        "weights": "raw",
         "config_sha256": hashlib.sha256(settings).hexdigest(),
         "target": "facefusion",
         "mask": "mean",
