@@ -80,6 +80,8 @@ def make_app(model_dirs: Sequence[Path], access: Access) -> Starlette:
         return files["page.html"].answer(request)
 
     runs = Runs(model_dirs, access)
+    # Once: their texts are read from source files, which is not safe in several threads at a time.
+    settings = _settings()
     routes = [
         Route("/", page),
         *(Route(f"/{name}", files[name].answer) for name in files if name != "page.html"),
@@ -88,7 +90,7 @@ def make_app(model_dirs: Sequence[Path], access: Access) -> Starlette:
         Route("/api/status", runs.status),
         Route("/api/graphs", runs.graphs),
         Route("/api/analysis", runs.analysis),
-        Route("/api/settings", _settings),
+        Route("/api/settings", lambda request: _json(request, settings)),
         Route("/series.csv", runs.table),
         *(Route(path, runs.asked(name), methods=["POST"]) for path, name in _REQUESTS.items()),
     ]
@@ -204,12 +206,11 @@ def _send(model_dir: Path, name: str, change: str) -> LockOwner:
     return send_left_request(model_dir, change)
 
 
-def _settings(request: Request) -> Response:
+def _settings() -> list[dict[str, str]]:
     """The settings that may be changed, those that are changed most first."""
     specs = live_settings()
     names = [*MAIN_SETTINGS, *(name for name in specs if name not in MAIN_SETTINGS)]
-    rows = [{"name": name, "values": specs[name].values, "doc": specs[name].doc} for name in names]
-    return _json(request, rows)
+    return [{"name": name, "values": specs[name].values, "doc": specs[name].doc} for name in names]
 
 
 _Next = Callable[[Request], Awaitable[Response]]

@@ -194,12 +194,8 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     source = Video(settings.frames) if settings.frames.is_file() else PictureFolder(settings.frames)
     device = choose_device(settings.device, warn)
     compute = precision.resolve(settings.precision, device)
-    model = load_model(
-        settings.model,
-        generation=settings.generation,
-        device=device,
-        weights=settings.weights,
-    )
+    save, weights = settings.generation, settings.weights
+    model = load_model(settings.model, generation=save, device=device, weights=weights)
     require_side(model, settings.side)
     options = _blend_options(settings, model)
     faces = read_faces(settings.faces, options.mask, warn)
