@@ -105,17 +105,15 @@ def run_import(args: argparse.Namespace) -> int:
     return 0
 
 
+def _chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """What every export is told of the save and of an older target."""
+    return {"generation": args.generation, "weights": args.weights, "force": args.force}
+
+
 def _keras(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts, list[str]]:
     from ..core.exchange.keras_export import export_keras
 
-    done = export_keras(
-        args.model,
-        target,
-        generation=args.generation,
-        weights=args.weights,
-        force=args.force,
-        report=report,
-    )
+    done = export_keras(args.model, target, **_chosen(args), report=report)
     faces = f"{done.num_faces} of its own faces" if done.num_faces else "no faces of its own"
     lines = [
         f"wrote {done.path}: {', '.join(done.files)}, {done.size_bytes / _MIB:,.1f} MiB",
@@ -128,14 +126,7 @@ def _keras(args: argparse.Namespace, target: Path, report: Report) -> tuple[Fact
 def _safetensors(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts, list[str]]:
     from ..core.exchange.tensors_export import export_tensors
 
-    done = export_tensors(
-        args.model,
-        target,
-        generation=args.generation,
-        weights=args.weights,
-        force=args.force,
-        report=report,
-    )
+    done = export_tensors(args.model, target, **_chosen(args), report=report)
     size = f"{done.size_bytes / _MIB:,.1f} MiB"
     lines = [
         f"wrote {done.path}: {done.metadata['trainer']}, both sides, {size}",
@@ -148,14 +139,7 @@ def _safetensors(args: argparse.Namespace, target: Path, report: Report) -> tupl
 def _onnx(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts, list[str]]:
     from ..core.exchange.onnx_export import export_onnx
 
-    done = export_onnx(
-        args.model,
-        target,
-        generation=args.generation,
-        weights=args.weights,
-        force=args.force,
-        report=report,
-    )
+    done = export_onnx(args.model, target, **_chosen(args), report=report)
     return _of_onnx(done)
 
 
@@ -167,9 +151,7 @@ def _dfm(args: argparse.Namespace, target: Path, report: Report) -> tuple[Facts,
         target,
         program=args.target or "facefusion",
         mask=args.mask,
-        generation=args.generation,
-        weights=args.weights,
-        force=args.force,
+        **_chosen(args),
         report=report,
     )
     return _of_onnx(done)

@@ -304,9 +304,9 @@ def _levels(shares: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _of_folder(
     path: Path, generation: str | None, device: str | torch.device, weights: Weights
 ) -> SwapModel:
-    source, state, config, tensors = read_model(path, generation, weights=weights)
+    source, state, config, tensors, chosen = read_model(path, generation, weights=weights)
     network = network_of(source, config, tensors).to(device)
-    facts = state["run_id"], state["iterations"], state["weights"]
+    facts = state["run_id"], state["iterations"], chosen
     return _ready(network, SIDES_OF["both"], config.data, *facts)
 
 

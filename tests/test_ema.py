@@ -15,6 +15,7 @@ from mien.core import load_model
 from mien.core import precision as precisions
 from mien.core.checkpoint.inference import read_model
 from mien.core.config import OptimizerConfig, from_dict
+from mien.core.exchange.tensors_export import export_tensors
 from mien.core.faces.synthetic import draw_folder
 from mien.core.optim.averaged import averaged
 from mien.core.optim.optimizer import Update
@@ -64,7 +65,7 @@ def test_the_average_is_that_of_the_formula(mode, kind):
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
 def test_the_network_gets_its_weights_back(mode):
-    """To the bit, also where what is shown by the average fails; a network without one is left."""
+    """The same bits, also where what is shown by the average fails; no average, no change."""
     update = _update(mode)
     for _ in range(3):
         _step(update)
@@ -172,6 +173,8 @@ def test_what_is_used_is_the_average_unless_raw_is_asked_for(model_dir, tmp_path
         assert ("the average of the weights of" in capsys.readouterr().out) is (word == "ema")
         of_file, of_folder = load_model(target), load_model(model_dir, weights=weights)
         assert of_file.weights == of_folder.weights == word
+        exported = tmp_path / f"exported_{weights}.safetensors"
+        assert export_tensors(model_dir, exported, weights=weights).metadata["weights"] == word
         for name, tensor in of_file.network.state_dict().items():
             assert torch.equal(tensor, expected[name])
             assert torch.equal(tensor, of_folder.network.state_dict()[name])

@@ -413,7 +413,7 @@ def test_targets_of_an_export(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError])
 def test_a_graph_never_lies_beside_the_state_of_another(tmp_path, monkeypatch, kind):
-    """At whichever name a replacement is cut off; the same export heals it."""
+    """A replacement is cut off at each name in turn; the same export heals it."""
     names, target = ("m.keras", "m_state.json"), tmp_path / "out"
 
     def pair(folder, text):

@@ -181,7 +181,7 @@ def test_steps_equal_the_reference(where, rule, gradients, weight_decay):
 @pytest.mark.parametrize("decay", [0.15, 0.9])
 @pytest.mark.parametrize("name", ["adamw", "rms-prop"])
 def test_the_average_follows_the_moved_weights(where, name, decay):
-    """By the share of the formula; a step that is left out, or only adds up, moves it not."""
+    """It moves by the share of the formula, and not where a step is left out or only adds up."""
     rule = Rule(name=name, ema=decay, epsilon=1e-2)
     model = Model(RAGGED, where, rule=rule, accumulation=2, copies=BF16)
     scalars = new_scalars(where, learning_rate=0.01)

@@ -171,8 +171,6 @@ def metadata_of(state: dict[str, Any]) -> dict[str, str]:
         "kind": "synthetic face model",
         "trainer": state["trainer"],
         "iterations": str(state["iterations"]),
-        # Where they were chosen, as `inference.read_model` does.
-        **({"weights": state["weights"]} if "weights" in state else {}),
     }
 
 

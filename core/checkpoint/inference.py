@@ -72,8 +72,10 @@ def write_inference(
     """
     # First of all: gigabytes need not be read for a file that cannot be written.
     refuse_target(path, target, ".safetensors", force=force)
-    source, state, config, saved = read_model(path, generation, weights=weights)
-    content, metadata = weights_file(source, state, config, saved, precision=precision, side=side)
+    source, state, config, saved, chosen = read_model(path, generation, weights=weights)
+    content, metadata = weights_file(
+        source, state, config, saved, chosen, precision=precision, side=side
+    )
     write_export(target, content, force=force)
     return metadata
 
@@ -83,6 +85,7 @@ def weights_file(
     state: dict[str, Any],
     config: Config,
     saved: dict[str, Tensor],
+    weights: str,
     *,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     side: Literal["a", "b", "both"] = "both",
@@ -103,17 +106,17 @@ def weights_file(
     # Only what is exported is looked at: one side may be sound where the other has diverged.
     refuse_not_finite(used)
     tensors = {name: _cast(name, tensor, precision) for name, tensor in used.items()}
-    metadata = metadata_of(state) | _metadata(config, settings, model, precision, side)
+    metadata = metadata_of(state) | {"weights": weights}
+    metadata |= _metadata(config, settings, model, precision, side)
     # Not by `write_tensors`: the library writes to a file of a random name, which a kill leaves.
     return tensor_file(tensors, metadata), metadata
 
 
 def read_model(
     path: Path, generation: str | None = None, *, weights: Weights = "auto"
-) -> tuple[Path, dict[str, Any], Config, dict[str, Tensor]]:
-    """A save of a model folder, which is only read: its place, state, settings and weights.
-
-    The state says which weights these are (`weights`: raw or ema), for what is made with them.
+) -> tuple[Path, dict[str, Any], Config, dict[str, Tensor], str]:
+    """A save of a model folder, which is only read: its place, state, settings and weights, and
+    which weights these are (raw or ema).
 
     Args:
         path: The model folder.
@@ -131,7 +134,6 @@ def read_model(
         state, values = read_state(source, manifest)
         tensors = read_tensors(source, MODEL, manifest, most_tensor_bytes(values))
         is_average = weights != "raw" and EMA in manifest.files
-        state["weights"] = "ema" if is_average else "raw"
         if is_average:
             tensors |= read_tensors(source, EMA, manifest, most_tensor_bytes(values))
     except DamagedError as damage:
@@ -144,7 +146,7 @@ def read_model(
         )
     if values is None:
         raise ValueError(f"{source} holds no config.toml, so its settings are unknown")
-    return source, state, from_dict(values), tensors
+    return source, state, from_dict(values), tensors, "ema" if is_average else "raw"
 
 
 def _metadata(

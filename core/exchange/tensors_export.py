@@ -58,7 +58,11 @@ def export_tensors(
     pictures_ncss = torch.from_numpy(pictures_nssc).permute(0, 3, 1, 2).contiguous()
     wanted = _outputs(model.network, pictures_ncss)
     content, metadata = weights_file(
-        model.source, model.state, model.config, model.network.state_dict()
+        model.source,
+        model.state,
+        model.config,
+        model.network.state_dict(),
+        model.metadata["weights"],
     )
     try:
         with checked_output(target, force=force) as temporary:

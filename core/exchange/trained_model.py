@@ -92,14 +92,13 @@ def read_trained_model(
             numbers that are none.
     """
     report("reading the save")
-    source, state, config, tensors = read_model(path, generation, weights=weights)
+    source, state, config, tensors, chosen = read_model(path, generation, weights=weights)
     refuse_not_finite(tensors)
     # Sorted, so that equal settings have one hash whatever wrote them.
     settings = json.dumps(to_dict(config), sort_keys=True)
     origin = {"config_sha256": hashlib.sha256(settings.encode()).hexdigest()}
-    metadata = metadata_of(state) | origin
+    metadata = metadata_of(state) | {"weights": chosen} | origin
     del metadata["format"]  # of the tensors' own file
-    del state["weights"]  # told by the metadata; what is left is the state as saved
     return TrainedModel(
         source=source,
         network=network_of(source, config, tensors),

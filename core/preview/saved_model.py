@@ -114,7 +114,7 @@ def read_saved(model_dir: Path, at: str | None, device: torch.device) -> SavedMo
     """
     # None and the backup need no search: reading them tells by itself what is missing.
     folder, name = (model_dir, at) if at is None or at == BACKUP else _find(model_dir, at)
-    path, state, config, tensors = read_model(folder, name)
+    path, state, config, tensors, _ = read_model(folder, name)
     network = network_of(path, config, tensors).to(device)
     return SavedModel(path, model_dir, network, config, state["run_id"], state["iterations"])
 
