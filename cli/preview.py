@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..core.system.paths import expanded
 from .lines import complain, tell, tell_json
+from .weights_flag import add_weights
 
 if TYPE_CHECKING:
     from ..core.preview.render import PreviewRequest
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--strip", action="store_true", help="swaps of up to 10 of the previews that were kept"
     )
     _add_drawing(parser)
+    add_weights(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (default: auto)")
     parser.add_argument("--force", action="store_true", help="replace a picture that is there")
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
@@ -76,9 +78,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--strip shows previews that were kept; leave -A and -B out")
     if (args.strip or args.compare) and (args.style or args.mask):
         raise ValueError("--style and --mask are for the preview of one save; leave them out")
+    if args.strip and args.weights != "auto":
+        raise ValueError(
+            "--strip shows previews that were kept, by the weights that drew them; leave --weights "
+            "out"
+        )
     from ..core.checkpoint.inference import refuse_target, write_export
     from ..core.preview import render
     from ..core.preview.files import encoded_png
+    from ..core.preview.image import weights_in_words
 
     output = expanded(args.output)
     request = _request(args)
@@ -94,11 +102,14 @@ def run(args: argparse.Namespace) -> int:
         height_px, width_px = drawn.image.shape[:2]
         facts = {"output": str(output), "source": drawn.source, "iterations": drawn.iterations}
         facts |= {"sides": drawn.sides, "width_px": width_px, "height_px": height_px}
+        facts["weights"] = [weights or None for weights in drawn.weights]
         tell_json(facts, indent=None)
     else:
+        words = weights_in_words(drawn.weights)
         iterations = ", ".join(f"{iteration:,}" for iteration in drawn.iterations)
         sides = " and ".join(drawn.sides).upper().replace("AND", "and")
-        tell(f"{output}: {sides} at iteration {iterations}, of {drawn.source}")
+        by = f", by the {words}" if words else ""
+        tell(f"{output}: {sides} at iteration {iterations}, of {drawn.source}{by}")
     return 0
 
 
@@ -118,6 +129,7 @@ def _request(args: argparse.Namespace) -> "PreviewRequest":
         style=args.style,
         enlarge=args.enlarge,
         mask=args.mask,
+        weights=args.weights,
         device=choose_device(args.device, warn),
         warn=warn,
     )

@@ -189,6 +189,40 @@ def test_what_is_used_is_the_average_unless_raw_is_asked_for(model_dir, tmp_path
     assert "with the average of the weights" in capsys.readouterr().out
 
 
+def test_a_preview_is_by_the_weights_that_are_asked_for_and_says_so(model_dir, tmp_path, capsys):
+    words = {"ema": "average of the weights", "raw": "weights of the training"}
+    pictures, n = {}, ("-n", "1")
+    for weights in ("auto", "ema", "raw"):
+        target = tmp_path / f"{weights}.png"
+        assert main(["preview", str(model_dir), *n, "-o", str(target), "--weights", weights]) == 0
+        chosen = words["raw" if weights == "raw" else "ema"]
+        assert capsys.readouterr().out.endswith(f", by the {chosen}\n")
+        assert f"iteration 4, {chosen}\0".encode() in _description(target)
+        pictures[weights] = target.read_bytes()
+    assert pictures["auto"] == pictures["ema"] != pictures["raw"]
+    assert f"iteration 4, {words['ema']}\0".encode() in _description(model_dir / "preview.png")
+    # What was kept is by the average: where others are asked for, they are drawn anew.
+    pair, compare = tmp_path / "pair.png", ["preview", str(model_dir), "--compare", "3", "4"]
+    for weights, source in (("auto", "the previews kept"), ("raw", "the saves of")):
+        assert main([*compare, *n, "-o", str(pair), "--force", "--weights", weights]) == 0
+        assert source in capsys.readouterr().out
+    assert words["raw"].encode() in _description(pair)
+    gone = ("--at", "1", "-o", str(tmp_path / "gone.png"), "--weights", "raw")
+    assert main(["preview", str(model_dir), *gone]) == 2
+    assert "not known to be by raw weights; leave --weights out" in capsys.readouterr().err
+    strip = ("--strip", "-o", str(tmp_path / "strip.png"), "--weights", "raw")
+    assert main(["preview", str(model_dir), *strip]) == 2
+    assert "leave --weights out" in capsys.readouterr().err
+
+
+def _description(png):
+    """What a PNG says about itself, with the first bytes of what follows as its end."""
+    content = png.read_bytes()
+    start = content.index(b"tEXtDescription\0")
+    length = int.from_bytes(content[start - 4 : start])
+    return content[start : start + 4 + length] + b"\0"
+
+
 def test_an_average_that_ends_or_begins_is_told(sides, model_dir, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(model_dir, other)

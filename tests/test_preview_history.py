@@ -54,7 +54,7 @@ def test_every_save_keeps_its_preview(trained):
     assert apart[:, :, 1:].mean() > 0.05
     comment = json.loads(read_jpeg(previews.path(6))[1])
     assert comment["description"].startswith("synthetic face: preview by mien ")
-    assert comment["description"].endswith("iteration 6")
+    assert comment["description"].endswith("iteration 6, weights of the training")
     assert _png_text(trained / "preview.png").startswith("synthetic face: preview by mien ")
 
 

@@ -26,7 +26,7 @@ def _look(num_faces=1, out_px=24, full_px=32, *, learned=False, sides=("a", "b")
     inputs = np.zeros((*shape, 16, 16, 3), np.uint8)
     landmark_masks = np.broadcast_to(_disc(out_px), (*shape, out_px, out_px))
     faces = PreviewFaces(sides, inputs, targets, landmark_masks)
-    return Look(7, faces, predictions if learned else predictions[..., :3])
+    return Look(7, faces, predictions if learned else predictions[..., :3], "raw")
 
 
 def _disc(edge_px, share=0.8):

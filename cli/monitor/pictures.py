@@ -100,6 +100,7 @@ class Pictures:
         """
         with self._drawing:
             tiles = self._tiles(drawing.iteration)
+            weights = [tiles.weights]
             if drawing.other is None:
                 image = preview_sheet(
                     _with_masks(tiles),
@@ -107,9 +108,11 @@ class Pictures:
                     f"iteration {tiles.iteration:,}, as it was kept",
                 )
             else:
-                image = comparison(tiles, self._tiles(drawing.other), drawing.enlarge)
+                other = self._tiles(drawing.other)
+                weights.append(other.weights)
+                image = comparison(tiles, other, drawing.enlarge)
             newest = max(drawing.iteration, drawing.other or 0)
-            return encoded_png(image, description(self._run_id(), newest))
+            return encoded_png(image, description(self._run_id(), newest, weights))
 
     def _tiles(self, iteration: int) -> Tiles:
         tiles = self._kept.read(iteration)

@@ -7,6 +7,7 @@ the weights, which chase every batch. Statistics of batch norms are those of the
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -15,22 +16,22 @@ from .optimizer import Update
 
 
 @contextmanager
-def averaged(update: Update) -> Iterator[None]:
+def averaged(update: Update) -> Iterator[Literal["ema", "raw"]]:
     """Have the network compute with the average of its weights inside, where there is one; then
-    with the weights again, to the bit.
+    with the weights again, to the bit. Which of the two (ema or raw) is handed out.
 
     Ranks call `Update.gather` before; only the first of them may come here.
     """
     averages = update.averages
     if not averages:
-        yield
+        yield "raw"
         return
     # On the host: the GPU may have no room for the weights a second time.
     weights = [each.detach().to("cpu", copy=True) for each in update.parameters]
     try:
         for name, parameter in zip(update.names, update.parameters, strict=True):
             parameter.detach().copy_(pad(averages[name], axes_of(parameter)))
-        yield
+        yield "ema"
     finally:
         for parameter, weight in zip(update.parameters, weights, strict=True):
             parameter.detach().copy_(weight)

@@ -1,5 +1,7 @@
 """The preview as an image, in the style that the settings name."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ... import __version__
@@ -9,6 +11,8 @@ from .grid import preview_image
 from .look import Look
 from .sheet import SheetStyle, preview_sheet
 from .tiles import tiles_of
+
+_WEIGHTS = {"ema": "average of the weights", "raw": "weights of the training"}
 
 
 def uses_mask(config: Config) -> bool:
@@ -55,6 +59,20 @@ def shown_mask(config: Config, *, is_toggled: bool = False) -> str:
     return usual if not is_toggled else "off" if usual == "tint" else "tint"
 
 
-def description(run_id: str, iteration: int) -> str:
-    """What a preview says about itself."""
-    return f"synthetic face: preview by mien {__version__}, run {run_id}, iteration {iteration}"
+def weights_in_words(weights: Iterable[str]) -> str:
+    """Weights that made a picture (ema, raw, or nothing where unknown), each once; may be empty."""
+    return " and ".join(words for each, words in _WEIGHTS.items() if each in set(weights))
+
+
+def description(run_id: str, iteration: int, weights: Iterable[str]) -> str:
+    """What a preview says about itself.
+
+    Args:
+        run_id: Name of the run.
+        iteration: Total iteration of the weights.
+        weights: Weights that made it: ema, raw, or nothing where unknown.
+    """
+    words = weights_in_words(weights)
+    return f"synthetic face: preview by mien {__version__}, run {run_id}, iteration {iteration}" + (
+        f", {words}" if words else ""
+    )

@@ -75,6 +75,7 @@ class KeptPreviews:
             "tile_px": tile_px,
             "faces": num_faces,
             "faces_digest": tiles.faces_digest,
+            "weights": tiles.weights,
         }
         # Tiles without gaps or text: what is read back must be cut at multiples of the edge.
         rows = small.transpose(1, 3, 0, 2, 4, 5).reshape(num_faces * tile_px, -1, 3)
@@ -100,7 +101,9 @@ class KeptPreviews:
             raise ValueError(f"{path} is damaged: its picture has another size than it says")
         tiles = image.reshape(num_faces, tile_px, len(SIDES), columns, tile_px, 3)
         images = tiles.transpose(2, 0, 3, 1, 4, 5)
-        return Tiles(iteration, SIDES, images, None, tile_px, about["faces_digest"])
+        weights = about.get("weights")
+        weights = weights if weights in ("ema", "raw") else ""
+        return Tiles(iteration, SIDES, images, None, tile_px, about["faces_digest"], weights)
 
 
 def thinned(iterations: list[int], most: int) -> list[int]:

@@ -23,9 +23,14 @@ class Look:
     predictions: np.ndarray
     """(s, 2 decoders, its own first, n, o, o, C) uint8 BGR."""
 
+    weights: str
+    """Weights that made them: ema, an average, or raw."""
+
 
 @torch.no_grad()
-def look_at(model: Autoencoder, compute: torch.dtype, faces: PreviewFaces, iteration: int) -> Look:
+def look_at(
+    model: Autoencoder, compute: torch.dtype, faces: PreviewFaces, iteration: int, weights: str
+) -> Look:
     """Have the model decode each face as both sides; nothing of the model changes.
 
     Args:
@@ -33,6 +38,7 @@ def look_at(model: Autoencoder, compute: torch.dtype, faces: PreviewFaces, itera
         compute: Number format of its input.
         faces: Faces that it is shown.
         iteration: Total iteration of its weights.
+        weights: What its weights are, ema or raw.
     """
     was_training = model.training
     # Batch norms and dropout would else take part, and move statistics that are trained with.
@@ -48,7 +54,7 @@ def look_at(model: Autoencoder, compute: torch.dtype, faces: PreviewFaces, itera
         predictions.append([_to_pixels(each, model.build.learn_mask) for each in decoded])
     # Put back as it was found: a model that is only read must not begin to train.
     model.train(was_training)
-    return Look(iteration, faces, np.array(predictions))
+    return Look(iteration, faces, np.array(predictions), weights)
 
 
 def _to_pixels(outputs: tuple[torch.Tensor, ...], learn_mask: bool) -> np.ndarray:

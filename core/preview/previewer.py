@@ -80,17 +80,17 @@ class Pictures:
         self._shown: tuple[np.ndarray, str] | None = None
         """The preview that was written last, and what it says of itself."""
 
-    def look(self, iteration: int) -> Look:
-        """What the model makes of the preview's faces as of now."""
+    def look(self, iteration: int, weights: str) -> Look:
+        """What the model makes of the preview's faces as of now; weights: its own, ema or raw."""
         if self._settings.faces == "fresh":
             self._faces = self._fresh_faces(iteration)
-        return look_at(self._model, self._compute, self._faces, iteration)
+        return look_at(self._model, self._compute, self._faces, iteration, weights)
 
     def write_preview(self, look: Look, *, mask_is_toggled: bool) -> Path:
         """Write the preview, and show it in the window; the path of the one in the model folder."""
         image = image_of(look, self._config, shown_mask(self._config, is_toggled=mask_is_toggled))
         # Into every copy alike, since pictures travel without their folder.
-        text = description(self._run_id, look.iteration)
+        text = description(self._run_id, look.iteration, [look.weights])
         for path in self._preview_paths:
             self._attempt(partial(save_png, path, image, text), path, at=path)
         if self._window is not None:
@@ -111,15 +111,17 @@ class Pictures:
             return
         # Fresh faces are others at every save, and could not be compared.
         if look.faces is not self._compared_faces:
-            look = look_at(self._model, self._compute, self._compared_faces, iteration)
+            look = look_at(
+                self._model, self._compute, self._compared_faces, iteration, look.weights
+            )
         tiles = tiles_of(look, has_mask=uses_mask(self._config))
-        text = description(self._run_id, iteration)
+        text = description(self._run_id, iteration, [look.weights])
         path = self._kept.path(iteration)
         self._attempt(partial(self._kept.keep, tiles, text, most), path, at=path.parent)
 
-    def add_to_timelapse(self, iteration: int) -> Path | None:
+    def add_to_timelapse(self, iteration: int, weights: str) -> Path | None:
         """The new picture of the time-lapse; None where there is no time-lapse, or it failed, or
-        the iteration has its picture.
+        the iteration has its picture. weights: the model's own now, ema or raw.
 
         A key that toggles the mask does not count here: a film should not flicker.
         """
@@ -131,11 +133,12 @@ class Pictures:
             discard_leftovers(self._timelapse_folder)
         # Set before it is tried: a disk that refuses is not asked again for the same iteration.
         self._timelapse_at = iteration
-        look = look_at(self._model, self._compute, self._timelapse_faces, iteration)
+        look = look_at(self._model, self._compute, self._timelapse_faces, iteration, weights)
         image = image_of(look, self._config, shown_mask(self._config))
         # Two saves may fall into one second, and no picture is written over another.
         path = _free_path(self._timelapse_folder, int(time.time()))
-        write = partial(save_jpeg, path, image, description(self._run_id, iteration))
+        text = description(self._run_id, iteration, [weights])
+        write = partial(save_jpeg, path, image, text)
         return path if self._attempt(write, path, at=self._timelapse_folder) else None
 
     def keys(self) -> str:

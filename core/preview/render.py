@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from ...models.autoencoder import Side
+from ..checkpoint.inference import Weights
 from ..checkpoint.model_folder import PREVIEWS, ModelFolder
 from ..config import Config
 from .compare import STRIP_FACES, chosen_for_strip, comparison, strip
-from .image import description, image_of, shown_mask, uses_mask
+from .image import description, image_of, shown_mask, uses_mask, weights_in_words
 from .kept import KeptPreviews
 from .look import Look
 from .saved_model import SavedModel, has_weights, read_saved
@@ -38,6 +39,9 @@ class PreviewRequest:
     style: str | None = None
     enlarge: str | None = None
     mask: str | None = None
+    weights: Weights = "auto"
+    """Weights of a save that are to draw it; auto: the average where there is one."""
+
     device: torch.device = torch.device("cpu")
     warn: Callable[[str], None] = print
     """Told, in a line, of what should be known of the picture."""
@@ -58,6 +62,8 @@ class Drawn:
 
     iterations: list[int]
     sides: tuple[Side, ...]
+    weights: list[str]
+    """Weights that each save was drawn by: ema, raw, or nothing where that is not known."""
 
 
 def draw_save(request: PreviewRequest, at: str | None) -> Drawn:
@@ -75,16 +81,22 @@ def draw_save(request: PreviewRequest, at: str | None) -> Drawn:
         if int(at) in kept.iterations() and not request.folders and request.style != "faceswap":
             # Rather a small picture of that moment than a refusal: its weights come back no more.
             tiles = kept.read(int(at)).first(request.num_faces)
+            if not _are_by(request.weights, [tiles]):
+                raise ValueError(
+                    f"the weights of iteration {int(at):,} are gone, and its kept preview is not "
+                    f"known to be by {request.weights} weights; leave --weights out"
+                )
             # Masks are not kept.
             style = SheetStyle(enlarge=request.enlarge or "lanczos", mask="off")
             image = preview_sheet(tiles, style, f"iteration {tiles.iteration:,}, as it was kept")
             return _drawn(request, image, [tiles], f"the preview kept in {kept.folder}")
-    saved = read_saved(request.model_dir, at, request.device)
+    saved = read_saved(request.model_dir, at, request.device, request.weights)
     config, look = _look(request, saved)
     mask = request.mask or shown_mask(config)
     image = image_of(look, config, mask)
-    text = description(saved.run_id, saved.iteration)
-    return Drawn(image, text, str(saved.path), [saved.iteration], look.faces.sides)
+    text = description(saved.run_id, saved.iteration, [saved.weights])
+    iterations, weights = [saved.iteration], [saved.weights]
+    return Drawn(image, text, str(saved.path), iterations, look.faces.sides, weights)
 
 
 def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn:
@@ -94,14 +106,14 @@ def draw_comparison(request: PreviewRequest, iterations: Sequence[int]) -> Drawn
         ValueError: Of one there is nothing left, or no face can be shown.
     """
     kept = KeptPreviews(request.model_dir / PREVIEWS)
+    history, source = [], f"the previews kept in {kept.folder}"
+    # Both kept or both rendered: a shrunk JPEG differs from a fresh tile without any training.
     if not request.folders and set(iterations) <= set(kept.iterations()):
-        # Both kept or both rendered: a shrunk JPEG differs from a fresh tile without any training.
         history = [kept.read(iteration).first(request.num_faces) for iteration in iterations]
-        source = f"the previews kept in {kept.folder}"
-    else:
+    if not history or not _are_by(request.weights, history):
         history = [_rendered(request, iteration) for iteration in iterations]
         source = f"the saves of {request.model_dir}"
-    _warn_of_other_faces(request, history)
+    _warn_of_what_differs(request, history)
     one, other = history
     image = comparison(one, other, request.enlarge or "lanczos")
     return _drawn(request, image, history, source)
@@ -121,7 +133,7 @@ def draw_strip(request: PreviewRequest) -> Drawn:
             "at every save"
         )
     history = _readable(request, kept, chosen_for_strip(iterations))
-    _warn_of_other_faces(request, history)
+    _warn_of_what_differs(request, history)
     image = strip(history, request.enlarge or "lanczos", request.num_faces or STRIP_FACES)
     return _drawn(request, image, history, f"the previews kept in {kept.folder}")
 
@@ -142,7 +154,7 @@ def _look(request: PreviewRequest, saved: SavedModel) -> tuple[Config, Look]:
 
 
 def _rendered(request: PreviewRequest, iteration: int) -> Tiles:
-    saved = read_saved(request.model_dir, str(iteration), request.device)
+    saved = read_saved(request.model_dir, str(iteration), request.device, request.weights)
     # Whatever the save's style is: faceswap's would ask for both sides, and only tiles are used.
     sheet = dataclasses.replace(request, style="sheet")
     config, look = _look(sheet, saved)
@@ -164,7 +176,17 @@ def _readable(
     return history
 
 
-def _warn_of_other_faces(request: PreviewRequest, history: Sequence[Tiles]) -> None:
+def _are_by(weights: Weights, history: Sequence[Tiles]) -> bool:
+    """Whether kept previews are by the weights that are asked for."""
+    # A run draws what it keeps by the average where it has one, as auto does.
+    return weights == "auto" or all(tiles.weights == weights for tiles in history)
+
+
+def _warn_of_what_differs(request: PreviewRequest, history: Sequence[Tiles]) -> None:
+    """Warn where more than the training is between these saves."""
+    weights = {tiles.weights for tiles in history} - {""}
+    if len(weights) > 1:
+        request.warn(f"not all of these saves are by the same: {weights_in_words(weights)}")
     if len({tiles.faces_digest for tiles in history}) > 1:
         request.warn("not all of these saves show the same faces: the folders have changed since")
 
@@ -176,5 +198,6 @@ def _drawn(
     with ModelFolder(request.model_dir, read_only=True) as folder:
         state = folder.newest_state()
     iterations = [tiles.iteration for tiles in history]
-    text = description(state["run_id"] if state else "unknown", iterations[-1])
-    return Drawn(image, text, source, iterations, history[0].sides)
+    weights = [tiles.weights for tiles in history]
+    text = description(state["run_id"] if state else "unknown", iterations[-1], weights)
+    return Drawn(image, text, source, iterations, history[0].sides, weights)

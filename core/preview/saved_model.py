@@ -9,7 +9,7 @@ import torch
 from ...models.autoencoder import Autoencoder
 from ..checkpoint.format import read_manifest
 from ..checkpoint.generations import BACKUP, is_name
-from ..checkpoint.inference import network_of, read_model
+from ..checkpoint.inference import Weights, network_of, read_model
 from ..checkpoint.known_paths import KnownPaths
 from ..checkpoint.model_folder import PREVIEWS, ModelFolder
 from ..checkpoint.retention import snapshot_path
@@ -41,6 +41,8 @@ class SavedModel:
     config: Config
     run_id: str
     iteration: int
+    weights: str
+    """Weights of the network: ema, an average, or raw."""
 
     def open_faces(
         self, folders: dict[str, Path], count: int, warn: Callable[[str], None]
@@ -81,7 +83,7 @@ class SavedModel:
     def look(self, faces: PreviewFaces) -> Look:
         """What it makes of the faces."""
         # The format of the masters, whatever was trained in: one picture has no need of speed.
-        return look_at(self.network, torch.float32, faces, self.iteration)
+        return look_at(self.network, torch.float32, faces, self.iteration, self.weights)
 
     def _trained_folders(self) -> dict[str, list[Path]]:
         """The folders of faces that the settings name; a stranger's may name any."""
@@ -100,7 +102,9 @@ class SavedModel:
         return folders
 
 
-def read_saved(model_dir: Path, at: str | None, device: torch.device) -> SavedModel:
+def read_saved(
+    model_dir: Path, at: str | None, device: torch.device, weights: Weights
+) -> SavedModel:
     """Read a save.
 
     Args:
@@ -108,15 +112,18 @@ def read_saved(model_dir: Path, at: str | None, device: torch.device) -> SavedMo
         at: Total iteration, of a generation, the backup or a snapshot beside the folder; or
             `backup`, or the name of a generation. None: the newest.
         device: Device on which it is to compute.
+        weights: Same as for `read_model`.
 
     Raises:
-        ValueError: There is no such save, or it is damaged.
+        ValueError: There is no such save, or it is damaged, or lacks the average that is asked
+            for.
     """
     # None and the backup need no search: reading them tells by itself what is missing.
     folder, name = (model_dir, at) if at is None or at == BACKUP else _find(model_dir, at)
-    path, state, config, tensors, _ = read_model(folder, name)
+    path, state, config, tensors, chosen = read_model(folder, name, weights=weights)
     network = network_of(path, config, tensors).to(device)
-    return SavedModel(path, model_dir, network, config, state["run_id"], state["iterations"])
+    run_id, iteration = state["run_id"], state["iterations"]
+    return SavedModel(path, model_dir, network, config, run_id, iteration, chosen)
 
 
 def has_weights(model_dir: Path, iteration: int) -> bool:

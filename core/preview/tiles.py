@@ -40,6 +40,9 @@ class Tiles:
     faces_digest: str
     """Name of these faces: equal where the originals are."""
 
+    weights: str = ""
+    """Weights that made them, ema or raw; empty: unknown, in files of older versions."""
+
     def first(self, num_faces: int | None) -> "Tiles":
         """The first faces of each side, so many at the most; None: all of them."""
         masks = None if self.masks is None else self.masks[:, :num_faces]
@@ -78,7 +81,7 @@ def tiles_of(look: Look, *, has_mask: bool) -> Tiles:
     # 64 bits: a few sets of faces are to be told apart, and nobody would forge one.
     digest = hashlib.sha256(np.ascontiguousarray(targets_snff3).data).hexdigest()[:16]
     images = np.stack(kinds, axis=2)
-    return Tiles(look.iteration, look.faces.sides, images, masks, out_px, digest)
+    return Tiles(look.iteration, look.faces.sides, images, masks, out_px, digest, look.weights)
 
 
 def _pasted(original_ooc: np.ndarray, decoded_ooc: np.ndarray, mask_oo: np.ndarray) -> np.ndarray:

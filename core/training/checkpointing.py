@@ -159,9 +159,9 @@ class Checkpointer:
         queued_at = time.monotonic()
         self._write_preview(look)
         self.metrics.picture("preview", self.setup.images.shown_jpeg, look.iteration)
-        with averaged(self.setup.step.update):
+        with averaged(self.setup.step.update) as weights:
             self.setup.images.keep(look)
-            added = self.setup.images.add_to_timelapse(state.iterations)
+            added = self.setup.images.add_to_timelapse(state.iterations, weights)
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)
         self.saved_at = time.monotonic()
@@ -213,8 +213,8 @@ class Checkpointer:
     def _look(self) -> Look:
         """What the model makes of the preview's faces as of now, by the average of its weights
         where one is kept."""
-        with averaged(self.setup.step.update):
-            return self.setup.images.look(self.setup.state.iterations)
+        with averaged(self.setup.step.update) as weights:
+            return self.setup.images.look(self.setup.state.iterations, weights)
 
     def _write_preview(self, look: Look) -> None:
         mask_is_toggled = self.requests.mask_is_toggled
