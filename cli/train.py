@@ -140,9 +140,13 @@ def _print_config(overrides: "Overrides", recipe: recipes.Recipe | None, as_json
 
 def _summary(overrides: "Overrides", recipe: recipes.Recipe | None, as_json: bool) -> int:
     """The model layer by layer: of the model folder where there is one, else as given."""
+    from ..core.distribute.places import num_planned
+    from ..kernels.toolkit import cards
     from .summary import print_summary
 
-    print_summary(_settings_of(overrides, recipe, as_json).config, as_json=as_json)
+    config = _settings_of(overrides, recipe, as_json).config
+    num_ranks = num_planned(overrides.sections["distribute"], len(cards()))
+    print_summary(config, num_ranks, as_json=as_json)
     return 0
 
 

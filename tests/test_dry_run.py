@@ -141,6 +141,8 @@ def test_print_config_of_a_model_prints_its_settings(inputs, tmp_path, capsys):
 def test_a_mistake_in_a_dry_run_is_one_line(inputs, tmp_path, capsys):
     assert _train(inputs, "-b", "27", "--dry-run") == 2
     assert capsys.readouterr().err.endswith("or less, or add faces\n")
+    assert _train(inputs, "-b", "2", "--gpus", "3", "--dry-run") == 2
+    assert "train.batch_size must be at least 3, " in capsys.readouterr().err
 
 
 def _start(capsys):

@@ -1,5 +1,7 @@
 """The optimizer's state in host memory: the same bits, what it saves and costs, what is told."""
 
+import re
+
 import pytest
 import torch
 from conftest import CPU, json_events, tiny_config, train_words
@@ -12,7 +14,7 @@ from mien.cli import main
 from mien.core import precision as precisions
 from mien.core.config import OptimizerConfig, from_dict
 from mien.core.distribute import update
-from mien.core.estimate.links import C2C, PCIE_4, PCIE_5
+from mien.core.estimate.links import C2C, PCIE_4, PCIE_5, host_link
 from mien.core.optim import placement
 from mien.core.optim.optimizer import Update
 from mien.core.precision import Precision
@@ -215,6 +217,22 @@ def test_the_advice_names_it_before_another_model():
     assert "; use --set optimizer.placement=host --batch-size 4 (9" in said
     assert said.endswith(" ms an iteration for the way over PCIe 4 (assumed); predicted)")
     assert "\n" not in said
+
+
+def test_the_advice_counts_what_a_rank_keeps_of_it():
+    config = from_dict({"model": {"trainer": "original"}, "train": {"batch_size": 16}})
+    sharded = from_dict({"model": {"trainer": "original"}, "train": {"distribution": "sharded"}})
+    link, counted = host_link(), []
+    for num_holders in (1, 4):
+        whole = memory.host_state(config, BF16, 80_000_000, link, num_holders=num_holders)
+        counted.append(float(whole.partition(" MiB")[0]))
+    assert counted[1] == pytest.approx(counted[0] / 4, abs=1)
+    need = memory.footprint(sharded, BF16, num_ranks=4)
+    # A rank's four faces do not fit where its share of the state, some 235 MiB, does not.
+    free = round((need.at(4).total_bytes - 100 * MIB) / 0.9)
+    said = memory.advice(config, BF16, free, num_ranks=4)
+    words = "; use --set train.distribution=sharded --set optimizer.placement=host --batch-size 16"
+    assert re.search(rf"{words} \(23\d MiB less on the GPU", said), said
 
 
 def test_a_run_without_a_gpu_says_that_nothing_changes(sides, tmp_path, capsys):

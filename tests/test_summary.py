@@ -132,6 +132,26 @@ def test_the_table(capsys):
     assert "GFLOP at batch size 16" in said
 
 
+def test_ranks_divide_the_batch_and_with_it_the_memory(capsys):
+    words = ["-t", "original", "--set", "model.options.width=8", "-b", "16", "--device", "cpu"]
+    alone, on_four, sharded = (
+        _summary(capsys, *words, *more)
+        for more in ((), ("--gpus", "4"), ("--gpus", "4", "--set", "train.distribution=sharded"))
+    )
+    assert (alone["ranks"], alone["batch_size_of_a_rank"]) == (1, 16)
+    assert (on_four["ranks"], on_four["batch_size"], on_four["batch_size_of_a_rank"]) == (4, 16, 4)
+    assert on_four["step_gflop"] == alone["step_gflop"]
+    assert sharded["gpu_memory_mib"] < on_four["gpu_memory_mib"]
+    assert main(["train", "-u", *words, "--gpus", "3"]) == 0
+    said = capsys.readouterr().out
+    # Divided unevenly, the rank that has most counts.
+    assert "GFLOP at batch size 16, 6 of it on a rank\n" in said
+    assert "GPU memory   of each of 3 ranks: " in said
+    assert "MiB at batch size 6: " in said
+    assert main(["train", "-u", *words, "--gpus", "32"]) == 2
+    assert "train.batch_size must be at least 32, " in capsys.readouterr().err
+
+
 def test_a_saved_model_tells_of_itself(sides, tmp_path, capsys):
     model_dir = tmp_path / "model"
     words = ["-m", str(model_dir), "--device", "cpu"]

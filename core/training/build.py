@@ -192,6 +192,20 @@ def check_step(config: Config, device: torch.device, ranks: Ranks = ALONE) -> tu
     overlap.choose(config.optimizer, precisions.resolve(config.precision.mode, device))
     name, why = engines.choose(config.train.engine, device)
     fused_dense.check(config.optimizer, name)
+    check_ranks(config, ranks)
+    return name, why
+
+
+def check_ranks(config: Config, ranks: Ranks) -> None:
+    """Refuse settings that do not go together with the ranks of a run.
+
+    Args:
+        config: Settings of the run.
+        ranks: Place of a process among those that train together, or are to.
+
+    Raises:
+        ValueError: Names the setting and what to change, in one line.
+    """
     micro_batches.check(config, ranks)
     if config.train.batch_size:  # else auto chooses one that is large enough
         ranks.share(config.train.batch_size)
@@ -200,4 +214,3 @@ def check_step(config: Config, device: torch.device, ranks: Ranks = ALONE) -> tu
             "optimizer.fused_dense is on, whose gradients are never in memory, so that ranks "
             "cannot sum them; set it to false to train on several GPUs"
         )
-    return name, why

@@ -1,6 +1,5 @@
 """A dry run: everything that training does up to the second step, and nothing of it kept."""
 
-import math
 import resource
 import tempfile
 import time
@@ -12,7 +11,9 @@ import torch
 from ..config import Config
 from ..config.recipes import Recipe
 from ..console.reporter import Reporter
+from ..distribute.ranks import Ranks
 from . import memory
+from .build import check_ranks
 from .devices import free_bytes
 from .engine import WARM_UP
 from .prepare import open_dry_run
@@ -85,6 +86,9 @@ def dry_run(
 
 
 def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
+    ranks = Ranks(size=num_gpus)
+    # Those that are planned: the steps themselves are one process's.
+    check_ranks(setup.config, ranks)
     begun_at, free, losses = setup.state.iterations, free_bytes(setup.device), []
     on_gpu = setup.device.type == "cuda"
     # The first steps of a graph are eager; what is measured must be replays.
@@ -101,7 +105,7 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
     need = None
     if on_gpu:
         whole = memory.footprint(setup.config, setup.precision, num_ranks=num_gpus)
-        need = whole.at(math.ceil(setup.config.train.batch_size / num_gpus))
+        need = whole.at(ranks.share(setup.config.train.batch_size).count)
     return DryRun(
         config=setup.config,
         iterations=begun_at,

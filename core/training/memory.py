@@ -133,7 +133,9 @@ def footprint(
     return Footprint(fixed, per_face)
 
 
-def host_state(config: Config, precision: Precision, num_parameters: int, link: Link) -> str:
+def host_state(
+    config: Config, precision: Precision, num_parameters: int, link: Link, *, num_holders: int = 1
+) -> str:
     """Clause about what it brings and costs to keep the optimizer's state in host memory.
 
     Args:
@@ -141,9 +143,11 @@ def host_state(config: Config, precision: Precision, num_parameters: int, link: 
         precision: Same as for `footprint`.
         num_parameters: Number of parameters that are trained.
         link: Link between the GPU and the host.
+        num_holders: Ranks that divide the state among themselves; it is told for one of them.
     """
     rule = rule_of(config.optimizer, config.train.ema)
-    num_bytes = num_parameters * placement.host_bytes(rule, precision.compute)
+    of_all = num_parameters * placement.host_bytes(rule, precision.compute)
+    num_bytes = of_all // num_holders
     return placement.described(num_bytes, link, config.optimizer.gradient_accumulation)
 
 
@@ -189,17 +193,20 @@ def advice(
         need = footprint(changed, lowered, store_bytes=store, num_ranks=num_ranks)
         fits = need.largest_batch(free_bytes)
         if fits:
-            cost = _cost_of_placement(config, changed, lowered)
+            cost = _cost_of_placement(config, changed, lowered, num_ranks)
             return f"{begin}use {words} --batch-size {min(num_ranks * fits, batch_size)}{cost}"
     return f"{begin}no setting of this model fits; use a GPU with more memory"
 
 
-def _cost_of_placement(before: Config, after: Config, precision: Precision) -> str:
+def _cost_of_placement(before: Config, after: Config, precision: Precision, num_ranks: int) -> str:
     """What it brings and costs to move the optimizer's state, in brackets; empty: it stays."""
     if after.optimizer.placement == before.optimizer.placement:
         return ""
     trained = sum(p.numel() for p in meta_model(after).parameters() if p.requires_grad)
-    return f" ({host_state(after, precision, trained, host_link())})"
+    # The rest is in the memory of the other ranks anyway.
+    num_holders = num_ranks if after.train.distribution == "sharded" else 1
+    told = host_state(after, precision, trained, host_link(), num_holders=num_holders)
+    return f" ({told})"
 
 
 def _changes(

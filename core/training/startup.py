@@ -13,6 +13,7 @@ from ..config.live import live_values
 from ..console.start_panel import Rows
 from ..data.sides import SideFaces
 from ..distribute.sharded import ShardedUpdate
+from ..distribute.update import MirroredUpdate
 from ..estimate.links import host_link
 from ..optim.fused_dense import described
 from . import memory
@@ -276,7 +277,10 @@ def _state_on_host(setup: TrainingSetup) -> str:
     """Place of master weights and moments, where that is not the GPU."""
     trained = sum(parameter.numel() for parameter in setup.step.parameters)
     link = host_link(setup.device.index or 0)
-    return f"in host memory: {memory.host_state(setup.config, setup.precision, trained, link)}"
+    update = setup.step.update
+    num_holders = update.num_holders if isinstance(update, MirroredUpdate) else 1
+    told = memory.host_state(setup.config, setup.precision, trained, link, num_holders=num_holders)
+    return f"in host memory: {told}"
 
 
 def _frozen(setup: TrainingSetup) -> str:
