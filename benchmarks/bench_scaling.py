@@ -1,8 +1,9 @@
 """Speed of one run on 1, 2, 4, 8 GPUs, beside what is predicted, and the links between them.
 
 Each number of ranks trains at an equal batch of the run, and at an equal batch of each rank. The
-exchange is measured beside the backward pass, as in training; after it; and replaced by nothing,
-which shows what of it stays in the open. Without a GPU there are 2 ranks, of one thread each.
+exchange is measured beside the backward pass, as GPUs train; after it, as CPUs do; and replaced by
+nothing, which shows what of it stays in the open. Without a GPU there are 2 ranks, of one thread
+each.
 
 Run: ``mien bench scaling``.
 """
@@ -89,7 +90,12 @@ def _jobs(size: int, most: int) -> Iterator[dict[str, Any]]:
         for batch_size in (faces, size * faces):
             mirrored = what | {"batch_size": batch_size, "distribution": "mirrored"}
             yield from (mirrored | {"exchange": how} for how in ("beside", "after", "none"))
-            yield mirrored | {"distribution": "sharded", "exchange": "beside"}
+            yield mirrored | {"distribution": "sharded", "exchange": _as_in_training()}
+
+
+def _as_in_training() -> str:
+    """Time of the exchange in a run on such devices."""
+    return "beside" if torch.cuda.is_available() else "after"
 
 
 def _measured(size: int, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -155,7 +161,11 @@ def _beside(
     elif (name, batch_size // size) in alone:
         one_s = alone[name, batch_size // size]
         fields["speedup"] = rounded(size * one_s * 1e3 / row["median_ms"])
-    if row["exchange"] != "beside" or link is None or (name, batch_size // size) not in alone:
+    if (
+        row["exchange"] != _as_in_training()
+        or link is None
+        or (name, batch_size // size) not in alone
+    ):
         return fields
     one = _one(row, alone[name, batch_size // size], ceilings)
     way = predict.sharded if row["distribution"] == "sharded" else predict.mirrored

@@ -18,7 +18,6 @@ from ..core.config import from_dict
 from ..core.distribute.group import Group, open_group
 from ..core.distribute.ranks import Ranks, from_environment
 from ..core.distribute.update import MirroredUpdate
-from ..core.optim.optimizer import Update
 from ..core.training import engine as engines
 from ..core.training.build import build_model, build_step
 from .bench_step import OneBatch, make_batch
@@ -77,7 +76,7 @@ def step_figures(
     group: Group | None, ranks: Ranks, device: torch.device, job: dict[str, Any]
 ) -> dict[str, Any]:
     """Speed of all ranks together, by the steps of this one."""
-    with _exchange(job.get("exchange", "beside")):
+    with _exchange(job.get("exchange", "")):
         step = _step(group, ranks, device, job)
         timed = figures(step, device, STEPS[device.type])
     return {
@@ -90,18 +89,9 @@ def step_figures(
 
 @contextlib.contextmanager
 def _exchange(how: str) -> Iterator[None]:
-    """Exchange beside the backward pass, after it, or none: replaced by nothing."""
-    patches: list[Any] = []
-    if how == "none":
-        silent: dict[str, Any] = dict.fromkeys(
-            ("all_reduce", "reduce_scatter", "all_gather"), _nothing
-        )
-        patches = [mock.patch.multiple(Group, **silent)]
-    if how == "after":
-        patches = [mock.patch.object(MirroredUpdate, "overlap_backward", Update.overlap_backward)]
-    with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
+    """Exchange as in training, or none: replaced by nothing."""
+    silent: dict[str, Any] = dict.fromkeys(("all_reduce", "reduce_scatter", "all_gather"), _nothing)
+    with mock.patch.multiple(Group, **silent) if how == "none" else contextlib.nullcontext():
         yield
 
 
@@ -128,6 +118,8 @@ def _step(
     torch.backends.cudnn.benchmark = True
     model, _ = build_model(config, device)
     step = build_step(config, model, device, group=group)
+    if isinstance(step.update, MirroredUpdate) and job["exchange"] != "none":
+        step.update.is_beside = job["exchange"] == "beside"
     count = ranks.share(job["batch_size"]).count
     batch = make_batch(model, count, device, step.update.precision.compute)
     run = engines.make(job["engine"], step, OneBatch(batch), _fail)

@@ -4,6 +4,7 @@ Gradients are multiples of 1/64, so that every sum of them and of their squares 
 order shows nowhere.
 """
 
+import functools
 import itertools
 
 import pytest
@@ -75,7 +76,10 @@ def _make(group, mode, kind, settings, overlaps=False):
     if group is None:
         return Update(model, config, precision, ema)
     order = [*range(len([*model.parameters()]))][::-1]
-    return KINDS[kind](model, config, precision, ema, group=group, order=order, overlaps=overlaps)
+    make = functools.partial(KINDS[kind], group=group, order=order, overlaps=overlaps)
+    update = make(model, config, precision, ema)
+    update.is_beside = True  # as on a GPU
+    return update
 
 
 def _saved(update):
@@ -175,6 +179,25 @@ def _searched(group):
     return before, _saved(update)
 
 
+SENDINGS = [(False, False), (False, True), (True, False)]
+"""Whether weights move beside the backward pass, and whether the exchange is put there anyway."""
+
+
+def _sent(group, kind, *, overlaps, is_beside):
+    """Parts that are sent during a backward pass, the parts there are, and the weights after it."""
+    precision, order = precisions.resolve("bf16", CPU), [*range(6)][::-1]
+    make = functools.partial(KINDS[kind], group=group, order=order, overlaps=overlaps)
+    update = make(_Net(), _config({}), precision)
+    update.is_beside = update.is_beside or is_beside
+    gradients = _gradients(update, group.ranks.rank, 0)
+    loss = sum((p * g).sum() for p, g in zip(update.parameters, gradients, strict=True))
+    with update.overlap_backward():
+        gradients = torch.autograd.grad(loss, update.parameters)
+        sent = update.exchange.arrivals.num_handled
+    update(gradients)
+    return sent, len(update.layout.parts), [each.detach().clone() for each in update.parameters]
+
+
 def _of_ranks(group, folder):
     """What one rank comes to."""
     layouts.PART_BYTES = PART_BYTES
@@ -184,7 +207,11 @@ def _of_ranks(group, folder):
         for kind in KINDS
         for poisoned in (None, 1)
     }
-    return {"runs": runs, "resumed": _resumed(group, folder), "searched": _searched(group)}
+    sent = {
+        kind: [_sent(group, kind, overlaps=o, is_beside=b) for o, b in SENDINGS] for kind in KINDS
+    }
+    resumed, searched = _resumed(group, folder), _searched(group)
+    return {"runs": runs, "resumed": resumed, "searched": searched, "sent": sent}
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +284,16 @@ def test_a_search_for_a_rate_leaves_slices_as_they_were(two_ranks):
         assert all(torch.equal(each, saved_after[name]) for name, each in saved.items())
         for one, two in zip(parameters, parameters_after, strict=True):
             assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cpu_sends_after_the_backward_pass_where_nothing_moves_beside_it(two_ranks, kind):
+    after, beside, overlapped = two_ranks[0][0]["sent"][kind]
+    assert after[0] == 0
+    assert beside[0] == beside[1] == overlapped[0] == after[1] > 1
+    for one, two, three in zip(after[2], beside[2], overlapped[2], strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 64])

@@ -5,7 +5,7 @@ alike, and nothing has to be agreed on: where one rank's gradient is not finite,
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -60,13 +60,20 @@ class MirroredUpdate(Update):
             # An accumulation adds up here, and 16 bits would lose the small ones of many.
             self.wire = torch.float32
         self.overlaps, self.is_whole = overlaps, not overlaps
+        device = next(model.parameters()).device
+        self.is_beside = overlaps or device.type == "cuda"
+        """Whether gradients are sent during the backward pass. A CPU sums on the cores that
+        compute, so there it only has the ranks wait for one another part by part: two ranks of
+        `lightweight` reach 12.5 EG/s with the exchange after the backward pass, and 11.9 beside it
+        (one thread of an AMD EPYC each)."""
+
         self.accumulated = 0
         """Gradients since the last update, as the host counts them."""
 
         self.gathered: dict[str, list[Tensor]] = {}
         """Whole tensors of kinds that are divided among the ranks, as they are now."""
 
-        if placement.is_on_host(config, next(model.parameters()).device):
+        if placement.is_on_host(config, device):
             self._check_host_room(model, rule_of(config, ema), precision)
         # Only now: `_allocate`, which it calls, needs all of the above.
         super().__init__(model, config, precision, ema)
@@ -119,12 +126,13 @@ class MirroredUpdate(Update):
         self.accumulated = 0 if self._is_due else self.accumulated + 1
 
     def overlap_backward(self) -> AbstractContextManager[None]:
-        """Send gradients during the backward pass inside; with ``overlaps`` move weights, too.
+        """Send gradients during the backward pass inside, where that is quicker than after it; with
+        ``overlaps`` move weights, too.
 
         The gradients must live as long as the context.
         """
         self.exchange.is_first, self.exchange.is_due = self.accumulated == 0, self._is_due
-        return self.exchange.during_backward()
+        return self.exchange.during_backward() if self.is_beside else nullcontext()
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) losses of all ranks; or keep the sum of
