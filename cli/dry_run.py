@@ -87,8 +87,8 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
     begun = f"iteration {trial.iterations}" if trial.iterations else "a new model"
     memory = (
         f"memory       {trial.peak_mib:,.0f} MiB of this process, "
-        f"{round(trial.free_bytes / 2**20):,} MiB are free; without a GPU nothing is known of its "
-        "memory"
+        f"{round(trial.free_bytes / 2**20):,} MiB are free; `--summary` tells what a GPU "
+        "needs"
     )
     if trial.memory is not None:
         of_each = "of each GPU: " if outlook else ""

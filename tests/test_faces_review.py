@@ -6,11 +6,13 @@ import shutil
 import cv2
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 
 from mien.cli import main
 from mien.core.faces.check import report
 from mien.core.faces.review import move_named, named_files
 from mien.core.faces.synthetic import draw_folder
+from mien.core.preview.review import pose_picture
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,37 @@ def test_pictures_of_what_to_look_at_and_of_poses(spoilt, drawn, tmp_path, capsy
     clean = tmp_path / "none.png"
     assert main(["faces", "check", str(drawn), "--sheet", str(clean)]) == 0
     assert ("sheet: nothing to show" in capsys.readouterr().out) == (not clean.exists())
+
+
+def test_names_that_are_no_text_are_drawn_as_escapes(drawn, tmp_path):
+    """Bytes that are no UTF-8 end a process inside OpenCV; of dollars matplotlib makes formulas."""
+    odd = tmp_path / "$m\udcffine$"
+    shutil.copytree(drawn, odd)
+    shutil.copy(min(odd.iterdir()), odd / "z\udcff.png")
+    sheet, poses = tmp_path / "sheet.png", tmp_path / "poses.png"
+    words = ["faces", "check", str(odd), "--sheet", str(sheet), "--poses", str(poses)]
+    assert main(words) == 0
+    assert sheet.exists()
+    assert poses.exists()
+
+
+def test_poses_of_both_sides_have_one_scale(drawn, tmp_path, monkeypatch):
+    """A field has the same colour in both pictures where it has the same share."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for face in sorted(drawn.iterdir())[:3]:
+        shutil.copy(face, few)
+    scales = []
+    imshow = Axes.imshow
+
+    def noted(axis, *args, **settings):
+        scales.append((settings["vmin"], settings["vmax"]))
+        return imshow(axis, *args, **settings)
+
+    monkeypatch.setattr(Axes, "imshow", noted)
+    pose_picture([report(few), report(drawn)], tmp_path / "poses.png")
+    assert len(scales) == 2
+    assert scales[0] == scales[1]
 
 
 def test_a_folder_is_inspected_by_a_line_a_face(spoilt, capsys):

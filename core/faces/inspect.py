@@ -7,6 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from ..system.printable import printable
 from .face import Face
 from .folder import read_face
 from .geometry import CENTERINGS, Crop, crop_landmarks
@@ -136,7 +137,7 @@ def tiled(tiles: list[tuple[str, np.ndarray]], tile_px: int) -> np.ndarray:
         left = index % columns * step_x + _SHEET_MARGIN_PX
         cv2.putText(
             sheet,
-            caption,
+            printable(caption),  # bytes that are no UTF-8 would end the process inside OpenCV
             (left, top + _CAPTION_PX - 6),
             cv2.FONT_HERSHEY_SIMPLEX,
             0.45,

@@ -13,6 +13,7 @@ from ..faces.folder import read_face
 from ..faces.png import FaceFileError
 from ..faces.review import named_files
 from ..system.durable_files import write_output
+from ..system.printable import printable
 from .sheet import arranged
 
 _TILE_PX = 128
@@ -28,13 +29,14 @@ def review_sheet(reports: Sequence[Report]) -> np.ndarray | None:
     rows = []
     for report in reports:
         for kind, names in named_files(report).items():
-            tiles = [_tile(Path(report.path) / name) for name in names[:_MOST_TILES]]
-            shown = [tile for tile in tiles if tile is not None]
+            pairs = ((name, _tile(Path(report.path) / name)) for name in names[:_MOST_TILES])
+            shown = {name: tile for name, tile in pairs if tile is not None}
             if shown:
                 title = f"{os.path.basename(report.path)}: {kind}, {len(names)}"
+                num_blank = _MOST_TILES - len(shown)
                 blank = np.zeros((_TILE_PX, _TILE_PX, 3), np.uint8)
-                row = np.stack([*shown, *[blank] * (_MOST_TILES - len(shown))])[None]
-                rows.append(arranged([row], [[""] * _MOST_TILES], title))
+                row = np.stack([*shown.values(), *[blank] * num_blank])[None]
+                rows.append(arranged([row], [[*shown, *[""] * num_blank]], title))
     return np.concatenate(rows) if rows else None
 
 
@@ -67,20 +69,31 @@ def pose_picture(reports: Sequence[Report], path: Path) -> None:
     figure = Figure(figsize=(5 * len(reports), 4), layout="constrained")
     axes = figure.subplots(1, len(reports), squeeze=False)[0]
     extent = (columns.start, columns.stop, rows.start, rows.stop)
-    for axis, report, counts in zip(axes, reports, counted, strict=True):
-        total = max(sum(counts.values()), 1)
-        shares = np.array([[100 * counts.get((x, y), 0) / total for x in columns] for y in rows])
-        drawn = axis.imshow(shares, origin="lower", extent=extent, aspect="auto", vmin=0)
-        axis.set_title(f"{os.path.basename(report.path)}: {report.num_faces} faces")
+    shares = [_shares(counts, rows, columns) for counts in counted]
+    # One scale, so that a field has the same colour in both pictures where it has the same share.
+    highest = max(float(share.max(initial=0.0)) for share in shares)
+    for axis, report, share in zip(axes, reports, shares, strict=True):
+        filled = np.ma.masked_equal(share, 0.0)
+        drawn = axis.imshow(
+            filled, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=highest or 1
+        )
+        title = f"{os.path.basename(report.path)}: {report.num_faces} faces"
+        axis.set_title(printable(title), parse_math=False)
         axis.set_xlabel("yaw, degrees")
         axis.set_ylabel("pitch, degrees")
-        figure.colorbar(drawn, ax=axis, label="% of the faces")
+    figure.colorbar(drawn, ax=list(axes), label="% of the faces; white: none")
     stream = io.BytesIO()
     figure.savefig(stream, format=path.suffix[1:].lower())
     try:
         write_output(path, stream.getvalue(), force=True)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _shares(counts: dict[tuple[int, int], int], rows: range, columns: range) -> np.ndarray:
+    """Percent of a side's faces in each field of pitch (rows) and yaw (columns)."""
+    total = max(sum(counts.values()), 1)
+    return np.array([[100 * counts.get((x, y), 0) / total for x in columns] for y in rows])
 
 
 def _counts(report: Report) -> dict[tuple[int, int], int]:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from ..config import PreviewConfig
+from ..system.printable import printable
 from .grid import color_of
 from .tiles import MASK, ORIGINAL, RECREATED, Tiles
 
@@ -140,6 +141,8 @@ def _lefts(
 
 def _write(sheet: np.ndarray, text: str, left: int, base: int, width: int) -> None:
     """Write a text that has to fit a width; a longer one is made smaller."""
+    # The bytes of a name that are no UTF-8 would end the process inside OpenCV.
+    text = printable(text)
     (text_width, _), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, _LETTER_SCALE, 1)
     # Smaller, not cut: the end of a label is what tells kinds apart.
     scale = _LETTER_SCALE * min(1.0, width / max(text_width, 1))
