@@ -531,18 +531,21 @@ def test_a_window_without_a_screen_is_refused_at_the_start(sides, tmp_path, monk
 
 
 def test_keys_of_the_window_are_obeyed(sides, tmp_path, monkeypatch, capsys):
-    shown, keys = [], ["", "", "s", "\r"]
-    monkeypatch.setattr(PreviewWindow, "__init__", lambda self, scale: shown.append(scale))
+    shown, keys = [], ["", "", "s", "p", "", "m", "p", "", "\r"]
+    monkeypatch.setattr(PreviewWindow, "is_open", True)
+    monkeypatch.setattr(PreviewWindow, "open", lambda self, scale: shown.append(scale))
     monkeypatch.setattr(PreviewWindow, "show", lambda self, image: shown.append(image.shape))
     monkeypatch.setattr(PreviewWindow, "keys", lambda self: keys.pop(0) if keys else "")
     monkeypatch.setattr(PreviewWindow, "close", lambda self: shown.append("closed"))
-    words = ("-p", "--preview-scale", "50", "--json", "-i", "9")
+    words = ("-p", "--preview-scale", "50", "-i", "9")
     assert _train(sides, tmp_path / "model", *words) == 4
-    events = json_events(capsys.readouterr().out)
-    assert _at(events, "save") == [1, 3, 4]
-    assert shown[0] == 50
-    assert shown[-1] == "closed"
-    assert len(shown) == 5
+    said = capsys.readouterr().out
+    assert re.findall(r"Saved iteration (\d+)", said) == ["1", "3", "4", "5", "6"]
+    by = f"p in the window or `kill -CONT {os.getpid()}`"
+    assert f"Paused at iteration 4: saved, and the GPU is free; {by} resumes\n" in said
+    assert said.index("Paused at iteration 4") < said.index("Resumed at iteration 4")
+    assert shown.count("closed") == 1, "it is there in the pause and after it"
+    assert (shown[0], shown[-1]) == (50, "closed")
 
 
 def test_a_path_that_is_given_relative_has_not_changed(sides, tmp_path, monkeypatch, capsys):

@@ -39,30 +39,39 @@ class Screen(types.ModuleType):
 @pytest.fixture
 def _screen(monkeypatch):
     monkeypatch.setenv("DISPLAY", ":0")
-    monkeypatch.setattr(window, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(window, "SECONDS_BETWEEN_LOOKS", 0.0)
 
 
 @pytest.mark.usefixtures("_screen")
 def test_a_picture_is_shown_at_its_scale_and_keys_come_back():
     screen = Screen(codes=[-1, ord("s"), 13, 0x100000 | ord("m"), -1])
-    shows = PreviewWindow(50, screen)
+    shows = PreviewWindow(screen)
+    shows.show(np.zeros((60, 90, 3), np.uint8))
+    assert (screen.shown, shows.keys(), shows.is_open) == ([], "", False)
+    shows.open(50)
     assert shows.keys() == "", "nothing was shown yet"
     shows.show(np.zeros((60, 90, 3), np.uint8))
     assert [image.shape for image in screen.shown] == [(30, 45, 3)]
     assert [shows.keys() for _ in range(4)] == ["s", "\r", "m", ""]
+    shows.open(100)
+    assert len(screen.names) == 1, "the next session of the run has the same"
+    shows.show(np.zeros((60, 90, 3), np.uint8))
+    assert screen.shown[-1].shape == (60, 90, 3)
     shows.close()
-    assert screen.names == []
+    assert (screen.names, shows.is_open) == ([], False)
 
 
 @pytest.mark.usefixtures("_screen")
 def test_a_window_that_the_user_closed_stays_closed():
     screen = Screen(codes=[-1, ord("s")])
-    shows = PreviewWindow(200, screen)
+    shows = PreviewWindow(screen)
+    shows.open(200)
     shows.show(np.zeros((4, 4, 3), np.uint8))
     screen.is_visible = False
     shows.show(np.zeros((4, 4, 3), np.uint8))
     assert len(screen.shown) == 1
-    assert shows.keys() == ""
+    shows.open(200)
+    assert (shows.keys(), shows.is_open) == ("", False)
     shows.close()
 
 
@@ -73,11 +82,11 @@ def test_an_opencv_without_windows_is_told_with_what_to_install():
             raise cv2.error("The function is not implemented. Rebuild the library")
 
     with pytest.raises(ValueError, match="pip install opencv-python, or leave --preview out"):
-        PreviewWindow(100, Headless())
+        PreviewWindow(Headless()).open(100)
 
 
 def test_no_screen_is_told(monkeypatch):
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ValueError, match="needs a screen, and DISPLAY and WAYLAND_DISPLAY are not"):
-        PreviewWindow(100, Screen())
+        PreviewWindow(Screen()).open(100)

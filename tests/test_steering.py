@@ -12,6 +12,7 @@ from conftest import assert_same_bits, json_events, train_words
 
 from mien.cli import main
 from mien.core.checkpoint.left_request import leave_request, take_left_requests
+from mien.core.checkpoint.lock import acquire
 from mien.core.checkpoint.lock_owner import lock_owner
 from mien.core.config import all_settings
 from mien.core.config.live import MAIN_SETTINGS, live_settings, parse_change
@@ -70,9 +71,9 @@ def test_changes_by_keys_last_and_equal_a_stop_and_a_start_with_them(
     monkeypatch.setattr("mien.core.training.training_data.open_sides", opening)
     report = Reporter.pause
 
-    def reporting(self, *, iteration, is_over):
-        report(self, iteration=iteration, is_over=is_over)
-        if not is_over:
+    def reporting(self, *, iteration, resumed_by):
+        report(self, iteration=iteration, resumed_by=resumed_by)
+        if resumed_by:
             os.kill(os.getpid(), signal.SIGCONT)
 
     monkeypatch.setattr(Reporter, "pause", reporting)
@@ -227,6 +228,11 @@ def test_each_key_is_answered_and_enter_in_the_menu_ends_nothing():
     requests.begin_pause()
     requests.press("p")
     assert requests.take() == {"pause"}, "the menu is closed, and does not take the key"
+    requests.press("c1\rtrue\r")
+    assert requests.take_changes() == ["augment.warp=true"], "it opens in a pause, too"
+    requests.press("sp")
+    requests.wait(list)
+    assert answers[-1] == "Paused: p or space goes on, c changes a setting, Enter ends"
 
 
 def test_arrows_and_function_keys_are_no_letters():
@@ -256,7 +262,7 @@ def test_the_hint_is_there_where_it_fits():
 def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
     sides, tmp_path, during, capsys, monkeypatch
 ):
-    model_dir, models, stopped = tmp_path / "model", [], []
+    model_dir, models, stopped, ways = tmp_path / "model", [], [], []
     trainer, report = unattended.Trainer, Reporter.pause
 
     def training(setup, *others):
@@ -277,11 +283,14 @@ def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
         lambda: [leave("augment.flip=false"), os.kill(os.getpid(), signal.SIGTERM)],
     ]
 
-    def reporting(self, *, iteration, is_over):
-        report(self, iteration=iteration, is_over=is_over)
-        if not is_over:
+    def reporting(self, *, iteration, resumed_by):
+        report(self, iteration=iteration, resumed_by=resumed_by)
+        if resumed_by:
             assert [model() for model in models] == [None] * len(models)
             assert lock_owner(model_dir).is_running, "the folder stays this process's"
+            with pytest.raises(ValueError, match=rf"{os.getpid()}, which is paused; have it go on"):
+                acquire(model_dir)
+            ways.append(resumed_by)
             ends.pop(0)()
 
     monkeypatch.setattr(unattended, "Trainer", training)
@@ -295,6 +304,8 @@ def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
     told = [event["event"] for event in events if event["event"] in ("pause", "resume", "stop")]
     assert told == ["pause", "resume"] * 3 + ["pause", "stop"]
     assert len(stopped) == 1
+    by_signal = f"`kill -CONT {os.getpid()}`"
+    assert ways == [by_signal, by_signal, "fg or SIGCONT", by_signal], "there is no keyboard"
     assert events[-1]["reason"] == "SIGTERM received; the state is saved"
     assert events[-2]["message"].startswith("augment.flip was not changed, as the session ended")
     at = events[-1]["iteration"]
@@ -314,6 +325,10 @@ def test_a_pause_is_ended_by_keys_of_its_own_and_ctrl_z_stops_at_once_where_none
     requests.press("\n")
     requests.wait(lambda: pytest.fail("nothing was left"))
     assert requests.stop.signal_name == "Enter"
+    requests = Requests()
+    keys = ["", "x", "m", " "]
+    requests.wait(list, lambda: keys.pop(0), every_s=0.001)
+    assert not keys, "the keys of a window are looked at again and again"
     with requests:
         os.kill(os.getpid(), signal.SIGRTMIN)
         requests.wait(lambda: ["augment.flip=false", "resume"])

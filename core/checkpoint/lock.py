@@ -1,8 +1,8 @@
 """The lock of a model folder: one run at a time.
 
-`.lock` is locked by flock, which ends with the process, and holds "<pid> <host>" for people and for
-`lock_owner`. A disk that refuses flock, as some network disks do, has an owner file instead: see
-`owner`.
+`.lock` is locked by flock, which ends with the process, and holds "<pid> <host>", in a pause
+"<pid> <host> paused", for people and for `lock_owner`. A disk that refuses flock, as some network
+disks do, has an owner file instead: see `owner`.
 """
 
 import errno
@@ -65,6 +65,10 @@ class Lock:
                 raise InUseError(owner) from error
             os.close(self._handle)
             self._handle = handle
+
+    def mark_paused(self) -> None:
+        """Have whoever wants the folder be told that its run is paused, until `release`."""
+        _sign(self._handle, is_paused=True)
 
     def remove_folder(self) -> None:
         """Remove the folder where it holds nothing but its lock."""
@@ -153,8 +157,8 @@ def _taken(path: Path, handle: int) -> Lock | None:
     except (BlockingIOError, InUseError) as error:
         name = str(error) if isinstance(error, InUseError) else _owner_named_in(handle)
         raise ValueError(
-            f"model folder {path} is in use by {name}; stop that run, or choose another "
-            "model folder"
+            f"model folder {path} is in use by {name}{_remedy(handle)}, or choose another model "
+            "folder"
         ) from error
     except OSError as error:
         is_held = False
@@ -206,14 +210,24 @@ def _is_in_place(handle: int, folder: Path) -> bool:
         return False
 
 
-def _sign(handle: int) -> None:
-    """Write down who holds the lock."""
+def _sign(handle: int, *, is_paused: bool = False) -> None:
+    """Write down who holds the lock, and whether its run is paused."""
+    paused = " paused" if is_paused else ""
     # Not under a new name: the lock is on this very file.
     os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}{paused}\n".encode(), 0)
+
+
+def _remedy(handle: int) -> str:
+    """What to do about the run that holds the lock: of one that is paused, how it goes on."""
+    match os.pread(handle, 300, 0).decode(errors="replace").split():
+        case [pid, host, "paused"] if pid.isdecimal():
+            where = "" if host == socket.gethostname() else " on its host"
+            return f", which is paused; have it go on by p there or `kill -CONT {pid}`{where}"
+    return "; stop that run"
 
 
 def _owner_named_in(handle: int) -> str:
     """The process, and the host where it is another, that a lock file names."""
-    pid, _, host = os.pread(handle, 300, 0).decode(errors="replace").strip().partition(" ")
+    pid, host, *_ = [*os.pread(handle, 300, 0).decode(errors="replace").split(), "", ""]
     return process_in_words(pid, host)

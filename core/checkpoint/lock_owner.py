@@ -1,6 +1,7 @@
 """The owner of a model folder's lock, seen from outside: the process that trains, and its requests.
 
-It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it; on a disk
+It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it, in a pause
+with "paused" behind it; on a disk
 without flock it has an owner file there. A request is a signal. One that a process does not listen
 for would end it without a save, and a number that has been given to another process would hit that
 one: so the lock, the host and the caught signals are looked at first, with the process held by a
@@ -61,7 +62,7 @@ def lock_owner(model_dir: Path) -> LockOwner | None:
         return None
     try:
         words = os.pread(handle, 300, 0).decode(errors="replace").split()
-        if len(words) != 2 or not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
+        if len(words) not in (2, 3) or not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
             return None
         pid, host = int(words[0]), words[1]
         # A free lock is tried only if the process is there: else the trial could refuse a new run.

@@ -249,12 +249,12 @@ class Reporter:
         self._end_notifications()
         self._files.close()
 
-    def pause(self, *, iteration: int, is_over: bool) -> None:
-        """Report that training pauses, or that the pause is over."""
-        text = f"Paused at iteration {iteration}: saved, and the GPU is free; p or SIGCONT resumes"
-        if is_over:
+    def pause(self, *, iteration: int, resumed_by: str | None) -> None:
+        """Report that training pauses, until what is named resumes it; None: the pause is over."""
+        text = f"Paused at iteration {iteration}: saved, and the GPU is free; {resumed_by} resumes"
+        if resumed_by is None:
             text = f"Resumed at iteration {iteration}"
-        self._log("resume" if is_over else "pause", text, {"iteration": iteration})
+        self._log("pause" if resumed_by else "resume", text, {"iteration": iteration})
         self.close()
 
     def say(self, text: str) -> None:

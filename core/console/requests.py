@@ -6,7 +6,8 @@ SIGUSR2, r                        a preview now
 m                                 the preview with its mask as a tint, or as it was
 SIGRTMIN                          look at what `left_request` has in the model folder
 SIGTSTP (Ctrl-Z)                  save, free the GPU, then stop until SIGCONT
-p, space                          save, free the GPU and wait for the same key, or SIGCONT
+p, space                          save, free the GPU and wait for the same key, or SIGCONT; then
+                                  only c, Enter and ? mean anything else
 c                                 a menu that changes settings
 ?                                 the keys
 
@@ -17,6 +18,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -51,6 +53,7 @@ _ANSWERS = {
     **dict.fromkeys("p ", "Pausing after this step: saving, then the GPU is freed..."),
     "\n": "Saving after this step, then training ends...",
 }
+_IN_PAUSE = "Paused: p or space goes on, c changes a setting, Enter ends"
 HELP = (
     "Keys: s saves, r renews the preview, m shows its mask the other way, c changes a setting, "
     "p or space pauses and frees the GPU, as Ctrl-Z does, Enter saves and ends, ? names the keys"
@@ -83,7 +86,7 @@ class Requests:
         self._is_paused = False
         """Whether training is paused, or about to be."""
 
-        self._is_suspended = False
+        self.is_suspended = False
         """Whether a pause that was asked for is to stop the process, as Ctrl-Z does."""
 
         self._changes: list[str] = []
@@ -125,7 +128,7 @@ class Requests:
         """
         self.menu, self._can_pause, self._is_paused = menu, can_pause, False
         # Of a pause that the session before did not come to, since it had gone back to a save.
-        self._is_suspended &= "pause" in self._pending
+        self.is_suspended &= "pause" in self._pending
 
     def begin_pause(self) -> None:
         """Take keys as those of a pause."""
@@ -151,7 +154,7 @@ class Requests:
             return set()
         # A signal between these two names adds to the set that is handed out.
         taken, self._pending = self._pending, set()
-        if self._is_suspended and "pause" in taken:
+        if self.is_suspended and "pause" in taken:
             self.echo(_ANSWERS["p"])  # Ctrl-Z is answered here: its handler must not write
         return taken
 
@@ -163,7 +166,7 @@ class Requests:
         for place, key in enumerate(keys.lower().replace("\r", "\n")):
             if key in _ANSWERS and not self._is_paused:
                 self.echo(_ANSWERS[key])
-            if key == "c" and not self._is_paused and self.menu is not None:
+            if key == "c" and self.menu is not None:
                 self.menu.open()
                 self.press(keys[place + 1 :])  # the menu's, in the case that they were typed in
                 return
@@ -172,32 +175,40 @@ class Requests:
             elif key in _KEYS:
                 self._pending.add(_KEYS[key])
                 # Pressed twice before it is looked at, it is as it was.
-                self.mask_is_toggled ^= key == "m"
+                self.mask_is_toggled ^= key == "m" and not self._is_paused
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._pending.add(_SIGNALS[signal.Signals(number)])
 
-    def wait(self, left: Callable[[], list[str]]) -> None:
+    def wait(
+        self,
+        left: Callable[[], list[str]],
+        keys: Callable[[], str] = str,
+        every_s: float | None = None,
+    ) -> None:
         """Wait for the end of a pause, by a key, a signal or what is left, without using the CPU.
 
         Args:
             left: Called where another process has left requests; gives their texts.
+            keys: Gives keys that were pressed elsewhere, as in a window.
+            every_s: Seconds after which these are looked at again; None: there are none.
         """
         with _woken_by_signals() as reader:
-            if self._is_suspended:
+            if self.is_suspended:
                 self._stop_here()
-            while not self._is_over(left):
+            while not self._is_over(left, keys):
                 handles = self._keyboard.handles if self._keyboard is not None else []
-                ready, _, _ = select.select([reader, *handles], [], [])
+                ready, _, _ = select.select([reader, *handles], [], [], every_s)
                 if reader in ready:
                     os.read(reader, 4096)
-        self._is_paused = self._is_suspended = False
+        self._is_paused = self.is_suspended = False
 
-    def _is_over(self, left: Callable[[], list[str]]) -> bool:
+    def _is_over(self, left: Callable[[], list[str]], keys: Callable[[], str]) -> bool:
         """Whether the pause has been ended since this was last called."""
+        self.press(keys())
         requests = self.take()
-        if "keys" in requests:
-            self.echo("Paused: p or space goes on, Enter ends")
+        if requests - {"pause", "look"}:  # nothing that is asked of a training can be done
+            self.echo(_IN_PAUSE)
         # The stop last: a key that was taken just now may have asked for it.
         texts = left() if "look" in requests else []
         self._left_in_pause += [text for text in texts if text not in (PAUSE, RESUME)]
@@ -206,10 +217,10 @@ class Requests:
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:
         # A second one does not wait for the save, and where nothing is trained there is none.
-        if self._is_paused or self._is_suspended or not self._can_pause:
+        if self._is_paused or self.is_suspended or not self._can_pause:
             self._stop_here()
         else:
-            self._is_suspended = True
+            self.is_suspended = True
             self._pending.add("pause")
 
     def _stop_here(self) -> None:
@@ -233,10 +244,13 @@ def _woken_by_signals() -> Iterator[int]:
     """A handle that can be read once a signal has come."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # No other thread is told of signals, or may ask to be.
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False) if is_main else -1
     try:
         yield reader
     finally:
-        signal.set_wakeup_fd(before)
+        if is_main:
+            signal.set_wakeup_fd(before)
         os.close(reader)
         os.close(writer)

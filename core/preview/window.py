@@ -7,25 +7,35 @@ from types import ModuleType
 import cv2
 import numpy as np
 
-TITLE = "mien: Enter stop, s save, r renew, m mask"
-_SECONDS_BETWEEN_LOOKS = 0.05  # at the keys of the window; chosen, unmeasured
+TITLE = "mien: Enter stop, s save, r renew, m mask, p pause"
+SECONDS_BETWEEN_LOOKS = 0.05  # at the keys of the window; chosen, unmeasured
 
 
 class PreviewWindow:
-    """A window of OpenCV's, for the thread that made it.
+    """The window of a run, all of whose sessions and pauses share it; for the thread that opens it.
 
     Args:
-        scale: Percent of its size at which a picture is shown.
         highgui: What has OpenCV's functions for windows.
-
-    Raises:
-        ValueError: There is no screen, or this OpenCV has no windows.
     """
 
-    def __init__(self, scale: int, highgui: ModuleType = cv2) -> None:
-        self._scale, self._highgui = scale / 100, highgui
+    def __init__(self, highgui: ModuleType = cv2) -> None:
+        self._highgui = highgui
+        self._scale = 1.0
         self._looked_at = 0.0
-        self._is_shown = False
+        self._is_opened = self._is_shown = False
+
+    def open(self, scale: int) -> None:
+        """Open it, once: one that the user has closed stays closed.
+
+        Args:
+            scale: Percent of its size at which a picture is shown.
+
+        Raises:
+            ValueError: There is no screen, or this OpenCV has no windows.
+        """
+        self._scale = scale / 100
+        if self._is_opened:
+            return
         # Asked before OpenCV is: without a screen Qt ends the whole process instead of raising.
         if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
             raise ValueError(
@@ -35,17 +45,18 @@ class PreviewWindow:
                 "of opencv-python-headless"
             )
         try:
-            highgui.namedWindow(TITLE, highgui.WINDOW_AUTOSIZE)
+            self._highgui.namedWindow(TITLE, self._highgui.WINDOW_AUTOSIZE)
         except cv2.error as error:
             raise ValueError(
                 "preview.window needs an OpenCV with windows, and this one has none; pip uninstall "
                 "opencv-python-headless and pip install opencv-python, or leave --preview out (a "
                 "resumed model: --set preview.window=false)"
             ) from error
+        self._is_opened = True
 
     def show(self, image: np.ndarray) -> None:
-        """Show a picture, (H, W, 3) BGR uint8; nothing once the user has closed the window."""
-        if not self._is_open():
+        """Show a picture, (H, W, 3) BGR uint8; nothing where the window is not open."""
+        if not self.is_open:
             return
         smaller = self._scale < 1
         how = cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
@@ -58,7 +69,7 @@ class PreviewWindow:
     def keys(self) -> str:
         """The key pressed since the last look, if any; looks twenty times a second at most."""
         now = time.monotonic()
-        if now - self._looked_at < _SECONDS_BETWEEN_LOOKS or not self._is_open():
+        if now - self._looked_at < SECONDS_BETWEEN_LOOKS or not self.is_open:
             return ""
         self._looked_at = now
         code = self._highgui.pollKey()
@@ -67,12 +78,14 @@ class PreviewWindow:
 
     def close(self) -> None:
         """Take the window away."""
-        if self._is_open():
+        if self.is_open:
             self._highgui.destroyWindow(TITLE)
+        self._is_opened = False
 
-    def _is_open(self) -> bool:
+    @property
+    def is_open(self) -> bool:
         """Whether it is there; one that was never drawn may not count as visible yet."""
-        if not self._is_shown:
-            return True
+        if not self._is_opened or not self._is_shown:
+            return self._is_opened
         visible = self._highgui.getWindowProperty(TITLE, self._highgui.WND_PROP_VISIBLE)
         return bool(visible >= 1)

@@ -23,15 +23,6 @@ from ..preview.window import PreviewWindow
 from .build import sizes_of
 
 
-def open_window(config: Config, stack: ExitStack) -> PreviewWindow | None:
-    """Open the window that shows the preview, where the settings want one."""
-    if not config.preview.window:
-        return None
-    window = PreviewWindow(config.preview.preview_scale)
-    stack.callback(window.close)
-    return window
-
-
 def open_images(
     config: Config,
     model: Autoencoder,

@@ -34,13 +34,14 @@ from ..distribute.ranks import ALONE, Ranks
 from ..losses.weighted import Loss
 from ..optim.lr_schedule import Schedule, begin_schedule
 from ..optim.optimizer import Update
+from ..preview.window import PreviewWindow
 from ..system.paths import refusals_told
 from . import batch_size as batch_sizes
 from . import engine as engines
 from . import memory
 from .build import build_model, build_step, check_step, sizes_of
 from .devices import choose_device, free_bytes
-from .outputs import open_images, open_logs, open_window, report_warnings
+from .outputs import open_images, open_logs, report_warnings
 from .recipe_progress import RecipeProgress
 from .resolve import Overrides, Resolved, resolve
 from .resume import check_fit, restore, settle_state
@@ -74,6 +75,9 @@ class _Start:
     faces: dict[str, SideFaces] | None = None
     """Faces of the session before, where its settings of them still hold."""
 
+    window: PreviewWindow | None = None
+    """Window of the run, which is opened where the settings want one; None: none can be."""
+
     @property
     def group(self) -> Group | None:
         """The connection with the other ranks."""
@@ -94,6 +98,7 @@ def open_setup(
     rate_factor: float | None = None,
     crew: Crew | None = None,
     faces: dict[str, SideFaces] | None = None,
+    window: PreviewWindow | None = None,
 ) -> Iterator[TrainingSetup]:
     """Open everything for a session of training, and close it afterwards.
 
@@ -106,6 +111,7 @@ def open_setup(
         rate_factor: What the learning rate is multiplied with after rollbacks; None: as saved.
         crew: Ranks that train together; None: this process alone.
         faces: Faces of the session before, where its settings of them still hold; None: to be read.
+        window: Window of the run, which is opened where the settings want one; None: none can be.
 
     Raises:
         ValueError: A setting, a folder or the model folder is not usable; one line says why.
@@ -131,7 +137,8 @@ def open_setup(
         report_warnings(folder, reporter)
         if crew is not None:
             share_start(crew.group, saved, resolved.config)
-        start = _Start(resolved, saved, folder.path / "faces", rate_factor, None, crew, faces)
+        faces_dir = folder.path / "faces"
+        start = _Start(resolved, saved, faces_dir, rate_factor, None, crew, faces, window)
         with _built(start, folder, reporter, stack) as setup:
             # At the end: paths of a start that was refused are not to be trusted later.
             _remember_paths(resolved, setup, reporter)
@@ -312,7 +319,10 @@ def _build(
     start: _Start, folder: ModelFolder, device: torch.device, reporter: Reporter, stack: ExitStack
 ) -> TrainingSetup:
     """The parts of the session, built and opened, with what is written and shown of it."""
-    window = open_window(start.resolved.config, stack)
+    preview = start.resolved.config.preview
+    window = start.window if preview.window else None
+    if window is not None:
+        window.open(preview.preview_scale)
     step_setup, chosen = _build_step(start, device, reporter, stack)
     config, model, faces = step_setup.config, step_setup.model, chosen.faces
     run_id = step_setup.state.run_id

@@ -6,8 +6,9 @@ if the user had started it again, so that nothing of what follows depends on wha
 
 import gc
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..distribute.council import Call, Council, Crew
 from ..distribute.failure import RankLost
 from ..distribute.group import Group
 from ..optim.lr_schedule import rate_factor
+from ..preview.window import PreviewWindow
 from .end import End, Orders, settings_of
 from .follower import Follower
 from .losing import end_of_lost, leaving_reasons
@@ -61,12 +63,14 @@ def train(
     # A reader that has stopped must not hold up the save that follows a signal.
     requests.stop.when_noted.append(reporter.hurry)
     if group is None:
-        return _lead(overrides, reporter, recipe, requests, None)
+        with closing(PreviewWindow()) as window:
+            return _lead(overrides, reporter, recipe, requests, None, window)
     crew = Crew(group, requests.stop)
     with leaving_reasons(group):
         check_alike(group, overrides, recipe)
         if group.ranks.is_first:
-            return _lead(overrides, reporter, recipe, requests, crew)
+            with closing(PreviewWindow()) as window:
+                return _lead(overrides, reporter, recipe, requests, crew, window)
         return _follow(overrides, reporter, recipe, crew)
 
 
@@ -76,22 +80,17 @@ def _lead(
     recipe: Recipe | None,
     requests: Requests,
     crew: Crew | None,
+    window: PreviewWindow,
 ) -> Outcome:
     """Train, and decide how it goes."""
     until: int | None = None
     end: End | None = None
     iteration, rollbacks, stop = 0, _Rollbacks(), requests.stop
     faces: dict[str, SideFaces] | None = None
+    opened = partial(open_setup, reporter=reporter, recipe=recipe, crew=crew, window=window)
     while True:
         with _reporting_end(reporter, iteration, is_later=until is not None), ExitStack() as stack:
-            opening = open_setup(
-                overrides,
-                reporter,
-                recipe,
-                rate_factor=rollbacks.rate_factor,
-                crew=crew,
-                faces=faces,
-            )
+            opening = opened(overrides, rate_factor=rollbacks.rate_factor, faces=faces)
             try:
                 # There is nothing to save yet, and decoding may take minutes.
                 with stop.at_once():
@@ -123,7 +122,7 @@ def _lead(
         if not goes_on:
             break
         with _reporting_end(reporter, iteration, is_later=True):
-            _meanwhile(end, iteration, overrides, reporter, requests)
+            _meanwhile(end, iteration, overrides, reporter, requests, window)
         overrides = overrides.with_lasting(settings_of(end.changes))
         overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None
@@ -153,12 +152,17 @@ def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, cre
 
 
 def _meanwhile(
-    end: End, iteration: int, overrides: Overrides, reporter: Reporter, requests: Requests
+    end: End,
+    iteration: int,
+    overrides: Overrides,
+    reporter: Reporter,
+    requests: Requests,
+    window: PreviewWindow,
 ) -> None:
     """Report why another session follows, and wait where that is for the end of a pause."""
     if end.pauses:
         assert overrides.model_dir is not None  # a session has been trained there
-        pause(overrides.model_dir, iteration, reporter, requests)
+        pause(overrides.model_dir, iteration, reporter, requests, window)
     # After a stop no session follows that would make them, which is told at its end.
     for change in () if requests.stop.signal_name else end.changes:
         reporter.change(
@@ -176,7 +180,8 @@ def _meanwhile(
 def _warn_of_changes(end: End | None, requests: Requests, reporter: Reporter) -> None:
     """Name the changes of the session before, and of a pause, that no session came to make."""
     made_by_next = end.changes if end is not None else ()
-    warn_unmade(assignments_of(made_by_next) + requests.take_left_in_pause(), reporter)
+    in_pause = requests.take_changes() + requests.take_left_in_pause()
+    warn_unmade(assignments_of(made_by_next) + in_pause, reporter)
 
 
 def _dismiss(council: Council, orders: Orders) -> None:
