@@ -9,7 +9,7 @@ from ..core.console.stop import StopRequest
 
 def acknowledge(stop: StopRequest) -> None:
     """Say at once that a signal was heard: the save that follows may take a while."""
-    if stop.is_abrupt:  # a line of its own follows
+    if stop.is_abrupt or stop.is_idle:  # a line of its own follows
         return
     line = (
         f"mien train: {stop.signal_name} received: the step is finished and saved, please wait; "

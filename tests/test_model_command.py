@@ -306,12 +306,13 @@ def test_what_restoring_undid_is_shown_no_more(model):
     _log(model, 2, [3, 4, 5, 6, 7])  # saved up to 4
     _log(model, 3, [5, 6])
     (model / "preview.png").write_bytes(b"a picture of iteration 6")
+    (model / "sheet.png").write_bytes(b"a sheet of iteration 6")
     done = restore(model)
-    assert done.archived == ["6", "logs/session_3", "preview.png"]
+    assert done.archived == ["6", "logs/session_3", "preview.png", "sheet.png"]
     assert (done.archive / "preview.png").read_bytes() == b"a picture of iteration 6"
     assert _shown(model) == {1: [1, 2], 2: [3, 4]}
     status = Watch(model, may_ask=False).status()
-    assert (status["state"], status["preview"]) == ("restored", None)
+    assert (status["state"], status["preview"], status["sheet"]) == ("restored", None, None)
     assert set(status["latest"]) == {"restore"}
     assert status["latest"]["restore"]["iteration"] == 4
     assert "step" not in {event["event"] for event in status["events"]}

@@ -167,6 +167,7 @@ def test_every_part_of_the_page_is_served_and_guarded(logged):
         ("/", "text/html"),
         ("/page.css", "text/css"),
         ("/page.js", "text/javascript"),
+        ("/log.js", "text/javascript"),
         ("/plotly.js", "text/javascript"),
         ("/preview.png", "image/png"),
         ("/api/status", "application/json"),
@@ -185,7 +186,7 @@ def test_every_part_of_the_page_is_served_and_guarded(logged):
 
 def test_the_page_needs_nothing_from_elsewhere():
     folder = Path(watch.__file__).parent
-    for name in ("page.html", "page.css", "page.js", "preview.js", "graphs.js"):
+    for name in ("page.html", "page.css", "page.js", "preview.js", "graphs.js", "log.js"):
         assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", (folder / name).read_text())
     page = (folder / "page.html").read_text()
     assert not re.search(r"<script(?! src=)|\son[a-z]+=|\sstyle=", page)
@@ -662,6 +663,10 @@ def test_the_token_leaves_the_address_and_is_given_to_the_page(logged):
     assert "set-cookie" not in answer.headers
 
 
+def _status(client):
+    return client.get("/api/status").json()
+
+
 def test_requests_reach_the_run(tmp_path, trainer):
     process = trainer(tmp_path)
     client = _client(tmp_path, allows=True)
@@ -669,16 +674,22 @@ def test_requests_reach_the_run(tmp_path, trainer):
         answer = client.post(f"/request/{name}", headers={"x-mien-token": TOKEN})
         assert (answer.status_code, answer.json()) == (200, {"asked": name, "pid": process.pid})
         assert process.stdout.readline() == f"{signal_name}\n"
+    assert (client.get("/sheet.png").status_code, _status(client)["sheet"]) == (404, None)
+    save_png(tmp_path / "sheet.png", np.zeros((8, 8, 3), np.uint8), "")
+    assert client.get("/sheet.png").content == (tmp_path / "sheet.png").read_bytes()
+    assert _status(client)["sheet"]
     listed = client.get("/api/settings").json()
     assert listed[0]["name"] == "optimizer.learning_rate"
     assert listed[0]["values"] == "1e-06 to 0.01"
-    for name, state in (("pause", "paused"), ("resume", "running"), ("change", "running")):
+    for name, state in (
+        *(("sheet", "running"), ("pause", "paused"), ("resume", "running"), ("change", "running")),
+    ):
         asked = {"change": "augment.warp=false"} if name == "change" else {}
         answer = client.post(f"/request/{name}", data=asked, headers={"x-mien-token": TOKEN})
         assert answer.json() == {"asked": name, "pid": process.pid}
         assert process.stdout.readline() == "SIGRTMIN\n"
         assert process.stdout.readline() == f"{asked.get('change', name)}\n"
-        assert client.get("/api/status").json()["state"] == state
+        assert _status(client)["state"] == state
     for change, words in (
         ("optimizer.learning_rate=7", "must be a number from 1e-06 to 0.01, got 7"),
         ("model.trainer=dfaker", "is fixed in a model"),
@@ -996,6 +1007,11 @@ START = {
     "faces_b": 2000,
     "save_interval": 250,
     "stage": {"recipe": "long", "name": "detail", "number": 2, "count": 3},
+    "ema": 0.9995,
+    "changes": [
+        {"name": "train.ema", "old": 0.0, "new": 0.9995, "note": "the average begins"},
+        {"name": "data.input_a", "old": ["x", "y"], "new": "<i>", "note": None},
+    ],
 }
 
 
@@ -1110,9 +1126,14 @@ def _check_header(browser):
     wanted = (
         *("phaze-a", "128 px in, 128, 256 px out", "8 a side", "ssim 100 %, <b>mse</b> 50 %"),
         *("warp on, flip off, color on", "2 × CPU", "2 of 3: detail (recipe long)"),
+        "of the weights, decay 0.9995",
+        "train.ema 0 → 0.9995 (the average begins); data.input_a (x, y) → <i>",
     )
     for words in wanted:
         assert words in shown
+    started = browser.text("#log li:first-child")
+    assert "Started: phaze-a, batch 8 a side, bf16, average of the weights, decay" in started
+    assert "; changed since the last session: train.ema 0 → 0.9995" in started
     assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", browser.text("#summary"))
     figures = browser.text("#figures")
     assert "551" in figures
@@ -1213,9 +1234,9 @@ HTML = "<img src=x onerror=document.title='taken'>"
 
 # What a stranger's journal may hold; of each, a part of what the page must show of it.
 FOREIGN_EVENTS = {
-    '{"event": "__proto__", "time": 5, "constructor": {"a": 1}}': '__proto__: constructor {"a":1}',
-    '{"event": "constructor", "time": 5, "__proto__": 7}': "Constructor: proto 7",
-    '{"event": "toString", "time": 5, "x": [1, null]}': "ToString: x [1,null]",
+    '{"event": "__proto__", "time": 5, "constructor": {"a": 1}}': "__proto__: constructor a 1",
+    '{"event": "constructor", "time": 5, "__proto__": 7}': "Constructor:   proto   7",
+    '{"event": "toString", "time": 5, "x": [1, null]}': "ToString: x (1, none)",
     '{"event": "", "time": 5, "x": null}': ":",
     '{"event": "warning", "time": 5, "message": {"toString": 5}}': 'Warning: {"toString":5}',
     '{"event": "warning", "time": 5}': "Warning: undefined",
@@ -1227,7 +1248,7 @@ FOREIGN_EVENTS = {
     '{"event": "warning", "time": 5, "message": "a\\u001b[31m\\nb\\u202ec\\udce4d\\u007f"}': (
         "Warning: a\\u001b[31m\\nb\\u{202e}c\\xe4d\\u{7f}"
     ),
-    '{"event": "crash", "time": 5, "error": {"toString": []}, "path": null}': "Crash: error {",
+    '{"event": "crash", "time": 5, "error": {"toString": []}}': "A failure of mien itself: {",
     '{"event": "stop", "time": 6, "exit_code": {}, "reason": ["x"]}': 'undefined: ["x"]',
 }
 
@@ -1361,6 +1382,15 @@ def test_the_page_asks_the_run_for_work(running, server, browser, tmp_path):
     assert process.stdout.readline() == "augment.warp=false\n"
     browser.wait(lambda: "Changed augment.warp from true to false" in browser.text("#log"))
     browser.picture(tmp_path / "change.png")
+    browser.click("[data-request=sheet]")
+    assert [process.stdout.readline() for _ in range(2)] == ["SIGRTMIN\n", "sheet\n"]
+    assert not browser.find("#sheet").is_displayed()
+    save_png(folder / "sheet.png", np.full((60, 300, 3), 90, np.uint8), "")
+    browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 300)
+    assert browser.text("#preview-age").startswith("sheet of iteration")
+    assert browser.find("#download").get_attribute("download") == "sheet.png"
+    browser.click("#sheet")
+    browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 240)
     browser.click("#pause")
     browser.wait(lambda: browser.text("#state") == "paused")
     assert not browser.find(button).is_enabled()

@@ -128,10 +128,11 @@ def test_a_page_s_changes_are_refused_in_one_line_or_taken(sides, tmp_path, duri
 
     def ask_too_late(_requests):
         leave_request(model_dir, os.getpid(), "loss.mouth_multiplier=4")
+        leave_request(model_dir, os.getpid(), "sheet")
         os.kill(os.getpid(), signal.SIGRTMIN)
 
     during({2: ask_in_vain, 4: ask, 5: ask_too_late})
-    assert _train(sides, model_dir, "-i", "5") == 0
+    assert _train(sides, model_dir, "-i", "5", "--set", "preview.style=faceswap") == 0
     events = json_events(capsys.readouterr().out)
     said = [event["message"] for event in events if event["event"] == "warning"]
     assert said[-1].startswith("loss.mouth_multiplier was not changed, as the session ended")
@@ -147,6 +148,10 @@ def test_a_page_s_changes_are_refused_in_one_line_or_taken(sides, tmp_path, duri
     assert (change["name"], change["new"], change["by"]) == ("loss.eye_multiplier", 5, "page")
     assert [each["loss"]["eye_multiplier"] for each in _settings(model_dir)] == [3, 5]
     assert not list(model_dir.glob(".request-*"))
+    (sheet,) = (event for event in events if event["event"] == "sheet")
+    assert (sheet["iteration"], sheet["path"]) == (5, str(model_dir / "sheet.png"))
+    assert main(["preview", str(model_dir), "--style", "sheet", "-o", f"{tmp_path}/x.png"]) == 0
+    assert (tmp_path / "x.png").read_bytes() == (model_dir / "sheet.png").read_bytes()
 
 
 def test_a_setting_of_the_recipe_s_stage_is_left_to_it(sides, tmp_path, during, capsys):
@@ -260,7 +265,7 @@ def test_the_hint_is_there_where_it_fits():
 
 
 def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
-    sides, tmp_path, during, capsys, monkeypatch
+    sides, tmp_path, during, capfd, monkeypatch
 ):
     model_dir, models, stopped, ways = tmp_path / "model", [], [], []
     trainer, report = unattended.Trainer, Reporter.pause
@@ -300,16 +305,17 @@ def test_a_pause_frees_the_model_until_a_signal_a_page_a_key_or_a_stop_ends_it(
     suspend = {7: lambda _requests: os.kill(os.getpid(), signal.SIGTSTP)}
     during({3: press("p"), 5: lambda _requests: leave("pause"), **suspend, 9: press(" ")})
     assert _train(sides, model_dir, "-i", "20") == 4
-    events = json_events(capsys.readouterr().out)
+    said, told_at_once = capfd.readouterr()
+    events = json_events(said)
     told = [event["event"] for event in events if event["event"] in ("pause", "resume", "stop")]
     assert told == ["pause", "resume"] * 3 + ["pause", "stop"]
     assert len(stopped) == 1
     by_signal = f"`kill -CONT {os.getpid()}`"
     assert ways == [by_signal, by_signal, "fg or SIGCONT", by_signal], "there is no keyboard"
     assert events[-1]["reason"] == "SIGTERM received; the state is saved"
+    assert "please wait" not in told_at_once, "all is saved"
     assert events[-2]["message"].startswith("augment.flip was not changed, as the session ended")
     at = events[-1]["iteration"]
-    capsys.readouterr()
     straight = tmp_path / "straight"
     assert _train(sides, straight, "-i", str(at)) == 0
     assert_same_bits(model_dir, straight)

@@ -20,7 +20,9 @@ from ...core.console.event_files import older_file
 from ...core.console.reporter import EVENTS
 from ...core.system.durable_files import open_for_reading
 
-KINDS = ("start", "step", "save", "preview", "stop", "crash", "restore", "pause", "resume")
+KINDS = (
+    *("start", "step", "save", "preview", "sheet", "stop", "crash", "restore", "pause", "resume"),
+)
 """Events whose latest one is looked at by itself."""
 
 # Bounds of what a stranger's journal costs a look; chosen, unmeasured.

@@ -204,11 +204,11 @@ function showStatus(status) {
   showRequests(status);
 }
 
-// While training is paused it can go on or stop, and nothing else.
+// While training is paused it can go on, with other settings or the same, or stop.
 function showRequests(status) {
   const isPaused = status.state === "paused";
   byId("requests").hidden = !status.may_ask;
-  byId("change").hidden = !status.may_ask || status.state !== "running";
+  byId("change").hidden = !status.may_ask || !["running", "paused"].includes(status.state);
   byId("pause").dataset.request = isPaused ? "resume" : "pause";
   say(byId("pause"), isPaused ? "Go on" : "Pause");
   for (const button of document.querySelectorAll("[data-request]")) {
@@ -336,6 +336,8 @@ const SETUP = [
   ["Device", (start) => `${isNumber(start.gpus) ? `${start.gpus} × ` : ""}${plain(start.device_name)}, ${plain(start.engine)}`],
   ["Faces", (start) => `${grouped(start.faces_a)} of A, ${grouped(start.faces_b)} of B`],
   ["Stage", (start) => (start.stage ? stageWord(start.stage) : "no recipe")],
+  ["Average", (start) => averageWord(start) || "none of the weights"],
+  ["Changed", (start) => changesWord(start)],
 ];
 
 const lossWord = (loss) => `${plain(loss?.name)} ${isNumber(loss?.weight) ? `${+(100 * loss.weight).toPrecision(3)} %` : ""}`;
@@ -350,10 +352,13 @@ function showSetup(status) {
   list.dataset.shown = shown;
   byId("setup-box").hidden = !start;
   list.replaceChildren(
-    ...(start ? SETUP : []).map(([name, word]) => {
+    ...(start ? SETUP : []).flatMap(([name, word]) => {
+      const words = word(start);
+      if (!words) return [];
       const pair = document.createElement("div");
-      pair.append(element("dt", name), element("dd", word(start)));
-      return pair;
+      pair.className = name.toLowerCase();
+      pair.append(element("dt", name), element("dd", words));
+      return [pair];
     }),
   );
 }
@@ -400,68 +405,10 @@ function chooseRun() {
   view.graphs = { loss: null, speed: null, sessions: [] };
   view.asked += 1; // what is on its way is of the run before
   tags.clear();
-  chosen.at = null;
-  byId("other").value = "";
+  forgetPreview();
   byId("range").value = "1";
   drawGraphs();
   poll(0);
-}
-
-// The log
-
-const LINES = new Map([
-  [
-    "step",
-    (event) =>
-      `#${plain(event.iteration)}  loss A ${digits(event.loss_a, 5)}, B ${digits(event.loss_b, 5)}, ${digits(event.eg_per_s, 1)} EG/s`,
-  ],
-  [
-    "save",
-    (event) =>
-      `Saved iteration ${plain(event.iteration)}` +
-      (isNumber(event.seconds) ? ` in ${digits(event.seconds, 1)} s` : "") +
-      (isNumber(event.mean_loss) ? `, mean loss ${digits(event.mean_loss, 5)}` : ""),
-  ],
-  ["preview", (event) => `Preview of iteration ${plain(event.iteration)}`],
-  [
-    "change",
-    (event) =>
-      `Changed ${plain(event.name)} from ${plain(event.old)} to ${plain(event.new)} at iteration ${plain(event.iteration)}, by ${plain(event.by)}`,
-  ],
-  ["pause", (event) => `Paused at iteration ${plain(event.iteration)}`],
-  ["resume", (event) => `Went on at iteration ${plain(event.iteration)}`],
-  ["restore", (event) => `Went back to iteration ${plain(event.iteration)}: what followed it is undone`],
-  ["notice", (event) => `Note: ${plain(event.message)}`],
-  ["warning", (event) => `Warning: ${plain(event.message)}`],
-  [
-    "stop",
-    (event) =>
-      `Stopped at iteration ${plain(event.iteration)}: ${plain(event.reason)} (exit code ${plain(event.exit_code)})`,
-  ],
-]);
-
-function line(event) {
-  const known = LINES.get(event.event);
-  if (known) return known(event);
-  const facts = Object.entries(event).filter(([name, value]) => !["event", "time", "live"].includes(name) && value !== null);
-  const words = facts.map(([name, value]) => `${name.replaceAll("_", " ")} ${isNumber(value) ? +value.toPrecision(5) : plain(value)}`);
-  return `${event.event[0]?.toUpperCase() ?? ""}${event.event.slice(1)}: ${words.join(", ")}`;
-}
-
-function showLog(status) {
-  const log = byId("log");
-  const newest = JSON.stringify(status.events.slice(-20)) + status.events.length;
-  if (log.dataset.newest === newest) return;
-  log.dataset.newest = newest;
-  const isAtEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
-  log.replaceChildren(
-    ...status.events.map((event) => {
-      const entry = element("li", "", ["warning", "step", "stop"].find((name) => name === event.event));
-      entry.append(element("time", clock(event.time)), printable(` ${line(event)}`));
-      return entry;
-    }),
-  );
-  if (isAtEnd) log.scrollTop = log.scrollHeight;
 }
 
 // The sessions
@@ -519,7 +466,8 @@ async function request(name, fields = {}) {
     const values = await answer.json();
     if (answer.status === 403) askForToken();
     if (answer.ok) keepToken(token);
-    say(byId("answer"), answer.ok ? ASKED.get(name) : values.error);
+    if (answer.ok && name === "sheet") awaitSheet();
+    say(byId("answer"), answer.ok ? askedWord(name) : values.error);
   } catch {
     say(byId("answer"), "No answer from mien monitor; was the request made? See the log below.");
   }
@@ -532,7 +480,13 @@ const ASKED = new Map([
   ["pause", "Asked to pause: the run saves, and frees the GPU."],
   ["resume", "Asked to go on."],
   ["change", "Asked for the change: see the log below."],
+  ["sheet", "Asked for a sheet: it is drawn after the present step, and shown when it is done."],
 ]);
+
+function askedWord(name) {
+  const isLater = name === "change" && view.status?.state === "paused";
+  return isLater ? "Asked for the change: it is made when training goes on." : ASKED.get(name);
+}
 
 function keepToken(token) {
   view.token = token;

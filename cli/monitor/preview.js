@@ -9,10 +9,32 @@ const FARTHEST_ZOOM = 0.05;
 const chosen = {
   at: null, // iteration of the kept preview that is shown; null: the newest one
   zoom: null, // of the large picture; null: as it fits
+  awaited: null, // the sheet that was there when another was asked for; null: none was
 };
 
+function forgetPreview() {
+  chosen.at = chosen.awaited = null;
+  byId("other").value = "";
+  byId("sheet").checked = false;
+}
+
+// The sheet that the run was asked for is shown once it is there.
+function awaitSheet() {
+  chosen.awaited = view.status?.sheet ?? "";
+}
+
+function takeSheet({ sheet }) {
+  byId("sheet-row").hidden = !sheet;
+  if (!sheet) byId("sheet").checked = false;
+  if (!sheet || chosen.awaited === null || sheet === chosen.awaited) return;
+  chosen.awaited = null;
+  byId("sheet").checked = true;
+  say(byId("answer"), "The sheet is drawn, and shown as the preview.");
+}
+
 function showPreview(status) {
-  const { kept, preview } = status;
+  const { kept } = status;
+  takeSheet(status);
   if (!kept.includes(chosen.at)) chosen.at = null; // it has been thinned out
   const slider = byId("history");
   slider.max = kept.length; // one after the last kept one stands for the newest
@@ -22,14 +44,12 @@ function showPreview(status) {
   const source = previewAddress(status);
   byId("no-preview").hidden = source !== null;
   byId("enlarge").hidden = byId("download").hidden = source === null;
-  const told = status.latest.preview;
-  const when = told ? `iteration ${grouped(told.iteration)}, ${moment(told.time)}` : "";
-  say(byId("preview-age"), preview && shownAt(status) === null ? when : shownWords(status));
+  say(byId("preview-age"), shownWords(status));
   if (source === null || source === byId("preview").getAttribute("src")) return;
   say(byId("preview-problem"), "");
   byId("preview").src = source;
   byId("download").href = source;
-  byId("download").download = `preview_${shownAt(status) ?? "newest"}.png`;
+  byId("download").download = byId("sheet").checked ? "sheet.png" : `preview_${shownAt(status) ?? "newest"}.png`;
   if (byId("large").open) byId("large-picture").src = source;
 }
 
@@ -40,14 +60,20 @@ function shownAt({ kept, preview }) {
   return kept.at(-1) ?? null;
 }
 
+function toldWords(event) {
+  return event ? `iteration ${grouped(event.iteration)}, ${moment(event.time)}` : "";
+}
+
 function shownWords(status) {
+  if (byId("sheet").checked) return `sheet of ${toldWords(status.latest.sheet) || "an earlier session"}`;
   const at = shownAt(status);
   const other = byId("other").value;
-  if (at === null) return "";
+  if (at === null) return status.preview ? toldWords(status.latest.preview) : "";
   return other ? `iterations ${grouped(at)} and ${grouped(Number(other))}` : `iteration ${grouped(at)}, as it was kept`;
 }
 
 function previewAddress(status) {
+  if (byId("sheet").checked) return address("sheet.png", { of: status.sheet });
   const at = shownAt(status);
   if (at === null) return status.preview ? address("preview.png", { of: status.preview }) : null;
   const enlarge = byId("pixels").checked ? "nearest" : "lanczos";
@@ -63,6 +89,7 @@ function showAgain() {
 
 // Another of the kept previews; by its place in the row of them.
 function choosePreview(place) {
+  byId("sheet").checked = false;
   const kept = view.status?.kept ?? [];
   chosen.at = kept[Math.max(0, place)] ?? null;
   showAgain();
@@ -127,7 +154,13 @@ function listenToEnlarging() {
 function listenToPreview() {
   listenToEnlarging();
   byId("history").addEventListener("input", () => choosePreview(Number(byId("history").value)));
-  for (const id of ["mask", "other", "pixels"]) byId(id).addEventListener("change", showAgain);
+  for (const id of ["pixels", "sheet"]) byId(id).addEventListener("change", showAgain);
+  for (const id of ["mask", "other"]) {
+    byId(id).addEventListener("change", () => {
+      byId("sheet").checked = false;
+      showAgain();
+    });
+  }
   for (const button of document.querySelectorAll("[data-step]")) {
     button.addEventListener("click", () => choosePreview(Number(byId("history").value) + Number(button.dataset.step)));
   }

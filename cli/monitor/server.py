@@ -1,15 +1,17 @@
 """The page, what it shows as JSON, and the requests that it may make.
 
     GET /                          the page; with ?token= it opens it, where it needs a token
-    GET /page.css /page.js /preview.js /graphs.js /plotly.js
+    GET /page.css /page.js /preview.js /graphs.js /log.js /plotly.js
     GET /preview.png               the newest preview of the run
+    GET /sheet.png                 the last sheet that it was asked for
     GET /kept.png?at=&other=&mask=&enlarge=   a kept preview, or the swaps of two
     GET /api/status                where the run stands, and its last events
     GET /api/graphs?first=&last=&series=      these series, and the speed, as some thousand points
     GET /api/analysis              the table of sessions
     GET /series.csv?first=&last=   all series of these iterations
     GET /api/settings              the settings that may be changed while training goes on
-    POST /request/save, /request/preview, /request/stop, /request/pause, /request/resume
+    POST /request/save, /request/preview, /request/stop
+    POST /request/sheet, /request/pause, /request/resume
     POST /request/change           with change=section.key=value in its form
 
 Of several runs, ?run= says which: 0 is the first that was named. A GET changes nothing. Everything
@@ -36,7 +38,10 @@ from starlette.routing import Route
 
 from ...core.checkpoint.left_request import send_left_request
 from ...core.checkpoint.lock_owner import REQUESTS, LockOwner, RequestError, send_request
+from ...core.checkpoint.model_folder import PREVIEW
+from ...core.checkpoint.model_folder import SHEET as SHEET_FILE
 from ...core.config.live import MAIN_SETTINGS, live_settings, parse_change
+from ...core.console.requests import PAUSE, RESUME, SHEET
 from .access import COOKIE, HEADER, Access
 from .pictures import Drawing
 from .watch import Watch
@@ -57,10 +62,10 @@ _HEADERS = {
     "cache-control": "no-cache",
 }
 _CHANGE = "change"
-_REQUESTS = {f"/request/{name}": name for name in (*REQUESTS, "pause", "resume", _CHANGE)}
+_REQUESTS = {f"/request/{name}": name for name in (*REQUESTS, PAUSE, RESUME, SHEET, _CHANGE)}
 """Paths that ask for their token themselves; it may come in a form."""
 
-_PAGE_FILES = ("page.html", "page.css", "page.js", "preview.js", "graphs.js")
+_PAGE_FILES = ("page.html", "page.css", "page.js", "preview.js", "graphs.js", "log.js")
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 
 
@@ -85,7 +90,7 @@ def make_app(model_dirs: Sequence[Path], access: Access) -> Starlette:
     routes = [
         Route("/", page),
         *(Route(f"/{name}", files[name].answer) for name in files if name != "page.html"),
-        Route("/preview.png", runs.preview),
+        *(Route(f"/{name}", runs.picture(name)) for name in (PREVIEW, SHEET_FILE)),
         Route("/kept.png", runs.kept),
         Route("/api/status", runs.status),
         Route("/api/graphs", runs.graphs),
@@ -117,12 +122,16 @@ class Runs:
         values = self._watch(request).status()
         return _json(request, values | {"runs": [watch.name for watch in self._watches]})
 
-    def preview(self, request: Request) -> Response:
-        """The newest preview as the run drew it."""
-        content = self._watch(request).preview()
-        if content is None:
-            return Response("there is no preview yet\n", 404)
-        return _answer(request, content, "image/png")
+    def picture(self, name: str) -> Callable[[Request], Response]:
+        """The answer to who wants the picture of this name as the run drew it last."""
+
+        def answer(request: Request) -> Response:
+            content = self._watch(request).picture(name)
+            if content is None:
+                return Response(f"there is no {name} yet\n", 404)
+            return _answer(request, content, "image/png")
+
+        return answer
 
     def kept(self, request: Request) -> Response:
         """A drawing of kept previews, made only where the browser lacks it."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ... import __version__
 from ...core.checkpoint.lock_owner import lock_owner
-from ...core.checkpoint.model_folder import PREVIEW, STATE
+from ...core.checkpoint.model_folder import PREVIEW, SHEET, STATE
 from ...core.history.history import History, SessionHistory, event_files, read_history
 from ...core.history.statistics import total_statistics
 from ...core.system.durable_files import DamagedError, read_regular
@@ -101,7 +101,8 @@ class Watch:
             "latest": latest,
             "events": events,
             "unreadable": unreadable,
-            "preview": self._preview_tag(),
+            "preview": self._tag_of(PREVIEW),
+            "sheet": self._tag_of(SHEET),
             "kept": self.pictures.iterations(),
             "may_ask": self._may_ask,
             "version": __version__,
@@ -169,16 +170,18 @@ class Watch:
             points = [point for point in self._journal.memory if low <= point[0] <= high]
         return {"iterations": [at for at, _ in points], "values": [mib for _, mib in points]}
 
-    def preview(self) -> bytes | None:
-        """The newest preview of the run as PNG; None where there is none."""
+    def picture(self, name: str) -> bytes | None:
+        """The run's newest preview or sheet, by the name of its file, as PNG; None where there is
+        none."""
         try:
-            return read_regular(self._path / PREVIEW, _MAX_PREVIEW_BYTES)
+            return read_regular(self._path / name, _MAX_PREVIEW_BYTES)
         except (OSError, DamagedError):
             return None
 
-    def _preview_tag(self) -> str | None:
+    def _tag_of(self, name: str) -> str | None:
+        """What changes where a picture would; None where there is none."""
         try:
-            found = (self._path / PREVIEW).lstat()
+            found = (self._path / name).lstat()
         except OSError:
             return None
         return f"{found.st_mtime_ns:x}-{found.st_size:x}" if stat.S_ISREG(found.st_mode) else None

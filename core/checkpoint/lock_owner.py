@@ -62,7 +62,9 @@ def lock_owner(model_dir: Path) -> LockOwner | None:
         return None
     try:
         words = os.pread(handle, 300, 0).decode(errors="replace").split()
-        if len(words) not in (2, 3) or not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
+        if len(words) != 2 and words[2:] != ["paused"]:
+            return None
+        if not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
             return None
         pid, host = int(words[0]), words[1]
         # A free lock is tried only if the process is there: else the trial could refuse a new run.

@@ -8,6 +8,7 @@
     backup/              the same of the save with the lowest mean loss
     archived_<time>/     what `restore` replaced: generations, state.json, config.toml, logs
     preview.png          what the model makes of some faces
+    sheet.png            the same as a sheet to judge by, drawn on request
     previews/<n>.jpg     the same of earlier saves, thinned out, to be compared
     .lock                held (flock) by the process that trains; see `lock` for disks without it
 
@@ -62,7 +63,7 @@ from .lock import LOCK, Lock, acquire
 from .owner import OWNER, InUseError
 from .pointer import is_same_save, read_pointer, write_pointer
 
-PREVIEW, PREVIEWS = "preview.png", "previews"
+PREVIEW, PREVIEWS, SHEET = "preview.png", "previews", "sheet.png"
 
 State = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """What a run reports: status lines for people, or JSON events for programs.
 
 JSON events are one object a line: {"event": "start" | "found_rates" | "step" | "evaluate" |
-"save" | "snapshot" | "preview" | "timelapse" | "stage" | "change" | "pause" | "resume" |
+"save" | "snapshot" | "preview" | "sheet" | "timelapse" | "stage" | "change" | "pause" | "resume" |
 "notice" | "warning" | "crash" | "stop", "time": seconds since 1970, ...}. They are kept in
 <model dir>/logs/session_<n>/events.jsonl, of the steps one a second (see `spacing`), where a
 session that was lost in a crash and the one that has its number are told apart by their "start".
@@ -149,9 +149,10 @@ class Reporter:
         text = f"Measured on held-out faces at iteration {iteration}: {shown}"
         self._log("evaluate", text, {"iteration": iteration} | metrics)
 
-    def preview(self, *, iteration: int, path: Path) -> None:
-        """Report that a new preview is there."""
-        self._log("preview", f"Preview: {path}", {"iteration": iteration, "path": path})
+    def preview(self, *, iteration: int, path: Path, is_sheet: bool = False) -> None:
+        """Report that a new preview is there, or a sheet that was asked for."""
+        event = "sheet" if is_sheet else "preview"
+        self._log(event, f"{event.title()}: {path}", {"iteration": iteration, "path": path})
 
     def timelapse(self, *, iteration: int, path: Path) -> None:
         """Report that the time-lapse has one more image."""

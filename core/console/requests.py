@@ -19,7 +19,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Literal
@@ -30,12 +30,15 @@ from .keyboard import Keyboard
 from .settings_menu import SettingsMenu
 from .stop import StopRequest
 
-Request = Literal["save", "preview", "redraw", "look", "keys", "pause"]
+Request = Literal["save", "preview", "redraw", "look", "keys", "pause", "sheet"]
 """Kinds of request: to save, to preview the present model, to redraw what was seen last, to look at
-what was left in the model folder, to name the keys, to pause or to go on."""
+what was left in the model folder, to name the keys, to pause or to go on, to draw a sheet."""
 
-PAUSE, RESUME = "pause", "resume"
-"""Words that other processes leave to pause training, and to have it go on."""
+PAUSE, RESUME, SHEET = "pause", "resume", "sheet"
+"""Words that other processes leave to pause training, to have it go on, and to have a sheet drawn;
+what else they leave is a change of a setting."""
+
+_LEFT: dict[str, Request] = {PAUSE: "pause", SHEET: "sheet"}
 
 _SIGNALS: dict[signal.Signals, Request] = {
     signal.SIGUSR1: "save",
@@ -58,6 +61,16 @@ HELP = (
     "Keys: s saves, r renews the preview, m shows its mask the other way, c changes a setting, "
     "p or space pauses and frees the GPU, as Ctrl-Z does, Enter saves and ends, ? names the keys"
 )
+
+
+def requests_among(texts: Iterable[str]) -> set[Request]:
+    """The requests among what other processes have left for a training."""
+    return {_LEFT[text] for text in texts if text in _LEFT}
+
+
+def changes_among(texts: Iterable[str]) -> list[str]:
+    """The changes of settings among what other processes have left, as ``section.key=value``."""
+    return [text for text in texts if text not in (PAUSE, RESUME, SHEET)]
 
 
 class Requests:
@@ -211,7 +224,7 @@ class Requests:
             self.echo(_IN_PAUSE)
         # The stop last: a key that was taken just now may have asked for it.
         texts = left() if "look" in requests else []
-        self._left_in_pause += [text for text in texts if text not in (PAUSE, RESUME)]
+        self._left_in_pause += changes_among(texts)
         is_resumed = "pause" in requests or RESUME in texts
         return is_resumed or self.stop.signal_name is not None
 

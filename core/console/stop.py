@@ -45,6 +45,9 @@ class StopRequest:
         self.is_abrupt = False
         """Whether a signal raises `Interrupted` now."""
 
+        self.is_idle = False
+        """Whether there is nothing to finish and all is saved, as in a pause."""
+
     @property
     def signal_name(self) -> str | None:
         """Name of the signal or key that stops it, or "a request"; None: it goes on."""

@@ -28,7 +28,7 @@ from ..checkpoint.format import (
     read_state,
 )
 from ..checkpoint.generations import BACKUP, FOLDER, Generations
-from ..checkpoint.model_folder import PREVIEW, PREVIEWS, ModelFolder
+from ..checkpoint.model_folder import PREVIEW, PREVIEWS, SHEET, ModelFolder
 from ..checkpoint.owner import InUseError
 from ..checkpoint.pointer import write_pointer
 from ..checkpoint.state import TrainingState, session_number
@@ -247,8 +247,9 @@ def _move_out(
 
 
 def _move_previews(path: Path, archive: Path, iterations: int) -> list[str]:
-    """Take away the preview, and those of later saves than the one in use; the names of them."""
-    moved = [PREVIEW] if (path / PREVIEW).is_file() else []
+    """Take away preview and sheet, and previews of later saves than the one in use; the names of
+    them."""
+    moved = [name for name in (PREVIEW, SHEET) if (path / name).is_file()]
     kept = KeptPreviews(path / PREVIEWS)
     later = [kept.path(each).name for each in kept.iterations() if each > iterations]
     if later:

@@ -3,6 +3,7 @@
 To draw them changes nothing of the training. An image that cannot be written is reported once.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ...models.autoencoder import Autoencoder
-from ..checkpoint.model_folder import PREVIEW, PREVIEWS
+from ..checkpoint.model_folder import PREVIEW, PREVIEWS, SHEET
 from ..config import Config
 from ..data.sides import SIDES
 from ..faces.folder import Face, read_folder, skipped
@@ -70,6 +71,7 @@ class Pictures:
         self._preview_paths = [folder / PREVIEW]
         if self._settings.write_image:
             self._preview_paths.append(Path(self._settings.write_image))
+        self._sheet_path = folder / SHEET
         self._timelapse_folder = Path(self._settings.timelapse_output or folder / "timelapse")
         self._timelapse_faces = self._open_timelapse()
         self._timelapse_at: int | None = None
@@ -97,6 +99,15 @@ class Pictures:
             self._window.show(image)
         self._shown = image, text
         return self._preview_paths[0]
+
+    def write_sheet(self, look: Look) -> Path | None:
+        """Write a sheet to judge by, also where the preview has faceswap's layout; its path, or
+        None where it could not be written."""
+        preview = dataclasses.replace(self._settings, style="sheet")
+        config = dataclasses.replace(self._config, preview=preview)
+        image = image_of(look, config, shown_mask(config))
+        text, path = description(self._run_id, look.iteration, [look.weights]), self._sheet_path
+        return path if self._attempt(partial(save_png, path, image, text), path, at=path) else None
 
     def shown_jpeg(self) -> tuple[bytes, tuple[int, int]]:
         """The preview that was written last as a JPEG, and its width and height in px."""

@@ -61,6 +61,15 @@ class Checkpointer:
             self._show(requests)
         self.report()
 
+    def draw_sheet(self) -> None:
+        """Draw a sheet of the present model to judge it by."""
+        self.metrics.log(wait=True)  # the device has then made all steps
+        self._gather()
+        look = self._look()
+        path = self.setup.images.write_sheet(look)
+        if path is not None:
+            self.reporter.preview(iteration=look.iteration, path=path, is_sheet=True)
+
     def is_due(self, requests: set[Request]) -> bool:
         """Whether `step` has more to do than to report."""
         return bool(requests) or self._saves(requests)

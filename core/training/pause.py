@@ -32,6 +32,7 @@ def pause(
     """
     held = lock.acquire(model_dir)
     try:
+        requests.stop.is_idle = True
         held.mark_paused()
         reporter.pause(iteration=iteration, resumed_by=_resumed_by(requests, window))
         left = partial(take_left_requests, model_dir)
@@ -41,6 +42,7 @@ def pause(
         else:
             requests.wait(left)
     finally:
+        requests.stop.is_idle = False
         held.release()
     if not requests.stop.signal_name:
         reporter.pause(iteration=iteration, resumed_by=None)

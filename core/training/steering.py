@@ -14,7 +14,7 @@ from ..config import Config, Spec, from_dict, merge, to_dict
 from ..config.live import MAIN_SETTINGS, live_settings, live_values, parse_change
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
-from ..console.requests import HELP, PAUSE, RESUME, Request, Requests
+from ..console.requests import HELP, Request, Requests, changes_among, requests_among
 from ..console.settings_menu import SettingsMenu
 from ..distribute.ranks import ALONE
 from ..losses.weighted import Loss
@@ -70,8 +70,8 @@ class Steering:
             self.reporter.say(HELP)
         if "look" in requests:
             left = take_left_requests(self.setup.folder.path)
-            wishes += [_Wish(text, "page") for text in left if text not in (PAUSE, RESUME)]
-            requests |= {"pause"} if PAUSE in left else set()
+            wishes += [_Wish(text, "page") for text in changes_among(left)]
+            requests |= requests_among(left)
         self._change(wishes)
         if "pause" in requests:
             self._pause()

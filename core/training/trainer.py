@@ -99,9 +99,11 @@ class Trainer:
 
     def _finish_step(self, requests: set[Request]) -> End | None:
         """Save and show what is due after an iteration; how the loop ends, where it does."""
+        if "sheet" in requests:
+            self.checkpointer.draw_sheet()
         end = self._end()
         if end is None:  # else the last save, which follows, is the one of this iteration
-            self.checkpointer.step(requests)
+            self.checkpointer.step(requests - {"sheet"})
             end = self._end()  # the save may have measured what ends the stage
         return end
 
