@@ -1235,7 +1235,7 @@ HTML = "<img src=x onerror=document.title='taken'>"
 # What a stranger's journal may hold; of each, a part of what the page must show of it.
 FOREIGN_EVENTS = {
     '{"event": "__proto__", "time": 5, "constructor": {"a": 1}}': "__proto__: constructor a 1",
-    '{"event": "constructor", "time": 5, "__proto__": 7}': "Constructor:   proto   7",
+    '{"event": "constructor", "time": 5, "__proto__": 7}': "Constructor: proto 7",
     '{"event": "toString", "time": 5, "x": [1, null]}': "ToString: x (1, none)",
     '{"event": "", "time": 5, "x": null}': ":",
     '{"event": "warning", "time": 5, "message": {"toString": 5}}': 'Warning: {"toString":5}',

@@ -61,6 +61,7 @@ const LINES = new Map([
     "evaluate",
     (event) => `Measured on held-out faces ${at(event)}: ${factsOf(event, ["iteration"])}`,
   ],
+  ["found_rates", (event) => `Learning rates found: ${factsOf(event.rates ?? {}, [])}; ${plain(event.chosen)} is chosen`],
   ["stage", (event) => `Next stage: ${plain(event.reason)}`],
   [
     "change",
@@ -88,7 +89,7 @@ function factsOf(event, besides) {
 
 function line(event) {
   const known = LINES.get(event.event);
-  return known ? known(event) : `${sentence(event.event.replaceAll("_", " "))}: ${factsOf(event, [])}`;
+  return known ? known(event) : `${sentence(event.event)}: ${factsOf(event, [])}`;
 }
 
 function showLog(status) {
