@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.config import fields_of
-from ..core.config.sections import SECTIONS
+from ..core.config import setting_at
 from ..core.faces.folder import Face, read_folder
 from ..core.faces.geometry import Crop
 from ..core.faces.masks import training_masks
@@ -77,7 +76,7 @@ def _page(rows: Sequence[_Row]) -> str:
 
 def _doc(full_name: str) -> str:
     section, name = full_name.split(".")
-    return fields_of(SECTIONS[section])[name].doc
+    return setting_at((section, name)).doc
 
 
 def _rows(face: Face) -> list[_Row]:

@@ -123,7 +123,7 @@ def _save(args: argparse.Namespace) -> int:
 def _settings_of_model(source: Path) -> dict[str, Any]:
     """The settings in a model's folder, less the paths: it may come from a stranger."""
     from ..core.checkpoint.format import read_settings as settings_in
-    from ..core.config.path_settings import paths_in, with_paths
+    from ..core.config.path_settings import paths_in
 
     values = settings_in(source)
     if values is None:
@@ -132,7 +132,8 @@ def _settings_of_model(source: Path) -> dict[str, Any]:
         values = settings.to_dict(settings.from_dict(values))
     except ValueError as error:
         raise ValueError(f"{error}, in {source / 'config.toml'}") from error
-    return with_paths(values, dict.fromkeys(paths_in(values, values["model"]["trainer"]), ""))
+    paths = paths_in(values, values["model"]["trainer"])
+    return settings.merge(values, settings.nested(dict.fromkeys(paths, "")))
 
 
 def _check_options(values: dict[str, Any]) -> None:

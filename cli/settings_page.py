@@ -36,19 +36,8 @@ def _row(spec: Spec) -> str:
     flags = " ".join(f"`{flag}`" for flag in (*spec.flags, spec.opposite) if flag)
     flags += " stays" if spec.stays else ""
     lock = "locked" if spec.locked else "free"
-    return f"| {spec.name} | {default} | {_values(spec)} | {lock} | {flags} | {spec.doc} |"
-
-
-def _values(spec: Spec) -> str:
-    if spec.name == "trainer":
-        return ", ".join(models.available())
-    if spec.choices is not None:
-        return ", ".join(spec.choices)
-    if spec.low is not None:
-        return " or ".join([*spec.words, f"{spec.low} to {spec.high}"])
-    if spec.is_list_of_paths:
-        return "a path or a list of paths"
-    return {bool: "true, false", str: "text", dict: "a table"}.get(spec.type, "words")
+    values = ", ".join(models.available()) if spec.name == "trainer" else spec.values
+    return f"| {spec.name} | {default} | {values} | {lock} | {flags} | {spec.doc} |"
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ class Field:
     words: Mapping[str, int] = field(default_factory=dict)
     """Words that stand for numbers."""
 
+    pattern: str = ""
+    """Regular expression of a whole text, or of each in a tuple; empty: any text."""
+
+    form: str = ""
+    """Form that the pattern asks for, in words."""
+
     locked: bool = False
     """Whether it is part of a model's identity; what is free may change at every resume."""
 
@@ -96,12 +102,14 @@ class Field:
         """Valid values, as a message has them after "must be"."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
+        if self.form:
+            return self.form
         kind = " or ".join([*self.words, self._kind])
         if self.low is None:
             return "a finite number" if self.type is float else kind
         if self.high is None:
-            return f"{kind}, at least {self._written(self.low)}"
-        return f"{kind} from {self.values}"
+            return f"{kind}, at least {self._bound(self.low)}"
+        return f"{kind} from {self._range}"
 
     @property
     def values(self) -> str:
@@ -110,9 +118,14 @@ class Field:
             several = "any of " if self.type == tuple[str, ...] else ""
             return several + ", ".join(self.choices)
         if self.low is None or self.high is None:
-            return self._kind
+            return self.form or self._kind
+        return " or ".join([*self.words, self._range])
+
+    @property
+    def _range(self) -> str:
+        """Both bounds, of a number that has them."""
         steps = f" in steps of {self.step}" if self.step > 1 else ""
-        return f"{self._written(self.low)} to {self._written(self.high)}{steps}"
+        return f"{self._bound(self.low)} to {self._bound(self.high)}{steps}"
 
     @property
     def numbers(self) -> range:
@@ -130,6 +143,16 @@ class Field:
     def is_list_of_paths(self) -> bool:
         """Whether it holds any number of paths."""
         return self.is_path and self.type == tuple[str, ...]
+
+    def word_for(self, value: Any) -> Any:
+        """The word that stands for a value, where one does; else the value."""
+        return next((word for word, number in self.words.items() if number == value), value)
+
+    def written(self, value: Any) -> str:
+        """A value as a user writes it, in one line that is not too long."""
+        if self.is_list_of_paths:
+            return ", ".join(map(_written, value)) or _written("")
+        return _written(self.word_for(value))
 
     def _take_words(self, value: Any, name: str) -> tuple[str, ...]:
         """The words of a list, or of one text with spaces between them, which a path may hold."""
@@ -151,6 +174,8 @@ class Field:
             return self.type is bool and isinstance(value, bool)
         if self.choices is not None:
             return any(_fits(value, choice) for choice in self.choices)
+        if self.pattern:
+            return bool(re.fullmatch(self.pattern, value, re.ASCII))
         if self.type not in (int, float):
             return True
         low = -MAX_NUMBER if self.low is None else self.low
@@ -171,8 +196,10 @@ class Field:
             return f"; the nearest is {numbers[index]}"
         return ""
 
-    def _written(self, bound: float) -> str:
-        return str(bound) if self.type is int else f"{bound:g}"
+    def _bound(self, bound: float | None) -> str:
+        short = f"{bound:g}"
+        # Not rounded: 0.9999999 as 1 would name a value that is refused.
+        return str(bound) if self.type is int or float(short) != bound else short
 
 
 def setting(
@@ -262,6 +289,23 @@ def shown(value: Any) -> str:
     """A value as a message has it: in one line that is not too long."""
     text = repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _written(value: Any) -> str:
+    """A single value as a user writes it: a word without quotes."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    is_word = isinstance(value, str) and value.isprintable() and 0 < len(value) <= _SHOWN_CHARACTERS
+    return value if is_word else shown(plain(value))
+
+
+def plain(value: Any) -> Any:
+    """A value as TOML and JSON give it back: a dataclass as a table, a tuple as a list."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def named(name: object) -> str:

@@ -6,7 +6,7 @@ An option is *locked*, part of a model's identity, unless it is *free* to change
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from .fields import Checked, fields_of, setting
+from .fields import Checked, fields_of, plain, setting
 
 
 def option(default: Any, *, free: bool = False, **rule: Any) -> Any:
@@ -36,7 +36,7 @@ def describe(kind: type[Options]) -> list[dict[str, Any]]:
     return [
         {
             "name": item.name,
-            "default": list(item.default) if isinstance(item.default, tuple) else item.default,
+            "default": plain(item.default),
             "rule": item.values,
             "free": not item.locked,
             "doc": item.doc,

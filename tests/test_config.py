@@ -272,5 +272,5 @@ def test_no_command_takes_abbreviations(monkeypatch, capsys):
 
 def test_the_page_of_settings_names_the_opposites_and_what_stays():
     page = settings_page.render()
-    assert "| warp | true | true, false | free | `-W` `--no-warp` `--warp` | Bend" in page
+    assert "| warp | true | true or false | free | `-W` `--no-warp` `--warp` | Bend" in page
     assert "| free | `-A` `--input-a` stays | Folder" in page

@@ -27,7 +27,7 @@ from mien import models
 from mien.cli import exchange, main
 from mien.cli.exchange import EXPORTERS
 from mien.core.checkpoint.model_folder import ModelFolder
-from mien.core.checkpoint.state import TrainingState
+from mien.core.checkpoint.state import Imported, TrainingState
 from mien.core.checkpoint.verify import facts_of
 from mien.core.config import from_dict, model_settings
 from mien.core.exchange import keras_export, keras_file, legacy_attributes, legacy_h5
@@ -193,7 +193,7 @@ def test_state_is_taken_over_both_ways(tmp_path, exported):
         saved = folder.load()
     again = TrainingState.from_dict(saved.state)
     assert (again.iterations, again.lowest_mean_loss) == (6, None)
-    assert again.imported == (1, 0.25)
+    assert again.imported == Imported(last_session=1, lowest_loss=0.25)
     facts = facts_of(tmp_path / "m")
     assert [session["is_imported"] for session in facts["sessions"]] == [True]
     assert again.parts["lr_finder"] == {"rate": 2e-5}

@@ -7,7 +7,7 @@ import pytest
 from mien import models
 from mien.core.config import all_settings, from_dict
 from mien.core.config.recipes import Recipe
-from mien.core.system import saved_values
+from mien.core.system.saved_values import take
 from mien.models.fields import (
     MAX_COUNT,
     MAX_NUMBER,
@@ -73,6 +73,9 @@ def test_a_value_that_keeps_the_rule_is_held_as_its_type(field, value, held):
         (Field(type=float, low=0, high=1), "1", "a number from 0 to 1, got '1'"),
         (Field(type=float, low=0, high=1), float("nan"), "a number from 0 to 1, got nan"),
         (Field(type=float, low=0), float("inf"), "a number, at least 0, got inf"),
+        (Field(type=float, low=0, high=0.9999999), 1.0, "a number from 0 to 0.9999999, got 1.0"),
+        (Field(type=str, pattern="#[0-9a-f]+", form="#hex"), "#0١", "#hex, got '#0١'"),
+        (Field(type=WORDS, pattern=r"\d", form="digits"), ["1", "11"], "digits, got '11'"),
         (Field(type=float), 10**400, "a finite number, got 1000"),
         (Field(type=str), 3, "text, got 3"),
         (
@@ -163,7 +166,7 @@ def _by_recipe(value):
 
 
 def _by_state(value):
-    saved_values.count({"count": value}, "count", low=1, high=100)
+    take(Field(type=int, low=1, high=100), value, "count")
 
 
 @pytest.mark.parametrize("give", [_by_setting, _by_option, _by_recipe, _by_state])

@@ -15,14 +15,16 @@ from mien.core.config import (
     all_settings,
     from_dict,
     merge,
+    nested,
     parse_toml,
     to_dict,
     to_toml,
 )
-from mien.core.config.path_settings import each_path, paths_in, with_paths
+from mien.core.config.path_settings import each_path, paths_in
 from mien.core.config.recipes import NONE, Recipe
 from mien.core.optim.lr_schedule import LR_FINDER
 from mien.core.training.batch_size import with_batch_size
+from mien.core.training.recipe_progress import StageState
 from mien.core.training.resolve import Overrides, resolve
 from mien.models.fields import fields_of
 from mien.models.options import Options, option
@@ -442,7 +444,10 @@ def test_a_recipe_in_a_model_folder_sets_no_path():
     saved = _saved()
     for spec in PATHS:
         stage = {"name": "x", "set": {spec.section: {spec.name: "/home/user/x.png"}}}
-        values = {"recipe": {"name": "r", "stage": [stage]}, "place": {}}
+        values = {
+            "recipe": {"name": "r", "stage": [stage]},
+            "place": dataclasses.asdict(StageState()),
+        }
         saved.state["parts"] = {"recipe": values}
         with pytest.raises(ValueError, match=f"{spec.full_name} is for the whole run; leave it"):
             _resolve(saved)
@@ -451,7 +456,7 @@ def test_a_recipe_in_a_model_folder_sets_no_path():
 def test_paths_are_absolute_wherever_they_come_from(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/user")
-    relative = with_paths({}, {("data", "input_a"): "a", ("log", "file"): "~/x.log"})
+    relative = nested({("data", "input_a"): "a", ("log", "file"): "~/x.log"})
     for resolved in (_resolve(lasting=relative), _resolve(_saved(), relative)):
         folders = (str(tmp_path / "a"),)
         assert resolved.config.data.input_a == resolved.kept.data.input_a == folders

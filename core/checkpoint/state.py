@@ -17,21 +17,29 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...models.fields import MAX_COUNT, setting
-from ..config import Config, all_settings, to_dict, without_private
-from ..system import saved_values
-from ..system.saved_values import MAX_SECONDS, record, require, require_keys
+from ..config import Config, nested, settings_in, to_dict, without_private
+from ..system.saved_values import MAX_SECONDS, Record, record, require
 
 SCHEMA = 1
 
 _MOST_SESSIONS, _MOST_WITH_SETTINGS = 1000, 100  # 0.4 MiB of JSON, of the 16 that are read
 
-_RUN_ID = re.compile(r"[0-9a-f]{32}")
 _LOGS = re.compile(r"session_([1-9]\d{0,11})", re.ASCII)
 
 
 IMPORTED = "imported"
-"""Part of a state that another program began: its `last_session`, and its `lowest_loss`, which is a
-mean of that program's own and compares with none of mien's."""
+"""Name of the part of a state that another program began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What is known of the program that a model was imported from."""
+
+    last_session: int = setting(0, low=0)
+    """Number of its last session; 0: there was none."""
+
+    lowest_loss: float | None = None
+    """The lowest mean loss as that program counts it, which compares with none of mien's."""
 
 
 @dataclass(kw_only=True)
@@ -49,12 +57,23 @@ class Session:
 
 
 @dataclass(kw_only=True)
+class _FacesSeen:
+    """Faces seen of each side."""
+
+    a: int = setting(0, low=0)
+    b: int = setting(0, low=0)
+
+
+@dataclass(kw_only=True)
 class TrainingState:
     """State that is saved of a run besides tensors and settings."""
 
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    run_id: str = field(
+        default_factory=lambda: uuid.uuid4().hex,
+        metadata={"pattern": "[0-9a-f]{32}", "form": "32 hex digits"},
+    )
     trainer: str
-    iterations: int = 0
+    iterations: int = setting(0, low=0)
     """Iterations of all sessions together."""
     faces_seen: dict[str, int] = field(default_factory=lambda: {"a": 0, "b": 0})
     """Faces seen of each side; also the number of the next face, which fixes its random numbers."""
@@ -64,22 +83,32 @@ class TrainingState:
     """Plain values that parts of the run keep under their names, such as the loss scaler's."""
     sessions: list[Session] = field(default_factory=list)
 
-    _loss_sum: float = field(default=0.0, repr=False, compare=False)
-    _loss_count: int = field(default=0, repr=False, compare=False)
+    def __post_init__(self) -> None:
+        self._loss_sum, self._loss_count = 0.0, 0
 
-    @property
-    def imported(self) -> tuple[int, float | None]:
-        """Last session and lowest loss of the program that the model was imported from.
+    def part(self, name: str, kind: type[Record], **highest: int) -> Record | None:
+        """The object of a dataclass that a part of the run has saved; None where it has none.
+
+        Args:
+            name: Name of the part.
+            kind: Dataclass whose fields are its keys.
+            highest: Highest numbers by field.
 
         Raises:
-            ValueError: What is saved of them is not that.
+            ValueError: What is saved is not that.
         """
-        part = {"last_session": 0, "lowest_loss": None} | self.parts.get(IMPORTED, {})
-        prefix = f"parts.{IMPORTED}."
-        return (
-            saved_values.count(part, "last_session", prefix),
-            saved_values.optional_number(part, "lowest_loss", prefix),
-        )
+        if name not in self.parts:
+            return None
+        return record(kind, self.parts[name], f"parts.{name}", **highest)
+
+    @property
+    def imported(self) -> Imported:
+        """What is known of the program that the model was imported from.
+
+        Raises:
+            ValueError: What is saved of it is not that.
+        """
+        return self.part(IMPORTED, Imported) or Imported()
 
     @property
     def session(self) -> Session:
@@ -101,11 +130,7 @@ class TrainingState:
         """
         if config.model.trainer != self.trainer:
             raise ValueError(f"the state is of {self.trainer}, not of {config.model.trainer}")
-        values = without_private(to_dict(config))
-        settings: dict[str, dict[str, Any]] = {}
-        for spec in all_settings():
-            if not spec.locked:
-                settings.setdefault(spec.section, {})[spec.name] = values[spec.section][spec.name]
+        values = settings_in(without_private(to_dict(config)))
         now = time.time() if started is None else started
         session = Session(
             # Not the count: numbers name folders of logs, and early ones are folded into one.
@@ -114,7 +139,7 @@ class TrainingState:
             started=min(max(now, 0.0), MAX_SECONDS),
             batch_size=config.train.batch_size if batch_size is None else batch_size,
             logs=config.save.logs,
-            settings=settings,
+            settings=nested({spec.place: value for spec, value in values if not spec.locked}),
         )
         # At the start: at the end, after days, the last save would be refused.
         self._refuse_to_pass_the_counts(session, config.train.iterations)
@@ -163,19 +188,9 @@ class TrainingState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; sessions without an iteration are left out."""
-        return {
-            "schema": SCHEMA,
-            "run_id": self.run_id,
-            "trainer": self.trainer,
-            "iterations": self.iterations,
-            "faces_seen": dict(self.faces_seen),
-            "lowest_mean_loss": self.lowest_mean_loss,
-            "parts": {name: dict(values) for name, values in self.parts.items()},
-            # One without an iteration is a start that was refused, or stopped at once.
-            "sessions": [
-                dataclasses.asdict(session) for session in self.sessions if session.iterations
-            ],
-        }
+        # One without an iteration is a start that was refused, or stopped at once.
+        trained = [session for session in self.sessions if session.iterations]
+        return {"schema": SCHEMA} | dataclasses.asdict(dataclasses.replace(self, sessions=trained))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingState":
@@ -192,28 +207,10 @@ class TrainingState:
             )
         # By `type`: True would pass for schema 1.
         require(type(schema) is int and schema == SCHEMA, "schema", str(SCHEMA), schema)
-        expected = {"schema", *(item.name for item in dataclasses.fields(cls) if item.repr)}
-        require_keys(values, expected, "")
-        sessions = values["sessions"]
-        require(isinstance(sessions, list), "sessions", "a list", sessions)
-        state = cls(
-            run_id=saved_values.text(values, "run_id"),
-            trainer=saved_values.text(values, "trainer"),
-            iterations=saved_values.count(values, "iterations"),
-            faces_seen=saved_values.table(values, "faces_seen"),
-            lowest_mean_loss=saved_values.optional_number(values, "lowest_mean_loss"),
-            parts=saved_values.table(values, "parts"),
-            sessions=[
-                Session(**record(Session, item, f"sessions[{i}]."))
-                for i, item in enumerate(sessions)
-            ],
-        )
+        state = record(cls, {key: value for key, value in values.items() if key != "schema"})
         is_a_name = len(state.trainer) <= 64 and state.trainer.isprintable()
         require(is_a_name, "trainer", "a name", state.trainer)
-        require(_RUN_ID.fullmatch(state.run_id), "run_id", "32 hex digits", state.run_id)
-        require_keys(state.faces_seen, {"a", "b"}, "faces_seen.")
-        for side in state.faces_seen:
-            saved_values.count(state.faces_seen, side, "faces_seen.")
+        record(_FacesSeen, state.faces_seen, "faces_seen")
         for name, part in state.parts.items():
             require(isinstance(part, dict), f"parts.{name}", "an object", part)
         numbers = [session.number for session in state.sessions]

@@ -128,21 +128,21 @@ def facts_of(path: Path) -> dict[str, Any]:
         snapshots = _snapshots(path)
         linked = [str(copy) for copy in (path / BACKUP, *snapshots) if _is_linked(copy)]
     state = TrainingState.from_dict(state_values)
-    last_imported, imported_lowest_loss = state.imported
+    imported = state.imported
     return {
         "path": str(path),
         "trainer": state.trainer,
         **_facts_of_network(config_values),
         "iterations": state.iterations,
         "lowest_mean_loss": state.lowest_mean_loss,
-        "imported_lowest_loss": imported_lowest_loss,
+        "imported_lowest_loss": imported.lowest_loss,
         "sessions": [
             {
                 "number": session.number,
                 "started": session.started,
                 "batch_size": session.batch_size,
                 "iterations": session.iterations,
-                "is_imported": session.number <= last_imported,
+                "is_imported": session.number <= imported.last_session,
             }
             for session in state.sessions
         ],

@@ -10,27 +10,27 @@ A preset is JSON with the options of one section, whose name it tells, as does t
 """
 
 import configparser
-import dataclasses
 import io
 import json
 import re
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ... import models
+from ...models.fields import fields_of as rules_of
 from ...models.fields import shown
-from . import SECTIONS, ModelConfig, decoded, fields_of
+from . import ModelConfig, decoded, nested, setting_at
+from .settings import Place
 from .toml import read_content
 
 MAX_BYTES = 1 << 20
 """Largest file that is read; one with every help text has a tenth of it."""
 
-_Place = tuple[str, str]
-"""Section and name of a setting of mien."""
 
-
-def _named_alike(section: str, names: str) -> dict[str, _Place]:
+def _named_alike(section: str, names: str) -> dict[str, Place]:
     return {name: (section, name) for name in names.split()}
 
 
@@ -59,7 +59,7 @@ _LOSS = {
     ),
     **_named_alike("data", "mask_type mask_dilation mask_blur_kernel mask_threshold"),
 }
-MODEL_PLACES: dict[str, _Place] = _GLOBAL | _OPTIMIZER | _LOSS
+MODEL_PLACES: dict[str, Place] = _GLOBAL | _OPTIMIZER | _LOSS
 """Place of each option that faceswap keeps with a model, by its name there."""
 
 _AUGMENTATION = {
@@ -70,7 +70,7 @@ _AUGMENTATION = {
         "color_clahe_chance color_clahe_max_size",
     ),
 }
-_SECTIONS: dict[str, dict[str, _Place]] = {  # of the old layout first: what is read later counts
+_SECTIONS: dict[str, dict[str, Place]] = {  # of the old layout first: what is read later counts
     "global": _GLOBAL | _OPTIMIZER,
     "global.optimizer": _OPTIMIZER,
     "global.loss": _LOSS,
@@ -176,9 +176,9 @@ def _settings_in(
     file: configparser.ConfigParser, path: Path, trainer: str
 ) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """The settings of the sections, and what there is to know of the rest."""
-    settings: dict[str, dict[str, Any]] = {"model": {"trainer": trainer}}
+    settings: dict[Place, Any] = {("model", "trainer"): trainer}
     report: list[str] = []
-    read_from: dict[_Place, str] = {}
+    read_from: dict[Place, str] = {}
     for section, places in _SECTIONS.items():
         for key, text in file[section].items() if section in file else ():
             source = f"[{section}] {key}"
@@ -192,8 +192,8 @@ def _settings_in(
             read_from[place] = source
             meant, value = _value_of(key, text, place)
             # One by one, so that a refusal can name the line that it is about.
-            _check(place, value, f"{path}, {source}")
-            settings.setdefault(place[0], {})[place[1]] = value
+            with _naming(f"{path}, {source}"):
+                settings[place] = setting_at(place).take(value, ".".join(place))
             if (section, key, meant) in _DIFFERENCES:
                 name = ".".join(place)
                 report.append(
@@ -201,9 +201,9 @@ def _settings_in(
                 )
     options = _options(file, path, trainer, report)
     if options:
-        settings["model"]["options"] = options
+        settings["model", "options"] = options
     report += _other_sections(file, trainer)
-    return settings, report
+    return nested(settings), report
 
 
 def _parsed(path: Path) -> configparser.ConfigParser:
@@ -233,11 +233,10 @@ def _parsed(path: Path) -> configparser.ConfigParser:
     return file
 
 
-def _value_of(key: str, text: str, place: _Place) -> tuple[Any, Any]:
+def _value_of(key: str, text: str, place: Place) -> tuple[Any, Any]:
     """The value as the file has it, and as mien's setting has it."""
-    section, name = place
     if key not in SWITCHES:
-        value = _typed(text, fields_of(SECTIONS[section])[name].type)
+        value = _typed(text, setting_at(place).type)
         return value, value
     meant = _typed(text, bool)
     return meant, SWITCHES[key].get(meant, meant)
@@ -256,11 +255,11 @@ def _typed(text: str, kind: Any) -> Any:
         return text
 
 
-def _check(place: _Place, value: Any, source: str) -> None:
-    """Refuse what breaks the rule of one setting, naming its source."""
-    section, name = place
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Have a refusal name the source of the value."""
     try:
-        SECTIONS[section](**{name: value})
+        yield
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -273,18 +272,16 @@ def _options(
     file: configparser.ConfigParser, path: Path, trainer: str, report: list[str]
 ) -> dict[str, Any]:
     """The options of the family, checked together; the report gets the keys that are none."""
-    kinds = {item.name: item.type for item in dataclasses.fields(models.family(trainer).Config)}
+    known = rules_of(models.family(trainer).Config)
     section = _section_of(trainer)
     options = {}
     for key, text in file[section].items() if section in file else ():
-        if key in kinds:
-            options[key] = _typed(text, kinds[key])
+        if key in known:
+            options[key] = _typed(text, known[key].type)
         else:
             report.append(f"[{section}] {key}: left out; {trainer} has no such option")
-    try:
+    with _naming(f"{path}, [{section}]"):
         models.options_of(trainer, options)
-    except ValueError as error:
-        raise ValueError(f"{path}, [{section}]: {error}") from error
     return options
 
 

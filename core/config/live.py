@@ -38,10 +38,7 @@ def live_settings() -> dict[str, Spec]:
 
 def live_values(config: Config) -> dict[str, Any]:
     """The values of those settings by their full names."""
-    return {
-        name: getattr(getattr(config, spec.section), spec.name)
-        for name, spec in live_settings().items()
-    }
+    return {name: spec.of(config) for name, spec in live_settings().items()}
 
 
 def parse_change(text: str) -> tuple[Spec, Any]:

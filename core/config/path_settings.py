@@ -2,19 +2,16 @@
 
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ... import models
 from ...models.fields import fields_of as options_of
 from ..system.paths import expanded, split_share
-from . import SECTIONS, fields_of, merge
+from . import nested, setting_at, settings_in
+from .settings import Place
 
 _NO_SIGN = re.compile("[\ud800-\udfff]")
 """Stand-ins in a name for bytes that are none of UTF-8."""
-
-Place = tuple[str, ...]
-"""Place of a setting in nested settings: section and name; an option is three words deep."""
 
 Paths = str | list[str]
 """Value of a setting that is a path, or a list of folders with their shares, if any."""
@@ -27,13 +24,7 @@ def paths_in(values: dict[str, Any], trainer: str) -> dict[Place, Paths]:
         values: Values by section and key.
         trainer: Family whose options they hold.
     """
-    places = [
-        (section, name)
-        for section, kind in SECTIONS.items()
-        for name, spec in fields_of(kind).items()
-        if spec.is_path and values.get(section, {}).get(name)
-    ]
-    paths: dict[Place, Paths] = {place: values[place[0]][place[1]] for place in places}
+    paths = {spec.place: value for spec, value in settings_in(values) if spec.is_path and value}
     options = values.get("model", {}).get("options", {})
     for name, option in options_of(models.family(trainer).Config).items():
         path = options.get(name)
@@ -48,17 +39,6 @@ def each_path(value: Paths) -> list[str]:
     return [value] if isinstance(value, str) else [split_share(text)[0] for text in value]
 
 
-def with_paths(values: dict[str, Any], paths: Mapping[Place, Paths]) -> dict[str, Any]:
-    """The same settings with these paths in their places."""
-    for place, path in paths.items():
-        nested: Any = path
-        # From the inside out, for `merge` lays one layer over another.
-        for key in reversed(place):
-            nested = {key: nested}
-        values = merge(values, nested)
-    return values
-
-
 def absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
     """Nested settings of the paths in these, absolute, to mean the same from every folder."""
     paths: dict[Place, Paths] = {}
@@ -68,7 +48,7 @@ def absolute_paths(values: dict[str, Any], trainer: str) -> dict[str, Any]:
             continue
         # A share stays where it is, at the end of the folder's name.
         paths[place] = [absolute(text) for text in value if text]
-    return with_paths({}, paths)
+    return nested(paths)
 
 
 def absolute(path: str) -> str:
@@ -91,5 +71,5 @@ def way_to_give(place: Place) -> str:
     """Words that a user writes before the path on the command line: a flag, or `--set` and the
     name."""
     if len(place) == 2:
-        return fields_of(SECTIONS[place[0]])[place[1]].way_to_give
+        return setting_at(place).way_to_give
     return f"--set {'.'.join(place)}="

@@ -424,18 +424,22 @@ class TrainConfig(Section):
         return min(last, self.until) if self.until else last
 
 
-_COUNT_OR_NUMBERS = re.compile(r"all|[1-9]\d{0,2}|(\d{1,3},)+(\d{1,3})?", re.ASCII)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributeConfig(Section):
     """GPUs of this machine that a run is spread over; a model keeps none of this."""
 
-    gpus: str = setting("", flag="--gpus")
+    gpus: str = setting(
+        "",
+        flag="--gpus",
+        pattern=r"|all|[1-9]\d{0,2}|(\d{1,3},)+(\d{1,3})?",
+        form="all, how many (2; up to 999) or which with commas between (0,2,3)",
+    )
     """Train on several GPUs, with a process on each: all of them, how many (2), or which (0,2,3, as
     nvidia-smi numbers them; 3, is the fourth alone). With `train.device` cpu: so many processes."""
 
-    exclude_gpus: tuple[str, ...] = setting((), flag="-X --exclude-gpus")
+    exclude_gpus: tuple[str, ...] = setting(
+        (), flag="-X --exclude-gpus", pattern=r"\d{1,3}", form="numbers of GPUs"
+    )
     """Numbers of GPUs to leave alone, as nvidia-smi has them."""
 
     restarts: int = setting(0, low=0, high=1000, flag="--restarts")
@@ -443,25 +447,14 @@ class DistributeConfig(Section):
     GPUs that are left."""
 
     def __post_init__(self) -> None:
-        if type(self.gpus) is int:  # as a file may have it
-            object.__setattr__(self, "gpus", str(self.gpus))
+        if type(self.gpus) in (int, str):  # a file may have either, and spaces at commas
+            object.__setattr__(self, "gpus", "".join(str(self.gpus).split()))
         excluded = self.exclude_gpus
         numbers = excluded if isinstance(excluded, list | tuple) else [excluded]
         # A flag gives words, a file numbers or one text: all become the same.
         words = tuple(filter(None, re.split(r"[\s,]+", " ".join(map(str, numbers)))))
         object.__setattr__(self, "exclude_gpus", words)
         Section.__post_init__(self)
-        gpus = "".join(self.gpus.split())
-        object.__setattr__(self, "gpus", gpus)
-        if gpus and not _COUNT_OR_NUMBERS.fullmatch(gpus):
-            raise ValueError(
-                "distribute.gpus must be all, how many (2; up to 999) or which with commas between "
-                f"(0,2,3), got {shown(gpus)}"
-            )
-        if not all(word.isdecimal() and len(word) <= 3 for word in words):
-            raise ValueError(
-                f"distribute.exclude_gpus must be numbers of GPUs, got {shown(' '.join(words))}"
-            )
 
 
 # 250 is faceswap's; at thousands of iterations a minute saving would be most of the work.
@@ -580,7 +573,7 @@ class PreviewConfig(Section):
     mask_opacity: int = setting(30, low=0, high=100)
     """Percent of tint over what the mask leaves out."""
 
-    mask_color: str = setting("#ff0000")
+    mask_color: str = setting("#ff0000", pattern="#[0-9a-fA-F]{6}", form="#rrggbb")
     """Colour of the mask's outline and tint, and of the coverage corners, as #rrggbb."""
 
     history: int = setting(40, low=0, high=1000)
@@ -606,8 +599,6 @@ class PreviewConfig(Section):
 
     def __post_init__(self) -> None:
         Section.__post_init__(self)
-        if not re.fullmatch(r"#[0-9a-fA-F]{6}", self.mask_color):
-            raise ValueError(f"preview.mask_color must be #rrggbb, got {self.mask_color!r}")
         if self.write_image and not self.write_image.lower().endswith(".png"):
             raise ValueError(f"preview.write_image must end in .png, got {self.write_image!r}")
 

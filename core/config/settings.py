@@ -1,13 +1,16 @@
 """Settings by their names, and configs of plain values and back."""
 
-import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...models.fields import Field
+from ...models.fields import Field, plain
 from ...models.fields import fields_of as rules_of
 from .sections import SECTIONS, Config, refuse_unknown, section_name, section_of
+
+Place = tuple[str, ...]
+"""Place of a setting in nested settings: section and name; an option is three words deep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +23,15 @@ class Spec(Field):
     def full_name(self) -> str:
         """Section and name, as `--set` takes them."""
         return f"{self.section}.{self.name}"
+
+    @property
+    def place(self) -> Place:
+        """Place of its value in nested settings."""
+        return self.section, self.name
+
+    def of(self, config: Config) -> Any:
+        """Its value in a config."""
+        return getattr(getattr(config, self.section), self.name)
 
     @property
     def turns_off(self) -> bool:
@@ -39,10 +51,6 @@ class Spec(Field):
         """Words that a user writes before the value on the command line."""
         return self.flags[-1] if self.flags else f"--set {self.full_name}="
 
-    def word_for(self, value: Any) -> Any:
-        """The word that stands for a value, where one does; else the value."""
-        return next((word for word, number in self.words.items() if number == value), value)
-
 
 def fields_of(kind: type) -> dict[str, Spec]:
     """Every setting of one section, in the order of the class."""
@@ -58,6 +66,44 @@ def _fields(section: str) -> dict[str, Spec]:
 def all_settings() -> list[Spec]:
     """Every setting of every section."""
     return [spec for kind in SECTIONS.values() for spec in fields_of(kind).values()]
+
+
+def setting_at(place: Place) -> Spec:
+    """The setting of a section and a name."""
+    section, name = place
+    return fields_of(SECTIONS[section])[name]
+
+
+def settings_in(values: Mapping[str, Any]) -> Iterator[tuple[Spec, Any]]:
+    """Every setting that nested values give, with its value; what is no setting is passed over."""
+    for spec in all_settings():
+        table = values.get(spec.section)
+        if isinstance(table, dict) and spec.name in table:
+            yield spec, table[spec.name]
+
+
+def nested(values: Mapping[Place, Any]) -> dict[str, Any]:
+    """Values by their places as nested values."""
+    tables: dict[str, Any] = {}
+    for (*outer, key), value in values.items():
+        table = tables
+        for name in outer:
+            table = table.setdefault(name, {})
+        table[key] = value
+    return tables
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of all layers; a later layer wins."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, dict) and isinstance(merged.get(key), dict):
+                merged[key] = merge(merged[key], value)
+            else:
+                # A copy: a layer that is laid over later must not change this one.
+                merged[key] = dict(value) if isinstance(value, dict) else value
+    return merged
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -95,17 +141,11 @@ def model_settings(config: Config) -> dict[str, Any]:
 
 def without_private(values: dict[str, Any]) -> dict[str, Any]:
     """Nested plain values with the defaults of what no file of a run may hold."""
-    public = {section: dict(table) for section, table in values.items()}
-    for spec in all_settings():
-        if spec.is_private:
-            public.setdefault(spec.section, {})[spec.name] = spec.default
-    return public
+    private = {spec.place: spec.default for spec in all_settings() if spec.is_private}
+    return merge(values, nested(private))
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The whole config as plain values, fit for TOML and JSON."""
-    return {
-        # Lists, as TOML and JSON give them back: a saved value must equal the same one as set.
-        section: {key: list(each) if type(each) is tuple else each for key, each in table.items()}
-        for section, table in dataclasses.asdict(config).items()
-    }
+    # Lists for tuples: a saved value must equal the same one as set.
+    return plain(config)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..system.durable_files import open_for_reading
 from .sections import Config
-from .settings import all_settings, to_dict
+from .settings import nested, settings_in, to_dict
 
 # All settings, written out, take 3 KiB.
 MAX_TOML_BYTES = 1 << 20
@@ -29,10 +29,8 @@ def to_toml(config: Config) -> str:
     """The whole config as TOML, with words in the place of the numbers that they stand for."""
     import tomli_w
 
-    values = to_dict(config)
-    for spec in all_settings():
-        values[spec.section][spec.name] = spec.word_for(values[spec.section][spec.name])
-    return tomli_w.dumps(values)
+    values = settings_in(to_dict(config))
+    return tomli_w.dumps(nested({spec.place: spec.word_for(value) for spec, value in values}))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -134,25 +132,10 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise ValueError(f"--set takes section.key=value, got {text!r}")
     try:
         # As TOML first, so that 5 is a number and true no word; what is none is text as it stands.
-        nested = parse_toml(f"value = {raw}".encode())["value"]
+        value = parse_toml(f"value = {raw}".encode())["value"]
     except ValueError as error:
-        nested = raw.strip()
+        value = raw.strip()
         # Whoever opens a quote means TOML; as plain text the quotes would become part of the value.
-        if nested.startswith('"'):
+        if value.startswith('"'):
             raise ValueError(f"--set {path.strip()} is not valid TOML: {error}") from None
-    for key in reversed(keys):
-        nested = {key: nested}
-    return nested
-
-
-def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Nested values of all layers; a later layer wins."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            if isinstance(value, dict) and isinstance(merged.get(key), dict):
-                merged[key] = merge(merged[key], value)
-            else:
-                # A copy: a layer that is laid over later must not change this one.
-                merged[key] = dict(value) if isinstance(value, dict) else value
-    return merged
+    return nested({tuple(keys): value})

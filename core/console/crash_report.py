@@ -20,7 +20,7 @@ import torch
 
 from ... import __version__
 from ..checkpoint.model_folder import SaveError
-from ..config import Config, all_settings, to_dict, to_toml
+from ..config import Config, all_settings, to_toml
 from ..config.path_settings import each_path
 from ..system.durable_files import replace_file
 from .reporter import Reporter
@@ -95,9 +95,8 @@ def crash_report(error: Exception, config: Config, events: list[str]) -> str:
 
 def _without_secrets(text: str, config: Config) -> str:
     """The same without the values of private settings, which the command line has, too."""
-    values = to_dict(config)
     for spec in all_settings():
-        secret = values[spec.section][spec.name] if spec.is_private else ""
+        secret = spec.of(config) if spec.is_private else ""
         # As it is, and as TOML and JSON write it.
         for written in {secret, json.dumps(secret)[1:-1]} - {""}:
             text = text.replace(written, "(private)")

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from ...kernels.reference import ssim
 from ...models.autoencoder import Autoencoder
+from ...models.fields import Field
 from ..checkpoint.state import TrainingState
 from ..config import Config
 from ..data.held_out import HeldOutFaces, load_held_out
 from ..data.sides import SIDES, SideFaces
 from ..faces.folder import skipped
 from ..precision import Precision
-from ..system import saved_values
+from ..system.saved_values import require, take
 from .onnx_network import Network
 from .swap_metrics import IdentityMetric, PoseMetric, SwapMetric
 
@@ -102,10 +103,11 @@ def measured_at(state: TrainingState) -> int | None:
     if PART not in state.parts:
         return None
     part, prefix = state.parts[PART], f"parts.{PART}."
-    saved_values.require("iteration" in part, f"{prefix}iteration", "there", None)
+    require("iteration" in part, f"{prefix}iteration", "there", None)
     for name in part.keys() - {"iteration"}:
-        saved_values.number(part, name, prefix)
-    return saved_values.count(part, "iteration", prefix, high=state.iterations)
+        take(Field(type=float), part[name], f"{prefix}{name}")
+    iterations = Field(type=int, low=0, high=state.iterations)
+    return take(iterations, part["iteration"], f"{prefix}iteration")
 
 
 @torch.no_grad()

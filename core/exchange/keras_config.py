@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ...models.fields import shown
+from ...models.fields import plain, shown
 from ...models.graph import SHAPES, Call, Layer, Network, Value
 from .keras_order import ordered_layers
 
@@ -66,7 +66,7 @@ def _layer(layer: Layer | Network, calls: list[Call]) -> Json:
     if isinstance(layer, Network):
         head = to_json(layer)
     else:
-        attributes = {key: _plain(value) for key, value in layer.attributes.items()}
+        attributes = {key: plain(value) for key, value in layer.attributes.items()}
         own = layer.kind in _OWN
         head = {
             "module": "lib.model.layers" if own else "keras.layers",
@@ -99,10 +99,6 @@ def _reference(value: Value) -> list[Any]:
     # A sub-network has been called once already, when it was built.
     extra = isinstance(value.call.layer, Network)
     return [value.call.layer.name, value.call.number + extra, value.index]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 # Reading

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
+from ...models.fields import plain
 from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.weights import read_weights
 from ..config import Config, from_dict
@@ -75,20 +75,13 @@ def _config_of(found: Found, model: Autoencoder) -> tuple[Config, list[str]]:
         "icnr_init": build.icnr_init,
         "conv_aware_init": build.conv_aware_init,
     }
-    options = {name: getattr(model.config, name) for name in model.config.__slots__}
-    settings["model"] = {"trainer": model.Config.family, "options": _plain(options)} | shape
+    settings["model"] = {"trainer": model.Config.family, "options": plain(model.config)} | shape
     # By what was built of the graph: the state may have been edited, the outputs cannot lie.
     settings.setdefault("loss", {})["learn_mask"] = build.learn_mask
     if found_rate(training_state_of(found.state)) is not None:
         # Else a resume would begin at the configured rate, which was never trained with.
         settings.setdefault("optimizer", {})["use_lr_finder"] = True
     return from_dict(settings), left_out
-
-
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in options.items()
-    }
 
 
 def read_any_weights(path: Path) -> tuple[dict[str, Tensor], str | None]:

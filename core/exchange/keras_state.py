@@ -10,12 +10,13 @@ from typing import Any
 
 from ... import models
 from ...models.fields import fields_of as rules_of
-from ...models.fields import shown
+from ...models.fields import plain, shown
 from ...models.graph import Network
 from ..checkpoint.format import MAX_COUNT, MAX_JSON_BYTES, parse_json
 from ..checkpoint.state import IMPORTED, Session, TrainingState
-from ..config import SECTIONS, Config, fields_of
+from ..config import Config, nested, setting_at
 from ..config.faceswap_ini import MODEL_PLACES, SWITCHES
+from ..config.settings import Place
 from ..optim.lr_schedule import LR_FINDER, found_rate
 from ..system.durable_files import DamagedError, read_regular
 from ..system.saved_values import MAX_SECONDS
@@ -49,12 +50,12 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
         graph: Description of the model.
     """
     options = _options_there(config)
-    kind = models.family(config.model.trainer).Config
-    free = [name for name, item in rules_of(kind).items() if not item.locked]
+    rules = rules_of(models.family(config.model.trainer).Config)
+    free = [name for name, item in rules.items() if not item.locked]
     of_a_session = [key for key in (*_OF_A_SESSION, *free) if key in options]
     found = found_rate(state)
     last = state.sessions[-1] if state.sessions else None
-    lowest = state.lowest_mean_loss or state.imported[1]
+    lowest = state.lowest_mean_loss or state.imported.lowest_loss
     # One session that sums up the training; mien's own early ones are summed up already.
     together = {
         "timestamp": float(state.sessions[0].started) if state.sessions else 0.0,
@@ -79,8 +80,8 @@ def state_of(config: Config, state: TrainingState, graph: Network) -> Json:
 def _options_there(config: Config) -> Json:
     """Every option by faceswap's name for it."""
     options: Json = {}
-    for key, (section, name) in MODEL_PLACES.items():
-        value = getattr(getattr(config, section), name)
+    for key, place in MODEL_PLACES.items():
+        value = setting_at(place).of(config)
         if key == "autoclip":  # the old name of one that has a new
             continue
         if key in SWITCHES:
@@ -88,10 +89,7 @@ def _options_there(config: Config) -> Json:
         options[key] = value
     options["mixed_precision"] = False  # the file is fp32, and convert would compute in half
     own = models.options_of(config.model.trainer, config.model.options)
-    for key, value in dataclasses.asdict(own).items():
-        if key not in _NOT_THERE:
-            options[key] = list(value) if isinstance(value, tuple) else value
-    return options
+    return options | {key: value for key, value in plain(own).items() if key not in _NOT_THERE}
 
 
 def _names_of_mixed_layers(graph: Network) -> list[str]:
@@ -139,8 +137,8 @@ def read_state(path: Path) -> Json:
 def options_of(values: Json) -> Json:
     """The family's own options; ValueError where one breaks its rule."""
     family = values["name"].replace("_", "-")
-    names = {item.name for item in dataclasses.fields(models.family(family).Config)}
-    given = {key: value for key, value in values["config"].items() if key in names}
+    rules = rules_of(models.family(family).Config)
+    given = {key: value for key, value in values["config"].items() if key in rules}
     return dataclasses.asdict(models.options_of(family, given))
 
 
@@ -150,28 +148,25 @@ def settings_of(values: Json) -> tuple[dict[str, Json], list[str]]:
     Raises:
         ValueError: What the faces are cut out by breaks its rule.
     """
-    settings: dict[str, Json] = {"data": {"centering": "legacy", "coverage": 62.5}}  # of old files
+    # Of old files, which do not say it.
+    settings: dict[Place, Any] = {("data", "centering"): "legacy", ("data", "coverage"): 62.5}
     report = []
     for key, value in values["config"].items():
         if key not in MODEL_PLACES or key in ("mixed_precision", "autoclip"):
             continue
-        section, name = MODEL_PLACES[key]
+        place = MODEL_PLACES[key]
         value = "none" if value is None else value
         if key in SWITCHES and isinstance(value, bool):
             value = SWITCHES[key][value]
-        # A whole number passes for a float here, which faceswap itself would refuse.
-        if fields_of(SECTIONS[section])[name].type is float and type(value) is int:
-            value = float(value)
         try:
-            SECTIONS[section](**{name: value})
-        except (ValueError, TypeError) as error:
+            # A whole number passes for a float here, which faceswap itself would refuse.
+            settings[place] = setting_at(place).take(value, ".".join(place))
+        except ValueError as error:
             # Refused and not left out: with another crop every swap would be misplaced.
             if key in ("centering", "coverage", "vertical_offset"):
                 raise ValueError(f"{key} of the state: {error}") from error
             report.append(f"{key} = {shown(value)}: left out; {error}")
-            continue
-        settings.setdefault(section, {})[name] = value
-    return settings, report
+    return nested(settings), report
 
 
 def training_state_of(values: Json) -> TrainingState:

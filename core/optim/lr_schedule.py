@@ -11,13 +11,13 @@ Hutter, 2017. The first update of a warm-up moves the weights already.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from ...models.fields import setting
 from ..checkpoint.state import TrainingState
 from ..config import Config, OptimizerConfig
 from ..console.reporter import Notice
-from ..system import saved_values
 
 SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
 """Names of the parts of a training state: where the schedule began, the rate that was found, and
@@ -29,6 +29,31 @@ _LEAST_SHARE = 1e-12
 
 SCHEDULE_SETTINGS = {"warmup_steps", "schedule", "schedule_iterations", "schedule_factor"}
 """Settings of which a change, also by a stage, begins the schedule anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """Saved begin of the schedule."""
+
+    begun: int = setting(0, low=0)
+    """Total iterations before its first one."""
+
+    settings: dict = setting({})
+    """Those settings of the optimizer that it began with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """Saved result of the finder."""
+
+    rate: float = setting(1.0, low=_LEAST_SHARE, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RolledBack:
+    """Saved effect of rollbacks."""
+
+    rate_factor: float = setting(1.0, low=_LEAST_SHARE, high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +129,7 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
     # Sorted, so that a saved state has the same bytes whatever the order of a set.
     settings = {name: getattr(optimizer, name) for name in sorted(SCHEDULE_SETTINGS)}
     begun = _begun(state, settings)
-    state.parts[SCHEDULE] = {"begun": begun, "settings": settings}
+    state.parts[SCHEDULE] = asdict(_Begun(begun=begun, settings=settings))
     rate, source = optimizer.learning_rate, "as set"
     found = found_rate(state)
     if optimizer.use_lr_finder and found is not None:
@@ -123,15 +148,10 @@ def begin_schedule(state: TrainingState, config: Config, stage_factor: float = 1
 
 def _begun(state: TrainingState, settings: dict[str, Any]) -> int:
     """Total iterations before the saved schedule's first one; now, where it has other settings."""
-    if SCHEDULE not in state.parts:
-        return state.iterations
-    part, prefix = state.parts[SCHEDULE], f"parts.{SCHEDULE}."
-    saved_values.require_keys(part, {"begun", "settings"}, prefix)
     # Not after now: a state from elsewhere could else hold the rate at its start for ever.
-    begun = saved_values.count(part, "begun", prefix, high=state.iterations)
+    saved = state.part(SCHEDULE, _Begun, begun=state.iterations)
     # A change of its settings begins it anew; a resume with the same ones goes on.
-    is_same = saved_values.table(part, "settings", prefix) == settings
-    return begun if is_same else state.iterations
+    return saved.begun if saved and saved.settings == settings else state.iterations
 
 
 def found_rate(state: TrainingState) -> float | None:
@@ -140,7 +160,8 @@ def found_rate(state: TrainingState) -> float | None:
     Raises:
         ValueError: The state holds no such number.
     """
-    return _saved_share(state, LR_FINDER, "rate")
+    found = state.part(LR_FINDER, _Found)
+    return found.rate if found else None
 
 
 def rate_factor(state: TrainingState) -> float:
@@ -149,17 +170,7 @@ def rate_factor(state: TrainingState) -> float:
     Raises:
         ValueError: The state holds no such number.
     """
-    factor = _saved_share(state, ROLLBACK, "rate_factor")
-    return 1.0 if factor is None else factor
-
-
-def _saved_share(state: TrainingState, part: str, key: str) -> float | None:
-    """The number above 0, at most 1, that is all of a part; None where there is no such part."""
-    if part not in state.parts:
-        return None
-    prefix = f"parts.{part}."
-    saved_values.require_keys(state.parts[part], {key}, prefix)
-    return saved_values.number(state.parts[part], key, prefix, low=_LEAST_SHARE, high=1)
+    return (state.part(ROLLBACK, _RolledBack) or _RolledBack()).rate_factor
 
 
 def settle_rate(

@@ -2,10 +2,13 @@
 is refused in one line, whoever wrote it."""
 
 import dataclasses
+import typing
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from ...models.fields import Field, fields_of, named, shown
+
+Record = TypeVar("Record")
 
 MAX_SECONDS = 1e11
 
@@ -28,69 +31,44 @@ def require_keys(values: dict[str, Any], expected: Iterable[str], prefix: str = 
         raise ValueError(f"{_NOT_VALID}: it {verb} {prefix}{named(key)}")
 
 
-def record(kind: type, values: Any, prefix: str, **highest: int) -> dict[str, Any]:
-    """The values of a table whose keys are the fields of a dataclass, all of them and no other.
+def record(kind: type[Record], values: Any, name: str = "", **highest: int) -> Record:
+    """The object of a dataclass whose fields are the keys of a table, all of them and no other.
 
     Args:
         kind: Dataclass whose fields say what each may be; null, too, where None is the default.
         values: What was saved.
-        prefix: Place of the table in the state, with a dot behind it.
-        highest: Highest numbers by field, where they depend on what else was saved.
+        name: Name of the table in the state; empty: the state itself.
+        highest: Highest numbers by field, also of tables inside, where they depend on what else was
+            saved.
 
     Raises:
         ValueError: It is no such table; one line names the value.
     """
-    require(isinstance(values, dict), prefix.rstrip("."), "an object", values)
-    fields = fields_of(kind)
+    require(isinstance(values, dict), name, "an object", values)
+    fields, prefix = fields_of(kind), f"{name}." if name else ""
     require_keys(values, fields, prefix)
-    taken = {}
-    for name, field in fields.items():
-        if field.type is dict:
-            taken[name] = table(values, name, prefix)
-        elif values[name] is not None or field.default is not None:
-            rule = dataclasses.replace(field, high=highest.get(name, field.high))
-            taken[name] = _taken(rule, values, name, prefix)
-    return taken
+    taken = {
+        key: take(field, values[key], f"{prefix}{key}", **highest)
+        for key, field in fields.items()
+        if values[key] is not None or field.default is not None
+    }
+    return kind(**taken)
 
 
-def count(
-    values: dict[str, Any], key: str, prefix: str = "", *, low: int = 0, high: int | None = None
-) -> int:
-    """The whole number under a key; ValueError where it is none in this range."""
-    return _taken(Field(type=int, low=low, high=high), values, key, prefix)
-
-
-def number(
-    values: dict[str, Any],
-    key: str,
-    prefix: str = "",
-    *,
-    low: float | None = None,
-    high: float | None = None,
-) -> float:
-    """The finite number under a key; ValueError where it is none in this range."""
-    return _taken(Field(type=float, low=low, high=high), values, key, prefix)
-
-
-def optional_number(values: dict[str, Any], key: str, prefix: str = "") -> float | None:
-    """The finite number under a key, or None where the value is null."""
-    return None if values[key] is None else number(values, key, prefix)
-
-
-def text(values: dict[str, Any], key: str, prefix: str = "") -> str:
-    """The text under a key; ValueError where it is none."""
-    return _taken(Field(type=str), values, key, prefix)
-
-
-def table(values: dict[str, Any], key: str, prefix: str = "") -> dict[str, Any]:
-    """A copy of the object under a key; ValueError where it is none."""
-    # Not by a field, whose words are those of settings: JSON calls it an object.
-    require(isinstance(values[key], dict), f"{prefix}{key}", "an object", values[key])
-    return dict(values[key])
-
-
-def _taken(field: Field, values: dict[str, Any], key: str, prefix: str) -> Any:
+def take(field: Field, value: Any, name: str, **highest: int) -> Any:
+    """A saved value as its field holds it; ValueError where it breaks the rule."""
+    if dataclasses.is_dataclass(field.type):
+        return record(typing.cast(type, field.type), value, name, **highest)
+    # Not by the field itself, whose words are those of settings: JSON says array and object.
+    if typing.get_origin(field.type) is list:
+        require(isinstance(value, list), name, "a list", value)
+        (kind,) = typing.get_args(field.type)
+        return [record(kind, item, f"{name}[{i}]", **highest) for i, item in enumerate(value)]
+    if field.type is dict:
+        require(isinstance(value, dict), name, "an object", value)
+        return dict(value)
+    rule = dataclasses.replace(field, high=highest.get(field.name, field.high))
     try:
-        return field.take(values[key], named(f"{prefix}{key}"))
+        return rule.take(value, named(name))
     except ValueError as error:
         raise ValueError(f"{_NOT_VALID}: {error}") from None

@@ -19,8 +19,7 @@ import numpy as np
 from ...models.fields import setting
 from ..checkpoint.state import TrainingState
 from ..config import Config, DataConfig
-from ..data.sides import SIDES
-from ..system import saved_values
+from ..system.saved_values import require
 
 PART = "divergence"
 """Name under which the state keeps what is known of earlier iterations."""
@@ -70,9 +69,6 @@ where Adam at 0.01 ends so. Of those that learn, 0.053 at least with Adam at 0.0
 PINNED = 0.95
 """Share of the values at an end of their range above which a picture is none of a face: 1.00 where
 those models turn black or neon, 0.00 to 0.15 where they learn, from the first iteration on."""
-
-_MOVED = "moved"
-"""Name under which the part keeps the sum of the rates that counts up to `UNMOVED`."""
 
 # Thresholds of images; where nothing else is said, chosen and unmeasured.
 _FLAT_LEVELS, _VARIED_LEVELS = 2.0, 8.0  # standard deviations over pixels, of 255
@@ -201,15 +197,6 @@ class Side:
     has_varied: bool = False
     """Whether they have been seen to."""
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], prefix: str, iterations: int) -> "Side":
-        """The side that was saved after so many iterations; ValueError where it is none."""
-        highest = dict.fromkeys(("above", "zeros", "good_until"), iterations)
-        side = cls(**saved_values.record(cls, values, prefix, **highest))
-        is_above_0 = side.first_loss is None or side.first_loss > 0
-        saved_values.require(is_above_0, f"{prefix}first_loss", "above 0", side.first_loss)
-        return side
-
     def check_loss(self, name: str, loss: float, iteration: int) -> None:
         """Take in the loss of a total iteration; raise TrainingDiverged."""
         # A model with weights of another may begin below what it comes to.
@@ -272,6 +259,21 @@ class Side:
         return TrainingDiverged(f"every face of {name} has become {what}", self.good_until)
 
 
+@dataclass(kw_only=True)
+class _Part:
+    """What is saved of the sides and of the first weights."""
+
+    a: Side
+    b: Side
+    moved: float = setting(0.0, low=0)
+    """Sum of the rates, which counts up to `UNMOVED`."""
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        """Both sides by name."""
+        return {"a": self.a, "b": self.b}
+
+
 class DivergenceDetector:
     """Detector of divergence during a session.
 
@@ -289,11 +291,12 @@ class DivergenceDetector:
         not_finite: NotFinite,
         rate: Callable[[int], float] | None = None,
     ):
-        self.sides = _sides_of(state)
+        part = _saved_part(state)
+        self.sides = part.sides
         self.not_finite, self.jump = not_finite, Jump()
         has_begun = all(side.first_loss is not None for side in self.sides.values())
         self.rate = rate if state.iterations == 0 or has_begun else None
-        self.moved = _moved_of(state)
+        self.moved = part.moved
 
     def check_losses(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
         """Raise TrainingDiverged where the losses of some iterations say so; as in `NotFinite`."""
@@ -341,7 +344,7 @@ class DivergenceDetector:
 
     def to_dict(self) -> dict[str, Any]:
         """The part of the training state, as plain values."""
-        return _part_of(self.sides, self.moved)
+        return asdict(_Part(**self.sides, moved=self.moved))
 
 
 def settle(state: TrainingState, before: Config, config: Config) -> None:
@@ -358,7 +361,8 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
     Raises:
         ValueError: The part that was saved is not valid.
     """
-    sides = _sides_of(state)
+    part = _saved_part(state)
+    sides = part.sides
     if _what_is_learnt(before) != _what_is_learnt(config):
         sides = {
             key: Side(good_until=side.good_until, has_varied=side.has_varied)
@@ -367,7 +371,7 @@ def settle(state: TrainingState, before: Config, config: Config) -> None:
     elif before.optimizer != config.optimizer:
         # The first loss stays, of the same faces and losses; only the count begins anew.
         sides = {key: replace(side, above=0, excess=0.0) for key, side in sides.items()}
-    state.parts[PART] = _part_of(sides, _moved_of(state))
+    state.parts[PART] = asdict(_Part(**sides, moved=part.moved))
 
 
 def _what_is_learnt(config: Config) -> tuple[Any, ...]:
@@ -377,30 +381,16 @@ def _what_is_learnt(config: Config) -> tuple[Any, ...]:
     return config.loss, config.augment, replace(config.data, **defaults)
 
 
-def _sides_of(state: TrainingState) -> dict[str, Side]:
-    """What a state holds of each side; of a model that nobody looked at, that it is good."""
-    if PART not in state.parts:
-        return {key: Side(good_until=state.iterations) for key in SIDES}
-    part, prefix = state.parts[PART], f"parts.{PART}."
-    saved_values.require_keys(part, {*SIDES, _MOVED}, prefix)
-    return {
-        key: Side.from_dict(
-            saved_values.table(part, key, prefix), f"{prefix}{key}.", state.iterations
-        )
-        for key in SIDES
-    }
-
-
-def _moved_of(state: TrainingState) -> float:
-    """The sum of the rates of a model's first weights."""
-    if PART not in state.parts:
-        return 0.0
-    return saved_values.number(state.parts[PART], _MOVED, f"parts.{PART}.", low=0)
-
-
-def _part_of(sides: Mapping[str, Side], moved: float) -> dict[str, Any]:
-    """What is saved of the sides and of the first weights, as plain values."""
-    return {key: asdict(side) for key, side in sides.items()} | {_MOVED: moved}
+def _saved_part(state: TrainingState) -> _Part:
+    """What a state holds; of a model that nobody looked at, that it is good."""
+    done = state.iterations
+    part = state.part(PART, _Part, above=done, zeros=done, good_until=done)
+    if part is None:
+        return _Part(a=Side(good_until=done), b=Side(good_until=done))
+    for key, side in part.sides.items():
+        is_above_0 = side.first_loss is None or side.first_loss > 0
+        require(is_above_0, f"parts.{PART}.{key}.first_loss", "above 0", side.first_loss)
+    return part
 
 
 def _pinned(pictures: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..config import nested
 from ..console.outcome import Outcome
 
 
@@ -27,10 +28,7 @@ class Change:
 
 def settings_of(changes: Iterable[Change]) -> dict[str, dict[str, Any]]:
     """The new values by section and key; of one setting the last one."""
-    values: dict[str, dict[str, Any]] = {}
-    for change in changes:
-        values.setdefault(change.section, {})[change.name] = change.new
-    return values
+    return nested({(change.section, change.name): change.new for change in changes})
 
 
 @dataclass(frozen=True)

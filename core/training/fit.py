@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ..config import Config, DistributeConfig, read_toml, recipes, to_dict
+from ..config import Config, DistributeConfig, nested, read_toml, recipes, settings_in, to_dict
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Requests
@@ -104,8 +104,5 @@ def _overrides_in(
     if isinstance(config, Mapping):
         return dict(config)
     # A `Config` has every value; a resumed model would take each for the user's wish.
-    usual = to_dict(Config())
-    return {
-        section: {name: value for name, value in table.items() if value != usual[section][name]}
-        for section, table in to_dict(config).items()
-    }
+    values = settings_in(to_dict(config))
+    return nested({spec.place: value for spec, value in values if spec.of(config) != spec.default})

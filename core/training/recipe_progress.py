@@ -16,13 +16,10 @@ from ...models.fields import setting
 from ..checkpoint.state import TrainingState
 from ..config import Config, merge
 from ..config.recipes import NONE, Recipe, Stage
-from ..system import saved_values
-from ..system.saved_values import MAX_SECONDS
+from ..system.saved_values import MAX_SECONDS, require
 
 PART = "recipe"
 """Name under which the state keeps the progress."""
-
-_PREFIX = f"parts.{PART}."
 
 
 @dataclass
@@ -49,16 +46,13 @@ class StageState:
     measured: int = setting(0, low=0)
     """Total iteration of the last measurement that was taken in."""
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any], num_stages: int, iterations: int) -> "StageState":
-        """The place that was saved after so many iterations, in a recipe of so many stages.
 
-        Raises:
-            ValueError: A value is missing, unknown, of another type or out of range.
-        """
-        highest = dict.fromkeys(("begun", "loss_count", "measured"), iterations)
-        highest["stage"] = num_stages - 1
-        return cls(**saved_values.record(cls, values, f"{_PREFIX}place.", **highest))
+@dataclass(kw_only=True)
+class _Part:
+    """What is saved of a recipe and of the progress in it."""
+
+    recipe: dict[str, Any]
+    place: StageState
 
 
 @dataclass
@@ -225,17 +219,18 @@ def find_progress(saved: dict[str, Any] | None, recipe: Recipe | None) -> Recipe
 
 def _saved_progress(state: TrainingState) -> RecipeProgress | None:
     """The progress in a saved state; None where it holds none."""
-    values = state.parts.get(PART)
-    if values is None:
-        return None
+    done = state.iterations
     try:
-        saved_values.require_keys(values, {"recipe", "place"}, _PREFIX)
-        recipe = Recipe.from_dict(saved_values.table(values, "recipe", _PREFIX))
-        plain = saved_values.table(values, "place", _PREFIX)
-        stage_state = StageState.from_dict(plain, len(recipe.stages), state.iterations)
+        part = state.part(PART, _Part, begun=done, loss_count=done, measured=done)
+        if part is None:
+            return None
+        recipe, stage = Recipe.from_dict(part.recipe), part.place.stage
+        last = len(recipe.stages) - 1
+        rule = f"a whole number from 0 to {last}"
+        require(stage <= last, f"parts.{PART}.place.stage", rule, stage)
     except ValueError as error:
         raise ValueError(f"{error}; go on without the recipe: --recipe none") from error
-    return RecipeProgress(recipe, stage_state, is_entered=False)
+    return RecipeProgress(recipe, part.place, is_entered=False)
 
 
 def check_metrics(progress: RecipeProgress | None, config: Config) -> None:

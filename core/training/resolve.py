@@ -25,17 +25,18 @@ from ..config import (
     Config,
     DataConfig,
     OptimizerConfig,
-    Spec,
     all_settings,
     from_dict,
     merge,
+    nested,
     path_settings,
     sections_of,
+    settings_in,
     to_dict,
     without_private,
 )
-from ..config.path_settings import Place
 from ..config.recipes import Recipe
+from ..config.settings import Place
 from ..console.reporter import Notice
 from ..optim.lr_schedule import found_rate, settle_rate
 from ..system.paths import expanded
@@ -93,12 +94,9 @@ class Overrides:
     @property
     def of_the_model(self) -> dict[str, Any]:
         """Values that a model keeps: those that last, and the flags of what makes it."""
-        staying: dict[str, Any] = {}
-        for spec in all_settings():
-            if (spec.stays or spec.locked) and spec.name in self.session.get(spec.section, {}):
-                value = self.session[spec.section][spec.name]
-                staying.setdefault(spec.section, {})[spec.name] = value
-        return merge(self.lasting, staying)
+        flags = settings_in(self.session)
+        staying = {spec.place: value for spec, value in flags if spec.stays or spec.locked}
+        return merge(self.lasting, nested(staying))
 
     def with_session(self, values: dict[str, Any]) -> "Overrides":
         """The same, told of before, with further settings of this session."""
@@ -194,7 +192,7 @@ def resolve(
     lasting = merge(own, lasting, lasting_paths, at_resume)
     # TOML is UTF-8: such a name holds for this session, and cannot be kept.
     unwritable = path_settings.unwritable(lasting, trainer)
-    lasting = path_settings.with_paths(lasting, dict.fromkeys(unwritable, ""))
+    lasting = merge(lasting, nested(dict.fromkeys(unwritable, "")))
     # Every option written out, so that later defaults do not change the model.
     config = from_dict(merge(session, _every_option(session, trainer)))
     kept = from_dict(merge(lasting, _every_option(lasting, trainer)))
@@ -246,7 +244,7 @@ def _saved_model(saved: Generation, trust: Callable[[str, str], bool]) -> _Saved
         if not trust(".".join(place), os.path.abspath(os.path.expanduser(path)))
     }
     # Emptied and not refused: a copied folder must open, and a notice names what is left out.
-    own = path_settings.with_paths(own, dict.fromkeys(strange, ""))
+    own = merge(own, nested(dict.fromkeys(strange, "")))
     return _SavedModel(own, _of_last_session(own, state), strange, found_rate(state))
 
 
@@ -254,18 +252,15 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
     """All settings as they were in the last session, its flags among them."""
     # Of the session and not of the folder, in which flags leave no trace.
     settings = state.sessions[-1].settings if state.sessions else {}
-    last: dict[str, Any] = {}
-    for spec in all_settings():
-        table = settings.get(spec.section)
-        if not spec.locked and isinstance(table, dict) and spec.name in table:
-            values = last.setdefault(spec.section, {})
-            if not spec.is_list_of_paths:
-                values[spec.name] = table[spec.name]
-                continue
+    last: dict[Place, Any] = {}
+    for spec, value in settings_in(settings):
+        if spec.is_list_of_paths:
             # One path is written as a list of one today; what is none stays the model's own.
             with suppress(ValueError):
-                values[spec.name] = list(spec.take(table[spec.name], spec.full_name))
-    return merge(own, last)
+                last[spec.place] = list(spec.take(value, spec.full_name))
+        elif not spec.locked:
+            last[spec.place] = value
+    return merge(own, nested(last))
 
 
 def _settled_at_resume(
@@ -331,21 +326,20 @@ def _refuse_swapped(last: dict[str, Any], data: DataConfig) -> None:
 
 def _refuse_locked(own: dict[str, Any], session: dict[str, Any]) -> None:
     """Refuse what would change a setting that is fixed in the model."""
-    for spec in all_settings():
-        table = session.get(spec.section, {})
+    for spec, value in settings_in(session):
         # Options are a table: each is locked or free by itself, which is looked at below.
-        if spec.locked and spec.type is not dict and spec.name in table:
-            _refuse_change(spec.full_name, own[spec.section][spec.name], table[spec.name])
+        if spec.locked and spec.type is not dict:
+            _refuse_change(spec, spec.full_name, own[spec.section][spec.name], value)
     for option, old, new in _options(own, merge(own, session)):
         if option.locked:
-            _refuse_change(f"model.options.{option.name}", old, new)
+            _refuse_change(option, f"model.options.{option.name}", old, new)
 
 
-def _refuse_change(name: str, old: Any, new: Any) -> None:
+def _refuse_change(field: Field, name: str, old: Any, new: Any) -> None:
     if old != new:
         raise ValueError(
-            f"{name} is fixed at {_shown(old)} in this model and cannot become {_shown(new)}; "
-            "leave it out, or choose another --model-dir"
+            f"{name} is fixed at {field.written(old)} in this model and cannot become "
+            f"{field.written(new)}; leave it out, or choose another --model-dir"
         )
 
 
@@ -364,13 +358,13 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Change]:
                 spec.full_name,
                 spec.word_for(last),
                 spec.word_for(value),
-                text=f"{written(spec, last)} -> {written(spec, value)}",
+                text=f"{spec.written(last)} -> {spec.written(value)}",
                 note="; ".join(filter(None, (reason, consequence))),
             )
     for option, own, value in _options(model.own, new):
         name = f"model.options.{option.name}"
         if own != value and name not in not_compared:
-            yield Change(name, own, value, f"{_shown(own)} -> {_shown(value)}")
+            yield Change(name, own, value, f"{option.written(own)} -> {option.written(value)}")
 
 
 def _consequence(setting: str, last: Any, value: Any) -> str:
@@ -390,20 +384,3 @@ def _options(own: dict[str, Any], new: dict[str, Any]) -> Iterator[tuple[Field, 
     )
     for option in fields_of(type(old_options)).values():
         yield option, getattr(old_options, option.name), getattr(new_options, option.name)
-
-
-def written(spec: Spec, value: Any) -> str:
-    """The value of a setting as a user writes it."""
-    if spec.is_list_of_paths:
-        return ", ".join(map(_shown, value)) or _shown("")
-    return _shown(spec.word_for(value))
-
-
-def _shown(value: Any) -> str:
-    """A value as a user writes it, in one line that is not too long."""
-    if isinstance(value, tuple):
-        return shown(list(value))
-    if isinstance(value, bool):
-        return str(value).lower()
-    is_word = isinstance(value, str) and value.isprintable() and 0 < len(value) <= 200
-    return value if is_word else shown(value)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checkpoint.left_request import take_left_requests
-from ..config import Config, Spec, from_dict, merge, to_dict
+from ..config import Config, Spec, from_dict, merge, nested, to_dict
 from ..config.live import MAIN_SETTINGS, live_settings, live_values, parse_change
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
@@ -20,7 +20,6 @@ from ..distribute.ranks import ALONE
 from ..losses.weighted import Loss
 from .build import check_step, sizes_of
 from .end import Change, End
-from .resolve import written
 from .training_setup import TrainingSetup
 
 
@@ -51,7 +50,7 @@ class Steering:
 
         specs = live_settings()
         values = {
-            name: written(specs[name], value) for name, value in live_values(setup.config).items()
+            name: specs[name].written(value) for name, value in live_values(setup.config).items()
         }
         main = {name: values[name] for name in MAIN_SETTINGS}
         requests.echo = reporter.say
@@ -109,9 +108,9 @@ class Steering:
             except ValueError as error:
                 self.reporter.warning(f"nothing was changed: {error}")
                 continue
-            old = getattr(getattr(config, spec.section), spec.name)
+            old = spec.of(config)
             if value == old:
-                self.reporter.say(f"{spec.full_name} is {written(spec, old)} already")
+                self.reporter.say(f"{spec.full_name} is {spec.written(old)} already")
                 continue
             changes.append(Change(spec.section, spec.name, old, value, wish.by))
             config = changed
@@ -127,7 +126,7 @@ class Steering:
                 f"{spec.full_name} is set by the stages of the recipe; change it there, or leave "
                 "the recipe with --recipe none"
             )
-        changed = from_dict(merge(to_dict(config), {spec.section: {spec.name: value}}))
+        changed = from_dict(merge(to_dict(config), nested({spec.place: value})))
         check_step(changed, setup.device, setup.council.ranks if setup.council else ALONE)
         if changed.loss != config.loss:
             Loss(changed.loss, sizes_of(config)[1], "cpu")
@@ -143,7 +142,7 @@ def assignments_of(changes: Iterable[Change]) -> list[str]:
     """Changes as `--set` takes them."""
     specs = live_settings()
     names = ((change.full_name, change.new) for change in changes)
-    return [f"{name}={written(specs[name], value)}" for name, value in names]
+    return [f"{name}={specs[name].written(value)}" for name, value in names]
 
 
 def warn_unmade(assignments: Iterable[str], reporter: Reporter) -> None:

@@ -14,20 +14,20 @@ from typing import Any
 
 import tomli_w
 
-from ....models.fields import no_such, shown
+from ....models.fields import no_such, plain, shown
 from ...system.durable_files import write_output
 from ...system.user_folders import settings_folder
-from .. import Config, all_settings, from_dict, read_toml, to_dict
+from .. import from_dict, nested, read_toml, settings_in
 
 PACKAGED = Path(__file__).parent
 
 # A file's name, so no separator, and no dot in front.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _OF_A_RUN = {  # what says where one run's files are, or what it began with
-    "model": {"load_weights"},
-    "data": {"input_a", "input_b", "store_dir"},
-    "evaluate": {"held_out_a", "held_out_b"},
-    "save": {"model_dir"},
+    "model.load_weights",
+    *("data.input_a", "data.input_b", "data.store_dir"),
+    *("evaluate.held_out_a", "evaluate.held_out_b"),
+    "save.model_dir",
 }
 
 
@@ -161,13 +161,12 @@ def _paths() -> dict[str, Path]:
 def _worth_keeping(settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The settings that are not the defaults and not of one run, but always the trainer."""
     # Through the config, so that 1 and 1.0, or a word and its number, count as the same.
-    resolved, usual = to_dict(from_dict(settings)), to_dict(Config())
-    values: dict[str, dict[str, Any]] = {}
-    for spec in all_settings():
-        value = resolved[spec.section][spec.name]
-        is_of_a_run = spec.name in _OF_A_RUN.get(spec.section, ())
+    config = from_dict(settings)
+    kept = {
+        spec.place: plain(spec.of(config))
+        for spec, _ in settings_in(settings)
         # The trainer always: it says which options the preset's are.
-        is_worthy = value != usual[spec.section][spec.name] or spec.name == "trainer"
-        if spec.name in settings.get(spec.section, {}) and is_worthy and not is_of_a_run:
-            values.setdefault(spec.section, {})[spec.name] = value
-    return values
+        if spec.full_name == "model.trainer"
+        or (spec.of(config) != spec.default and spec.full_name not in _OF_A_RUN)
+    }
+    return nested(kept)

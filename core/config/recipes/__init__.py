@@ -28,7 +28,7 @@ from typing import Any
 
 from ....models.fields import no_such, read_table, setting, shown
 from ...system.paths import expanded
-from .. import all_settings, from_dict, merge, read_toml
+from .. import from_dict, merge, read_toml, settings_in
 
 PACKAGED = Path(__file__).parent
 
@@ -251,9 +251,7 @@ def _check_settings(values: dict[str, Any], place: str) -> None:
         from_dict(values)
     except ValueError as error:
         raise ValueError(f"{place}.set: {error}") from error
-    for spec in all_settings():
-        if spec.name not in values.get(spec.section, {}):
-            continue
+    for spec, _ in settings_in(values):
         name = spec.full_name
         if spec.locked:
             raise ValueError(f"{place}.set: {name} is fixed when a model is made; leave it out")
