@@ -33,7 +33,7 @@ IMPORTED = "imported"
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What is known of the program that a model was imported from."""
+    """Facts about the program that a model was imported from."""
 
     last_session: int = setting(0, low=0)
     """Number of its last session; 0: there was none."""
@@ -103,7 +103,7 @@ class TrainingState:
 
     @property
     def imported(self) -> Imported:
-        """What is known of the program that the model was imported from.
+        """Facts about the program that the model was imported from.
 
         Raises:
             ValueError: What is saved of it is not that.

@@ -30,7 +30,7 @@ class Spec(Field):
         return self.section, self.name
 
     def of(self, config: Config) -> Any:
-        """Its value in a config."""
+        """The value that a config has of it."""
         return getattr(getattr(config, self.section), self.name)
 
     @property

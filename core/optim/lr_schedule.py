@@ -39,7 +39,7 @@ class _Begun:
     """Total iterations before its first one."""
 
     settings: dict = setting({})
-    """Those settings of the optimizer that it began with."""
+    """Settings of the schedule that it began with."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,7 +261,7 @@ class Side:
 
 @dataclass(kw_only=True)
 class _Part:
-    """What is saved of the sides and of the first weights."""
+    """Saved knowledge of both sides and of the first weights."""
 
     a: Side
     b: Side
@@ -382,7 +382,7 @@ def _what_is_learnt(config: Config) -> tuple[Any, ...]:
 
 
 def _saved_part(state: TrainingState) -> _Part:
-    """What a state holds; of a model that nobody looked at, that it is good."""
+    """Knowledge in a state; of a model that nobody looked at, that it is good."""
     done = state.iterations
     part = state.part(PART, _Part, above=done, zeros=done, good_until=done)
     if part is None:

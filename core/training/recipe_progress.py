@@ -49,7 +49,7 @@ class StageState:
 
 @dataclass(kw_only=True)
 class _Part:
-    """What is saved of a recipe and of the progress in it."""
+    """Saved recipe, and the progress in it."""
 
     recipe: dict[str, Any]
     place: StageState
