@@ -340,8 +340,8 @@ def test_processes_of_the_cpu_are_counted():
 @pytest.mark.parametrize(
     ("words", "variables", "said"),
     [
-        (["--gpus", "2"], {}, "distribute.gpus spreads a run over GPUs, but there is no Nvidia"),
-        (["-X", "0", "1"], {}, "distribute.gpus spreads a run over GPUs, but there is no Nvidia"),
+        (["--gpus", "2"], {}, "distribute.gpus and exclude_gpus choose among GPUs, but there"),
+        (["-X", "0", "1"], {}, "distribute.gpus and exclude_gpus choose among GPUs, but there"),
         (["--gpus", "2", "--device", "cuda:1"], {}, "train.device is cuda:1, one GPU, and distr"),
         (["--restarts", "2"], {}, "distribute.restarts goes on with the GPUs that are left"),
         (["--gpus", "2", "--set", "loss.eye_multiplier=0"], {}, "loss.eye_multiplier must be"),

@@ -79,7 +79,7 @@ trainer.augmentation color_clahe_max_size 8        augment.color_clahe_max_size 
 """Section and key there, what the file says, setting here, its value."""
 
 LEFT_OUT = {
-    ("global", "convert_batchsize"): "converting is not for mien",
+    ("global", "convert_batchsize"): "`mien swap` takes it as --batch-size",
     ("global", "allow_growth"): "GPU memory is taken as it is needed",
     ("trainer.loader", "num_processes"): "threads make the batches; data.num_threads says how many",
     ("trainer.loader", "pre_fetch"): "the next batch is made ahead in any case",

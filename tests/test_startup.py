@@ -59,6 +59,8 @@ def test_they_tell_what_is_set_otherwise(sides, tmp_path, capsys):
         *("loss.loss_function_2=mae", "loss.loss_weight_2=50", "loss.learn_mask=true"),
         *("data.centering=legacy", "data.coverage=87.5", "data.vertical_offset=-5"),
         *("optimizer.optimizer=lion", "optimizer.warmup_steps=4"),
+        *("optimizer.gradient_clipping=autoclip", "optimizer.weight_decay=0.01"),
+        "optimizer.gradient_accumulation=2",
     )
     words = [word for setting in given for word in ("--set", setting)]
     _train(sides, tmp_path / "model", *words, "-W", "--no-flip", "-s", "7")
@@ -68,6 +70,8 @@ def test_they_tell_what_is_set_otherwise(sides, tmp_path, capsys):
     assert lines["crop"] == "legacy, coverage 87.5 %, vertical offset -5 %"
     assert lines["augment"] == "warp off, warp to landmarks off, flip off, color on"
     assert lines["optimizer"].startswith("lion, learning rate 5e-05 (as set), warm-up over 4")
+    clipped = "gradients clipped by autoclip at 1, weight decay 0.01, 2 iterations an update"
+    assert lines["optimizer"].endswith(clipped)
     assert lines["saves"] == "every 7 iterations"
     _train(sides, tmp_path / "model", "--set", "train.ema=0.99", "-P", "-s", "7")
     lines = _lines(capsys.readouterr().out)
@@ -115,6 +119,10 @@ def test_the_event_has_fields_and_no_sentences(start, sides, tmp_path):
         "color": True,
         "warp_to_landmarks": False,
         "optimizer": "adam",
+        "gradient_clipping": "none",
+        "clipping_value": 1.0,
+        "weight_decay": 0.0,
+        "gradient_accumulation": 1,
         "learning_rate": 5e-5,
         "learning_rate_is_found": False,
         "precision": "fp32",

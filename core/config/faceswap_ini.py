@@ -97,7 +97,7 @@ _DIFFERENCES = {  # what a value means here, where that is not quite the same
 }
 _NOT_HERE = {
     "allow_growth": "GPU memory is taken as it is needed",
-    "convert_batchsize": "converting is not for mien",
+    "convert_batchsize": "`mien swap` takes it as --batch-size",
     "num_processes": "threads make the batches; data.num_threads says how many",
     "pre_fetch": "the next batch is made ahead in any case",
 }

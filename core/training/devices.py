@@ -124,8 +124,8 @@ def count_gpus() -> int:
         return torch.cuda.device_count()
     reason = why_hidden() or "there is no Nvidia GPU, or none is shown to this process"
     raise ValueError(
-        f"distribute.gpus spreads a run over GPUs, but {reason}; leave it out, or train in several "
-        "processes of the CPU with --device cpu --gpus 2"
+        f"distribute.gpus and exclude_gpus choose among GPUs, but {reason}; leave them out, or "
+        "train in several processes of the CPU with --device cpu --gpus 2"
     )
 
 

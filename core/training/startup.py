@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig
+from ..config import SAVE_ITERATIONS, SAVE_SECONDS, Config, LossConfig, OptimizerConfig
 from ..config.live import live_values
 from ..console.start_panel import Rows
 from ..data.sides import SideFaces
@@ -16,6 +16,7 @@ from ..distribute.sharded import ShardedUpdate
 from ..distribute.update import MirroredUpdate
 from ..estimate.links import host_link
 from ..optim.fused_dense import described
+from ..optim.lr_schedule import Schedule
 from . import memory
 from .batch_size import BatchSize
 from .devices import threads_in_words
@@ -70,7 +71,7 @@ def start_report(
         "crop": f"{config.data.centering}, coverage {config.data.coverage:g} %, vertical offset "
         f"{config.data.vertical_offset} %",
         "augment": _augmentation(config),
-        "optimizer": f"{config.optimizer.optimizer}, learning rate {setup.schedule}",
+        "optimizer": _optimizer(config.optimizer, setup.schedule),
         "precision": f"{setup.precision.name} ({setup.precision.why})",
         "EMA": f"of the weights, decay {config.train.ema:g}" if config.train.ema else "off",
         "saves": _saves(config),
@@ -108,6 +109,10 @@ def _fields_of_settings(config: Config) -> dict[str, Any]:
         "flip": augment.flip,
         "color": augment.color,
         "optimizer": config.optimizer.optimizer,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "clipping_value": config.optimizer.clipping_value,
+        "weight_decay": config.optimizer.weight_decay,
+        "gradient_accumulation": config.optimizer.gradient_accumulation,
         "ema": config.train.ema,
         "save_interval": config.save.save_interval,
         "save_minutes": config.save.save_minutes,
@@ -116,6 +121,18 @@ def _fields_of_settings(config: Config) -> dict[str, Any]:
         "input_a": _folders(config.data.input_a),
         "input_b": _folders(config.data.input_b),
     }
+
+
+def _optimizer(config: OptimizerConfig, schedule: Schedule) -> str:
+    """The rule and its rate; what bounds, decays or gathers gradients, where anything does."""
+    clipped = f"gradients clipped by {config.gradient_clipping} at {config.clipping_value:g}"
+    parts = {
+        f"{config.optimizer}, learning rate {schedule}": True,
+        clipped: config.gradient_clipping != "none",
+        f"weight decay {config.weight_decay:g}": config.weight_decay > 0.0,
+        f"{config.gradient_accumulation} iterations an update": config.gradient_accumulation > 1,
+    }
+    return ", ".join(text for text, is_told in parts.items() if is_told)
 
 
 def _folders(texts: tuple[str, ...]) -> str | list[str]:
