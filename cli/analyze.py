@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     _print_table(rows)
     if any(each.elapsed_s is None for each in sessions):
         tell(
-            "-: not known, since the session was not logged; the total's time and EG/s leave it out"
+            "-: not known, since the folder has no logs of the session; the total's time and EG/s "
+            "leave it out"
         )
     for path in (args.csv, args.graph):
         if path is not None:

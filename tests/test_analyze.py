@@ -229,7 +229,7 @@ def test_a_model_without_logs(tmp_path, capsys):
     assert (code, err) == (0, "")
     cells = [line.split() for line in out.splitlines()[2:-1]]
     assert [row[-4:] for row in cells] == [["-", "2", n, "-"] for n in ("5", "2", "7")]
-    assert out.splitlines()[-1].startswith("-: not known, since the session was not logged")
+    assert out.splitlines()[-1].startswith("-: not known, since the folder has no logs")
     code, _, err = _analyze(capsys, model, "--graph", tmp_path / "graph.png")
     assert code == 2
     assert "so there is nothing to draw: it was trained with --no-logs" in err
