@@ -287,7 +287,7 @@ def test_counters_are_read_and_moved_on():
 
 
 @each_processor
-@pytest.mark.parametrize("shares", [[8], [4, 4], [3, 3, 2], [1, 7]])
+@pytest.mark.parametrize("shares", [[8], [4, 4], [3, 3, 2], [2, 2, 2, 2], [1, 7]])
 def test_shares_of_a_batch_are_the_batch(shares):
     options = {"seed": 3, "num_faces": [7, 9], "size_px": 64}
     whole = draw(Ranges(), first=[10, 20], count=8, **options)
