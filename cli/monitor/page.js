@@ -10,6 +10,7 @@ const POLL_MS = 2000;
 const GRAPHS_EVERY = 3; // polls
 const TIMEOUT_MS = 60000; // a very long history takes its time
 const LATE_SECONDS = 15;
+const REDRAW_MS = 300; // after a change of the window's size
 
 const byId = (id) => document.getElementById(id);
 const tags = new Map(); // URL -> ETag of what was drawn last
@@ -31,6 +32,7 @@ const view = {
 
 // What the server says, or null where it is what was drawn already.
 async function ask(url, key) {
+  const run = view.run;
   const headers = tags.has(key) ? { "If-None-Match": tags.get(key) } : {};
   const signal = AbortSignal.timeout(TIMEOUT_MS);
   const answer = await fetch(url, { headers, signal, cache: "no-store" });
@@ -40,7 +42,7 @@ async function ask(url, key) {
   if (answer.status === 401) throw new Error("The page needs its token: open the address that mien monitor printed.");
   if (!answer.ok) throw new Error(`mien monitor answers ${answer.status}; see what it printed.`);
   const values = await answer.json();
-  tags.set(key, answer.headers.get("etag"));
+  if (run === view.run) tags.set(key, answer.headers.get("etag")); // else it is not drawn
   return values;
 }
 
@@ -53,6 +55,7 @@ async function poll(number) {
     if (view.status) showStatus(view.status);
     if (number % GRAPHS_EVERY === 0) {
       await askForGraphs();
+      if (run !== view.run) return; // else the tag of an answer that is not drawn would be kept
       const analysis = await ask(address("api/analysis"), "analysis");
       if (analysis && run === view.run) showAnalysis(analysis);
     }
@@ -340,7 +343,7 @@ const SETUP = [
   ["Changed", (start) => changesWord(start)],
 ];
 
-const lossWord = (loss) => `${plain(loss?.name)} ${isNumber(loss?.weight) ? `${+(100 * loss.weight).toPrecision(3)} %` : ""}`;
+const lossWord = (loss) => `${plain(loss?.name)} ${isNumber(loss?.weight) ? `${+(100 * loss.weight).toPrecision(3)}\u00a0%` : ""}`;
 const stageWord = (stage) =>
   `${plain(stage.number)} of ${plain(stage.count)}: ${plain(stage.name)} (recipe ${plain(stage.recipe)})`;
 
@@ -384,6 +387,13 @@ function showRuns(status) {
       return label;
     }),
   );
+  hideShownRun();
+}
+
+function hideShownRun() {
+  [...byId("runs").children].forEach((label, number) => {
+    label.hidden = number === view.run; // its own curves are there already
+  });
 }
 
 function choice(value, text) {
@@ -399,7 +409,12 @@ function overlaid() {
 }
 
 function chooseRun() {
+  const before = view.run;
   view.run = Number(byId("run").value);
+  // Two that are compared change their places.
+  const own = byId("runs").querySelector(`[value="${view.run}"]`);
+  byId("runs").querySelector(`[value="${before}"]`).checked ||= own.checked;
+  own.checked = false;
   view.zoom = null;
   view.status = null;
   view.graphs = { loss: null, speed: null, sessions: [] };
@@ -407,6 +422,10 @@ function chooseRun() {
   tags.clear();
   forgetPreview();
   byId("range").value = "1";
+  say(byId("answer"), "");
+  for (const id of ["sessions", "total", "log"]) byId(id).replaceChildren();
+  delete byId("log").dataset.newest;
+  hideShownRun();
   drawGraphs();
   poll(0);
 }
@@ -541,6 +560,8 @@ function listen() {
     if (byId("confirm").returnValue === "stop") request("stop");
     byId("confirm").returnValue = "";
   });
+  // After plotly's own resizing, which leaves the legend where it was.
+  window.addEventListener("resize", () => setTimeout(drawGraphs, REDRAW_MS));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     if (view.graphs) showRange();
   });

@@ -132,6 +132,7 @@ function listenToEnlarging() {
     byId("large").showModal();
   });
   image.addEventListener("load", () => zoomPicture(chosen.zoom));
+  window.addEventListener("resize", () => byId("large").open && zoomPicture(chosen.zoom));
   for (const button of document.querySelectorAll("[data-zoom]")) {
     button.addEventListener("click", () => zoomPicture(ZOOMS.get(button.dataset.zoom)()));
   }
