@@ -50,12 +50,13 @@ def add_up_last(
     # counter's release; what other programs stored is read past the L1 cache.
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_partials - 1:
+        partials = tl.arange(0, BLOCK_N)
+        at = partials.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
         for begin in range(0, num_partials, BLOCK_N):
-            partials = begin + tl.arange(0, BLOCK_N)
-            at = partials.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
-            mask = (partials < num_partials)[:, None] & used[None, :]
+            mask = (partials < num_partials - begin)[:, None] & used[None, :]
             total += tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+            partial_ptr += BLOCK_N * NUM_CHANNELS
         grad_bias = tl.sum(total, axis=0)
         tl.store(grad_bias_ptr + channels, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=used)
         tl.store(arrived_ptr, 0)
