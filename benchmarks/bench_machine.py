@@ -7,6 +7,7 @@ needs more memory.
 Run: ``mien bench``.
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ def _figures(
     """Fill in the figures of a row; the seconds of a step."""
     on_gpu = device.type == "cuda"
     name, batch_size = row["model"], row["batch_size"]
+    gc.collect()  # a step refers to itself: the one before would leave less room
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

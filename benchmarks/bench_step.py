@@ -10,6 +10,7 @@ Run: ``mien bench step``.
 """
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -92,6 +93,7 @@ def step_row(
 ) -> dict[str, Any]:
     """The figures of one step, or why there are none: one failure must not cost all others."""
     torch.compiler.reset()  # else shapes of the step before make this one's sizes dynamic
+    gc.collect()  # a step refers to itself: else the memory of the one before counts as this one's
     try:
         return what | _figures(what, make(), device, ceilings)
     except RuntimeError as error:

@@ -1,6 +1,8 @@
 """The benchmark suite: what it counts is exact, what it writes can be read again."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -65,6 +67,33 @@ def test_a_slow_call_fills_a_window_alone():
     calls = []
     harness.measure(lambda: calls.append(1), harness.Pace(windows=4, window_s=0.0, warmup=2))
     assert len(calls) == 2 + 1 + 4  # warm-up, a probe, the windows
+
+
+class _Circular:
+    """A step that refers to itself, as one with hooks does."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def test_a_row_is_measured_without_the_step_before(monkeypatch):
+    """Its memory would count as that of the row's own step."""
+    monkeypatch.setattr(bench_step, "_figures", lambda *_: {})
+    steps = []
+
+    def make():
+        assert all(step() is None for step in steps)
+        made = _Circular()
+        steps.append(weakref.ref(made))
+        return made
+
+    gc.disable()
+    try:
+        for _ in range(2):
+            bench_step.step_row({}, make, torch.device("cpu"), None)
+    finally:
+        gc.enable()
+    assert len(steps) == 2
 
 
 @pytest.fixture
