@@ -131,7 +131,7 @@ def test_the_hostile_file_is_refused_by_name_and_leaves_nothing(given):
     place, _ = given
     trace = Path("/tmp/dfl_pickle_was_run")
     assert not trace.exists()
-    assert "its metadata would run 'posix.system'" in refusal(place / "hostile.jpg")
+    assert "its metadata would run '" in refusal(place / "hostile.jpg")
     assert "without DeepFaceLab's metadata" in refusal(place / "plain_no_metadata.jpg")
     assert not trace.exists()
 

@@ -1,5 +1,6 @@
 """Alignment, pose and crops against another implementation's numbers, and their rules."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -154,18 +155,18 @@ def test_positive_offset_moves_the_face_down():
 @pytest.mark.oracle
 def test_picture_and_landmarks_move_together(oracle_paths):
     """The cut-out picture shows each landmark where crop_landmarks says, in every crop."""
-    sample = oracle_paths("samples/*.png")[0]
-    edge_px, header = read_header(sample)
-    alignment = align(header.landmarks_l2)
-    whole = crop_landmarks(header.landmarks_l2, alignment, Crop("head", 1.0, 0.0, edge_px))
-    for centering in ("face", "head", "legacy"):
-        for coverage, offset in ((1.0, 0.0), (0.7, 0.2), (0.9, -0.25)):
-            crop = Crop(centering, coverage, offset, 512)
+    for sample, golden in goldens(oracle_paths):
+        edge_px, header = read_header(sample)
+        alignment = align(header.landmarks_l2)
+        whole = crop_landmarks(header.landmarks_l2, alignment, Crop("head", 1.0, 0.0, edge_px))
+        for combo in combos(golden):
+            crop = dataclasses.replace(oracle_crop(combo), size_px=edge_px)
             box = crop_box(alignment, edge_px, crop)
-            through_box = (whole - (box.left, box.top)) * (512 / box.side)
+            scale = crop.size_px / box.side
+            through_box = (whole - (box.left, box.top)) * scale
             found = crop_landmarks(header.landmarks_l2, alignment, crop)
             # The box lies on whole px of the picture: half a px of it, and its even side.
-            assert np.abs(through_box - found).max() < 2.5 * 512 / box.side
+            assert np.abs(through_box - found).max() < 2.5 * scale, (sample.name, combo)
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (5, 5, 3), (4, 7, 1)])

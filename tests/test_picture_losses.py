@@ -58,8 +58,8 @@ def _sizes(inputs):
 
 # Of the whole vector of gradients. Where a rectifier, the choice of a maximum or a clamped variance
 # is within rounding of its kink, single pixels differ far more: measured 1.1e-2 for the networks,
-# at 176 px, and 2e-2 for ms_ssim, in which a similarity near 0 is raised to 0.04.
-ORACLE_GRADIENT_BOUND = {"ms_ssim": 3e-2, "lpips_vgg16": 2e-2, "lpips_squeeze": 2e-2}
+# and 2e-2 for ms_ssim, in which a similarity near 0 is raised to 0.04.
+ORACLE_GRADIENT_BOUND = {"ms_ssim": 3e-2} | dict.fromkeys(lpips.TRUNKS, 2e-2)
 
 
 @pytest.mark.oracle
@@ -78,8 +78,9 @@ def test_equals_the_oracle(name, dtype, oracle, weights_dir):
         np.testing.assert_allclose(values, wanted[f"{begin}:{size}:item"], rtol=2e-5)
         theirs = torch.from_numpy(wanted[f"{begin}:{size}:grad"]).double()
         stride = oracle_stride(size, theirs.shape[-1])
-        error = _relative(gradient[..., ::stride, ::stride], theirs)
-        assert error < ORACLE_GRADIENT_BOUND.get(name, 5e-5), size
+        error = (gradient[..., ::stride, ::stride].double() - theirs).norm()
+        # No quotient: what is stored of the gradient of a maximum may be 0 everywhere.
+        assert error <= ORACLE_GRADIENT_BOUND.get(name, 5e-5) * theirs.norm(), size
 
 
 @pytest.mark.oracle
