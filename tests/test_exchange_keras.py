@@ -658,7 +658,7 @@ BAD = {
     "unknown model": (_state(name="iperov"), "which mien does not have"),
     "other family": (_state(name="villain"), "with these options"),
     "bad option": (_state(config={"coverage": 400.0}), "coverage of the state"),
-    "bad count": (_state(iterations=-3), "must be a count"),
+    "bad count": (_state(iterations=-3), "must be a whole number, at least 0"),
     "known network": (
         _state(name="phaze_a", config={"enc_architecture": "vgg16", "enc_load_weights": False}),
         "has the encoder vgg16, whose layers are not read",

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ... import models
+from ...models.fields import Field, plain, shown
 from ...models.fields import fields_of as rules_of
-from ...models.fields import plain, shown
 from ...models.graph import Network
 from ..checkpoint.format import MAX_COUNT, MAX_JSON_BYTES, parse_json
 from ..checkpoint.state import IMPORTED, Session, TrainingState
@@ -215,9 +215,7 @@ def _session(key: str, values: Any) -> Session:
 
 
 def _count(value: Any, name: str, low: int = 0) -> int:
-    if type(value) is not int or not low <= value <= MAX_COUNT:
-        raise ValueError(f"{name} of the state must be a count, got {shown(value)}")
-    return value
+    return Field(type=int, low=low).take(value, f"{name} of the state")
 
 
 def _lowest(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import tomli_w
 
-from ....models.fields import no_such, plain, shown
+from ....models.fields import Field, no_such, plain
 from ...system.durable_files import write_output
 from ...system.user_folders import settings_folder
 from .. import from_dict, nested, read_toml, settings_in
@@ -88,9 +88,7 @@ def load(name: str) -> Preset:
 def read(path: Path) -> Preset:
     """The settings in a file, under its name; ValueError where it holds anything else."""
     values = read_toml(path)
-    description = values.pop("description", "")
-    if not isinstance(description, str):
-        raise ValueError(f"description in {path} must be text, got {shown(description)}")
+    description = Field(type=str).take(values.pop("description", ""), f"description in {path}")
     try:
         # Only to be checked: what a preset does not set must not come from it.
         from_dict(values)

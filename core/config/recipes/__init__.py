@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ....models.fields import no_such, read_table, setting, shown
+from ....models.fields import Field, no_such, read_table, setting, shown
 from ...system.paths import expanded
 from .. import from_dict, merge, read_toml, settings_in
 
@@ -154,10 +154,9 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> "Recipe":
         """The recipe in plain values; ValueError where they are not one."""
         values = dict(values)
-        name, description = values.pop("name", ""), values.pop("description", "")
-        for key, text in (("name", name), ("description", description)):
-            if not isinstance(text, str):
-                raise ValueError(f"{key} must be text, got {shown(text)}")
+        name, description = (
+            Field(type=str).take(values.pop(key, ""), key) for key in ("name", "description")
+        )
         stages = tuple(_stages(values.pop("stage", [])))
         # Apart from the user's settings, so that a refusal names the recipe.
         from_dict(values)
