@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ import deepfacelab as dfl
 import numpy as np
 import pytest
 import torch
+import warp_reference
 
 from mien.cli import main
 from mien.core.blend import BlendOptions, face_mask, matched, softened
@@ -173,6 +175,61 @@ def test_sizes_of_a_patch_show_the_same_area(factor):
     matrix_23 = np.array([[0.8, 0.3, -4.0], [-0.3, 0.8, 9.0]])
     corner = matrix_23 @ (20, 30, 1) + 0.5  # measured from the edge of the first pixel
     assert np.allclose(rescaled(matrix_23, factor) @ (20, 30, 1) + 0.5, corner * factor)
+
+
+# A face's edge, angle and centre in its frame, px and degrees.
+PLACES = {
+    "small": (60, 0, (91.3, 78.7)),
+    "small and turned": (60, 33, (91.3, 78.7)),
+    "as large as its patch": (64, -90, (80.25, 70)),
+    "larger than its frame": (400, -21, (95.1, 84.8)),
+    "upside down in a corner": (150, 171, (30.6, 115.2)),
+    "at the edge": (60, 8, (190.4, 70)),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("at", PLACES)
+def test_each_pixel_of_the_way_out_and_back_is_that_of_the_reference(at, dtype):
+    (face_px, degrees, centre_xy), size_px = PLACES[at], 64
+    turn, scale = math.radians(degrees), size_px / face_px
+    cosine, sine = scale * math.cos(turn), scale * math.sin(turn)
+    turn_22 = np.array([[cosine, sine], [-sine, cosine]])
+    matrix_23 = np.column_stack([turn_22, (size_px - 1) / 2 - turn_22 @ centre_xy])
+    rng, peak = np.random.default_rng(3), np.iinfo(dtype).max
+    frame = rng.integers(0, peak, (170, 200, 3), dtype, endpoint=True)
+    mask_ss = np.pad(rng.random((44, 44), np.float32), 10)
+
+    # Half a level is the last rounding; what fp32 adds moves only levels that lie at a tie.
+    most_levels = 0.5 + 2e-5 * peak
+
+    patch_ssc = cut_patch(frame, matrix_23, size_px)
+    differences = np.abs(patch_ssc * peak - warp_reference.cut(frame, matrix_23, size_px))
+    # Cut at the frame's own size first, a level at a tie there is a share of one in a mean.
+    assert differences.max() < most_levels + (0.25 if face_px > size_px else 0)
+
+    after = frame.copy()
+    paste(after, patch_ssc, mask_ss, matrix_23)
+    expected_hwc = warp_reference.pasted(frame, patch_ssc, mask_ss, matrix_23)
+    assert np.abs(after - expected_hwc).max() < most_levels
+    assert not (after != frame)[expected_hwc == frame].any()
+
+
+def test_each_pixel_of_a_converted_frame_is_that_of_the_reference(run, place):
+    """The model gives each face back as it got it, and the whole patch goes into the frame."""
+    model, path = model_of(), faces_of(place)[0]
+    run(model, mask="none", feather_px=0.0)
+    before, after = (
+        read_picture(place / folder / f"{stem_of(path)}.png") for folder in ("frames", "out")
+    )
+    matrix_23, whole_ss = read_face(path)[0].frame_matrix(model.crop), np.ones((64, 64))
+    patch_ssc = np.rint(warp_reference.cut(before, matrix_23, 64)) / 255
+    expected_hwc = warp_reference.pasted(before, patch_ssc, whole_ss, matrix_23)
+    differences = np.abs(after - np.rint(expected_hwc))
+    # Where a level of the patch lies at a tie, or one of the frame.
+    assert differences.max() <= 1
+    assert np.count_nonzero(differences) < 1e-3 * np.count_nonzero(after != before)
+    assert not (after != before)[expected_hwc == before].any()
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
