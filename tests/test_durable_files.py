@@ -304,6 +304,14 @@ def test_leftovers_of_a_kill_are_removed_whatever_they_are(tmp_path, monkeypatch
     discard_leftovers(Path("nothing"))
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_sweeps_what_a_kill_has_left_of_it(tmp_path, force):
+    for name in ("file", "other"):
+        temporary_name(tmp_path / name).write_bytes(b"half")
+    write_output(tmp_path / "file", b"whole", force=force)
+    assert sorted(path.read_bytes() for path in tmp_path.iterdir()) == [b"half", b"whole"]
+
+
 def test_no_file_of_the_user_s_stands_for_a_temporary_one(tmp_path):
     names = [".file.tmp", ".file.part", "file.tmp", ".mien-mine.tmp", f".mien-{'0' * 24}.tmp"]
     for name in names:

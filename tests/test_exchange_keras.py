@@ -11,8 +11,10 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import sys
+import tempfile
 import zipfile
 
 import h5py
@@ -31,6 +33,7 @@ from mien.core.checkpoint.state import Imported, TrainingState
 from mien.core.checkpoint.verify import facts_of
 from mien.core.config import from_dict, model_settings
 from mien.core.exchange import keras_export, keras_file, legacy_attributes, legacy_h5
+from mien.core.exchange.keras_archive import open_archive
 from mien.core.exchange.keras_config import from_json, to_json
 from mien.core.exchange.keras_export import export_keras
 from mien.core.exchange.keras_order import snake_case, weight_paths
@@ -694,6 +697,22 @@ def test_missing_sources_and_full_targets(exported, tmp_path, capsys):
     assert main(["model", "import", str(exported), "-m", str(tmp_path / "full")]) == 2
     assert "holds a model already" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_are_unpacked_to_where_a_kill_leaves_nothing(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with open_archive(exported / "lightweight.keras") as archive:
+        with archive.unpacked_weights(1 << 30) as copy:
+            assert copy.tell() == len(_parts(exported / "lightweight.keras")["model.weights.h5"])
+            assert not os.listdir(tmp_path)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            with pytest.raises(ValueError, match=f"unpacked into {tmp_path}: File too large; free"):
+                with archive.unpacked_weights(1 << 30):
+                    pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_both_ways_say_what_to_install(exported, tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """The drawn people: exact landmarks, masks that sit, two identities, variety, safe folders."""
 
+import os
+
 import cv2
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from mien.core.faces.folder import read_folder
 from mien.core.faces.png import read_header
 from mien.core.faces.synthetic import draw_face, draw_folder
 from mien.core.faces.synthetic.film import draw_film
+from mien.core.system.durable_files import temporary_name
 
 COUNT = 26
 
@@ -236,6 +239,14 @@ def test_an_empty_folder_is_filled_and_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match=r"file is a file: give a folder for the drawn faces"):
         draw_folder(tmp_path / "file", identity="b", count=1)
+
+
+def test_what_a_kill_has_left_is_removed(tmp_path):
+    for name in ("faces", "frames"):
+        temporary_name(tmp_path / name).mkdir()
+    draw_folder(tmp_path / "faces", identity="a", count=1, size_px=64)
+    draw_film(tmp_path / "frames", tmp_path / "film", identity="a", count=1, size_px=64)
+    assert sorted(os.listdir(tmp_path)) == ["faces", "film", "frames"]
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):

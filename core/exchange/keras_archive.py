@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ...models.fields import shown
 from ..system.durable_files import open_for_reading
@@ -57,14 +57,20 @@ class Archive:
             raise ValueError(f"{CONFIG} of {self.path} is not valid JSON") from error
 
     @contextmanager
-    def unpacked_weights(self, max_bytes: int) -> Iterator[Path]:
-        """A temporary copy of the HDF5 part, of at most so many bytes."""
+    def unpacked_weights(self, max_bytes: int) -> Iterator[IO[bytes]]:
+        """A copy of the HDF5 part, of at most so many bytes, without a name that a kill leaves.
+
+        Raises:
+            ValueError: The part is damaged or larger, or there is no room for the copy.
+        """
         # HDF5 is read by places, which a zip's stream does not offer.
-        with tempfile.NamedTemporaryFile(prefix="mien-", suffix=".h5") as copy:
+        with tempfile.TemporaryFile() as copy:
             for piece in self._pieces(WEIGHTS, max_bytes):
-                copy.write(piece)
-            copy.flush()
-            yield Path(copy.name)
+                with _making_room():
+                    copy.write(piece)
+            with _making_room():
+                copy.flush()
+            yield copy
 
     def _pieces(self, name: str, max_bytes: int) -> Iterator[bytes]:
         """Contents of one entry; ValueError before more than ``max_bytes`` come of it."""
@@ -86,6 +92,18 @@ class Archive:
             raise ValueError(f"{self.path} is damaged: {name} cannot be unpacked") from error
         if left < 0:
             raise too_large
+
+
+@contextmanager
+def _making_room() -> Iterator[None]:
+    """Say in one line, by a ValueError, where a temporary file has no room."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{WEIGHTS} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror}; free "
+            "space there, or set TMPDIR to another folder"
+        ) from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,8 +37,8 @@ def require_h5py() -> Any:
 
 
 @contextmanager
-def open_arrays(path: Path) -> Iterator[h5py.File]:
-    """An HDF5 file, read-only.
+def open_arrays(path: Path | IO[bytes]) -> Iterator[h5py.File]:
+    """An HDF5 file, or an open one, read-only.
 
     Raises:
         ValueError: It is none, or it is damaged.

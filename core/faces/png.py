@@ -15,7 +15,6 @@ import math
 import os
 import re
 import struct
-import tempfile
 import threading
 import zlib
 from collections.abc import Mapping
@@ -27,7 +26,7 @@ from typing import Any, BinaryIO, NoReturn
 import cv2
 import numpy as np
 
-from ..system.durable_files import open_plain, set_permissions
+from ..system.durable_files import discard, open_plain, temporary_name
 from ..system.image_text import png_chunk
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -214,19 +213,14 @@ def write_face(path: str | os.PathLike[str], image_bgr: np.ndarray, header: Face
 
     image_bgr: (N, N, 3) uint8, head-centred crop.
     """
-    content = encode_face(image_bgr, header)
-    path = Path(path)
+    content, path = encode_face(image_bgr, header), Path(path)
     # In the same folder, since a name can be moved to no other disk in one step.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    temporary = temporary_name(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        # `mkstemp` lets only the owner read it.
-        set_permissions(Path(temporary), 0o644)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        discard(temporary)
 
 
 def insert_header(png: bytes, header: FaceHeader) -> bytes:

@@ -231,8 +231,9 @@ def write_output(path: Path, content: Content, *, force: bool) -> None:
         with checked_output(path, force=True) as temporary:
             write_file(temporary, content)
     else:
-        # Without a temporary name, which a kill would leave.
+        # Without a temporary name, which a kill would leave; a disk may insist on one.
         path = path.resolve()
+        discard_leftovers(path.parent, of=path)
         write_file(path, content)
         sync_folder(path.parent)
 

@@ -9,8 +9,6 @@ Face n of a person depends on (identity, seed, n, size) only, not on how many th
 
 import functools
 import os
-import shutil
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ...system.durable_files import set_permissions
+from ...system.durable_files import folder_beside
 from ...system.paths import expanded
 from ..geometry import Alignment, Crop, align, crop_matrix, transform
 from ..png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
@@ -72,16 +70,11 @@ def draw_folder(
         raise ValueError(f"{folder} is not empty: give a new folder, or empty this one first")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Under another name until all faces are there: a part would pass for a small set.
-    part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
+    with folder_beside(folder) as part:
         for number, name in enumerate(names):
             image, header = draw_face(identity, number, size_px=size_px, seed=seed)
             write_face(part / name, image, header)
-        # A temporary folder is its maker's alone.
-        set_permissions(part, 0o755)
         part.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def draw_face(

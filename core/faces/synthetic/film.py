@@ -2,8 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,10 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ...system.durable_files import set_permissions
+from ...system.durable_files import folder_beside
 from ..geometry import Crop, crop_matrix
 from ..png import write_face
+from ..png_pixels import encode_rgb
 from . import FRAME_EDGE, check_arguments, drawn, header_of, lit, read_names
 from .head import NOISE_SHIFTS, Scene, draw_scene
 
@@ -48,19 +47,15 @@ def draw_film(
             raise ValueError(f"{folder} is not empty: give a new folder, or empty this one first")
     frames.parent.mkdir(parents=True, exist_ok=True)
     # Under another name until all is there, as a folder of drawn faces.
-    part = Path(tempfile.mkdtemp(dir=frames.parent, prefix=f".{frames.name}-"))
-    try:
+    with folder_beside(frames) as part:
         for kind in ("frames", "faces"):
             (part / kind).mkdir()
-            set_permissions(part / kind, 0o755)
         for name, scene in zip(names, _scenes(seed), strict=False):
             _draw_frame(part, name, identity, scene, size_px)
         for made, folder in ((part / "frames", frames), (part / "faces", faces)):
             if not read_names(folder):
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 made.replace(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _draw_frame(part: Path, name: str, identity: str, scene: Scene, size_px: int) -> None:
@@ -69,7 +64,7 @@ def _draw_frame(part: Path, name: str, identity: str, scene: Scene, size_px: int
     frame_px = round(FRAME_EDGE * size_px)
     whole_23 = np.eye(2, 3)
     frame = lit(drawing, sheet, whole_23, frame_px)
-    cv2.imwrite(str(part / "frames" / f"{name}.png"), frame)
+    (part / "frames" / f"{name}.png").write_bytes(encode_rgb(frame))
     head_23 = crop_matrix(alignment, Crop("head", 1.0, 0.0, size_px))
     face = cv2.warpAffine(frame, head_23, (size_px, size_px), flags=cv2.INTER_LINEAR)
     header = header_of(drawing, alignment, f"{name}.png", f"{name}_0.png", size_px)
