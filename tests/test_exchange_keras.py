@@ -28,6 +28,7 @@ from oracle_numbers import ORACLE, oracle_files
 from mien import models
 from mien.cli import exchange, main
 from mien.cli.exchange import EXPORTERS
+from mien.core.checkpoint import model_folder
 from mien.core.checkpoint.model_folder import ModelFolder
 from mien.core.checkpoint.state import Imported, TrainingState
 from mien.core.checkpoint.verify import facts_of
@@ -373,15 +374,32 @@ def test_an_export_that_differs_is_not_kept(tmp_path, monkeypatch, capsys):
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("kind", [OSError, RuntimeError])
-def test_a_full_disk_is_named_without_what_hdf5_says_of_it(tmp_path, monkeypatch, kind):
-    def refuse(*_):
-        raise kind("Can't close file (file write failed: time = now\n, errno = 28, buf = 0x5598)")
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.9, 0.999])
+def test_a_disk_that_is_full_half_way_is_told(exported, tmp_path, share):
+    """HDF5 crashes where a file cannot be closed; nothing of the disk's refusal reaches it."""
+    whole = exported / "lightweight.keras"
+    graph = load_model(exported.parent / "m").network.graph()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * whole.stat().st_size), before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            keras_file.write_keras(tmp_path / "m.keras", graph, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(keras_file, "_fill", refuse)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        keras_file._write_arrays(tmp_path / "m.h5", None)
-    assert caught.value.errno == errno.ENOSPC
+
+def test_an_import_that_the_disk_refuses_is_told_and_called_again(
+    exported, tmp_path, capsys, monkeypatch
+):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    words = ["model", "import", str(exported), "-m", str(tmp_path / "m")]
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "write_tensors", refuse)
+        assert main(words) == 2
+    assert "No space left on device; free space and start again" in capsys.readouterr().err
+    assert main(words) == 0
 
 
 def test_targets_of_an_export(tmp_path, capsys):

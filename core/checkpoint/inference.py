@@ -24,7 +24,7 @@ from ... import models
 from ...models.autoencoder import Autoencoder, Side
 from ...models.fields import shown
 from ..config import Config, from_dict, model_settings
-from ..system.durable_files import Content, DamagedError, write_output
+from ..system.durable_files import Content, DamagedError, write_output, writing
 from .format import (
     EMA,
     MODEL,
@@ -306,7 +306,5 @@ def _cast(name: str, tensor: Tensor, precision: str) -> Tensor:
 
 def write_export(target: Path, content: Content, *, force: bool) -> None:
     """Write a file for use, whole or not at all; ValueError where the disk refuses."""
-    try:
+    with writing(target):
         write_output(target, content, force=force)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error

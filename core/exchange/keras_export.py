@@ -19,6 +19,7 @@ from ..system.durable_files import (
     sync_file,
     sync_folder,
     temporary_name,
+    writing,
 )
 from .keras_file import write_keras
 from .keras_reader import graph_of, open_weights
@@ -76,25 +77,22 @@ def export_keras(
     # Before a file is made: what Keras has no word for is refused here.
     state = state_of(model.config, TrainingState.from_dict(model.state), graph)
     faces = model.faces()
-    try:
-        with folder_beside(target) as folder:
-            report("writing the graph and the weights")
-            write_keras(folder / files[0], graph, model.metadata)
-            report("reading it back, to compare it with the model")
-            # Of the file as it lies on the disk, read by the way on which imports come.
-            difference = _difference(folder / files[0], model.network, faces)
-            # Not by `>`: a NaN is to be refused too.
-            if not difference <= MAX_DIFFERENCE:
-                raise ValueError(
-                    f"the file differs from the model by {difference:.1e} (at most "
-                    f"{MAX_DIFFERENCE:.0e}), so it was not kept; export as safetensors instead"
-                )
-            # After the comparison: a folder without a state is no model to faceswap.
-            (folder / files[1]).write_text(json.dumps(state), encoding="utf-8")
-            size_bytes = sum((folder / file).stat().st_size for file in files)
-            _move(folder, target, files)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    with writing(target), folder_beside(target) as folder:
+        report("writing the graph and the weights")
+        write_keras(folder / files[0], graph, model.metadata)
+        report("reading it back, to compare it with the model")
+        # Of the file as it lies on the disk, read by the way on which imports come.
+        difference = _difference(folder / files[0], model.network, faces)
+        # Not by `>`: a NaN is to be refused too.
+        if not difference <= MAX_DIFFERENCE:
+            raise ValueError(
+                f"the file differs from the model by {difference:.1e} (at most "
+                f"{MAX_DIFFERENCE:.0e}), so it was not kept; export as safetensors instead"
+            )
+        # After the comparison: a folder without a state is no model to faceswap.
+        (folder / files[1]).write_text(json.dumps(state), encoding="utf-8")
+        size_bytes = sum((folder / file).stat().st_size for file in files)
+        _move(folder, target, files)
     return KerasExport(
         path=target,
         files=files,

@@ -4,9 +4,10 @@ The file is written by zipfile and h5py alone. Layers stand in the order in whic
 them, for it finds weights by those numbers.
 """
 
+import io
 import json
 import os
-import re
+import shutil
 import tempfile
 import time
 import zipfile
@@ -25,6 +26,8 @@ from .keras_weights_file import require_h5py
 KERAS_VERSION = "3.14.1"
 """Version whose files these are like; one that is older would have its layers renamed."""
 
+_PIECE_BYTES = 1 << 20
+
 
 def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
     """Write a *.keras file.
@@ -40,27 +43,48 @@ def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
     saved = time.strftime("%Y-%m-%d@%H:%M:%S", time.gmtime())
     head = {"keras_version": KERAS_VERSION, "date_saved": saved} | metadata
     with (
-        tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".h5") as arrays,
+        # Without a name, for the folder is to hold what faceswap reads, and nothing else.
+        tempfile.TemporaryFile(dir=path.parent) as unnamed,
+        _Arrays(unnamed.fileno(), "r+b", closefd=False) as arrays,
         # Stored, as Keras does: weights hardly shrink.
         zipfile.ZipFile(path, "x", zipfile.ZIP_STORED) as archive,
     ):
         archive.writestr(METADATA, json.dumps(head))
         archive.writestr(CONFIG, json.dumps(to_json(graph)))
-        _write_arrays(Path(arrays.name), graph)
-        archive.write(arrays.name, WEIGHTS)
-
-
-def _write_arrays(path: Path, graph: Network) -> None:
-    """Write the weights; OSError where the disk refuses, with the disk's own reason."""
-    try:
-        with require_h5py().File(path, "w") as file:
+        with require_h5py().File(arrays, "w") as file:
             _fill(file, graph)
-    except (OSError, RuntimeError) as error:
-        # HDF5 tells it among addresses and times; on closing a file, by a RuntimeError.
-        code = re.search(r"errno = (\d+)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+        if arrays.refusal is not None:
+            raise arrays.refusal
+        entry = zipfile.ZipInfo(WEIGHTS, time.gmtime()[:6])
+        # Told before it is written: above 4 GB an entry has another head.
+        entry.file_size = arrays.seek(0, os.SEEK_END)
+        arrays.seek(0)
+        with archive.open(entry, "w") as weights:
+            shutil.copyfileobj(arrays, weights, _PIECE_BYTES)
+
+
+class _Arrays(io.FileIO):
+    """A file that HDF5 writes, which takes all and keeps what the disk has refused to itself: the
+    library cannot close a file that fails, and the process crashes."""
+
+    refusal: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        try:
+            # In parts: a disk that is nearly full takes some.
+            while left and self.refusal is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self.refusal = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.refusal = self.refusal or error
+            return size or 0
 
 
 def _fill(group: Any, network: Network) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...models.autoencoder import Autoencoder
 from ...models.fields import plain
-from ..checkpoint.model_folder import ModelFolder
+from ..checkpoint.model_folder import ModelFolder, SaveError
 from ..checkpoint.weights import read_weights
 from ..config import Config, from_dict
 from ..optim.lr_schedule import found_rate
@@ -40,7 +40,7 @@ def import_keras(source: Path, target: Path) -> KerasImport:
 
     Raises:
         ValueError: h5py is missing; there is no such model, or it does not fit its own options; the
-            model folder holds something.
+            model folder holds something, or the disk refuses.
     """
     found = find(source)
     state = training_state_of(found.state)
@@ -52,8 +52,11 @@ def import_keras(source: Path, target: Path) -> KerasImport:
         config, left_out = _config_of(found, model)
         folder.write_config(config)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        # Without the optimizer: faceswap's is a pickle, which is never read.
-        folder.save(tensors, None, state.to_dict())
+        try:
+            # Without the optimizer: faceswap's is a pickle, which is never read.
+            folder.save(tensors, None, state.to_dict())
+        except SaveError as error:
+            raise ValueError(str(error)) from error
     rate = found_rate(state)
     return KerasImport(
         source=found.model,

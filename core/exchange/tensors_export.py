@@ -11,7 +11,7 @@ from ...models.autoencoder import Autoencoder
 from ..checkpoint.inference import Weights, refuse_target, weights_file
 from ..data.sides import SIDES
 from ..swapping import load_model
-from ..system.durable_files import checked_output, write_file
+from ..system.durable_files import checked_output, write_file, writing
 from .trained_model import Report, read_trained_model, sample_pictures, silent
 
 
@@ -64,16 +64,13 @@ def export_tensors(
         model.network.state_dict(),
         model.metadata["weights"],
     )
-    try:
-        with checked_output(target, force=force) as temporary:
-            report("writing the weights")
-            write_file(temporary, content)
-            del model, content
-            report("reading them back, to compare them with the model")
-            # Of the file as it lies on the disk, before it takes the place of an older one.
-            difference = _difference(_outputs(load_model(temporary).network, pictures_ncss), wanted)
-    except OSError as error:
-        raise ValueError(f"cannot write {target}: {error.strerror or error}") from error
+    with writing(target), checked_output(target, force=force) as temporary:
+        report("writing the weights")
+        write_file(temporary, content)
+        del model, content
+        report("reading them back, to compare them with the model")
+        # Of the file as it lies on the disk, before it takes the place of an older one.
+        difference = _difference(_outputs(load_model(temporary).network, pictures_ncss), wanted)
     return TensorsExport(target, metadata, target.stat().st_size, difference, len(faces))
 
 

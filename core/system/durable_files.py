@@ -406,3 +406,19 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         name = error.filename or path
         raise ValueError(f"cannot read {name}: {error.strerror}; mend that first") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the disk's refusal to write something into one line.
+
+    Args:
+        path: The file or folder that the user has named, whatever is written on the way.
+
+    Raises:
+        ValueError: In place of OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror or error}") from error

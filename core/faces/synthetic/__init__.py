@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ...system.durable_files import folder_beside
+from ...system.durable_files import folder_beside, writing
 from ...system.paths import expanded
 from ..geometry import Alignment, Crop, align, crop_matrix, transform
 from ..png import FaceFileError, FaceHeader, StoredMask, read_header, write_face
@@ -70,7 +70,7 @@ def draw_folder(
         raise ValueError(f"{folder} is not empty: give a new folder, or empty this one first")
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Under another name until all faces are there: a part would pass for a small set.
-    with folder_beside(folder) as part:
+    with writing(folder), folder_beside(folder) as part:
         for number, name in enumerate(names):
             image, header = draw_face(identity, number, size_px=size_px, seed=seed)
             write_face(part / name, image, header)

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ...system.durable_files import folder_beside
+from ...system.durable_files import folder_beside, writing
 from ..geometry import Crop, crop_matrix
 from ..png import write_face
 from ..png_pixels import encode_rgb
@@ -47,7 +47,7 @@ def draw_film(
             raise ValueError(f"{folder} is not empty: give a new folder, or empty this one first")
     frames.parent.mkdir(parents=True, exist_ok=True)
     # Under another name until all is there, as a folder of drawn faces.
-    with folder_beside(frames) as part:
+    with writing(frames), folder_beside(frames) as part:
         for kind in ("frames", "faces"):
             (part / kind).mkdir()
         for name, scene in zip(names, _scenes(seed), strict=False):
