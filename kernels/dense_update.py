@@ -82,7 +82,7 @@ def _dense_update_kernel(
 ):  # fmt: skip
     if tl.load(scalars_ptr + _IS_APPLIED) == 0:
         return
-    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share = step_sizes_of(
+    factor, step_size, gradient_step_size, root_factor, root_offset, average_share = step_sizes_of(
         scalars_ptr
     )
     tile = tiles_ptr + tl.program_id(0) * 3
@@ -111,7 +111,7 @@ def _dense_update_kernel(
         gradient, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
         rows[:, None] * num_inputs + columns[None, :],
         (rows < num_outputs)[:, None] & (columns < num_inputs)[None, :],
-        factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+        factor, step_size, gradient_step_size, root_factor, root_offset, average_share,
         added_decay, keep,
         beta_1, rest_1, beta_2, rest_2, epsilon, bound,
         RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, low_precision_ptr is not None,

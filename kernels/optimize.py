@@ -6,7 +6,7 @@
     exp_avg = beta_1 * exp_avg + (1 - beta_1) * gradient            lion: by beta_2, after the step
     exp_avg_sq = beta_2 * exp_avg_sq + (1 - beta_2) * gradient^2
     parameter -= change                  t steps; m, v: exp_avg, exp_avg_sq / (1 - beta^t)
-    ema += share * (parameter - ema)     share = 1 - min(decay, (1 + t) / (10 + t))
+    ema += share * (parameter - ema)     share = 1 - min(decay, (1 + u) / (10 + u)), u updates
     low_precision = parameter, rounded to the type that the network computes in
 
     adam, adamw  learning_rate * m / (sqrt(v) + epsilon); with amsgrad v by the largest exp_avg_sq
@@ -20,11 +20,21 @@
                  * m / (sqrt(exp_avg_sq) + epsilon) with the r of rectified Adam times
                  sqrt(1 - beta_2^t), or learning_rate * m while r is not defined
 
+schedule-free keeps a base z in the place of exp_avg, and no x, the average of all z so far. The
+weights, at which gradients are taken, lie between the two:
+
+    change = learning_rate * (gradient / (sqrt(v) + epsilon) + weight_decay * parameter)
+    z -= change
+    x += c * (z - x)                            c = learning_rate^2 / sum of all learning_rate^2
+    parameter = (1 - beta_1) * z + beta_1 * x
+             += c * (z - parameter) - (1 - beta_1) * (1 - c) * change          which needs no x
+    x = parameter + (1 / beta_1 - 1) * (parameter - z)
+
 Kingma and Ba, 2015 (adam, adamax); Loshchilov and Hutter, 2019 (adamw); Reddi et al., 2018
 (amsgrad); Dozat, 2016 (nadam); Tieleman and Hinton, 2012 (rms-prop); Chen et al., 2023 (lion);
-Zhuang et al., 2020 (adabelief); Liu et al., 2020 (rectification). A step is bound by memory: with
-two moments 28 bytes a parameter with bf16 gradients and weights, against 72 in PyTorch's foreach
-kernels, and two bytes for the norm.
+Zhuang et al., 2020 (adabelief); Liu et al., 2020 (rectification); Defazio et al., 2024
+(schedule-free AdamW). A step is bound by memory: with two moments 28 bytes a parameter with bf16
+gradients and weights, against 72 in PyTorch's foreach kernels, and two bytes for the norm.
 
 Before the weights come the norm of the gradients (`gradient_norm`, `dense_norm`), autoclip's
 history (`norm_history`) and the scalars of the step (`scalars_update`). What changes from step to
@@ -78,7 +88,7 @@ _BLOCK = 1024  # four elements a thread: 16 bytes of fp32, 8 of a 16-bit type
 @triton.jit
 def _span(
     gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision, first, end,
-    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+    factor, step_size, gradient_step_size, root_factor, root_offset, average_share,
     added_decay, keep,
     beta_1, rest_1, beta_2, rest_2, epsilon, bound,
     RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr,
@@ -91,7 +101,7 @@ def _span(
     update_block(
         gradient, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
         at, inside,
-        factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+        factor, step_size, gradient_step_size, root_factor, root_offset, average_share,
         added_decay, keep,
         beta_1, rest_1, beta_2, rest_2, epsilon, bound,
         RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, HAS_LOW_PRECISION,
@@ -116,7 +126,7 @@ def _update_kernel(
 ):  # fmt: skip
     if tl.load(scalars_ptr + _IS_APPLIED) == 0:
         return
-    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share = step_sizes_of(
+    factor, step_size, gradient_step_size, root_factor, root_offset, average_share = step_sizes_of(
         scalars_ptr
     )
 
@@ -144,7 +154,7 @@ def _update_kernel(
         _span(
             gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
             first, whole,
-            factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+            factor, step_size, gradient_step_size, root_factor, root_offset, average_share,
             added_decay, keep,
             beta_1, rest_1, beta_2, rest_2, epsilon, bound,
             RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, HAS_LOW_PRECISION, BLOCK,
@@ -153,7 +163,7 @@ def _update_kernel(
         _span(
             gradients, parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision,
             whole, elements,
-            factor, step_size, gradient_step_size, root_factor, root_offset, ema_share,
+            factor, step_size, gradient_step_size, root_factor, root_offset, average_share,
             added_decay, keep,
             beta_1, rest_1, beta_2, rest_2, epsilon, bound,
             RULE, AMSGRAD, IS_BOUNDED, HAS_EMA, HAS_LOW_PRECISION, 8,

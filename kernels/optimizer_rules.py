@@ -8,20 +8,34 @@ from dataclasses import dataclass
 
 from .checks import check_choice
 
-EMA = "ema"
+EMA, BASE = "ema", "base"
 
-MOMENTS = ("mean", "square", "largest", EMA)
+MOMENTS = ("mean", "square", "largest", EMA, BASE)
 """Moments that rules keep of each weight, in fp32, by the names that they have in checkpoints: in
-code exp_avg, exp_avg_sq, max_exp_avg_sq and ema, the average of the weight itself. `Rule.moments`
-says which of them a rule has."""
+code exp_avg, exp_avg_sq, max_exp_avg_sq, ema, the average of the weight itself, and base, what the
+steps of schedule-free move. `Rule.moments` says which of them a rule has."""
 
-RULES = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop")
+BEGIN_AT_WEIGHTS = (EMA, BASE)
+"""Moments that begin as the weights; the others begin at 0."""
+
+SCHEDULE_FREE = "schedule-free"
+
+RULES = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop", SCHEDULE_FREE)
 
 CLIPPINGS = ("none", "value", "norm", "global_norm", "autoclip")
 
-_MOMENTS_OF_RULE = {"adamax": ("mean", "largest"), "lion": ("mean",), "rms-prop": ("square",)}
+_MOMENTS_OF_RULE = {
+    "adamax": ("mean", "largest"),
+    "lion": ("mean",),
+    "rms-prop": ("square",),
+    SCHEDULE_FREE: (BASE, "square"),
+}
 _DECOUPLED = ("adabelief", "adamw", "lion")
 _WITH_AMSGRAD = ("adam", "adamw")
+
+LEAST_INTERPOLATION = 0.1
+"""Smallest beta_1 of schedule-free: what rounds the weights by 1 rounds the average by 1 / beta_1.
+Chosen, unmeasured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +50,8 @@ class Rule:
     """One of `RULES`."""
 
     beta_1: float = 0.9
-    """Decay rate of exp_avg, 0 to below 1."""
+    """Decay rate of exp_avg, 0 to below 1; of schedule-free the share of the average in the
+    weights, at which gradients are taken."""
 
     beta_2: float = 0.999
     """Decay rate of exp_avg_sq (of max_exp_avg_sq with adamax, of exp_avg with lion), 0 to below
@@ -52,7 +67,8 @@ class Rule:
     """Divide by the largest exp_avg_sq so far; of adam and adamw, others ignore it."""
 
     ema: float = 0.0
-    """Decay rate of the average of the weights, 0 to below 1; 0: there is none."""
+    """Decay rate of the average of the weights, 0 to below 1; 0: there is none beside that which
+    schedule-free has."""
 
     def __post_init__(self) -> None:
         check_choice(self.name, "rule", RULES)
@@ -63,6 +79,16 @@ class Rule:
         for name, value in (("epsilon", self.epsilon), ("weight_decay", self.weight_decay)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number from 0 on, got {value}")
+        if self.is_schedule_free:
+            self._check_schedule_free()
+
+    def _check_schedule_free(self) -> None:
+        if self.beta_1 < LEAST_INTERPOLATION:
+            raise ValueError(
+                f"beta_1 of schedule-free must be {LEAST_INTERPOLATION} or more, got {self.beta_1}"
+            )
+        if self.amsgrad or self.ema:
+            raise ValueError("schedule-free has neither amsgrad nor an average beside its own")
 
     @property
     def moments(self) -> tuple[str, ...]:
@@ -78,8 +104,19 @@ class Rule:
 
     @property
     def is_decoupled(self) -> bool:
-        """Whether the decay shrinks the weight itself; else it is added to the gradient (L2)."""
+        """Whether the decay shrinks the weight itself; else it is added to the gradient (L2), or,
+        with schedule-free, to what the gradient makes of the step."""
         return self.name in _DECOUPLED
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether it moves a base, and the weights between that and their average."""
+        return self.name == SCHEDULE_FREE
+
+    @property
+    def has_average(self) -> bool:
+        """Whether there is an average of the weights: kept (`ema`), or part of the rule."""
+        return self.ema > 0 or self.is_schedule_free
 
 
 @dataclass(frozen=True)

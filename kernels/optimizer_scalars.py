@@ -68,8 +68,13 @@ class Scalar(Places):
     ROOT_OFFSET = auto()
     """Summand of the denominator: epsilon, or 1 where AdaBelief does not divide yet."""
 
-    EMA_SHARE = auto()
-    """Share of the moved weight in the average of the weights; not written where there is none."""
+    AVERAGE_WEIGHT = auto()
+    """Weight of what the average of the weights holds: with `ema` the number of its updates, with
+    schedule-free the sum of their squared learning rates; 0 where there is none."""
+
+    AVERAGE_SHARE = auto()
+    """Share of the moved weight, with schedule-free of the base, in the average of the weights; not
+    written where there is none."""
 
 
 def new_scalars(device: torch.device | str, *, learning_rate: float, scale: float = 1.0) -> Tensor:

@@ -96,6 +96,7 @@ def optimize(
     step: int,
     clipping: Clipping = Clipping(),  # noqa: B008  (frozen)
     norms: Sequence[float] = (),
+    rates: Sequence[float] | None = None,
     scale: float = 1.0,
     decays: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
@@ -110,6 +111,7 @@ def optimize(
         step: Number of the step.
         clipping: How gradients are bound.
         norms: Past ones, of autoclip.
+        rates: Learning rates of the steps before, of schedule-free; default: the present one.
         scale: What the loss was multiplied with.
         decays: Whether the weight decay moves each parameter; default: all.
 
@@ -125,20 +127,64 @@ def optimize(
     for i, gradient in enumerate(clipped(gradients, clipping, norms)):
         decay = rule.weight_decay if decays is None or decays[i] else 0.0
         own = {kind: tensors[i] for kind, tensors in moments.items()}
-        parameter = parameters[i]
-        if rule.is_decoupled:
-            parameter = (1 - learning_rate * decay) * parameter
+        if rule.is_schedule_free:
+            past = [learning_rate] * (step - 1) if rates is None else rates
+            share = learning_rate**2 / math.fsum(rate**2 for rate in (*past, learning_rate))
+            parameter, own = _schedule_free(
+                parameters[i], gradient, own, rule, learning_rate, step, share, decay
+            )
         else:
-            gradient = gradient + decay * parameter
-        ema = own.pop(EMA, None)
-        change, own = _change(gradient, own, rule, step)
-        moved.append(parameter - learning_rate * change)
-        if ema is not None:
-            decay = min(rule.ema, (1 + step) / (10 + step))
-            own[EMA] = decay * ema + (1 - decay) * moved[-1]
+            parameter, own = _moved(parameters[i], gradient, own, rule, learning_rate, step, decay)
+        moved.append(parameter)
         for kind, tensor in own.items():
             new[kind].append(tensor)
     return moved, new
+
+
+def _moved(
+    parameter: Tensor,
+    gradient: Tensor,
+    moments: dict[str, Tensor],
+    rule: Rule,
+    learning_rate: float,
+    step: int,
+    decay: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Parameter and moments after the step of any other rule than schedule-free."""
+    if rule.is_decoupled:
+        parameter = (1 - learning_rate * decay) * parameter
+    else:
+        gradient = gradient + decay * parameter
+    ema = moments.pop(EMA, None)
+    change, moments = _change(gradient, moments, rule, step)
+    parameter = parameter - learning_rate * change
+    if ema is not None:
+        decay = min(rule.ema, (1 + step) / (10 + step))
+        moments[EMA] = decay * ema + (1 - decay) * parameter
+    return parameter, moments
+
+
+def _schedule_free(
+    parameter: Tensor,
+    gradient: Tensor,
+    moments: dict[str, Tensor],
+    rule: Rule,
+    learning_rate: float,
+    step: int,
+    share: float,
+    decay: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Parameter and moments after the step of schedule-free; algorithm 1 of Defazio et al., with
+    the average x that `mien.kernels.optimize` does not keep, and ``share`` as c."""
+    beta_1, beta_2 = rule.beta_1, rule.beta_2
+    base = moments["base"]
+    average = (parameter - (1 - beta_1) * base) / beta_1
+    exp_avg_sq = beta_2 * moments["square"] + (1 - beta_2) * gradient.square()
+    root = (exp_avg_sq / (1 - beta_2**step)).sqrt() + rule.epsilon
+    base = base - learning_rate * gradient / root - learning_rate * decay * parameter
+    average = (1 - share) * average + share * base
+    parameter = (1 - beta_1) * base + beta_1 * average
+    return parameter, {"base": base, "square": exp_avg_sq}
 
 
 def clipped(

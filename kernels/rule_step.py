@@ -23,7 +23,7 @@ _STEP_SIZE = tl.constexpr(Scalar.STEP_SIZE)
 _GRADIENT_STEP_SIZE = tl.constexpr(Scalar.GRADIENT_STEP_SIZE)
 _ROOT_FACTOR = tl.constexpr(Scalar.ROOT_FACTOR)
 _ROOT_OFFSET = tl.constexpr(Scalar.ROOT_OFFSET)
-_EMA_SHARE = tl.constexpr(Scalar.EMA_SHARE)
+_AVERAGE_SHARE = tl.constexpr(Scalar.AVERAGE_SHARE)
 _PARAMETER, _LOW_PRECISION = tl.constexpr(Column.PARAMETER), tl.constexpr(Column.LOW_PRECISION)
 _EXP_AVG, _EXP_AVG_SQ = tl.constexpr(Column.EXP_AVG), tl.constexpr(Column.EXP_AVG_SQ)
 _MAX_EXP_AVG_SQ, _DECAYS = tl.constexpr(Column.MAX_EXP_AVG_SQ), tl.constexpr(Column.DECAYS)
@@ -72,16 +72,32 @@ def _rule(
 
 
 @triton.jit
+def _schedule_free(
+    parameter, gradient, base, exp_avg_sq,
+    step_size, root_factor, root_offset, average_share, decay,
+    rest_1, beta_2, rest_2,
+):  # fmt: skip
+    """(parameter, base, exp_avg_sq) after the step of schedule-free, in fp32."""
+    exp_avg_sq = beta_2 * exp_avg_sq + rest_2 * gradient * gradient
+    change = gradient / (tl.sqrt(exp_avg_sq) * root_factor + root_offset) + decay * parameter
+    change *= step_size
+    base -= change
+    # As one summand: a share of late steps is less than fp32 tells of the weight by itself.
+    parameter += average_share * (base - parameter) - rest_1 * (1 - average_share) * change
+    return parameter, base, exp_avg_sq
+
+
+@triton.jit
 def step_sizes_of(scalars_ptr):
     """What a weight is moved by: (GRADIENT_FACTOR, STEP_SIZE, GRADIENT_STEP_SIZE, ROOT_FACTOR,
-    ROOT_OFFSET, EMA_SHARE) of `Scalar`, in fp32."""
+    ROOT_OFFSET, AVERAGE_SHARE) of `Scalar`, in fp32."""
     factor = tl.load(scalars_ptr + _GRADIENT_FACTOR).to(tl.float32)
     step_size = tl.load(scalars_ptr + _STEP_SIZE).to(tl.float32)
     gradient_step_size = tl.load(scalars_ptr + _GRADIENT_STEP_SIZE).to(tl.float32)
     root_factor = tl.load(scalars_ptr + _ROOT_FACTOR).to(tl.float32)
     root_offset = tl.load(scalars_ptr + _ROOT_OFFSET).to(tl.float32)
-    ema_share = tl.load(scalars_ptr + _EMA_SHARE).to(tl.float32)
-    return factor, step_size, gradient_step_size, root_factor, root_offset, ema_share
+    average_share = tl.load(scalars_ptr + _AVERAGE_SHARE).to(tl.float32)
+    return factor, step_size, gradient_step_size, root_factor, root_offset, average_share
 
 
 @triton.jit
@@ -113,7 +129,8 @@ def state_of(row, start, low_precision_ptr):
 def update_block(
     gradient,  # fp32, of the scaled loss
     parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision, at, inside,
-    factor, step_size, gradient_step_size, root_factor, root_offset, ema_share, added_decay, keep,
+    factor, step_size, gradient_step_size, root_factor, root_offset, average_share,
+    added_decay, keep,
     beta_1, rest_1, beta_2, rest_2, epsilon, bound,
     RULE: tl.constexpr, AMSGRAD: tl.constexpr, IS_BOUNDED: tl.constexpr,
     HAS_EMA: tl.constexpr, HAS_LOW_PRECISION: tl.constexpr,
@@ -126,7 +143,8 @@ def update_block(
     if IS_BOUNDED:
         gradient = tl.minimum(tl.maximum(gradient, -bound), bound)
     parameter = tl.load(parameters + at, mask=inside, other=0.0)
-    gradient += added_decay * parameter
+    if RULE != "schedule-free":
+        gradient += added_decay * parameter
     # Where the rule has not a moment, the gradient stands in: it is never stored.
     exp_avg, exp_avg_sq, max_exp_avg_sq = gradient, gradient, gradient
     if HAS_EXP_AVG:
@@ -135,11 +153,18 @@ def update_block(
         exp_avg_sq = tl.load(exp_avg_sqs + at, mask=inside, other=0.0)
     if HAS_MAX_EXP_AVG_SQ:
         max_exp_avg_sq = tl.load(max_exp_avg_sqs + at, mask=inside, other=0.0)
-    parameter, exp_avg, exp_avg_sq, max_exp_avg_sq = _rule(
-        parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq,
-        step_size, gradient_step_size, root_factor, root_offset, keep,
-        beta_1, rest_1, beta_2, rest_2, epsilon, RULE, AMSGRAD,
-    )  # fmt: skip
+    if RULE == "schedule-free":
+        parameter, exp_avg, exp_avg_sq = _schedule_free(
+            parameter, gradient, exp_avg, exp_avg_sq,
+            step_size, root_factor, root_offset, average_share, added_decay,
+            rest_1, beta_2, rest_2,
+        )  # fmt: skip
+    else:
+        parameter, exp_avg, exp_avg_sq, max_exp_avg_sq = _rule(
+            parameter, gradient, exp_avg, exp_avg_sq, max_exp_avg_sq,
+            step_size, gradient_step_size, root_factor, root_offset, keep,
+            beta_1, rest_1, beta_2, rest_2, epsilon, RULE, AMSGRAD,
+        )  # fmt: skip
     tl.store(parameters + at, parameter, mask=inside)
     if HAS_EXP_AVG:
         tl.store(exp_avgs + at, exp_avg, mask=inside)
@@ -149,14 +174,14 @@ def update_block(
         tl.store(max_exp_avg_sqs + at, max_exp_avg_sq, mask=inside)
     if HAS_EMA:
         ema = tl.load(emas + at, mask=inside, other=0.0)
-        tl.store(emas + at, ema + ema_share * (parameter - ema), mask=inside)
+        tl.store(emas + at, ema + average_share * (parameter - ema), mask=inside)
     if HAS_LOW_PRECISION:
         tl.store(low_precision + at, parameter.to(low_precision.dtype.element_ty), mask=inside)
 
 
 def numbers_of(rule: Rule) -> tuple[float, ...]:
     """Numbers that the kernels take of a rule: the betas, each with what 1 lacks of it, epsilon,
-    the decay that is added to the gradient and the one that shrinks the weight."""
+    the decay that is added (see `Rule.is_decoupled`) and the one that shrinks the weight."""
     added, decoupled = (0.0, rule.weight_decay) if rule.is_decoupled else (rule.weight_decay, 0.0)
     betas = rule.beta_1, 1 - rule.beta_1, rule.beta_2, 1 - rule.beta_2
     return (*betas, rule.epsilon, added, decoupled)
@@ -171,8 +196,8 @@ def plain_update(
     rule: Rule,
     bound: float,
 ) -> None:
-    """Move parameters by gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, and the emas after
-    them, as the kernels do.
+    """Move parameters by gradients, exp_avgs (with schedule-free bases), exp_avg_sqs,
+    max_exp_avg_sqs, and the emas after them, as the kernels do.
 
     Args:
         lists: Parameters and moments are written to; a kind that the rule lacks is empty.
@@ -203,7 +228,7 @@ def plain_update(
             own = [list(itertools.compress(tensors, chosen)) for tensors in lists[:-1]]
             _plain_rule(own, values, rule, rule.weight_decay if is_decayed else 0.0)
     if rule.ema:
-        torch._foreach_lerp_(lists[-1], lists[0], values[Scalar.EMA_SHARE])
+        torch._foreach_lerp_(lists[-1], lists[0], values[Scalar.AVERAGE_SHARE])
     if low_precision:
         torch._foreach_copy_(low_precision, lists[0])
 
@@ -229,6 +254,11 @@ def _plain_rule(
             eps=rule.epsilon,
             amsgrad=rule.has_max_exp_avg_sq,
             maximize=False,
+        )
+        return
+    if rule.is_schedule_free:
+        _plain_schedule_free(
+            parameters, gradients, exp_avgs, exp_avg_sqs, values, rule, weight_decay
         )
         return
     if weight_decay and rule.is_decoupled:
@@ -261,6 +291,28 @@ def _plain_rule(
             torch._foreach_addcdiv_(parameters, gradients, divisors, -gradient_step_size)
             changes = torch._foreach_div(exp_avgs, divisors)
     torch._foreach_add_(parameters, changes, alpha=-values[Scalar.STEP_SIZE])
+
+
+def _plain_schedule_free(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    bases: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    values: list[float],
+    rule: Rule,
+    weight_decay: float,
+) -> None:
+    _average_squares(exp_avg_sqs, gradients, rule.beta_2)
+    changes = [*torch._foreach_div(gradients, _divisors(exp_avg_sqs, values))]
+    if weight_decay:
+        torch._foreach_add_(changes, parameters, alpha=weight_decay)
+    torch._foreach_mul_(changes, values[Scalar.STEP_SIZE])
+    torch._foreach_sub_(bases, changes)
+    share = values[Scalar.AVERAGE_SHARE]
+    moves = [*torch._foreach_sub(bases, parameters)]
+    torch._foreach_mul_(moves, share)
+    torch._foreach_sub_(moves, changes, alpha=(1 - rule.beta_1) * (1 - share))
+    torch._foreach_add_(parameters, moves)
 
 
 def _average_squares(exp_avg_sqs: list[Tensor], gradients: list[Tensor], beta_2: float) -> None:

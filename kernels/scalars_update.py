@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .dispatch import uses_triton
 from .gradient_norm import BLOCK_SUM, WARPS, mean_norm, plain_mean_norm
+from .optimizer_rules import SCHEDULE_FREE
 from .optimizer_scalars import Scalar
 
 # Triton reads no globals but constants.
@@ -36,7 +37,8 @@ _STEP_SIZE = tl.constexpr(Scalar.STEP_SIZE)
 _GRADIENT_STEP_SIZE = tl.constexpr(Scalar.GRADIENT_STEP_SIZE)
 _ROOT_FACTOR = tl.constexpr(Scalar.ROOT_FACTOR)
 _ROOT_OFFSET = tl.constexpr(Scalar.ROOT_OFFSET)
-_EMA_SHARE = tl.constexpr(Scalar.EMA_SHARE)
+_AVERAGE_WEIGHT = tl.constexpr(Scalar.AVERAGE_WEIGHT)
+_AVERAGE_SHARE = tl.constexpr(Scalar.AVERAGE_SHARE)
 
 GROWTH_INTERVAL = 2000
 """Finite steps after which a dynamic loss scale doubles, as in PyTorch's GradScaler."""
@@ -45,6 +47,11 @@ LOG2_MOMENTUM_DECAY = 0.004 * math.log2(0.96)
 """NAdam's momentum is beta_1 * (1 - 2**(step * this) / 2)."""
 
 _LOG2_MOMENTUM_DECAY = tl.constexpr(LOG2_MOMENTUM_DECAY)
+
+_LEAST_WEIGHT = 1e-300
+"""Keeps 0 / 0 from the share of an average whose learning rates were all 0."""
+
+_LEAST_AVERAGE_WEIGHT = tl.constexpr(_LEAST_WEIGHT)
 
 
 @triton.jit
@@ -70,6 +77,9 @@ def _rule_scalars(
     step_size = learning_rate / (1 - power_1)
     if RULE == "lion" or RULE == "rms-prop":
         step_size = learning_rate
+    elif RULE == "schedule-free":
+        step_size = learning_rate
+        root_factor = 1 / tl.sqrt(1 - power_2)
     elif RULE == "nadam":
         momentum = BETA_1 * (1 - 0.5 * tl.exp2(step * _LOG2_MOMENTUM_DECAY))
         next_momentum = BETA_1 * (1 - 0.5 * tl.exp2((step + 1) * _LOG2_MOMENTUM_DECAY))
@@ -117,9 +127,23 @@ def _update_rule_scalars(
     tl.store(scalars_ptr + _GRADIENT_STEP_SIZE, gradient_step_size)
     tl.store(scalars_ptr + _ROOT_FACTOR, root_factor)
     tl.store(scalars_ptr + _ROOT_OFFSET, root_offset)
-    if EMA > 0:
-        # 1 - (1 + t) / (10 + t), of the step that is made: see `optimize`.
-        tl.store(scalars_ptr + _EMA_SHARE, tl.maximum(9 / (step + 11), 1 - EMA))
+    if EMA > 0 or RULE == "schedule-free":
+        _update_average_scalars(scalars_ptr, is_applied, RULE, EMA)
+
+
+@triton.jit
+def _update_average_scalars(scalars_ptr, is_applied, RULE: tl.constexpr, EMA: tl.constexpr):
+    """Weigh the step, where it is applied, and write its share in the average: see `optimize`."""
+    weight = tl.load(scalars_ptr + _AVERAGE_WEIGHT)
+    if RULE == "schedule-free":
+        rate = tl.load(scalars_ptr + _LEARNING_RATE)
+        new_weight = weight + rate * rate
+        share = rate * rate / tl.maximum(new_weight, _LEAST_AVERAGE_WEIGHT)
+    else:
+        new_weight = weight + 1
+        share = tl.maximum(9 / (new_weight + 10), 1 - EMA)
+    tl.store(scalars_ptr + _AVERAGE_WEIGHT, tl.where(is_applied, new_weight, weight))
+    tl.store(scalars_ptr + _AVERAGE_SHARE, share)
 
 
 @triton.jit
@@ -265,9 +289,15 @@ def _plain_update(
     values[Scalar.STEP] += 1
     values[Scalar.BETA_1_POWER] *= beta_1
     values[Scalar.BETA_2_POWER] *= beta_2
-    if ema:
-        values[Scalar.EMA_SHARE] = max(9 / (10 + values[Scalar.STEP]), 1 - ema)
     _plain_rule_scalars(values, rule, beta_1, beta_2, epsilon)
+    if rule == SCHEDULE_FREE:
+        squared_rate = values[Scalar.LEARNING_RATE] ** 2
+        values[Scalar.AVERAGE_WEIGHT] += squared_rate
+        weight = max(values[Scalar.AVERAGE_WEIGHT], _LEAST_WEIGHT)
+        values[Scalar.AVERAGE_SHARE] = squared_rate / weight
+    elif ema:
+        values[Scalar.AVERAGE_WEIGHT] += 1
+        values[Scalar.AVERAGE_SHARE] = max(9 / (10 + values[Scalar.AVERAGE_WEIGHT]), 1 - ema)
 
 
 def _plain_rule_scalars(
@@ -279,9 +309,9 @@ def _plain_rule_scalars(
     values[Scalar.STEP_SIZE] = learning_rate / (1 - values[Scalar.BETA_1_POWER])
     values[Scalar.GRADIENT_STEP_SIZE] = 0.0
     values[Scalar.ROOT_FACTOR], values[Scalar.ROOT_OFFSET] = 1.0, epsilon
-    if rule in ("lion", "rms-prop"):
+    if rule in ("lion", "rms-prop", SCHEDULE_FREE):
         values[Scalar.STEP_SIZE] = learning_rate
-    elif rule == "nadam":
+    if rule == "nadam":
         momentum, next_momentum = (
             beta_1 * (1 - 0.5 * 2.0 ** (each * LOG2_MOMENTUM_DECAY)) for each in (step, step + 1)
         )
@@ -298,5 +328,5 @@ def _plain_rule_scalars(
             return
         shares = (length - 4) / (longest - 4) * (length - 2) / length * longest / (longest - 2)
         values[Scalar.STEP_SIZE] *= math.sqrt((1 - power_2) * shares)
-    elif rule != "adamax":
+    elif rule not in ("adamax", "lion", "rms-prop"):
         values[Scalar.ROOT_FACTOR] = 1 / math.sqrt(1 - power_2)

@@ -36,7 +36,7 @@ from .checks import (
 )
 from .dense import low_rank_of
 from .dense_table import SLOTS, DenseTable
-from .optimizer_rules import MOMENTS
+from .optimizer_rules import BASE, EMA, MOMENTS
 from .places import Places
 
 
@@ -47,7 +47,7 @@ class Column(Places):
     """Master weights, fp32."""
 
     EXP_AVG = auto()
-    """First moment."""
+    """First moment; of schedule-free, which has none, its base."""
 
     EXP_AVG_SQ = auto()
     """Second moment."""
@@ -76,6 +76,9 @@ class Column(Places):
 
 NUM_COLUMNS = len(Column)
 
+_MOMENTS_OF_COLUMN = (("mean", BASE), ("square",), ("largest",), (EMA,))
+"""Moments in each column from EXP_AVG to EMA; a rule has one of them at most."""
+
 CHUNK = 16384
 """Elements of a program: some 5,000 programs for 82 M weights, and a short tail. Chosen on the CPU,
 unmeasured on a GPU."""
@@ -99,7 +102,7 @@ class State:
 
     parameters: list[Tensor]
     moments: tuple[list[Tensor], ...]
-    """exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas."""
+    """exp_avgs (with schedule-free bases), exp_avg_sqs, max_exp_avg_sqs, emas."""
 
     low_precision: list[Tensor]
 
@@ -127,7 +130,8 @@ class TensorTable:
             parameters: fp32, contiguous or channels_last, on the device of the update or, as the
                 moments and accumulators may, in page-locked host memory.
             moments: Moments among `MOMENTS` that the rule keeps; fp32, each tensor of the shape and
-                the strides of its parameter, zeros at the start; but `ema` as the parameters.
+                the strides of its parameter, zeros at the start; but those of `BEGIN_AT_WEIGHTS` as
+                the parameters.
             low_precision: The weights that the network computes with: the same, but all bf16 or all
                 fp16; none where it computes in fp32.
             accumulators: Tensors that sum gradients of several backward passes, laid out as the
@@ -240,8 +244,7 @@ class TensorTable:
 
     def _addresses(self) -> list[list[int]]:
         """Addresses in the columns from PARAMETER to ACCUMULATOR."""
-        moments = [self.moments.get(kind, []) for kind in MOMENTS]
-        lists = (self.parameters, *moments, self.low_precision, self.accumulators)
+        lists = (self.parameters, *self._moments_by_column(), self.low_precision, self.accumulators)
         none = [0] * len(self.parameters)
         return [list(map(Tensor.data_ptr, tensors)) if tensors else none for tensors in lists]
 
@@ -258,8 +261,15 @@ class TensorTable:
         def own(tensors: list[Tensor]) -> list[Tensor]:
             return [tensors[number] for number in numbers] if tensors else []
 
-        moments = tuple(own(self.moments.get(kind, [])) for kind in MOMENTS)
+        moments = tuple(map(own, self._moments_by_column()))
         return State(own(self.parameters), moments, own(self.low_precision))
+
+    def _moments_by_column(self) -> list[list[Tensor]]:
+        """Moments in the columns from EXP_AVG to EMA; empty where the rule has none."""
+        return [
+            next((self.moments[kind] for kind in kinds if kind in self.moments), [])
+            for kinds in _MOMENTS_OF_COLUMN
+        ]
 
     def _check_lists(self, is_low: list[bool]) -> None:
         self._check_state("parameters", self.parameters, _FULL)

@@ -17,7 +17,7 @@ from mien.kernels.dense_update import dense_update_op
 from mien.kernels.gradient_norm import factors_op
 from mien.kernels.norm_history import new_history
 from mien.kernels.optimize import optimize
-from mien.kernels.optimizer_rules import RULES, Clipping, Rule
+from mien.kernels.optimizer_rules import BEGIN_AT_WEIGHTS, RULES, Clipping, Rule
 from mien.kernels.optimizer_scalars import Scalar, new_scalars
 from mien.kernels.tensor_table import TensorTable, finish_capture
 
@@ -80,7 +80,11 @@ class Model:
         # Near zero, so that fp32 weights do not hide what the step is at a large rate.
         self.parameters = [1e-3 * self.random(shape) for shape in SHAPES]
         self.moments = {
-            kind: [torch.zeros_like(each) for each in self.parameters] for kind in rule.moments
+            kind: [
+                each.clone() if kind in BEGIN_AT_WEIGHTS else torch.zeros_like(each)
+                for each in self.parameters
+            ]
+            for kind in rule.moments
         }
         self.copies = [each.to(copies) for each in self.parameters] if copies else []
         self.history_c = new_history(device, 10) if clipping.kind == "autoclip" else None

@@ -13,7 +13,15 @@ from mien.kernels import optimize as optimize_module
 from mien.kernels.gradient_norm import factors_op, norm_op
 from mien.kernels.norm_history import in_order, load_history, new_history, record_op
 from mien.kernels.optimize import LAUNCHES, _update_op, optimize
-from mien.kernels.optimizer_rules import CLIPPINGS, EMA, RULES, Clipping, Rule
+from mien.kernels.optimizer_rules import (
+    BASE,
+    BEGIN_AT_WEIGHTS,
+    CLIPPINGS,
+    EMA,
+    RULES,
+    Clipping,
+    Rule,
+)
 from mien.kernels.optimizer_scalars import Scalar, new_scalars
 from mien.kernels.scalars_update import scalars_op
 from mien.kernels.tensor_table import TensorTable, finish_capture
@@ -64,7 +72,9 @@ class Model:
                 for each in self.parameters
             ]
         self.moments = {
-            kind: [each.clone() for each in self.parameters] if kind == EMA else self._zeros()
+            kind: [each.clone() for each in self.parameters]
+            if kind in BEGIN_AT_WEIGHTS
+            else self._zeros()
             for kind in rule.moments
         }
         self.copies = [each.to(copies) for each in self.parameters] if copies else []
@@ -150,7 +160,9 @@ def _assert_equals_reference(model, scalars, gradients, *, steps, learning_rate=
     for kind, want in moments.items():
         for a, b in zip(model.moments[kind], want, strict=True):
             # Rounded at each step; a mean is 0.04 at most and may have cancelled: measured 1.3e-9.
-            torch.testing.assert_close(a.double().cpu(), b, rtol=4e-6, atol=6e-9)
+            # A base is as large as a weight: 5.6e-8.
+            atol = 2e-7 if kind == BASE else 6e-9
+            torch.testing.assert_close(a.double().cpu(), b, rtol=4e-6, atol=atol)
 
 
 def _near_zero(shapes, where, **options):
@@ -209,6 +221,47 @@ def test_the_average_follows_the_moved_weights(where, name, decay):
             plain.step(given, scalars)
     assert _equal(plain.parameters, model.parameters)
     assert _equal(plain.copies, model.copies)
+
+
+def test_schedule_free_averages_its_base_by_squared_rates(where):
+    """The average that the weights hold is that of all bases; a rate of 0 and what is left out or
+    only adds up change nothing."""
+    rule = Rule(name="schedule-free", beta_1=0.8, epsilon=1e-2, weight_decay=0.1)
+    model = Model(RAGGED, where, rule=rule, accumulation=2, copies=BF16)
+    scalars = new_scalars(where, learning_rate=0.0)
+    begun = [each.clone() for each in model.parameters]
+    for _part in range(2):
+        model.step(model.gradients(size=0.0), scalars)
+    assert _equal(begun, model.parameters)
+    scalars = new_scalars(where, learning_rate=0.0)
+    parameters, moments = model.doubles()
+    sums, rates = [torch.zeros_like(each) for each in parameters], []
+    for step, rate in enumerate((0.01, 0.02, 0.03, 0.03), 1):
+        scalars[Scalar.LEARNING_RATE] = rate
+        given = model.gradients()
+        for bad in (True, False):
+            for part in range(2):
+                before = [each.clone() for each in model.tensors()]
+                model.step(
+                    [each * math.nan if bad and part == 0 else each for each in given], scalars
+                )
+                is_kept = _equal(before[: len(begun)], model.parameters)
+                assert is_kept == (bad or part == 0)
+        parameters, moments = reference.optimize(
+            parameters, given, moments, rule=rule, learning_rate=rate, step=step, rates=rates
+        )
+        rates.append(rate)
+        sums = [a + rate**2 * b for a, b in zip(sums, moments[BASE], strict=True)]
+        lists = (model.parameters, model.copies, model.moments[BASE], parameters, sums)
+        for weight, copy, base, want, total in zip(*lists, strict=True):
+            # Weights of up to 4.5, which each step rounds by 4.8e-7 at most.
+            torch.testing.assert_close(weight.double().cpu(), want, rtol=0, atol=1e-6 * step)
+            # The interpreter cuts the bits off that a GPU rounds.
+            torch.testing.assert_close(copy.float(), weight, rtol=2**-7, atol=0)
+            average = (weight + (1 / 0.8 - 1) * (weight - base)).double().cpu()
+            expected = total / sum(each**2 for each in rates)
+            torch.testing.assert_close(average, expected, rtol=0, atol=2e-6 * step)
+    assert float(scalars[Scalar.AVERAGE_WEIGHT]) == pytest.approx(sum(each**2 for each in rates))
 
 
 @pytest.mark.parametrize("beta_2", [0.0, 0.6, 0.8, 0.9, 0.99])
