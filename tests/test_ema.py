@@ -1,8 +1,10 @@
 """The average of the weights: kept by the update, saved, and used for all that is shown."""
 
+import dataclasses
 import math
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +15,19 @@ from torch import nn
 from mien.cli import main
 from mien.core import load_model
 from mien.core import precision as precisions
+from mien.core.checkpoint.format import Generation
 from mien.core.checkpoint.inference import read_model
+from mien.core.checkpoint.state import TrainingState
 from mien.core.config import OptimizerConfig, from_dict
 from mien.core.exchange.tensors_export import export_tensors
 from mien.core.faces.synthetic import draw_folder
-from mien.core.optim.averaged import averaged
+from mien.core.optim.averaged import averaged, note_weight_of_average
 from mien.core.optim.optimizer import Update
 from mien.core.optim.overlap import OverlappedUpdate
 from mien.core.preview.previewer import Pictures
 from mien.core.training import checkpointing, memory
+from mien.core.training.resume import restore
+from mien.kernels.optimizer_scalars import Scalar
 
 
 def _layer():
@@ -29,9 +35,12 @@ def _layer():
     return nn.Linear(6, 4)
 
 
-def _update(mode="fp32", ema=0.9, kind=Update, **settings):
-    config = OptimizerConfig(learning_rate=1e-2, **settings)
-    return kind(_layer(), config, precisions.resolve(mode, CPU), ema)
+def _update(mode="fp32", ema=0.9, kind=Update, frozen=(), **settings):
+    config, layer = OptimizerConfig(learning_rate=1e-2, **settings), _layer()
+    for name in frozen:
+        getattr(layer, name).requires_grad_(False)
+    ema = 0.0 if config.optimizer == "schedule-free" else ema
+    return kind(layer, config, precisions.resolve(mode, CPU), ema)
 
 
 def _step(update):
@@ -63,15 +72,92 @@ def test_the_average_is_that_of_the_formula(mode, kind):
         torch.testing.assert_close(average.double(), want, rtol=0, atol=3e-7)
 
 
+@pytest.mark.parametrize("kind", [Update, OverlappedUpdate])
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+def test_schedule_free_averages_its_bases(mode, kind):
+    update, bases = _update(mode, kind=kind, optimizer="schedule-free"), []
+    for _ in range(5):
+        _step(update)
+        bases.append([each.double() for each in update.moments["base"]])
+    for average, *own in zip(update.averages.values(), *bases, strict=True):
+        # Weights below 1, rounded to fp32 at each of 5 steps.
+        torch.testing.assert_close(average.double(), sum(own) / 5, rtol=0, atol=3e-7)
+    assert update.average_weight == pytest.approx(5 * 1e-4)
+
+
+RULES_WITH_AVERAGE = [{"optimizer": "adam"}, {"optimizer": "schedule-free"}]
+"""The first of them with `train.ema`."""
+
+
+@pytest.mark.parametrize("rule", RULES_WITH_AVERAGE, ids=lambda rule: rule["optimizer"])
+def test_an_average_weighs_the_same_without_the_optimizers_state(rule):
+    """A resume goes on with the average and its weight, and schedule-free from the average."""
+    update, state = _update(**rule), TrainingState(trainer="original")
+    for _ in range(5):
+        _step(update)
+    note_weight_of_average(state, update)
+    saved = Generation(
+        name="000000000005",
+        path=Path("m"),
+        model=update.weights(),
+        optimizer=None,
+        ema=update.averages,
+        state=state.to_dict(),
+        config=None,
+    )
+    resumed = _update(**rule)
+    restore(from_dict({}), saved, resumed)
+    assert resumed.average_weight == update.average_weight
+    begun = saved.model if rule["optimizer"] == "adam" else saved.ema
+    for name, average in saved.ema.items():
+        assert torch.equal(resumed.averages[name], average)
+        assert torch.equal(resumed.weights()[name], begun[name])
+    _step(resumed)
+    share = float(resumed.parts[0].scalars[Scalar.AVERAGE_SHARE])
+    assert share == pytest.approx(9 / 16 if rule["optimizer"] == "adam" else 1 / 6)
+    # A state of before has no such part; one that is no number is refused.
+    older, damaged = saved.state | {"parts": {}}, {"parts": {"average": {"weight": -1}}}
+    restore(from_dict({}), dataclasses.replace(saved, state=older), resumed := _update(**rule))
+    assert resumed.average_weight == 0
+    with pytest.raises(ValueError, match=r"parts\.average\.weight must be"):
+        restore(from_dict({}), dataclasses.replace(saved, state=saved.state | damaged), resumed)
+
+
+def test_schedule_free_begins_anew_from_its_average_where_a_layer_is_thawed():
+    update = _update(optimizer="schedule-free", frozen=["bias"])
+    for _ in range(5):
+        _step(update)
+    saved = Generation(
+        name="000000000005",
+        path=Path("m"),
+        model=update.weights(),
+        optimizer=update.tensors(),
+        ema=update.averages,
+        state=TrainingState(trainer="original").to_dict(),
+        config=None,
+    )
+    thawed = _update(optimizer="schedule-free")
+    restore(from_dict({}), saved, thawed)
+    assert thawed.average_weight == 0
+    for name, want in (saved.model | saved.ema).items():
+        assert torch.equal(thawed.weights()[name], want)
+        assert torch.equal(thawed.tensors()[f"{name}.base"], want)
+    # Frozen again it has all of its state.
+    restore(from_dict({}), saved, again := _update(optimizer="schedule-free", frozen=["bias"]))
+    assert all(torch.equal(each, again.tensors()[name]) for name, each in saved.optimizer.items())
+
+
+@pytest.mark.parametrize("rule", RULES_WITH_AVERAGE, ids=lambda rule: rule["optimizer"])
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp16"])
-def test_the_network_gets_its_weights_back(mode):
+def test_the_network_gets_its_weights_back(mode, rule):
     """The same bits, also where what is shown by the average fails; no average, no change."""
-    update = _update(mode)
+    update = _update(mode, **rule)
     for _ in range(3):
         _step(update)
     before = [each.detach().clone() for each in update.parameters]
+    averages = update.averages
     with suppress(OSError), averaged(update):
-        for parameter, average in zip(update.parameters, update.averages.values(), strict=True):
+        for parameter, average in zip(update.parameters, averages.values(), strict=True):
             assert torch.equal(parameter, average.to(parameter.dtype))
         assert not torch.equal(update.parameters[0], before[0])
         raise OSError("no space left")

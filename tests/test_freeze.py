@@ -146,7 +146,12 @@ def test_weights_of_a_checkpoint_are_taken_up_exactly(mode):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"optimizer": "adam", "ada_amsgrad": True}, {"optimizer": "lion"}, {"optimizer": "rms-prop"}],
+    [
+        {"optimizer": "adam", "ada_amsgrad": True},
+        {"optimizer": "lion"},
+        {"optimizer": "rms-prop"},
+        {"optimizer": "schedule-free"},
+    ],
 )
 def test_state_of_a_frozen_parameter_is_carried_along_unchanged(settings):
     step, batch = _step(_original(), **settings)

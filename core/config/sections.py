@@ -228,8 +228,10 @@ class LossConfig(Section):
     """Let the model predict the mask as well."""
 
 
-OPTIMIZERS = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop")
+OPTIMIZERS = ("adabelief", "adam", "adamax", "adamw", "lion", "nadam", "rms-prop", "schedule-free")
 CLIPPINGS = ("autoclip", "global_norm", "norm", "value", "none")
+_LEAST_INTERPOLATION = 0.1
+"""Smallest ada_beta_1 of schedule-free: that of `kernels.optimizer_rules`, which says why."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,7 +239,9 @@ class OptimizerConfig(Section):
     """How the weights are moved."""
 
     optimizer: str = setting("adam", choices=OPTIMIZERS, locked=True)
-    """The rule."""
+    """The rule. schedule-free is AdamW that needs no falling rate: all that is shown, exported and
+    swapped is made of an average of the weights, as with `train.ema`, and of the same memory as
+    adam. It takes a constant schedule, and no amsgrad."""
 
     # faceswap's slider ends at 1e-4; the finder, which tries rates up to 0.1, may find more.
     learning_rate: float = setting(5e-5, low=1e-6, high=1e-2)
@@ -260,7 +264,8 @@ class OptimizerConfig(Section):
 
     # Below 1, which would never take in a gradient.
     ada_beta_1: float = setting(0.9, low=0.0, high=0.999999, locked=True)
-    """Memory of the gradient's mean."""
+    """Memory of the gradient's mean; with schedule-free, from 0.1, the share of the average in the
+    weights at which gradients are taken."""
 
     ada_beta_2: float = setting(0.999, low=0.0, high=0.9999999, locked=True)
     """Memory of the gradient's square; of the mean, with lion."""
@@ -378,7 +383,8 @@ class TrainConfig(Section):
     ema: float = setting(0.0, low=0.0, high=0.999999)
     """Decay of a running average of the weights, 0.999 or so, which previews, held-out scores,
     exports and swaps are then made of; it is kept in fp32, 4 bytes a parameter more. Its decay
-    begins low: of update t it is min(ema, (1 + t) / (10 + t)). 0: no average."""
+    begins low: of update t it is min(ema, (1 + t) / (10 + t)). 0: no average, but that which
+    schedule-free has by itself."""
 
     freeze_weights: bool = setting(False, flag="-f --freeze-weights")
     """Leave some of the model as it is, normally the encoder, and train the rest faster."""
@@ -643,6 +649,31 @@ class Config:
                 "optimizer.clipping_value must be above 0 with optimizer.gradient_clipping "
                 f"{clipping}, got 0.0, with which nothing would move; set a bound, or clipping to "
                 "none"
+            )
+        if self.optimizer.optimizer == "schedule-free":
+            self._refuse_beside_schedule_free()
+
+    def _refuse_beside_schedule_free(self) -> None:
+        """Refuse, by ValueError, what schedule-free has no place for or brings itself."""
+        optimizer, begin = self.optimizer, "optimizer.optimizer is schedule-free, but"
+        if optimizer.schedule != "constant":
+            raise ValueError(
+                f"{begin} optimizer.schedule {optimizer.schedule} lowers the rate, which its "
+                "average is in the place of; set the schedule to constant (a warm-up may stay)"
+            )
+        if optimizer.ada_amsgrad:
+            raise ValueError(
+                f"{begin} optimizer.ada_amsgrad is of adam and adamw alone; set it to false"
+            )
+        if optimizer.ada_beta_1 < _LEAST_INTERPOLATION:
+            raise ValueError(
+                f"{begin} optimizer.ada_beta_1 is {optimizer.ada_beta_1:g}: the average could not "
+                f"be told from the weights; set it to {_LEAST_INTERPOLATION} or more"
+            )
+        if self.train.ema:
+            raise ValueError(
+                f"{begin} train.ema {self.train.ema:g} asks for an average beside its own; set "
+                "train.ema to 0"
             )
 
 

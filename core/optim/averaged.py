@@ -1,8 +1,9 @@
 """The average of the weights in the place of the weights, for what a training shows and measures.
 
-With `train.ema` the update keeps the average of the master weights, in fp32. It is what previews
-and held-out scores are made of, and swaps and exports later: it moves less from step to step than
-the weights, which chase every batch. Statistics of batch norms are those of the training.
+With `train.ema` the update keeps the average of the master weights, in fp32; the weights of
+schedule-free hold one. It is what previews and held-out scores are made of, and swaps and exports
+later: it moves less from step to step than the weights, which chase every batch. Statistics of
+batch norms are those of the training.
 """
 
 from collections.abc import Iterator
@@ -12,13 +13,20 @@ from typing import Literal
 import torch
 
 from ...models.alignment import axes_of, pad
+from ..checkpoint.state import TrainingState
+from ..system import saved_values
 from .optimizer import Update
+from .optimizer_state import MOST
+
+AVERAGE = "average"
+"""Name of the part of a training state that holds the weight of the average."""
 
 
 @contextmanager
 def averaged(update: Update) -> Iterator[Literal["ema", "raw"]]:
     """Have the network compute with the average of its weights inside, where there is one; then
-    with the weights again, to the bit. Which of the two (ema or raw) is handed out.
+    with the weights again, to the bit. Which of the two (ema or raw) is handed out. Inside,
+    `Update.averages` is not to be asked for: that of schedule-free follows from the weights.
 
     Ranks call `Update.gather` before; only the first of them may come here.
     """
@@ -39,3 +47,24 @@ def averaged(update: Update) -> Iterator[Literal["ema", "raw"]]:
             # A copy from memory that is not page-locked may go on after the call, and the next
             # step may be on another stream.
             torch.cuda.synchronize(parameter.device)
+
+
+def note_weight_of_average(state: TrainingState, update: Update) -> None:
+    """Have the state of a save hold what its average weighs, where there is one: a resume without
+    the optimizer's state knows it by that."""
+    state.parts.pop(AVERAGE, None)
+    if update.rule.has_average:
+        state.parts[AVERAGE] = {"weight": update.average_weight}
+
+
+def load_weight_of_average(state: TrainingState, update: Update) -> None:
+    """Have the average weigh what it did when the state was saved; an older state does not tell.
+
+    Raises:
+        ValueError: The state holds no such number.
+    """
+    if AVERAGE in state.parts and update.rule.has_average:
+        prefix = f"parts.{AVERAGE}."
+        saved_values.require_keys(state.parts[AVERAGE], {"weight"}, prefix)
+        weight = saved_values.number(state.parts[AVERAGE], "weight", prefix, low=0, high=MOST)
+        update.load_average_weight(weight)

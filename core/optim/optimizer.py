@@ -8,7 +8,7 @@ other n - 1 out as well. With `optimizer.fused_dense` the gradients of large den
 factors until the update multiplies them.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.norm_history import in_order, load_history, new_history
 from ...kernels.optimize import optimize
-from ...kernels.optimizer_rules import EMA, Clipping, Rule
+from ...kernels.optimizer_rules import BASE, BEGIN_AT_WEIGHTS, EMA, Clipping, Rule
 from ...kernels.optimizer_scalars import Scalar, new_scalars
 from ...kernels.tensor_table import TensorTable
 from ...models.alignment import axes_of, crop, pad
@@ -125,9 +125,18 @@ def _saved_scalars(rule: Rule, accumulation: int) -> dict[str, int]:
     saved = dict(_SAVED)
     if rule.name == "nadam":
         saved["momentum_product"] = Scalar.MOMENTUM_PRODUCT
+    if rule.is_schedule_free:
+        saved["average_weight"] = Scalar.AVERAGE_WEIGHT
     if accumulation > 1:
         saved["accumulated"] = Scalar.ACCUMULATED_GRADIENTS
     return saved
+
+
+def _thawed(
+    tensors: Mapping[str, Tensor], names: Iterable[str], kinds: Collection[str]
+) -> list[str]:
+    """Those of these parameters of which a checkpoint's optimizer has no moment of any kind."""
+    return [name for name in names if not any(f"{name}.{kind}" in tensors for kind in kinds)]
 
 
 def _completed(
@@ -141,7 +150,8 @@ def _completed(
     A parameter of which there is nothing was frozen until now, and begins at zero. Then the count
     of steps begins anew for all, for Adam's correction of young means needs it: with the old count
     the first steps of such a parameter would be several times the rate. The others take shorter
-    steps for some hundred iterations.
+    steps for some hundred iterations. The average of schedule-free begins anew for all, too, or the
+    past would bind such a parameter to where it was.
 
     What was accumulated goes on, if all of it is there and there is still accumulation.
 
@@ -154,11 +164,11 @@ def _completed(
     moments = [kind for kind in kinds if kind != "accumulator"]
     thawed = {
         f"{name}.{kind}": _zeros_like(own[f"{name}.{kind}"])
-        for name in names
-        if not any(f"{name}.{kind}" in tensors for kind in moments)
+        for name in _thawed(tensors, names, moments)
         for kind in moments
     }
-    fresh = {name: own[name] for name in (*_COUNTS, "momentum_product") if name in own and thawed}
+    begun_anew = (*_COUNTS, "momentum_product", "average_weight")
+    fresh = {name: own[name] for name in begun_anew if name in own and thawed}
     completed = thawed | dict(tensors) | fresh
     if any(f"{name}.accumulator" not in completed for name in names):
         begun = {f"{name}.accumulator" for name in names} | {"accumulated"}
@@ -251,9 +261,10 @@ class Update:
         self.accumulators = _zeros(self.parameters) if self.accumulation > 1 else []
 
     def _begin_averages(self) -> None:
-        """Have the averages, where they are kept, be the weights as they are now."""
-        if self.rule.ema:
-            torch._foreach_copy_(self.moments[EMA], self.master_weights)
+        """Have what is averaged of the weights begin at the weights as they are now."""
+        for kind in BEGIN_AT_WEIGHTS:
+            if kind in self.moments:
+                torch._foreach_copy_(self.moments[kind], self.master_weights)
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) loss, one of each parameter; or keep
@@ -315,12 +326,30 @@ class Update:
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """Averages of the weights that are trained, as a checkpoint holds them; empty: none."""
+        """Averages of the weights that are trained, as a checkpoint holds them; empty: none. Those
+        of schedule-free are computed from what it keeps, and lie on the host."""
         self._settle()
-        return self._cropped(self._whole(EMA)) if self.rule.ema else {}
+        if not self.rule.is_schedule_free:
+            return self._cropped(self._whole(EMA)) if self.rule.ema else {}
+        ahead = 1 / self.rule.beta_1 - 1
+        pairs = zip(self._whole("weight"), self._whole(BASE), strict=True)
+        # One after the other: the GPU may have no room for the weights a second time.
+        averages = [weight.cpu() + ahead * (weight.cpu() - base.cpu()) for weight, base in pairs]
+        return self._cropped(averages)
+
+    @property
+    def average_weight(self) -> float:
+        """Weight of what the averages hold, see `Scalar`; read from the device."""
+        return float(_furthest_scalars(self.parts)[Scalar.AVERAGE_WEIGHT])
+
+    def load_average_weight(self, weight: float) -> None:
+        """Take up what `average_weight` gave."""
+        for part in self.parts:
+            part.scalars[Scalar.AVERAGE_WEIGHT] = weight
 
     def load_averages(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `averages` gave; one that is missing stays as it is.
+        """Take up what `averages` gave; one that is missing stays as it is. Those of schedule-free
+        are in the weights already.
 
         Raises:
             ValueError: A tensor has another shape or number format, or holds NaN or infinity.
@@ -337,7 +366,7 @@ class Update:
         return state | self._whole_shapes() | self.frozen.weights
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `weights` gave; averages begin there.
+        """Take up what `weights` gave; averages, and the base of schedule-free, begin there.
 
         Raises:
             ValueError: A tensor is missing, unknown, or of another shape or number format.
@@ -368,13 +397,19 @@ class Update:
             state["history"] = in_order(self.history_c, scalars)
         return state | self.frozen.state
 
-    def _expected(self) -> dict[str, Tensor]:
-        """Tensors of the names, shapes and formats that `tensors` gives; not all have memory."""
+    def _expected(self, kinds: Collection[str]) -> dict[str, Tensor]:
+        """Tensors of the names, shapes and formats that `tensors` gives, with these kinds; not all
+        have memory."""
         scalars = _furthest_scalars(self.parts)
         state = {name: scalars[index] for name, index in self._saved.items()}
-        for kind in self._kinds:
+        for kind in kinds:
             state |= {f"{name}.{kind}": like for name, like in self._whole_shapes().items()}
         return state if self.history_c is None else state | {"history": self.history_c}
+
+    def begins_anew(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the base of schedule-free is not to be had of what `tensors` gave, but begins at
+        the weights: a parameter was frozen until now, or, of no tensors, none were saved."""
+        return self.rule.is_schedule_free and bool(_thawed(tensors, self.names, self.rule.moments))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave, as `_completed` says; the settings stay as configured now.
@@ -383,9 +418,12 @@ class Update:
             ValueError: A tensor is missing, has another shape or number format, or holds a number
                 that no optimizer does.
         """
+        kinds = self._kinds
+        if self.begins_anew(tensors):
+            kinds.remove(BASE)  # it is that of the weights
         # What was saved may be a stranger's.
-        own = self._expected()
-        tensors = _completed(tensors, own, self.names, self._kinds)
+        own = self._expected(kinds)
+        tensors = _completed(tensors, own, self.names, kinds)
         history = tensors.get("history")
         for name, tensor in own.items():
             # Without a history autoclip begins with an empty one, as where the clipping is new. Of
@@ -398,8 +436,10 @@ class Update:
             if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
                 for part in self.parts:
                     part.scalars[index] = tensors[name].to(part.scalars)
+        if self.rule.ema:
+            self.load_average_weight(float(tensors["step"]))
         self._settle()
-        for kind in self._kinds:
+        for kind in kinds:
             for number, name in enumerate(self.names):
                 self._take(kind, number, self._padded(name, tensors[f"{name}.{kind}"]))
         if self.history_c is not None and history is not None:

@@ -10,7 +10,9 @@ from ...kernels.scalars_update import GROWTH_INTERVAL
 # The loss is multiplied by the scale, and the gradient divided by it.
 _ABOVE_ZERO = math.ulp(0.0)
 _LARGEST_SCALE = 2.0**127  # of fp32
-_MOST = 1e12  # steps, gradients: what no run reaches
+MOST = 1e12
+"""Most steps, gradients, or squared rates: what no run reaches."""
+
 _LARGEST = torch.finfo(torch.float32).max
 _RANGES = {
     "mean": (-_LARGEST, _LARGEST),
@@ -18,14 +20,16 @@ _RANGES = {
     "square": (0.0, _LARGEST),
     "largest": (0.0, _LARGEST),
     "ema": (-_LARGEST, _LARGEST),
-    "step": (0.0, _MOST),
+    "base": (-_LARGEST, _LARGEST),
+    "step": (0.0, MOST),
     # Adam divides by one less this; at 1 only before the first step.
     "beta_1_power": (0.0, 1.0),
     "beta_2_power": (0.0, 1.0),
     "momentum_product": (0.0, 1.0),
     "scale": (_ABOVE_ZERO, _LARGEST_SCALE),
     "good_steps": (0.0, GROWTH_INTERVAL),
-    "accumulated": (0.0, _MOST),
+    "accumulated": (0.0, MOST),
+    "average_weight": (0.0, MOST),
     "history": (0.0, math.inf),
 }
 """Lowest and highest number, by the last part of the name. An accumulator holds any: its step is

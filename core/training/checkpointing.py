@@ -11,7 +11,7 @@ from ..console.requests import Request, Requests
 from ..distribute.council import Call
 from ..evaluate import evaluate as evaluations
 from ..evaluate.evaluate import evaluate, measured_at
-from ..optim.averaged import averaged
+from ..optim.averaged import averaged, note_weight_of_average
 from ..preview.look import Look
 from .gathering import gather
 from .metrics import MetricsLogger
@@ -159,6 +159,7 @@ class Checkpointer:
         self._evaluate()
         # Last of all, so that the save knows of the measurement just made.
         state.parts |= self.parts()
+        note_weight_of_average(state, self.setup.step.update)
         saving_at = time.monotonic()
         self._queue(is_best, with_optimizer, with_snapshot)
         # The save is reported when it is on the disk, by then the mean is of other iterations.

@@ -8,6 +8,7 @@ from ..checkpoint.format import Generation
 from ..checkpoint.state import TrainingState
 from ..config import Config, model_settings
 from ..evaluate.evaluate import measured_at
+from ..optim.averaged import load_weight_of_average
 from ..optim.lr_schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS
 from ..optim.optimizer import Update, check_weights
 from . import divergence
@@ -39,11 +40,16 @@ def restore(config: Config, saved: Generation | None, update: Update) -> Trainin
     if saved is None:
         return TrainingState(trainer=config.model.trainer)
     with _naming(saved):
-        update.load_weights(saved.model)
+        averages = saved.ema or {}
+        # Without its base schedule-free goes on from the average, which is better than the weights.
+        begins_anew = update.begins_anew(saved.optimizer or {})
+        update.load_weights(saved.model | averages if begins_anew else saved.model)
         if saved.optimizer is not None:
             update.load(saved.optimizer)
-        update.load_averages(saved.ema or {})
+        update.load_averages(averages)
     state = TrainingState.from_dict(saved.state)
+    if saved.optimizer is None:
+        load_weight_of_average(state, update)
     measured_at(state)  # what is not valid is refused now, and not at the first save
     return state
 
