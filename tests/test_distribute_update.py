@@ -109,6 +109,8 @@ CASES += [
     ("bf16", {"ada_amsgrad": True}, False),
     ("bf16", {"ema": 0.3}, False),
     ("fp32", {"ema": 0.3, "optimizer": "lion"}, True),
+    ("fp32", {"optimizer": "schedule-free"}, False),
+    ("bf16", {"optimizer": "schedule-free"}, True),
 ]
 IDS = [f"{mode} {' '.join(map(str, s.values()))}{' overlap' * o}" for mode, s, o in CASES]
 
@@ -130,6 +132,7 @@ def _run(group, case, kind=None, poisoned=None):
 
 RESUMED = [
     ("bf16", {"ema": 0.3}),
+    ("bf16", {"optimizer": "schedule-free"}),
     ("fp32", {"gradient_accumulation": 3}),
     ("fp16", {"reduce": "fp32"}),
     ("fp32", {"gradient_clipping": "autoclip", "autoclip_history": 3}),

@@ -88,6 +88,7 @@ def test_parameters_and_batches_are_counted_as_they_are_kept():
         ("rms-prop", False, 1),
         ("adamax", True, 2),
         ("adabelief", True, 2),
+        ("schedule-free", False, 2),
         ("adamw", True, 3),
     ],
 )

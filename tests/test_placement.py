@@ -31,6 +31,7 @@ STATES = [
     {"optimizer": "adam"},
     {"optimizer": "adamw", "ada_amsgrad": True, "gradient_accumulation": 3},
     {"optimizer": "lion", "gradient_clipping": "autoclip", "autoclip_history": 3},
+    {"optimizer": "schedule-free"},
 ]
 
 

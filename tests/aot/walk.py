@@ -38,7 +38,7 @@ from mien.core.training.build import build_step, has_aligned_channels
 from mien.kernels import dispatch
 from mien.kernels.augment import empty
 from mien.kernels.face_loss import LAUNCHES as OF_CUDA
-from mien.kernels.optimizer_rules import CLIPPINGS, RULES
+from mien.kernels.optimizer_rules import CLIPPINGS, RULES, SCHEDULE_FREE
 from mien.models.alignment import MULTIPLE
 
 Settings = dict[str, Any]
@@ -207,6 +207,8 @@ def _optimizer_changes() -> Iterator[Settings]:
 def _averaging() -> Iterator[Settings]:
     """What changes the kernels that keep an average of the weights."""
     for rule in _rules():
+        if rule["optimizer"] == SCHEDULE_FREE:
+            continue  # which has one by itself
         yield {**EMA, "precision": {"mode": "bf16"}, "optimizer": rule}
     for mode in ("fp16", "fp32"):
         yield {**EMA, "precision": {"mode": mode}}
