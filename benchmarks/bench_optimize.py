@@ -3,7 +3,7 @@
 Each variant does the same work: the norm of the gradients, the step of the fp32 weights and, where
 the gradients have 16 bits, a copy of the weights in that type, for which PyTorch's need fp32
 gradients first. A model's state is larger than any cache. Adam is measured on every model, the
-other rules on the first; of lion and adabelief PyTorch has none.
+other rules on the first; of lion, adabelief and schedule-free PyTorch has none.
 """
 
 from collections.abc import Callable, Iterator

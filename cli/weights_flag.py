@@ -9,6 +9,6 @@ def add_weights(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> No
         "--weights",
         choices=("auto", "ema", "raw"),
         default="auto",
-        help="the average that train.ema keeps, the weights of the training themselves, or the "
-        "average where there is one (default: auto)",
+        help="the average that train.ema or schedule-free keeps, the weights of the training "
+        "themselves, or the average where there is one (default: auto)",
     )

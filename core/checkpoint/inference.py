@@ -142,7 +142,8 @@ def read_model(
         ) from damage
     if weights == "ema" and EMA not in manifest.files:
         raise ValueError(
-            f"{source} has no average of the weights, which train.ema keeps; ask for raw weights"
+            f"{source} has no average of the weights, which train.ema or the optimizer "
+            "schedule-free keeps; ask for raw weights"
         )
     if values is None:
         raise ValueError(f"{source} holds no config.toml, so its settings are unknown")

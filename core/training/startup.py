@@ -73,13 +73,20 @@ def start_report(
         "augment": _augmentation(config),
         "optimizer": _optimizer(config.optimizer, setup.schedule),
         "precision": f"{setup.precision.name} ({setup.precision.why})",
-        "EMA": f"of the weights, decay {config.train.ema:g}" if config.train.ema else "off",
+        "EMA": _average(config),
         "saves": _saves(config),
         **_lines_of_parts(setup, faces, fields, chosen.engine_why),
         **({"loaded": chosen.loaded} if chosen.loaded else {}),
     }
     names = ["changed", *[""] * len(changes)]
     return fields, [*lines.items(), *zip(names, map(str, changes), strict=False)]
+
+
+def _average(config: Config) -> str:
+    """The average of the weights that is shown and exported."""
+    if config.optimizer.optimizer == "schedule-free":
+        return "off, but schedule-free averages the weights by itself"
+    return f"of the weights, decay {config.train.ema:g}" if config.train.ema else "off"
 
 
 def _change_by_auto(setup: TrainingSetup, batch: BatchSize) -> Iterator[Change]:
