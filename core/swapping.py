@@ -96,8 +96,8 @@ def load_model(
         generation: Name of a save of the folder, or `backup`; None: the newest.
         device: Device on which it is to compute.
         weights: Weights of a folder's save: of the training (raw), their average (ema), which
-            `train.ema` keeps, or that where there is one (auto). A file has those that it was made
-            with.
+            `train.ema` or schedule-free keeps, or that where there is one (auto). A file has those
+            that it was made with.
 
     Raises:
         ValueError: There is no model, it is damaged, or it does not fit its own settings; one line

@@ -239,9 +239,9 @@ class OptimizerConfig(Section):
     """How the weights are moved."""
 
     optimizer: str = setting("adam", choices=OPTIMIZERS, locked=True)
-    """The rule. schedule-free is AdamW that needs no falling rate: all that is shown, exported and
-    swapped is made of an average of the weights, as with `train.ema`, and of the same memory as
-    adam. It takes a constant schedule, and no amsgrad."""
+    """The rule. schedule-free is adamw with an average of the weights in the place of a falling
+    rate, of which all is made that is shown, exported and swapped; in the memory of adam. Not with
+    another schedule than constant, nor with ada_amsgrad or train.ema."""
 
     # faceswap's slider ends at 1e-4; the finder, which tries rates up to 0.1, may find more.
     learning_rate: float = setting(5e-5, low=1e-6, high=1e-2)

@@ -8,18 +8,27 @@ batch norms are those of the training.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
 
+from ...kernels.optimizer_scalars import Scalar
 from ...models.alignment import axes_of, pad
+from ...models.fields import setting
 from ..checkpoint.state import TrainingState
-from ..system import saved_values
-from .optimizer import Update
+from .optimizer import Update, average_weight
 from .optimizer_state import MOST
 
 AVERAGE = "average"
 """Name of the part of a training state that holds the weight of the average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Saved:
+    """Saved weight of what the average holds, see `Scalar`."""
+
+    weight: float = setting(0.0, low=0, high=MOST)
 
 
 @contextmanager
@@ -54,7 +63,7 @@ def note_weight_of_average(state: TrainingState, update: Update) -> None:
     the optimizer's state knows it by that."""
     state.parts.pop(AVERAGE, None)
     if update.rule.has_average:
-        state.parts[AVERAGE] = {"weight": update.average_weight}
+        state.parts[AVERAGE] = asdict(_Saved(weight=average_weight(update)))
 
 
 def load_weight_of_average(state: TrainingState, update: Update) -> None:
@@ -63,8 +72,7 @@ def load_weight_of_average(state: TrainingState, update: Update) -> None:
     Raises:
         ValueError: The state holds no such number.
     """
-    if AVERAGE in state.parts and update.rule.has_average:
-        prefix = f"parts.{AVERAGE}."
-        saved_values.require_keys(state.parts[AVERAGE], {"weight"}, prefix)
-        weight = saved_values.number(state.parts[AVERAGE], "weight", prefix, low=0, high=MOST)
-        update.load_average_weight(weight)
+    saved = state.part(AVERAGE, _Saved)
+    if saved and update.rule.has_average:
+        for part in update.parts:
+            part.scalars[Scalar.AVERAGE_WEIGHT] = saved.weight

@@ -135,7 +135,7 @@ def _saved_scalars(rule: Rule, accumulation: int) -> dict[str, int]:
 def _thawed(
     tensors: Mapping[str, Tensor], names: Iterable[str], kinds: Collection[str]
 ) -> list[str]:
-    """Those of these parameters of which a checkpoint's optimizer has no moment of any kind."""
+    """Parameters among these of which a checkpoint's optimizer has no moment of any kind."""
     return [name for name in names if not any(f"{name}.{kind}" in tensors for kind in kinds)]
 
 
@@ -193,6 +193,31 @@ def _furthest_scalars(parts: Sequence[Part]) -> Tensor:
     scalars_pc = torch.stack([part.scalars for part in parts])
     furthest = scalars_pc[:, Scalar.STEP].argmax(0, keepdim=True)
     return scalars_pc.index_select(0, furthest)[0]
+
+
+def _load_scalars(
+    scalars: Tensor,
+    tensors: Mapping[str, Tensor],
+    saved: Mapping[str, int],
+    rule: Rule,
+    precision: Precision,
+) -> None:
+    """Take the scalars up that a checkpoint's optimizer holds; ``saved``: their places by name."""
+    for name, index in saved.items():
+        # A scale of 1 was saved by a run that scaled nothing: fp16 begins with its own.
+        is_scale = name in ("scale", "good_steps")
+        if not is_scale or (precision.scales_loss and float(tensors["scale"]) > 1):
+            scalars[index] = tensors[name].to(scalars)
+    if rule.ema:
+        scalars[Scalar.AVERAGE_WEIGHT] = tensors["step"].to(scalars)
+
+
+def _averages(weights: list[Tensor], bases: list[Tensor], rule: Rule) -> list[Tensor]:
+    """Averages that the weights of schedule-free hold, on the host."""
+    ahead = 1 / rule.beta_1 - 1
+    # One after the other: the GPU may have no room for the weights a second time.
+    pairs = ((weight.cpu(), base.cpu()) for weight, base in zip(weights, bases, strict=True))
+    return [weight + ahead * (weight - base) for weight, base in pairs]
 
 
 class Update:
@@ -262,9 +287,8 @@ class Update:
 
     def _begin_averages(self) -> None:
         """Have what is averaged of the weights begin at the weights as they are now."""
-        for kind in BEGIN_AT_WEIGHTS:
-            if kind in self.moments:
-                torch._foreach_copy_(self.moments[kind], self.master_weights)
+        for kind in self.moments.keys() & BEGIN_AT_WEIGHTS:
+            torch._foreach_copy_(self.moments[kind], self.master_weights)
 
     def __call__(self, gradients: Sequence[Tensor]) -> None:
         """Move the weights by the gradients of the (scaled) loss, one of each parameter; or keep
@@ -326,30 +350,14 @@ class Update:
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """Averages of the weights that are trained, as a checkpoint holds them; empty: none. Those
-        of schedule-free are computed from what it keeps, and lie on the host."""
+        """Averages of the weights that are trained, as a checkpoint holds them; empty: none."""
         self._settle()
-        if not self.rule.is_schedule_free:
-            return self._cropped(self._whole(EMA)) if self.rule.ema else {}
-        ahead = 1 / self.rule.beta_1 - 1
-        pairs = zip(self._whole("weight"), self._whole(BASE), strict=True)
-        # One after the other: the GPU may have no room for the weights a second time.
-        averages = [weight.cpu() + ahead * (weight.cpu() - base.cpu()) for weight, base in pairs]
-        return self._cropped(averages)
-
-    @property
-    def average_weight(self) -> float:
-        """Weight of what the averages hold, see `Scalar`; read from the device."""
-        return float(_furthest_scalars(self.parts)[Scalar.AVERAGE_WEIGHT])
-
-    def load_average_weight(self, weight: float) -> None:
-        """Take up what `average_weight` gave."""
-        for part in self.parts:
-            part.scalars[Scalar.AVERAGE_WEIGHT] = weight
+        if self.rule.is_schedule_free:
+            return self._cropped(_averages(self._whole("weight"), self._whole(BASE), self.rule))
+        return self._cropped(self._whole(EMA)) if self.rule.ema else {}
 
     def load_averages(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `averages` gave; one that is missing stays as it is. Those of schedule-free
-        are in the weights already.
+        """Take up what `averages` gave, where they are kept; one that is missing stays as it is.
 
         Raises:
             ValueError: A tensor has another shape or number format, or holds NaN or infinity.
@@ -398,18 +406,12 @@ class Update:
         return state | self.frozen.state
 
     def _expected(self, kinds: Collection[str]) -> dict[str, Tensor]:
-        """Tensors of the names, shapes and formats that `tensors` gives, with these kinds; not all
-        have memory."""
+        """Names, shapes and formats of what `tensors` gives of these kinds; not all have memory."""
         scalars = _furthest_scalars(self.parts)
         state = {name: scalars[index] for name, index in self._saved.items()}
         for kind in kinds:
             state |= {f"{name}.{kind}": like for name, like in self._whole_shapes().items()}
         return state if self.history_c is None else state | {"history": self.history_c}
-
-    def begins_anew(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the base of schedule-free is not to be had of what `tensors` gave, but begins at
-        the weights: a parameter was frozen until now, or, of no tensors, none were saved."""
-        return self.rule.is_schedule_free and bool(_thawed(tensors, self.names, self.rule.moments))
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave, as `_completed` says; the settings stay as configured now.
@@ -418,9 +420,8 @@ class Update:
             ValueError: A tensor is missing, has another shape or number format, or holds a number
                 that no optimizer does.
         """
-        kinds = self._kinds
-        if self.begins_anew(tensors):
-            kinds.remove(BASE)  # it is that of the weights
+        # A base that is not there is that of the weights.
+        kinds = [kind for kind in self._kinds if kind != BASE or not begins_anew(self, tensors)]
         # What was saved may be a stranger's.
         own = self._expected(kinds)
         tensors = _completed(tensors, own, self.names, kinds)
@@ -430,14 +431,8 @@ class Update:
             # one that is there it takes as many of the newest norms as it has room for.
             if name != "history" or history is not None:
                 optimizer_state.check(name, tensors.get(name), tensor)
-        for name, index in self._saved.items():
-            # A scale of 1 was saved by a run that scaled nothing: fp16 begins with its own.
-            is_scale = name in ("scale", "good_steps")
-            if not is_scale or (self.precision.scales_loss and float(tensors["scale"]) > 1):
-                for part in self.parts:
-                    part.scalars[index] = tensors[name].to(part.scalars)
-        if self.rule.ema:
-            self.load_average_weight(float(tensors["step"]))
+        for part in self.parts:
+            _load_scalars(part.scalars, tensors, self._saved, self.rule, self.precision)
         self._settle()
         for kind in kinds:
             for number, name in enumerate(self.names):
@@ -525,3 +520,15 @@ class Update:
 
     def _padded(self, name: str, tensor: Tensor) -> Tensor:
         return pad(tensor, axes_of(self.parameters[self.names.index(name)]))
+
+
+def begins_anew(update: Update, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the base of schedule-free begins at the weights, since it is not among what
+    `Update.tensors` gave: a parameter was frozen until now, or no tensors were saved."""
+    rule = update.rule
+    return rule.is_schedule_free and bool(_thawed(tensors, update.names, rule.moments))
+
+
+def average_weight(update: Update) -> float:
+    """Weight of what the averages hold, see `Scalar`; read from the device."""
+    return float(_furthest_scalars(update.parts)[Scalar.AVERAGE_WEIGHT])

@@ -10,7 +10,7 @@ from ..config import Config, model_settings
 from ..evaluate.evaluate import measured_at
 from ..optim.averaged import load_weight_of_average
 from ..optim.lr_schedule import ROLLBACK, SCHEDULE, SCHEDULE_SETTINGS
-from ..optim.optimizer import Update, check_weights
+from ..optim.optimizer import Update, begins_anew, check_weights
 from . import divergence
 from . import recipe_progress as stages
 from .recipe_progress import RecipeProgress
@@ -42,8 +42,8 @@ def restore(config: Config, saved: Generation | None, update: Update) -> Trainin
     with _naming(saved):
         averages = saved.ema or {}
         # Without its base schedule-free goes on from the average, which is better than the weights.
-        begins_anew = update.begins_anew(saved.optimizer or {})
-        update.load_weights(saved.model | averages if begins_anew else saved.model)
+        is_without_base = begins_anew(update, saved.optimizer or {})
+        update.load_weights(saved.model | averages if is_without_base else saved.model)
         if saved.optimizer is not None:
             update.load(saved.optimizer)
         update.load_averages(averages)
