@@ -327,6 +327,23 @@ def test_an_average_that_ends_or_begins_is_told(sides, model_dir, tmp_path, caps
     )
 
 
+def test_a_run_by_schedule_free_saves_its_average_and_goes_on_without_its_state(
+    sides, tmp_path, capsys
+):
+    settings = ("optimizer.optimizer=schedule-free", "save.save_optimizer=never")
+    words = [word for each in settings for word in ("--set", each)]
+    for number in (1, 2):
+        assert _train(sides, tmp_path / "m", "-i", "1", *words) == 0
+        assert "but schedule-free averages the weights by itself" in capsys.readouterr().out
+        source, state, _, average, weights = read_model(tmp_path / "m")
+        assert weights == "ema"
+        # Both steps have the same rate, and the second has no state to begin with.
+        assert state["parts"]["average"] == {"weight": pytest.approx(number * 5e-5**2)}
+        assert not (source / "optimizer.safetensors").exists()
+        raw = saved_tensors(tmp_path / "m")
+        assert all(torch.equal(raw[name], each) for name, each in average.items()) is (number == 1)
+
+
 @pytest.mark.parametrize(("placement", "num_ranks"), [("gpu", 1), ("host", 1), ("gpu", 4)])
 def test_the_memory_of_the_average_is_counted(placement, num_ranks):
     def parts(ema):
