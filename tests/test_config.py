@@ -74,6 +74,22 @@ def test_refusals(values, message):
         settings.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("optimizer", {"schedule": "cosine"}, "optimizer.schedule cosine lowers the rate, which"),
+        ("optimizer", {"ada_amsgrad": True}, "optimizer.ada_amsgrad is of adam and adamw alone"),
+        ("optimizer", {"ada_beta_1": 0.05}, "optimizer.ada_beta_1 is 0.05: the average could not"),
+        ("train", {"ema": 0.9}, "train.ema 0.9 asks for an average beside its own; set train.ema"),
+    ],
+)
+def test_refusals_beside_schedule_free(section, values, message):
+    chosen = {"optimizer": {"optimizer": "schedule-free", "warmup_steps": 10}}
+    settings.from_dict(chosen)
+    with pytest.raises(ValueError, match=f"^optimizer.optimizer is schedule-free, but {message}"):
+        settings.from_dict(settings.merge(chosen, {section: values}))
+
+
 def _printed(capsys, *words):
     assert main(["train", *words, "--print-config"]) == 0
     return tomllib.loads(capsys.readouterr().out)

@@ -771,7 +771,20 @@ TENSOR_REFUSALS = [
     ("gradients", 2, lambda each: each.to("meta"), "must be on .*, got meta"),
 ]
 SETTING_REFUSALS = [
-    (Rule, {"name": "adma"}, "rule must be one of adabelief, adam, .*, rms-prop, got 'adma'"),
+    (Rule, {"name": "adma"}, "rule must be one of adabelief, adam, .*, schedule-free, got 'adma'"),
+    (
+        Rule,
+        {"name": "schedule-free", "beta_1": 0.09},
+        "beta_1 of schedule-free must be 0.1 or more, got 0.09",
+    ),
+    *(
+        (
+            Rule,
+            {"name": "schedule-free", name: value},
+            "schedule-free has neither amsgrad nor an average beside its own",
+        )
+        for name, value in (("amsgrad", True), ("ema", 0.9))
+    ),
     (Rule, {"name": "adam", "beta_1": 1.0}, "beta_1 must be 0 to below 1, got 1.0"),
     (Rule, {"name": "adam", "beta_2": math.nan}, "beta_2 must be 0 to below 1, got nan"),
     (
