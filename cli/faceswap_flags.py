@@ -52,4 +52,4 @@ def translated_flags(args: argparse.Namespace) -> tuple[dict[str, dict[str, Any]
         meant, told = _STRATEGIES[args.distribution_strategy]
         values = values | meant
         report.append(f"--distribution-strategy {args.distribution_strategy}: {told}")
-    return values, report
+    return {section: dict(table) for section, table in values.items()}, report

@@ -33,9 +33,9 @@ def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe
     layers = [chosen.settings for chosen in (preset, recipe) if chosen]
     above_file = [settings.parse_assignment(text) for text in getattr(args, "set", [])]
     flags, notices = translated_flags(args)
-    specs = [spec for spec in settings.all_settings() if spec.full_name in args]
-    by_flag = {spec.place: getattr(args, spec.full_name) for spec in specs}
-    flags = settings.merge(flags, settings.nested(by_flag))
+    for spec in settings.all_settings():
+        if spec.full_name in args:
+            flags.setdefault(spec.section, {})[spec.name] = getattr(args, spec.full_name)
     if "configfile" in args:
         others = settings.merge(*layers, *above_file, flags)
         read, report = read_settings(args.configfile, others)
