@@ -86,16 +86,24 @@ def test_a_run_goes_on_with_any_number_of_ranks_and_one_of_them_writes(
 def test_a_stop_of_any_rank_is_one_save_and_the_end_of_all(stopped, sides, tmp_path):
     model_dir = tmp_path / "model"
     started = ranks.train(2, _words(sides, model_dir, 100_000), tmp_path)
-    started[0].wait_for("[#00002]")
-    # All take a change of a setting before, at one iteration; they cannot pause.
-    for request, answer in (("pause", "cannot pause"), ("augment.warp=false", "saves  ")):
+
+    def ask(request, answer):
         leave_request(model_dir, started[0].pid, request)
         started[0].out = ""
         os.kill(started[0].pid, signal.SIGRTMIN)
         started[0].wait_for(answer)
+
+    started[0].wait_for("[#00002]")
+    # All pause before and go on, and take a change of a setting at one iteration.
+    ask("pause", "Paused at")
+    ask("resume", "saves  ")
+    ask("augment.warp=false", "saves  ")
     assert "Changed augment.warp from True to False" in started[0].out
-    started[0].out = ""
-    started[0].wait_for("Saved iteration ")
+    if stopped:
+        ask("pause", "Paused at")
+    else:
+        started[0].out = ""
+        started[0].wait_for("Saved iteration ")
     os.kill(started[stopped].pid, signal.SIGTERM)
     assert ranks.wait_all(started) == [4, 4]
     iterations = _state(tmp_path / "model")["iterations"]

@@ -254,7 +254,7 @@ def test_arrows_and_function_keys_are_no_letters():
 
 def test_no_menu_opens_where_it_could_not_be_seen():
     requests = Requests()
-    requests.begin_session(None, can_pause=True)
+    requests.begin_session(None, can_suspend=True)
     requests.press("c\r")
     assert (requests.take_changes(), requests.stop.signal_name) == ([], "Enter")
 
@@ -341,7 +341,7 @@ def test_a_pause_is_ended_by_keys_of_its_own_and_ctrl_z_stops_at_once_where_none
         assert requests.take_left_in_pause() == ["augment.flip=false"], "made when it goes on"
         os.kill(os.getpid(), signal.SIGTSTP)
         assert (len(stopped), requests.take()) == (1, set())
-        requests.begin_session(None, can_pause=True)
+        requests.begin_session(None, can_suspend=True)
         os.kill(os.getpid(), signal.SIGTSTP)
         assert (len(stopped), requests.take()) == (1, {"pause"})
         os.kill(os.getpid(), signal.SIGTSTP)

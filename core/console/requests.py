@@ -93,8 +93,8 @@ class Requests:
         self.menu: SettingsMenu | None = None
         """Menu of the settings of the present session; None where it could not be shown."""
 
-        self._can_pause = False
-        """Whether training can be paused now; else Ctrl-Z stops the process at once."""
+        self._can_suspend = False
+        """Whether Ctrl-Z pauses training now; else it stops the process at once."""
 
         self._is_paused = False
         """Whether training is paused, or about to be."""
@@ -132,14 +132,14 @@ class Requests:
         """Whether the terminal's keys come here."""
         return self._keyboard is not None
 
-    def begin_session(self, menu: SettingsMenu | None, *, can_pause: bool) -> None:
+    def begin_session(self, menu: SettingsMenu | None, *, can_suspend: bool) -> None:
         """Take requests for a session.
 
         Args:
             menu: Menu of its settings; None where that could not be shown.
-            can_pause: Whether it can be paused.
+            can_suspend: Whether Ctrl-Z pauses it.
         """
-        self.menu, self._can_pause, self._is_paused = menu, can_pause, False
+        self.menu, self._can_suspend, self._is_paused = menu, can_suspend, False
         # Of a pause that the session before did not come to, since it had gone back to a save.
         self.is_suspended &= "pause" in self._pending
 
@@ -230,7 +230,7 @@ class Requests:
 
     def _suspend(self, _number: int, _frame: FrameType | None) -> None:
         # A second one does not wait for the save, and where nothing is trained there is none.
-        if self._is_paused or self.is_suspended or not self._can_pause:
+        if self._is_paused or self.is_suspended or not self._can_suspend:
             self._stop_here()
         else:
             self.is_suspended = True

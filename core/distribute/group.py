@@ -33,6 +33,9 @@ _PATIENCE = timedelta(minutes=30)
 _CLOSING_S = 10.0
 """Seconds for the ranks to take leave of one another."""
 
+_LOOK_S = 0.5
+"""Seconds between two looks for an announcement: how late it is heard. Chosen."""
+
 # By their names since PyTorch 2.13, which warns of the ones before.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -60,6 +63,7 @@ class Group:
         """Whether another rank is lost, so that no connection can be left in order."""
 
         self._gpus: dist.ProcessGroup | None = None
+        self._num_announced = 0
 
     def use_gpu(self, device: torch.device) -> None:
         """Connect the GPUs of the ranks too; a graph may capture what they say from then on.
@@ -159,6 +163,26 @@ class Group:
             sent = torch.empty(max(int(length), 1), dtype=torch.uint8)
         self.broadcast([sent])
         return sent.numpy().tobytes()[: int(length)].decode()
+
+    def announce(self, text: str) -> None:
+        """Leave a text for the others, who are in `await_announcement` or will be; for the first
+        rank."""
+        self._num_announced += 1
+        with self.watched():
+            self.store.set(_announcement(self._num_announced), text)
+
+    def await_announcement(self) -> str:
+        """The next text that the first rank announces; the wait for it may take days, which that
+        in a collective may not."""
+        self._num_announced += 1
+        key = _announcement(self._num_announced)
+        with self.watched():
+            while not self.store.check([key]):
+                lost = self.members.lost()
+                if lost is not None:
+                    raise lost
+                time.sleep(_LOOK_S)
+            return self.store.get(key).decode()
 
     def barrier(self) -> None:
         """Wait until all ranks are here."""
@@ -275,6 +299,10 @@ def open_group(
     if device is not None and device.type == "cuda":
         group.use_gpu(device)
     return group
+
+
+def _announcement(number: int) -> str:
+    return f"announcement/{number}"
 
 
 def _address(ranks: Ranks) -> tuple[str, int]:

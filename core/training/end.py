@@ -63,6 +63,9 @@ class Orders:
     rate_factor: float | None
     """What the learning rate is to be multiplied with in it; None: as saved."""
 
+    pauses: bool = False
+    """Whether a pause comes first, at whose end other orders are announced."""
+
     def to_json(self) -> str:
         """The orders in one line."""
         return json.dumps(asdict(self))

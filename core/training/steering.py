@@ -57,7 +57,9 @@ class Steering:
         menu = SettingsMenu(main | values, len(main), write=reporter.say, prompt=reporter.prompt)
         reporter.prompt("")  # the menu of the session before may have been open
         requests.begin_session(
-            menu if reporter.has_status_line else None, can_pause=setup.council is None
+            menu if reporter.has_status_line else None,
+            # Ctrl-Z has stopped the other ranks already, which a save would wait for.
+            can_suspend=setup.council is None,
         )
         reporter.hint("? keys" if requests.has_keyboard else "")
 
@@ -88,14 +90,9 @@ class Steering:
 
     def _pause(self) -> None:
         """End the session for a pause."""
-        if self.setup.council is not None:
-            self.reporter.warning(
-                "a run of several ranks cannot pause; stop it (Enter), and start it again later"
-            )
-        else:
-            self.requests.begin_pause()
-            # A change of the same step is made when the pause is over.
-            self.end = replace(self.end or _next_session(), pauses=True)
+        self.requests.begin_pause()
+        # A change of the same step is made when the pause is over.
+        self.end = replace(self.end or _next_session(), pauses=True)
 
     def _change(self, wishes: list[_Wish]) -> None:
         """End the session for the changes that can be made."""

@@ -109,7 +109,9 @@ def _lead(
                     end = rollbacks.meet(Trainer(setup, reporter, requests, until).run(), setup)
                 goes_on = end.goes_on and not stop.signal_name
                 if setup.council is not None:
-                    _dismiss(setup.council, Orders(end.outcome, goes_on, rollbacks.rate_factor))
+                    pauses = goes_on and end.pauses
+                    orders = Orders(end.outcome, goes_on, rollbacks.rate_factor, pauses)
+                    _dismiss(setup.council, orders)
             except RankLost as lost:
                 end, goes_on = end_of_lost(lost, setup), False
         assert end is not None  # whatever is raised above leaves this function
@@ -122,7 +124,8 @@ def _lead(
         if not goes_on:
             break
         with _reporting_end(reporter, iteration, is_later=True):
-            _meanwhile(end, iteration, overrides, reporter, requests, window)
+            if not _meanwhile(end, iteration, overrides, reporter, requests, window, crew):
+                break
         overrides = overrides.with_lasting(settings_of(end.changes))
         overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None
@@ -145,6 +148,8 @@ def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, cre
         use_lr_finder = setup.config.optimizer.use_lr_finder
         del setup
         _free_memory()
+        if orders.pauses:
+            orders = Orders.from_json(crew.group.await_announcement())
         if not orders.goes_on:
             return orders.outcome
         rate_factor = orders.rate_factor
@@ -158,11 +163,19 @@ def _meanwhile(
     reporter: Reporter,
     requests: Requests,
     window: PreviewWindow,
-) -> None:
-    """Report why another session follows, and wait where that is for the end of a pause."""
+    crew: Crew | None,
+) -> bool:
+    """Report why another session follows, and wait where that is for the end of a pause; whether
+    it follows all the same."""
     if end.pauses:
         assert overrides.model_dir is not None  # a session has been trained there
         pause(overrides.model_dir, iteration, reporter, requests, window)
+        goes_on = not requests.stop.signal_name
+        if crew is not None:
+            crew.group.announce(Orders(Outcome.STOPPED, goes_on, rate_factor=None).to_json())
+        if not goes_on:
+            _warn_of_changes(end, requests, reporter)
+            return False
     # After a stop no session follows that would make them, which is told at its end.
     for change in () if requests.stop.signal_name else end.changes:
         reporter.change(
@@ -175,6 +188,7 @@ def _meanwhile(
     if not end.changes and not end.pauses:
         report = reporter.stage if end.back_at is None else reporter.rollback
         report(end.reason)
+    return True
 
 
 def _warn_of_changes(end: End | None, requests: Requests, reporter: Reporter) -> None:
