@@ -1,8 +1,10 @@
 """Number format in which the network computes. Weights, statistics and losses stay fp32."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -43,6 +45,7 @@ def exact_products() -> Iterator[None]:
         matmul.allow_tf32, cudnn.allow_tf32 = allowed
 
 
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
 _COMPUTE = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -76,7 +79,18 @@ def expected(mode: str) -> Precision:
 
 def _choose(device: torch.device) -> tuple[str, str]:
     if device.type != "cuda":
-        return "fp32", "the default on a CPU; bf16 is faster where the CPU has it"
+        than_it = "faster, which this CPU has" if cpu_has_bf16() else "slower, as this CPU lacks it"
+        return "fp32", f"the default on a CPU; bf16 is {than_it}"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16", "this GPU has it"
     return "tf32", "this GPU has no bf16"
+
+
+@functools.cache
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself; by one that does not, bf16 is slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    return not _BF16_FLAGS.isdisjoint(flags)
