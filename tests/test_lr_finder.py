@@ -55,7 +55,7 @@ _LIGHTWEIGHT = ("-t", "lightweight", "--set", "model.options.width=8")
 
 def _train(sides, model_dir, *more, model=_LIGHTWEIGHT):
     words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(model_dir), *model]
-    words += ["-b", "4", "--device", "cpu", "--json"]
+    words += ["-b", "2", "--device", "cpu", "--json", "--set", "preview.preview_images=2"]
     return main([*words, "--set", "optimizer.lr_finder_iterations=100", *more])
 
 
@@ -85,26 +85,33 @@ def _found(monkeypatch):
     monkeypatch.setattr(Search, "found", lambda self: rates)
 
 
+@pytest.fixture
+def _short(monkeypatch):
+    """A search ends after 12 updates, at rates that move every weight."""
+    original = Search.add
+    monkeypatch.setattr(lr_finder, "LOWEST", 1e-4)
+    monkeypatch.setattr(
+        Search, "add", lambda self, loss: original(self, loss) and len(self.rates) < 12
+    )
+
+
 def test_a_run_after_a_search_equals_one_with_that_rate(sides, tmp_path, capsys):
-    _assert_leaves_nothing_behind(sides, tmp_path, capsys, "--precision", "fp32", "-a", "3")
+    _assert_leaves_nothing_behind(
+        sides, tmp_path, capsys, "--precision", "fp32", "-a", "3", "-b", "4"
+    )
 
 
-@pytest.mark.usefixtures("_found")
+@pytest.mark.usefixtures("_found", "_short")
 @pytest.mark.parametrize(
     "more",
-    [
-        ("--precision", "bf16"),
-        pytest.param(("--precision", "fp16"), marks=pytest.mark.slow),
-        ("--set", "optimizer.overlap=on"),
-    ],
+    [("--precision", "bf16"), ("--precision", "fp16"), ("--set", "optimizer.overlap=on")],
     ids=lambda words: words[1],
 )
 def test_so_does_one_in_16_bits_or_with_overlap(sides, tmp_path, capsys, more):
     _assert_leaves_nothing_behind(sides, tmp_path, capsys, *more)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("_found")
+@pytest.mark.usefixtures("_found", "_short")
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 def test_so_does_one_with_noise_and_batch_norms(sides, tmp_path, capsys, mode):
     options = tiny_options("phaze-a") | {"dec_norm": "batch", "dec_gaussian": True}
@@ -114,8 +121,7 @@ def test_so_does_one_with_noise_and_batch_norms(sides, tmp_path, capsys, mode):
     _assert_leaves_nothing_behind(sides, tmp_path, capsys, "--precision", mode, model=model)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("_found")
+@pytest.mark.usefixtures("_found", "_short")
 def test_the_rate_stays_for_all_iterations_of_an_update(sides, tmp_path, monkeypatch, capsys):
     rates = []
     original = lr_finder.Update.set_rate
@@ -126,6 +132,7 @@ def test_the_rate_stays_for_all_iterations_of_an_update(sides, tmp_path, monkeyp
     words += ("--set", "optimizer.lr_finder_iterations=200")
     assert _train(sides, tmp_path / "model", "-r", "-i", "2", *words) == 0
     searched = rates[: rates.index(5e-5)]
+    assert len(searched) == 12
     assert searched == pytest.approx([Search(100).rate(k) for k in range(len(searched))])
 
 
@@ -293,7 +300,7 @@ def test_steps_that_the_search_left_out_do_not_halt_the_run(sides, tmp_path, mon
 
     def poisoned(self, faces_seen):
         batch = original(self, faces_seen)
-        if faces_seen["a"] == 4 * 60:
+        if faces_seen["a"] == 2 * 60:
             batch.input_nchw[0, 0, 0, 0] = math.nan
         return batch
 
@@ -349,6 +356,7 @@ def test_the_graph_shows_three_dots_in_their_colours(tmp_path):
         assert (pixels_hwc == color).all(-1).sum() > 20, color
 
 
+@pytest.mark.usefixtures("_found", "_short")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_search_and_the_same_line_begins_it_anew(
     sides, tmp_path, capsys, monkeypatch, number
