@@ -6,6 +6,9 @@ CUDA ?= 13
 STAMP := $(VENV)/.installed
 LOWEST_PAGE := $(VENV)/lowest-page
 NATIVE := $(shell find kernels/csrc -type f) CMakeLists.txt
+# Two processes of one thread each: most tests have work for one thread only. The files come in the order
+# of tests/conftest.py, the long ones first.
+SUITE := -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 SOURCES := core kernels models cli benchmarks tests setup.py __init__.py
 
 .PHONY: setup demo test test-min test-max aot lint format docs site bench gpu gpu-quick wheel clean FORCE
@@ -34,10 +37,10 @@ kernels/libmien.so: $(NATIVE) $(STAMP) build/native kernels/toolkit.py
 demo: setup
 	$(BIN)/mien demo
 
-# Two processes of one thread each: most tests have work for one thread only. The page once more, with
-# the lowest versions of what serves it before the installed ones: its guard rests on them.
+# The page once more, with the lowest versions of what serves it before the installed ones: its guard
+# rests on them.
 test: setup lint $(LOWEST_PAGE)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
 	PYTHONPATH=$(LOWEST_PAGE) $(BIN)/python -m pytest tests/test_monitor*.py -m 'not slow'
 
 $(LOWEST_PAGE)/.installed: $(STAMP) tests/minimum.txt
@@ -51,10 +54,10 @@ $(LOWEST_PAGE)/.installed: $(STAMP) tests/minimum.txt
 MIN_PYTHON ?= python3.11
 MAX_PYTHON ?= python3.13
 test-min: .venv-min/.installed kernels/libmien.so
-	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-min/bin/python $(SUITE)
 
 test-max: .venv-max/.installed kernels/libmien.so
-	OMP_NUM_THREADS=1 .venv-max/bin/python -m pytest tests -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-max/bin/python $(SUITE)
 
 .venv-min/.installed: pyproject.toml setup.py tests/minimum.txt
 	test -x .venv-min/bin/python || $(MIN_PYTHON) -m venv .venv-min

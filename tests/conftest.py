@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,10 @@ def same_algorithms():
 
 
 def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no process waits for the last of them."""
+    slow = {item.path for item in items if "slow" in item.keywords}
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -counts[item.path]))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
