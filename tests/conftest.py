@@ -87,14 +87,18 @@ def tiny_step(
 
 
 def train_words(sides: Sequence[Path], model_dir: Path, *more: str) -> list[str]:
-    """Command line that trains a narrow `lightweight` on the CPU; words that follow weigh more."""
+    """Command line that trains a narrow `lightweight` on the CPU; words that follow weigh more.
+
+    Previews of 14 faces a side would take longer than the iterations between them.
+    """
     # Given twice, a flag of faces would add a folder to the first one.
     faces = [
         (flag, side) for flag, side in zip(("-A", "-B"), sides, strict=True) if flag not in more
     ]
     return [
         *("train", *(str(word) for pair in faces for word in pair), "-m", str(model_dir)),
-        *("-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu", *more),
+        *("-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu"),
+        *("--set", "preview.preview_images=2", *more),
     ]
 
 
@@ -188,8 +192,10 @@ def sides(tmp_path_factory) -> tuple[Path, Path]:
     return root / "a", root / "b"
 
 
-def pytest_collection_finish():
-    """Spare every later collection the objects of the modules: training collects at each end."""
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """Spare collections the objects of what is imported by now: training collects at each end."""
+    gc.collect()
     gc.freeze()
 
 

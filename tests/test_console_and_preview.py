@@ -426,7 +426,8 @@ def test_the_mask_can_be_off_in_either_style(sides, tmp_path):
 
 def test_fourteen_faces_make_seven_rows_of_twelve(sides, tmp_path):
     no_mask = ("--set", "loss.penalized_mask_loss=false", "--set", "data.mask_type=none")
-    words = ("-i", "1", *no_mask, "-x", str(sides[0]), "-y", str(sides[1]))
+    fourteen = ("--set", "preview.preview_images=14")
+    words = ("-i", "1", *no_mask, *fourteen, "-x", str(sides[0]), "-y", str(sides[1]))
     assert _train(sides, tmp_path / "model", *words) == 0
     shape = (48 + 7 * 130, 12 * 130 + 2 * 6 + 14 + 2, 3)
     assert cv2.imread(str(tmp_path / "model/preview.png")).shape == shape
@@ -453,6 +454,7 @@ def test_a_time_lapse_of_few_faces_never_overwrites(sides, tmp_path, monkeypatch
     monkeypatch.setattr("mien.core.preview.previewer.time.time", lambda: 1000.5)
     words = ("--timelapse-input-a", str(few), "--timelapse-input-b", str(sides[1]))
     more = ("--timelapse-output", str(output), "-i", "3", "-s", "1")
+    more += ("--set", "preview.preview_images=14")
     assert _train(sides, tmp_path / "model", *words, *more) == 0
     names = sorted(path.name for path in output.iterdir())
     assert names == ["1000-2.jpg", "1000-3.jpg", "1000.jpg"]

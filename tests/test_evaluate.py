@@ -610,6 +610,7 @@ def test_a_model_that_is_measured_is_bit_for_bit_the_one_that_is_not(
     for name, more in (("plain", []), ("measured", folders)):
         words = ["train", "-A", str(sides[0]), "-B", str(sides[1]), "-m", str(tmp_path / name)]
         words += ["-t", trainer, "-b", "2", "-i", "6", "-s", "2", "--device", "cpu"]
+        words += ["--set", "preview.preview_images=2"]
         assert main([*words, *_sets(*options, *more)]) == 0
     said = capsys.readouterr().out
     assert said.count("Measured on held-out faces at iteration ") == 4

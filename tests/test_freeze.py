@@ -219,7 +219,8 @@ def _saved(model_dir, name):
 def test_freezing_is_switched_at_every_start(inputs, tmp_path, mode, capsys):
     model_dir = tmp_path / "model"
     new = ["-t", "original", "--set", "model.options.width=8"]
-    new += ["--set", "train.batch_size=2", "--set", f"precision.mode={mode}"]
+    new += ["--set", "train.batch_size=2", "--set", "preview.preview_images=2"]
+    new += ["--set", f"precision.mode={mode}"]
     train = ["train", *inputs, "-m", str(model_dir), "-i", "2"]
     found = []
     for words in ([*new, "-f"], [], ["--set", "train.freeze_weights=true"], []):

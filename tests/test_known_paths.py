@@ -126,8 +126,7 @@ def test_a_disk_that_refuses_is_told(tmp_path, home):
 
 
 def _words(sides, model):
-    settings = ("--set", "train.batch_size=4", "--set", "preview.preview_images=2")
-    return train_words(sides, model, "-i", "1", "--json", *settings)
+    return train_words(sides, model, "-i", "1", "--json", "--set", "train.batch_size=4")
 
 
 def _spoil(model, values):

@@ -25,7 +25,7 @@ SAVES = [1, 2, 4, 6]
 def trained(sides, tmp_path_factory):
     """A model of six iterations, its snapshot of the fourth beside it; not to be changed."""
     model_dir = tmp_path_factory.mktemp("trained") / "model"
-    words = ("-b", "4", "-i", "6", "-s", "2", "-I", "4", "--set", "preview.preview_images=2")
+    words = ("-b", "4", "-i", "6", "-s", "2", "-I", "4")
     assert main(train_words(sides, model_dir, *words)) == 0
     return model_dir
 
@@ -112,8 +112,7 @@ def test_none_are_kept_where_none_are_wanted(sides, tmp_path):
 
 def test_fresh_faces_are_not_those_of_the_history(sides, tmp_path):
     words = ("-b", "4", "-i", "2", "-s", "1", "--set", "preview.faces=fresh")
-    few = ("--set", "preview.preview_images=2")
-    assert main(train_words(sides, tmp_path / "model", *words, *few)) == 0
+    assert main(train_words(sides, tmp_path / "model", *words)) == 0
     previews = KeptPreviews(tmp_path / "model/previews")
     assert len({previews.read(iteration).faces_digest for iteration in (1, 2)}) == 1
 
@@ -123,7 +122,7 @@ def test_a_preview_that_cannot_be_kept_is_told_once(sides, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("mien.core.preview.kept.save_jpeg", full)
-    words = ("-b", "4", "-i", "3", "-s", "1", "--set", "preview.preview_images=2")
+    words = ("-b", "4", "-i", "3", "-s", "1")
     assert main(train_words(sides, tmp_path / "model", *words)) == 0
     said = capsys.readouterr().out
     assert said.count("1.jpg: No space left on device; training goes on without the picture") == 1

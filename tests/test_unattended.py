@@ -449,6 +449,7 @@ def test_a_collapse_rolls_back_to_the_backup_where_newer_saves_are_bad(
     assert "no save from before is left" not in said
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_far_too_high_is_noticed_and_named(sides, tmp_path, monkeypatch, capsys):
     """Within 660 iterations at the real bounds, where each of these is a second."""
     monkeypatch.setattr("mien.core.training.divergence.ABOVE", 40)

@@ -95,7 +95,8 @@ def cases(table):
 
 def words_of_training(tmp_path, sides):
     folders = ["-A", str(sides[0]), "-B", str(sides[1]), "-m", str(tmp_path / "model")]
-    return ["train", *folders, "-t", "lightweight", "--set", "model.options.width=8", "-i", "1"]
+    small = ["-t", "lightweight", "--set", "model.options.width=8", "-b", "2", "-i", "1"]
+    return ["train", *folders, *small, "--set", "preview.preview_images=2"]
 
 
 @cases(UNFIT)

@@ -18,7 +18,8 @@ def inputs(sides):
 
 def _train(inputs, model_dir, *more, trainer="original"):
     words = ["-t", trainer, "--set", "model.options.width=8", "-b", "2", "-i", "1"]
-    return main(["train", *inputs, "-m", str(model_dir), *words, "--device", "cpu", *more])
+    words += ["--device", "cpu", "--set", "preview.preview_images=2"]
+    return main(["train", *inputs, "-m", str(model_dir), *words, *more])
 
 
 @pytest.fixture(scope="module")
