@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .. import models
 from ..models.autoencoder import Autoencoder, Side
+from .checkpoint.format import open_tensors
 from .checkpoint.inference import SCHEMA, Weights, built, network_of, read_model, refuse_misfit
 from .checkpoint.inference import SIDES as SIDES_OF
 from .config import DataConfig, from_dict
@@ -23,6 +23,7 @@ from .data.decode import decode_one
 from .faces.folder import read_face
 from .faces.geometry import Crop, resize
 from .faces.png import FaceFileError
+from .system.durable_files import DamagedError
 
 _WARM_UP_RUNS = 2
 """Runs before a capture, as the training's graph has them; unmeasured on a GPU."""
@@ -314,7 +315,7 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
     if not path.is_file():
         raise ValueError(f"{path} is neither a model folder nor a file")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("schema") != SCHEMA:
                 raise ValueError(f"{path} is no file of `mien model inference`")
@@ -335,8 +336,9 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
                     }
                 }
             ).data
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+    except (OSError, DamagedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot read {path}: {reason}") from error
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error
     # A file may hold 16 bits; the model is built in fp32 and computes in what the caller says.

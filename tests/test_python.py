@@ -1,6 +1,7 @@
 """The door for Python: `mien.core` trains, stops and swaps; the page about it is true."""
 
 import dataclasses
+import os
 import re
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 from mien import core
 from mien.cli import main
 from mien.core import Config, Outcome, load_model, read_crops, swap, train
+from mien.core.checkpoint.weights import read_weights
 from mien.core.config import from_dict, to_toml
 from mien.core.data.decode import decode_one
 from mien.core.faces.folder import read_face
@@ -252,6 +255,27 @@ def test_a_file_for_inference_swaps_like_its_model(model_dir, tmp_path, side):
         else:
             with pytest.raises(ValueError, match=f"side must be one of {side}"):
                 swap(of_file, _crops(), each)
+
+
+@pytest.mark.parametrize("maps", [True, False])
+def test_a_file_may_have_any_name_and_lie_on_a_disk_that_maps_none(
+    model_dir, tmp_path, monkeypatch, maps
+):
+    target = tmp_path / os.fsdecode(b"m\xe4rz.safetensors")
+    assert main(["model", "inference", str(model_dir[0]), "-o", str(target)]) == 0
+    opened = safetensors.safe_open
+
+    def refuse_files_of_the_disk(path, framework):
+        if os.readlink(path) == str(target) and not maps:
+            raise OSError("No such device (os error 19)")
+        return opened(path, framework)
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse_files_of_the_disk)
+    wanted = load_model(model_dir[0]).network.state_dict()
+    found, read = load_model(target).network.state_dict(), read_weights(target)[0]
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in read.items())
+    assert read
 
 
 @pytest.mark.parametrize(

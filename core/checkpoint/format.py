@@ -4,7 +4,11 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,7 @@ _HEADER_BYTES = 100 << 20
 # The library checks header, offsets and sizes before it makes anything; of a number format that
 # torch does not have, or an edge beyond its integers, it says the other two.
 _NO_TENSORS = (SafetensorError, KeyError, TypeError)
+_INVALID = "it is not a valid safetensors file"
 _NUMBER_FORMATS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -216,26 +221,41 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
         OSError: The disk refuses.
     """
     try:
-        tensors, trainer = _mapped_tensors(path)
-    except OSError:  # the disk maps no files, or refuses the next call too, which says why
-        with open_for_reading(path, follows_links=True) as stream:
-            content = stream.read()
-        tensors = _parse_tensors(path.name, content)
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        trainer = header.get("__metadata__", {}).get("trainer")
+        with open_tensors(path) as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+            trainer = (stream.metadata() or {}).get("trainer")
+    except _NO_TENSORS as error:
+        raise DamagedError(_INVALID) from error
     _refuse_odd(tensors)
     # A word or nothing: it would stand in a message.
     return tensors, trainer if _is_word(trainer) else None
 
 
-def _mapped_tensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The same by way of the file's pages, so that it is not in memory twice."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-            return tensors, (stream.metadata() or {}).get("trainer")
-    except _NO_TENSORS as error:
-        raise DamagedError("it is not a valid safetensors file") from error
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, open in the library, which maps its pages: none is in memory twice.
+
+    Raises:
+        DamagedError: It is none.
+        OSError: The disk refuses.
+    """
+    with open_for_reading(path, follows_links=True) as file, ExitStack() as stack:
+        try:
+            try:
+                tensors = stack.enter_context(_mapped(file))
+            except OSError:  # the disk maps no files, or refuses the next call too, which says why
+                copy = stack.enter_context(open(os.memfd_create("tensors"), "wb"))
+                shutil.copyfileobj(file, copy)
+                copy.flush()
+                tensors = stack.enter_context(_mapped(copy))
+            yield tensors
+        except SafetensorError as error:
+            raise DamagedError(_INVALID) from error
+
+
+def _mapped(file: BufferedIOBase) -> Any:
+    # By its number: the library takes no path that is not UTF-8.
+    return safetensors.safe_open(f"/proc/self/fd/{file.fileno()}", framework="pt")
 
 
 def _parse_tensors(name: str, content: bytes) -> dict[str, Tensor]:
