@@ -21,6 +21,9 @@ ONCE_BROKEN = {
     100: '["bias_act._backward_kernel", 4, 3, "*bf16/16", "*bf16/16", "*bf16/16", "*fp32/16", '
     '"*bf16/16", "*i32/16", "i32/16", 1, "i32", "i32", "i32", "i32", "i32", "i32/16", "i32/16", '
     "0.1, false, false, 2, 16, 128, 16]",
+    120: '["bias_act._backward_kernel", 4, 3, "*bf16/16", "*bf16/16", "*bf16/16", "*fp32/16", '
+    '"*bf16/16", "*i32/16", "i32/16", 1, "i32/16", "i32", "i32", "i32", "i32", 1, 1, 0.1, true, '
+    "true, 1, 256, 32, 64]",
 }
 """Forms that broke a bound on one target alone: compiled for it besides those of every kind."""
 
