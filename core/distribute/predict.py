@@ -102,7 +102,7 @@ def mirrored(one: StepTime, num_gpus: int, link: Link) -> Prediction:
     """The step where gradients are summed during the backward pass and all GPUs update all."""
     exchange_s = _exchange_s(one, num_gpus, link)
     open_s = _open_s(exchange_s, one, link)
-    step_s = _slowed_s(one, num_gpus) + _update_s(one, num_gpus) + open_s
+    step_s = _slowed_s(one, num_gpus, link) + _update_s(one, num_gpus, link) + open_s
     return Prediction("mirrored", num_gpus, one, step_s, exchange_s, open_s)
 
 
@@ -113,7 +113,7 @@ def sharded(one: StepTime, num_gpus: int, link: Link) -> Prediction:
     gather_s = exchange_s / 2 + (num_gpus > 1) * _PART_S * one.gradient_bytes / _PART_BYTES
     open_s = _open_s(exchange_s / 2, one, link) + gather_s
     # Divided by the GPUs: each moves its own share of the weights.
-    step_s = _slowed_s(one, num_gpus) + _update_s(one, num_gpus) / num_gpus + open_s
+    step_s = _slowed_s(one, num_gpus, link) + _update_s(one, num_gpus, link) / num_gpus + open_s
     return Prediction("sharded", num_gpus, one, step_s, exchange_s, open_s)
 
 
@@ -134,14 +134,21 @@ def _open_s(exchange_s: float, one: StepTime, link: Link) -> float:
     return max(_OPEN_SHARE * exchange_s, exchange_s - _HIDING_SHARE * one.backward_s)
 
 
-def _slowed_s(one: StepTime, num_gpus: int) -> float:
+def _slowed_s(one: StepTime, num_gpus: int, link: Link) -> float:
     """Seconds of everything but update and exchange."""
-    return (1 + _NCCL_SHARE * (num_gpus > 1)) * one.computed_s
+    slowed_s = (1 + _NCCL_SHARE * (num_gpus > 1)) * one.computed_s
+    return slowed_s * _num_sharing(num_gpus, link)
 
 
-def _update_s(one: StepTime, num_gpus: int) -> float:
+def _update_s(one: StepTime, num_gpus: int, link: Link) -> float:
     """Seconds of the whole update that nothing hides."""
-    return one.update_s if num_gpus > 1 else one.update_s - one.hidden_s
+    update_s = one.update_s if num_gpus > 1 else one.update_s - one.hidden_s
+    return update_s * _num_sharing(num_gpus, link)
+
+
+def _num_sharing(num_gpus: int, link: Link) -> int:
+    """Processes that divide what the one had alone: those of one CPU its cores."""
+    return num_gpus if link.divides_cores else 1
 
 
 def between(small: StepTime, large: StepTime) -> Callable[[int], StepTime]:

@@ -36,6 +36,9 @@ class Link:
     is_beside: bool = True
     """Whether an exchange can run beside the computation; that of CPUs takes their cores."""
 
+    divides_cores: bool = False
+    """Whether it is between processes that divide the cores which one alone would have all of."""
+
     def __str__(self) -> str:
         return self.name if self.source != "assumed" else f"{self.name} (assumed)"
 
@@ -50,7 +53,7 @@ THROUGH_HOST = Link("PCIe 4 through the host", 18.75)
 NETWORK = Link("the network", 12.5)
 """Link between machines: 100 Gbit/s."""
 
-LOOPBACK = Link("gloo on this machine", 1.0, is_beside=False)
+LOOPBACK = Link("gloo on this machine", 1.0, is_beside=False, divides_cores=True)
 """Link between processes that train on CPUs."""
 
 
