@@ -155,14 +155,19 @@ def test_it_is_said_what_batch_norm_sees(place):
     config = _config("fp32", "dlight", micro_batch=2)
     notice, *of_ranks = notices_of_parts(config, meta_model(config), place)
     assert notice.startswith("dlight has batch norm, which with train.micro_batch sees 2 faces ")
-    told = "dlight has dropout, seeing the faces of one rank: "
+    assert "the same bits" not in notice, "with dropout they have not"
+    told = "dlight has dropout or noise, seeing the faces of one rank: "
     assert [each.startswith(told) for each in of_ranks] == [True] * (place.size > 1)
     whole = _config("fp32", "dlight", micro_batch=0)
     notices = notices_of_parts(whole, meta_model(whole), place)
-    told = "dlight has batch norm and dropout, seeing the faces of one rank: "
+    told = "dlight has batch norm and dropout or noise, seeing the faces of one rank: "
     assert [each.startswith(told) for each in notices] == [True] * (place.size > 1)
     plain = _config("fp32")
-    assert notices_of_parts(plain, meta_model(plain), place) == []
+    model = meta_model(plain)
+    assert notices_of_parts(plain, model, place) == []
+    model.encoder.append(BatchNorm(16))
+    [notice] = notices_of_parts(plain, model, ALONE)
+    assert "; the weights have the same bits on any number of ranks, but its running " in notice
 
 
 def test_micro_batches_are_a_batch_but_for_rounding():

@@ -139,11 +139,14 @@ def notices_of_parts(config: Config, model: Autoencoder, ranks: Ranks) -> list[s
     other."""
     notices, size = [], config.train.micro_batch
     if size and norms_of(model):
+        # Each rank draws its own random numbers, also for micro-batches.
+        same = (
+            "" if model.is_noisy else "the weights have the same bits on any number of ranks, but "
+        )
         notices.append(
             f"{config.model.trainer} has batch norm, which with train.micro_batch sees {size} "
-            f"faces of a side at a time, and not all {config.train.batch_size}; the weights have "
-            "the same bits on any number of ranks, but its running estimates, by which previews "
-            "and swaps normalise, have not"
+            f"faces of a side at a time, and not all {config.train.batch_size}; {same}its running "
+            "estimates, by which previews and swaps normalise, depend on the number of ranks"
         )
     return notices if ranks.size == 1 else notices + _notices_of_ranks(config, model, ranks)
 
@@ -158,7 +161,7 @@ def _notices_of_ranks(config: Config, model: Autoencoder, ranks: Ranks) -> list[
             "all ranks together"
         )
     parts = ["batch norm"] if norms_of(model) and not config.train.micro_batch else []
-    parts += ["dropout"] if model.is_noisy else []
+    parts += ["dropout or noise"] if model.is_noisy else []
     if parts:
         notices.append(
             f"{config.model.trainer} has {' and '.join(parts)}, seeing the faces of one rank: "
