@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
     folder = args.folder
     iterations = args.iterations or (BF16_ITERATIONS if cpu_has_bf16() else ITERATIONS)
     precision = "bf16" if cpu_has_bf16() else "auto"
+    if not args.json:
+        tell(f"Drawing two people and a film into {folder}")
     for side, person in PEOPLE.items():
         draw_folder(folder / f"faces_{side}", identity=person, count=FACES, size_px=SIZE_PX)
     draw_film(folder / "film", folder / "film_faces", identity=PEOPLE["a"], count=FRAMES)

@@ -18,6 +18,7 @@ def test_it_ends_with_a_swapped_film(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
     assert main(["demo", "--folder", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr().out
+    assert said.startswith(f"Drawing two people and a film into {tmp_path / 'demo'}\n")
     assert "\nprecision  bf16 (as set)\n" in said
     assert "\nStopped at iteration 2: " in said
     named = [Path(line.rsplit("  ", 1)[1]) for line in said.splitlines()[-4:]]
