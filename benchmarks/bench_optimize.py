@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import models
 from ..kernels.optimize import optimize
-from ..kernels.optimizer_rules import RULES, Rule
+from ..kernels.optimizer_rules import BEGIN_AT_WEIGHTS, RULES, Rule
 from ..kernels.optimizer_scalars import new_scalars
 from ..kernels.tensor_table import TensorTable
 
@@ -91,7 +91,13 @@ def parameters_of(model: str, width: int) -> list[Tensor]:
 
 def mien_step(state: _State, rule: Rule) -> Callable[[], None]:
     """A function that takes a step with `mien.kernels.optimize`."""
-    moments = {kind: [torch.zeros_like(each) for each in state.parameters] for kind in rule.moments}
+    moments = {
+        kind: [
+            each.clone() if kind in BEGIN_AT_WEIGHTS else torch.zeros_like(each)
+            for each in state.parameters
+        ]
+        for kind in rule.moments
+    }
     table = TensorTable(state.parameters, moments, state.low_precision)
     scalars = new_scalars(state.parameters[0].device, learning_rate=_LEARNING_RATE)
     return lambda: optimize(state.gradients, table, scalars, rule)
