@@ -203,13 +203,14 @@ def _events(*, as_json: bool) -> "Iterator[Emit]":
 
 def _line(event: str, fields: dict[str, Any]) -> str:
     """A start or an end as a line for people."""
+    kept = f" ({fields['kept']} were there)" if fields["kept"] else ""
     if event == "start":
         return (
-            f"{fields['faces']} faces in {fields['frames']} frames, decoded as {fields['side']} on "
-            f"{fields['device']} in {fields['precision']}; mask {fields['mask']}, feather "
-            f"{fields['feather_px']:g} px, erode {fields['erode_px']:g} px, color {fields['color']}"
+            f"{fields['faces']} faces in {fields['frames']} frames{kept}, decoded as "
+            f"{fields['side']} on {fields['device']} in {fields['precision']}; mask "
+            f"{fields['mask']}, feather {fields['feather_px']:g} px, erode "
+            f"{fields['erode_px']:g} px, color {fields['color']}"
         )
-    kept = f" ({fields['kept']} were there)" if fields["kept"] else ""
     sheet = f"; sheet: {fields['sheet']}" if fields["sheet"] else ""
     done = f"{fields['output']}: {fields['frames']} frames{kept}, {fields['faces']} faces swapped"
     if fields["exit_code"] == _STOPPED:

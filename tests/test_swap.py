@@ -614,9 +614,9 @@ def test_a_stopped_conversion_goes_on_where_it_was(run, place):
     assert stopped.is_stopped
     assert stopped.frames == 3
     temporary_name(place / "out/frame.png").write_bytes(b"of a kill")
-    resumed, _ = run()
+    resumed, events = run()
     assert resumed.frames == whole.frames
-    assert resumed.kept >= 3
+    assert resumed.kept == events[0]["kept"] >= 3
     assert resumed.faces + resumed.kept >= NUM_FACES
     for path in (place / "whole").glob("*.png"):
         assert path.read_bytes() == (place / "out" / path.name).read_bytes()
@@ -1015,8 +1015,9 @@ def test_a_stopped_video_goes_on_where_it_was(run, place, clip, most_frames, mon
     assert not (place / "film.mp4").exists()
     (place / "film.mp4.parts/my notes.txt").write_text("mine")
     model = model_of(gain=0.5)
-    resumed, _ = run(model, **settings)
+    resumed, events = run(model, **settings)
     assert (resumed.frames, resumed.kept, resumed.faces) == (6, 3, 2)
+    assert events[0]["kept"] == 3
     assert model.network.batches == [1, 1]
     (images, times, sound, comment), whole = (
         _read_video(place / name) for name in ("film.mp4", "whole.mp4")

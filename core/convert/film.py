@@ -231,6 +231,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
         "start",
         output=str(settings.output),
         frames=len(written),
+        kept=output.num_there(written),
         faces=num_faces,
         run_id=model.run_id,
         iterations=model.iterations,

@@ -8,6 +8,7 @@ what is missing, another is refused.
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,10 @@ class PictureOutput:
     def notice(self) -> str:
         """What the user should know of how the folder is held; empty where nothing is unusual."""
         return self._lock.notice
+
+    def num_there(self, stems: Iterable[str]) -> int:
+        """Number of these frames that were there when the folder was opened."""
+        return len({Path(name).stem for name in self._names}.intersection(stems))
 
     def is_done(self, frame: Frame, has_faces: bool) -> bool:
         """Whether the frame is there already."""

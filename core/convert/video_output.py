@@ -4,7 +4,7 @@ The frames of a video are coded by brightness and colour difference. Those witho
 as they are decoded; the others are turned into BGR and back by the matrix that the file names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -78,6 +78,10 @@ class VideoOutput:
     def notice(self) -> str:
         """What the user should know of how its parts are held; empty where nothing is unusual."""
         return self._parts.notice
+
+    def num_there(self, stems: Iterable[str]) -> int:
+        """Number of these frames that parts held when their folder was opened."""
+        return sum(self._parts.holds(self._numbers[stem]) for stem in stems)
 
     def is_done(self, frame: Frame, has_faces: bool) -> bool:
         """Whether a part that is there holds the frame."""
