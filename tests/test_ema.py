@@ -115,6 +115,17 @@ def test_an_average_weighs_the_same_without_the_optimizers_state(rule):
     _step(resumed)
     share = float(resumed.parts[0].scalars[Scalar.AVERAGE_SHARE])
     assert share == pytest.approx(9 / 16 if rule["optimizer"] == "adam" else 1 / 6)
+    # So it does where the next save holds an optimizer that has counted since then alone.
+    note_weight_of_average(state, resumed)
+    later = dataclasses.replace(
+        saved,
+        model=resumed.weights(),
+        optimizer=resumed.tensors(),
+        ema=resumed.averages,
+        state=state.to_dict(),
+    )
+    restore(from_dict({}), later, again := _update(**rule))
+    assert average_weight(again) == average_weight(resumed)
     # A state of before has no such part; one that is no number is refused.
     older, damaged = saved.state | {"parts": {}}, {"parts": {"average": {"weight": -1}}}
     restore(from_dict({}), dataclasses.replace(saved, state=older), resumed := _update(**rule))

@@ -523,10 +523,10 @@ class Update:
 
 
 def begins_anew(update: Update, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the base of schedule-free begins at the weights, since it is not among what
-    `Update.tensors` gave: a parameter was frozen until now, or no tensors were saved."""
-    rule = update.rule
-    return rule.is_schedule_free and bool(_thawed(tensors, update.names, rule.moments))
+    """Whether the count of updates, and with it the base of schedule-free, begins anew: of a
+    parameter nothing is among what `Update.tensors` gave, since it was frozen until now or no
+    tensors were saved."""
+    return bool(_thawed(tensors, update.names, update.rule.moments))
 
 
 def average_weight(update: Update) -> float:

@@ -40,15 +40,16 @@ def restore(config: Config, saved: Generation | None, update: Update) -> Trainin
     if saved is None:
         return TrainingState(trainer=config.model.trainer)
     with _naming(saved):
-        averages = saved.ema or {}
+        averages, is_anew = saved.ema or {}, begins_anew(update, saved.optimizer or {})
         # Without its base schedule-free goes on from the average, which is better than the weights.
-        is_without_base = begins_anew(update, saved.optimizer or {})
+        is_without_base = update.rule.is_schedule_free and is_anew
         update.load_weights(saved.model | averages if is_without_base else saved.model)
         if saved.optimizer is not None:
             update.load(saved.optimizer)
         update.load_averages(averages)
     state = TrainingState.from_dict(saved.state)
-    if saved.optimizer is None:
+    # The optimizer may have begun to count after the average: by its count that would weigh less.
+    if saved.optimizer is None or not is_anew:
         load_weight_of_average(state, update)
     measured_at(state)  # what is not valid is refused now, and not at the first save
     return state
