@@ -337,7 +337,8 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
                 }
             ).data
     except (OSError, DamagedError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        # An error of the library has its text alone, and no `strerror`.
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
         raise ValueError(f"cannot read {path}: {reason}") from error
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error

@@ -278,6 +278,18 @@ def test_a_file_may_have_any_name_and_lie_on_a_disk_that_maps_none(
     assert read
 
 
+def test_a_file_that_cannot_be_mapped_from_memory_either_is_refused_with_the_reason(
+    tmp_path, monkeypatch
+):
+    def refuse(path, framework):
+        raise OSError("No such device (os error 19)")
+
+    monkeypatch.setattr(safetensors, "safe_open", refuse)
+    (tmp_path / "m.safetensors").write_bytes(b"any")
+    with pytest.raises(ValueError, match=r"cannot read .*m.safetensors: No such device"):
+        load_model(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize(
     "images",
     [
