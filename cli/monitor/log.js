@@ -15,8 +15,10 @@ function inWords(value) {
 const factWord = ([name, value]) => `${name.replaceAll("_", " ")} ${inWords(value)}`;
 const sentence = (words) => `${words[0]?.toUpperCase() ?? ""}${words.slice(1)}`;
 
-const averageWord = (start) =>
-  isNumber(start.ema) && start.ema > 0 ? `of the weights, decay ${inWords(start.ema)}` : "";
+function averageWord(start) {
+  if (start.optimizer === "schedule-free") return "of the weights, by schedule-free itself";
+  return isNumber(start.ema) && start.ema > 0 ? `of the weights, decay ${inWords(start.ema)}` : "";
+}
 
 // What is other than in the last session.
 const changesWord = (start) => (Array.isArray(start.changes) ? start.changes.map(changeWord).join("; ") : "");
