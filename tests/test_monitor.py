@@ -1349,6 +1349,18 @@ def test_the_graphs_are_smoothed_and_zoomed(running, server, browser):
     assert browser.errors() == []
 
 
+def _ask_for_a_sheet(folder, process, browser):
+    browser.click("[data-request=sheet]")
+    assert [process.stdout.readline() for _ in range(2)] == ["SIGRTMIN\n", "sheet\n"]
+    assert not browser.find("#sheet").is_displayed()
+    save_png(folder / "sheet.png", np.full((60, 300, 3), 90, np.uint8), "")
+    browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 300)
+    assert browser.text("#preview-age").startswith("sheet of iteration")
+    assert browser.find("#download").get_attribute("download") == "sheet.png"
+    browser.click("#sheet")
+    browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 240)
+
+
 @pytest.mark.slow
 def test_the_page_asks_the_run_for_work(running, server, browser, tmp_path):
     folder, process = running
@@ -1386,15 +1398,7 @@ def test_the_page_asks_the_run_for_work(running, server, browser, tmp_path):
     assert process.stdout.readline() == "augment.warp=false\n"
     browser.wait(lambda: "Changed augment.warp from true to false" in browser.text("#log"))
     browser.picture(tmp_path / "change.png")
-    browser.click("[data-request=sheet]")
-    assert [process.stdout.readline() for _ in range(2)] == ["SIGRTMIN\n", "sheet\n"]
-    assert not browser.find("#sheet").is_displayed()
-    save_png(folder / "sheet.png", np.full((60, 300, 3), 90, np.uint8), "")
-    browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 300)
-    assert browser.text("#preview-age").startswith("sheet of iteration")
-    assert browser.find("#download").get_attribute("download") == "sheet.png"
-    browser.click("#sheet")
-    browser.wait(lambda: browser.run("document.getElementById('preview').naturalWidth") == 240)
+    _ask_for_a_sheet(folder, process, browser)
     browser.click("#pause")
     browser.wait(lambda: browser.text("#state") == "paused")
     assert not browser.find(button).is_enabled()
