@@ -561,7 +561,7 @@ function listen() {
     byId("confirm").returnValue = "";
   });
   // After plotly's own resizing, which leaves the legend where it was.
-  window.addEventListener("resize", () => setTimeout(drawGraphs, REDRAW_MS));
+  window.addEventListener("resize", () => setTimeout(() => view.graphs && drawGraphs(), REDRAW_MS));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     if (view.graphs) showRange();
   });
