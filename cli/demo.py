@@ -67,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     """Draw what is missing, train, swap the film, and name the pictures."""
     if args.iterations is not None and args.iterations < 1:
         raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
+    import torch
+
     from ..core.console.reporter import Reporter
     from ..core.console.requests import Requests
     from ..core.faces.synthetic import draw_folder
@@ -77,8 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
     folder = args.folder
     iterations = args.iterations or (BF16_ITERATIONS if cpu_has_bf16() else ITERATIONS)
-    precision = "bf16" if cpu_has_bf16() else "auto"
-    if not args.json:
+    # A GPU chooses for itself; a CPU computes in fp32 where it is not told.
+    precision = "bf16" if cpu_has_bf16() and not torch.cuda.is_available() else "auto"
+    if not args.json and not (folder / "film").exists():
         tell(f"Drawing two people and a film into {folder}")
     for side, person in PEOPLE.items():
         draw_folder(folder / f"faces_{side}", identity=person, count=FACES, size_px=SIZE_PX)

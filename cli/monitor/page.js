@@ -475,6 +475,7 @@ function sessionLinks({ first, last }, name) {
 
 async function request(name, fields = {}) {
   const token = view.token || byId("token").value;
+  const sheetBefore = view.status?.sheet ?? ""; // a run may have drawn before its answer is here
   say(byId("answer"), "asking…");
   try {
     const answer = await fetch(address(`request/${name}`), {
@@ -485,7 +486,7 @@ async function request(name, fields = {}) {
     const values = await answer.json();
     if (answer.status === 403) askForToken();
     if (answer.ok) keepToken(token);
-    if (answer.ok && name === "sheet") awaitSheet();
+    if (answer.ok && name === "sheet") awaitSheet(sheetBefore);
     say(byId("answer"), answer.ok ? askedWord(name) : values.error);
   } catch {
     say(byId("answer"), "No answer from mien monitor; was the request made? See the log below.");

@@ -19,8 +19,8 @@ function forgetPreview() {
 }
 
 // The sheet that the run was asked for is shown once it is there.
-function awaitSheet() {
-  chosen.awaited = view.status?.sheet ?? "";
+function awaitSheet(before) {
+  chosen.awaited = before;
 }
 
 function takeSheet({ sheet }) {

@@ -68,7 +68,8 @@ class Lock:
 
     def mark_paused(self) -> None:
         """Have whoever wants the folder be told that its run is paused, until `release`."""
-        _sign(self._handle, is_paused=True)
+        with suppress(OSError):  # a full disk: they are told that the folder is in use
+            _sign(self._handle, is_paused=True)
 
     def remove_folder(self) -> None:
         """Remove the folder where it holds nothing but its lock."""

@@ -9,7 +9,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,13 +64,19 @@ class Archive:
             ValueError: The part is damaged or larger, or there is no room for the copy.
         """
         # HDF5 is read by places, which a zip's stream does not offer.
-        with tempfile.TemporaryFile() as copy:
+        with _making_room():
+            copy = tempfile.TemporaryFile()
+        try:
             for piece in self._pieces(WEIGHTS, max_bytes):
                 with _making_room():
                     copy.write(piece)
             with _making_room():
                 copy.flush()
             yield copy
+        finally:
+            # What had no room when it was flushed has none now, and would hide the error above.
+            with suppress(OSError):
+                copy.close()
 
     def _pieces(self, name: str, max_bytes: int) -> Iterator[bytes]:
         """Contents of one entry; ValueError before more than ``max_bytes`` come of it."""
