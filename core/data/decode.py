@@ -79,6 +79,7 @@ def choose_backend(setting: str, device: str = "cpu") -> tuple[str, str]:
     if setting not in ("auto", "dali"):
         raise ValueError(f"data.decoder must be one of auto, dali, opencv, got {setting!r}")
     try:
+        # Only where it is wanted: DALI is an extra, and to import it takes a third of a second.
         version = importlib.import_module("nvidia.dali").__version__
     except (ImportError, OSError) as error:
         # Its first line: the rest lists the paths that the loader has tried.
@@ -129,6 +130,7 @@ def decode_one(face: Face, crop: geometry.Crop) -> Result:
             # A copy: a part of a picture would keep all of it.
             return np.ascontiguousarray(face.cut_out(image_bgr, crop))
     except FaceFileError as error:
+        # Kept until its turn: with its frames it would hold the file's content as long.
         return error.alone()
 
 
@@ -172,6 +174,7 @@ def _decode_dali(
     failures = 0
     on_gpu = device.startswith("cuda")
     decoded = on_host = None
+    # DALI prints lines of its own about a damaged file, besides the error that it raises.
     with silent_libraries(), ThreadPoolExecutor(threads) as pool:
         while batch := schedule.next():
             # Its place among the batches stays, so the crops come in the order of the faces.
@@ -203,6 +206,7 @@ def _decode_dali(
                 for first in range(0, len(places), step)
             ]
             finished = [crop_bgr for task in tasks for crop_bgr in task.result()]
+            # Only now: what was cut reads DALI's own memory, which the next batch is decoded into.
             pipeline.release_outputs()
             yield from enumerate(finished, batch.first)
     if on_gpu:
@@ -335,6 +339,8 @@ def _pipeline(schedule: _Schedule, threads: int, device: str) -> Any:
     with pipeline:
         path, corner, shape = dali.fn.external_source(source=schedule.source(), num_outputs=3)
         pipeline.set_outputs(
+            # By paths and not by bytes, or by DALI's own reader: of the three this was the fastest
+            # on the CPU, and a face keeps its number.
             dali.fn.decoders.image_slice(
                 dali.fn.io.file.read(path),
                 corner,

@@ -84,6 +84,7 @@ class Feed:
         self.landmarks = landmarks
         """Landmarks of both sides, where faces are warped to landmarks."""
 
+        # 64 bits: with the largest count of iterations and batch, faces pass what 32 bits hold.
         self.seen = torch.zeros(len(SIDES), dtype=torch.int64, device=device)
         """Faces of each side before the next batch, on the device; `batch` moves it on."""
 
@@ -93,6 +94,7 @@ class Feed:
         self._expected: dict[str, int] | None = None
         """What `seen` will be when the replay of a graph follows the last `seek`; None: unknown."""
 
+        # The kernels read GPU memory and pinned memory alone: a mapped file is neither.
         self.is_capturable = device.type == "cuda" and all(
             store.faces_fssc.is_cuda or store.faces_fssc.is_pinned() for store in stores.values()
         )
@@ -157,6 +159,7 @@ class Feed:
 
     def _make(self, first: list[int] | Tensor, turn: int = 0) -> Batch:
         """The batch after so many faces of each side."""
+        # On the CPU new tensors each time: the caller still trains on those of the batch before.
         buffers, config = self._buffers[turn] if self._buffers else _BatchBuffers(self), self.config
         faces = [self.stores[side].faces_fssc for side in SIDES]
         num_faces = [len(faces_fssc) for faces_fssc in faces]

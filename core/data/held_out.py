@@ -95,6 +95,7 @@ def hold_out(
             f"{setting} leaves {len(trained)} of {len(pairs)} faces to train on, at least "
             f"{MINIMUM_FACES} are needed; make it larger, or add faces"
         )
+    # Files that cannot be used are told once, with the faces that are trained on.
     held_out = dataclasses.replace(folder, faces=measured, rejected=[])
     return dataclasses.replace(folder, faces=trained), held_out
 

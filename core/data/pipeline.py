@@ -65,9 +65,11 @@ class FaceDecoder:
         self, crop: Crop, data: DataConfig, device: torch.device, worker: ThreadPoolExecutor
     ) -> None:
         self.warnings: list[str] = []
+        # No bound here: a face that waits is its header, and only pictures take room.
         self._faces: SimpleQueue[Face | None] = SimpleQueue()
         self._decoded: SimpleQueue[Decoded | None] = SimpleQueue()
         face_bytes = _BYTES_PER_PIXEL * crop.size_px**2
+        # No bounded queue: `close` could not let go of a thread that waits for room in one.
         self._room = threading.Semaphore(max(1, AHEAD_BYTES // face_bytes))
         self._is_closed = threading.Event()
         self._work = worker.submit(self._decode, crop, data, device)
@@ -82,6 +84,7 @@ class FaceDecoder:
 
     def close(self) -> None:
         """Let the thread end early, as soon as it has what it is at, and `end` was called."""
+        # The flag before the room: the thread that gets it looks at the flag next.
         self._is_closed.set()
         # Has it never begun, it never will; has it, the flag ends it at the next face.
         self._work.cancel()
@@ -148,6 +151,7 @@ def _decoded(
     """Each face's crop and masks. Masks are made in threads, a little ahead of the decoding."""
     threads = thread_count(data.num_threads)
     # Crops and masks are made at their own pace, from one and the same sequence of faces.
+    # `tee` is for one thread: both are taken by the one that asks for the results.
     for_crops, for_masks = itertools.tee(faces)
     crops = decode_crops(
         for_crops,

@@ -51,7 +51,9 @@ def source_of(text: str, side: str) -> Source:
     """
     source = Source(*split_share(text))
     folder, _, share = text.rpartition(":")
+    # Else a slip in the number would be told as a folder that does not exist.
     is_meant = source.share is None and os.path.isdir(folder) and not os.path.lexists(text)
+    # Digits without end make a float that is infinite.
     if is_meant or not math.isfinite(source.share or 0.0):
         raise ValueError(
             f"{name_of(folder, side)}: the share of draws behind the colon must be a number such "
@@ -126,6 +128,7 @@ class DrawTable:
         order = sorted(range(num_faces), key=lambda face: (folder_f[face], _digest(names[face])))
         counts = np.bincount(folder_f, minlength=len(shares))
         self.num_slots = num_faces * -(-_LEAST_SLOTS // num_faces)
+        # Rounded where folders meet, not each for itself: so the slots add up to their number.
         ends = np.floor(np.cumsum(shares) * self.num_slots + 0.5).astype(np.int64)
         slots = np.diff(ends, prepend=0)
         firsts = np.cumsum(counts) - counts
@@ -159,4 +162,5 @@ _INDEX = 0
 
 
 def _digest(name: str) -> bytes:
+    # Not Python's hash: a resumed run must draw in the order in which it has begun.
     return hashlib.blake2b(os.fsencode(name), digest_size=8).digest()

@@ -83,6 +83,7 @@ _PLACES = {"gpu": "GPU memory", "host": "host memory"}
 _TO_PIXEL = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
+# Without `==`: comparing tensors gives a tensor, which is neither true nor false.
 @dataclass(eq=False)
 class FaceStore:
     """One side's decoded faces.
@@ -149,6 +150,7 @@ class _Facts:
             raise ValueError("a list is none")
         holds = (
             all(isinstance(each, str) for each in (facts.key, facts.folder, *facts.names))
+            # `type`, since true and false are whole numbers to `isinstance`.
             and type(facts.size_px) is int
             and facts.size_px > 0
             and isinstance(facts.settings, dict)
@@ -269,6 +271,7 @@ def choose_placement(
     Raises ValueError where the place asked for has no room.
     """
     need = f"{_size(num_bytes)} of faces"
+    # Not so the GPU's below: each process has one of its own.
     rooms = {"host": available_host_bytes() // num_readers}
     if device.type == "cuda":
         # In this order `auto` tries them: the nearest to the kernels first.
@@ -532,6 +535,7 @@ class _RawFile:
     def __init__(self, path: Path, plan: _Facts) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        # First, so that the room of what this file replaces is counted as free.
         _remove_obsolete(path, plan.folder)
         # The header is written last, when it is known which faces were left out, and why.
         # Twice the plan's names, which may stand again with a reason, and room for the reasons.
@@ -685,6 +689,7 @@ def _remove_obsolete(path: Path, folder: str) -> None:
     for other in path.parent.glob("*.faces"):
         if other != path and _is_of(other, folder):
             with contextlib.suppress(OSError):
+                # The name alone goes: a run that has the file mapped keeps what it holds.
                 other.unlink()
     for part in path.parent.glob(f".*{_PART}"):
         with contextlib.suppress(OSError), open_for_reading(part) as file:
