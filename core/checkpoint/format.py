@@ -157,6 +157,8 @@ def tensor_file(tensors: dict[str, Tensor], metadata: dict[str, str]) -> list[by
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
+        # As bytes, since NumPy has no bf16; flat, since a tensor of no dimension has no view of
+        # another width.
         pieces.append(tensor.reshape(-1).view(torch.uint8).numpy().data)
     text = json.dumps(header).encode()
     # Spaces, as the format allows: so the numbers begin at a multiple of 8 bytes.
@@ -260,6 +262,7 @@ def _mapped(file: BufferedIOBase) -> Any:
 
 def _parse_tensors(name: str, content: bytes) -> dict[str, Tensor]:
     try:
+        # Of the bytes whose hash was compared: a file that is read twice may have changed between.
         return safetensors.torch.load(content)
     except _NO_TENSORS as error:
         raise DamagedError(f"{name} is not a valid safetensors file") from error
@@ -302,6 +305,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def _refuse_constant(word: str) -> None:
+    # NaN and Infinity are Python's own words, and no comparison with a limit refuses a NaN.
     raise ValueError(f"{word} is no JSON")
 
 

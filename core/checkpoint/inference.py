@@ -251,6 +251,7 @@ def network_of(source: Path, config: Config, tensors: dict[str, Tensor]) -> Auto
 
 def built(trainer: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Autoencoder:
     """Network of a family with these weights, in evaluation mode."""
+    # No start is drawn or looked up, since the save brings the weights.
     network = models.build(trainer, seed=None, pretrained=False, **settings)
     # A file of one side lacks the sub-networks of the other.
     network.load_state_dict(tensors, strict=False)

@@ -31,6 +31,7 @@ def leave_request(model_dir: Path, pid: int, text: str) -> Path:
         raise ValueError(
             f"a request has {MAX_REQUEST_BYTES} bytes at most, got {len(content)}; shorten it"
         )
+    # Of so many digits that names sort as times do: requests are carried out in their order.
     path = model_dir / f"{_PREFIX}{pid}-{time.time_ns():020d}"
     write_file(path, content)
     return path
@@ -53,6 +54,8 @@ def send_left_request(model_dir: Path, text: str) -> LockOwner:
     try:
         return send_request(model_dir, STEER)
     except RequestError:
+        # Else the next signal would have it carried out, long after its sender was told that it
+        # failed.
         path.unlink(missing_ok=True)
         raise
 
@@ -62,9 +65,12 @@ def take_left_requests(model_dir: Path) -> list[str]:
     texts = []
     for path in sorted(model_dir.glob(f"{_PREFIX}*"))[:_MOST_AT_ONCE]:
         with suppress(OSError, DamagedError):  # taken away at this moment, or no plain file
+            # Bounded, and no pipe is waited for: what lies in the folder may be anybody's.
             content = read_regular(path, MAX_REQUEST_BYTES)
             if path.name.startswith(f"{_PREFIX}{os.getpid()}-"):
                 texts.append(content.decode(errors="replace"))
+        # Those for other numbers, too: their processes have ended, for only this one may train
+        # here.
         with suppress(OSError):
             path.unlink()
     return texts

@@ -114,10 +114,12 @@ def owner_in_words(path: Path) -> str | None:
     try:
         handle = open_plain(path / LOCK, os.O_RDONLY)
     except PermissionError:
+        # Not as if nobody had it: that cannot be seen here.
         raise
     except OSError:  # there is none, or none that a run could hold
         return None
     try:
+        # Shared, so that several who look at the same time do not see one another.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
@@ -162,6 +164,7 @@ def _taken(path: Path, handle: int) -> Lock | None:
             "folder"
         ) from error
     except OSError as error:
+        # It could not be signed, as on a full disk: nobody could tell whose it is.
         is_held = False
         raise ValueError(
             f"cannot lock model folder {path}: {error.strerror}; choose one on a local disk "
@@ -215,6 +218,7 @@ def _sign(handle: int, *, is_paused: bool = False) -> None:
     """Write down who holds the lock, and whether its run is paused."""
     paused = " paused" if is_paused else ""
     # Not under a new name: the lock is on this very file.
+    # So it is empty for a moment, which whoever reads it takes for a run that is just starting.
     os.ftruncate(handle, 0)
     os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}{paused}\n".encode(), 0)
 

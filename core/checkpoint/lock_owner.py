@@ -53,6 +53,7 @@ class LockOwner:
 
 def lock_owner(model_dir: Path) -> LockOwner | None:
     """Process that has last locked the folder; None where none has, or a run is just starting."""
+    # Before the lock file, which is there on such a disk too, and which nobody can lock.
     owner = read_owner(model_dir)  # of a disk without flock
     if owner is not None and (owner.is_running or not owner.is_here):
         return LockOwner(owner.pid, owner.host, owner.is_running)
@@ -134,8 +135,10 @@ def _exists(pid: int) -> bool:
 
 def _is_locked(handle: int) -> bool:
     try:
+        # Shared, so that several who look at the same time do not see one another.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
+        # A disk without flock refuses everybody, which tells of no owner.
         return error.errno not in NO_FLOCK
     fcntl.flock(handle, fcntl.LOCK_UN)
     return False

@@ -118,6 +118,7 @@ class OwnerFile:
         try:
             if os.pread(handle, _MAX_BYTES, 0) != self._line:
                 raise InUseError(_in_words(read_owner(self._path.parent)))
+            # The same bytes: the new time of the file is the sign of life.
             os.pwrite(handle, self._line, 0)
             os.fsync(handle)
         finally:
@@ -156,6 +157,7 @@ class OwnerFile:
         raise InUseError("another process that is just starting")
 
     def _is_stale(self, owner: Owner | None) -> bool:
+        # Of an empty file, too, its age decides: whoever makes one writes it a moment later.
         if owner is not None and owner.is_here:
             return not owner.is_running
         try:
@@ -190,6 +192,7 @@ class OwnerFile:
             os.rename(aside, self._path)
 
     def _own_name(self, purpose: str) -> Path:
+        # Of this process alone: two that clear away at the same time must not meet in one name.
         return self._path.with_name(f"{OWNER}.{socket.gethostname()}.{os.getpid()}.{purpose}")
 
 
@@ -209,6 +212,7 @@ def _machine() -> str:
 def _start_of(pid: int) -> int | None:
     """Start of a process of this machine, in ticks since the boot; None where it is gone."""
     try:
+        # The name, in brackets, may itself hold spaces and brackets: the last one ends it.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -35,6 +35,7 @@ def replace_backup(model_dir: Path, generation: Path) -> None:
     """
     backup, old, new = (model_dir / name for name in (BACKUP, _OLD_BACKUP, _NEW_BACKUP))
     try:
+        # First: whatever an earlier change has left would be in the way of this one.
         finish_backup(model_dir)
         # All of the copy before anything of the old one moves: a full disk is met here.
         copy_files(generation, new, os.listdir(generation))

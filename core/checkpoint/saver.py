@@ -173,8 +173,12 @@ class Saver:
         copies = self._streams[device]
         training = torch.cuda.current_stream(device)
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        # The driver's count: what the allocator keeps for the next step is not free to it, and
+        # stays kept.
         has_room = torch.cuda.mem_get_info(device)[0] > num_bytes + _SPARE_GPU_BYTES
         if has_room:
+            # In the layout of the buffers: else the copy to the host would have to rearrange them
+            # first.
             tensors = {
                 name: tensor.clone(memory_format=torch.contiguous_format)
                 for name, tensor in tensors.items()
@@ -188,4 +192,6 @@ class Saver:
         # The step that follows may change the tensors: it waits on the device, not on the host.
         if not has_room:
             training.wait_event(event)
+        # The list keeps them alive until the event: the allocator knows nothing of the other
+        # stream, and would give their memory to the next step.
         return event, list(tensors.values())

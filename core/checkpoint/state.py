@@ -84,6 +84,7 @@ class TrainingState:
     sessions: list[Session] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        # No fields, so that no save holds them: a mean begins anew at every save and start.
         self._loss_sum, self._loss_count = 0.0, 0
 
     def part(self, name: str, kind: type[Record], **highest: int) -> Record | None:
