@@ -159,6 +159,7 @@ def write_file(path: Path, content: Content, mode: int = 0o666) -> None:
     except OSError:  # no files without a name here, or what the next call will tell
         _write_named_file(path, content, mode)
         return
+    # The folder is left to whoever has written its last file: one flush serves them all.
     with open(handle, "wb") as stream:
         stream.writelines([content] if isinstance(content, bytes) else content)
         stream.flush()
@@ -209,6 +210,7 @@ def replace_file(path: Path, content: Content, mode: int = 0o666) -> None:
             _refuse_odd(path, found)
     temporary = temporary_name(path)
     try:
+        # By a name after all: no link takes the place of a file that is there.
         write_file(temporary, content, mode)
         os.replace(temporary, path)
     finally:
@@ -340,6 +342,8 @@ def open_plain(path: str | Path, flags: int, *, follows_links: bool = False) -> 
     flags |= os.O_NONBLOCK | os.O_CLOEXEC | (0 if follows_links else os.O_NOFOLLOW)
     handle = os.open(path, flags, 0o666)
     try:
+        # Once more, and now of the handle: the name may have gone to something else since the look
+        # at it.
         _refuse_odd(path, os.fstat(handle))
     except BaseException:
         os.close(handle)
@@ -388,6 +392,7 @@ def hash_regular(path: Path, max_bytes: int) -> tuple[int, str]:
     """Size and SHA-256 of a plain file, however large."""
     with open_regular(path, max_bytes) as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        # As many as were hashed: the file may have grown since it was opened.
         return stream.tell(), sha256
 
 

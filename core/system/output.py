@@ -152,6 +152,7 @@ class _Silence:
             # The first one silences, the last one ends it: the handle is the whole process's.
             if self._count == 1:
                 with suppress(OSError):  # the process has none
+                    # By the handle: libraries write to it, past `sys.stderr`.
                     self._kept = os.dup(2)
                     _lead_nowhere(2)
 

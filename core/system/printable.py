@@ -28,5 +28,6 @@ def _escape(letter: str) -> str:
 
 def to_json(value: Any, indent: int | None = None) -> str:
     """Plain values and paths as JSON, which holds nothing that a terminal would obey."""
+    # No NaN, which is Python's own word: other readers of JSON refuse all of the text for it.
     text = json.dumps(value, indent=indent, allow_nan=False, default=os.fspath)
     return text.replace("\x7f", "\\u007f")  # the one such character that JSON leaves as it is
