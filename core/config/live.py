@@ -48,6 +48,7 @@ def parse_change(text: str) -> tuple[Spec, Any]:
         ValueError: The setting is unknown or not one of these, the value breaks its rule, or it is
             more than a line.
     """
+    # A request may have been left by anybody who can write to the folder, and is shown in messages.
     if not text.strip().isprintable():
         raise ValueError(
             "a change must be section.key=value in one line without control characters, got "

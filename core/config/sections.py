@@ -37,6 +37,7 @@ MASK_TYPES = (
 class Section(Checked):
     """Base of a table of settings."""
 
+    # Empty, and not left out: a base without slots gives every section a dictionary after all.
     __slots__ = ()
 
     @classmethod
@@ -422,6 +423,7 @@ class TrainConfig(Section):
         if word == "auto" and limit.isdecimal():
             object.__setattr__(self, "batch_size", word)
             object.__setattr__(self, "auto_batch_limit", int(limit))
+        # By name: `slots` makes the class anew, and `super()` would look in the one before.
         Section.__post_init__(self)
 
     def last_iteration(self, done: int) -> int:
@@ -513,6 +515,7 @@ class LogConfig(Section):
     """File to which the same lines are added, each with its date; at 16 MiB it is put aside, and
     four of those are kept."""
 
+    # Private, as the notifications below: a stranger's folder must have no faces sent anywhere.
     wandb: str = setting("", private=True, flag="--wandb")
     """Project of Weights & Biases that is told losses, previews and settings too; no model keeps
     it."""
@@ -522,6 +525,7 @@ class LogConfig(Section):
 class NotifyConfig(Section):
     """Notifications of the end of a run, a stage, a rollback or a failure; no model keeps them."""
 
+    # A stranger's folder must not run a command, and an address may hold a password.
     command: str = setting("", private=True, flag="--notify-command")
     """Command for the shell that is run at each: $MIEN_EVENT and $MIEN_TEXT say what happened, and
     it reads the same as a line of JSON."""

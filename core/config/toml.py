@@ -49,6 +49,7 @@ def read_content(path: Path, max_bytes: int) -> bytes:
         ValueError: It cannot be read.
     """
     try:
+        # Links count: whatever is read by this, the user has named.
         with open_for_reading(path, follows_links=True) as file:
             return file.read(max_bytes + 1)
     except OSError as error:
@@ -69,6 +70,7 @@ def parse_toml(content: bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except tomllib.TOMLDecodeError as error:
+        # It may quote what it has found, and a stranger's may be as long as the file.
         problem = textwrap.shorten(str(error), 200)
         raise ValueError(f"{problem}{_advice(text, str(error))}") from None
     # Bounded for whoever walks the values by recursion, as JSON and `merge` do.
