@@ -41,6 +41,7 @@ _CAPTION_LETTERS = 20
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
+# A mark of its own: inside a generator the StopIteration of a future would be an error.
 _END = object()
 
 

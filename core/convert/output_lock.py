@@ -61,5 +61,7 @@ class OutputLock:
     def release(self) -> None:
         """Let another swap have the folder; once."""
         if self._handle >= 0:
+            # Without the call that unlocks: no child has a copy of the handle that could keep the
+            # lock.
             os.close(self._handle)
             self._handle = -1

@@ -93,6 +93,7 @@ class Video:
                             f"{self.path} is to be shown turned by {frame.rotation} degrees, which "
                             "is no quarter turn: turn its frames upright first"
                         )
+                    # Turned into BGR on the thread that needs it: this one has the decoding to do.
                     read = partial(_picture, frame, is_deep=self.is_deep)
                     yield Frame(self._stem(number), read, decoded=frame)
         except library().FFmpegError as error:

@@ -196,6 +196,7 @@ class VideoOutput:
             "sample_aspect_ratio": coded.pixel_aspect,
             **(self._source.color if self._source else {}),
         }
+        # By such a name the next call knows, and sweeps, what a kill has left.
         path = temporary_name(self._parts.folder / "part")
         return _Part(path, self._comment, self._rate, stream_settings, context_settings)
 
