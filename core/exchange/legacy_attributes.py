@@ -42,6 +42,7 @@ def read_attributes(path: Path, *names: str) -> dict[str, str]:
 
 def main(path: str, *names: str) -> None:
     """Print the attributes of a file."""
+    # Not by `require_h5py`: a file that is run by its path can import nothing of its package.
     import h5py
 
     resource.setrlimit(resource.RLIMIT_DATA, (_MOST_BYTES, _MOST_BYTES))

@@ -31,6 +31,7 @@ def import_onnx() -> ModuleType:
         ValueError: It is not installed.
     """
     try:
+        # Here and not at the top: an extra, which only exports need.
         import onnx
     except ImportError as error:
         raise ValueError(

@@ -17,6 +17,7 @@ def targets_of(family: str, options: dict[str, Any] | None) -> tuple[list[str], 
     if options is None:
         return [], ""
     try:
+        # Tried, by a model without memory: the options decide which layers a family has.
         models.meta_model(family, **options).graph()
     except ValueError as error:  # a layer of it has no description
         return ["safetensors"], str(error)
