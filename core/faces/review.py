@@ -98,7 +98,7 @@ def write_lists(reports: Sequence[Report], folder: Path) -> list[Path]:
 def move_named(report: Report, target: Path) -> dict[str, int]:
     """Move the files to look at into `<target>/<kind>`; how many of each.
 
-    A rename, so that no file is ever half there: the target must be on the same disk.
+    A link and an unlink, so that no file is ever half there: the target must be on the same disk.
 
     Raises:
         ValueError: The target lies in the folder itself, or a file of that name is there; then

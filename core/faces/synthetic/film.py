@@ -66,6 +66,7 @@ def _draw_frame(part: Path, name: str, identity: str, scene: Scene, size_px: int
     frame = lit(drawing, sheet, whole_23, frame_px)
     (part / "frames" / f"{name}.png").write_bytes(encode_rgb(frame))
     head_23 = crop_matrix(alignment, Crop("head", 1.0, 0.0, size_px))
+    # Out of the lit frame, not lit anew: a swap is to find in it what the face shows.
     face = cv2.warpAffine(frame, head_23, (size_px, size_px), flags=cv2.INTER_LINEAR)
     header = header_of(drawing, alignment, f"{name}.png", f"{name}_0.png", size_px)
     write_face(part / "faces" / f"{name}_0.png", face, header)
@@ -73,6 +74,7 @@ def _draw_frame(part: Path, name: str, identity: str, scene: Scene, size_px: int
 
 def _scenes(seed: int) -> Iterator[Scene]:
     """Scenes of a film without end: from pose to pose, softly."""
+    # No key of a single face, whose upper half is 0 or 1.
     random = np.random.Generator(np.random.Philox(key=[seed, 3 << 32]))
     poses = (draw_scene(random) for _ in itertools.count())
     first = next(poses)

@@ -387,6 +387,7 @@ def skull_outline(
     """
     centre = camera.project((_SKULL_CENTRE_3 - (0.0, lift, 0.0))[None])[0]
     stretched = camera.turn_33 * _SKULL_RADII_3
+    # The shadow of an ellipsoid is an ellipse, of that part of its matrix that has no depth.
     edge_22 = np.linalg.cholesky((stretched @ stretched.T)[:2, :2])
     around_p2 = np.column_stack([np.cos(angle_p), np.sin(angle_p)]) @ edge_22.T
     return centre + camera.unit_px * around_p2 * np.reshape(grow_p, (-1, 1))

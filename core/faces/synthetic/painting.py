@@ -108,6 +108,7 @@ def paint(drawing: Drawing, frame_px: int) -> Sheet:
     """The whole picture in flat colours."""
     image_yxc = _background(drawing.identity, drawing.scene, frame_px)
     sheet = Sheet(image_yxc, np.zeros((frame_px, frame_px), np.uint8), drawing.camera.unit_px)
+    # From behind to the front: each part covers what lies under it.
     if drawing.identity.long_hair:
         _long_hair_behind(sheet, drawing)
     _neck_and_clothes(sheet, drawing)
