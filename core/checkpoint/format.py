@@ -224,6 +224,7 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
     """
     try:
         with open_tensors(path) as stream:
+            # By its keys: what the library opens is no mapping, and cannot be iterated.
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
             trainer = (stream.metadata() or {}).get("trainer")
     except _NO_TENSORS as error:

@@ -62,6 +62,7 @@ def finish_backup(model_dir: Path) -> None:
 
 def snapshot_path(model_dir: Path, iterations: int) -> Path:
     """Path of the snapshot of a total iteration; OSError where the folder is not known."""
+    # Resolved, since `.` has no name for the number to stand behind.
     folder = model_dir.resolve()
     return folder.with_name(f"{folder.name}_snapshot_{iterations}_iters")
 

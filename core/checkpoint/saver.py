@@ -42,6 +42,7 @@ class Saver:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mien-save")
         self._pending: Future[Saved] | None = None
         self._finished: list[Saved] = []
+        # One for each name: the library that writes them refuses tensors that share memory.
         self._buffers: dict[str, Tensor] = {}
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -141,6 +142,8 @@ class Saver:
         """Copy into the buffers; for each GPU, the event of its copies' arrival."""
         by_device: dict[torch.device, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
+            # Detached: autograd would record the copy of a parameter, and the buffer hold its
+            # graph.
             by_device.setdefault(tensor.device, {})[name] = tensor.detach()
             buffer = self._buffers.get(name)
             if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):

@@ -34,6 +34,7 @@ def load_weights(model: Autoencoder, path: Path, read: Reader = read_weights) ->
         )
     taken: dict[str, Tensor] = {}
     for part in model.load_layers:
+        # Asked only for its refusal of a name that the model does not have.
         model.subnetwork(part)
         taken |= {name: t for name, t in tensors.items() if name.startswith(f"{part}.")}
         # All is compared before anything is copied: a refused model is as it was made.
