@@ -253,6 +253,7 @@ def _scratch(feed: Feed) -> tuple[Tensor, Tensor | None]:
     """Parameters of the faces of a batch and, on a GPU, a workspace to make it in."""
     faces, device = len(SIDES) * feed.count, feed.device
     shape = (faces, FACE_PARAMS.itemsize)
+    # As bytes: a record holds numbers of several types.
     params_nx = torch.empty(shape, dtype=torch.uint8, device=device)
     if device.type != "cuda":
         return params_nx, None

@@ -499,6 +499,7 @@ class _Build:
                     writing.result()
             except OSError as error:
                 assert self._raw is not None
+                # Kept or not, the faces are there: a mapping outlives the name of its file.
                 self._give_up(self._raw.path, error)
         return faces_fssc
 
@@ -602,6 +603,7 @@ def _padded(num_bytes: int) -> int:
 
 def _header(facts: _Facts, header_bytes: int) -> bytes:
     """The two lines of JSON at the start of a raw file."""
+    # Sorted, and with no time in it: two starts write the same file.
     text = json.dumps(dataclasses.asdict(facts), sort_keys=True).encode()
     digest = hashlib.sha256(text).hexdigest()
     first = {"schema": SCHEMA, "header_bytes": header_bytes, "sha256": digest}
