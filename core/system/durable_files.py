@@ -176,6 +176,7 @@ def _write_named_file(path: Path, content: Content, mode: int) -> None:
     """The same on a disk that has no files without a name: a kill leaves a temporary one."""
     temporary = temporary_name(path)
     try:
+        # With its permissions from the start: a private file must at no moment be open to others.
         with open(temporary, "xb", opener=partial(os.open, mode=mode)) as stream:
             stream.writelines([content] if isinstance(content, bytes) else content)
             stream.flush()

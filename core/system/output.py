@@ -197,6 +197,7 @@ def _lead_nowhere(handle: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     # The lowest free number was the missing one itself.
     if nowhere == handle:
+        # As every standard handle: programs that are started from here expect to have it.
         os.set_inheritable(handle, True)
     else:
         os.dup2(nowhere, handle)
