@@ -43,6 +43,7 @@ class JpegFace(Face):
     that of the frame, None where it is not known.
     """
 
+    # Never left out; but fields behind those of the base class, which have defaults, need one.
     part: Part = dataclasses.field(default_factory=lambda: Part(Path(), Path(), 0, 0))
     face_type: str = "full_face"
     in_frame: Alignment | None = None

@@ -181,6 +181,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
     """
     try:
         opener = partial(open_plain, follows_links=True)
+        # A usual header comes with one read of so many bytes.
         with open(path, "rb", buffering=65536, opener=opener) as file:
             edge_px = _read_edge(file)
             data = _find_text(file)
