@@ -53,6 +53,7 @@ def write_keras(path: Path, graph: Network, metadata: dict[str, str]) -> None:
         archive.writestr(CONFIG, json.dumps(to_json(graph)))
         with require_h5py().File(arrays, "w") as file:
             _fill(file, graph)
+        # Only now: what HDF5 has held back it writes when it is closed.
         if arrays.refusal is not None:
             raise arrays.refusal
         entry = zipfile.ZipInfo(WEIGHTS, time.gmtime()[:6])

@@ -143,6 +143,7 @@ def _put(square: np.ndarray, onto_ssc: np.ndarray, placement: Placement) -> np.n
     """A copy of a picture with the model's square in its place."""
     far, size_px = placement.side_px, placement.size_px
     framed = cv2.copyMakeBorder(onto_ssc, *(far,) * 4, cv2.BORDER_CONSTANT)
+    # OpenCV takes away the axis of a single channel.
     framed = framed.reshape(*framed.shape[:2], -1)
     row, column = (at + far for at in placement.corner)
     framed[row : row + far, column : column + far] = _sized(square, far)
