@@ -213,6 +213,7 @@ class _Sound:
         streams = self._container.streams.audio
         self._streams = {each: target.add_stream_from_template(each) for each in streams}
         packets = self._container.demux(*self._streams) if self._streams else iter(())
+        # Without the empty ones, by which the end of a stream is told.
         self._packets = (packet for packet in packets if packet.dts is not None)
         self._next = next(self._packets, None)
 
