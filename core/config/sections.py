@@ -84,6 +84,7 @@ class DataConfig(Section):
     sub_folders: bool = setting(False, flag="--sub-folders", stays=True)
     """Read the faces of sub-folders, too."""
 
+    # Defaults of the crop and of the masks are faceswap's.
     centering: str = setting("face", choices=("face", "head", "legacy"), locked=True)
     """What the crop is centred on: the face, the whole head, or the old, tighter crop."""
 
@@ -189,6 +190,7 @@ _LATER_LOSSES = (*LOSSES, "flip", "lpips_alex", "lpips_squeeze", "lpips_vgg16", 
 class LossConfig(Section):
     """What is minimised."""
 
+    # Defaults are faceswap's of all that it has.
     loss_function: str = setting("ssim", choices=LOSSES)
     """First loss, at weight 100 %."""
 
@@ -239,6 +241,7 @@ _LEAST_INTERPOLATION = 0.1
 class OptimizerConfig(Section):
     """How the weights are moved."""
 
+    # Defaults are faceswap's of all that it has, down to the search of the rate.
     optimizer: str = setting("adam", choices=OPTIMIZERS, locked=True)
     """The rule. schedule-free is adamw with an average of the weights in the place of a falling
     rate, of which all is made that is shown, exported and swapped; in the memory of adam. Not with
@@ -483,6 +486,7 @@ class SaveConfig(Section):
     save_minutes: float = setting(0.0, low=0.0, high=1440.0, flag="--save-minutes")
     """Minutes between two saves, in place of iterations; 0 is off."""
 
+    # Not `exit`, faceswap's default, with which a crash costs the optimizer's state.
     save_optimizer: str = setting("always", choices=("never", "always", "exit"))
     """Saves that hold the optimizer's state: exit, the last one only. Without it a resumed model
     begins with an empty optimizer, and what follows a crash is not bit for bit the same."""
