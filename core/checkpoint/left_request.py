@@ -16,6 +16,7 @@ from .lock_owner import STEER, LockOwner, RequestError, lock_owner, send_request
 
 MAX_REQUEST_BYTES = 1000
 _PREFIX = ".request-"
+# Bounds a look at the folder; what is left over comes with the next one. Chosen.
 _MOST_AT_ONCE = 100
 
 

@@ -129,6 +129,7 @@ class Saver:
     ) -> Saved:
         started = time.monotonic()
         for event, sources in in_flight:
+            # Waited for on this thread: the caller is at the next steps already.
             event.synchronize()
             sources.clear()  # the GPU memory of the staged copies goes back only now
         path = self._folder.save(copies["model"], copies.get("optimizer"), state, copies.get("ema"))
@@ -190,6 +191,7 @@ class Saver:
         copies.wait_stream(training)
         with torch.cuda.stream(copies):
             for name, tensor in tensors.items():
+                # It goes on after the call, since the buffer is page-locked.
                 self._buffers[name].copy_(tensor, non_blocking=True)
             event = copies.record_event()
         # The step that follows may change the tensors: it waits on the device, not on the host.
