@@ -30,7 +30,7 @@ MANY_FACES = 10_000
 POSE_BIN_DEGREES = 15
 REPEAT_BITS = 10
 """Faces of a side that advice is content with, and finds many; degrees of a field of poses; bits by
-which the hashes of one picture's copies differ at most. Chosen, unmeasured."""
+which the hashes of one picture's copies differ at most. Chosen, unmeasured, but for the last."""
 
 # Light, sharpness and repeats show at this size. Chosen, unmeasured.
 _CROP_PX = 128
