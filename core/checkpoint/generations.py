@@ -180,6 +180,7 @@ class Generations:
         """
         if self._sequence >= MAX_COUNT:
             raise ValueError(f"its saves are numbered up to {MAX_COUNT}, the last number there is")
+        # Not taken back where the save fails: the number may have reached the disk all the same.
         self._sequence += 1
         write_manifest(temporary, state, file_names, self._sequence)
         _refuse_unreadable(temporary)

@@ -406,6 +406,7 @@ def _refuse_foreign(path: Path, *, read_only: bool) -> None:
         raise ValueError(f"cannot read model folder {path}: {error.strerror}") from error
     links = sorted(path / name for name in names if os.path.islink(path / name))
     if not read_only:
+        # The saves need no such look: their files are opened by calls that follow no link.
         for name in ("logs", "timelapse", PREVIEWS):
             links += _links_in(path / name)
     if links:
@@ -444,6 +445,7 @@ def _advice(error: OSError) -> str:
     remedies = DISK_REMEDIES | {
         errno.EACCES: "make the folder writable",
         errno.ENAMETOOLONG: "give --model-dir a shorter name",
+        # By `OddFileError`, of what stands in the place of a file.
         errno.ENXIO: "remove it",
     }
     return remedies.get(error.errno or 0, "check the disk")
