@@ -59,6 +59,7 @@ def parse_change(text: str) -> tuple[Spec, Any]:
     if name not in settings:
         raise ValueError(_why_not(name, settings))
     spec = settings[name]
+    # By the parser of --set, so that a value means the same in both.
     value = parse_assignment(f"{name}={written}")[spec.section][spec.name]
     return spec, spec.take(value, name)
 
