@@ -67,6 +67,7 @@ def export_tensors(
     with writing(target), checked_output(target, force=force) as temporary:
         report("writing the weights")
         write_file(temporary, content)
+        # Both, for either holds all of the weights.
         del model, content
         report("reading them back, to compare them with the model")
         # Of the file as it lies on the disk, before it takes the place of an older one.
