@@ -120,5 +120,6 @@ def _without_filters(filtered: bytes, rows: int, columns: int) -> np.ndarray | N
     try:
         native.call("png_rows_cpu", job)
     except native.NativeError:
+        # Such as a filter that no PNG has: OpenCV is to say what is wrong.
         return None
     return pixels

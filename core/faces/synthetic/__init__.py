@@ -139,6 +139,7 @@ def _holds_this_set(folder: Path, names: list[str], identity: str, size_px: int,
             edge_px, header = read_header(folder / name)
         except FaceFileError:
             return False
+        # Their pictures are not compared: the name says all that a drawing hangs on.
         if edge_px != size_px or header.source.get("source_filename") != _frame_name(
             identity, number, size_px, seed
         ):

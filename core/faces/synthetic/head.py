@@ -221,6 +221,8 @@ class Scene:
 
 def draw_scene(random: np.random.Generator) -> Scene:
     """A pose, expression, light and place, drawn at random."""
+    # The order of what is drawn is part of every picture: another one needs a new version of the
+    # drawing.
     uniform = random.uniform
     speaking = uniform() < 0.55
     blinking = uniform() < 0.12

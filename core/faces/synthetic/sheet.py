@@ -95,6 +95,7 @@ def curve(points_p2: np.ndarray, *, closed: bool = False, steps: int = 6) -> np.
     return _curve_weights(len(points_p2), closed, steps) @ points_p2
 
 
+# Kept: curves have few numbers of points, and the weights hang on nothing else.
 @functools.lru_cache(maxsize=64)
 def _curve_weights(num_points: int, closed: bool, steps: int) -> np.ndarray:
     """(points of the curve, given points): the curve is linear in what it goes through."""
