@@ -22,6 +22,7 @@ _REMEDIES = DISK_REMEDIES | {
     errno.ENAMETOOLONG: "use a shorter name",
 }
 
+# DOTALL, for a folder's name may hold a line end.
 _SHARED = re.compile(r"(?P<folder>.+):(?P<share>[0-9]+\.?[0-9]*|\.[0-9]+)", re.DOTALL)
 
 
