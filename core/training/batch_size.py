@@ -52,6 +52,7 @@ def _for_all(size: BatchSize, num_faces: dict[str, int], group: Group) -> BatchS
     # The least of all: ranks of unequal GPUs still have equal shares.
     [least] = group.min([size.size])
     num_ranks = group.ranks.size
+    # A side may have fewer faces than the ranks have room for together.
     total = min(num_ranks * least, *num_faces.values())
     why = f"auto: {least} for each of {num_ranks} GPUs"
     return BatchSize(total, size.bound if total == num_ranks * least else "faces", why)

@@ -98,7 +98,9 @@ def build_step(
     precision = precisions.resolve(config.precision.mode, device)
     # Before anything runs on the device: TF32 is a switch of the process.
     precision.apply()
+    # Before the update is made, which keeps views of the parameters where they lie by then.
     model.to(device)
+    # Again: when the settings were checked, auto had not chosen the batch yet.
     micro_batches.check(config, group.ranks if group else ALONE)
     if group is not None and not config.train.micro_batch:
         update = _shared_update(config, model, precision, group)
@@ -135,6 +137,7 @@ def _shared_update(
     kind = ShardedUpdate if _is_sharded(config, model, precision, group) else MirroredUpdate
     # Gradients are sent during the backward pass anyway; auto leaves the weights for afterwards.
     overlaps = overlap.choose(config.optimizer, precision) is overlap.OverlappedUpdate
+    # Of the model without memory: all ranks must send in one order, already in the first step.
     order = arrival_order(meta_model(config))
     ema = config.train.ema
     return kind(
@@ -189,6 +192,7 @@ def check_step(config: Config, device: torch.device, ranks: Ranks = ALONE) -> tu
         ValueError: Settings of the step do not go together, or not with the device; one line says
             why.
     """
+    # Made for its refusals alone.
     overlap.choose(config.optimizer, precisions.resolve(config.precision.mode, device))
     name, why = engines.choose(config.train.engine, device)
     fused_dense.check(config.optimizer, name)

@@ -141,6 +141,7 @@ class Checkpointer:
             is_good: The losses so far are those of a training that has not diverged.
             with_optimizer: Save its state even where the settings leave it out.
         """
+        # Before all else: losses that are still under way may say that training has diverged.
         self.metrics.log(wait=True)
         state, began_at = self.setup.state, time.monotonic()
         if state.session.iterations == 0:
@@ -149,6 +150,7 @@ class Checkpointer:
         with_optimizer |= with_snapshot or self._keeps_optimizer(is_last)
         if is_last and is_good and self._has_saved(with_optimizer):
             return
+        # Before the pictures, for which batch norms use estimates that each rank has of its own.
         self._gather()
         # Before anything is written: images that show a divergence must not become the newest save.
         look = self.look = self._look()
@@ -167,6 +169,7 @@ class Checkpointer:
         # A save and the events up to it reach the disk together, or a resume would leave a gap.
         self.metrics.flush()
         queued_at = time.monotonic()
+        # Meanwhile the save is on its way to the disk.
         self._write_preview(look)
         self.metrics.picture("preview", self.setup.images.shown_jpeg, look.iteration)
         with averaged(self.setup.step.update) as weights:
@@ -174,6 +177,7 @@ class Checkpointer:
             added = self.setup.images.add_to_timelapse(state.iterations, weights)
         if added is not None:
             self.reporter.timelapse(iteration=state.iterations, path=added)
+        # Counted from the end: where saves and pictures take long, training still gets its time.
         self.saved_at = time.monotonic()
         self.metrics.saving_s += queued_at - saving_at
         self.metrics.drawing_s += self.saved_at - began_at - (queued_at - saving_at)

@@ -203,6 +203,7 @@ def why_unfit(device: torch.device) -> Problem | None:
 def _too_old(driver: toolkit.Driver | None, cuda: str, of: str) -> Problem | None:
     """Whether a driver is older than the major number of the CUDA of a library."""
     needed = int(cuda.partition(".")[0])
+    # The major number alone: within it a driver runs what is built for a newer minor one.
     if driver is None or driver.cuda[0] >= needed:
         return None
     runs = ".".join(map(str, driver.cuda))
@@ -214,6 +215,7 @@ def _too_old(driver: toolkit.Driver | None, cuda: str, of: str) -> Problem | Non
 
 def _no_c_compiler() -> Problem | None:
     """Triton builds its launcher with a C compiler and Python's headers when it is first used."""
+    # As Triton itself looks for it.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return Problem("Triton finds no C compiler", "install one (`apt install gcc`)")
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")

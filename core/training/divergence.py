@@ -301,6 +301,7 @@ class DivergenceDetector:
     def check_losses(self, named: Mapping[str, np.ndarray], first: int, skipped: int) -> None:
         """Raise TrainingDiverged where the losses of some iterations say so; as in `NotFinite`."""
         self.not_finite.check(named, first, skipped)
+        # The faces alone: a mask that is learnt has a loss even where nothing of a face counts.
         faces = {
             key: np.sum([named[n] for n in named if n.startswith(f"batch_face_{key}")], axis=0)
             for key in self.sides
@@ -325,6 +326,7 @@ class DivergenceDetector:
         for key, side in self.sides.items():
             # A running mean: one batch alone may be far off.
             before = side.first_loss or 0.0
+            # None where it is 0, since losses are divided by it.
             side.first_loss = before + (losses[key] - before) / iteration or None
 
     def check_pictures(
@@ -400,6 +402,7 @@ def _pinned(pictures: np.ndarray) -> float:
 
 def _contrast(pictures: np.ndarray) -> float:
     """The largest standard deviation over the pixels of any picture and channel, in levels."""
+    # In fp32: of bytes NumPy would make numbers of eight bytes each.
     return float(pictures.astype(np.float32).std(axis=(1, 2)).max())
 
 

@@ -74,4 +74,5 @@ class Orders:
     def from_json(cls, text: str) -> "Orders":
         """The orders that `to_json` gave."""
         values = json.loads(text)
+        # JSON knows only the number of an outcome.
         return cls(**values | {"outcome": Outcome(values["outcome"])})

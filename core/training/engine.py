@@ -154,6 +154,7 @@ class Compiled(Engine):
         # fullgraph: a break in the graph would cost what compiling brings, without a word.
         self.step.network = torch.compile(plain, fullgraph=True, dynamic=False)
         try:
+            # `outputs` moves no running estimate: a resumed run must not show this pass.
             self.step.outputs(self.feed.next(faces_seen).input_nchw)
         except RuntimeError as error:
             self.step.network = plain
@@ -208,6 +209,7 @@ class Graphed(Engine):
             self.feed.seek(faces_seen)
             self.batches[self.turn] = self.feed.batch(self.turn)
         # The feed stands at the next batch, which this iteration makes while it trains.
+        # Here and not in the iteration: a capture would do it again at every replay.
         self.feed.seek(following)
         self._seed_noise(faces_seen)
         phase = self.step.update.phase
@@ -236,6 +238,7 @@ class Graphed(Engine):
         with torch.cuda.stream(self.batch_stream):
             self.batches[other] = self.feed.batch(other)
         yield
+        # What follows reads the batch, and a capture must have joined every stream that it forked.
         torch.cuda.current_stream().wait_stream(self.batch_stream)
 
     def _warm_up(self) -> None:
@@ -243,6 +246,7 @@ class Graphed(Engine):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self._iteration()
+        # Back as well: what follows on the caller's stream reads what was made on this one.
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self, key: tuple[int, int]) -> None:
@@ -268,10 +272,12 @@ class Graphed(Engine):
         else:
             finish_capture()
         # A capture runs nothing; the iteration that was recorded is owed.
+        # All ranks ask, also those whose own capture has failed: to agree is a collective.
         if self.agree(not obstacle):
             self.graphs[key] = graph
             graph.replay()
         else:
+            # None is replayed any more, and their pool holds memory.
             self.graphs.clear()
             self._fall_back(obstacle or "it cannot on another rank")
             batch = self.batches[self.turn]

@@ -68,6 +68,7 @@ def train(
                 "GPU; leave them out"
             )
         chosen = None if recipe is None else recipes.load(str(recipe))
+        # Not entered: signals and keys are those of the program that calls.
         requests = Requests(StopRequest(should_stop))
         ranks = from_environment()
         group = open_group(ranks) if ranks is not None and ranks.size > 1 else None

@@ -32,6 +32,7 @@ class Follower:
         Raises:
             RankLost: Another rank has ended.
         """
+        # Before any step: the first rank may search for a rate, or end at once.
         orders = self._attend()
         while orders is None:
             self.setup.iterate()

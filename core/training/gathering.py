@@ -19,6 +19,7 @@ def gather(setup: StepSetup, group: Group) -> None:
     Raises:
         SaveError: The weights of a rank are not those of the first.
     """
+    # Before the checksum, which takes in the running estimates, too.
     _average_running_stats(setup, group)
     setup.step.update.gather()
     sums = [0] * group.ranks.size
@@ -26,6 +27,7 @@ def gather(setup: StepSetup, group: Group) -> None:
     # The largest of each place, in which all other ranks have 0: a gather of numbers.
     sums = group.max(sums)
     differing = [rank for rank, each in enumerate(sums) if each != sums[0]]
+    # The first one alone: it is the one that saves, and the others end as it says.
     if differing and group.ranks.is_first:
         raise SaveError(
             f"rank {differing[0]} has other weights than rank 0 at iteration "
@@ -51,10 +53,13 @@ def _average_running_stats(setup: StepSetup, group: Group) -> None:
 def checksum(tensors: Iterable[Tensor]) -> int:
     """A number of 62 bits by which tensors are told from those of other bits, in this order."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    # As integers, whose sum is the same in whatever order a GPU adds them.
     sums = [
         tensor.detach().view(integers[tensor.element_size()]).sum(dtype=torch.int64)
         for tensor in tensors
     ]
     # Each by a factor of its own, so that tensors cannot change places.
+    # Odd ones: where a product wraps, no bit of a sum is lost.
     factors = torch.arange(1, 2 * len(sums), 2, device=sums[0].device)
+    # Never negative: the largest is sought among it and the zeros of other ranks.
     return int((torch.stack(sums) * factors).sum()) & (2**62 - 1)

@@ -29,6 +29,7 @@ def leaving_reasons(group: Group) -> Iterator[None]:
         group.pass_on(lost)
         raise
     except BaseException as error:
+        # Whatever has ended this rank, Ctrl-C too: the others are waiting for it.
         # One line: it becomes the last line of the other ranks.
         text = str(error).strip().partition("\n")[0]
         code = exit_code_of(error)
@@ -51,6 +52,7 @@ def end_of_lost(lost: RankLost, setup: TrainingSetup) -> End:
     """The end of a session of which another rank is lost; what was queued for the disk is saved."""
     if setup.council is not None:
         setup.council.group.pass_on(lost)
+    # Before the wait: the copies of a save may stand behind a step that never ends.
     if setup.device.type == "cuda":
         end_in_time(lost.failure.exit_code)
     saved = "nothing was saved"
@@ -68,6 +70,8 @@ def end_of_lost(lost: RankLost, setup: TrainingSetup) -> End:
 def end_in_time(exit_code: int) -> None:
     """End this process after 10 s at the latest: a GPU may wait for a lost rank for ever, and
     with it every call of CUDA that follows."""
+    # `sys.exit` would end the timer's own thread and nothing else.
     timer = threading.Timer(_PATIENCE_S, os._exit, [exit_code])
+    # A daemon, so that a process that can end by itself does so at once.
     timer.daemon = True
     timer.start()

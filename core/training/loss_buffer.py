@@ -18,6 +18,7 @@ class LossBuffer:
 
     def __init__(self, num_values: int, device: torch.device):
         self.rows = torch.zeros(CAPACITY, num_values, device=device)
+        # index_copy_ takes no smaller integers for its places.
         self.next_row = torch.zeros(1, dtype=torch.int64, device=device)
 
     def push(self, row_v: Tensor) -> None:
@@ -54,6 +55,7 @@ def to_host(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:
     for copy, tensor in zip(copies, tensors, strict=True):
         # Pinned memory: only into that does a copy go on while the host does other things.
         copy.copy_(tensor, non_blocking=True)
+    # Of an event and not of the device: steps that are queued later need not be waited for.
     copied = torch.cuda.Event() if on_gpu else None
     if copied:
         copied.record()

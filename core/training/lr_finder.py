@@ -144,6 +144,7 @@ def find_rate(setup: TrainingSetup, reporter: Reporter, stop: StopRequest) -> No
     setup.schedule = replace(setup.schedule, base_rate=rate, source="found")
     if setup.council is not None:
         setup.council.call(Call.RATE)
+        # With all digits: every rank must take the same rate, to the bit.
         setup.council.group.text(repr(rate))
 
 
@@ -216,6 +217,7 @@ def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[
                 setup.council.call(Call.STEP, update)
             _train(setup, search, update)
         fetched.append(setup.step.loss_buffer.fetch(len(updates) * per_update))
+        # On a GPU a block stays under way: it computes while the host looks at the one before.
         if len(fetched) > (1 if on_gpu else 0):
             yield from _means(setup, fetched.popleft()(), per_update)
     for rows in fetched:
@@ -241,6 +243,7 @@ def _restorer_of(update: Update) -> Callable[[], None]:
     """A function that puts weights, running estimates and the optimizer's state back to now."""
     # Copies that take no memory of a GPU.
     copies = [tensor.to("cpu", copy=True) for tensor in update.changing_tensors()]
+    # Those of one part are those of all, for the model is new.
     scalars, rate = update.parts[0].scalars.clone(), update.rate
 
     def restore() -> None:
@@ -274,6 +277,7 @@ def draw(search: Search, picture: Path) -> None:
     axis.legend()
     figure.tight_layout()
     stream = io.BytesIO()
+    # Into memory first: a picture is there whole or not at all.
     figure.savefig(stream, dpi=110)
     pyplot.close(figure)
     replace_file(picture, stream.getvalue())

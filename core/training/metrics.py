@@ -104,6 +104,7 @@ class MetricsLogger:
     def _is_due(self) -> bool:
         """Whether to log: at the first iteration, then at every interval, else once a second."""
         interval = self.setup.config.train.log_interval
+        # At the latest when the buffer holds no more rows, whatever the clock says.
         if self.setup.state.session.iterations == 1 or self.unlogged == (interval or CAPACITY):
             return True
         return not interval and time.monotonic() - self.asked_at >= _SECONDS_BETWEEN_LINES
@@ -149,6 +150,7 @@ class MetricsLogger:
         if self.setup.council is not None:
             elapsed_s = max(time.monotonic() - self.began_at, 1e-9)
             exchanged_s = self._exchanged_s() - self.exchanged_before_s
+            # Of GPUs the host sees no exchange: it only queues it.
             exchange = {} if self.is_late else {"exchange": exchanged_s / elapsed_s}
             ranks = {"gpus": float(self.setup.council.ranks.size)}
             self.record(ranks | exchange, self.setup.state.iterations)

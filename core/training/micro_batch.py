@@ -119,6 +119,7 @@ class MicroBatchStep(TrainStep):
     def _summand_of(self, batch: Batch) -> Callable[[int], tuple[tuple[Tensor, ...], Tensor]]:
         """A function that computes the gradients and losses of a micro-batch, by its number."""
         loss_scale = self.update.scale
+        # On the device, where alone the loss scale is known.
         scale = self.weight if loss_scale is None else self.weight * loss_scale
 
         def summand(number: int) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -52,6 +52,7 @@ class Pacing:
         """
         if not self.on_gpu:
             return
+        # Blocking: a host that waits sleeps, and leaves its core to others, as to the saver.
         end = torch.cuda.Event(blocking=True)
         end.record()
         self.ahead.append(end)
@@ -67,6 +68,7 @@ class Pacing:
         """Wait for the end of a step, as long as the other ranks are there."""
         began_at = searched_at = time.monotonic()
         deadline_s = max(_LEAST_DEADLINE_S, _DEADLINE_STEPS * self.longest_s)
+        # Not `synchronize`, which nothing ends where the step waits for a lost rank.
         while not end.query():
             time.sleep(_PAUSE_S)
             now = time.monotonic()

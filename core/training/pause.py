@@ -30,6 +30,7 @@ def pause(
     Raises:
         ValueError: Another run has taken the folder.
     """
+    # Anew, since the session has let go of the folder when it was closed.
     held = lock.acquire(model_dir)
     try:
         requests.stop.is_idle = True

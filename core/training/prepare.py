@@ -177,6 +177,7 @@ def open_follower(
         device = _device(start, reporter, stack)
         with _explaining_memory(config, device, start.ranks), refusals_told():
             setup, _ = _build_step(start, device, reporter, stack)
+        # Outside of `refusals_told`: what the disk refuses later is no mistake in the input.
         with _explaining_memory(config, device, start.ranks):
             yield setup
 
@@ -284,6 +285,7 @@ def _built(
     ):
         with refusals_told():
             setup = _build(start, folder, device, reporter, stack)
+        # Outside of `refusals_told`, as for a follower.
         yield setup
 
 
@@ -321,6 +323,7 @@ def _build(
     """The parts of the session, built and opened, with what is written and shown of it."""
     preview = start.resolved.config.preview
     window = start.window if preview.window else None
+    # Before the faces are decoded, which may take minutes: without a screen it is refused.
     if window is not None:
         window.open(preview.preview_scale)
     step_setup, chosen = _build_step(start, device, reporter, stack)
@@ -336,6 +339,7 @@ def _build(
     setup = TrainingSetup(
         **vars(step_setup),
         folder=folder,
+        # Entered after the folder, so that it is left, with the last save made, before the lock is.
         saver=stack.enter_context(Saver(folder)),
         log=open_logs(config, folder.path, step_setup.state, reporter, stack),
         images=images,
@@ -408,6 +412,7 @@ def _model(start: _Start, config: Config, device: torch.device) -> tuple[Autoenc
     """The model, and the weights that it has from another model; of several ranks the first one
     fills a new model."""
     is_new, group = start.saved is None, start.group
+    # Without a seed on other ranks: all their numbers come from the first one.
     model, loaded = build_model(config, device, is_new=is_new and start.ranks.is_first)
     if is_new and group is not None:
         group.broadcast([*model.parameters(), *model.buffers()])
@@ -480,6 +485,7 @@ def _check_later_stages(
             batch_sizes.check(later, num_faces)
             check_step(later, device, ranks)
             if later.loss != config.loss:
+                # On the CPU, and thrown away: it is made for its refusals.
                 Loss(later.loss, sizes_of(config)[1], "cpu")
         except ValueError as error:
             raise ValueError(f"stage {progress.recipe.stages[number].name}: {error}") from error
@@ -488,8 +494,10 @@ def _check_later_stages(
 def _set_libraries(device: torch.device, ranks: Ranks, *, deterministic: bool) -> None:
     """Threads of PyTorch, how CUDA's libraries are to work, and from when memory is measured."""
     if ranks.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        # Else each rank would compute with as many threads as there are cores.
         torch.set_num_threads(max(1, thread_count(0) // ranks.local_size))
     if device.type == "cuda":
+        # Else the peak would be that of an earlier session in this process.
         torch.cuda.reset_peak_memory_stats(device)
     # Benchmarks choose by time, and another choice adds in another order.
     torch.backends.cudnn.benchmark = not deterministic

@@ -184,6 +184,7 @@ def resolve(
     # Two sets from here on: what holds now, and what the model keeps.
     session = merge(overrides.lasting, overrides.session, by_stage)
     lasting = merge(overrides.of_the_model, by_stage, _NOT_KEPT)
+    # Before the model's own are merged in: a relative path is one of this start's folder.
     paths, lasting_paths = (
         path_settings.absolute_paths(each, trainer) for each in (session, lasting)
     )

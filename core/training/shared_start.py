@@ -47,6 +47,7 @@ def check_alike(group: Group, overrides: Overrides, recipe: Recipe | None) -> No
             f"this is mien {__version__}, and rank 0 is mien {first_version}; install one version "
             "on all machines"
         )
+    # Read back like the first one's: a tuple is a list then, and compares equal to it.
     _, settings = json.loads(own)
     for name in sorted(settings.keys() | first.keys()):
         if settings.get(name) != first.get(name):

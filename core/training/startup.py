@@ -79,6 +79,7 @@ def start_report(
         **({"loaded": chosen.loaded} if chosen.loaded else {}),
     }
     names = ["changed", *[""] * len(changes)]
+    # Not strict: without changes the name has no row.
     return fields, [*lines.items(), *zip(names, map(str, changes), strict=False)]
 
 
@@ -91,6 +92,7 @@ def _average(config: Config) -> str:
 
 def _change_by_auto(setup: TrainingSetup, batch: BatchSize) -> Iterator[Change]:
     """The batch size that auto has chosen, where the last session had another."""
+    # The session before is the last but one: the present one is in the list already.
     before = [session.batch_size for session in setup.state.sessions[-2:-1]]
     if batch.bound and before and before[0] != batch.size:
         text = f"{before[0]} -> {batch.size}"

@@ -110,6 +110,7 @@ class Steering:
                 self.reporter.say(f"{spec.full_name} is {spec.written(old)} already")
                 continue
             changes.append(Change(spec.section, spec.name, old, value, wish.by))
+            # The next one is checked with it: two changes may clash that would each do alone.
             config = changed
         if changes:
             self.end = replace(_next_session(), changes=tuple(changes))
@@ -126,6 +127,7 @@ class Steering:
         changed = from_dict(merge(to_dict(config), nested({spec.place: value})))
         check_step(changed, setup.device, setup.council.ranks if setup.council else ALONE)
         if changed.loss != config.loss:
+            # On the CPU, and thrown away: it is made for its refusals.
             Loss(changed.loss, sizes_of(config)[1], "cpu")
         return changed
 

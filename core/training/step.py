@@ -36,6 +36,7 @@ class SharedStep:
 
     def __init__(self, group: Group, weight: float, device: torch.device):
         self.group = group
+        # A tensor made once: a captured graph reads it at its address.
         self.weight = torch.tensor(weight, device=device)
 
     def scale(self, loss_scale: Tensor | None) -> Tensor:

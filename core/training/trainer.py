@@ -64,6 +64,7 @@ class Trainer:
     def run(self) -> End:
         """Train to iteration ``until``, the end of the stage, a signal or a failure."""
         try:
+            # Within the other one: on the way back from a divergence the disk may refuse, too.
             try:
                 end = self._train()
                 # The next stage goes on with the optimizer's state, whether it is to stay or not.
@@ -71,6 +72,7 @@ class Trainer:
             except TrainingDiverged as divergence:
                 self.divergence = divergence
                 end = self._recover(divergence)
+            # The save that is being written may fail, and then decides how the session has ended.
             self.setup.saver.wait()
             self.checkpointer.report()
         except SaveError as error:

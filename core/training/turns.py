@@ -26,6 +26,7 @@ def in_turn(
             faces = opened()
             if ranks.is_first_here and ranks.local_size > 1:
                 _warn_of_copies(faces, ranks.local_size, warn)
+        # At every turn and of every rank: a barrier waits for all of them.
         group.barrier()
     assert faces is not None  # every rank has a turn
     return faces

@@ -227,6 +227,7 @@ def _free_memory() -> None:
     """Give back what a closed session held of a GPU: there may be no room for two."""
     # Tensors in circles, as a model with hooks, are freed by the collector alone.
     gc.collect()
+    # Else the allocator keeps it, and no other program could have the GPU in a pause.
     torch.cuda.empty_cache()
 
 
