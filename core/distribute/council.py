@@ -108,6 +108,7 @@ class Council:
 
     def call(self, call: Call, number: int = 0) -> None:
         """Have the others, who attend, do something; for the first rank."""
+        # Every word carries stops: what the first rank calls for may take long.
         *_, stop_number = self.group.max([call, number, self._stop_number()])
         self._obey(stop_number)
 

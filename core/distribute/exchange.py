@@ -44,6 +44,7 @@ class Exchange:
         self.is_first, self.is_due = True, True
         """Whether the next gradients begin a sum, and whether they complete it."""
 
+        # A stream of its own, on which sums run while the backward pass goes on.
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.arrivals = Arrivals(parameters, layout.parts, self._handle, stream)
 

@@ -69,7 +69,9 @@ class _Member:
             # The name of the program, in brackets, may hold anything.
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
+            # Reaped by whoever started it, so there is no way to tell how.
             return "has ended"
+        # A zombie stays until it is reaped, and tells meanwhile how it has ended.
         if fields[0] not in "ZX":
             return None
         status = int(fields[-1])
@@ -94,11 +96,13 @@ class Members:
     def __init__(self, ranks: Ranks, store: dist.Store):
         self.ranks, self.store = ranks, store
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        # None for a UUID, which is no number to be told.
         numbers = [int(each) if each.isdecimal() else None for each in visible]
         # One for each task is how srun shows them.
         index = 0 if len(numbers) == 1 else ranks.local_rank
         gpu = numbers[index] if index < len(numbers) else None
         own = _Member(_host(), os.getpid(), gpu)
+        # Written before any is read: `get` waits for a key, and so for the rank that sets it.
         store.set(_key(ranks.rank), json.dumps(asdict(own)))
         self.members = [_Member(**json.loads(store.get(_key(rank)))) for rank in range(ranks.size)]
 
@@ -115,6 +119,7 @@ class Members:
             ValueError: Another rank has claimed it before.
         """
         own = str(self.ranks.rank)
+        # Compared and set in one step: two ranks may claim the same GPU at once.
         holder = self.store.compare_set(f"gpu/{gpu}", "", own).decode()
         if holder != own:
             raise ValueError(

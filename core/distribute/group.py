@@ -81,6 +81,7 @@ class Group:
             # The connection is made by its first use.
             self.all_reduce(torch.zeros(1, device=device))
         except torch.OutOfMemoryError:
+            # A RuntimeError, too, but one of which the start says what helps.
             raise
         except RuntimeError as error:
             raise ValueError(
@@ -107,6 +108,7 @@ class Group:
         """Exchange tensors of one size with another rank, which calls it with this one's number."""
         connection = self._of(sent)
         with self._timed(), self.watched():
+            # Both at once: two ranks that each send first would wait for each other.
             works = dist.batch_isend_irecv(
                 [
                     dist.P2POp(dist.isend, sent, rank, connection),
@@ -118,6 +120,7 @@ class Group:
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, on the CPU; of all but the first rank: none."""
+        # Not on a GPU, which may have no room for the slices of all.
         own = tensor.to("cpu")
         gathered = [torch.empty_like(own) for _ in range(self.ranks.size * self.ranks.is_first)]
         with self.watched():
@@ -140,6 +143,7 @@ class Group:
 
     def max(self, numbers: Sequence[int]) -> list[int]:
         """The largest of each number over the ranks."""
+        # On the CPU in any case: to read a number of a GPU waits for all that is queued there.
         largest = torch.tensor(numbers, dtype=torch.int64)
         self.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.tolist()
@@ -156,8 +160,10 @@ class Group:
 
     def text(self, text: str = "") -> str:
         """The text of the first rank."""
+        # One byte at least: there is no tensor of an empty buffer.
         sent = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8)
         length = torch.tensor([len(text.encode())])
+        # Its length before it: the others make room for it.
         self.broadcast([length])
         if not self.ranks.is_first:
             sent = torch.empty(max(int(length), 1), dtype=torch.uint8)
@@ -177,6 +183,7 @@ class Group:
         self._num_announced += 1
         key = _announcement(self._num_announced)
         with self.watched():
+            # Not `get`, whose wait has an end, and which sees no rank that is lost.
             while not self.store.check([key]):
                 lost = self.members.lost()
                 if lost is not None:
@@ -207,6 +214,7 @@ class Group:
             # A capture runs nothing, so it fails for other reasons than a lost rank.
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise
+            # With a wait: a broken connection is seen before the end of the process that had it.
             lost = self.members.lost(wait=True)
             if lost is None and torch.cuda.is_available():
                 raise  # a fault of the GPU, or a graph that cannot be captured
@@ -228,11 +236,13 @@ class Group:
 
         def leave() -> None:
             try:
+                # The store goes with the first rank, so all have to be done with it.
                 self.barrier()
                 dist.destroy_process_group()
             except (RankLost, RuntimeError):  # the others have gone already
                 return
 
+        # A thread, since nothing else bounds it; a daemon, or the process would wait for it, too.
         thread = threading.Thread(target=leave, name="mien-leave", daemon=True)
         thread.start()
         thread.join(_CLOSING_S)
@@ -284,6 +294,7 @@ def open_group(
             host, port, ranks.size, is_master=ranks.is_first and not agent, timeout=_OPENING
         )
         store = dist.PrefixStore(f"mien/{restarts}", served)
+        # The CPUs alone at first: ranks compare their settings before any of them takes a GPU.
         dist.init_process_group(
             "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_PATIENCE
         )

@@ -96,6 +96,7 @@ def launch(
     with Launcher() as launcher:
         for restart in itertools.count():
             ended = launcher.run(command(restart), places, restart)
+            # After a stop none is lost: a signal ends a rank that does not listen yet.
             lost = None if launcher.stopped_by else lost_rank(ended)
             _relay_complaints(ended, lost)
             if lost is None:
@@ -186,6 +187,7 @@ class Launcher:
             started = self._ranks
             while self._ranks:
                 left_s = None if deadline is None else max(deadline - time.monotonic(), 0)
+                # Each once, in order: a rank has two handles.
                 ready = {key.data: None for key, _ in selector.select(left_s)}
                 for each in (rank.look() for rank in ready):
                     if each is None:
@@ -197,6 +199,7 @@ class Launcher:
                         deadline = time.monotonic() + _GRACE_S
                 if deadline is not None and time.monotonic() >= deadline:
                     self._kill()
+                    # Moved on: a deadline that is past would have this loop spin.
                     deadline += _GRACE_S
         # Only now: until then the others can see how a process has ended.
         for rank in started:
@@ -223,6 +226,7 @@ class Launcher:
             )
             self._ranks = [*self._ranks, _Rank(number, place, process, selector)]
         if self.stopped_by:  # meanwhile
+            # Again to those that had it: a rank notes a signal once.
             self._send(self.stopped_by, self._ranks)
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
@@ -269,9 +273,11 @@ class _Rank:
         self.was_killed = False
         assert process.stderr is not None
         self._selector, self._stderr = selector, process.stderr
+        # A handle that can be waited for like a pipe, and never becomes another process's.
         self._handle = os.pidfd_open(process.pid)
         self._rest = b""
         self._complaints: list[str] = []
+        # Half a line of one rank must not hold up what the others write.
         os.set_blocking(self._stderr.fileno(), False)
         for handle in (self._handle, self._stderr):
             # Both wake the launcher: a rank may end without a word, or write and go on.
@@ -284,6 +290,7 @@ class _Rank:
     def look(self) -> Ended | None:
         """Relay what it has written; how it ended, where it has."""
         # First: what it has written before its end is there by then.
+        # Without reaping it, so that the other ranks can see how it has ended.
         end = os.waitid(os.P_PIDFD, self._handle, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         if not self._stderr.closed:
             self._relay(is_last=end is not None)

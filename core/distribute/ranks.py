@@ -98,6 +98,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Ranks | Non
 def _of_slurm(environment: Mapping[str, str]) -> Ranks:
     """The place that srun gave this process."""
     step, job = "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"
+    # A step may have fewer tasks than its job.
     size = _number(environment, step if step in environment else job)
     return Ranks(
         _number(environment, "SLURM_PROCID"),

@@ -77,6 +77,7 @@ class ShardedUpdate(MirroredUpdate):
         views = self.layout.views(self.flat_weights)
         for parameter, view in zip(self.parameters, views, strict=True):
             view.copy_(parameter.detach())
+            # In the place of its own memory: what is gathered is then what the network reads.
             parameter.data = view
 
     def _new_slices(self) -> Tensor:
@@ -139,6 +140,7 @@ class ShardedUpdate(MirroredUpdate):
     def _gather(self, kind: str) -> list[Tensor]:
         if kind not in self.slices:
             return super()._gather(kind)
+        # Slices in host memory may be what a GPU is still to move.
         self._settle()
         slices = self.group.gather(self.slices[kind])
         if not slices:
@@ -169,6 +171,7 @@ class ShardedUpdate(MirroredUpdate):
         for place in self._places({number}):
             piece = self.pieces[place]
             values = flat[piece.first : piece.first + piece.length]
+            # A piece that lies outside of its parameter has no values.
             self._own(kind)[place][: len(values)].copy_(values)
 
 

@@ -37,6 +37,7 @@ class StopRelay:
         self._store = store
         self._heard, self._wakeup = socket.socketpair()
         for end in (self._heard, self._wakeup):
+            # Python demands it of a handle for signals: what writes to it in C must never wait.
             end.setblocking(False)
         self._has_ended, self._lock = False, threading.Lock()
         self._fd_before = -1
@@ -52,6 +53,7 @@ class StopRelay:
         # From here on a signal would meet no handler, and end the process.
         with self._lock:
             self._has_ended = True
+        # Before it is closed: the handler in C would write to whatever has its number next.
         signal.set_wakeup_fd(self._fd_before)
         self._wakeup.close()
         # What it has heard it still tells, unless the store is out of reach.
@@ -61,6 +63,7 @@ class StopRelay:
         is_told = False
         with self._heard:
             while True:
+                # Without an end once a signal is told: then the store has nothing more to say.
                 ready, _, _ = select.select([self._heard], [], [], None if is_told else _PAUSE_S)
                 numbers = self._heard.recv(64) if ready else None
                 if numbers == b"":

@@ -82,6 +82,7 @@ class TreeSum:
         """Write the sum of ``count`` summands into the buffer of a level."""
         if count == 1:
             gradients, row_v = summand(first)
+            # Copied out of the memory of autograd, which the next summand takes again.
             torch._foreach_copy_(self.views[level], list(gradients))
             self.rows[level].copy_(row_v)
             return

@@ -131,6 +131,7 @@ class MirroredUpdate(Update):
 
         The gradients must live as long as the context.
         """
+        # Set before the backward pass, during which parts are handled already.
         self.exchange.is_first, self.exchange.is_due = self.accumulated == 0, self._is_due
         return self.exchange.during_backward() if self.is_beside else nullcontext()
 
