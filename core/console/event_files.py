@@ -79,6 +79,7 @@ class ReportFile:
         flags = os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
         if not self._as_json:
             return os.open(self._path, os.O_WRONLY | flags, 0o666)
+        # For reading, too: its last byte is looked at.
         handle = open_plain(self._path, os.O_RDWR | flags)
         try:
             _mend_end(handle)
@@ -90,6 +91,7 @@ class ReportFile:
     def _write(self, line: bytes) -> None:
         assert self._handle is not None
         status = os.fstat(self._handle)
+        # A pipe or a device has no size, and must not be put aside.
         if stat.S_ISREG(status.st_mode) and status.st_size + len(line) > _MOST_BYTES:
             self._rotate(status)
         # A write may take a part only, as to a pipe or near the end of a disk.
@@ -104,6 +106,7 @@ class ReportFile:
                 newer = older_file(self._path, number - 1)
                 if newer.exists():
                     os.replace(newer, older_file(self._path, number))
+        # In any case: the handle leads to the file that was moved.
         self.close()
         self._handle = self._open()
 

@@ -63,6 +63,7 @@ class Keyboard:
         # A look is a system call, and a step of a small model takes a millisecond.
         self._looked_at = now
         self._set()  # a shell's `fg` need not send a signal
+        # A read would wait for a key.
         if self._original is None or not select.select([self._handle], [], [], 0)[0]:
             return ""
         try:
@@ -90,6 +91,7 @@ class Keyboard:
         with suppress(termios.error):  # it was closed at this moment
             # Read anew each time: another program may have changed them meanwhile.
             original = termios.tcgetattr(self._handle)
+            # At once: by its default tty waits for the output, and drops what was typed.
             tty.setcbreak(self._handle, termios.TCSANOW)
             self._original = original
 

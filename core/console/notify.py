@@ -67,9 +67,11 @@ class Notifier:
         try:
             done = subprocess.run(
                 self.settings.command,
+                # By a shell: the line is the user's own, and comes from no model folder.
                 shell=True,
                 env=os.environ | about,
                 input=report.line + "\n",
+                # Not to the output of the run, where a program may read JSON lines.
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

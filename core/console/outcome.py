@@ -9,6 +9,7 @@ class Outcome(IntEnum):
     DONE = 0
     """All iterations, or all stages, are done."""
 
+    # Not 1, by which a failure of mien itself ends.
     MISTAKE = 2
     """A setting or a folder cannot be used."""
 

@@ -114,6 +114,7 @@ class Requests:
     def __enter__(self) -> "Requests":
         self.stop.__enter__()
         self._handlers.__enter__()
+        # Through `Output`: a stream that is closed, or not there, is no terminal.
         if self._has_keys and all(Output(stream).isatty() for stream in (sys.stdin, sys.stdout)):
             self._keyboard = Keyboard(sys.stdin.fileno())
             self._keyboard.__enter__()
@@ -191,6 +192,7 @@ class Requests:
                 self.mask_is_toggled ^= key == "m" and not self._is_paused
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        # A note and no more: this runs between any two instructions of the program.
         self._pending.add(_SIGNALS[signal.Signals(number)])
 
     def wait(
@@ -207,12 +209,15 @@ class Requests:
             every_s: Seconds after which these are looked at again; None: there are none.
         """
         with _woken_by_signals() as reader:
+            # Only here, with all saved and the GPU free.
             if self.is_suspended:
                 self._stop_here()
             while not self._is_over(left, keys):
                 handles = self._keyboard.handles if self._keyboard is not None else []
+                # A signal since the last look has written to the pipe, and ends this wait as well.
                 ready, _, _ = select.select([reader, *handles], [], [], every_s)
                 if reader in ready:
+                    # Emptied, or the bytes of signals that were seen would end every later wait.
                     os.read(reader, 4096)
         self._is_paused = self.is_suspended = False
 
@@ -256,6 +261,7 @@ class Requests:
 def _woken_by_signals() -> Iterator[int]:
     """A handle that can be read once a signal has come."""
     reader, writer = os.pipe()
+    # Python demands it: what writes to it in C must never wait.
     os.set_blocking(writer, False)
     # No other thread is told of signals, or may ask to be.
     is_main = threading.current_thread() is threading.main_thread()
@@ -264,6 +270,7 @@ def _woken_by_signals() -> Iterator[int]:
         yield reader
     finally:
         if is_main:
+            # Before it is closed: the handler in C would write to whatever has its number next.
             signal.set_wakeup_fd(before)
         os.close(reader)
         os.close(writer)

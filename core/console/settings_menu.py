@@ -53,6 +53,7 @@ class SettingsMenu:
         for key in keys:
             if key == _ESCAPE:
                 self.close()
+            # Enter is a line feed on a terminal, and a carriage return in a window.
             elif key in "\r\n":
                 changes += self._enter()
             elif key in _BACKSPACES:
@@ -81,6 +82,7 @@ class SettingsMenu:
         if word.isdecimal() and 1 <= int(word) <= len(self._main):
             self._name = self._main[int(word) - 1]
             return
+        # A whole name first: it may be a part of others.
         found = [word] if word in self._values else [name for name in self._values if word in name]
         if len(found) == 1:
             self._name = found[0]

@@ -51,6 +51,7 @@ class StatusLine:
         # With the first step: before, a bar of progress has this place.
         if not self._live.is_started:
             self._live.start()
+        # Asked each time: the user may have made the terminal narrower.
         width = self._console.width
         # Of a long prompt the end, where the letters appear that are typed.
         shown = self._prompt[-width:] or fitted(self._status, width, self.hint)

@@ -72,6 +72,7 @@ class StopRequest:
         """Raise `Interrupted` at a signal inside, even out of a call that would wait for ever."""
         self.is_abrupt = True
         try:
+            # One that has come already must not wait until all is opened.
             if self.signal_name:
                 raise Interrupted(self._why())
             yield

@@ -114,6 +114,7 @@ class Logs:
                 self._warn(f"{error}; the last events are lost")
 
     def _write(self, write: Callable[[Log], None]) -> None:
+        # A copy: one that refuses leaves the list meanwhile.
         for log in tuple(self._writing):
             try:
                 write(log)
@@ -212,6 +213,7 @@ class TensorBoardLog:
 
     def close(self) -> None:
         """Flush, and release the file."""
+        # The file is let go of even where the disk refuses the last of it.
         try:
             self._write_means()
         finally:
