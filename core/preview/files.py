@@ -109,6 +109,7 @@ def read_jpeg(path: Path) -> tuple[np.ndarray, str] | None:
     if read_as is None:
         return None
     try:
+        # What a library prints of a damaged file is not for the terminal.
         with silent_libraries():
             image = cv2.imdecode(np.frombuffer(content, np.uint8), read_as)
     except cv2.error:

@@ -101,6 +101,7 @@ class KeptPreviews:
             raise ValueError(f"{path} is damaged: its picture has another size than it says")
         tiles = image.reshape(num_faces, tile_px, len(SIDES), columns, tile_px, 3)
         images = tiles.transpose(2, 0, 3, 1, 4, 5)
+        # Files of older versions do not say by which.
         weights = about.get("weights")
         weights = weights if weights in ("ema", "raw") else ""
         return Tiles(iteration, SIDES, images, None, tile_px, about["faces_digest"], weights)

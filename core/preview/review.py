@@ -56,6 +56,7 @@ def pose_picture(reports: Sequence[Report], path: Path) -> None:
     Raises:
         ValueError: The file's ending is none of a picture, or the disk refuses.
     """
+    # Without pyplot, which would look for a screen.
     from matplotlib.figure import Figure
 
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
@@ -78,11 +79,13 @@ def pose_picture(reports: Sequence[Report], path: Path) -> None:
             filled, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=highest or 1
         )
         title = f"{os.path.basename(report.path)}: {report.num_faces} faces"
+        # Names of folders may hold dollar signs, between which a formula would be read.
         axis.set_title(printable(title), parse_math=False)
         axis.set_xlabel("yaw, degrees")
         axis.set_ylabel("pitch, degrees")
     figure.colorbar(drawn, ax=list(axes), label="% of the faces; white: none")
     stream = io.BytesIO()
+    # Into memory first: a picture is there whole or not at all.
     figure.savefig(stream, format=path.suffix[1:].lower())
     try:
         write_output(path, stream.getvalue(), force=True)

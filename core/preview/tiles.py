@@ -57,6 +57,7 @@ def tiles_of(look: Look, *, has_mask: bool) -> Tiles:
     middle = np.s_[..., pad : pad + out_px, pad : pad + out_px, :]
     # By the picture: a model may train with masks, and yet learn none.
     has_learned_mask = look.predictions.shape[-1] == 4
+    # Copies: kinds are painted into, and the targets are the look's.
     kinds = [targets_snff3.copy() for _ in range(4 if has_learned_mask else 3)]
     # Pasted hard, without its mask: a re-created face is judged over the whole trained square.
     kinds[RECREATED][middle] = look.predictions[:, 0, ..., :3]

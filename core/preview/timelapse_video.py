@@ -85,6 +85,7 @@ def _named_places(folder: Path) -> Iterator[Path]:
     state = TrainingState.from_dict(values)
     known = KnownPaths(folder, state.run_id)
     for session in reversed(state.sessions):
+        # In a folder from elsewhere any value may stand there.
         preview = session.settings.get("preview")
         place = preview.get("timelapse_output") if isinstance(preview, dict) else None
         if isinstance(place, str) and place and known.trust("preview.timelapse_output", place):
@@ -183,6 +184,7 @@ def _write(
                 f"{output} cannot be written; check the free space in {output.parent}, where it is "
                 "made"
             )
+        # Before it has its name, which after a crash would else lead to a part of it.
         sync_file(part)
         os.rename(part, temporary)
     return num_frames

@@ -72,6 +72,7 @@ class PreviewWindow:
         if now - self._looked_at < SECONDS_BETWEEN_LOOKS or not self.is_open:
             return ""
         self._looked_at = now
+        # Not `waitKey`, which waits a millisecond at least: a step of training.
         code = self._highgui.pollKey()
         # Some toolkits put the state of the modifiers above the lowest byte.
         return chr(code & 0xFF) if code >= 0 else ""
