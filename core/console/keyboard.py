@@ -96,6 +96,7 @@ class Keyboard:
             self._original = original
 
     def _put_back(self) -> None:
+        # Taken out in one step: the handler of a signal may come here, too.
         original, self._original = self._original, None
         if original is None or not _is_in_foreground(self._handle):
             return

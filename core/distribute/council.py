@@ -21,6 +21,7 @@ ranks of one CPU; unmeasured with GPUs."""
 _MOST_AHEAD = 1024
 """Iterations to the next meeting, at most: no more than a loss buffer holds between two logs."""
 
+# Above the numbers of signals, of which Linux has 64.
 _A_REQUEST = 1000
 """Number of a stop that came by no signal."""
 

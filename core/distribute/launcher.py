@@ -383,6 +383,7 @@ def _ends_others(ended: Ended) -> bool:
 
 def _end_with(launcher: int) -> None:
     """Have the kernel send this process SIGTERM when its launcher ends."""
+    # SIGTERM, upon which a rank saves before it ends.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != launcher:  # it has ended meanwhile
         os.kill(os.getpid(), signal.SIGTERM)

@@ -63,6 +63,7 @@ class TreeSum:
         self._sum(summand, 0, self.num_summands, 0)
         if self.group is None:
             return
+        # The second one is free by now: all summands of this rank are in the first.
         own, other = self.flats[:2]
         distance = 1
         while distance < self.group.ranks.size:

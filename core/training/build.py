@@ -102,6 +102,7 @@ def build_step(
     model.to(device)
     # Again: when the settings were checked, auto had not chosen the batch yet.
     micro_batches.check(config, group.ranks if group else ALONE)
+    # With micro-batches their tree sums over the ranks, each of which moves all weights.
     if group is not None and not config.train.micro_batch:
         update = _shared_update(config, model, precision, group)
     else:
@@ -122,6 +123,7 @@ def _kind_of_update(
 ) -> type[Update]:
     """The update that the settings lead to, of one process."""
     if config.train.micro_batch:
+        # Weights must not move before the gradients of all micro-batches are summed.
         return Update
     # On a CPU there is nothing to overlap with.
     is_worth = device.type == "cuda" and overlap.pays(

@@ -123,6 +123,7 @@ class NotFinite:
         # The count is the device's own, of the whole session.
         new, self.skipped = skipped - self.skipped, skipped
         # Single overflows are how the loss scale finds its size; all in a row are not.
+        # A step that is left out stands for all the iterations that it adds up.
         were_all = new > 0 and new * self.accumulation >= count
         self.overflows = self.overflows + count if were_all else 0
         bad = {name: ~np.isfinite(values) for name, values in named.items()}
@@ -386,6 +387,7 @@ def _what_is_learnt(config: Config) -> tuple[Any, ...]:
 def _saved_part(state: TrainingState) -> _Part:
     """Knowledge in a state; of a model that nobody looked at, that it is good."""
     done = state.iterations
+    # Bounded by the iterations that there were: what was saved may be a stranger's.
     part = state.part(PART, _Part, above=done, zeros=done, good_until=done)
     if part is None:
         return _Part(a=Side(good_until=done), b=Side(good_until=done))

@@ -212,10 +212,12 @@ class Graphed(Engine):
         # Here and not in the iteration: a capture would do it again at every replay.
         self.feed.seek(following)
         self._seed_noise(faces_seen)
+        # A graph has no branches, so each kind of iteration has one of its own.
         phase = self.step.update.phase
         if (self.turn, phase) in self.graphs:
             self.graphs[self.turn, phase].replay()
         elif self.warm[phase] < WARM_UP:
+            # By phase: what one kind of iteration alone calls must have run before its capture.
             self.warm[phase] += 1
             self._warm_up()
         else:
@@ -270,6 +272,7 @@ class Graphed(Engine):
             self.step.side_stream = None
             obstacle = _first_line(error)
         else:
+            # Here: within the capture the transfer would have become a part of every replay.
             finish_capture()
         # A capture runs nothing; the iteration that was recorded is owed.
         # All ranks ask, also those whose own capture has failed: to agree is a collective.

@@ -158,6 +158,7 @@ def follow_search(setup: StepSetup, council: Council) -> None:
         if call == Call.SEARCHED:
             break
         _train(setup, search, update)
+        # The first rank has the losses of all; here they would only fill the buffer.
         setup.step.loss_buffer.clear()
     restore()
 
@@ -214,6 +215,7 @@ def _losses(setup: TrainingSetup, search: Search, num_updates: int) -> Iterator[
         updates = range(first, min(first + block, num_updates))
         for update in updates:
             if setup.council is not None:
+                # One by one: the first rank alone sees when the search is over.
                 setup.council.call(Call.STEP, update)
             _train(setup, search, update)
         fetched.append(setup.step.loss_buffer.fetch(len(updates) * per_update))
@@ -231,6 +233,7 @@ def _train(setup: StepSetup, search: Search, update: int) -> None:
     for iteration in range(update * per_update, (update + 1) * per_update):
         # Batches as in training, from the first face: the search sees what training will.
         seen = iteration * setup.config.train.batch_size
+        # The state does not count it: training begins at the first face afterwards.
         setup.engine(dict.fromkeys(SIDES, seen))
 
 
@@ -279,5 +282,6 @@ def draw(search: Search, picture: Path) -> None:
     stream = io.BytesIO()
     # Into memory first: a picture is there whole or not at all.
     figure.savefig(stream, dpi=110)
+    # Else pyplot keeps it as long as the process lives.
     pyplot.close(figure)
     replace_file(picture, stream.getvalue())

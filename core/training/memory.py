@@ -241,6 +241,7 @@ def _changes(
 def _model_of(config: Config, precision: Precision) -> Autoencoder:
     """The configured model as it is trained on a GPU: aligned, in the format of the precision."""
     model = meta_model(config)
+    # auto is on: what is estimated is a run on a GPU, wherever that is done.
     if config.precision.align_channels != "off":
         model.align(MULTIPLE)
     model.to_channels_last()

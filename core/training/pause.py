@@ -44,6 +44,7 @@ def pause(
             requests.wait(left)
     finally:
         requests.stop.is_idle = False
+        # Before the next session opens the folder, and locks it by itself.
         held.release()
     if not requests.stop.signal_name:
         reporter.pause(iteration=iteration, resumed_by=None)

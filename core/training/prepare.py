@@ -295,6 +295,7 @@ def _device(start: _Start, reporter: Reporter, stack: ExitStack) -> torch.device
     check_folders(config, is_new=start.saved is None)
     device = choose_device(config.train.device, reporter.warning, start.ranks)
     if device.type == "cuda":
+        # For the session alone: a program that trains from Python may go on with another one.
         stack.enter_context(torch.cuda.device(device))
         if start.crew is not None:
             start.crew.group.use_gpu(device)
@@ -313,6 +314,7 @@ def _explaining_memory(config: Config, device: torch.device, ranks: Ranks) -> It
         yield
     except torch.OutOfMemoryError as error:
         precision = precisions.resolve(config.precision.mode, device)
+        # With all that this process has reserved: so much was free before it took any.
         free = free_bytes(device)
         raise ValueError(memory.advice(config, precision, free, num_ranks=ranks.size)) from error
 
@@ -466,6 +468,7 @@ def _begin_session(
     resolved, progress = start.resolved, start.resolved.progress
     state = restore(config, start.saved, update)
     settle_state(state, resolved.before or config, progress, start.rate_factor, config)
+    # Only now: what was settled may have it begin anew.
     schedule = begin_schedule(state, config, progress.rate_factor if progress else 1.0)
     state.begin_session(resolved.config, batch_size=batch_size)
     return state, schedule

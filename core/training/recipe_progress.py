@@ -221,6 +221,7 @@ def _saved_progress(state: TrainingState) -> RecipeProgress | None:
     """The progress in a saved state; None where it holds none."""
     done = state.iterations
     try:
+        # Bounded by the iterations that there were: what was saved may be a stranger's.
         part = state.part(PART, _Part, begun=done, loss_count=done, measured=done)
         if part is None:
             return None

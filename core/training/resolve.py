@@ -237,6 +237,7 @@ def _saved_model(saved: Generation, trust: Callable[[str, str], bool]) -> _Saved
             "choose another --model-dir"
         )
     state = TrainingState.from_dict(saved.state)
+    # Through a config, which refuses what is not valid and adds what an older mien lacked.
     own = to_dict(from_dict(merge(saved.config, _NOT_KEPT)))
     strange = {
         place: path

@@ -103,6 +103,7 @@ class TrainStep:
         """Outputs of both decoders for their sides of the batch; running statistics are updated."""
         outputs = self.outputs(input_nchw)
         # What B's norms have seen on the side stream lives on until their backward pass.
+        # All at once: one by one they would be most of what a forward pass launches.
         update_running_stats(self.norms)
         return outputs
 
