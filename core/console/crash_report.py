@@ -128,6 +128,7 @@ def _without_faces(text: str, config: Config) -> str:
 def _free_path(model_dir: Path) -> Path:
     stamp = time.strftime("%Y%m%d_%H%M%S")
     path, number = model_dir / f"crash_report_{stamp}.txt", 1
+    # Two may fall into one second, and none is written over.
     while path.exists():
         number += 1
         path = model_dir / f"crash_report_{stamp}-{number}.txt"

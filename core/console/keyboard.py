@@ -82,6 +82,7 @@ class Keyboard:
 
     def restore(self) -> None:
         """Put the terminal back for good."""
+        # First, or a look at the keys would take the terminal again.
         self._is_over = True
         self._put_back()
 

@@ -177,6 +177,7 @@ class Requests:
         if self.menu is not None and self.menu.is_open:
             self._changes += self.menu.press(keys)
             return
+        # Enter is a carriage return in a window.
         for place, key in enumerate(keys.lower().replace("\r", "\n")):
             if key in _ANSWERS and not self._is_paused:
                 self.echo(_ANSWERS[key])
@@ -265,6 +266,7 @@ def _woken_by_signals() -> Iterator[int]:
     os.set_blocking(writer, False)
     # No other thread is told of signals, or may ask to be.
     is_main = threading.current_thread() is threading.main_thread()
+    # A full pipe is no fault: one byte is enough to wake.
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False) if is_main else -1
     try:
         yield reader

@@ -142,6 +142,7 @@ def fitted(text: str, width: int, hint: str = "") -> str:
     """The first parts of a status line, as many as a terminal of this width holds in one line; a
     hint follows where one more part fits."""
     parts = text.split(_BAR)
+    # The losses stay, however narrow the terminal is.
     while len(parts) > 1 and len(_BAR.join(parts)) > width:
         parts.pop()
     with_hint = _BAR.join([*parts, hint])

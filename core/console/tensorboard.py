@@ -107,6 +107,7 @@ class Logs:
 
     def close(self) -> None:
         """Flush and release all."""
+        # Those that have refused, too: their files are still open.
         for log in self._logs:
             try:
                 log.close()

@@ -49,6 +49,7 @@ class WandbLog:
                 project=project,
                 # The run's own, so that a resume adds to it in place of beginning another.
                 id=run_id,
+                # The name and not the path, which would tell others about the user's folders.
                 name=model_dir.name,
                 dir=str(folder),
                 config=settings,

@@ -97,6 +97,7 @@ class Group:
     def reduce_scatter(self, tensor: Tensor) -> None:
         """Sum a tensor over the ranks, each rank its own slice, in place; the rest is of no use."""
         with self._timed(), self.watched():
+            # In place: NCCL takes a slice that lies where it belongs in the whole.
             _reduce_scatter(self.slice_of(tensor), tensor, group=self._of(tensor))
 
     def all_gather(self, tensor: Tensor) -> None:

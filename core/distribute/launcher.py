@@ -235,6 +235,7 @@ class Launcher:
             self.insisted_by = received
             self._kill()
             return
+        # Not by a terminal that is closed: shells send that signal several times.
         self._has_insisted |= received in _INSISTENT
         self.stopped_by = self.stopped_by or received
         self._send(received, self._ranks)
@@ -360,6 +361,7 @@ def _variables(places: Sequence[Place], restart: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(len(places)),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # By which the words of one start are kept from those of another.
         "TORCHELASTIC_RESTART_COUNT": str(restart),
     }
     visible = [place.visible for place in places if place.visible is not None]

@@ -41,10 +41,12 @@ class StopRelay:
             end.setblocking(False)
         self._has_ended, self._lock = False, threading.Lock()
         self._fd_before = -1
+        # A daemon, since it may hang where the store is out of reach.
         self._thread = threading.Thread(target=self._run, name="mien-stops", daemon=True)
 
     def __enter__(self) -> "StopRelay":
         # Written to by the handler in C, which runs at once, whatever the main thread waits for.
+        # A full buffer is no fault: the first signal is all that counts.
         self._fd_before = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         self._thread.start()
         return self

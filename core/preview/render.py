@@ -196,6 +196,7 @@ def _drawn(
 ) -> Drawn:
     """An image of tiles, under the name of the run."""
     with ModelFolder(request.model_dir, read_only=True) as folder:
+        # None where the saves are gone, which kept previews outlive.
         state = folder.newest_state()
     iterations = [tiles.iteration for tiles in history]
     weights = [tiles.weights for tiles in history]

@@ -55,6 +55,7 @@ def find_pictures(folder: Path) -> list[Path]:
         raise ValueError(f"{folder} is no folder: give a model's, or one of time-lapse pictures")
     for place in _places(folder):
         named = [(_NAME.fullmatch(path.name), path) for path in place.iterdir()]
+        # The first picture of a second has no number of its own.
         dated = [(int(name[1]), int(name[2] or 1), path) for name, path in named if name]
         if dated:
             # By the numbers: as text, `9.jpg` would follow `10.jpg`.

@@ -80,6 +80,7 @@ def _fitting(
         return BatchSize(num_faces[side], "faces", why)
     # By the sizes there are: a limit between two of them would never be met exactly.
     if fits == max(size for size in memory.batch_sizes() if size <= limit):
+        # At the usual limit only: a user who has set a larger one knows of it.
         wider = f"; -b auto:{4 * limit} would allow more" if limit <= 64 else ""
         return BatchSize(fits, "limit", f"auto: it goes no further than {limit}{wider}")
     room = f"{memory.USABLE_SHARE:.0%} of {free / memory.MIB:,.0f} MiB free"

@@ -172,6 +172,7 @@ class Checkpointer:
         # Meanwhile the save is on its way to the disk.
         self._write_preview(look)
         self.metrics.picture("preview", self.setup.images.shown_jpeg, look.iteration)
+        # Once more: the save between needed the weights themselves in their places.
         with averaged(self.setup.step.update) as weights:
             self.setup.images.keep(look)
             added = self.setup.images.add_to_timelapse(state.iterations, weights)
@@ -264,6 +265,7 @@ class Checkpointer:
                 iteration=saved.iterations,
                 path=saved.path,
                 seconds=saved.seconds,
+                # In their order: a save begins when the one before it has ended.
                 mean_loss=self.mean_losses.popleft(),
             )
             if saved.snapshot is not None:  # else a warning says why, or none was due

@@ -105,6 +105,7 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
     need = None
     if on_gpu:
         whole = memory.footprint(setup.config, setup.precision, num_ranks=num_gpus)
+        # Of the first rank: none has more faces.
         need = whole.at(ranks.share(setup.config.train.batch_size).count)
     return DryRun(
         config=setup.config,

@@ -55,6 +55,7 @@ class Noise:
     def seed_of(self, faces_seen: dict[str, int]) -> int:
         """The seed of the iteration after so many faces of each side."""
         # A hash, so that the seed and the faces of both sides are one number of 64 bits.
+        # Sorted, so that the order of a mapping changes no seed.
         first = sorted((side, number + self.first_face) for side, number in faces_seen.items())
         digest = hashlib.blake2b(f"{self.seed} {first}".encode(), digest_size=8).digest()
         return int.from_bytes(digest)
@@ -152,6 +153,7 @@ class Compiled(Engine):
         self.is_tried = True
         plain = self.step.network
         # fullgraph: a break in the graph would cost what compiling brings, without a word.
+        # dynamic=False: all batches of a session have the same shapes.
         self.step.network = torch.compile(plain, fullgraph=True, dynamic=False)
         try:
             # `outputs` moves no running estimate: a resumed run must not show this pass.

@@ -262,6 +262,7 @@ class _Rollbacks:
         if self.lowest is not None and lowest is not None and lowest < self.lowest:
             self.count = 0  # training got further than ever in between
         self.count, self.lowest = self.count + 1, lowest
+        # On top of what earlier rollbacks, also those of other starts, have made of the rate.
         self.rate_factor = rate_factor(setup.state) * settings.rollback_factor
         if self.count > settings.rollback_limit:
             return End(
