@@ -174,6 +174,7 @@ def augment(
     ffi, _ = native.library()
     job = _job(ffi, count, size_px, input_px, output_px)
     job.gathered = num_faces is not None
+    # The job holds addresses alone; the tensors live on in the arguments until the call is made.
     job.params = ffi.cast("mien_face *", params_nx.data_ptr())
     _point_at_faces(ffi, job, faces, in_store, landmarks or ())
     _point_at_results(ffi, job, out)
@@ -194,6 +195,8 @@ def _launch(job: Any, device: torch.device, workspace: Tensor | None) -> None:
     ffi, lib = native.library()
     num_bytes = lib.mien_augment_workspace_bytes(job)
     if workspace is None:
+        # It may be freed before the kernels have run: PyTorch then hands it to later work of the
+        # same stream alone.
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     if workspace.device != device or workspace.nbytes < num_bytes:
         raise ValueError(

@@ -78,12 +78,14 @@ def _forward_kernel(
         row = line % frame_rows - top
         column = pixels % frame_columns - left
         if REFLECTS:
+            # Mirrors at both ends, once at each: `bias_act` refuses a border that would need more.
             row = rows - 1 - tl.abs(rows - 1 - tl.abs(row))
             column = columns - 1 - tl.abs(columns - 1 - tl.abs(column))
         else:
             inside = inside & (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
         source = (line // frame_rows * rows + row) * columns + column
     mask = inside[:, None] & (channels < LENGTH)[None, :]
+    # `check_count` holds pixels to 32 bits; times their channels they need 64.
     x_at = (source.to(tl.int64) * FACTOR + group)[:, None] * LENGTH + channels[None, :]
     z = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -98,6 +100,7 @@ def _forward_kernel(
         line = (pixels // columns).to(tl.int64)
         target = (line * FACTOR + group) * columns + pixels % columns
     if HAS_BORDER:
+        # Outside the picture z is the bias. The memory of y was never cleared, so zeros are stored.
         y = tl.where(mask, y, 0.0)
         mask = (pixels < num_pixels)[:, None] & (channels < LENGTH)[None, :]
     y_at = target[:, None] * LENGTH + channels[None, :]
@@ -123,6 +126,8 @@ def _with_reflections(
     # The gradient and those of all places of the frame that mirror these pixels, in a fixed order.
     face, row, column = pixels // columns // rows, pixels // columns % rows, pixels % columns
     bottom, right = frame_rows - rows - top, frame_columns - columns - left
+    # 0 of the nine is the pixel's own place, whose gradient the caller has read. Gathering needs no
+    # atomics, which would add in an order of chance.
     for shown in tl.static_range(1, 9):
         y_row, is_row = _place_shown(row, rows, top, bottom, shown // 3)
         y_column, is_column = _place_shown(column, columns, left, right, shown % 3)
@@ -183,10 +188,12 @@ def _backward_kernel(
             grad = tl.where(y > 0, grad, grad * NEGATIVE_SLOPE)
         x_at = (pixels.to(tl.int64) * FACTOR + group)[:, None] * LENGTH + channels[None, :]
         tl.store(grad_x_ptr + x_at, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        # Places outside were loaded as 0, so they add nothing.
         total += grad
     if partial_ptr is not None:
         out = partial_ptr + (first * FACTOR + group) * LENGTH + channels
         tl.store(out, tl.sum(total, axis=0), mask=used)
+        # A counter for each part of the channels, since only programs of one part add to one sum.
         add_up_last(
             partial_ptr, grad_bias_ptr, arrived_ptr + program % (num_chunks * FACTOR),
             group * LENGTH + channels, used, num_programs,
@@ -199,6 +206,7 @@ def _geometry(x_bchw: Tensor, factor: int, border: Sequence[int], reflect: bool)
     _, channels, rows, columns = x_bchw.shape
     left, right, top, bottom = border
     length = channels // factor
+    # tl.arange takes powers of 2 alone: channels beyond the length are masked.
     block_l = min(triton.next_power_of_2(length), MAX_BLOCK_CHANNELS)
     return {
         "rows": rows,
@@ -221,6 +229,8 @@ def _parts(geometry: dict[str, int]) -> int:
     return geometry["FACTOR"] * triton.cdiv(geometry["LENGTH"], geometry["BLOCK_L"])
 
 
+# An operation of its own: torch.compile takes it whole, and the launches of a step are counted by
+# what PyTorch dispatches.
 @torch.library.custom_op("mien::bias_act", mutates_args=())
 def _bias_act(
     x: Tensor,
@@ -241,6 +251,7 @@ def _bias_act(
     geometry = _geometry(x, factor, border, reflect)
     num_pixels = len(x) * geometry["frame_rows"] * geometry["frame_columns"]
     grid = (triton.cdiv(num_pixels, geometry["BLOCK_P"]) * _parts(geometry),)
+    # Triton launches on the current device, which need not be that of x.
     with torch.cuda.device_of(x):
         _forward_kernel[grid](
             x, bias, residual, y, num_pixels, NEGATIVE_SLOPE=negative_slope, **geometry
@@ -301,7 +312,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x, grad_bias = _bias_act_backward(
         grad, y, ctx.negative_slope, ctx.factor, ctx.border, ctx.reflect, ctx.bias_dtype
     )
+    # x and residual are summands of one sum, so one tensor is the gradient of both.
     grad_residual = grad_x if ctx.has_residual else None
+    # The operation gives a tensor in any case; autograd wants None where there is no bias.
     grad_bias = None if ctx.bias_dtype is None else grad_bias
     return grad_x, grad_bias, grad_residual, None, None, None, None
 
@@ -348,6 +361,7 @@ def bias_act(
             f"border must be four numbers >= 0 (left, right, top, bottom), got {border}"
         )
     rows, columns = x_bchw.shape[2:]
+    # As with F.pad: a frame shows pixels inside it, and each of them once at a side.
     if reflect and (max(border[:2]) >= columns or max(border[2:]) >= rows):
         raise ValueError(
             f"border must be smaller than the {rows} rows and {columns} columns that it reflects, "

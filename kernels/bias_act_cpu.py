@@ -47,6 +47,7 @@ def run_forward(
     wide = torch.float32 if x.dtype.itemsize == 2 else x.dtype
     addend = 0 if bias is None else bias.to(wide).view(x.shape[3:])
     if x.dtype == wide:
+        # Right into its place in the frame, which a pad afterwards would copy once more.
         torch.add(x, addend, out=placed)
         if residual is not None:
             placed += residual
@@ -105,6 +106,7 @@ def _clear_frame(y_bchw: Tensor, border: Sequence[int]) -> None:
     """Fill the frame with zeros."""
     left, right, top, bottom = border
     _, _, rows, columns = y_bchw.shape
+    # The new image holds anything, and the next convolution reads the frame.
     y_bchw[:, :, :top] = 0
     y_bchw[:, :, rows - bottom :] = 0
     y_bchw[..., :left] = 0
@@ -113,6 +115,7 @@ def _clear_frame(y_bchw: Tensor, border: Sequence[int]) -> None:
 
 def _mirrors(y_bchw: Tensor, border: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Views of each line of a frame and of the line that it mirrors: rows, then whole columns."""
+    # Whole columns after the rows: so a corner shows what is mirrored twice.
     for axis, (before, after) in ((2, border[2:]), (3, border[:2])):
         last = y_bchw.shape[axis] - after - 1
         for i in range(1, before + 1):
@@ -130,7 +133,9 @@ def _reflect_frame(y_bchw: Tensor, border: Sequence[int]) -> None:
 def _gathered_frame(grad_bchw: Tensor, border: Sequence[int]) -> Tensor:
     """The gradient with that of reflections added to the pixels inside, in fp32 at least."""
     wide = torch.float32 if grad_bchw.dtype.itemsize == 2 else grad_bchw.dtype
+    # A copy also of fp32: an operation must not change the gradient that it was given.
     summed_bchw = grad_bchw.to(wide, copy=True)
+    # Back in the order of filling, so that what a corner gave a row goes on from there inside.
     for shown, inside in reversed(list(_mirrors(summed_bchw, border))):
         inside.add_(shown)
     return summed_bchw.to(grad_bchw.dtype)

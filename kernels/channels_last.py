@@ -53,12 +53,15 @@ def add_up_last(
         partials = tl.arange(0, BLOCK_N)
         at = partials.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+        # The pointer moves on: addresses made anew for each block took more live values, for which
+        # the compiler for sm_100 needed a stack.
         for begin in range(0, num_partials, BLOCK_N):
             mask = (partials < num_partials - begin)[:, None] & used[None, :]
             total += tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
             partial_ptr += BLOCK_N * NUM_CHANNELS
         grad_bias = tl.sum(total, axis=0)
         tl.store(grad_bias_ptr + channels, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=used)
+        # For the next kernel of the stream, which then needs no launch that clears it.
         tl.store(arrived_ptr, 0)
 
 
@@ -77,6 +80,7 @@ def programs_and_tiles(num_blocks: int, parts: int) -> tuple[int, int]:
     """Programs side by side, one at least, and blocks of each, for ``num_blocks`` of pixels in
     ``parts``."""
     each = max(triton.cdiv(num_blocks * parts, MAX_PROGRAMS), 1)
+    # One at least: of no pixels, too, somebody has to write the bias's gradient.
     return max(triton.cdiv(num_blocks, each), 1), each
 
 

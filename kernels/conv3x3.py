@@ -43,6 +43,7 @@ _ROOM_BYTES = 32 * 2**20
 last cache. Chosen on the CPU."""
 
 
+# Of a thread by itself: two that convolve at once would write into one room.
 class _Rooms(threading.local):
     """Memory for tiles, kept from call to call: fresh pages cost as much as the transforms."""
 
@@ -56,6 +57,7 @@ class _Rooms(threading.local):
         if room is None or room.numel() < size:
             # A tensor of inference mode could be written to in no later call outside it.
             with torch.inference_mode(False):
+                # Type and device by name: libmien writes fp32, whatever PyTorch makes by default.
                 room = self.rooms[name] = torch.empty(size, dtype=torch.float32, device="cpu")
         return room[:size].view(shape)
 
@@ -73,10 +75,12 @@ def pays(x_bchw: Tensor, weight: Tensor, padding: int) -> bool:
         weight.shape[2:] == (3, 3)
         and not (x_bchw.is_cuda or x_bchw.is_meta)
         and x_bchw.dtype == weight.dtype == torch.float32
+        # Autocast does not reach into an operation of our own, which would stay in fp32.
         and not torch.is_autocast_enabled("cpu")
         and min(weight.shape[:2]) >= _LEAST_CHANNELS
         and rows % 2 == columns % 2 == 0
         and min(rows, columns) >= 4
+        # Without faces the weight's gradient would be whatever its room held.
         and x_bchw.numel() > 0
     )
 
@@ -104,6 +108,7 @@ def _transform(
             "padding": padding,
             "transform": getattr(lib, f"MIEN_WINOGRAD_{kind}"),
             "is_turned": is_turned,
+            # What PyTorch was told holds here too; 0 would mean every core.
             "num_threads": torch.get_num_threads(),
         },
     )
@@ -130,6 +135,7 @@ def _convolve(x_bchw: Tensor, weight: Tensor, padding: int, *, is_turned: bool =
     size = (batch, outputs, rows + 2 * padding - 2, columns + 2 * padding - 2)
     y_bchw = _empty(size)
     kernels = _tiles_of("KERNEL", "kernels", weight, len(weight), is_turned=is_turned)
+    # The tiles are [16, O, I], as the way back from O to I takes them.
     kernels = kernels if is_turned else kernels.transpose(1, 2)
     face_tiles = size[2] * size[3] // 4
     for part in _parts(batch, face_tiles, max(inputs, outputs)):
@@ -151,12 +157,14 @@ def _conv3x3(x_bchw: Tensor, weight: Tensor, padding: int) -> Tensor:
 def _(x_bchw, weight, padding):
     batch, _, rows, columns = x_bchw.shape
     size = (batch, len(weight), rows + 2 * padding - 2, columns + 2 * padding - 2)
+    # In the layout of the real result, as what is planned without memory goes by its strides.
     return x_bchw.new_empty(size).to(memory_format=NHWC)
 
 
 @torch.library.custom_op("mien::conv3x3_input_gradient", mutates_args=(), device_types="cpu")
 def _input_gradient(grad_bchw: Tensor, weight: Tensor, padding: int) -> Tensor:
     grad_bchw, weight = (each.contiguous(memory_format=NHWC) for each in (grad_bchw, weight))
+    # The way back from a 3x3 kernel with a padding of p is one with 2 - p, of the turned kernel.
     return _convolve(grad_bchw, weight, 2 - padding, is_turned=True)
 
 
@@ -177,6 +185,7 @@ def _weight_gradient(grad_bchw: Tensor, x_bchw: Tensor, padding: int) -> Tensor:
         x, grad = x_bchw[part], grad_bchw[part]
         pixels = _tiles_of("INPUT", "pixels", x, len(x) * face_tiles, padding=padding)
         grads = _tiles_of("GRADIENT", "results", grad, len(x) * face_tiles).transpose(1, 2)
+        # The first product overwrites the room, which holds anything.
         if part.start == 0:
             torch.bmm(grads, pixels, out=kernels)
         else:

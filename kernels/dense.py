@@ -60,6 +60,9 @@ class _Dense(torch.autograd.Function):
         bias_gradient_o = grad_output_no.sum(0) if needs_bias else None
         stand_in_oi = None
         if needs_weight:
+            # Autograd looks at shape, type and device of a gradient alone, so one number with
+            # strides of 0 passes for it.
             stand_in_oi = weight_oi.new_empty(()).expand_as(weight_oi)
+            # The kernels read both factors by their addresses, a row after the other.
             stand_in_oi.low_rank = LowRank(input_ni.contiguous(), grad_output_no.contiguous())
         return input_gradient_ni, stand_in_oi, bias_gradient_o

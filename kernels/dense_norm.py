@@ -52,8 +52,10 @@ def _gram_kernel(
     span = spans_ptr + tl.program_id(0) * 3
     layer = tl.load(span)
     factor = tl.load(span + 1)
+    # Spans and both sizes of a weight are multiples of 16; told so, the compiler loads wide.
     first = tl.multiple_of(tl.load(span + 2), 16)
     faces = tl.load(row_ptr + layer * 3 + 2)
+    # The grid is that of the layer with the most faces.
     if tl.program_id(1) * BLOCK_N >= faces or tl.program_id(2) * BLOCK_N >= faces:
         return
     layer_row = layers_ptr + layer * _NUM_LAYER_COLUMNS
@@ -75,6 +77,7 @@ def _gram_kernel(
             mask=(right < faces)[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
         gram = tl.dot(rows, tl.trans(others), gram, input_precision=PRECISION)
+    # Spans times squares of faces may leave 32 bits.
     tl.store(
         grams_ptr + tl.program_id(0).to(tl.int64) * stride + left[:, None] * faces + right[None, :],
         gram, mask=(left < faces)[:, None] & (right < faces)[None, :],
@@ -136,13 +139,16 @@ def dense_norm_op(
     if not uses_triton(partials_n):
         for layer, *factors in zip(layers_lc.tolist(), inputs, grad_outputs, strict=True):
             of_input, of_grad_output = (each.float() @ each.float().t() for each in factors)
+            # The kernel fills all slots; here the first holds the whole, so the others are emptied.
             slots = partials_n[layer[LayerColumn.FIRST_SLOT] :][:SLOTS].zero_()
             slots[0] = (of_input.double() * of_grad_output.double()).sum()
         return
     faces = max(map(len, inputs))
+    # tl.arange takes powers of 2 alone: faces beyond their number are masked.
     block = min(max(triton.next_power_of_2(faces), _LEAST_FACES), _MOST_FACES)
     tiles = triton.cdiv(faces, block)
     with torch.cuda.device_of(partials_n):
+        # With room for the most faces at every span, so that one stride leads to all of them.
         grams_p = partials_n.new_empty(len(spans_p3) * faces**2, dtype=torch.float32)
         _gram_kernel[(len(spans_p3), tiles, tiles)](
             layers_lc, spans_p3, row_t, grams_p, inputs[0], faces**2,

@@ -48,8 +48,8 @@ NUM_LAYER_COLUMNS = len(LayerColumn)
 
 TILE_OUTPUTS, TILE_INPUTS = 32, 64
 """Rows and columns of a weight that a program moves: of 64 rows its registers would leave room for
-one program on a multiprocessor, of 32 for three, whose loads and products overlap. Chosen by what
-the compiler says, unmeasured on a GPU."""
+one program on a multiprocessor, of 32 for two or three, whose loads and products overlap. Chosen
+by what the compiler says, unmeasured on a GPU."""
 
 SPAN = 512
 """Columns of a factor that a program multiplies with themselves: 66 programs for a layer of
@@ -111,6 +111,7 @@ class DenseTable:
             layers.append((number, inputs, outputs, first_slot + layer * SLOTS, *firsts))
             firsts_of_tiles = range(0, outputs, TILE_OUTPUTS), range(0, inputs, TILE_INPUTS)
             tiles += [(layer, *corner) for corner in itertools.product(*firsts_of_tiles)]
+        # The kernels make addresses of these numbers, which need 64 bits.
         self.layers_lc, self.spans_p3, self.tiles_m3 = (
             torch.tensor(rows, dtype=torch.int64).to(device) for rows in (layers, spans, tiles)
         )
@@ -133,6 +134,7 @@ class DenseTable:
                     f"gradients[{number}] must be a stand-in that `dense` leaves, got a tensor: is "
                     "the weight used twice?"
                 )
+            # One type for all, which the kernels take from the first factor.
             dtypes = (low_rank[0].input_ni.dtype,) if low_rank else FLOAT_DTYPES
             low_rank.append(_fitted(number, factors, parameter.shape, dtypes, self.device))
         addresses = [

@@ -80,6 +80,7 @@ def _dense_update_kernel(
     TILE_INPUTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    # The host does not know whether the step is applied: that would take a wait for the device.
     if tl.load(scalars_ptr + _IS_APPLIED) == 0:
         return
     factor, step_size, gradient_step_size, root_factor, root_offset, average_share = step_sizes_of(
@@ -118,6 +119,7 @@ def _dense_update_kernel(
     )  # fmt: skip
 
 
+# The kernel goes by the addresses in the tables; the tensors are passed as in `optimize`.
 @torch.library.custom_op(
     "mien::dense_update",
     mutates_args=(
@@ -154,6 +156,8 @@ def dense_update_op(
 ) -> None:
     """Dense weights in both precisions and their moments moved by their low-rank gradients. A bound
     of 0 is none."""
+    # An operation takes plain values, no Rule. Adamax has a largest moment without amsgrad, but
+    # then no squares.
     rule = Rule(
         name=name,
         beta_1=beta_1,

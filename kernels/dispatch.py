@@ -11,6 +11,7 @@ _interpreted = False
 
 def uses_triton(tensor: Tensor) -> bool:
     """Whether an operation on ``tensor`` launches its kernels; else it runs in plain PyTorch."""
+    # To be asked before each launch: where there is no driver, Triton raises at one.
     return tensor.is_cuda or _interpreted
 
 

@@ -77,6 +77,7 @@ def params_from_records(records: np.ndarray) -> Tensor:
     if records.dtype != FACE_PARAMS or records.ndim != 1:
         raise ValueError(f"records must be a vector of FACE_PARAMS, got {records.dtype}")
     packed = np.ascontiguousarray(records).view(np.uint8)
+    # A tensor of its own: from_numpy shares the memory of the records, which are the caller's.
     return torch.from_numpy(packed.reshape(len(records), FACE_PARAMS.itemsize).copy())
 
 
@@ -213,11 +214,13 @@ def _job(
     out: Tensor,
 ) -> Any:
     job = ffi.new("mien_draw_job *")
+    # cffi refuses a negative number for an unsigned field.
     job.seed = seed % 2**64
     job.num_sides = len(num_faces)
     job.size_px = size_px
     job.num_faces = list(num_faces)
     if isinstance(first, Tensor):
+        # The counters are known on the device alone, where the library adds them to `first`.
         job.counters = ffi.cast("int64_t *", first.data_ptr())
         job.first = [offset] * len(num_faces)
     else:

@@ -51,6 +51,7 @@ def _between(number, size, FACTOR: tl.constexpr):
 def _share(number, pixel, size, FACTOR: tl.constexpr):
     # The share that ``pixel`` has in number ``number`` of the result; 0 outside of it.
     before, after, share = _between(number, size, FACTOR)
+    # At an edge both are one pixel, which then has both shares.
     sum_of_both = tl.where(before == pixel, 1.0 - share, 0.0) + tl.where(after == pixel, share, 0.0)
     return tl.where((number >= 0) & (number < size * FACTOR), sum_of_both, 0.0)
 
@@ -68,6 +69,7 @@ def _forward_kernel(
 ):  # fmt: skip
     pixels, channels, mask = _tile(num_pixels, CHANNELS, BLOCK_P, BLOCK_C)
     line, column = pixels // (columns * FACTOR), pixels % (columns * FACTOR)
+    # In 64 bits from here on: times channels, places may leave 32.
     first = (line // (rows * FACTOR) * rows).to(tl.int64)
     up, down, share_row = _between(line % (rows * FACTOR), rows, FACTOR)
     left, right, share_column = _between(column, columns, FACTOR)
@@ -103,6 +105,7 @@ def _backward_kernel(
 
     # A pixel is a part of the results from FACTOR / 2 before its own to FACTOR / 2 after them.
     total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    # Not unrolled: with a factor of 16 there are 33 x 33 turns.
     for i in range(2 * FACTOR + 1):
         y_row = row * FACTOR + i - (FACTOR + 1) // 2
         share_row = _share(y_row, row, rows, FACTOR)
@@ -110,6 +113,7 @@ def _backward_kernel(
             y_column = column * FACTOR + j - (FACTOR + 1) // 2
             share = share_row * _share(y_column, column, columns, FACTOR)
             at = ((first + y_row) * (columns * FACTOR) + y_column)[:, None] * CHANNELS
+            # Where the share is 0 the place may lie outside the picture, so nothing is read there.
             counts = mask & (share > 0)[:, None]
             grad = tl.load(grad_ptr + at + channels[None, :], mask=counts, other=0.0)
             total += share[:, None] * grad.to(tl.float32)
@@ -137,6 +141,7 @@ def _enlarge(x: Tensor, factor: int) -> Tensor:
     x = x.contiguous(memory_format=NHWC)
     y = _new(x, rows * factor, columns * factor)
     if not uses_triton(x):
+        # Into y, whose layout the operation promises, whichever PyTorch's kernel chooses.
         y.copy_(F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False))
     elif y.numel():
         grid, sizes = _tiles(y)

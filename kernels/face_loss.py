@@ -41,6 +41,7 @@ LAUNCHES: dict[str, int] = {"mien::face_loss": 2}
 """Kernels that each operation launches on a GPU."""
 
 MAX_LOSSES = 8
+# The blur of 11 px reflects 5 px at a border, which needs 6.
 MIN_SSIM_PX = 6
 
 
@@ -54,6 +55,7 @@ class FaceLoss(NamedTuple):
     gradient_b: Tensor
 
 
+# Without a formula of autograd: the gradient is one of its results.
 @torch.library.custom_op("mien::face_loss", mutates_args=())
 def _op(
     pred_a: Tensor,
@@ -69,6 +71,7 @@ def _op(
     pictures = {"pred_a": pred_a, "pred_b": pred_b, "target": target}
     for name, tensor in (pictures | {"weight": weight, "scale": scale}).items():
         if tensor is not None:
+            # A view of bytes may begin within an element, and is contiguous all the same.
             check_alignment(tensor, name)
     means = torch.empty((2, len(kinds)), dtype=torch.float32, device=device)
     gradient_a, gradient_b = _room_for_gradient(pred_a), _room_for_gradient(pred_b)
@@ -98,11 +101,14 @@ def _op(
         },
     )
     num_bytes = lib.mien_face_loss_workspace_bytes(job)
+    # PyTorch's memory, which a CUDA graph keeps where one is captured. Named, as a temporary in the
+    # call's arguments would be freed before the library reads it.
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     room = pointer(workspace), num_bytes
     if dispatch.uses_cuda(device):
         native.launch("face_loss", device, job, *room)
     else:
+        # What PyTorch was told holds here too; 0 threads would mean every core.
         native.call("face_loss_cpu", job, *room, torch.get_num_threads())
     return means, gradient_a, gradient_b
 

@@ -72,7 +72,9 @@ def _runs(matrix: Tensor) -> tuple[Tensor, Tensor]:
     is_tap = matrix != 0
     begin = columns.expand_as(matrix).where(is_tap, matrix.shape[1]).amin(dim=1)
     end = (columns + 1).expand_as(matrix).where(is_tap, 0).amax(dim=1)
+    # At least one number, also where a matrix is all zeros.
     length = max(1, int((end - begin).max()))
+    # All runs of a matrix are of one length: near the end one begins earlier, with taps of 0.
     first = begin.clamp(max=matrix.shape[1] - length)
     return first.int(), matrix.gather(1, first[:, None] + torch.arange(length))
 
@@ -116,6 +118,7 @@ def _op(
         },
     )
     num_bytes = lib.mien_filtered_loss_workspace_bytes(job)
+    # PyTorch's memory, which a CUDA graph keeps where one is captured; named, to outlive the call.
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=pred.device)
     room = pointer(workspace, "void *"), num_bytes
     if uses_cuda:

@@ -51,6 +51,7 @@ def _gathered(gradients, accumulators, at, inside, is_first):
     """Gradients in fp32, added to what the accumulators hold, if there are any."""
     gradient = tl.load(gradients + at, mask=inside, other=0.0).to(tl.float32)
     if accumulators is not None:
+        # The first gradient of a step overwrites: what they hold is the sum of the step before.
         gradient += tl.load(accumulators + at, mask=inside & (is_first == 0), other=0.0)
         tl.store(accumulators + at, gradient, mask=inside)
     return gradient
@@ -108,6 +109,7 @@ def mean_norm(partials_ptr, scalars_ptr, num_partials, BLOCK: tl.constexpr):
     for first in range(0, num_partials, BLOCK):
         inside = first + lanes < num_partials
         squares += tl.load(partials_ptr + first + lanes, mask=inside, other=0.0)
+    # Plus this one, which is counted only when the scalars are updated.
     sums = tl.load(scalars_ptr + _ACCUMULATED_GRADIENTS) + 1
     undone = tl.load(scalars_ptr + _LOSS_SCALE) * sums
     return tl.sqrt(_not_below_zero(tl.sum(squares, axis=0))) / undone, 1.0 / undone
@@ -151,6 +153,7 @@ def norm_op(
     if not uses_triton(scalars):
         _plain_norm(gradients, accumulators, partials_n, scalars)
         return
+    # Triton launches on the current device, which need not be that of the scalars.
     with torch.cuda.device_of(scalars):
         _norm_kernel[(len(chunks_n3),)](
             tensors_tc, gradient_row, chunks_n3, partials_n, scalars, gradients[0],
@@ -208,6 +211,7 @@ def _plain_norm(
 def _sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of squares of each tensor, float64. In rows: PyTorch's norm of 16 M numbers at once is
     1e-3 off."""
+    # A flat view of any dense layout: view(-1) refuses channels_last, and a sum has no order.
     flats = [each.as_strided((each.numel(),), (1,)).float() for each in tensors]
     ends = [each.numel() // _ROW * _ROW for each in flats]
     rows = [each[:end].view(-1, _ROW) for each, end in zip(flats, ends, strict=True) if end]

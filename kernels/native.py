@@ -30,6 +30,7 @@ def _declarations() -> str:
     text = _HEADER.read_text()
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
     text = re.sub(r"#ifdef __cplusplus.*?#endif", "", text, flags=re.S)
+    # Of the preprocessor's lines cffi takes those that define a whole number, and no other.
     text = re.sub(r"^#(?!define \w+ \d+$).*$", "", text, flags=re.M)
     return text.replace("MIEN_API", "")
 
@@ -58,6 +59,7 @@ def _library() -> tuple[Any, Any]:
         reason = "raise `ulimit -n`" if _lacks_handles(error) else REBUILD
         raise NativeError(f"cannot load {path}; {reason}") from error
     built_from = ffi.string(lib.mien_header_hash()).decode()
+    # A job of another layout would be misread, without an error.
     if built_from != hashlib.sha256(_HEADER.read_bytes()).hexdigest():
         raise NativeError(f"{path} was built from another mien.h; {REBUILD}")
     return ffi, lib
@@ -106,6 +108,7 @@ def launch(operation: str, device: torch.device, *args: object) -> None:
         NativeError: The library refused the job or CUDA the launch.
     """
     ffi, _ = library()
+    # The library launches on the device that is current in this thread.
     with torch.cuda.device(device):
         stream = ffi.cast("void *", torch.cuda.current_stream(device).cuda_stream)
         call(f"{operation}_cuda", *args, stream)

@@ -21,6 +21,8 @@ _ACCUMULATED_GRADIENTS = tl.constexpr(Scalar.ACCUMULATED_GRADIENTS)
 _RECORDED_NORMS = tl.constexpr(Scalar.RECORDED_NORMS)
 
 
+# One form for any numbers of partial sums and past norms, among them 1 and multiples of 16, which
+# Triton would each compile anew.
 @triton.jit(do_not_specialize=["num_partials", "capacity"])
 def _record_kernel(
     partials_ptr,  # [N] fp64
@@ -34,6 +36,7 @@ def _record_kernel(
     norm, _ = mean_norm(partials_ptr, scalars_ptr, num_partials, BLOCK)
     is_due = tl.load(scalars_ptr + _ACCUMULATED_GRADIENTS) + 1 >= ACCUMULATION
     place = tl.load(scalars_ptr + _RECORDED_NORMS).to(tl.int64) % capacity
+    # Infinity marks a place without a norm, so none that is not finite may come in.
     tl.store(history_ptr + place, norm, mask=is_due & (norm < float("inf")))
 
 
@@ -78,4 +81,5 @@ def load_history(history_c: Tensor, scalars: Tensor, saved: Tensor) -> None:
     norms = saved[torch.isfinite(saved)][-len(history_c) :]
     history_c.fill_(math.inf)
     history_c[: len(norms)] = norms.to(history_c)
+    # The ring goes on behind the newest, which now is the last of them.
     scalars[Scalar.RECORDED_NORMS] = len(norms)

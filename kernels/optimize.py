@@ -124,6 +124,7 @@ def _update_kernel(
     HAS_EMA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # The host does not know whether the step is applied: that would take a wait for the device.
     if tl.load(scalars_ptr + _IS_APPLIED) == 0:
         return
     factor, step_size, gradient_step_size, root_factor, root_offset, average_share = step_sizes_of(
@@ -170,6 +171,8 @@ def _update_kernel(
         )  # fmt: skip
 
 
+# The kernel goes by the addresses in the table. The tensors are passed for PyTorch, which has to
+# know what changes, and for plain PyTorch on a CPU.
 @torch.library.custom_op(
     "mien::optimize_update",
     mutates_args=(
@@ -206,6 +209,8 @@ def _update_op(
 ) -> None:
     """Weights in both precisions and moments moved. A bound of 0 is none; gradients are the
     accumulators themselves where they were accumulated; numbers are the rows of the table."""
+    # An operation takes plain values, no Rule. Adamax has a largest moment without amsgrad, but
+    # then no squares.
     rule = Rule(
         name=name,
         beta_1=beta_1,
@@ -278,6 +283,7 @@ def optimize(
         ValueError: On tensors that do not fit.
     """
     _check(table, scalars, rule, clipping, history_c, accumulation)
+    # The kernels would write to an address that is no longer the tensor's, without an error.
     table.check_unmoved()
     fitted = table.fitted(gradients)
     row_t = table.gradient_row(fitted)
@@ -318,6 +324,7 @@ def _update_scalars(
         partials_n = whole_squares(partials_n)
     sorted_c = None
     if history_c is not None:
+        # Before the sort: the percentile is of the past norms and this one.
         record_op(partials_n, scalars, history_c, accumulation)
         sorted_c = torch.sort(history_c).values
     scalars_op(

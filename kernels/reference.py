@@ -1,6 +1,7 @@
 """Plain statements of every operation in `mien.kernels`, to test the fast ones against.
 
-Written to be read, not to be fast; beside tests, only the measuring of a model uses one (`ssim`).
+Written to be read, not to be fast; beside tests and benchmarks, only the measuring of a model uses
+one (`ssim`).
 """
 
 import math
@@ -195,6 +196,7 @@ def clipped(
     if kind == "value":
         return [each.clamp(-bound, bound) for each in gradients]
     if kind == "norm":
+        # A norm of 0 clips nothing.
         return [each * min(1.0, bound / max(float(each.norm()), 1e-300)) for each in gradients]
     norm = math.sqrt(sum(float(each.square().sum()) for each in gradients))
     if kind == "autoclip":
@@ -304,6 +306,7 @@ def mse(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
 def logcosh(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
     """log(cosh(target - pred))."""
     difference = target_bchw - pred_bchw
+    # By softplus, since cosh overflows where the difference is large.
     return difference + F.softplus(-2 * difference) - math.log(2)
 
 

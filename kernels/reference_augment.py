@@ -154,6 +154,7 @@ def landmark_maps(
     anchors = np.array([*corners, (half, 0), (half, last), (last, half), (0, half)], float)
     source = np.concatenate([source[outside_hull], anchors])
     destination = np.concatenate([destination[outside_hull], anchors])
+    # NaN would show a pixel that no triangle has.
     maps = np.full((2, size_px, size_px), np.nan)
     y, x = np.indices((size_px, size_px))
     for triangle in delaunay(destination):
@@ -164,6 +165,7 @@ def landmark_maps(
             np.stack([x - a[0], y - a[1]]),
         )
         shares = np.stack([1 - of_b - of_c, of_b, of_c])
+        # A pixel on an edge is inside, however it was rounded.
         inside = (shares >= -1e-9).all(0)
         maps[:, inside] = source[triangle].T @ shares[:, inside]
     return maps[0].astype(np.float32), maps[1].astype(np.float32)
@@ -184,8 +186,10 @@ def delaunay(points_p2: np.ndarray) -> np.ndarray:
         ) / (2 * area)
         centre = np.stack([centre_x, centre_y], 1)
         radius = np.linalg.norm(a - centre, axis=1)
+        # Three points in a line have no circle.
         empty = np.abs(area) > 1e-9
         for point in points_p2:
+            # Less a little, for the corners themselves lie on the circle.
             empty &= np.linalg.norm(point - centre, axis=1) > radius * (1 - 1e-9)
     return triples[empty]
 

@@ -91,6 +91,7 @@ def _schedule_free(
 def step_sizes_of(scalars_ptr):
     """What a weight is moved by: (GRADIENT_FACTOR, STEP_SIZE, GRADIENT_STEP_SIZE, ROOT_FACTOR,
     ROOT_OFFSET, AVERAGE_SHARE) of `Scalar`, in fp32."""
+    # The powers and quotients behind these needed float64; the weights that they move are fp32.
     factor = tl.load(scalars_ptr + _GRADIENT_FACTOR).to(tl.float32)
     step_size = tl.load(scalars_ptr + _STEP_SIZE).to(tl.float32)
     gradient_step_size = tl.load(scalars_ptr + _GRADIENT_STEP_SIZE).to(tl.float32)
@@ -121,6 +122,7 @@ def state_of(row, start, low_precision_ptr):
     if low_precision_ptr is not None:
         low_precision = tensor_at(row + _LOW_PRECISION, low_precision_ptr.dtype) + start
     else:
+        # Some pointer has to stand here; without such weights nothing is stored through it.
         low_precision = parameters
     return parameters, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, emas, low_precision
 
@@ -183,6 +185,7 @@ def numbers_of(rule: Rule) -> tuple[float, ...]:
     """Numbers that the kernels take of a rule: the betas, each with what 1 lacks of it, epsilon,
     the decay that is added (see `Rule.is_decoupled`) and the one that shrinks the weight."""
     added, decoupled = (0.0, rule.weight_decay) if rule.is_decoupled else (rule.weight_decay, 0.0)
+    # 1 - beta is taken here, in float64: of a beta rounded to fp32 it would have lost digits.
     betas = rule.beta_1, 1 - rule.beta_1, rule.beta_2, 1 - rule.beta_2
     return (*betas, rule.epsilon, added, decoupled)
 
@@ -219,14 +222,17 @@ def plain_update(
         # Not as the fused kernel's grad_scale, which would write the scaled gradients back.
         gradients = [*torch._foreach_mul(gradients, factor)]
     if bound:
+        # The first makes new tensors, so the second does not write to the caller's gradients.
         gradients = [*torch._foreach_clamp_min(gradients, -bound)]
         torch._foreach_clamp_max_(gradients, bound)
     lists[1] = gradients
+    # A fused operation takes one decay for all its tensors, so those that are spared go apart.
     for is_decayed in (False, True):
         chosen = [bool(decay and rule.weight_decay) == is_decayed for decay in decays]
         if any(chosen):
             own = [list(itertools.compress(tensors, chosen)) for tensors in lists[:-1]]
             _plain_rule(own, values, rule, rule.weight_decay if is_decayed else 0.0)
+    # After the rule: the average follows the weights that have been moved.
     if rule.ema:
         torch._foreach_lerp_(lists[-1], lists[0], values[Scalar.AVERAGE_SHARE])
     if low_precision:
@@ -246,6 +252,7 @@ def _plain_rule(
             exp_avgs,
             exp_avg_sqs,
             max_exp_avg_sqs,
+            # One tensor for all: the operation reads the step and does not count it.
             [torch.tensor(values[Scalar.STEP], dtype=torch.float32)] * len(parameters),
             lr=values[Scalar.LEARNING_RATE],
             beta1=rule.beta_1,

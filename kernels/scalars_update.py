@@ -71,6 +71,7 @@ def _rule_scalars(
     RULE: tl.constexpr, BETA_1: tl.constexpr, BETA_2: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """(STEP_SIZE, GRADIENT_STEP_SIZE, ROOT_FACTOR, ROOT_OFFSET, MOMENTUM_PRODUCT)."""
+    # Made of the learning rate, so that they are float64 as it is: bare numbers would be fp32.
     gradient_step_size = learning_rate * 0
     root_factor = gradient_step_size + 1
     root_offset = gradient_step_size + EPSILON
@@ -141,6 +142,7 @@ def _update_average_scalars(scalars_ptr, is_applied, RULE: tl.constexpr, EMA: tl
         share = rate * rate / tl.maximum(new_weight, _LEAST_AVERAGE_WEIGHT)
     else:
         new_weight = weight + 1
+        # 1 - (1 + u) / (10 + u), without a difference of two numbers near 1.
         share = tl.maximum(9 / (new_weight + 10), 1 - EMA)
     tl.store(scalars_ptr + _AVERAGE_WEIGHT, tl.where(is_applied, new_weight, weight))
     tl.store(scalars_ptr + _AVERAGE_SHARE, share)
@@ -184,9 +186,11 @@ def _scalars_kernel(
     is_due = accumulated >= ACCUMULATION
     is_finite = norm < float("inf")  # false for NaN
     is_applied = is_due & is_finite
+    # Only now: `mean_norm` has divided by the count as it was.
     tl.store(scalars_ptr + _ACCUMULATED_GRADIENTS, tl.where(is_due, 0.0, accumulated))
 
     if CLIPPING == "global_norm":
+        # The summand is that of PyTorch's clip_grad_norm_.
         factor *= tl.minimum(BOUND / (norm + 1e-6), 1.0)
     elif CLIPPING == "autoclip":
         recorded = tl.load(scalars_ptr + _RECORDED_NORMS)

@@ -175,6 +175,7 @@ class TensorTable:
             for index in self.plain
             for start in range(0, self.parameters[index].numel(), CHUNK)
         ]
+        # Of no chunks, as of empty tensors, the list has no second axis.
         self.chunks_n3 = torch.tensor(chunks, dtype=torch.int64).view(-1, 3).to(device)
         """int64: tensor, first element, elements."""
 
@@ -219,6 +220,7 @@ class TensorTable:
                 raise ValueError(f"gradients[{number}] must lie in memory, got one of low rank")
         gradients = [gradients[number] for number in self.plain]
         types = {gradient.dtype for gradient in gradients}
+        # One comparison for all, since every call in Python costs the host time at each step.
         if len(types) == 1 and types <= {*FLOAT_DTYPES} and _layouts(gradients) == self._layouts:
             if are_aligned(*gradients):
                 return list(gradients)  # as a rule
@@ -229,6 +231,7 @@ class TensorTable:
             name, shape = f"gradients[{number}]", tuple(parameter.shape)
             check_tensor(gradient, name, shape, dtypes, self.device)
             if not (_same_layout(gradient, parameter) and are_aligned(gradient)):
+                # On the device of the update by name: the parameter may lie in host memory.
                 empty = torch.empty_like(parameter, dtype=gradient.dtype, device=self.device)
                 gradient = empty.copy_(gradient)
             fitted.append(gradient)
@@ -337,6 +340,7 @@ class _AddressRows:
         """A row with these addresses, sent unless it is there."""
         if is_capturing(self.device):
             return self._captured(addresses)
+        # A row is there for what comes after its transfer in the same stream, for no other.
         stream = torch.cuda.current_stream(self.device) if self.on_gpu else None
         key = (stream, addresses)
         slot = self.slots.get(key)
@@ -346,6 +350,7 @@ class _AddressRows:
             self._release(slot, stream)
             self._send(slot, addresses)
             self.slots[key], self.contents[slot] = slot, key
+            # After this event the staged numbers have been read: the slot may be filled again.
             if stream is not None:
                 self.copied[slot].record(stream)
         return self.rows_st[slot]
@@ -371,6 +376,7 @@ class _AddressRows:
         if content[0] == stream:
             self.copied[slot].synchronize()  # what reads the row is before us in the stream
         else:
+            # Kernels of that stream may still read the row, and no event stands behind them.
             content[0].synchronize()
 
     def _send(self, slot: int, addresses: tuple[int, ...]) -> None:
@@ -378,6 +384,7 @@ class _AddressRows:
         self.rows_st[slot].copy_(self.staged_st[slot], non_blocking=True)
 
 
+# Of all tables: who ends a capture does not know which of them have been in it.
 _unsent: list[Callable[[], None]] = []
 """Transfers of the addresses that captures have met since the last `finish_capture`."""
 
@@ -396,6 +403,7 @@ def is_capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured on the current stream of the device."""
     if device.type != "cuda":
         return False
+    # PyTorch asks of the stream that is current on the current device.
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
@@ -419,4 +427,5 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
     if a.stride() == b.stride():
         return True
     places = zip(a.shape, a.stride(), b.stride(), strict=True)
+    # The stride of an axis of one element leads nowhere, and PyTorch may set any.
     return all(size == 1 or in_a == in_b for size, in_a, in_b in places) or a.numel() == 0

@@ -48,6 +48,7 @@ def _forward_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_values
     channel = at % CHANNELS
+    # `check_count` holds the values of y to 32 bits; x may have more channels than y.
     x_at = (at // CHANNELS).to(tl.int64) * NUM_CHANNELS + channel
     z = tl.load(x_ptr + x_at, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -81,6 +82,7 @@ def _backward_kernel(
         grad = tl.load(grad_ptr + at, mask=shown, other=0.0)
         y = tl.load(y_ptr + at, mask=shown, other=0.0)
         grad = grad * y * (1 - y)
+        # All channels of grad_x are written: those that are not shown were loaded as 0.
         mask = inside & (channels < NUM_CHANNELS)[None, :]
         out = grad_x_ptr + place * NUM_CHANNELS + channels[None, :]
         tl.store(out, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
@@ -131,6 +133,7 @@ def _to_image_backward(
     grad_bias = new_bias_gradient(grad, num_channels, bias_dtype)
     if not uses_triton(grad):
         grad_z = torch.ops.aten.sigmoid_backward(grad, y)
+        # Channel by channel, as on the way forward; the memory held anything before.
         grad_x.zero_()
         for channel in range(channels):
             grad_x[:, channel] = grad_z[:, channel]

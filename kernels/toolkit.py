@@ -211,8 +211,10 @@ def _fits(nvcc: Path, generations: list[int]) -> bool:
     """Whether it knows these generations, and the driver that is here runs what it makes."""
     own_driver = driver()
     release = _release(nvcc)
+    # Within a major number, an older driver runs what a newer compiler makes.
     if own_driver and release and int(release.partition(".")[0]) > own_driver.cuda[0]:
         return False
+    # An nvcc that lacks one of them passes CMake's check of the language, then ends the build.
     known = re.findall(r"compute_(\d+)$", _said_by(nvcc, "--list-gpu-arch"), re.M)
     return bool(known) and set(map(str, generations)) <= set(known)
 
@@ -287,6 +289,7 @@ def main(record: Path) -> int:
     except ValueError as error:
         print(f"mien: {error}", file=sys.stderr)
         return 2
+    # Only where it has changed: make takes a newer file for a reason to build.
     if not record.exists() or record.read_text() != f"{build}\n":
         _tell(f"builds libmien {build}")
         record.parent.mkdir(parents=True, exist_ok=True)
