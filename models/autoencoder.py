@@ -254,10 +254,12 @@ def decode_on_streams(
     """Outputs of both sides; B's on the side stream, if there is one, while A's are computed."""
     if side_stream is None:
         return of_a(), of_b()
-    # B reads codes that the current stream may still be computing.
+    # B reads codes that the current stream may still be computing. Before A's decoder is queued
+    # there, for which B would have to wait as well.
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         outputs_b = of_b()
     outputs_a = of_a()
+    # What follows reads B's outputs as well.
     torch.cuda.current_stream().wait_stream(side_stream)
     return outputs_a, outputs_b

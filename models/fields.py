@@ -175,6 +175,7 @@ class Field:
         if self.choices is not None:
             return any(_fits(value, choice) for choice in self.choices)
         if self.pattern:
+            # Of ASCII: \d would else take the digits of every script.
             return bool(re.fullmatch(self.pattern, value, re.ASCII))
         if self.type not in (int, float):
             return True
@@ -222,6 +223,7 @@ def setting(
 class Checked:
     """Base of dataclasses whose fields are checked when an object is made."""
 
+    # Or objects of a class with slots would have a dict all the same, from here.
     __slots__ = ()
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
         with open(file, "rb") as content:
             if content.read(2) not in _TORCH_BEGINS:
                 raise ValueError("it is no file of torch's")
+        # Weights alone: a stranger's file could else have code run when it is unpickled.
         found = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

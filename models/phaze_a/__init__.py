@@ -104,6 +104,7 @@ class PhazeA(Autoencoder):
             self.add_module(name, fc)
         if config.shared_fc == "full":
             self.fc_shared = FullyConnected(self.encoder, config, build, sides=2)
+        # Both parts as runs, since a concatenation is padded part by part.
         return fc.channels if config.shared_fc == "none" else 2 * fc.channels
 
     def _paths(self, names: tuple[str, ...]) -> tuple[str, ...]:

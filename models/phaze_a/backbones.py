@@ -223,6 +223,7 @@ class Backbone(nn.Module):
         self.is_vector = spec(name).is_vector
         # Buffers, for a loaded network of the reference brings its own.
         for part, values in zip(("mean", "std"), self._mean_and_std(trunk), strict=True):
+            # Turned round: the values are of red, green, blue, the pictures are BGR.
             self.register_buffer(part, torch.tensor(values).flip(0).reshape(3, 1, 1))
         self.trunk: Any = trunk
 

@@ -42,6 +42,7 @@ def load_pretrained(backbone: Backbone, path: str | Path | None) -> Path:
                 f"{tuple(tensor.shape)}, got {tuple(tensors[name].shape)}"
             )
     first = _first_convolution(backbone.trunk)
+    # Only now: a file that is refused leaves the backbone as it was.
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name].flip(1) if name == first else tensors[name])
@@ -59,6 +60,7 @@ def _find(backbone: Backbone, path: str | Path | None) -> Path:
         found = [f for s in SUFFIXES if (f := place / f"{wanted}{s}").is_file()]
         if not found:
             repositories = f"models--timm--{wanted}"
+            # The star finds networks, too, whose names only begin so, as resnet50d beside resnet50.
             found = [
                 file
                 for file in sorted(place.glob(f"{repositories}*/snapshots/*/model.safetensors"))
