@@ -168,6 +168,7 @@ class Recorder(TorchDispatchMode):
         elif weights:
             product = Product("data", **shape, **_values(weights, out.numel(), numel))
         else:  # a gradient of an output and a kept input make the weight's
+            # Autograd may form the gradient transposed, and turn it by a view.
             is_dense = {tuple(out.shape), tuple(out.shape[::-1])} & self.dense_shapes
             dense_values = out.numel() if is_dense else 0
             values = _values([out], numel, 0)

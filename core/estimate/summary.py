@@ -1,7 +1,7 @@
 """A model layer by layer: shapes, parameters, products; no faces, no weights and no GPU needed.
 
 A face of each side goes through the model on the meta device. A layer is a module that has weights
-or multiplies by itself; what it multiplies is seen by `work.Recorder`.
+or multiplies by itself; what it multiplies is seen by `flops.Recorder`.
 """
 
 from collections.abc import Iterator

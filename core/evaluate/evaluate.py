@@ -161,6 +161,7 @@ def _masked_mean(map_chw: Tensor, mask_1hw: Tensor) -> Tensor:
 def _shares(model: Autoencoder, pixels_nhwc: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Bytes as 0..1, where the model is."""
     device = next(model.parameters()).device
+    # Sent as bytes, a quarter of fp32, and widened there.
     return torch.from_numpy(pixels_nhwc).permute(0, 3, 1, 2).to(device).to(dtype) / 255
 
 

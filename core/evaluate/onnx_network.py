@@ -90,6 +90,7 @@ def _input_shape(path: Path, name: str) -> tuple[int, ...]:
     """The shape of the network's one input; 0 where a size is not fixed."""
     try:
         with open_for_reading(path, follows_links=True) as file:
+            # One byte more than there may be, so that a larger file shows.
             content = memoryview(file.read(_MAX_BYTES + 1))
         if len(content) > _MAX_BYTES:
             raise ValueError(f"{name} is larger than {_MAX_BYTES} bytes, which no ONNX file is")

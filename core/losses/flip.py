@@ -175,5 +175,7 @@ def _hyab(lab_x: Tensor, lab_y: Tensor) -> Tensor:
 def _length(x_bchw: Tensor) -> Tensor:
     """Length of the vector of channels, (B, 1, H, W); where it is 0, so is its gradient."""
     square = x_bchw.square().sum(dim=1, keepdim=True)
+    # Filled before the root and after it: a `where` behind the root would let its infinite slope
+    # through as NaN.
     is_zero = square == 0
     return square.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)

@@ -212,6 +212,7 @@ class Lpips(PictureLoss):
             else tensor
             for name, tensor in tensors.items()
         }
+        # Assigned: modules of the meta device have no memory to copy into.
         self.features.load_state_dict(filters, assign=True)
         file = _find(name, folder, self.trunk.linear_file, "the weights of LPIPS 0.1")
         own = {f"lin{k}.model.1.weight": each for k, each in enumerate(self.linears)}
@@ -219,7 +220,7 @@ class Lpips(PictureLoss):
 
 
 def _find(name: str, folder: str, stem: str, what: str) -> Path:
-    """The one file ``<wanted>.*`` or ``<wanted>-*.*`` of the folder."""
+    """The one file ``<stem>.*`` or ``<stem>-*.*`` of the folder."""
     remedy = f"{what}, {stem}.pth (or .safetensors): put it into the folder loss.lpips_weights"
     if not folder:
         raise ValueError(f"{name} needs {remedy}, which is not set")
@@ -239,7 +240,7 @@ def _find(name: str, folder: str, stem: str, what: str) -> Path:
 
 
 def _tensors(file: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The wanted tensors of a file, in fp32; shapes are those of ``wanted``."""
+    """The expected tensors of a file, in fp32, in the shapes of ``expected``."""
     tensors = read_tensors(file)
     for name, tensor in expected.items():
         if name not in tensors:

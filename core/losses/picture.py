@@ -56,5 +56,6 @@ class FilteredLoss(PictureLoss):
         if pred_bchw.dtype != torch.float32:
             return super().forward(pred_bchw, target_bchw, weight_b1hw)
         filters = Filters(self.firsts, self.taps, self.shapes)
+        # The kernel works on planes, whose pixels lie together in this layout alone.
         pred_bchw, target_bchw = pred_bchw.contiguous(), target_bchw.contiguous()
         return filtered_loss(self.name, pred_bchw, target_bchw, weight_b1hw.contiguous(), filters)

@@ -93,6 +93,7 @@ def _similarity(x_bchw: Tensor, y_bchw: Tensor, blur: nn.Module, *, is_whole: bo
     # SSIM's own constants, for pictures in 0..1.
     c1, c2 = 0.01**2, 0.03**2
     x, y = x_bchw, y_bchw
+    # The squares of both as one sum, which is all that SSIM needs of them: one blur less.
     mean_x, mean_xy, mean_squares = blur(torch.cat((x, x * y, x * x + y * y))).chunk(3)
     mean_y = blur(y)
     product, squares = mean_x * mean_y, mean_x.square() + mean_y.square()

@@ -88,6 +88,7 @@ class Loss:
             losses = [*self.mask_weights.items()]
             results.append(face_loss(*pairs[-1], batch.mask_n1hw, None, losses=losses, scale=scale))
         means = [result.means_2k.flatten() for result in results]
+        # One output has the whole row already, which a `cat` would copy by a launch of its own.
         return Losses(
             row_v=means[0] if len(means) == 1 else torch.cat(means),
             gradients=(*(r.gradient_a for r in results), *(r.gradient_b for r in results)),
@@ -113,6 +114,7 @@ class Loss:
         # In fp32, so that the sum of both gradients is rounded once.
         parts = [self._differentiated(functions, pred_a, pred_b, target_nchw, weight_n1hw, scale)]
         if self.fused:
+            # In front, as `named` counts the columns.
             parts.insert(0, fused(pred_a.float(), pred_b.float()))
         means, *gradients = zip(*parts, strict=True)
         return FaceLoss(
@@ -133,6 +135,8 @@ class Loss:
         scale: Tensor | None,
     ) -> FaceLoss:
         """Compute the other losses as `face_loss` gives its own, with gradients in fp32."""
+        # Both sides as one leaf: autograd ends here, and the network's graph is walked once, later,
+        # by the gradients of all losses.
         pred = torch.cat((pred_a.detach(), pred_b.detach())).float().contiguous().requires_grad_()
         # The filters' products and kernels take rows that lie together, not channels_last.
         target = target_nchw.float().contiguous()

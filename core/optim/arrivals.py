@@ -128,6 +128,7 @@ def arrival_order(model: Autoencoder) -> list[int]:
         parameter.register_hook(lambda _, number=number: order.append(number))
         for number, parameter in enumerate(parameters)
     ]
+    # The order shows in the graph alone, so nothing has to be computed.
     faces_nchw = torch.empty(4, 3, model.input_px, model.input_px, device="meta")
     outputs = [each for side in model(faces_nchw) for each in side if each.requires_grad]
     torch.autograd.grad(outputs, parameters, [torch.empty_like(each) for each in outputs])

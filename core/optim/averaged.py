@@ -61,6 +61,7 @@ def averaged(update: Update) -> Iterator[Literal["ema", "raw"]]:
 def note_weight_of_average(state: TrainingState, update: Update) -> None:
     """Have the state of a save hold what its average weighs, where there is one: a resume without
     the optimizer's state knows it by that."""
+    # A resumed state may tell of an average that this run does not keep.
     state.parts.pop(AVERAGE, None)
     if update.rule.has_average:
         state.parts[AVERAGE] = asdict(_Saved(weight=average_weight(update)))

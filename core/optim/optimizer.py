@@ -209,6 +209,7 @@ def _load_scalars(
         if not is_scale or (precision.scales_loss and float(tensors["scale"]) > 1):
             scalars[index] = tensors[name].to(scalars)
     if rule.ema:
+        # This average has one update a step, so the count of steps tells its weight.
         scalars[Scalar.AVERAGE_WEIGHT] = tensors["step"].to(scalars)
 
 
