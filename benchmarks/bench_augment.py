@@ -45,6 +45,7 @@ def step(
     num_faces, first = [len(faces_fssc) for faces_fssc in faces], 0
     landmarks = [_landmarks(count, size_px, device) for count in num_faces]
     workspace = None
+    # Made once, as a feed keeps it from batch to batch.
     if device != "cpu":
         sizes: dict[str, Any] = {"input_px": input_px, "output_px": output_px}
         needed = workspace_bytes(batch, size_px=size_px, to_landmarks=to_landmarks, **sizes)
@@ -68,6 +69,7 @@ def step(
             output_px=output_px,
             landmarks=landmarks if to_landmarks else None,
             input_channels=input_channels,
+            # As training weighs by default, so that these masks are turned and weighed as well.
             eye_multiplier=3,
             mouth_multiplier=2,
             out=out,
@@ -82,6 +84,7 @@ def step(
 def cases() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
     """Yield (what it is, function to time)."""
     on_gpu = torch.cuda.is_available()
+    # As training has it on a GPU, whose tensor cores want multiples of 8.
     device, channels = ("cuda", 8) if on_gpu else ("cpu", 3)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     for input_px, output_px in SIZES:

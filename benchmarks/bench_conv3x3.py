@@ -43,6 +43,7 @@ def cases() -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
                     "dtype": "float32",
                     "backward": backward,
                     "variant": variant,
+                    # Two operations at nine taps; the backward pass has two products of that size.
                     "flops": 18 * BATCH * size_px**2 * inputs * outputs * (3 if backward else 1),
                 }
                 yield what, _timed(function, x_bchw, weight, backward)

@@ -102,7 +102,9 @@ def _feed(
 def _placed(faces_fssc: Tensor, placement: str, path: Path) -> Tensor:
     if placement == "file":
         faces_fssc.numpy().tofile(path)
+        # Copied on write: torch warns of an array that cannot be written to.
         return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=tuple(faces_fssc.shape)))
     if placement == "gpu":
         return faces_fssc.cuda()
+    # A GPU's kernel reads host memory only where it is page-locked.
     return faces_fssc.pin_memory() if torch.cuda.is_available() else faces_fssc

@@ -47,6 +47,7 @@ def rows(only: Sequence[str] = (), ceilings: dict[str, Any] | None = None) -> It
 
 def _making(name: str) -> dict[str, Any]:
     """Seconds and memory of making a model, in a process of its own."""
+    # Spawned: a fork would begin with the pages of this process.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_make, (name,))
 

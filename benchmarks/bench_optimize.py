@@ -116,6 +116,7 @@ def torch_step(state: _State, rule: str, *, fused: bool) -> Callable[[], None]:
         eps=_EPSILON,
         weight_decay=0.0,
         foreach=not fused,
+        # Or it could not be put into a CUDA graph, as ours is.
         capturable=parameters[0].is_cuda,
         **settings,
     )
@@ -125,6 +126,7 @@ def torch_step(state: _State, rule: str, *, fused: bool) -> Callable[[], None]:
             torch._foreach_copy_(gradients, state.gradients)
         norm = torch.nn.utils.get_total_norm(gradients)
         if fused:
+            # As GradScaler tells a fused optimizer, which then leaves the step out on the device.
             optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             optimizer.grad_scale = None  # type: ignore[attr-defined]
         optimizer.step()

@@ -104,6 +104,7 @@ def _measured(size: int, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]
     Raises:
         RuntimeError: One of them has failed; its traceback is on standard error.
     """
+    # Another process may take the port before the ranks do; then they fail, and say so.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -115,6 +116,7 @@ def _measured(size: int, jobs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]
             start = partial(subprocess.Popen, command, env=environment, text=True)
             out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
             process = stack.enter_context(start(stdin=subprocess.PIPE, stdout=out))
+            # Runs before the context of the process, which waits for its end.
             stack.callback(process.kill)
             processes.append(process)
         for process in processes:

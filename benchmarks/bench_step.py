@@ -289,6 +289,7 @@ def mien_step(
     step, model = train_step(
         name, mode, device, batch_size=batch_size, engine=engine, without=without
     )
+    # As training sets it.
     torch.backends.cudnn.benchmark = True
     compute = step.update.precision.compute
     batch = make_batch(model, batch_size, device, compute)
@@ -357,6 +358,7 @@ def plain_ssim(pred_bchw: Tensor, target_bchw: Tensor) -> Tensor:
     squares = mean_x.square() + mean_y.square()
     spread = blur(pred_bchw.square() + target_bchw.square()) - squares
     covariance = blur(pred_bchw * target_bchw) - mean_x * mean_y
+    # SSIM's constants, 0.01^2 and 0.03^2.
     luminance = (2 * mean_x * mean_y + 1e-4) / (squares + 1e-4)
     return 1 - luminance * (2 * covariance + 9e-4) / (spread.clamp_min(0) + 9e-4)
 
@@ -366,6 +368,7 @@ def count_python_calls(step: Callable[[], object]) -> int:
 
     On a GPU the backward pass has a thread of its own, which is not counted.
     """
+    # The first call makes what later ones keep.
     step()
     count = 0
 

@@ -156,6 +156,7 @@ def _bare_dali(files: list[Path], threads: int) -> None:
     )
     with pipeline:
         encoded = dali.fn.io.file.read(dali.fn.external_source(source=source()))
+        # In RGB, which is DALI's own order: BGR would cost it a third of its speed.
         pipeline.set_outputs(dali.fn.decoders.image(encoded, output_type=dali.types.RGB))
     pipeline.build()
     for _ in batches:

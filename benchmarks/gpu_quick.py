@@ -220,6 +220,7 @@ def run_part(part: Part, place: Place, log: Path) -> Ended:
 
 def run_limited(command: list[str], environment: dict[str, str], limit_s: int) -> tuple[int, str]:
     """The exit code and output of a command; past its limit it is killed with all that it began."""
+    # A file, no pipe: nobody reads while the command runs, and a full pipe would halt it.
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             process = subprocess.Popen(
@@ -310,6 +311,7 @@ def run_parts(which: str, results: Path, wheels: Path | None) -> int:
             for part in make(place):
                 ended.append(run_part(part, place, results / f"{which}.log"))
                 failed += ended[-1].code != 0
+                # After every command, so that what is known stays where the machine is taken away.
                 records = [asdict(each) for each in ended]
                 (results / "parts.json").write_text(json.dumps(records, indent=1))
     finally:

@@ -65,6 +65,7 @@ def profile_replay(folder: Path, device: torch.device) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(5):
             run()
+        # Kernels run behind the calls that queue them: inside, or the profile would miss the last.
         torch.cuda.synchronize()
     averages = profile.key_averages()
     table = averages.table(sort_by="cuda_time_total", row_limit=ROW_LIMIT, max_name_column_width=90)

@@ -95,6 +95,7 @@ def environment() -> dict[str, Any]:
 
 
 def _cores() -> set[int]:
+    # Those that this process may use: a container or taskset may leave it fewer than there are.
     return os.sched_getaffinity(0)
 
 
@@ -182,6 +183,7 @@ def _cuda_timer(fn: Callable[[], object]) -> Callable[[int], tuple[float, float]
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def time_calls(count: int) -> tuple[float, float]:
+        # What was queued before is not to be timed.
         torch.cuda.synchronize()
         cpu_before = _cpu_seconds()
         begin.record()

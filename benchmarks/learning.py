@@ -103,6 +103,7 @@ def read_losses(model_dir: Path) -> dict[str, list[float]]:
 
     losses: dict[str, dict[int, float]] = {"a": {}, "b": {}}
     for folder in sorted(model_dir.glob("logs/session_*/train")):
+        # 0: all of them; by default the reader keeps a sample.
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
         for side, values in losses.items():
