@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str], command: str | None) -> int:
     try:
         args, module = _parse(argv, command)
+        # For the ranks that --gpus starts: they get the same words.
         args.words = argv
         require_working_folder()
         with refusals_told():
@@ -126,6 +127,7 @@ def _complete() -> None:
 def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, ModuleType]:
     """The arguments, and the module of the subcommand."""
     parser, subparsers, module = _parser(command)
+    # `parse_args` would refuse by itself, and not say what may have been meant.
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         subparsers[args.command].error(_unknown(unknown[0], args.command, module))

@@ -20,4 +20,5 @@ def acknowledge(stop: StopRequest) -> None:
     with contextlib.suppress(OSError, ValueError):
         writable.register(2, select.POLLOUT)
         if any(state & select.POLLOUT for _, state in writable.poll(0)):
+            # Not through sys.stderr, in the middle of whose own work the signal may have come.
             os.write(2, line.encode())

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         return _learning(args)
     if args.kind == "report":
         return _report()
+    # Not before: PyTorch takes more than a second to load, and `--help` needs none of it.
     from .. import kernels
     from ..benchmarks import compare, harness
     from ..core.training.devices import require_fit_gpu

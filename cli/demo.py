@@ -115,5 +115,6 @@ def _swap(folder: Path, *, as_json: bool) -> int:
     words = [str(folder / "model"), "--faces", str(folder / "film_faces")]
     words += ["--frames", str(folder / "film"), "-o", str(folder / _output())]
     words += ["--color", "off", "--sheet", str(folder / "before_after.png")]
+    # A second demo in the same folder replaces the film of the first.
     words += ["--force", *["--json"] * as_json]
     return swap.run(parser.parse_args(words))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def print_dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, *, as_json: bool) -> None:
     """Run two steps of what the settings describe, and tell what training so is like."""
     num_gpus = num_planned(overrides.sections["distribute"], len(cards()))
+    # With --json, the standard output is for the facts alone.
     reporter = Reporter(sys.stderr if as_json else sys.stdout)
     trial = dry_run(overrides, reporter, recipe, num_gpus=num_gpus)
     card = ceilings.card_of(harness.known_ceilings() or ceilings.measure_ceilings(trial.device))

@@ -82,6 +82,7 @@ def _stages(*, as_json: bool) -> Iterator[Report]:
         return
     from rich.console import Console
 
+    # On the standard error: the output may be read by a program.
     with Console(stderr=True).status("") as status:
         yield status.update
 

@@ -224,6 +224,7 @@ def _progress(name: str) -> "Iterator[Progress | None]":
     from rich.progress import Progress as Bar
 
     with Bar(console=Console(stderr=True), transient=True) as bar:
+        # Escaped, or rich would read brackets in a name as its markup.
         task = bar.add_task(escape(printable(name)), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -349,6 +350,7 @@ def _print_table(title: str, rows: list[list[str]], *, has_heading: bool = True)
         from rich.table import Table
         from rich.text import Text
 
+        # As Text, in which rich looks for no markup: a name may hold brackets.
         shown = Text(printable(title))
         table = Table(title=shown, title_justify="left", show_header=has_heading)
         for heading in rows[0]:

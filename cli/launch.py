@@ -49,6 +49,7 @@ def launch_ranks(
     def command(restart: int) -> list[str]:
         # All restarts together have the iterations of this start.
         more = [f"--until={until}"] if restart else []
+        # -P: no file of the working folder is to stand in for a module.
         return [sys.executable, "-P", "-m", "mien.cli", *words, *_ALONE, *more]
 
     def saved() -> str:

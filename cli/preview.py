@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
             "--strip shows previews that were kept, by the weights that drew them; leave --weights "
             "out"
         )
+    # After the flags are checked: to load PyTorch takes more than a second.
     from ..core.checkpoint.inference import refuse_target, write_export
     from ..core.preview import render
     from ..core.preview.files import encoded_png

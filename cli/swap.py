@@ -120,6 +120,7 @@ def _add_computing(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Swap the film; 0, or 4 where a signal has stopped it."""
     _check_numbers(args)
+    # After the numbers are checked: to load PyTorch takes more than a second.
     from ..core.console.stop import StopRequest
     from ..core.convert.film import SwapSettings, swap_film
 

@@ -42,6 +42,7 @@ def given_settings(args: argparse.Namespace) -> "tuple[Overrides, recipes.Recipe
         layers.append(read)
         notices += report
     told = tuple(Notice(text) for text in notices)
+    # The flags apart: they hold for this session, all else for the next ones too.
     overrides = Overrides(settings.merge(*layers, *above_file), flags, told)
     if preset and preset.trainer and overrides.trainer != preset.trainer:
         raise ValueError(

@@ -139,9 +139,11 @@ def _add_looks(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_flag(group: argparse._ArgumentGroup, spec: settings.Spec) -> None:
+    # Without a default: what is not given is not in the namespace, and so overrides nothing.
     options: dict[str, Any] = {
         "dest": f"{spec.section}.{spec.name}",
         "default": argparse.SUPPRESS,
+        # argparse formats the text with %.
         "help": spec.doc.replace("%", "%%"),
     }
     if spec.type is bool:

@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
     access = Access(host=args.host, token=token, is_open=is_open, allows=args.allow_requests)
     server = make_server(make_app(models, access))
+    # Before the page is told of: then port 0 has its number, and an address that cannot be had is
+    # refused in one line.
     with _listen(args.host, args.port) as listener:
         _tell(listener, args, models, token)
         try:
@@ -122,6 +124,7 @@ def _tell(
     from urllib.parse import quote
 
     port = listener.getsockname()[1]
+    # An address that means all of the machine's is none that a browser can open.
     host = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
     host = f"[{host}]" if ":" in host else host
     query = f"?token={quote(token, safe='')}" if token else ""

@@ -48,6 +48,7 @@ class Access:
     def knows_host(self, request: Request) -> bool:
         """True where the Host header names this machine: no rebound DNS name leads here."""
         headers = request.headers.getlist("host")
+        # Of two headers nobody could say which one counts.
         if len(headers) != 1 or len(headers[0]) > _MAX_HOST_LETTERS:
             return False
         found = _HOST.fullmatch(headers[0])
@@ -65,6 +66,7 @@ class Access:
 
     def is_same_origin(self, request: Request) -> bool:
         """True where the request comes from the page itself, or from a program."""
+        # Browsers say where a request comes from; a program, which no page can steer, says nothing.
         if request.headers.get("sec-fetch-site", "same-origin") != "same-origin":
             return False
         origin = request.headers.get("origin")
@@ -75,6 +77,7 @@ class Access:
         """True for the token, in a time that tells nothing of it."""
         if self.token is None or given is None:
             return False
+        # As bytes: of text it takes ASCII alone, and what is given may hold anything.
         return hmac.compare_digest(given.encode(), self.token.encode())
 
     def may_read(self, request: Request) -> bool:

@@ -89,6 +89,7 @@ class Journal:
 
     def _is_followed(self, stream: BinaryIO) -> bool:
         """Whether what was read last is the beginning of this file."""
+        # By inode: a file that is put aside keeps it under its new name.
         return os.fstat(stream.fileno()).st_ino == self._inode and _size(stream) >= self._offset
 
     def _start(self, stream: BinaryIO | None, most_bytes: int) -> None:

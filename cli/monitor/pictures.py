@@ -66,6 +66,7 @@ class Pictures:
             return []
         if not stat.S_ISDIR(facts.st_mode):  # a link would lead out of the model folder
             return []
+        # A preview that comes or goes changes the time of its folder.
         if self._listed[0] != facts.st_mtime_ns:
             found = self._kept.iterations()
             places = np.linspace(0, len(found) - 1, min(len(found), _MOST_LISTED)).astype(int)

@@ -290,6 +290,7 @@ def _iteration(request: Request, name: str) -> int | None:
 def _series(request: Request) -> list[str] | None:
     """The series that are wanted; only those that were logged will be found."""
     words = request.query_params.get("series")
+    # Split no further than that, so that a long query costs no more than a short one.
     return None if words is None else words.split(",", _MOST_SERIES)[:_MOST_SERIES]
 
 
@@ -321,12 +322,15 @@ def _page_file(name: str) -> tuple[bytes, str]:
 
 
 def _json(request: Request, values: Any) -> Response:
+    # JSON has no NaN: a browser would refuse the whole answer.
     content = json.dumps(values, allow_nan=False, separators=(",", ":")).encode()
     return _answer(request, content, "application/json")
 
 
 def _answer(request: Request, content: bytes, media_type: str) -> Response:
+    # A PNG is compressed already.
     is_worth_it = len(content) >= _GZIP_FROM_BYTES and media_type != "image/png"
+    # At the lowest level: an answer is compressed anew each time, a `_File` once.
     compressed = gzip.compress(content, 1) if is_worth_it else None
     return _tagged(request, _tag(content), content, compressed, media_type)
 
@@ -345,4 +349,5 @@ def _tagged(
 
 
 def _tag(content: bytes) -> str:
+    # A weak tag, since the same content goes out compressed or as it is.
     return f'W/"{hashlib.sha256(content).hexdigest()[:32]}"'

@@ -221,6 +221,7 @@ class Watch:
             self._history = read_history(self._path, lambda tag: _SHOWN.fullmatch(tag) is not None)
             self._problem = None
         except ValueError as error:  # the page tells of it, and keeps what it had
+            # Nothing counts as seen, so the next look reads anew even where no file has changed.
             self._problem, self._seen = str(error), None
 
 
