@@ -295,6 +295,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         ValueError: What is there is not valid.
     """
     path = folder / CONFIG
+    # A link that leads nowhere is there, too, and refused when it is read.
     if not os.path.lexists(path):
         return None
     try:

@@ -221,6 +221,7 @@ class Generations:
         if not self.path.is_dir():
             return
         for name in os.listdir(self.path):
+            # By the whole form of the name: what a user has put there stays.
             if _LEFTOVER.fullmatch(name):
                 discard(self.path / name)
 

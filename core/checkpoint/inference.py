@@ -92,7 +92,7 @@ def weights_file(
 ) -> tuple[Content, dict[str, str]]:
     """Content of the file of what `read_model` gave, and its metadata.
 
-    In fp32 the weights are not copied for it.
+    In fp32 weights that are contiguous, as a save has them, are not copied for it.
     """
     settings = model_settings(config)
     settings |= dataclasses.asdict(

@@ -75,6 +75,8 @@ class Lock:
         """Remove the folder where it holds nothing but its lock."""
         names = {LOCK, OWNER} if self._owner is not None else {LOCK}
         if set(os.listdir(self._folder)) <= names and _is_in_place(self._handle, self._folder):
+            # While it is locked: whoever has opened it already sees that it is not in its place any
+            # more.
             (self._folder / LOCK).unlink()
             if self._owner is not None:
                 self._owner.release()

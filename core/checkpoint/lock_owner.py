@@ -65,6 +65,7 @@ def lock_owner(model_dir: Path) -> LockOwner | None:
         words = os.pread(handle, 300, 0).decode(errors="replace").split()
         if len(words) != 2 and words[2:] != ["paused"]:
             return None
+        # Neither 0 nor a minus: to the system these stand for groups of processes.
         if not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
             return None
         pid, host = int(words[0]), words[1]

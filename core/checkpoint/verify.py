@@ -69,6 +69,7 @@ def verify(path: Path) -> list[Verdict]:
     with ModelFolder(path, read_only=True) as folder:
         if folder.is_new:
             raise ValueError(f"nothing has been saved in model folder {path} yet")
+        # By names and not by manifests: a generation without a readable one is to be told, too.
         names = [f"{FOLDER}/{name}" for name in folder.generations.names()]
     names += [BACKUP] if (path / BACKUP).exists() else []
     with reading(path):
