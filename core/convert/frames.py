@@ -125,4 +125,5 @@ def read_bytes(path: Path) -> bytes:
 
 def _is_picture(entry: os.DirEntry[str]) -> bool:
     is_named_so = os.path.splitext(entry.name.lower())[1] in SUFFIXES
+    # Not `._frame.png` and the like, which other systems leave beside a file.
     return is_named_so and not entry.name.startswith(".") and entry.is_file()
