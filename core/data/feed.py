@@ -216,6 +216,7 @@ class Feed:
     def close(self) -> None:
         """End the thread that works ahead."""
         if self._worker is not None:
+            # A batch that has not been begun is not made: nobody will train on it.
             self._worker.shutdown(wait=True, cancel_futures=True)
 
 

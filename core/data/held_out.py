@@ -147,6 +147,8 @@ def load_held_out(
     crop = geometry.Crop(
         data.centering, data.coverage / 100, data.vertical_offset / 100, process_px
     )
+    # Spread, and not drawn: every measurement is of the same faces, so that figures can be
+    # compared.
     spread = np.linspace(0, len(folder.faces) - 1, min(count, len(folder.faces)))
     chosen = [folder.faces[i] for i in spread.round().astype(int)]
     inputs, targets, masks, landmarks = [], [], [], []
