@@ -132,6 +132,7 @@ def _padding(step: _Step) -> list[int]:
 
 
 def _convolution(step: _Step) -> str:
+    # Rows, columns, in, out in Keras; out, in, rows, columns here.
     weights = [step.weight(0, order=(3, 2, 0, 1))]
     weights += [step.weight(1)] if step["use_bias"] else []
     return step.add("Conv", step.x, *weights, pads=_padding(step), strides=[*step["strides"]])
@@ -152,6 +153,7 @@ def _separable(step: _Step) -> str:
 
 
 def _transposed(step: _Step) -> str:
+    # Rows, columns, out, in in Keras; in, out, rows, columns here.
     kernel, bias = step.weight(0, order=(3, 2, 0, 1)), [step.weight(1)] if step["use_bias"] else []
     # What is too much is cut off at the begin first, as Keras does on PyTorch.
     excess = [max(k - s, 0) for k, s in zip(step["kernel_size"], step["strides"], strict=True)]
@@ -168,6 +170,7 @@ def _dense(step: _Step) -> str:
 def _flat(step: _Step) -> str:
     if len(step.shapes[0]) == 1:
         return step.x
+    # Turned first: the rows of a dense weight stand in the order of NHWC.
     nhwc = step.add("Transpose", step.x, perm=[0, 2, 3, 1])
     return step.add("Reshape", nhwc, step.graph.sizes(-1, math.prod(step.shapes[0])))
 
