@@ -159,6 +159,7 @@ def report(
     of pictures done and of all.
     Raises ValueError where there is no such folder or no PNG in it.
     """
+    # However few: what is wrong with a folder is what is asked.
     opened = read_folder(folder, minimum=0, sub_folders=sub_folders)
     faces: list[Face] = []
     measured: list[_Measured] = []
