@@ -184,6 +184,7 @@ class TensorTable:
         if slices_of is not None:
             places = list(slices_of), [1] * num_tensors
         columns = [*self._first_addresses, decayed, *places]
+        # Turned, so that what a program reads of its tensor lies together.
         self.tensors_tc = torch.tensor(columns, dtype=torch.int64).t().contiguous().to(device)
         """int64: of each tensor, what `Column` says."""
 

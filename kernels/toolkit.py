@@ -74,6 +74,7 @@ def driver() -> Driver | None:
     cuda.cuDriverGetVersion(ctypes.byref(version))
     error = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     cards = tuple(_card(cuda, number) for number in range(0 if error else count.value))
+    # 13020 stands for CUDA 13.2.
     return Driver((version.value // 1000, version.value % 1000 // 10), cards, error)
 
 
