@@ -45,6 +45,7 @@ class ShardedUpdate(MirroredUpdate):
         return self.group.ranks.size
 
     def _allocate(self) -> None:
+        # First: the layout says which pieces are this rank's.
         self._connect()
         parts = range(len(self.layout.parts))
         rank = self.group.ranks.rank

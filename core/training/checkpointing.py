@@ -161,6 +161,7 @@ class Checkpointer:
         self._evaluate()
         # Last of all, so that the save knows of the measurement just made.
         state.parts |= self.parts()
+        # Into the state: a save without the optimizer's tensors has no other place for it.
         note_weight_of_average(state, self.setup.step.update)
         saving_at = time.monotonic()
         self._queue(is_best, with_optimizer, with_snapshot)

@@ -168,6 +168,7 @@ class MetricsLogger:
         self.take(named, interval)
 
     def _status(self, named: Losses, interval: Interval) -> None:
+        # Of all ranks: the batch is that of the run.
         faces = len(SIDES) * self.setup.config.train.batch_size * interval.count
         state, elapsed_s = self.setup.state, time.monotonic() - self.began_at
         # The losses may be of iterations a while ago; what is left is counted from now.

@@ -404,6 +404,7 @@ def _build_step(
         device=device,
         council=crew.council(state.iterations) if crew else None,
     )
+    # It may have fallen back when it was made.
     engine_why = engine_why if engine.name == engine_name else f"{engine_name} cannot run here"
     if start.group is not None:
         start.group.barrier()  # a rank that is refused ends all before anything is written

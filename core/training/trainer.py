@@ -129,6 +129,7 @@ class Trainer:
         if not council.meet(iterations, wants_others=is_needed, ahead=ahead, peak_mib=peak_mib):
             return None
         if self.held is not None:
+            # Only now: the others have met this rank, and will hear of the end.
             raise self.held
         end = self._finish_step(requests)
         if end is None:

@@ -129,6 +129,7 @@ def _lead(
         overrides = overrides.with_lasting(settings_of(end.changes))
         overrides = overrides.with_session(_session_settings(use_lr_finder))
     assert end is not None
+    # A stop has come where another session was to follow.
     if end.goes_on:
         end = End(Outcome.STOPPED, f"{stop.signal_name} received; the state is saved")
     reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.outcome)
@@ -141,6 +142,7 @@ def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, cre
     while True:
         with ExitStack() as stack:
             opening = open_follower(overrides, reporter, recipe, rate_factor=rate_factor, crew=crew)
+            # As on the first rank: there is nothing to save yet, and faces may take minutes.
             with crew.stop.at_once():
                 setup = stack.enter_context(opening)
             assert setup.council is not None
