@@ -51,6 +51,7 @@ def reporting_crashes(
         yield
     except known:
         raise
+    # Not of a stop: what a signal raises is a `BaseException`.
     except Exception as error:
         path = _free_path(model_dir)
         try:

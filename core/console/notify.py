@@ -101,6 +101,7 @@ class Notifier:
 def _service_of(url: str):
     """What sends to this URL."""
     try:
+        # Here: it is an extra, which a run without a URL does not need.
         from apprise import Apprise
     except ImportError:
         raise ValueError(

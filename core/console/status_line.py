@@ -15,6 +15,7 @@ class StatusLine:
     """A status at the bottom of a terminal, as much of it as fits; others scroll by above."""
 
     def __init__(self, stream: Output) -> None:
+        # Here: without a terminal rich is never imported.
         from rich.console import Console
         from rich.live import Live
         from rich.text import Text

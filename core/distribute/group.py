@@ -125,6 +125,7 @@ class Group:
         own = tensor.to("cpu")
         gathered = [torch.empty_like(own) for _ in range(self.ranks.size * self.ranks.is_first)]
         with self.watched():
+            # None: torch refuses a list of a rank that receives nothing.
             dist.gather(own, gathered or None)
         return gathered
 

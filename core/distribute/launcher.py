@@ -322,6 +322,7 @@ class _Rank:
                 self._print(self._rest)
 
     def _print(self, line: bytes) -> None:
+        # A library may write anything: bytes that are no UTF-8 must not end the relay.
         text = line.decode(errors="backslashreplace")
         if text.startswith("mien "):
             self._complaints.append(text)

@@ -146,6 +146,7 @@ class ShardedUpdate(MirroredUpdate):
         slices = self.group.gather(self.slices[kind])
         if not slices:
             return []
+        # As a checkpoint holds it, whatever the network computes in.
         whole = self.layout.new_flat(torch.float32, torch.device("cpu"))
         for (first, end), part in zip(self.layout.spans, self.layout.parts_of(whole), strict=True):
             # Where the part's slice lies in the buffer of one rank.
@@ -164,6 +165,7 @@ class ShardedUpdate(MirroredUpdate):
             super()._take(kind, number, tensor)
             return
         if kind == "weight":
+            # All of it, and not the slice alone: every rank computes with all weights.
             self.parameters[number].detach().copy_(tensor)
         parameter = self.parameters[number]
         # In the parameter's order of memory, which the pieces are counted in.

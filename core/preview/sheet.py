@@ -153,6 +153,7 @@ def _show_mask(tile: np.ndarray, mask: np.ndarray, style: SheetStyle) -> None:
     """Show the mask on a tile, (e, e, 3) and (e, e) uint8, in place."""
     color_c = color_of(style.mask_color) * 255
     if style.mask == "tint":
+        # In fp32: by a plain 255 NumPy would divide bytes in fp64.
         share_ee1 = (1 - mask[..., None] / np.float32(255)) * style.mask_opacity / 100
         tile[:] = np.rint(tile + (color_c - tile) * share_ee1)
         return

@@ -247,6 +247,7 @@ class Graphed(Engine):
 
     def _warm_up(self) -> None:
         """A real iteration, on the stream of the capture to come."""
+        # The steps before, and the batch, may still be queued on the caller's stream.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self._iteration()
