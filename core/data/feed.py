@@ -107,6 +107,7 @@ class Feed:
             table.move_to(torch.device("cpu") if self._gathers else device)
         self._buffers: list[_BatchBuffers] = []
         if device.type == "cuda":
+            # Made once: a captured graph writes to the same addresses at every replay.
             first = _BatchBuffers(self)
             self._buffers = [first, _BatchBuffers(self, shared_with=first)]
         self._ahead: tuple[dict[str, int], Future[Batch]] | None = None
@@ -171,6 +172,7 @@ class Feed:
         out = augment(
             faces,
             buffers.params_nx,
+            # Rows number the faces of the whole store, of which only this batch's were gathered.
             num_faces=num_faces if self._gathers else None,
             input_px=self.input_px,
             output_px=self.output_px,

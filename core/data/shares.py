@@ -152,6 +152,7 @@ class DrawTable:
         """
         index_n = params_nx.view(torch.int64)[:, _INDEX]
         first_face, num_faces, number, num_slots = self._slots_s4[index_n].unbind(1)
+        # On the device from first to last: a captured step cannot ask the host whom it draws.
         serial_n = torch.arange(len(index_n), device=index_n.device) + first
         turn_n = (serial_n // self.num_slots * num_slots + number) % num_faces
         index_n.copy_(self._faces_f[first_face + turn_n])
