@@ -209,6 +209,7 @@ def _prepare(settings: SwapSettings, emit: Emit) -> _Film:
     with_faces = [stem for stem in stems if stem in faces]
     chosen = None if settings.preview is None else _spread(with_faces, settings.preview)
 
+    # A function: the frames are gone through twice, for a first look and for all.
     def frames() -> Iterator[Frame]:
         if chosen is None:
             return source.frames()

@@ -103,11 +103,13 @@ class VideoOutput:
             coded.pts, coded.time_base = number, 1 / self._rate
         aspect = self._source.pixel_aspect if self._source else Fraction(1)
         is_turned = decoded is not None and decoded.rotation % 180
+        # A quarter turn makes a pixel's width its height.
         return _Coded(number, coded, 1 / aspect if is_turned else aspect)
 
     def _recoded(self, frame: Frame, image_hwc: np.ndarray | None) -> Any:
         decoded = frame.decoded
         # As it was decoded: a way over BGR and back would change its levels.
+        # One that is to be shown turned is turned: the file that is written tells of no turn.
         if image_hwc is None and decoded is not None and not decoded.rotation:
             if decoded.format.name == self._format(decoded.width, decoded.height):
                 return decoded
