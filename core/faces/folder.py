@@ -155,6 +155,7 @@ def _listed(
     """The folders, of which nothing is read yet, and their files in the order of the faces."""
     folders = tuple(expanded(path) for path in paths)
     if len(folders) > 1:
+        # Absolute, as `commonpath` takes no mix of the two kinds.
         folders = tuple(Path(os.path.abspath(folder)) for folder in folders)
     files = [
         file for each in folders for file in list_pictures(each, side=side, sub_folders=sub_folders)
