@@ -51,7 +51,7 @@ def reporting_crashes(
         yield
     except known:
         raise
-    # Not of a stop: what a signal raises is a `BaseException`.
+    # Not of a stop: what a signal raises is no `Exception`.
     except Exception as error:
         path = _free_path(model_dir)
         try:

@@ -60,6 +60,7 @@ class Exchange:
         self.arrivals.finish(gradients)
 
     def _handle(self, index: int, gradients: list[Tensor]) -> None:
+        # Into a buffer: autograd goes on with a gradient that a hook is given.
         sums = [self.sums[number] for number in self.layout.parts[index]]
         if self.is_first:
             # A copy and no fill before an addition: one launch less, and no stale numbers.

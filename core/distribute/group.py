@@ -295,6 +295,7 @@ def open_group(
         served = dist.TCPStore(
             host, port, ranks.size, is_master=ranks.is_first and not agent, timeout=_OPENING
         )
+        # By the restart: else a group would read the addresses of ranks that are gone, and fail.
         store = dist.PrefixStore(f"mien/{restarts}", served)
         # The CPUs alone at first: ranks compare their settings before any of them takes a GPU.
         dist.init_process_group(

@@ -93,6 +93,7 @@ def launch(
         saved: Gives what is saved, as a clause.
         report: Called with a line about how the run ended where no rank has one.
     """
+    # Not torchrun as a library, which ends with 1 and a traceback after a clean save.
     with Launcher() as launcher:
         for restart in itertools.count():
             ended = launcher.run(command(restart), places, restart)

@@ -50,6 +50,7 @@ class ShardedUpdate(MirroredUpdate):
         parts = range(len(self.layout.parts))
         rank = self.group.ranks.rank
         # In the order of the parts, which is that of the tables and of the partial sums.
+        # Slices, and not whole parameters by rank: a few hold most of a model's weights.
         self.pieces = [each for part in parts for each in self.layout.pieces(part, rank)]
         """Pieces of parameters that this rank moves."""
 

@@ -101,6 +101,7 @@ class MirroredUpdate(Update):
 
     def _connect(self) -> None:
         """Make the buffer that is sent, which adds up gradients, too."""
+        # Not DDP: it wants `.grad`, and buckets of its own, and moves nothing while gradients come.
         self.layout = Layout(
             self.parameters,
             self.order,

@@ -256,6 +256,7 @@ class Graphed(Engine):
 
     def _capture(self, key: tuple[int, int]) -> None:
         """Record an iteration without running it, then run it."""
+        # Not `make_graphed_callables`, which leaves the update and the next batch to the host.
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         if not self.graphs:
             torch.cuda.reset_peak_memory_stats()  # libraries took more while they chose

@@ -46,6 +46,7 @@ class SharedStep:
     def total(self, row_v: Tensor) -> Tensor:
         """The losses of the whole batch, from those of this rank's faces."""
         total_v = row_v * self.weight
+        # A sum, in which a loss that is not finite on one rank shows on the first, which looks.
         self.group.all_reduce(total_v)
         return total_v
 
@@ -96,6 +97,7 @@ class TrainStep:
     @property
     def _scale(self) -> Tensor | None:
         """What the gradient of this process's loss is multiplied with; None: nothing."""
+        # Not torch's GradScaler, which checks gradients in a pass of its own and waits for it.
         scale = self.update.scale
         return scale if self.shared is None else self.shared.scale(scale)
 

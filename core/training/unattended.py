@@ -148,6 +148,7 @@ def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, cre
             assert setup.council is not None
             orders = Follower(setup, setup.council).run()
         use_lr_finder = setup.config.optimizer.use_lr_finder
+        # Its graphs as well: while one holds sums of the ranks, their connection cannot be closed.
         del setup
         _free_memory()
         if orders.pauses:
