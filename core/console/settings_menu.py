@@ -72,6 +72,7 @@ class SettingsMenu:
             self.close()
         elif self._name:
             self.close()
+            # One change, which ends the session: the next one has a menu of its own.
             return [f"{self._name}={typed}"]
         else:
             self._choose(typed)

@@ -22,6 +22,7 @@ def places_on_gpus(
     """
     excluded = [_known(number, "exclude_gpus", num_gpus) for number in config.exclude_gpus]
     left = [number for number in range(num_gpus) if number not in excluded]
+    # `3,` names one GPU, and leaves an empty word behind its comma.
     if "," in config.gpus:
         listed = [_known(number, "gpus", num_gpus) for number in config.gpus.split(",") if number]
         # Each once, in the user's order: the first of them is the first rank's.

@@ -136,6 +136,7 @@ def _open_s(exchange_s: float, one: StepTime, link: Link) -> float:
 
 def _slowed_s(one: StepTime, num_gpus: int, link: Link) -> float:
     """Seconds of everything but update and exchange."""
+    # One GPU alone has no exchange beside its computation.
     slowed_s = (1 + _NCCL_SHARE * (num_gpus > 1)) * one.computed_s
     return slowed_s * _num_sharing(num_gpus, link)
 
@@ -164,6 +165,7 @@ def between(small: StepTime, large: StepTime) -> Callable[[int], StepTime]:
             batch_size,
             on_line(batch_size, small.step_s, large.step_s),
             on_line(batch_size, small.backward_s, large.backward_s),
+            # The same at any batch: it moves the same weights.
             small.update_s,
             small.gradient_bytes,
             small.hidden_s,

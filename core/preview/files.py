@@ -20,6 +20,7 @@ _MOST_PIXELS = 1 << 28
 _MOST_PROGRESSIVE = 1 << 25
 """Pixels of a picture whose decoder holds all of it at once, in 6 bytes each."""
 
+# Bounds for a file that may be a stranger's.
 _MOST_BYTES = 64 << 20
 _MOST_SEGMENTS = 1000
 _BASELINE, _EXTENDED, _PROGRESSIVE = b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"

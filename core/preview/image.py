@@ -73,6 +73,7 @@ def description(run_id: str, iteration: int, weights: Iterable[str]) -> str:
         weights: Weights that made it: ema, raw, or nothing where unknown.
     """
     words = weights_in_words(weights)
+    # First what it is: a picture may travel without its folder.
     return f"synthetic face: preview by mien {__version__}, run {run_id}, iteration {iteration}" + (
         f", {words}" if words else ""
     )

@@ -78,6 +78,7 @@ def draw_save(request: PreviewRequest, at: str | None) -> Drawn:
     """
     kept = KeptPreviews(request.model_dir / PREVIEWS)
     if at is not None and at.isdecimal() and not has_weights(request.model_dir, int(at)):
+        # Kept tiles are those of a sheet, and of faces that were trained on.
         if int(at) in kept.iterations() and not request.folders and request.style != "faceswap":
             # Rather a small picture of that moment than a refusal: its weights come back no more.
             tiles = kept.read(int(at)).first(request.num_faces)

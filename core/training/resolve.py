@@ -260,6 +260,7 @@ def _of_last_session(own: dict[str, Any], state: TrainingState) -> dict[str, Any
             # One path is written as a list of one today; what is none stays the model's own.
             with suppress(ValueError):
                 last[spec.place] = list(spec.take(value, spec.full_name))
+        # Of what is locked the model's own counts, whatever a session has noted.
         elif not spec.locked:
             last[spec.place] = value
     return merge(own, nested(last))
@@ -349,6 +350,7 @@ def _changes(model: _SavedModel, new: dict[str, Any]) -> Iterator[Change]:
     """Each free setting that is other than in the last session."""
     not_compared = {".".join(place) for place in model.strange} | _NOT_COMPARED
     for spec in all_settings():
+        # What is locked cannot differ, and what is private is shown nowhere.
         if spec.locked or spec.is_private or spec.full_name in not_compared:
             continue
         last, own, value = (each[spec.section][spec.name] for each in (model.last, model.own, new))

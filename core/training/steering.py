@@ -119,6 +119,7 @@ class Steering:
         """The settings with a change, which the next session could open with; else ValueError."""
         setup = self.setup
         stage = setup.progress.settings() if setup.progress else {}
+        # What a stage sets weighs more: the change would come to nothing without a word.
         if spec.name in stage.get(spec.section, {}):
             raise ValueError(
                 f"{spec.full_name} is set by the stages of the recipe; change it there, or leave "
