@@ -5,6 +5,7 @@ minutes, so only what it costs to make them is measured then, and what their ste
 """
 
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -66,7 +67,7 @@ def _make(name: str) -> dict[str, Any]:
 
 def _resident_bytes() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _need(model: Variant) -> dict[str, Any]:

@@ -101,7 +101,10 @@ def _cores() -> set[int]:
 
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown"
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else "unknown"
 
 
@@ -270,8 +273,9 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict) or not {"card", "commit", "rows"} <= content.keys():
-        raise ValueError(f"{path} is not a results file of `mien bench`: it has no card and rows")
+    keys = {"card", "commit", "rows", "time_utc"}
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise ValueError(f"{path} is not a results file of `mien bench`: it lacks card or rows")
     return content
 
 

@@ -114,7 +114,7 @@ def sum_channels(grad_bchw: Tensor, grad_bias_c: Tensor) -> None:
         grad_bias_c.copy_(grad_pc.sum(0))
         return
     # Blocks that stay in the cache as fp32: as fast as a sum in the half type, which rounds it.
-    sums_c = torch.zeros(grad_pc.shape[1])
+    sums_c = grad_pc.new_zeros(grad_pc.shape[1], dtype=torch.float32)
     for block_pc in grad_pc.split(_BLOCK_PIXELS):
         sums_c += block_pc.float().sum(0)
     grad_bias_c.copy_(sums_c)

@@ -10,6 +10,11 @@ from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _TORCH_BEGINS = (b"PK", b"\x80\x02")  # of its zip files, and of its files before 1.6
+# torch unpickles weights alone, and says by the last one what else a file would have it make.
+_UNREADABLE = (
+    *(OSError, SafetensorError, RuntimeError, EOFError, ValueError),
+    torch.serialization.pickle.UnpicklingError,
+)
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
@@ -24,7 +29,7 @@ def read_tensors(file: Path) -> dict[str, Any]:
                 raise ValueError("it is no file of torch's")
         # Weights alone: a stranger's file could else have code run when it is unpickled.
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot read weights from {file}: {reason}; name another file") from error
     found = found.get("state_dict", found) if isinstance(found, dict) else None

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -497,6 +498,9 @@ def test_a_file_that_holds_no_weights_is_refused(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=r"cannot read weights from .*a\.\w+: "):
         load_pretrained(_on_meta("resnet50", 64), tmp_path / name)
+    torch.save({"weight": Path("x")}, tmp_path / "object.pth")  # an object, which is not unpickled
+    with pytest.raises(ValueError, match=r"cannot read weights from .*object\.pth: "):
+        load_pretrained(_on_meta("resnet50", 64), tmp_path / "object.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no weights by name"):
         load_pretrained(_on_meta("resnet50", 64), tmp_path / "list.pth")

@@ -137,6 +137,7 @@ def test_the_state_of_a_card_is_read_or_absent(monkeypatch, tmp_path):
     assert harness.card_state() is None
     smi.unlink()
     assert harness.card_state() is None
+    assert harness._driver() == "unknown"
 
 
 def _reference(tmp_path):

@@ -86,3 +86,16 @@ def test_a_rank_that_waits_says_for_whom(monkeypatch):
     [text] = told
     assert text.startswith("rank 1 waits for the 3 other ranks at 10.0.0.1:29500, for 5 minutes at")
     assert "GLOO_SOCKET_IFNAME" in text
+
+
+def test_memory_that_grows_is_refused_where_a_graph_exchanges():
+    for environment in (
+        {},
+        {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_GRAPH_REGISTER": "0"},
+    ):
+        group.check_allocator(environment)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        with pytest.raises(ValueError, match=f"^{name} has expandable_segments, .*unset it"):
+            group.check_allocator({name: "max_split_size_mb:64, expandable_segments: True"})

@@ -72,6 +72,19 @@ def test_a_command_is_told_in_two_ways(tmp_path):
     assert [event["event"] for event in events] == ["stage", "warning", "stop"]
 
 
+def test_a_command_that_hangs_does_not_hold_the_end(tmp_path, capsys, monkeypatch):
+    """With what it has begun: the pipe of a child alone would be waited for."""
+    monkeypatch.setattr(notify, "_LAST_WAIT_S", 0.2)
+    before = set(threading.enumerate())
+    reporter = Reporter()
+    reporter.notify_by(Notifier(NotifyConfig(command="sleep 60 & wait"), tmp_path))
+    reporter.stop(iteration=9, reason="done", exit_code=0)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert "a notification was not sent: no answer within" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [

@@ -217,7 +217,11 @@ def test_compare_on_the_command_line(folder, monkeypatch, capsys):
     assert main(words) == 2
     refusal = capsys.readouterr().err
     assert "the file is of Another, this is " + harness.environment()["card"] in refusal
-    for text, complaint in (("no", "not valid JSON"), ("{}", "not a results file")):
+    for text, complaint in (
+        ("no", "not valid JSON"),
+        ("{}", "not a results file"),
+        ('{"card": "", "commit": "", "rows": []}', "lacks card or rows"),
+    ):
         before.write_text(text)
         assert main(words) == 2
         assert complaint in capsys.readouterr().err

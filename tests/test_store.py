@@ -766,7 +766,8 @@ def rooms(monkeypatch, host, gpu=None):
         (5, 10, None, "host"),
         (6, 10, None, "file"),
         (5, 10, 10, "gpu"),
-        (5, 10, 9, "host"),
+        (4, 10, 7, "host"),
+        (5, 10, 9, "file"),  # page-locked it would take 8
         (6, 11, 11, "file"),
     ],
 )
@@ -784,12 +785,15 @@ def test_auto_takes_the_first_place_with_room(monkeypatch, num_bytes, host, gpu,
 def test_a_place_asked_for_by_name(monkeypatch):
     device = rooms(monkeypatch, 10 * GIB, 10 * GIB)
     for place in ("gpu", "host", "file"):
-        chosen, why = choose_placement(place, 9 * GIB, device)
+        chosen, why = choose_placement(place, 8 * GIB, device)
         assert chosen == place
         assert why.endswith("as set by data.placement")
     for place in ("gpu", "host"):
         with pytest.raises(ValueError, match="do not fit in .* set it to auto or file"):
             choose_placement(place, 11 * GIB, device)
+    assert choose_placement("gpu", 9 * GIB, device)[0] == "gpu"
+    with pytest.raises(ValueError, match="9.0 GiB of faces, which take 16.0 GiB there"):
+        choose_placement("host", 9 * GIB, device)
     with pytest.raises(ValueError, match="this run has no GPU"):
         choose_placement("gpu", 1, CPU)
 

@@ -91,7 +91,7 @@ class Watch:
         elif newest is not None:
             state = "lost"
         else:
-            state = "idle" if self._path.is_dir() and any(self._path.iterdir()) else "new"
+            state = "idle" if _has_files(self._path) else "new"
         return {
             "name": self.name,
             "state": state,
@@ -209,7 +209,12 @@ class Watch:
     def _has_changed(self) -> bool:
         """True where a file that the history is read from is not as it was the last time."""
         found: dict[str, tuple[int, int]] = {}
-        for path in (str(self._path / STATE), *event_files(self._path / "logs")):
+        paths = [str(self._path / STATE)]
+        try:
+            paths += event_files(self._path / "logs")
+        except OSError:  # the reading, which comes now, tells what is wrong with it
+            return True
+        for path in paths:
             with suppress(OSError):  # not there yet, or taken away at this moment
                 facts = os.stat(path)
                 found[path] = (facts.st_size, facts.st_mtime_ns)
@@ -230,6 +235,14 @@ def _is_paused(latest: dict[str, dict[str, Any]]) -> bool:
     if "pause" not in latest:
         return False
     return "resume" not in latest or latest["resume"]["time"] < latest["pause"]["time"]
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether something is in a folder, as far as it can be looked into."""
+    try:
+        return bool(os.listdir(folder))
+    except OSError:
+        return False
 
 
 def _ends(session: SessionHistory) -> dict[str, int | None]:

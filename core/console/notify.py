@@ -10,8 +10,10 @@ for some seconds.
 """
 
 import os
+import signal
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 
 from ..config import NotifyConfig
@@ -40,6 +42,8 @@ class Notifier:
         # One thread, so that messages arrive in the order of the events.
         self._worker = ThreadPoolExecutor(1, "mien-notify")
         self._sent: list[Future[str]] = []
+        self._command: subprocess.Popen[str] | None = None
+        """The command that was begun last."""
 
     def tell(self, report: Report) -> None:
         """Send a report; returns at once."""
@@ -53,6 +57,9 @@ class Notifier:
         # All together: each by itself could hold up the end as often as there are messages.
         late = wait(self._sent, _LAST_WAIT_S).not_done
         self._worker.shutdown(wait=False, cancel_futures=True)
+        # Python waits for the thread before the process may end, and the thread for the command.
+        if self._command is not None:
+            _end(self._command)
         problems = [sent.result() for sent in self._sent if sent not in late]
         problems += [f"no answer within {_LAST_WAIT_S:.0f} s" for _ in late]
         return [f"a notification was not sent: {problem}" for problem in problems if problem]
@@ -65,28 +72,32 @@ class Notifier:
             "MIEN_MODEL_DIR": str(self.model_dir),
         }
         try:
-            done = subprocess.run(
+            self._command = command = subprocess.Popen(
                 self.settings.command,
                 # By a shell: the line is the user's own, and comes from no model folder.
                 shell=True,
+                # With all that the shell starts, so that all of it can be ended.
+                start_new_session=True,
                 env=os.environ | about,
-                input=report.line + "\n",
+                stdin=subprocess.PIPE,
                 # Not to the output of the run, where a program may read JSON lines.
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                timeout=TIMEOUT_S,
-                check=False,
             )
-        except subprocess.TimeoutExpired:
-            return f"notify.command took more than {TIMEOUT_S:.0f} s"
+            with command:
+                try:
+                    _, said = command.communicate(report.line + "\n", TIMEOUT_S)
+                except subprocess.TimeoutExpired:
+                    _end(command)
+                    return f"notify.command took more than {TIMEOUT_S:.0f} s"
         except OSError as error:
             return f"notify.command: {error.strerror or error}"
-        if done.returncode:
+        if command.returncode:
             # The last line: programs say last what has stopped them.
-            said = done.stderr.strip().rpartition("\n")[2]
-            return f"notify.command ended with {done.returncode}" + (f": {said}" if said else "")
+            last = said.strip().rpartition("\n")[2]
+            return f"notify.command ended with {command.returncode}" + (f": {last}" if last else "")
         return ""
 
     def _send(self, report: Report) -> str:
@@ -96,6 +107,13 @@ class Notifier:
         title = f"mien: {self.model_dir.name}"
         is_sent = self._service.notify(title=title, body=report.text)
         return "" if is_sent else "the service of notify.url did not take it"
+
+
+def _end(command: subprocess.Popen[str]) -> None:
+    """End a command that has not ended, with all that it has started."""
+    if command.poll() is None:
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            os.killpg(command.pid, signal.SIGKILL)
 
 
 def _service_of(url: str):

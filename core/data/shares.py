@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...models.fields import shown
 from ..faces.listing import name_of, overlap
-from ..system.paths import split_share
+from ..system.paths import expanded, split_share
 
 MIN_SHARE = 0.001
 """Least share of a folder: two of the fewest slots."""
@@ -52,7 +52,8 @@ def source_of(text: str, side: str) -> Source:
     source = Source(*split_share(text))
     folder, _, share = text.rpartition(":")
     # Else a slip in the number would be told as a folder that does not exist.
-    is_meant = source.share is None and os.path.isdir(folder) and not os.path.lexists(text)
+    is_folder = folder and os.path.isdir(expanded(folder))
+    is_meant = source.share is None and is_folder and not os.path.lexists(expanded(text))
     # Digits without end make a float that is infinite.
     if is_meant or not math.isfinite(source.share or 0.0):
         raise ValueError(

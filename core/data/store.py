@@ -267,10 +267,14 @@ def choose_placement(
     """Place where so many bytes of faces are kept (gpu, host or file), and why, as a sentence.
 
     auto: the GPU where they fit in half of its free memory, else the host where they fit in half
-    of its available memory, of which each of num_readers processes has its part, else a file.
+    of its available memory, of which each of num_readers processes has its part, else a file. With
+    a GPU the host's memory is page-locked, which takes more than the faces have.
     Raises ValueError where the place asked for has no room.
     """
     need = f"{_size(num_bytes)} of faces"
+    takes = {"gpu": num_bytes, "host": num_bytes}
+    if device.type == "cuda":
+        takes["host"] = _page_locked_bytes(num_bytes)
     # Not so the GPU's below: each process has one of its own.
     rooms = {"host": available_host_bytes() // num_readers}
     if device.type == "cuda":
@@ -284,18 +288,24 @@ def choose_placement(
     if setting == "file":
         return "file", f"{need} are read from a memory-mapped file, as set by data.placement"
     if setting != "auto":
-        if num_bytes > rooms[setting]:
+        if takes[setting] > rooms[setting]:
             raise ValueError(
-                f"data.placement is {setting}, but {need} do not fit in {_PLACES[setting]} "
-                f"({_size(rooms[setting])} free); set it to auto or file"
+                f"data.placement is {setting}, but {need}, which take {_size(takes[setting])} "
+                f"there, do not fit in {_PLACES[setting]} ({_size(rooms[setting])} free); set it "
+                "to auto or file"
             )
         return setting, f"{need} are kept in {_PLACES[setting]}, as set by data.placement"
     passed = ""
     for place, room in rooms.items():
-        if num_bytes <= ROOM_SHARE * room:
+        if takes[place] <= ROOM_SHARE * room:
             return place, f"{need} are kept in {_PLACES[place]} ({_size(room)} free){passed}"
         passed += f"; too many for half of {_PLACES[place]} ({_size(room)} free)"
     return "file", f"{need} are read from a memory-mapped file{passed}"
+
+
+def _page_locked_bytes(num_bytes: int) -> int:
+    """What PyTorch takes of the host for one page-locked tensor: the next power of two."""
+    return 1 << max(num_bytes - 1, 0).bit_length()
 
 
 def available_host_bytes() -> int:

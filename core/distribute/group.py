@@ -9,7 +9,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -69,10 +69,12 @@ class Group:
         """Connect the GPUs of the ranks too; a graph may capture what they say from then on.
 
         Raises:
-            ValueError: Two ranks have the same GPU, or NCCL cannot connect them.
+            ValueError: Two ranks have the same GPU, NCCL cannot connect them, or PyTorch's memory
+                is set to what a captured exchange does not go with.
         """
         if self._gpus is not None:
             return
+        check_allocator(os.environ)
         self.members.claim(str(torch.cuda.get_device_properties(device).uuid))
         try:
             with self.watched():
@@ -313,6 +315,21 @@ def open_group(
     if device is not None and device.type == "cuda":
         group.use_gpu(device)
     return group
+
+
+def check_allocator(environment: Mapping[str, str]) -> None:
+    """Refuse, by ValueError, PyTorch's memory where a captured exchange goes wrong with it.
+
+    NCCL registers the buffers of a graph, and segments that grow move under it (PyTorch #158029).
+    """
+    if environment.get("NCCL_GRAPH_REGISTER") == "0":
+        return
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in environment.get(name, "").lower().replace(" ", ""):
+            raise ValueError(
+                f"{name} has expandable_segments, with which NCCL in a CUDA graph goes wrong; "
+                "unset it, or set NCCL_GRAPH_REGISTER=0"
+            )
 
 
 def _announcement(number: int) -> str:

@@ -165,7 +165,7 @@ def report(
     measured: list[_Measured] = []
     rejected = list(opened.rejected)
     # Threads are enough: decoding and OpenCV's filters let the others run.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for done, (face, result) in enumerate(
             zip(opened.faces, pool.map(_measure, opened.faces), strict=True), 1
         ):

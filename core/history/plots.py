@@ -159,7 +159,7 @@ def draw_rate(history: History, drawing: Drawing, span: Span, *, title: str) -> 
         hours.append((trained_s + times[1:] - times[0]) / 3600)
         counts = session.counts_n[is_inside]
         rates.append(statistics.rate_per_iteration(times, session.batch_size, counts))
-        trained_s += times[-1] - times[0]
+        trained_s += max(times[-1] - times[0], 0.0)  # a clock may have been set back
     if not hours:
         raise ValueError("EG/s need a session of at least two logged iterations")
     figure, (axis,) = _panels(1, title, drawing)
