@@ -12,6 +12,7 @@ from mien.benchmarks import harness
 from mien.cli import main
 from mien.core import precision as precisions
 from mien.core.config import from_dict
+from mien.core.data.store import FaceStore
 from mien.core.training import prepare
 from mien.core.training.batch_size import choose
 from mien.core.training.step import TrainStep
@@ -239,5 +240,13 @@ def test_where_memory_runs_out_the_nearest_setting_is_named(inputs, tmp_path, mo
     assert _train(inputs, "-m", str(tmp_path / "model"), "-b", "26", "-i", "1") == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "out of GPU memory: lightweight in fp32 needs about" in said
+    needs = r"out of GPU memory: lightweight in fp32 needs about ([\d,]+) MiB at batch size 26"
+    (need,) = re.findall(needs, said)
     assert "use --batch-size " in said
+    # What the faces take of a GPU is counted, though this process has reserved it as well.
+    monkeypatch.setattr(FaceStore, "gpu_bytes", property(lambda store: 4096 * 2**20))
+    assert _train(inputs, "-m", str(tmp_path / "model"), "-b", "26", "-i", "1") == 2
+    said = capsys.readouterr().err
+    (more,) = re.findall(needs, said)
+    assert int(more.replace(",", "")) == int(need.replace(",", "")) + 2 * 4096
+    assert "use --set data.placement=host " in said

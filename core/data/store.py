@@ -122,6 +122,11 @@ class FaceStore:
     def nbytes(self) -> int:
         return self.faces_fssc.numel()
 
+    @property
+    def gpu_bytes(self) -> int:
+        """Memory of the GPU that the faces take, which a training has no more."""
+        return self.nbytes if self.faces_fssc.is_cuda else 0
+
 
 @dataclass(frozen=True)
 class _Facts:

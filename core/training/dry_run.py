@@ -104,7 +104,10 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
         losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
     need = None
     if on_gpu:
-        whole = memory.footprint(setup.config, setup.precision, num_ranks=num_gpus)
+        faces = sum(store.gpu_bytes for store in setup.feed.stores.values())
+        whole = memory.footprint(
+            setup.config, setup.precision, store_bytes=faces, num_ranks=num_gpus
+        )
         # Of the first rank: none has more faces.
         need = whole.at(ranks.share(setup.config.train.batch_size).count)
     return DryRun(

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -77,6 +77,14 @@ class _Start:
 
     window: PreviewWindow | None = None
     """Window of the run, which is opened where the settings want one; None: none can be."""
+
+    opened: dict[str, SideFaces] = field(default_factory=dict)
+    """Faces of this session, once they are there."""
+
+    @property
+    def faces_gpu_bytes(self) -> int:
+        """Memory of the GPU that the faces of this session take."""
+        return sum(side.store.gpu_bytes for side in self.opened.values())
 
     @property
     def group(self) -> Group | None:
@@ -175,10 +183,10 @@ def open_follower(
     start = _Start(resolved, saved, faces_dir, rate_factor, crew=crew)
     with ExitStack() as stack:
         device = _device(start, reporter, stack)
-        with _explaining_memory(config, device, start.ranks), refusals_told():
+        with _explaining_memory(start, device), refusals_told():
             setup, _ = _build_step(start, device, reporter, stack)
         # Outside of `refusals_told`: what the disk refuses later is no mistake in the input.
-        with _explaining_memory(config, device, start.ranks):
+        with _explaining_memory(start, device):
             yield setup
 
 
@@ -280,7 +288,7 @@ def _built(
     device = _device(start, reporter, stack)
     expected = (RankLost,)  # of which the other rank tells what there is to tell
     with (
-        _explaining_memory(config, device, start.ranks),
+        _explaining_memory(start, device),
         reporting_crashes(folder.path, config, reporter, expected),
     ):
         with refusals_told():
@@ -308,15 +316,19 @@ def _device(start: _Start, reporter: Reporter, stack: ExitStack) -> torch.device
 
 
 @contextmanager
-def _explaining_memory(config: Config, device: torch.device, ranks: Ranks) -> Iterator[None]:
+def _explaining_memory(start: _Start, device: torch.device) -> Iterator[None]:
     """Say what to do where the memory of the device does not suffice."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        config = start.resolved.config
         precision = precisions.resolve(config.precision.mode, device)
         # With all that this process has reserved: so much was free before it took any.
-        free = free_bytes(device)
-        raise ValueError(memory.advice(config, precision, free, num_ranks=ranks.size)) from error
+        free, taken = free_bytes(device), start.faces_gpu_bytes
+        advice = memory.advice(
+            config, precision, free, store_bytes=taken, num_ranks=start.ranks.size
+        )
+        raise ValueError(advice) from error
 
 
 def _build(
@@ -372,12 +384,17 @@ def _build_step(
         check_fit(config, start.saved)
     model, loaded = _model(start, config, device)
     faces = _faces(start, config, device, of_faces, reporter.warning)
+    start.opened.update(faces)
     num_faces = {side: opened.store.num_faces for side, opened in faces.items()}
-    # Only now: auto takes what memory the faces have left.
+    # Only now: auto takes what memory the faces have left. Theirs is reserved, too.
     # The ranks of a machine have GPUs of their own, and share its memory.
     num_sharing = 1 if device.type == "cuda" else start.ranks.local_size
     batch = batch_sizes.choose(
-        config, num_faces, precision, lambda: free_bytes(device) // num_sharing, start.group
+        config,
+        num_faces,
+        precision,
+        lambda: (free_bytes(device) - start.faces_gpu_bytes) // num_sharing,
+        start.group,
     )
     config = batch_sizes.with_batch_size(config, batch.size)
     if progress:
