@@ -116,8 +116,9 @@ def _lead(
                 end, goes_on = end_of_lost(lost, setup), False
         assert end is not None  # whatever is raised above leaves this function
         iteration, use_lr_finder = setup.state.iterations, setup.config.optimizer.use_lr_finder
-        # No live setting touches the decoded faces; ranks take turns to read them.
-        faces = setup.faces if end.changes and crew is None else None
+        # No live setting touches the decoded faces; ranks take turns to read them, and a pause
+        # frees the GPU of them.
+        faces = setup.faces if end.changes and not end.pauses and crew is None else None
         # All tensors go, or two models would be on the GPU while the next session opens.
         del setup, opening
         _free_memory()
