@@ -116,9 +116,8 @@ def _lead(
                 end, goes_on = end_of_lost(lost, setup), False
         assert end is not None  # whatever is raised above leaves this function
         iteration, use_lr_finder = setup.state.iterations, setup.config.optimizer.use_lr_finder
-        # No live setting touches the decoded faces; ranks take turns to read them, and a pause
-        # frees the GPU of them.
-        faces = setup.faces if end.changes and not end.pauses and crew is None else None
+        # Ranks take turns to read them.
+        faces = _faces_to_keep(end, setup) if crew is None else None
         # All tensors go, or two models would be on the GPU while the next session opens.
         del setup, opening
         _free_memory()
@@ -135,6 +134,13 @@ def _lead(
         end = End(Outcome.STOPPED, f"{stop.signal_name} received; the state is saved")
     reporter.stop(iteration=iteration, reason=end.reason, exit_code=end.outcome)
     return end.outcome
+
+
+def _faces_to_keep(end: End, setup: TrainingSetup) -> dict[str, SideFaces] | None:
+    """Faces that the next session need not decode anew: no live setting touches them."""
+    # A pause frees the GPU, of faces too.
+    is_freed = end.pauses and any(side.store.gpu_bytes for side in setup.faces.values())
+    return setup.faces if end.changes and not is_freed else None
 
 
 def _follow(overrides: Overrides, reporter: Reporter, recipe: Recipe | None, crew: Crew) -> Outcome:
