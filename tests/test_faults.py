@@ -1,5 +1,6 @@
 """A short fault campaign; `tests/faults/campaign.py` is the long one."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,16 @@ from pathlib import Path
 import pytest
 
 CAMPAIGN = Path(__file__).parent / "faults" / "campaign.py"
+
+
+@pytest.mark.parametrize("module", ["disks", "faces"])
+def test_every_moment_of_a_fault_is_before_a_function_that_is_there(module, monkeypatch):
+    """The short campaign takes some of them by chance."""
+    monkeypatch.syspath_prepend(CAMPAIGN.parent)
+    for moment, (owner, name, _) in importlib.import_module(module).MOMENTS.items():
+        place, _, inner = owner.partition(":")
+        place = importlib.import_module(place)
+        assert callable(getattr(getattr(place, inner) if inner else place, name, None)), moment
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ DISK = "size=64m"
 FROM_LIBRARIES = ("libpng ", "[ WARN:", "Error in cpuinfo")
 """How lines begin that libpng, OpenCV and PyTorch print by themselves."""
 
-_MOMENTS = {
+MOMENTS = {
     "at the first save": ("mien.core.checkpoint.model_folder:ModelFolder", "save", 1),
     "at a later save": ("mien.core.checkpoint.model_folder:ModelFolder", "save", 4),
     "at a generation's manifest": ("mien.core.checkpoint.generations", "write_manifest", 3),
@@ -58,7 +58,7 @@ def halts_or_goes_on(outcome: Outcome) -> str:
 
 def full(shop: Workshop, count: int, seed: int) -> Cases:
     """A disk that another program fills to the brim, or nearly so, at each of the moments."""
-    for number, (moment, place) in enumerate(_sampled(_MOMENTS, count)):
+    for number, (moment, place) in enumerate(_sampled(MOMENTS, count)):
         room = (0, 4096, 1 << 20)[(number + seed) % 3]
         course = STAGES if moment == "at a snapshot" else FP32
         yield f"{moment}, {room} bytes left", functools.partial(_fill, shop, course, place, room)
@@ -96,7 +96,7 @@ def read_only(shop: Workshop, count: int, _seed: int) -> Cases:
         "before the start": None,
         **{
             moment: place
-            for moment, place in _MOMENTS.items()
+            for moment, place in MOMENTS.items()
             if moment in ("at a later save", "at the preview", "at an event", "at the settings")
         },
     }

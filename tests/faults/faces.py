@@ -79,6 +79,21 @@ CHANGES: tuple[Callable[[Path], None], ...] = (
 )
 
 
+MOMENTS = {
+    "after the names were read": ("mien.core.faces.folder", "face_sources", 1),
+    "after the headers were read": ("mien.core.data.sides", "hold_out", 1),
+    "before decoding": ("mien.core.data.store", "_decode_into", 1),
+    "while decoding": ("mien.core.data.decode", "decode_one", 9),
+    "before the preview's faces": ("mien.core.preview.faces:PreviewLoader", "load", 1),
+    "between the pictures and the masks of the preview": (
+        "mien.core.preview.faces",
+        "configured_masks",
+        1,
+    ),
+}
+"""Steps of a start: before the n-th call of which function."""
+
+
 def between_runs(shop: Workshop, count: int, _seed: int) -> Cases:
     """What a second run on the same model makes of changed folders."""
     whole = shop.new_folder()
@@ -109,16 +124,7 @@ def while_running(shop: Workshop, count: int, seed: int) -> Cases:
     choice = random.Random(seed)
     moments: dict[str, Callable[[Callable[[], None]], Sabotage]] = {
         "in training": lambda act: when("save", 3, act),
-        "after the names were read": lambda act: before("mien.core.data.sides", "read_folder", act),
-        "after the headers were read": lambda act: before("mien.core.data.sides", "hold_out", act),
-        "before decoding": lambda act: before("mien.core.data.store", "_decode_into", act),
-        "while decoding": lambda act: before("mien.core.data.decode", "decode_one", act, 9),
-        "before the preview's faces": lambda act: before(
-            "mien.core.preview.faces:PreviewLoader", "load", act
-        ),
-        "between the pictures and the masks of the preview": lambda act: before(
-            "mien.core.preview.faces", "configured_masks", act
-        ),
+        **{moment: functools.partial(_before, place) for moment, place in MOMENTS.items()},
     }
     cases = [(moment, change) for moment in moments for change in CHANGES]
     if count < len(cases):
@@ -128,6 +134,11 @@ def while_running(shop: Workshop, count: int, seed: int) -> Cases:
             f"{_name(change)} {moment}",
             functools.partial(_during, shop, moments[moment], change, moment == "in training"),
         )
+
+
+def _before(place: tuple[str, str, int], act: Callable[[], None]) -> Sabotage:
+    owner, name, number = place
+    return before(owner, name, act, number)
 
 
 def _during(
