@@ -73,7 +73,7 @@ def test_a_command_is_told_in_two_ways(tmp_path):
 
 
 def test_a_command_that_hangs_does_not_hold_the_end(tmp_path, capsys, monkeypatch):
-    """With what it has begun: the pipe of a child alone would be waited for."""
+    """All that the command has begun is ended: the pipe of a child alone would be waited for."""
     monkeypatch.setattr(notify, "_LAST_WAIT_S", 0.2)
     before = set(threading.enumerate())
     reporter = Reporter()
