@@ -235,6 +235,27 @@ def test_tiny_dilation_leaves_the_mask_as_it_is():
     assert (shrunk <= plain).all()
 
 
+@pytest.mark.parametrize("size_px", [8, 16, 63, 256])
+@pytest.mark.parametrize("area", ["eye", "mouth"])
+def test_an_area_is_widened_and_softened_as_in_the_whole_crop(area, size_px):
+    rng = np.random.default_rng(size_px)
+    kernel_px = size_px // 16 + 1 - size_px // 16 % 2
+    grown_px = round(0.025 * size_px)
+    hulls = {"eye": (slice(36, 42), slice(42, 48)), "mouth": (slice(48, 60),)}[area]
+    for spread in (0.0, 0.02, 0.1, 0.5):
+        middle = rng.uniform(-0.2, 1.2, 2)  # at the border and beyond it, too
+        points = (size_px * rng.normal(middle, spread, (68, 2))).astype(np.float32)
+        expected = np.zeros((size_px, size_px), np.uint8)
+        for hull in hulls:
+            corners = cv2.convexHull(np.rint(points[hull]).astype(np.int32))
+            cv2.fillConvexPoly(expected, corners, 255, lineType=cv2.LINE_AA)
+        if grown_px:
+            ellipse = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grown_px, grown_px))
+            expected = cv2.dilate(expected, ellipse)
+        expected = cv2.GaussianBlur(expected, (kernel_px, kernel_px), 0)
+        np.testing.assert_array_equal(area_mask(area, points, size_px), expected)
+
+
 def test_drawing_leaves_the_landmarks_alone():
     landmarks = make_face().alignment.normalized_l2 * 64
     before = landmarks.copy()

@@ -79,7 +79,7 @@ def landmark_mask(
     if kind not in LANDMARK_MASKS:
         raise ValueError(f"kind must be one of {LANDMARK_MASKS}, got {kind!r}")
     points_l2 = _raised_eyebrows(landmarks_l2) if kind == "extended" else landmarks_l2
-    return _dilated(_filled(points_l2, _FACE_HULLS, size_px), dilation)
+    return _dilated(_filled(points_l2, _FACE_HULLS, size_px), dilation, size_px)
 
 
 def area_mask(area: str, landmarks_l2: np.ndarray, size_px: int) -> np.ndarray:
@@ -89,9 +89,20 @@ def area_mask(area: str, landmarks_l2: np.ndarray, size_px: int) -> np.ndarray:
     """
     if area not in AREAS:
         raise ValueError(f"area must be one of {AREAS}, got {area!r}")
-    filled = _filled(landmarks_l2, _AREA_HULLS[area], size_px)
+    area_ss = _filled(landmarks_l2, _AREA_HULLS[area], size_px)
     # faceswap's share of the edge, so that the weights of eyes and mouth fade as they do there.
-    return _blurred(_dilated(filled, _AREA_DILATION_PERCENT), size_px // 16)
+    blur_kernel = size_px // 16
+    # Where neither reaches there is nothing to do, which is nine tenths of a crop.
+    reach_px = round(size_px * _AREA_DILATION_PERCENT / 100.0) + blur_kernel
+    left, top, width, height = cv2.boundingRect(area_ss)
+    if width == 0:
+        return area_ss
+    part_ss = area_ss[
+        max(top - reach_px, 0) : top + height + reach_px,
+        max(left - reach_px, 0) : left + width + reach_px,
+    ]
+    part_ss[:] = _blurred(_dilated(part_ss, _AREA_DILATION_PERCENT, size_px), blur_kernel)
+    return area_ss
 
 
 def stored_mask(
@@ -109,7 +120,7 @@ def stored_mask(
     percent, 0 is off: what is nearer than that to 0 or 255 becomes 0 or 255.
     Raises FaceFileError where the stored data are damaged.
     """
-    pixels = _dilated(mask.pixels(), dilation)
+    pixels = _dilated(mask.pixels(), dilation, mask.size_px)
     if threshold:
         pixels = cv2.LUT(pixels, _threshold_table(threshold))
     # After the threshold, which would take the soft rim away again.
@@ -235,9 +246,9 @@ def _filled(points_l2: np.ndarray, hulls: tuple[np.ndarray, ...], size_px: int) 
     return mask
 
 
-def _dilated(mask: np.ndarray, percent: float) -> np.ndarray:
-    """The mask grown, or shrunk, by an ellipse of that percentage of its edge."""
-    kernel_px = round(mask.shape[0] * abs(percent) / 100.0)
+def _dilated(mask: np.ndarray, percent: float, edge_px: int) -> np.ndarray:
+    """The mask grown, or shrunk, by an ellipse of that percentage of the edge."""
+    kernel_px = round(edge_px * abs(percent) / 100.0)
     # OpenCV refuses a kernel of no size; so small a share moves no pixel.
     if kernel_px == 0:
         return mask
