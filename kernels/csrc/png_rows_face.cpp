@@ -1,6 +1,9 @@
 // The filters of PNG's rows undone (PNG, third edition, section 9), for 8 bits of red, green, blue.
 // A pixel is a vector of four numbers, of which the last means nothing: what a row depends on, the
 // pixel before it, allows no wider one. Compiled once per instruction set.
+#if MIEN_PNG_ROWS_AVX2
+#include <immintrin.h>
+#endif
 #include <string.h>
 
 #include "png_rows.h"
@@ -14,17 +17,40 @@ enum Filter { kNone = 0, kSub = 1, kUp = 2, kAverage = 3, kPaeth = 4 };
 
 constexpr int kBytes = 3;  // of a pixel
 
+// Both in two instructions for AVX2, where the compiler takes ten.
+#if MIEN_PNG_ROWS_AVX2
+Pixel widened(Bytes packed) {
+    int32_t bits;
+    memcpy(&bits, &packed, sizeof(bits));
+    return reinterpret_cast<Pixel>(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bits)));
+}
+
+Bytes turned(Pixel pixel) {
+    const __m128i order = _mm_set1_epi32(8 | 4 << 8 | 0 << 16 | 12 << 24);
+    const __m128i packed = _mm_shuffle_epi8(reinterpret_cast<__m128i>(pixel), order);
+    const int32_t bits = _mm_cvtsi128_si32(packed);
+    Bytes bytes;
+    memcpy(&bytes, &bits, sizeof(bytes));
+    return bytes;
+}
+#else
+Pixel widened(Bytes packed) { return __builtin_convertvector(packed, Pixel); }
+
+Bytes turned(Pixel pixel) {
+    return __builtin_convertvector(__builtin_shufflevector(pixel, pixel, 2, 1, 0, 3), Bytes);
+}
+#endif
+
 template <int kRead>
 Pixel load(const uint8_t *from) {
     Bytes packed{};
     memcpy(&packed, from, kRead);
-    return __builtin_convertvector(packed, Pixel);
+    return widened(packed);
 }
 
 template <int kWritten>
 void store_turned(uint8_t *to, Pixel pixel) {
-    const Pixel turned = __builtin_shufflevector(pixel, pixel, 2, 1, 0, 3);
-    const Bytes packed = __builtin_convertvector(turned, Bytes);
+    const Bytes packed = turned(pixel);
     memcpy(to, &packed, kWritten);
 }
 
@@ -55,23 +81,47 @@ Pixel predicted(Pixel left, Pixel above, Pixel before) {
     }
 }
 
-template <int kFilter, int kRead>
-void run_pixel(const uint8_t *from, uint8_t *to, Pixel *above, Pixel *left, Pixel *before) {
+// A row under way: its next pixel, the one before that, and what is above the latter.
+struct Row {
+    const uint8_t *from;
+    uint8_t *to;
+    Pixel left{};
+    Pixel before{};
+};
+
+// The next pixel; `above` holds the row before at this place, and then this one. Four bytes are
+// read and written, which reach into the next pixel; of a row's last one, three.
+template <int kFilter, int kRead = kBytes + 1>
+void run_pixel(Row &row, Pixel *above) {
     const Pixel up = *above;
-    *left = (load<kRead>(from) + predicted<kFilter>(*left, up, *before)) & 255;
-    *before = up;
-    *above = *left;
-    store_turned<kRead>(to, *left);
+    row.left = (load<kRead>(row.from) + predicted<kFilter>(row.left, up, row.before)) & 255;
+    row.before = up;
+    *above = row.left;
+    store_turned<kRead>(row.to, row.left);
+    row.from += kBytes, row.to += kBytes;
 }
 
-// One row; `above` holds the row before it and then this one. Four bytes are read and written of
-// each pixel, which reach into the next; of the last, three.
 template <int kFilter>
 void run_row(const uint8_t *from, uint8_t *to, int32_t columns, Pixel *above) {
-    Pixel left{}, before{};
-    for (; columns > 1; --columns, from += kBytes, to += kBytes)
-        run_pixel<kFilter, kBytes + 1>(from, to, above++, &left, &before);
-    run_pixel<kFilter, kBytes>(from, to, above, &left, &before);
+    Row row{from, to};
+    Pixel *const last = above + columns - 1;
+    for (; above != last; ++above) run_pixel<kFilter>(row, above);
+    run_pixel<kFilter, kBytes>(row, last);
+}
+
+// Two rows of Paeth's filter, whose pixels wait for the one before them: meanwhile the lower row is
+// worked on, a pixel behind, where the upper one has just left what is above it.
+void run_two_rows(const uint8_t *from, uint8_t *to, int32_t columns, Pixel *above) {
+    const int64_t width = int64_t{columns} * kBytes;
+    Row upper{from, to}, lower{from + width + 1, to + width};
+    Pixel *const first = above, *const last = above + columns - 1;
+    for (; above != last; ++above) {
+        run_pixel<kPaeth>(upper, above);
+        if (above != first) run_pixel<kPaeth>(lower, above - 1);
+    }
+    run_pixel<kPaeth, kBytes>(upper, last);
+    if (last != first) run_pixel<kPaeth>(lower, last - 1);
+    run_pixel<kPaeth, kBytes>(lower, last);
 }
 
 }  // namespace
@@ -85,6 +135,11 @@ bool MIEN_PNG_ROWS_FACE(const mien_png_job &job, int32_t *room) {
     for (int32_t row = 0; row < job.rows; ++row) {
         const uint8_t *from = job.filtered + row * (width + 1);
         uint8_t *to = job.pixels + row * width;
+        if (row + 1 < job.rows && from[0] == kPaeth && from[width + 1] == kPaeth) {
+            run_two_rows(from + 1, to, job.columns, above);
+            ++row;
+            continue;
+        }
         switch (*from++) {
             case kNone:
                 run_row<kNone>(from, to, job.columns, above);
