@@ -101,6 +101,12 @@ def call(name: str, *args: object) -> None:
         raise NativeError(f"{name}: {ffi.string(lib.mien_last_error()).decode()}")
 
 
+def clear_upper_halves() -> None:
+    """Clear the upper halves of this thread's vector registers, as mien.h has it."""
+    _, lib = library()
+    lib.mien_clear_upper_halves()
+
+
 def launch(operation: str, device: torch.device, *args: object) -> None:
     """Call ``mien_<operation>_cuda`` on the current stream of ``device``, whichever is current.
 

@@ -1,12 +1,16 @@
 """Pixels of PNGs by ISA-L and libmien: OpenCV's pixels, or left to OpenCV."""
 
+import ctypes
 import random
+import shutil
 import struct
+import subprocess
 import zlib
 
 import cv2
 import numpy as np
 import pytest
+from isal import isal_zlib
 
 from mien.core.faces.picture import open_picture
 from mien.core.faces.png_pixels import decode_rgb, encode_rgb
@@ -53,7 +57,9 @@ def _by_opencv(png):
 
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 17, 64])
-@pytest.mark.parametrize("filters", [[0], [1], [2], [3], [4], [4, 3, 2, 1, 0] * 4, [3, 3, 4, 4]])
+@pytest.mark.parametrize(
+    "filters", [[0], [1], [2], [3], [4], [4, 3, 2, 1, 0] * 4, [3, 3, 4, 4], [4] * 5]
+)
 def test_pixels_are_those_of_opencv(filters, columns):
     png = _png(filters, columns, parts=3)
     pixels = _decode(png)
@@ -169,3 +175,38 @@ def test_the_library_refuses_jobs_that_cannot_be(change, message):
     job = {name: ffi.NULL if value is None else value for name, value in job.items()}
     with pytest.raises(native.NativeError, match=message):
         native.call("png_rows_cpu", ffi.new("mien_png_job *", job))
+
+
+@pytest.fixture(scope="module")
+def are_upper_halves_in_use(tmp_path_factory):
+    """A call that says it of this thread's vector registers, as the processor itself tells."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("state")
+    (folder / "state.cpp").write_text(
+        """
+        #include <cpuid.h>
+        #include <immintrin.h>
+        extern "C" int are_upper_halves_in_use() {
+            unsigned a, b, c, d;
+            const bool is_told = __get_cpuid_count(13, 1, &a, &b, &c, &d) && a & 4;
+            return is_told ? _xgetbv(1) >> 2 & 1 : 0;
+        }
+        """
+    )
+    library = folder / "state.so"
+    options = ["-shared", "-fPIC", "-mxsave"]
+    subprocess.run(["g++", *options, folder / "state.cpp", "-o", library], check=True)
+    return ctypes.CDLL(str(library)).are_upper_halves_in_use
+
+
+def test_what_isa_l_leaves_in_use_is_cleared(are_upper_halves_in_use):
+    isal_zlib.crc32(bytes(1000))
+    if not are_upper_halves_in_use():
+        pytest.skip("ISA-L leaves no register in use, or this processor does not tell")
+    native.clear_upper_halves()
+    assert not are_upper_halves_in_use()
+    image = _decode(_png([4, 4, 1], 300))
+    assert not are_upper_halves_in_use()
+    encode_rgb(image)
+    assert not are_upper_halves_in_use()

@@ -9,6 +9,9 @@ and 8 % more bytes.
 """
 
 import struct
+import zlib
+from collections.abc import Callable
+from typing import Any
 
 import cv2
 import numpy as np
@@ -47,7 +50,7 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
     inflater = isal_zlib.decompressobj()
     try:
         # One byte more than the picture has shows a stream that goes on; the rest stays packed.
-        filtered = inflater.decompress(b"".join(deflated), size + 1)
+        filtered = _by_isal(inflater.decompress, b"".join(deflated), size + 1)
     except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares an instance
         return None
     # Too short, or without its checksum at the end: OpenCV is to say what is wrong.
@@ -72,10 +75,19 @@ def encode_rgb(image_hwc: np.ndarray) -> bytes:
     np.subtract(pixels[:, 3:], pixels[:, :-3], out=filtered[:, 4:])
     chunks = (
         (b"IHDR", struct.pack(">II", columns, rows) + _RGB_8_BITS),
-        (b"IDAT", isal_zlib.compress(filtered, _LEVEL)),
+        (b"IDAT", _by_isal(isal_zlib.compress, filtered, _LEVEL)),
         (b"IEND", b""),
     )
     return SIGNATURE + b"".join(png_chunk(kind, data) for kind, data in chunks)
+
+
+def _by_isal(function: Callable[..., bytes], *arguments: Any) -> bytes:
+    """The bytes that a function of ISA-L gives."""
+    try:
+        return function(*arguments)
+    finally:
+        # ISA-L leaves the upper halves in use: OpenCV then took 2.7 times as long for a resize.
+        native.clear_upper_halves()
 
 
 def _parts_of(png: memoryview) -> tuple[int, int, list[memoryview]] | None:
@@ -91,7 +103,7 @@ def _parts_of(png: memoryview) -> tuple[int, int, list[memoryview]] | None:
         end = at + 8 + int.from_bytes(png[at : at + 4], "big")
         kind = bytes(png[at + 4 : at + 8])
         if kind in (b"IHDR", b"IDAT", b"IEND"):
-            if isal_zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
+            if zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
                 return None
             if kind == b"IEND":
                 return rows, columns, deflated

@@ -35,6 +35,10 @@ MIEN_API int32_t mien_has_cuda(void);
  * where the library holds none. */
 MIEN_API const char *mien_cuda_build(void);
 
+/* Clear the upper halves of this thread's vector registers, to be called behind code that leaves
+ * them in use: on some processors everything compiled for SSE is slow until then. */
+MIEN_API void mien_clear_upper_halves(void);
+
 /* ---- Augmentation ------------------------------------------------------------------------- */
 
 #define MIEN_LANDMARKS 68
