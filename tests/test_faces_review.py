@@ -86,6 +86,43 @@ def test_a_move_that_would_hide_a_file_moves_nothing(spoilt, tmp_path):
     assert (sorted(spoilt.iterdir()), place.read_bytes()) == (before, b"mine")
 
 
+def test_a_link_that_is_moved_leads_to_its_file(spoilt, tmp_path):
+    """A set of links: relative, absolute, through a linked folder, to one another, to nothing."""
+    pool, aside = tmp_path / "store/pool", tmp_path / "out/aside"
+    pool.mkdir(parents=True)
+    (spoilt / "zz again.png").rename(pool / "face.png")
+    (pool / "none.png").write_bytes(b"no")
+    (spoilt / "pool").symlink_to(pool)
+    (spoilt / "zz\nno face.png").unlink()
+    links = {
+        "relative.png": "../store/pool/none.png",
+        "absolute.png": str(pool / "none.png"),
+        "behind.png": "pool/../pool/none.png",
+        "chain.png": "relative.png",
+        "to moved.png": str(spoilt / "behind.png"),
+        "zz again.png": "../store/pool/face.png",
+    }
+    for name, text in links.items():
+        (spoilt / name).symlink_to(text)
+    led_to = {name: (spoilt / name).resolve(strict=True) for name in links}
+    move_named(report(spoilt), aside)
+    moved = {path.name: path for path in aside.rglob("*")}
+    assert moved.keys() >= links.keys()
+    assert led_to == {name: moved[name].resolve(strict=True) for name in links}
+    are_absolute = {name for name in links if moved[name].readlink().is_absolute()}
+    assert are_absolute == {"absolute.png", "to moved.png"}, "as the user has made them"
+
+
+def test_the_file_of_a_link_is_not_named_as_its_repeat(spoilt, tmp_path):
+    """Else a list for `xargs -0 rm`, or a move, would take the file, and leave a dead link."""
+    (spoilt / "aa.png").symlink_to("ab.png")
+    (spoilt / "ab.png").symlink_to("zz again.png")
+    move_named(report(spoilt), tmp_path / "aside")
+    assert not any(path.is_symlink() for path in spoilt.iterdir())
+    assert all(path.exists() for path in tmp_path.rglob("*"))
+    assert len(list(spoilt.iterdir())) == 26
+
+
 def test_every_file_is_named_once(spoilt):
     named = named_files(report(spoilt))
     names = [name for of_kind in named.values() for name in of_kind]

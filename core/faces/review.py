@@ -6,14 +6,15 @@ The kinds of files to look at:
     blank       a picture of one colour
     blurred     much less sharp than the rest
     odd         landmarks unlike a face, as of a wrong or bad alignment
-    repeated    nearly the picture of a file before it, which is not named
+    repeated    nearly the picture of another file, which is not named
 
-Nothing is ever deleted, and nothing is written over.
+Nothing is ever deleted, and nothing is written over. A set may be put together of links: those that
+are moved lead to their files as before.
 """
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def verdict(reports: Sequence[Report], comparison: Comparison | None) -> Verdict
 
 def named_files(report: Report) -> dict[str, list[str]]:
     """Names of the files to look at, by kind, each in one kind only; kinds without any left out."""
-    repeated = [name for group in report.repeats for name in group[1:]]
+    repeated = [name for group in report.repeats for name in _repeated(report.path, group)]
     kinds = {
         "unusable": list(report.unreadable),
         "blank": report.blank,
@@ -69,6 +70,15 @@ def named_files(report: Report) -> dict[str, list[str]]:
         if own:
             named[kind] = own
     return named
+
+
+def _repeated(folder: str, group: Sequence[str]) -> list[str]:
+    """All of a group but the one to stay: the first that is no link to another one of them."""
+    place = os.path.realpath(folder)
+    paths = {name: os.path.join(place, name) for name in group}
+    links = {name for name in group if _next_of(paths[name]) in paths.values()}
+    stays = min(group, key=lambda name: name in links)
+    return [name for name in group if name != stays]
 
 
 def write_lists(reports: Sequence[Report], folder: Path) -> list[Path]:
@@ -98,7 +108,8 @@ def write_lists(reports: Sequence[Report], folder: Path) -> list[Path]:
 def move_named(report: Report, target: Path) -> dict[str, int]:
     """Move the files to look at into `<target>/<kind>`; how many of each.
 
-    A link and an unlink, so that no file is ever half there: the target must be on the same disk.
+    A hard link and an unlink, so that no file is ever half there: the target must be on the same
+    disk. A symbolic link is made anew there, to lead to the same file, on any disk.
 
     Raises:
         ValueError: The target lies in the folder itself, or a file of that name is there; then
@@ -117,11 +128,15 @@ def move_named(report: Report, target: Path) -> dict[str, int]:
         if os.path.lexists(place):
             raise ValueError(f"{place} is there already; give another folder to --move-to")
     moved: dict[str, int] = {}
+    places = {str(path): str(place) for _, path, place in moves}
     for kind, path, place in moves:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            # A link fails where the name was taken meanwhile, and a rename would replace it.
-            os.link(path, place, follow_symlinks=False)
+            # Either fails where the name was taken meanwhile, and a rename would replace it.
+            if path.is_symlink():
+                os.symlink(_led_from(str(path), str(place.parent), places), place)
+            else:
+                os.link(path, place)
             os.unlink(path)
         except OSError as error:
             remedy = "; give a folder on the same disk" if error.errno == errno.EXDEV else ""
@@ -130,3 +145,24 @@ def move_named(report: Report, target: Path) -> dict[str, int]:
             ) from error
         moved[kind] = moved.get(kind, 0) + 1
     return moved
+
+
+def _led_from(link: str, folder: str, places: Mapping[str, str]) -> str:
+    """Text of a link in another folder that leads to where this one does, relative as it is.
+
+    places: where files that are moved with it go, by their paths.
+    """
+    text, leads_to = os.readlink(link), _next_of(link)
+    assert leads_to is not None
+    if os.path.isabs(text):
+        return places.get(leads_to, text)
+    return os.path.relpath(places.get(leads_to, leads_to), os.path.realpath(folder))
+
+
+def _next_of(link: str) -> str | None:
+    """Path that a link names, itself perhaps a link; None for what is no link."""
+    if not os.path.islink(link):
+        return None
+    folder, name = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))
+    # Of the folder alone: ".." behind a link to a folder leads out of that one.
+    return os.path.join(os.path.realpath(folder), name)
