@@ -274,7 +274,7 @@ def test_refuses_arguments_out_of_range(tmp_path, changes, message):
     assert not (tmp_path / "faces").exists()
 
 
-def test_a_drawn_film_and_its_faces(tmp_path):
+def test_a_drawn_film_and_its_faces(tmp_path, monkeypatch):
     frames, faces = tmp_path / "film", tmp_path / "faces"
     draw_film(frames, faces, identity="a", count=3, size_px=96)
     assert sorted(path.stem for path in faces.iterdir()) == [
@@ -295,6 +295,9 @@ def test_a_drawn_film_and_its_faces(tmp_path):
     first, second = (cv2.imread(str(path)) for path in sorted(frames.iterdir())[:2])
     change = np.abs(first.astype(int) - second).mean()
     assert 0 < change < 6, "it moves, and softly"
+    monkeypatch.setattr("mien.core.faces.synthetic.film.DRAWING_VERSION", 2)
+    with pytest.raises(ValueError, match="film is not empty: give a new folder"):
+        draw_film(frames, faces, identity="a", count=3, size_px=96)
 
 
 def test_a_film_is_not_drawn_over_what_is_there(tmp_path):

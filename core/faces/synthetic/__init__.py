@@ -38,8 +38,10 @@ MIN_SIZE_PX = 64
 MAX_SIZE_PX = 1024
 MAX_FACES = 100_000
 
-# In the name of every frame: a set that an older version has drawn is not taken for this one's.
-_DRAWING_VERSION = 1
+DRAWING_VERSION = 1
+"""Version of the drawing, in the name of every frame, of a film too: what an older one has drawn is
+not taken for this one's."""
+
 _ALIGNMENTS_VERSION = 2.4
 _FRAME_SCALE = 1.65
 FRAME_EDGE = 2.6
@@ -162,7 +164,7 @@ def _source(frame: str, name: str, size_px: int) -> dict[str, Any]:
 
 def _frame_name(identity: str, number: int, size_px: int, seed: int) -> str:
     """Names everything that the drawing depends on."""
-    return f"drawn_{identity}_v{_DRAWING_VERSION}_seed{seed}_{size_px}px_{number:06d}.png"
+    return f"drawn_{identity}_v{DRAWING_VERSION}_seed{seed}_{size_px}px_{number:06d}.png"
 
 
 def _face_name(identity: str, number: int) -> str:

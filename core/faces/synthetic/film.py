@@ -13,7 +13,7 @@ from ...system.durable_files import folder_beside, writing
 from ..geometry import Crop, crop_matrix
 from ..png import write_face
 from ..png_pixels import encode_rgb
-from . import FRAME_EDGE, check_arguments, drawn, header_of, lit, read_names
+from . import DRAWING_VERSION, FRAME_EDGE, check_arguments, drawn, header_of, lit, read_names
 from .head import NOISE_SHIFTS, Scene, draw_scene
 
 FRAMES_BETWEEN_POSES = 20
@@ -35,7 +35,8 @@ def draw_film(
         ValueError: A folder holds anything else, or an argument is out of range; one line.
     """
     check_arguments(identity, count, size_px, seed)
-    names = [f"film_{identity}_seed{seed}_{size_px}px_{number:06d}" for number in range(count)]
+    film = f"film_{identity}_v{DRAWING_VERSION}_seed{seed}_{size_px}px"
+    names = [f"{film}_{number:06d}" for number in range(count)]
     there = [
         read_names(frames) == [f"{name}.png" for name in names],
         read_names(faces) == [f"{name}_0.png" for name in names],
