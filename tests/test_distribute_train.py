@@ -14,7 +14,9 @@ from conftest import saved_tensors, train_words
 
 from mien import __version__
 from mien.cli import main
+from mien.core import train
 from mien.core.checkpoint.left_request import leave_request
+from mien.core.distribute.failure import RankLost
 from mien.core.training import engine, prepare, shared_start
 
 
@@ -222,6 +224,21 @@ def test_a_rank_that_is_refused_ends_all_with_its_words(error, code, words, side
     assert ("Traceback" in second.err.read_text()) == (code == 1)
     assert code == 1 or second.err.read_text() == ""
     assert not (tmp_path / "model/generations").exists()
+
+
+def test_a_refusal_from_python_lets_the_others_go_and_a_second_try_finds_them(tmp_path):
+    def run():
+        data = {"input_a": "/none", "input_b": "/none"}
+        settings = {"data": data, "save": {"model_dir": str(tmp_path / "model")}}
+        for _ in range(2):
+            # Neither process ends between the tries, and both use one port.
+            with pytest.raises((ValueError, RankLost), match="^(rank 0: )?side A: /none does not"):
+                train(settings)
+        return 0
+
+    started = ranks.start(2, run, tmp_path)
+    codes = ranks.wait_all(started, 30)
+    assert codes == [0, 0], [each.err.read_text() for each in started]
 
 
 def test_a_rank_that_fails_in_training_ends_all_and_leaves_the_last_save(sides, tmp_path):

@@ -4,6 +4,7 @@ Tensors of a CPU go through gloo, those of a GPU through NCCL. Texts are bytes o
 that another process sends is ever run.
 """
 
+import functools
 import os
 import shutil
 import socket
@@ -60,7 +61,8 @@ class Group:
         GPU sums by itself."""
 
         self.is_broken = False
-        """Whether another rank is lost, so that no connection can be left in order."""
+        """Whether this rank has failed or another is lost, so that no connection can be left in
+        order."""
 
         self._gpus: dist.ProcessGroup | None = None
         self._num_announced = 0
@@ -201,6 +203,7 @@ class Group:
 
     def leave_failure(self, text: str, exit_code: int) -> None:
         """Leave the reason for which this rank ends, for the others; the first reason stays."""
+        self.is_broken = True
         rank = self.ranks.rank
         self.members.leave_failure(Failure(f"rank {rank}: {text}", rank, exit_code, True))
 
@@ -233,15 +236,17 @@ class Group:
     def close(self) -> None:
         """Leave the others, who leave too; where they do not answer, after 10 s.
 
-        Nothing is done where one of them is lost: the end of this process ends its connections.
+        Where a rank has failed or is lost, nobody is waited for: who waits for this one sees that
+        it has left. Connections of GPUs are then ended by the end of this process.
         """
-        if self.is_broken:
-            return
+        if self.is_broken and self._gpus is not None:
+            return  # it may wait for ever for what is under way on a GPU
 
         def leave() -> None:
             try:
-                # The store goes with the first rank, so all have to be done with it.
-                self.barrier()
+                if not self.is_broken:
+                    # The store goes with the first rank, so all have to be done with it.
+                    self.barrier()
                 dist.destroy_process_group()
             except (RankLost, RuntimeError):  # the others have gone already
                 return
@@ -294,16 +299,17 @@ def open_group(
     slow.daemon = True
     slow.start()
     try:
-        served = dist.TCPStore(
-            host, port, ranks.size, is_master=ranks.is_first and not agent, timeout=_OPENING
-        )
-        # By the restart: else a group would read the addresses of ranks that are gone, and fail.
-        store = dist.PrefixStore(f"mien/{restarts}", served)
+        served = _served(host, port, ranks.size, ranks.is_first and not agent)
+        # By the restart, and by how often this rank has come: else a group would read the addresses
+        # of ranks that are gone, and fail.
+        number = served.add(f"mien/{restarts}/{ranks.rank}", 1)
+        store = dist.PrefixStore(f"mien/{restarts}/group {number}", served)
         # The CPUs alone at first: ranks compare their settings before any of them takes a GPU.
         dist.init_process_group(
             "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_PATIENCE
         )
     except RuntimeError as error:
+        _served.cache_clear()  # the first rank may be another process at the next try
         raise ValueError(
             f"rank {ranks.rank} cannot connect with the {waiting} ({_first_line(error)}); see "
             "whether all were started, with the same "
@@ -315,6 +321,13 @@ def open_group(
     if device is not None and device.type == "cuda":
         group.use_gpu(device)
     return group
+
+
+@functools.cache
+def _served(host: str, port: int, size: int, serves: bool) -> dist.TCPStore:
+    """The store of this process, once for all its groups: a rank that is early for the next one
+    must not meet that of the last."""
+    return dist.TCPStore(host, port, size, is_master=serves, timeout=_OPENING)
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:

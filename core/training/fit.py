@@ -72,10 +72,10 @@ def train(
         requests = Requests(StopRequest(should_stop))
         ranks = from_environment()
         group = open_group(ranks) if ranks is not None and ranks.size > 1 else None
-        outcome = train_unattended(overrides, reporter, chosen, requests, group)
         if group is not None:
-            group.close()
-        return outcome
+            # However training ends: the program may go on, and train once more.
+            stack.callback(group.close)
+        return train_unattended(overrides, reporter, chosen, requests, group)
 
 
 def _listener(
