@@ -626,14 +626,21 @@ def test_weights_and_biases_gets_means_pictures_and_settings(tmp_path, monkeypat
         log.scalars({"batch_total": float(step)}, step)
     log.scalars({"evaluate/ssim_a": 0.5}, 3)
     log.picture("preview", lambda: (_jpeg(), (12, 8)), 3)
+    # The run went back to a checkpoint: W&B drops what comes with a step that goes back.
+    log.scalars({"batch_total": 0.015625}, 2)
     log.close()
     wandb.teardown()  # until then W&B's own process may hold what it has not written
-    means = [(1, {"batch_total": 1.0}), (3, {"batch_total": 2.5}), (3, {"evaluate/ssim_a": 0.5})]
-    assert sent[:3] == means
-    assert [(step, [*row]) for step, row in sent[3:]] == [(3, ["preview"])]
+    again = sent.pop()
+    assert [(step, *row.items()) for step, row in sent[:3]] == [
+        (1, ("iteration", 1), ("batch_total", 1.0)),
+        (3, ("iteration", 3), ("batch_total", 2.5)),
+        (4, ("iteration", 3), ("evaluate/ssim_a", 0.5)),
+    ]
+    assert [(step, [*row]) for step, row in sent[3:]] == [(5, ["iteration", "preview"])]
+    assert again == (6, {"iteration": 2, "batch_total": 0.015625})
     (kept,) = (tmp_path / "hero/logs/wandb").glob("offline-run-*/run-*.wandb")
     content = kept.read_bytes()
-    for word in (b"batch_total", b"evaluate/ssim_a", b"image-file", b"batch_size"):
+    for word in (b"batch_total", b"evaluate/ssim_a", b"image-file", b"batch_size", b"0.015625"):
         assert word in content
 
 

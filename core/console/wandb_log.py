@@ -18,6 +18,10 @@ _FINISH_S = 60.0
 """Seconds for which the end of a run waits for what is still being sent; the rest stays in the
 folder, for `wandb sync`. Chosen."""
 
+_AXIS = "iteration"
+"""Horizontal axis of all charts. W&B's own step cannot be: after a crash or a divergence a run goes
+back to a checkpoint, and that step never does."""
+
 
 class WandbLog:
     """One session of a run; all sessions of a model are one run at W&B.
@@ -64,15 +68,20 @@ class WandbLog:
             raise LogError(
                 f"W&B cannot be used ({reason}); run `wandb login`, or set WANDB_MODE=offline"
             ) from error
+        self._run.define_metric(_AXIS)
+        self._run.define_metric("*", step_metric=_AXIS)
+        self._next_step: int = self._run.starting_step
+        """Lowest step that W&B takes: one that goes back it drops."""
+
         self._means = Means()
         self._rows = Pause(_SECONDS_BETWEEN_ROWS)
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`; of many a second their means."""
-        # Means first: W&B drops what comes with an earlier step than the last one.
+        # Means first, which are of the iterations before.
         if ITERATION not in values:
             self._write_means()
-            self._run.log(values, step=step)
+            self._write(values, step)
             return
         self._means.add(values, step, time.time() if wall_time is None else wall_time)
         if self._rows.is_over(time.monotonic()):
@@ -89,7 +98,7 @@ class WandbLog:
                 f"cannot write pictures for W&B to {path.parent}: {error.strerror}; free space, or "
                 "leave log.wandb out"
             ) from error
-        self._run.log({name: self._wandb.Image(str(path))}, step=step)
+        self._write({name: self._wandb.Image(str(path))}, step)
 
     def flush(self) -> None:
         """Hand what waits to W&B's own process, which sends it."""
@@ -106,4 +115,10 @@ class WandbLog:
     def _write_means(self) -> None:
         means, self._means = self._means, Means()
         if means.count:
-            self._run.log(means.values(), step=means.step)
+            self._write(means.values(), means.step)
+
+    def _write(self, row: dict[str, Any], iteration: int) -> None:
+        """Record values of an iteration, also of one that is trained again after going back."""
+        step = max(iteration, self._next_step)
+        self._run.log({_AXIS: iteration, **row}, step=step)
+        self._next_step = step + 1
