@@ -279,16 +279,24 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def all_results() -> list[dict[str, Any]]:
-    """Every results file, in the order of the times at which they were begun."""
-    files = [read_results(path) for path in RESULTS.glob("*.json")]
-    return sorted(files, key=lambda content: content["time_utc"])
+def all_results(*folders: Path | None) -> list[dict[str, Any]]:
+    """Every results file, in the order of the times at which they were begun.
+
+    folders: where to look; None: in `RESULTS`, as without any.
+    """
+    # A set: two of them may be one folder.
+    paths = {path for folder in folders or (None,) for path in (folder or RESULTS).glob("*.json")}
+    return sorted(map(read_results, paths), key=lambda content: content["time_utc"])
 
 
-def known_ceilings() -> dict[str, Any] | None:
-    """The newest ceilings of this card and version of PyTorch; None where there are none."""
+def known_ceilings(folder: Path | None = None) -> dict[str, Any] | None:
+    """The newest ceilings of this card and version of PyTorch; None where there are none.
+
+    They are looked for wherever results are written: in the folder that was named, in the user's
+    own and in `RESULTS`.
+    """
     where = environment()
-    for content in reversed(all_results()):
+    for content in reversed(all_results(folder, user_results(), RESULTS)):
         same = all(content[key] == where[key] for key in ("card", "cores", "torch"))
         if same and content.get("ceilings"):
             return content["ceilings"]

@@ -19,14 +19,14 @@ from .variants import variant
 BEGIN, END = "<!-- figures: `mien bench report` writes them -->", "<!-- end of figures -->"
 
 
-def newest_results() -> list[dict[str, Any]]:
-    """The last results file of every card, by the time it was begun."""
-    return list({content["card"]: content for content in all_results()}.values())
+def newest_results(folder: Path | None = None) -> list[dict[str, Any]]:
+    """The last results file of every card, by the time it was begun; None: in `RESULTS`."""
+    return list({content["card"]: content for content in all_results(folder)}.values())
 
 
-def render() -> str:
-    """All tables as Markdown."""
-    return "\n".join(part for content in newest_results() for part in _card(content))
+def render(folder: Path | None = None) -> str:
+    """All tables of the results in a folder as Markdown; None: of those in `RESULTS`."""
+    return "\n".join(part for content in newest_results(folder) for part in _card(content))
 
 
 def _title(content: dict[str, Any]) -> str:

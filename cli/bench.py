@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "predicted; ceilings: what this card can do, measured anew; "
         "learning: curves against a reference (needs --reference and faces); report: put the "
         "newest results into README.md and docs of mien's own folder, or print them where there "
-        "is none",
+        "is none, or those of --results",
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--no-save", action="store_true", help="print only; write no file")
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "learning":
         return _learning(args)
     if args.kind == "report":
-        return _report()
+        return _report(args.results)
     # Not before: PyTorch takes more than a second to load, and `--help` needs none of it.
     from .. import kernels
     from ..benchmarks import compare, harness
@@ -160,16 +160,18 @@ def _compared(args: argparse.Namespace, old: dict[str, Any], new: dict[str, Any]
     return 0
 
 
-def _report() -> int:
-    """Put the newest results into README.md and docs; print them where mien is no source tree."""
+def _report(folder: Path | None) -> int:
+    """Put the newest results into README.md and docs; print them where mien is no source tree, and
+    those of a folder that was named."""
     from ..benchmarks import harness, report
 
-    if harness.IS_SOURCE_TREE:
+    if harness.IS_SOURCE_TREE and folder is None:
         report.update(Path("README.md"), Path("docs"))
-    elif report.newest_results():
-        tell(*report.render().splitlines())
+    elif report.newest_results(folder):
+        tell(*report.render(folder).splitlines())
     else:
-        raise ValueError(f"no results in {harness.RESULTS.absolute()} yet; `mien bench` measures")
+        searched = (folder or harness.RESULTS).absolute()
+        raise ValueError(f"no results in {searched} yet; `mien bench` measures")
     return 0
 
 
@@ -179,7 +181,7 @@ def _ceilings(args: argparse.Namespace) -> dict[str, Any]:
 
     from ..benchmarks import ceilings, harness
 
-    known = None if args.kind == "ceilings" else harness.known_ceilings()
+    known = None if args.kind == "ceilings" else harness.known_ceilings(_folder(args))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return known or ceilings.measure_ceilings(device)
 

@@ -68,6 +68,7 @@ def step_row(eg_per_s=20.0, ms=1000.0, **more):
 def folder(tmp_path, monkeypatch):
     """Results are kept here; this machine's ceilings are known."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda device: CEILINGS)
     quick = harness.Pace(2, 0.0, 0)
     for module in (bench_kernels, bench_step):
@@ -118,6 +119,18 @@ def test_equal_measurements_are_replaced_and_others_kept(folder):
     assert content["conditions"] == {"step": state}
     assert harness.known_ceilings() == CEILINGS
     jsonschema.validate(content, SCHEMA)
+
+
+@pytest.mark.parametrize("words", [["machine"], ["step"], ["step", "--results", "named"]])
+def test_ceilings_are_measured_once_wherever_they_are_written(folder, monkeypatch, words):
+    measured = []
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda _: measured.append(1) or CEILINGS)
+    for bench in (bench_machine, bench_step):
+        monkeypatch.setattr(bench, "rows", lambda _: iter([step_row(20.0)]))
+    monkeypatch.setattr(bench_machine, "table", lambda *_: "")
+    for _ in range(2):
+        assert main(["bench", *words]) == 0
+    assert len(measured) == 1
 
 
 def cases():
@@ -255,7 +268,6 @@ def test_two_files_are_compared_and_nothing_is_measured(folder, capsys, monkeypa
 def test_without_a_word_the_speed_of_this_machine_is_one_table(folder, capsys, monkeypatch):
     """It is the user's own, so it goes to the user's folder, and not into the source tree."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
     monkeypatch.setattr(bench_machine, "CPU_MODELS", ("lightweight",))
     monkeypatch.setattr(bench_machine, "GPU_MODELS", ("lightweight",))
     monkeypatch.setattr(bench_machine, "BATCH_SIZES", (1, 2))
@@ -334,6 +346,10 @@ def test_a_report_of_an_installed_mien_is_printed(folder, monkeypatch, capsys):
     harness.write_results([step_row(20.0)])
     assert main(["bench", "report"]) == 0
     row = "| original | 16 | bf16 | mien-eager | 20.0 |"
+    assert row in capsys.readouterr().out
+    # Also in a source tree: results of a folder that was named are not mien's own.
+    monkeypatch.setattr(harness, "IS_SOURCE_TREE", True)
+    assert main(["bench", "report", "--results", "results"]) == 0
     assert row in capsys.readouterr().out
     assert Path("README.md").read_text() == "mine"
     assert not Path("docs").exists()
