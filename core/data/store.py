@@ -279,7 +279,7 @@ def choose_placement(
     need = f"{_size(num_bytes)} of faces"
     takes = {"gpu": num_bytes, "host": num_bytes}
     if device.type == "cuda":
-        takes["host"] = _page_locked_bytes(num_bytes)
+        takes["host"] = page_locked_bytes(num_bytes)
     # Not so the GPU's below: each process has one of its own.
     rooms = {"host": available_host_bytes() // num_readers}
     if device.type == "cuda":
@@ -308,7 +308,7 @@ def choose_placement(
     return "file", f"{need} are read from a memory-mapped file{passed}"
 
 
-def _page_locked_bytes(num_bytes: int) -> int:
+def page_locked_bytes(num_bytes: int) -> int:
     """What PyTorch takes of the host for one page-locked tensor: the next power of two."""
     return 1 << max(num_bytes - 1, 0).bit_length()
 

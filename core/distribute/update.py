@@ -88,12 +88,12 @@ class MirroredUpdate(Update):
     def _check_host_room(self, model: nn.Module, rule: Rule, precision: Precision) -> None:
         """Refuse what the ranks of a machine cannot keep in its memory, before one has taken any:
         each would take for free what the others are about to."""
-        trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-        of_each = placement.host_bytes(rule, precision.compute)
+        sizes = [each.numel() for each in model.parameters() if each.requires_grad]
+        if self.num_holders > 1:
+            sizes = [sum(sizes) // self.num_holders]  # of all parameters one tensor
+        need = placement.locked_bytes(sizes, placement.num_kinds(rule, precision.compute))
         [room] = self.group.min([available_host_bytes()])
-        placement.check_room(
-            trained * of_each // self.num_holders, room // self.group.ranks.local_size
-        )
+        placement.check_room(need, room // self.group.ranks.local_size)
 
     def _allocate(self) -> None:
         super()._allocate()

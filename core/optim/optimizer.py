@@ -258,8 +258,6 @@ class Update:
         self.master_weights = [parameter.detach() for parameter in self.parameters]
         self.low_precision_weights: list[Tensor] = []
         if precision.compute is not torch.float32:
-            if self.is_on_host:
-                self.master_weights = placement.page_locked(self.master_weights)
             # The master weights above keep the fp32 numbers; the parameters now are the copies.
             self.low_precision_weights = _lowered(self.parameters, precision.compute)
         self.rule, self.clipping = rule_of(config, ema), clipping_of(config)
@@ -280,7 +278,10 @@ class Update:
         self.rate = config.learning_rate
 
     def _allocate(self) -> None:
-        """Make what is kept of every parameter from step to step, besides its weights."""
+        """Make what is kept of every parameter from step to step, in the memory where it lies."""
+        # Here: of ranks that keep a slice each, none has room for all.
+        if self.is_on_host and self.low_precision_weights:
+            self.master_weights = placement.page_locked(self.master_weights)
         zeros = placement.page_locked_zeros if self.is_on_host else _zeros
         self.moments = {kind: zeros(self.parameters) for kind in self.rule.moments}
         # On the GPU in any case: every iteration adds to them.

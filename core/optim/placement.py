@@ -9,14 +9,14 @@ computes with the master weights themselves, so of that one the moments alone li
 On a CPU all memory is the host's, and nothing differs. Unmeasured on a GPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ...kernels.optimizer_rules import Rule
 from ..config import OptimizerConfig
-from ..data.store import available_host_bytes
+from ..data.store import available_host_bytes, page_locked_bytes
 from ..estimate.links import Link
 
 _LINK_SHARE = 0.75
@@ -30,8 +30,8 @@ def is_on_host(config: OptimizerConfig, device: torch.device) -> bool:
     return config.placement == "host" and device.type == "cuda"
 
 
-def host_bytes(rule: Rule, compute: torch.dtype) -> int:
-    """Bytes of a parameter that lie in host memory where the state does.
+def num_kinds(rule: Rule, compute: torch.dtype) -> int:
+    """Count of fp32 numbers of a parameter that lie in host memory where the state does.
 
     Args:
         rule: How the weights are moved.
@@ -39,7 +39,17 @@ def host_bytes(rule: Rule, compute: torch.dtype) -> int:
     """
     # In fp32 the network's own weights are the masters, and stay where it computes.
     has_master_weights = compute is not torch.float32
-    return 4 * (len(rule.moments) + has_master_weights)
+    return len(rule.moments) + has_master_weights
+
+
+def host_bytes(rule: Rule, compute: torch.dtype) -> int:
+    """Bytes of a parameter that lie in host memory where the state does, as for `num_kinds`."""
+    return 4 * num_kinds(rule, compute)
+
+
+def locked_bytes(sizes: Iterable[int], kinds: int = 1) -> int:
+    """Bytes of host memory that fp32 tensors take, of so many numbers each, one of each kind."""
+    return kinds * sum(page_locked_bytes(4 * size) for size in sizes)
 
 
 def update_s(num_bytes: int, link: Link, accumulation: int = 1) -> float:
@@ -88,7 +98,7 @@ def _empty(tensors: Sequence[Tensor]) -> list[Tensor]:
         ValueError: The host has too little.
     """
     # Asked first: page-locked memory cannot be swapped out, and the kernel would end processes.
-    check_room(4 * sum(tensor.numel() for tensor in tensors), available_host_bytes())
+    check_room(locked_bytes(tensor.numel() for tensor in tensors), available_host_bytes())
     return [
         torch.empty_like(tensor, dtype=torch.float32, device="cpu", pin_memory=True)
         for tensor in tensors
