@@ -33,16 +33,24 @@ class Precision:
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Compute fp32 products inside the context without rounding their inputs, in every
-    precision."""
+def restoring_products() -> Iterator[None]:
+    """Have CUDA round fp32 products afterwards as before, whatever is applied inside the
+    context."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     allowed = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = allowed
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute fp32 products inside the context without rounding their inputs, in every
+    precision."""
+    with restoring_products():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        yield
 
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}

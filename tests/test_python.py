@@ -21,8 +21,10 @@ from mien.core import Config, Outcome, load_model, read_crops, swap, train
 from mien.core.checkpoint.weights import read_weights
 from mien.core.config import from_dict, to_toml
 from mien.core.data.decode import decode_one
+from mien.core.distribute.ranks import Ranks
 from mien.core.faces.folder import read_face
 from mien.core.faces.geometry import Crop
+from mien.core.training import libraries
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,6 +100,34 @@ def test_crops_are_those_that_training_cuts_out(faces, model_dir, tmp_path):
             read_crops(model, paths)
 
 
+def _settings_of_the_process():
+    """Settings of this process that a run has its own of."""
+    return {
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "fill": torch.utils.deterministic.fill_uninitialized_memory,
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "threads": torch.get_num_threads(),
+        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "seed": torch.get_rng_state().tolist(),
+    }
+
+
+def test_a_session_sets_libraries_for_itself_alone(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(libraries, "thread_count", lambda _: 6)
+    torch.use_deterministic_algorithms(False)
+    before, cpu = _settings_of_the_process(), torch.device("cpu")
+    with libraries.library_settings(cpu, Ranks(0, 2, 0, 2), deterministic=True):
+        # As `precision.mode` and a model with dropout do.
+        torch.backends.cudnn.allow_tf32 = not before["tf32"][1]
+        torch.manual_seed(1)
+        inside = _settings_of_the_process()
+    assert all(inside[name] != value for name, value in before.items())
+    assert _settings_of_the_process() == before
+
+
 def _examples(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 
@@ -130,10 +160,15 @@ def test_a_config_of_what_is_set_leaves_the_rest_to_the_model(faces, model_dir, 
     shutil.copytree(path, copied)
     inputs = {f"input_{side}": str(faces / side) for side in "ab"}
     config = from_dict(
-        {"data": inputs, "save": {"model_dir": str(copied)}, "train": {"iterations": 1}}
+        {
+            "data": inputs,
+            "save": {"model_dir": str(copied)},
+            "train": {"iterations": 1, "deterministic": True},
+        }
     )
-    events = []
+    events, before = [], _settings_of_the_process()
     assert train(config, on_event=events.append) is Outcome.DONE
+    assert _settings_of_the_process() == before
     assert events[-1]["iteration"] == 4
     assert next(event for event in events if event["event"] == "start")["batch_size"] == 4
 

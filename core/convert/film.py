@@ -135,6 +135,7 @@ class _Film:
     """What each output says about itself."""
 
 
+@precision.restoring_products()
 def swap_film(
     settings: SwapSettings, *, emit: Emit, should_stop: Callable[[], bool] = lambda: False
 ) -> Report:

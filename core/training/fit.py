@@ -31,9 +31,10 @@ def train(
 ) -> Outcome:
     """Train a new model, or go on with the one in `save.model_dir`.
 
-    Several may run in one process, one after another: PyTorch's settings of precision and
-    determinism are the process's. In a process that torchrun or srun has started as one of several
-    ranks they train together; the first one saves and reports, and any may ask for a stop.
+    Several may run in one process, one after another: meanwhile PyTorch's settings of precision,
+    determinism and threads, and its seed, are the run's; afterwards they are as they were. In a
+    process that torchrun or srun has started as one of several ranks they train together; the
+    first one saves and reports, and any may ask for a stop.
 
     Args:
         config: File of settings, or values by section, as such a file has them; of a `Config`

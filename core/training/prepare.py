@@ -4,7 +4,6 @@ What is wrong is found in the order in which a user would look: settings, folder
 """
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -41,6 +40,7 @@ from . import engine as engines
 from . import memory
 from .build import build_model, build_step, check_step, sizes_of
 from .devices import choose_device, free_bytes
+from .libraries import library_settings
 from .outputs import open_images, open_logs, report_warnings
 from .recipe_progress import RecipeProgress
 from .resolve import Overrides, Resolved, resolve
@@ -399,7 +399,8 @@ def _build_step(
     config = batch_sizes.with_batch_size(config, batch.size)
     if progress:
         _check_later_stages(progress, config, num_faces, device, start.ranks)
-    _set_libraries(device, start.ranks, deterministic=config.train.deterministic)
+    deterministic = config.train.deterministic
+    stack.enter_context(library_settings(device, start.ranks, deterministic=deterministic))
     step = build_step(config, model, device, loss=loss, group=start.group)
     state, schedule = _begin_session(start, config, step.update, batch.size)
     feed = open_feed(config, faces, device, precision, of_faces, start.ranks)
@@ -510,21 +511,3 @@ def _check_later_stages(
                 Loss(later.loss, sizes_of(config)[1], "cpu")
         except ValueError as error:
             raise ValueError(f"stage {progress.recipe.stages[number].name}: {error}") from error
-
-
-def _set_libraries(device: torch.device, ranks: Ranks, *, deterministic: bool) -> None:
-    """Threads of PyTorch, how CUDA's libraries are to work, and from when memory is measured."""
-    if ranks.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        # Else each rank would compute with as many threads as there are cores.
-        torch.set_num_threads(max(1, thread_count(0) // ranks.local_size))
-    if device.type == "cuda":
-        # Else the peak would be that of an earlier session in this process.
-        torch.cuda.reset_peak_memory_stats(device)
-    # Benchmarks choose by time, and another choice adds in another order.
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.deterministic = deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Filling memory that is written anyway costs time and makes no result more certain.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
