@@ -30,7 +30,7 @@ def print_dry_run(overrides: "Overrides", recipe: recipes.Recipe | None, *, as_j
     reporter = Reporter(sys.stderr if as_json else sys.stdout)
     trial = dry_run(overrides, reporter, recipe, num_gpus=num_gpus)
     card = ceilings.card_of(harness.known_ceilings() or ceilings.measure_ceilings(trial.device))
-    bound = ceiling(configured_work(trial.config, trial.config.train.batch_size), card)
+    bound = ceiling(configured_work(trial.config, trial.measured_batch), card)
     outlook = _outlook(trial, card, num_gpus) if num_gpus > 1 else None
     if as_json:
         facts = _facts(trial, bound, card)
@@ -44,7 +44,14 @@ def _outlook(trial: DryRun, card: Card, num_gpus: int) -> Outlook:
     precision = precisions.resolve(trial.precision, trial.device)
     link = gpu_link() if trial.device.type == "cuda" else LOOPBACK
     return outlook_of(
-        trial.config, precision, trial.device, card, num_gpus, link, measured_s=trial.step_s
+        trial.config,
+        precision,
+        trial.device,
+        card,
+        num_gpus,
+        link,
+        measured_s=trial.step_s,
+        measured_batch=trial.measured_batch,
     )
 
 
@@ -69,6 +76,7 @@ def _facts(trial: DryRun, bound: Prediction, card: Card) -> dict[str, Any]:
         "iterations": trial.iterations,
         "parameters": trial.num_parameters,
         "batch_size": trial.config.train.batch_size,
+        "measured_batch_size": trial.measured_batch,
         "precision": trial.precision,
         "learning_rate": trial.learning_rate,
         "device": trial.device.type,
@@ -94,6 +102,9 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
     if trial.memory is not None:
         of_each = "of each GPU: " if outlook else ""
         memory = f"GPU memory   {of_each}{describe(trial.memory, trial.free_bytes)}"
+    batch_size, of_steps = trial.config.train.batch_size, ""
+    if trial.measured_batch != batch_size:
+        of_steps = f"; of one GPU, whose steps follow, {trial.measured_batch}"
     losses = [
         f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}"
         for number, losses in enumerate(trial.losses, 1)
@@ -105,6 +116,7 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
     return [
         f"dry run      {begun}, learning rate {trial.learning_rate:.4g}, {trial.precision}",
         f"parameters   {trial.num_parameters:,}",
+        f"batch size   {batch_size}{of_steps}",
         memory,
         *losses,
         f"roofline     {bound.eg_per_s:,.0f} EG/s on {card.name} in bf16, bound by "

@@ -77,6 +77,17 @@ def test_what_several_ranks_would_bring_is_predicted(inputs, capsys):
     assert "scaling" not in capsys.readouterr().out
 
 
+def test_an_automatic_batch_is_that_of_all_ranks(inputs, capsys):
+    words = ("-b", "auto:4", "--gpus", "2", "--dry-run")
+    assert _train(inputs, *words, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["batch_size"], facts["measured_batch_size"]) == (8, 4)
+    assert _train(inputs, *words) == 0
+    said = capsys.readouterr().out
+    assert "batch size   8; of one GPU, whose steps follow, 4\n" in said
+    assert "at batch size 8 (4 faces each); " in said
+
+
 BY_A_FLAG = "it was set by a flag, for that session"
 
 RECIPE = """

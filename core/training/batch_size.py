@@ -44,14 +44,28 @@ def choose(
         return BatchSize(config.train.batch_size)
     num_ranks = group.ranks.size if group else 1
     size = _fitting(config, num_faces, precision, free_bytes, num_ranks)
-    return size if group is None else _for_all(size, num_faces, group)
-
-
-def _for_all(size: BatchSize, num_faces: dict[str, int], group: Group) -> BatchSize:
-    """The batch of all ranks, where each takes what fits on the rank with the least room."""
+    if group is None:
+        return size
     # The least of all: ranks of unequal GPUs still have equal shares.
     [least] = group.min([size.size])
-    num_ranks = group.ranks.size
+    return _for_all(size, least, num_faces, num_ranks)
+
+
+def planned(
+    config: Config,
+    num_faces: dict[str, int],
+    precision: Precision,
+    free_bytes: Callable[[], int],
+    num_ranks: int,
+) -> BatchSize:
+    """The batch size that auto would choose for so many ranks, each with as much room as this
+    process; else as `choose`."""
+    size = _fitting(config, num_faces, precision, free_bytes, num_ranks)
+    return _for_all(size, size.size, num_faces, num_ranks)
+
+
+def _for_all(size: BatchSize, least: int, num_faces: dict[str, int], num_ranks: int) -> BatchSize:
+    """The batch of all ranks, each of which takes as much as fits on the one with least room."""
     # A side may have fewer faces than the ranks have room for together.
     total = min(num_ranks * least, *num_faces.values())
     why = f"auto: {least} for each of {num_ranks} GPUs"

@@ -12,6 +12,7 @@ from ..config import Config
 from ..config.recipes import Recipe
 from ..console.reporter import Reporter
 from ..distribute.ranks import Ranks
+from . import batch_size as batch_sizes
 from . import memory
 from .build import check_ranks
 from .devices import free_bytes
@@ -30,7 +31,11 @@ class DryRun:
     """What training with these settings is like."""
 
     config: Config
-    """All settings, the batch size among them."""
+    """All settings, the batch size of all planned GPUs among them."""
+
+    measured_batch: int
+    """Faces of each side in the steps that were run: of an automatic batch size, what one GPU
+    takes."""
 
     iterations: int
     """Iterations that the model has been trained for; 0: a new one."""
@@ -87,9 +92,10 @@ def dry_run(
 
 def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
     ranks = Ranks(size=num_gpus)
-    # Those that are planned: the steps themselves are one process's.
-    check_ranks(setup.config, ranks)
     begun_at, free, losses = setup.state.iterations, free_bytes(setup.device), []
+    config = _planned(setup, num_gpus, free)
+    # Those that are planned: the steps themselves are one process's.
+    check_ranks(config, ranks)
     on_gpu = setup.device.type == "cuda"
     # The first steps of a graph are eager; what is measured must be replays.
     num_steps = WARM_UP + STEPS if setup.engine.name == "graph" else STEPS
@@ -104,14 +110,14 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
         losses.append({name: float(named[name][0]) for name in ("loss_a", "loss_b")})
     need = None
     if on_gpu:
-        faces = sum(store.gpu_bytes for store in setup.feed.stores.values())
         whole = memory.footprint(
-            setup.config, setup.precision, store_bytes=faces, num_ranks=num_gpus
+            config, setup.precision, store_bytes=_faces_bytes(setup), num_ranks=num_gpus
         )
         # Of the first rank: none has more faces.
-        need = whole.at(ranks.share(setup.config.train.batch_size).count)
+        need = whole.at(ranks.share(config.train.batch_size).count)
     return DryRun(
-        config=setup.config,
+        config=config,
+        measured_batch=setup.config.train.batch_size,
         iterations=begun_at,
         learning_rate=setup.schedule.rate(begun_at),
         progress=setup.progress,
@@ -124,6 +130,29 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
         step_s=step_s,
         peak_mib=_peak_bytes(setup.device) / 2**20,
     )
+
+
+def _planned(setup: TrainingSetup, num_gpus: int, free: int) -> Config:
+    """The settings with the batch size of all GPUs, each of which has so many bytes free."""
+    # The session knows what was set: in the setup stands what auto chose for one GPU.
+    as_set = setup.state.session.settings["train"]["batch_size"]
+    if as_set or num_gpus == 1:
+        return setup.config
+    # Processes on a CPU share its memory.
+    num_sharing = 1 if setup.device.type == "cuda" else num_gpus
+    chosen = batch_sizes.planned(
+        batch_sizes.with_batch_size(setup.config, as_set),
+        {side: opened.store.num_faces for side, opened in setup.faces.items()},
+        setup.precision,
+        lambda: (free - _faces_bytes(setup)) // num_sharing,
+        num_gpus,
+    )
+    return batch_sizes.with_batch_size(setup.config, chosen.size)
+
+
+def _faces_bytes(setup: TrainingSetup) -> int:
+    """Bytes of the GPU that the decoded faces take."""
+    return sum(store.gpu_bytes for store in setup.feed.stores.values())
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -27,6 +27,7 @@ def outlook_of(
     num_gpus: int,
     link: Link,
     measured_s: float | None = None,
+    measured_batch: int | None = None,
 ) -> Outlook:
     """What several GPUs would bring to a run.
 
@@ -37,16 +38,21 @@ def outlook_of(
         card: Figures of it.
         num_gpus: Number of GPUs, at most the batch size.
         link: Slowest link between them.
-        measured_s: Seconds of a step of one GPU with the whole batch; None: the roofline's.
+        measured_s: Seconds of a step of one GPU; None: the roofline's.
+        measured_batch: Faces of each side in that step; None: the whole batch.
     """
     batch_size = config.train.batch_size
-    small, whole, large = (
+    small, measured, large = (
         step_time(config, precision, device, card, size)
         # A rank's share and much more than the batch: between them lies all that is asked for.
-        for size in (math.ceil(batch_size / num_gpus), batch_size, _GROWTH * batch_size)
+        for size in (
+            math.ceil(batch_size / num_gpus),
+            measured_batch or batch_size,
+            _GROWTH * batch_size,
+        )
     )
     if measured_s is not None:
-        small, large = (_as_measured(each, whole, measured_s) for each in (small, large))
+        small, large = (_as_measured(each, measured, measured_s) for each in (small, large))
     return outlook(between(small, large), batch_size, num_gpus, link)
 
 
@@ -78,11 +84,11 @@ def measured_step_time(
     return _as_measured(predicted, predicted, measured_s)
 
 
-def _as_measured(step: StepTime, whole: StepTime, measured_s: float) -> StepTime:
-    """A predicted step, by how much longer than predicted that of the whole batch took."""
+def _as_measured(step: StepTime, measured: StepTime, measured_s: float) -> StepTime:
+    """A predicted step, by how much longer than predicted the measured one took."""
     # The update is as predicted, since its bytes are known, as long as that leaves the half.
-    open_s = min(whole.update_s - whole.hidden_s, measured_s / 2)
-    factor = (measured_s - open_s) / whole.computed_s
+    open_s = min(measured.update_s - measured.hidden_s, measured_s / 2)
+    factor = (measured_s - open_s) / measured.computed_s
     return replace(
         step,
         step_s=factor * step.computed_s + open_s,
