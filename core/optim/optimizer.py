@@ -279,8 +279,7 @@ class Update:
 
     def _allocate(self) -> None:
         """Make what is kept of every parameter from step to step, in the memory where it lies."""
-        # Here: of ranks that keep a slice each, none has room for all.
-        if self.is_on_host and self.low_precision_weights:
+        if self.is_on_host and self.low_precision_weights:  # not before: a rank keeps a slice
             self.master_weights = placement.page_locked(self.master_weights)
         zeros = placement.page_locked_zeros if self.is_on_host else _zeros
         self.moments = {kind: zeros(self.parameters) for kind in self.rule.moments}
