@@ -149,8 +149,7 @@ static inline int sample_row(const uint32_t *picture, int stride, const float *p
             _mm256_mullo_epi32(_mm256_cvttps_epi32(row), _mm256_set1_epi32(stride)),
             _mm256_cvttps_epi32(column));
         const PixelPairs tops = gather_pairs(picture, top);
-        const PixelPairs bottoms =
-            gather_pairs(picture, _mm256_add_epi32(top, _mm256_set1_epi32(stride)));
+        const PixelPairs bottoms = gather_pairs(picture + stride, top);
         __m256i mixed_words = _mm256_setzero_si256();
         for (int c = 0; c < 3; ++c) {
             const __m256i channel = channel_bytes(c);
@@ -168,6 +167,9 @@ static inline int sample_row(const uint32_t *picture, int stride, const float *p
 
 // ---- what is stored ---------------------------------------------------------------------------
 
+// 1 / 255 as the sum of two floats: of all 256 levels, their product is the quotient, rounded once.
+constexpr float kLevel = 1.0f / 255, kLevelRest = 1.0 / 255 - 1.0f / 255;
+
 // A row of unit_level: B G R, or R G B.
 static inline int store_units(const uint32_t *row, int count, int rgb, float *out) {
     const __m128i bgr = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
@@ -183,7 +185,9 @@ static inline int store_units(const uint32_t *row, int count, int rgb, float *ou
                                    _mm_srli_si128(high, 4)};
         for (int i = 0; i < 3; ++i) {
             const __m256 numbers = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(thirds[i]));
-            _mm256_storeu_ps(out + 3 * x + 8 * i, _mm256_div_ps(numbers, _mm256_set1_ps(255.0f)));
+            const __m256 rest = _mm256_mul_ps(numbers, _mm256_set1_ps(kLevelRest));
+            _mm256_storeu_ps(out + 3 * x + 8 * i,
+                             _mm256_fmadd_ps(numbers, _mm256_set1_ps(kLevel), rest));
         }
     }
     return x;

@@ -189,7 +189,11 @@ void shift_levels(float change, int count, uint8_t *__restrict levels) {
 void to_bgr(const mien::ColorTables &tables, const uint32_t *__restrict source, int area,
             const uint8_t *__restrict light, const uint8_t *__restrict a,
             const uint8_t *__restrict b, uint32_t *__restrict out) {
-    for (int i = 0; i < area; ++i)
+    int i = 0;
+#ifdef __AVX2__
+    i = mien::bgr_row(source, area, light, a, b, out);
+#endif
+    for (; i < area; ++i)
         out[i] =
             (source[2 * i] & 0xFF000000u) | mien::bgr_of(tables, mien::Lab{light[i], a[i], b[i]});
 }
