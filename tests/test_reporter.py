@@ -1,5 +1,6 @@
 """What a run tells, as lines, as JSON and as TensorBoard events."""
 
+import functools
 import io
 import json
 import math
@@ -7,18 +8,22 @@ import os
 import re
 import subprocess
 import sys
+import types
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from mien.core.config import from_dict
 from mien.core.console import tensorboard, wandb_log
 from mien.core.console.event_files import older_file
 from mien.core.console.reporter import Reporter
 from mien.core.console.status_line import duration, fitted, status_text
 from mien.core.console.tensorboard import LogError, Logs, NullLog, TensorBoardLog, open_log
 from mien.core.console.wandb_log import WandbLog
+from mien.core.training.outputs import open_logs
 
 STEP = {
     "iteration": 12,
@@ -316,7 +321,9 @@ def test_one_log_that_refuses_costs_the_others_nothing():
 
     said = []
     full, other = Log(is_full=True), Log(is_full=False)
-    log = Logs(full, other, warn=said.append)
+    log = Logs(full, warn=said.append)
+    log.open(functools.partial(TensorBoardLog, Path("/dev/null"), 1))
+    log.open(lambda: other)
     for step in (1, 2):
         log.scalars({"batch_total": 1.0}, step)
         log.flush()
@@ -324,6 +331,7 @@ def test_one_log_that_refuses_costs_the_others_nothing():
     assert (full.steps, other.steps) == ([1], [1, 2])
     assert full.is_closed
     assert other.is_closed
+    assert said.pop(0).endswith("--no-logs; no events are written there in this session")
     assert said == [
         "the disk is full; no more events are written there in this session",
         "the disk is full; the last events are lost",
@@ -656,8 +664,15 @@ def test_weights_and_biases_without_a_login_is_a_line(tmp_path, monkeypatch):
     ):
         WandbLog("faces", tmp_path, "0" * 32, {})
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="log.wandb needs wandb, which is not installed"):
-        WandbLog("faces", tmp_path, "0" * 32, {})
+    session = types.SimpleNamespace(number=1, batch_size=4)
+    state = types.SimpleNamespace(session=session, iterations=0, run_id="0" * 32)
+    closed = []
+    monkeypatch.setattr(TensorBoardLog, "close", lambda log: closed.append(log))
+    config, reporter = from_dict({"log": {"wandb": "faces"}}), Reporter(io.StringIO())
+    with ExitStack() as stack:
+        with pytest.raises(ValueError, match="log.wandb needs wandb, which is not installed"):
+            open_logs(config, tmp_path, state, reporter, stack)
+    assert len(closed) == 1, "what was opened before it"
 
 
 def _without_styles(stream):

@@ -90,8 +90,18 @@ class Logs:
     """
 
     def __init__(self, *logs: Log, warn: Callable[[str], None]) -> None:
-        self._logs, self._warn = logs, warn
+        self._logs, self._warn = list(logs), warn
         self._writing = list(logs)
+
+    def open(self, opening: Callable[[], Log]) -> None:
+        """Add the destination that a call opens; one that refuses is reported and left out."""
+        try:
+            log = opening()
+        except LogError as error:
+            self._warn(f"{error}; no events are written there in this session")
+        else:
+            self._logs.append(log)
+            self._writing.append(log)
 
     def scalars(self, values: dict[str, float], step: int, wall_time: float | None = None) -> None:
         """Record the values of one iteration, as `Log.scalars`."""

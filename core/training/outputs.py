@@ -1,6 +1,6 @@
 """What a session writes and shows next to its saves: previews, measurements, events, lines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from ..checkpoint.state import TrainingState
 from ..config import Config, from_dict, to_dict, to_toml, without_private
 from ..console.notify import Notifier
 from ..console.reporter import EVENTS, Reporter
-from ..console.tensorboard import Log, LogError, Logs, open_log
+from ..console.tensorboard import Log, Logs, open_log
 from ..console.wandb_log import WandbLog
 from ..data.decode import thread_count
 from ..data.sides import SideFaces
@@ -87,9 +87,14 @@ def open_logs(
     stack: ExitStack,
 ) -> Log:
     """Open this session's log; its events and lines are kept in their files from now on."""
-    log = _open_log(config, model_dir, state, reporter)
-    # On the stack at once: a start that fails behind this must still close its file.
-    stack.callback(log.close)
+    logs = Logs(warn=reporter.warning)
+    # On the stack before any is open: a start that fails behind one must still close its file.
+    stack.callback(logs.close)
+    # Each by itself: W&B that is out of reach must not cost the events on the disk.
+    for opening in _log_openings(config, model_dir, state):
+        logs.open(opening)
+    # The history reckons EG/s from it, also of a session that no save knows of.
+    logs.scalars({BATCH_SIZE_TAG: state.session.batch_size}, state.iterations)
     events = model_dir / "logs" / f"session_{state.session.number}" / EVENTS
     reporter.keep_in(
         events=events if config.save.logs else None,
@@ -99,34 +104,21 @@ def open_logs(
     )
     if config.notify.command or config.notify.url:
         reporter.notify_by(Notifier(config.notify, model_dir))
-    return log
+    return logs
 
 
-def _open_log(config: Config, model_dir: Path, state: TrainingState, reporter: Reporter) -> Log:
-    """Open the logs of scalars; what refuses is left out, with a warning."""
+def _log_openings(
+    config: Config, model_dir: Path, state: TrainingState
+) -> Iterator[Callable[[], Log]]:
+    """Calls that open the logs of scalars that are set."""
     # W&B and TensorBoard show them to others.
     settings = without_private(to_dict(config))
-    logs: list[Log] = []
-    openings: list[Callable[[], Log]] = [
-        lambda: open_log(
-            model_dir,
-            state.session.number,
-            enabled=config.save.logs,
-            first_step=state.iterations + 1,
-            settings=to_toml(from_dict(settings)),
-        )
-    ]
+    yield lambda: open_log(
+        model_dir,
+        state.session.number,
+        enabled=config.save.logs,
+        first_step=state.iterations + 1,
+        settings=to_toml(from_dict(settings)),
+    )
     if config.log.wandb:
-        project = config.log.wandb
-        openings.append(lambda: WandbLog(project, model_dir, state.run_id, settings))
-    # Each by itself: W&B that is out of reach must not cost the events on the disk.
-    for opening in openings:
-        try:
-            log = opening()
-            # The history reckons EG/s from it, also of a session that no save knows of.
-            log.scalars({BATCH_SIZE_TAG: state.session.batch_size}, state.iterations)
-        except LogError as error:
-            reporter.warning(f"{error}; no events are written there in this session")
-        else:
-            logs.append(log)
-    return Logs(*logs, warn=reporter.warning)
+        yield lambda: WandbLog(config.log.wandb, model_dir, state.run_id, settings)
