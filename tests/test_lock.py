@@ -221,21 +221,102 @@ def test_an_owner_file_is_taken_over_by_rule(tmp_path, content, age_s, is_taken_
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_of_two_that_find_a_stale_owner_file_one_gets_it(tmp_path, monkeypatch):
-    """The other has removed it and made its own between this one's look and its removal."""
-    (tmp_path / OWNER).write_bytes(_elsewhere().line)
+@pytest.mark.parametrize(
+    ("stale", "fresh"),
+    [
+        pytest.param(_elsewhere().line, Owner(18, "quicker", "another-boot.1", 6).line, id="taken"),
+        pytest.param(_elsewhere().line, _elsewhere().line, id="renewed"),
+        pytest.param(b"", b"", id="being made"),
+    ],
+)
+def test_of_two_that_find_a_stale_owner_file_one_gets_it(stale, fresh, tmp_path, monkeypatch):
+    """It is another's, or alive again, between this one's look and its removal."""
+    (tmp_path / OWNER).write_bytes(stale)
     os.utime(tmp_path / OWNER, (0, 0))
-    clear_away, fresh = owners.OwnerFile._clear_away, Owner(18, "quicker", "another-boot.1", 6)
+    clear_away = owners.OwnerFile._clear_away
 
-    def be_late(self: owners.OwnerFile, stale: Owner | None) -> None:
-        (tmp_path / OWNER).write_bytes(fresh.line)
-        clear_away(self, stale)
+    def be_late(self: owners.OwnerFile, found: object) -> None:
+        (tmp_path / OWNER).write_bytes(fresh)
+        clear_away(self, found)
 
     monkeypatch.setattr(owners.OwnerFile, "_clear_away", be_late)
-    with pytest.raises(ValueError, match="in use by process 18 on quicker"):
+    with pytest.raises(ValueError, match=r"in use by (process 1[78] on|an unknown process)"):
         acquire(tmp_path)
-    assert read_owner(tmp_path) == fresh
+    assert (tmp_path / OWNER).read_bytes() == fresh
     assert sorted(os.listdir(tmp_path)) == [LOCK, OWNER]
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_run_notices_that_its_file_was_moved_away_as_it_renewed_it(tmp_path, monkeypatch):
+    """After minutes without a sign of life; it must not save then."""
+    lock, write, other = acquire(tmp_path), os.pwrite, _elsewhere()
+
+    def be_taken_over(handle: int, content: bytes, offset: int) -> int:
+        (tmp_path / OWNER).unlink()
+        (tmp_path / OWNER).write_bytes(other.line)
+        return write(handle, content, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", be_taken_over)
+        with pytest.raises(owners.InUseError, match="17 on elsewhere"):
+            lock.confirm()
+    lock.release()
+    assert read_owner(tmp_path) == other
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_run_does_not_remove_what_takes_the_place_of_its_file(tmp_path, monkeypatch):
+    lock, rename, other = acquire(tmp_path), os.rename, _elsewhere()
+
+    def be_late(source: Path, target: Path) -> None:
+        if source.name == OWNER:
+            source.write_bytes(other.line)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", be_late)
+    lock.release()
+    assert read_owner(tmp_path) == other
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_save_and_the_heart_make_a_file_that_is_gone_but_once(tmp_path, monkeypatch):
+    """Neither may meet the other's and take it for that of another run."""
+    lock, make, made, failed = acquire(tmp_path), owners.OwnerFile._make, [], []
+
+    def confirm() -> None:
+        try:
+            lock.confirm()
+        except owners.InUseError as error:
+            failed.append(error)
+
+    def confirm_beside(self: owners.OwnerFile) -> None:
+        if not made:
+            made.append(threading.Thread(target=confirm))
+            made[0].start()
+            # In vain, since it waits as it must; else it would be the first to make the file.
+            made[0].join(0.1)
+        make(self)
+
+    monkeypatch.setattr(owners.OwnerFile, "_make", confirm_beside)
+    (tmp_path / OWNER).unlink()
+    confirm()
+    made[0].join()
+    lock.release()
+    assert failed == []
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_full_disk_leaves_no_empty_owner_file(tmp_path, monkeypatch):
+    """It would keep the next start out for five minutes."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(ValueError, match="No space left"):
+            acquire(tmp_path)
+    acquire(tmp_path).release()
 
 
 @pytest.mark.usefixtures("no_flock")

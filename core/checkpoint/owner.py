@@ -11,6 +11,8 @@ One that was left behind is taken over:
     of another one      when its last heartbeat is older than 5 minutes, by the disk's own clock
 
 A run whose file was taken over, after a pause of minutes, notices before its next save and ends.
+Whoever removes a file renames it first and looks at it once more: one that was renewed meanwhile is
+put back.
 """
 
 import os
@@ -66,6 +68,27 @@ class Owner:
         return self.is_here and _start_of(self.pid) == self.start
 
 
+@dataclass(frozen=True)
+class _Found:
+    """An owner file as it was found."""
+
+    owner: Owner | None
+    """Process that it names; None where it names none of mien's."""
+
+    renewed_at: float
+    """Time of its last heartbeat, by the disk's clock."""
+
+    @classmethod
+    def at(cls, path: Path) -> "_Found | None":
+        """What is found at a path; None where there is nothing."""
+        try:
+            # Before it is read: what is written in between makes a later look differ.
+            renewed_at = os.lstat(path).st_mtime
+        except FileNotFoundError:
+            return None
+        return cls(_owner_in(path), renewed_at)
+
+
 class InUseError(Exception):
     """The folder is another run's; the message names its process."""
 
@@ -101,8 +124,9 @@ class OwnerFile:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / OWNER
-        self._line = Owner.of_this_process().line
+        self._own = Owner.of_this_process()
         self._take()
+        self._confirming = threading.Lock()
         self._ended = threading.Event()
         # A daemon: a process that fails must not live on by its heartbeat.
         self._heart = threading.Thread(target=self._beat, name="mien-owner", daemon=True)
@@ -110,19 +134,14 @@ class OwnerFile:
 
     def confirm(self) -> None:
         """Renew the file; InUseError where another run has taken the folder over meanwhile."""
-        try:
-            handle = open_plain(self._path, os.O_RDWR)
-        except FileNotFoundError:  # removed by hand, and nobody has begun since
-            self._take()
-            return
-        try:
-            if os.pread(handle, _MAX_BYTES, 0) != self._line:
-                raise InUseError(_in_words(read_owner(self._path.parent)))
-            # The same bytes: the new time of the file is the sign of life.
-            os.pwrite(handle, self._line, 0)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        # Not the heart and a save at once: where the file is gone, either would meet the other's.
+        with self._confirming:
+            try:
+                self._renew()
+                # Twice: who took the file for stale may have moved it away under the first write.
+                self._renew()
+            except FileNotFoundError:  # removed by hand, and nobody has begun since
+                self._take()
 
     def release(self) -> None:
         """End the heartbeat, and remove the file where it is still this process's; once."""
@@ -131,41 +150,58 @@ class OwnerFile:
         self._ended.set()
         # A beat under way would write the file anew after it was removed.
         self._heart.join()
-        with suppress(OSError, DamagedError):
-            if read_regular(self._path, _MAX_BYTES) == self._line:
-                self._path.unlink()
+        with suppress(OSError):
+            found = _Found.at(self._path)
+            if found is not None and found.owner == self._own:
+                self._clear_away(found)
 
     def _beat(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
             with suppress(OSError, InUseError):  # a save, which matters, meets both
                 self.confirm()
 
+    def _renew(self) -> None:
+        handle = open_plain(self._path, os.O_RDWR)
+        try:
+            if os.pread(handle, _MAX_BYTES, 0) != self._own.line:
+                raise InUseError(_in_words(read_owner(self._path.parent)))
+            # The same bytes: the new time of the file is the sign of life.
+            os.pwrite(handle, self._own.line, 0)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
     def _take(self) -> None:
         for _ in range(_TRIES):
             with suppress(FileExistsError):
-                handle = open_plain(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-                try:
-                    os.write(handle, self._line)
-                    os.fsync(handle)
-                finally:
-                    os.close(handle)
+                self._make()
                 return
-            owner = read_owner(self._path.parent)
-            if not self._is_stale(owner):
-                raise InUseError(_in_words(owner))
-            self._clear_away(owner)
+            found = _Found.at(self._path)
+            if found is not None:
+                if not self._is_stale(found):
+                    raise InUseError(_in_words(found.owner))
+                self._clear_away(found)
         raise InUseError("another process that is just starting")
 
-    def _is_stale(self, owner: Owner | None) -> bool:
-        # Of an empty file, too, its age decides: whoever makes one writes it a moment later.
-        if owner is not None and owner.is_here:
-            return not owner.is_running
+    def _make(self) -> None:
+        """Make the file, in one step; FileExistsError where there is one."""
+        handle = open_plain(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            # The disk's clock against itself: two hosts' clocks may be minutes apart.
-            renewed = os.lstat(self._path).st_mtime
-        except FileNotFoundError:
-            return True
-        return self._now() - renewed > STALE_SECONDS
+            os.write(handle, self._own.line)
+            os.fsync(handle)
+        except OSError:
+            # As on a full disk: an empty one would keep everybody out for minutes.
+            discard(self._path)
+            raise
+        finally:
+            os.close(handle)
+
+    def _is_stale(self, found: _Found) -> bool:
+        # Of an empty file, too, its age decides: whoever makes one writes it a moment later.
+        if found.owner is not None and found.owner.is_here:
+            return not found.owner.is_running
+        # The disk's clock against itself: two hosts' clocks may be minutes apart.
+        return self._now() - found.renewed_at > STALE_SECONDS
 
     def _now(self) -> float:
         """The time by the disk's clock, which need not be this machine's."""
@@ -177,8 +213,8 @@ class OwnerFile:
         finally:
             discard(probe)
 
-    def _clear_away(self, stale: Owner | None) -> None:
-        """Remove a stale file; not one that another process, as fast as this, has put there."""
+    def _clear_away(self, found: _Found) -> None:
+        """Remove a file that was found; not one that was renewed, or put there, since."""
         aside = self._own_name("stale")
         discard(aside)
         try:
@@ -186,7 +222,7 @@ class OwnerFile:
             os.rename(self._path, aside)
         except FileNotFoundError:
             return
-        if _owner_in(aside) == stale:
+        if _Found.at(aside) == found:
             discard(aside)
         else:
             os.rename(aside, self._path)
