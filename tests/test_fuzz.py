@@ -33,7 +33,7 @@ from mien.core.checkpoint.verify import facts_of, nan_scan, verify
 from mien.core.checkpoint.weights import read_weights
 from mien.core.config import Config, from_dict, parse_toml, presets, recipes, to_dict
 from mien.core.config.faceswap_ini import read_ini
-from mien.core.data.store import _is_of, _read_raw
+from mien.core.data.store import _is_of, _open_raw
 from mien.core.evaluate.evaluate import measured_at
 from mien.core.faces import png
 from mien.core.faces.dfl_pack import read_persons
@@ -840,6 +840,6 @@ def test_raw_faces(tmp_path_factory, seed):
     content = (json.dumps(first).encode() + b"\n" + text + b"\n").ljust(4096) + bytes(32)
     for spoilt in (content, harm(content, seed)):
         path.write_bytes(spoilt)
-        with bounded():
-            _read_raw(path)
+        with bounded(), contextlib.ExitStack() as stack:
+            _open_raw(path, stack)
             _is_of(path, "f")

@@ -1,11 +1,13 @@
 """The decoded faces: their bytes, where they are kept, and the raw file of the next start."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import tracemalloc
 import zlib
@@ -574,6 +576,38 @@ def test_what_a_killed_start_left_is_removed(folder, store_dir):
     assert raw_files(store_dir) == [made.path]
 
 
+def test_a_raw_file_that_another_start_removes_is_read_all_the_same(folder, store_dir, monkeypatch):
+    """By one of other settings, which replaces it by its own, after it was found and before it is
+    read."""
+    first, choose = opened(folder, store_dir), store.choose_placement
+
+    def be_late(*args):
+        first.path.unlink(missing_ok=True)
+        return choose(*args)
+
+    monkeypatch.setattr(store, "choose_placement", be_late)
+    second = opened(folder, store_dir, placement="file")
+    assert (second.reused, second.path.exists()) == (True, False)
+    np.testing.assert_array_equal(second.faces_fssc, first.faces_fssc)
+
+
+@pytest.mark.parametrize("placement", ["host", "file"])
+def test_a_part_that_another_start_removes_before_it_is_locked_is_made_anew(
+    folder, store_dir, monkeypatch, placement
+):
+    mkstemp, parts = tempfile.mkstemp, []
+
+    def be_taken_for_a_leftover(**words):
+        parts.append(mkstemp(**words))
+        if len(parts) == 1:
+            store._remove_obsolete(store_dir / "x.faces", "elsewhere")
+        return parts[-1]
+
+    monkeypatch.setattr(tempfile, "mkstemp", be_taken_for_a_leftover)
+    made = opened(folder, store_dir, placement=placement)
+    assert (len(parts), made.warnings, raw_files(store_dir)) == (2, [], [made.path])
+
+
 def test_what_another_start_is_writing_is_left_alone(folder, store_dir):
     plan = store._plan(folder, Crop("face", 1.0, 0.0, 32), DataConfig())
     other = store._RawFile(store_dir / f"{plan.key}.faces", plan)
@@ -707,7 +741,8 @@ def test_what_an_earlier_version_decoded_is_replaced(folder, store_dir, monkeypa
     header_bytes = json.loads(head)["header_bytes"]
     pixels = rest[-first.nbytes :]
     first.path.write_bytes((head + b"\n" + text + b"\n").ljust(header_bytes) + pixels)
-    assert store._read_raw(first.path) is not None
+    with contextlib.ExitStack() as stack:
+        assert store._open_raw(first.path, stack) is not None
     second = opened(folder, store_dir)
     assert not second.reused
     assert raw_files(store_dir) == [second.path]

@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from ..faces import masks
 from ..faces.folder import FaceFolder, Rejected
 from ..faces.geometry import Crop
 from ..faces.png import FaceFileError
-from ..system.durable_files import open_for_reading, sync_folder
+from ..system.durable_files import discard, open_for_reading, open_plain, sync_folder
 from .decode import decoded_by
 from .pipeline import FaceDecoder, decoding
 
@@ -213,32 +214,34 @@ def open_store(
     report_progress = progress or (lambda done, total: None)
     facts = _plan(folder, crop, data)
     path = Path(store_dir) / f"{facts.key}.faces" if store_dir is not None else None
-    # The folder's own first: a file that is there twice is read from where it may stay.
-    saved = _find_raw([store_dir, earlier_dir], facts)
     warnings: list[str] = []
-    if saved:
-        path, facts, header_bytes = saved
-        _check_usable(facts, folder, data.strict, minimum)
-        # Not the plan's bytes: faces that were rejected take no room.
-        placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
-        pixels_fssc = _pixels(path, facts, header_bytes, is_to_stay=placement == "file")
-        faces_fssc = _placed(pixels_fssc, placement, device)
-        backend = f"faces were decoded at an earlier start, they are read from {path}"
-        report_progress(len(folder.faces), len(folder.faces))
-    else:
-        _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
-        backend = decoded_by(folder.faces, data.decoder, str(device))
-        placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
-        with _Build(facts, path, placement, device) as build, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        # The folder's own first: a file that is there twice is read from where it may stay.
+        saved = _find_raw([store_dir, earlier_dir], facts, stack)
+        if saved:
+            file, facts, header_bytes = saved
+            path = Path(file.name)
+            _check_usable(facts, folder, data.strict, minimum)
+            # Not the plan's bytes: faces that were rejected take no room.
+            placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
+            pixels_fssc = _pixels(file, facts, header_bytes, is_to_stay=placement == "file")
+            faces_fssc = _placed(pixels_fssc, placement, device)
+            backend = f"faces were decoded at an earlier start, they are read from {path}"
+            report_progress(len(folder.faces), len(folder.faces))
+        else:
+            _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
+            backend = decoded_by(folder.faces, data.decoder, str(device))
+            placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
+            build = stack.enter_context(_Build(facts, path, placement, device))
             if not decoder:
                 decoder = stack.enter_context(decoding(folder.faces, crop, data, device))
             decoded = _decode_into(build.pixels_fssc, folder, decoder, data.strict, report_progress)
             facts = dataclasses.replace(facts, **decoded)
             _check_usable(facts, folder, data.strict, minimum)
             faces_fssc = build.end(facts)
-        warnings, path = build.warnings + decoder.warnings, build.path
-        if not build.path:
-            why += f"; not kept for the next start ({build.obstacle})"
+            warnings, path = build.warnings + decoder.warnings, build.path
+            if not build.path:
+                why += f"; not kept for the next start ({build.obstacle})"
     return FaceStore(
         faces_fssc=faces_fssc,
         placement=placement,
@@ -560,12 +563,8 @@ class _RawFile:
         # A save that fails costs the training; faces can be decoded again.
         if num_bytes + _disk_reserve_bytes() > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {num_bytes} bytes")
-        # A name of its own: two starts may decode the same folder at the same time.
-        self._file, self._temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.stem}-", suffix=_PART
-        )
+        self._file, self._temporary = _make_part(path)
         try:
-            _mark_as_in_use(self._file)
             self.pixels_fssc = self._mapped(num_bytes, plan.shape)
         except BaseException:
             self.close()
@@ -631,73 +630,75 @@ def _is_reason(value: Any) -> bool:
     return are_texts and len(value) == 2 and value[1].isprintable()
 
 
-def _read_header(path: Path) -> tuple[bytes, int, int] | None:
+def _read_header(file: BufferedReader) -> tuple[bytes, int, int] | None:
     """Second line of a raw file, bytes of its header and of all of it; None where it is none."""
-    with open_for_reading(path) as file:
-        # Bounded: a stranger's file may be one line as long as the disk.
-        first = json.loads(file.readline(BLOCK_BYTES))
-        header_bytes = first["header_bytes"]
-        is_size = type(header_bytes) is int and 0 < header_bytes <= MAX_HEADER_BYTES
-        if first["schema"] != SCHEMA or not is_size or header_bytes % BLOCK_BYTES:
-            return None
-        text = file.readline(header_bytes).removesuffix(b"\n")
-        # Over the facts only: hashing the pixels would take as long as reading them all.
-        if hashlib.sha256(text).hexdigest() != first["sha256"]:
-            return None
-        return text, header_bytes, os.fstat(file.fileno()).st_size
+    # Bounded: a stranger's file may be one line as long as the disk.
+    first = json.loads(file.readline(BLOCK_BYTES))
+    header_bytes = first["header_bytes"]
+    is_size = type(header_bytes) is int and 0 < header_bytes <= MAX_HEADER_BYTES
+    if first["schema"] != SCHEMA or not is_size or header_bytes % BLOCK_BYTES:
+        return None
+    text = file.readline(header_bytes).removesuffix(b"\n")
+    # Over the facts only: hashing the pixels would take as long as reading them all.
+    if hashlib.sha256(text).hexdigest() != first["sha256"]:
+        return None
+    return text, header_bytes, os.fstat(file.fileno()).st_size
 
 
-def _find_raw(folders: list[Path | None], plan: _Facts) -> tuple[Path, _Facts, int] | None:
-    """The first whole raw file of the wanted facts in some folders, its facts and header bytes."""
+def _find_raw(
+    folders: list[Path | None], plan: _Facts, stack: contextlib.ExitStack
+) -> tuple[BufferedReader, _Facts, int] | None:
+    """The first whole raw file of the wanted facts in some folders, as `_open_raw` gives it."""
     for folder in filter(None, folders):
-        path = Path(folder) / f"{plan.key}.faces"
-        raw = _read_raw(path)
-        if raw and raw[0].fit(plan):
-            return path, *raw
+        raw = _open_raw(Path(folder) / f"{plan.key}.faces", stack)
+        if raw and raw[1].fit(plan):
+            return raw
     return None
 
 
-def _read_raw(path: Path) -> tuple[_Facts, int] | None:
-    """Facts and header bytes of a raw file; None where it is not whole."""
+def _open_raw(path: Path, stack: contextlib.ExitStack) -> tuple[BufferedReader, _Facts, int] | None:
+    """A raw file, open until the stack is left, its facts and header bytes; None where it is not
+    whole."""
     with contextlib.suppress(*_NOT_RAW):
-        header = _read_header(path)
+        # Left open until its pixels are read: another start may remove or replace it meanwhile.
+        file = stack.enter_context(open_for_reading(path))
+        header = _read_header(file)
         if header:
             text, header_bytes, size = header
             facts = _Facts.from_json(text)
-            return (facts, header_bytes) if size == header_bytes + facts.num_bytes else None
+            return (file, facts, header_bytes) if size == header_bytes + facts.num_bytes else None
     return None
 
 
 def _is_of(path: Path, folder: str) -> bool:
     """Whether a raw file says that it holds the faces of a folder; the rest of it is not parsed,
     for it may be long, and anybody's."""
-    with contextlib.suppress(*_NOT_RAW):
-        header = _read_header(path)
+    with contextlib.suppress(*_NOT_RAW), open_for_reading(path) as file:
+        header = _read_header(file)
         return header is not None and f'"folder": {json.dumps(folder)}, '.encode() in header[0]
     return False
 
 
-def _pixels(path: Path, facts: _Facts, header_bytes: int, *, is_to_stay: bool) -> np.ndarray:
+def _pixels(
+    file: BufferedReader, facts: _Facts, header_bytes: int, *, is_to_stay: bool
+) -> np.ndarray:
     """The pixels of a raw file, mapped copy-on-write: nothing done to them reaches the file.
 
     Where the disk maps no files they are read; ValueError where they are to stay in the file.
     """
-    with open_for_reading(path) as file:
-        try:
-            mapped = np.memmap(file, np.uint8, "c", offset=header_bytes, shape=facts.shape)
-            return np.asarray(mapped)
-        except OSError as error:
-            if error.errno not in _NOT_OFFERED:
-                raise
-        if is_to_stay:
-            raise ValueError(
-                f"{_size(facts.num_bytes)} of decoded faces are to stay in their file, but the "
-                f"disk of {path.parent} maps no files; set data.placement to host, or "
-                "data.store_dir to a folder on another disk"
-            )
-        file.seek(header_bytes)
-        read = np.fromfile(file, np.uint8, facts.num_bytes)
-        return read.reshape(facts.shape)
+    try:
+        return np.asarray(np.memmap(file, np.uint8, "c", offset=header_bytes, shape=facts.shape))
+    except OSError as error:
+        if error.errno not in _NOT_OFFERED:
+            raise
+    if is_to_stay:
+        raise ValueError(
+            f"{_size(facts.num_bytes)} of decoded faces are to stay in their file, but the disk of "
+            f"{Path(file.name).parent} maps no files; set data.placement to host, or "
+            "data.store_dir to a folder on another disk"
+        )
+    file.seek(header_bytes)
+    return np.fromfile(file, np.uint8, facts.num_bytes).reshape(facts.shape)
 
 
 def _remove_obsolete(path: Path, folder: str) -> None:
@@ -709,15 +710,34 @@ def _remove_obsolete(path: Path, folder: str) -> None:
                 # The name alone goes: a run that has the file mapped keeps what it holds.
                 other.unlink()
     for part in path.parent.glob(f".*{_PART}"):
-        with contextlib.suppress(OSError), open_for_reading(part) as file:
+        # Open for writing: NFS locks nothing else for one alone, and no part would ever go.
+        with contextlib.suppress(OSError), open(part, "r+b", opener=open_plain) as file:
             if _is_left_behind(file.fileno()):
                 part.unlink()
+
+
+def _make_part(path: Path) -> tuple[int, str]:
+    """Handle and name of a new file beside a raw one, to become it."""
+    while True:
+        # A name of its own: two starts may decode the same folder at the same time.
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=_PART)
+        try:
+            _mark_as_in_use(handle)
+            # Else another start took it for one left behind, in the moment before it was locked.
+            if os.path.lexists(name):
+                return handle, name
+        except BaseException:
+            discard(Path(name))
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def _mark_as_in_use(handle: int) -> None:
     """Lock a file under way, so that no other start takes it for one that was left behind."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # With a wait for another start that looks at it, which takes a moment.
+        fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in NO_FLOCK:
             raise
