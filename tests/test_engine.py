@@ -189,6 +189,8 @@ class Recorder:
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording())
         monkeypatch.setattr(torch.cuda, "graph", self._graph)
+        # The CPU's generator, from which the tests draw, is in no capture.
+        monkeypatch.setattr(engines, "_renew_generator", lambda: None)
 
     @contextmanager
     def _graph(self, graph, **_):
@@ -319,6 +321,28 @@ def test_where_a_capture_fails_the_same_batches_are_trained_on(monkeypatch, fail
     assert engine.step.side_stream is None
 
 
+@pytest.mark.parametrize("failing", [{1}, {2}], ids=["first", "second"])
+def test_where_a_capture_fails_the_noise_is_that_of_an_eager_run(monkeypatch, failing):
+    def noise_of(name):
+        gpu, drawn = Recorder(monkeypatch, failing), []
+
+        def step(batch, during_backward=NOTHING):
+            # As PyTorch does, whether the work is queued or recorded.
+            number = torch.rand(()).item()
+            with during_backward:
+                gpu.run(lambda: drawn.append(number))
+
+        step.side_stream, step.update = None, PLAIN_UPDATE
+        noise = engines.Noise(seed=0)
+        engine = engines.make(name, step, CountingFeed(gpu), lambda _: None, noise=noise)
+        for number in range(8):
+            engine({"a": 4 * number, "b": 4 * number})
+        assert engine.name == "eager"
+        return drawn
+
+    assert noise_of("graph") == noise_of("eager")
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("same_algorithms")
 @pytest.mark.parametrize("mode", ["fp32", "tf32", "bf16", "fp16"])
@@ -350,4 +374,5 @@ def test_a_capture_that_fails_is_told_and_training_goes_on(monkeypatch):
     assert result[2].name == "eager"
     assert len(warnings) == 1
     assert "the graph engine cannot run here" in warnings[0]
+    torch.rand(1, device=cuda)  # which a generator that is still in the capture refuses
     _assert_same_bits(result, _trained("eager", "bf16", cuda, iterations=6))

@@ -223,7 +223,7 @@ class Graphed(Engine):
             self.warm[phase] += 1
             self._warm_up()
         else:
-            self._capture((self.turn, phase))
+            self._capture((self.turn, phase), faces_seen)
         self.step.update.end_iteration()
         # After a warm-up, too: the next batch is in the other set.
         self.turn, self.made_for = 1 - self.turn, following
@@ -254,7 +254,7 @@ class Graphed(Engine):
         # Back as well: what follows on the caller's stream reads what was made on this one.
         torch.cuda.current_stream().wait_stream(self.stream)
 
-    def _capture(self, key: tuple[int, int]) -> None:
+    def _capture(self, key: tuple[int, int], faces_seen: dict[str, int]) -> None:
         """Record an iteration without running it, then run it."""
         # Not `make_graphed_callables`, which leaves the update and the next batch to the host.
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -274,6 +274,7 @@ class Graphed(Engine):
             torch.cuda.synchronize()
             # Of memory that has crossed streams nothing is freed any more after a failed capture.
             self.step.side_stream = None
+            _renew_generator()
             obstacle = _first_line(error)
         else:
             # Here: within the capture the transfer would have become a part of every replay.
@@ -289,7 +290,18 @@ class Graphed(Engine):
             self._fall_back(obstacle or "it cannot on another rank")
             batch = self.batches[self.turn]
             assert batch is not None
+            # Again: numbers that were drawn for a capture are no part of the iteration.
+            self._seed_noise(faces_seen)
             self.step(batch)
+
+
+def _renew_generator() -> None:
+    """Have the current GPU draw random numbers again after a capture that failed.
+
+    PyTorch 2.11 leaves the state of its generator in the capture, and refuses to draw from it.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _first_line(error: BaseException) -> str:
