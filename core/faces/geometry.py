@@ -17,6 +17,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from .shrink import can_shrink, shrink
+
 CENTERINGS = ("face", "head", "legacy")
 # faceswap's: every number here must place pixels as its extraction does.
 PADDING_RATIO = {"legacy": 0.375, "face": 0.5, "head": 0.625}
@@ -298,5 +300,7 @@ def resize(image_hwc: np.ndarray, size_px: int, from_px: int | None = None) -> n
         return image_hwc
     # Cubic would leave px out where it shrinks, area show blocks where it grows.
     smaller = (edge_px if from_px is None else from_px) < size_px
+    if not smaller and size_px < edge_px and can_shrink(image_hwc, size_px):
+        return shrink(image_hwc, size_px)
     method = cv2.INTER_CUBIC if smaller else cv2.INTER_AREA
     return cv2.resize(image_hwc, (size_px, size_px), interpolation=method)

@@ -1,58 +1,14 @@
 // The filters of PNG's rows undone (PNG, third edition, section 9), for 8 bits of red, green, blue.
 // A pixel is a vector of four numbers, of which the last means nothing: what a row depends on, the
 // pixel before it, allows no wider one. Compiled once per instruction set.
-#if MIEN_PNG_ROWS_AVX2
-#include <immintrin.h>
-#endif
 #include <string.h>
 
+#include "packed_pixel.h"
 #include "png_rows.h"
 
 namespace {
 
-typedef int32_t Pixel __attribute__((vector_size(16)));
-typedef uint8_t Bytes __attribute__((vector_size(4)));
-
 enum Filter { kNone = 0, kSub = 1, kUp = 2, kAverage = 3, kPaeth = 4 };
-
-constexpr int kBytes = 3;  // of a pixel
-
-// Both in two instructions for AVX2, where the compiler takes ten.
-#if MIEN_PNG_ROWS_AVX2
-Pixel widened(Bytes packed) {
-    int32_t bits;
-    memcpy(&bits, &packed, sizeof(bits));
-    return reinterpret_cast<Pixel>(_mm_cvtepu8_epi32(_mm_cvtsi32_si128(bits)));
-}
-
-Bytes turned(Pixel pixel) {
-    const __m128i order = _mm_set1_epi32(8 | 4 << 8 | 0 << 16 | 12 << 24);
-    const __m128i packed = _mm_shuffle_epi8(reinterpret_cast<__m128i>(pixel), order);
-    const int32_t bits = _mm_cvtsi128_si32(packed);
-    Bytes bytes;
-    memcpy(&bytes, &bits, sizeof(bytes));
-    return bytes;
-}
-#else
-Pixel widened(Bytes packed) { return __builtin_convertvector(packed, Pixel); }
-
-Bytes turned(Pixel pixel) {
-    return __builtin_convertvector(__builtin_shufflevector(pixel, pixel, 2, 1, 0, 3), Bytes);
-}
-#endif
-
-template <int kRead>
-Pixel load(const uint8_t *from) {
-    Bytes packed{};
-    memcpy(&packed, from, kRead);
-    return widened(packed);
-}
-
-template <int kWritten>
-void store_turned(uint8_t *to, Pixel pixel) {
-    const Bytes packed = turned(pixel);
-    memcpy(to, &packed, kWritten);
-}
 
 Pixel absolute(Pixel value) { return value < 0 ? -value : value; }
 
@@ -97,7 +53,7 @@ void run_pixel(Row &row, Pixel *above) {
     row.left = (load<kRead>(row.from) + predicted<kFilter>(row.left, up, row.before)) & 255;
     row.before = up;
     *above = row.left;
-    store_turned<kRead>(row.to, row.left);
+    store<kRead, 2, 1, 0>(row.to, row.left);
     row.from += kBytes, row.to += kBytes;
 }
 

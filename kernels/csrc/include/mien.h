@@ -304,6 +304,23 @@ typedef struct {
 /* Undo the filters; a filter that PNG does not have is an invalid argument. */
 MIEN_API mien_status mien_png_rows_cpu(const mien_png_job *job);
 
+/* ---- A smaller picture -------------------------------------------------------------------- */
+
+#define MIEN_MAX_SHRUNK_PX 65536
+
+/* A square picture of 8 bits of three colours, and where its smaller one goes. */
+typedef struct {
+    const uint8_t *picture; /* [edge, edge, 3], its rows row_bytes apart */
+    uint8_t *smaller;       /* [size, size, 3] */
+    int64_t row_bytes;
+    int32_t edge;
+    int32_t size; /* 1..edge - 1 */
+} mien_shrink_job;
+
+/* Give each pixel the mean of the area that it covers, ties rounded to even: the bytes of OpenCV,
+ * but where edge is a multiple of size. */
+MIEN_API mien_status mien_shrink_cpu(const mien_shrink_job *job);
+
 #ifdef __cplusplus
 }
 #endif
