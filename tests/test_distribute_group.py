@@ -1,5 +1,7 @@
-"""Connections of ranks that cannot be made: what is said of them."""
+"""Connections of ranks that cannot be made, and what is seen of other ranks."""
 
+import json
+import socket
 import threading
 import types
 
@@ -10,6 +12,7 @@ from conftest import CPU
 
 from mien.core.distribute import failure, group
 from mien.core.distribute.ranks import Ranks
+from mien.core.system.processes import process_space
 
 
 def _fail(words):
@@ -37,6 +40,19 @@ def test_gpus_that_nccl_cannot_connect_are_told_with_what_helps(monkeypatch):
     assert "\n" not in text
     monkeypatch.setattr(group.shutil, "disk_usage", _refuse)
     assert "/dev/shm is not there; " in group._shared_memory()
+
+
+@pytest.mark.parametrize("is_here", [False, True])
+def test_a_rank_of_another_container_of_the_same_name_has_not_ended(is_here):
+    """Its number means nothing here; of this one's own it means that the process is gone."""
+    space = process_space() if is_here else "another-boot.1"
+    other = {"host": socket.gethostname(), "space": space, "pid": 2**30, "gpu": None}
+    store = dist.HashStore()
+    store.set("member/0", json.dumps(other))
+    members = failure.Members(Ranks(1, 2, 0, 1), store)
+    text = members.lost().failure.text if is_here else members.lost()
+    assert text == (f"rank 0 (pid {2**30}) has ended" if is_here else None)
+    assert members.is_speaker, "of its own machine, as far as it can see"
 
 
 def _refuse(path):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..system.durable_files import DamagedError, discard, open_plain, read_regular
+from ..system.processes import process_space, start_of
 
 OWNER = ".owner"
 RENEW_SECONDS, STALE_SECONDS = 15.0, 300.0
@@ -50,7 +51,7 @@ class Owner:
     def of_this_process(cls) -> "Owner":
         """What this process writes of itself."""
         pid = os.getpid()
-        return cls(pid, socket.gethostname(), _machine(), _start_of(pid) or 0)
+        return cls(pid, socket.gethostname(), process_space(), start_of(pid) or 0)
 
     @property
     def line(self) -> bytes:
@@ -60,12 +61,12 @@ class Owner:
     @property
     def is_here(self) -> bool:
         """Whether its process can be looked for."""
-        return self.machine == _machine()
+        return self.machine == process_space()
 
     @property
     def is_running(self) -> bool:
         """Whether its process is there; of another machine this cannot be seen and is False."""
-        return self.is_here and _start_of(self.pid) == self.start
+        return self.is_here and start_of(self.pid) == self.start
 
 
 @dataclass(frozen=True)
@@ -234,23 +235,3 @@ class OwnerFile:
 
 def _in_words(owner: Owner | None) -> str:
     return "an unknown process" if owner is None else process_in_words(owner.pid, owner.host)
-
-
-def _machine() -> str:
-    """What tells where process numbers mean the same: the boot, and the space of the numbers."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _start_of(pid: int) -> int | None:
-    """Start of a process of this machine, in ticks since the boot; None where it is gone."""
-    try:
-        # The name, in brackets, may itself hold spaces and brackets: the last one ends it.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    # A zombie holds nothing any more.
-    return None if state in "ZX" else int(fields[18])

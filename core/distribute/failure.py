@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from ..system.processes import process_space
 from .ranks import Ranks
 
 _FAILURE = "failure"
@@ -53,13 +54,16 @@ class _Member:
     """The process of a rank."""
 
     host: str
+    space: str
+    """Space of process numbers in which its number means it."""
+
     pid: int
     gpu: int | None
 
     @property
     def is_here(self) -> bool:
-        """Whether it runs on this machine."""
-        return self.host == _host()
+        """Whether it runs on this machine, and in no other container."""
+        return self.space == process_space()
 
     def end(self) -> str | None:
         """How it has ended; None: it runs, or cannot be seen from this machine."""
@@ -101,7 +105,7 @@ class Members:
         # One for each task is how srun shows them.
         index = 0 if len(numbers) == 1 else ranks.local_rank
         gpu = numbers[index] if index < len(numbers) else None
-        own = _Member(_host(), os.getpid(), gpu)
+        own = _Member(socket.gethostname(), process_space(), os.getpid(), gpu)
         # Written before any is read: `get` waits for a key, and so for the rank that sets it.
         store.set(_key(ranks.rank), json.dumps(asdict(own)))
         self.members = [_Member(**json.loads(store.get(_key(rank)))) for rank in range(ranks.size)]
@@ -171,7 +175,3 @@ class Members:
 
 def _key(rank: int) -> str:
     return f"member/{rank}"
-
-
-def _host() -> str:
-    return socket.gethostname()

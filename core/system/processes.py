@@ -1,0 +1,28 @@
+"""Processes of this machine: where a number means one, and when it was started."""
+
+import os
+import socket
+from pathlib import Path
+
+
+def process_space() -> str:
+    """What tells where process numbers mean the same: the boot, and the space of the numbers.
+
+    A host's name does not: containers and cloned machines may share it.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
+
+
+def start_of(pid: int) -> int | None:
+    """Start of a process of this machine, in ticks since the boot; None where it is gone."""
+    try:
+        # The name, in brackets, may itself hold spaces and brackets: the last one ends it.
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    # A zombie holds nothing any more.
+    return None if state in "ZX" else int(fields[18])
