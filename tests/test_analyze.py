@@ -328,6 +328,19 @@ def test_an_iteration_that_is_logged_again_takes_the_place_of_what_followed(tmp_
     assert read_history(model).sessions[0].iterations_n.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("size", [10, 1 << 20, 3 << 20])
+def test_what_follows_a_preview_is_read_however_large_its_picture_is(tmp_path, size):
+    model = tmp_path / "model"
+    _save(model, 4)
+    log = TensorBoardLog(model, 1, 1)
+    log.scalars({"batch_total": 1.0}, 1)
+    log.picture("preview", lambda: (b"\xff" * size, (64, 64)), 1)
+    for iteration in (2, 3, 4):
+        log.scalars({"batch_total": 1.0}, iteration)
+    log.close()
+    assert read_history(model).sessions[0].iterations_n.tolist() == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("declared", [1 << 40, (1 << 64) - 1, (1 << 20) + 1])
 @pytest.mark.parametrize("has_them", [False, True], ids=["missing", "sparse"])
 def test_a_record_of_a_terabyte_is_not_read(tmp_path, declared, has_them):

@@ -296,7 +296,8 @@ def _names_in(folder: str) -> list[str]:
 
 
 def _events(stream: BufferedReader) -> Iterator["Event"]:
-    """The events of a file, up to the first that is not whole or is none of a run's.
+    """The events of a file, less large pictures, up to the first that is not whole or is none of a
+    run's.
 
     The checksums are not computed: in Python that takes minutes for a million iterations. What a
     crash leaves shows without them: the end is missing, or is zeros, which are empty events.
@@ -309,8 +310,12 @@ def _events(stream: BufferedReader) -> Iterator["Event"]:
         (size,) = _HEADER.unpack(stream.read(_HEADER.size))
         remaining -= _HEADER.size + size + _FOOTER_BYTES
         # A size beyond the file is a record that a running training has not written out yet.
-        if remaining < 0 or not 0 < size <= _MAX_RECORD_BYTES:
+        if remaining < 0 or not size:
             return
+        # A picture of a preview, which is nothing of the history, may be larger than all bounds.
+        if size > _MAX_RECORD_BYTES:
+            stream.seek(size + _FOOTER_BYTES, os.SEEK_CUR)
+            continue
         try:
             event = Event.FromString(stream.read(size))
         except DecodeError:
