@@ -194,10 +194,12 @@ class _EventFile:
             size = values[0].simple_value
             self.batch_size = int(size) if 1 <= size <= MAX_COUNT else None
             return
-        # All events of a run are alike, so that most tags need not be read.
-        if len(values) != self.num_values or any(
-            values[place].tag != tag for tag, place in self.places.items()
-        ):
+        # All iterations of a run are alike, so that most tags need not be read.
+        is_alike = len(values) == self.num_values and all(
+            values[place].tag == tag for tag, place in self.places.items()
+        )
+        # Behind something else, which may have as many values, there are no places.
+        if not (self.places and is_alike):
             self._find_places(values, wants)
         # An event of something else, as the settings, an image or the metrics of a save.
         if ITERATION not in self.places:
