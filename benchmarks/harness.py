@@ -279,14 +279,24 @@ def read_results(path: Path) -> dict[str, Any]:
     return content
 
 
-def all_results(*folders: Path | None) -> list[dict[str, Any]]:
+def all_results(*folders: Path | None, skips_others: bool = False) -> list[dict[str, Any]]:
     """Every results file, in the order of the times at which they were begun.
 
-    folders: where to look; None: in `RESULTS`, as without any.
+    folders: where to look; None: in `RESULTS`, as without any. skips_others: leave out what is no
+    results file, where the folder is anybody's.
+
+    Raises ValueError, unless skips_others, where a file is none.
     """
     # A set: two of them may be one folder.
     paths = {path for folder in folders or (None,) for path in (folder or RESULTS).glob("*.json")}
-    return sorted(map(read_results, paths), key=lambda content: content["time_utc"])
+    found = []
+    for path in paths:
+        try:
+            found.append(read_results(path))
+        except ValueError:
+            if not skips_others:
+                raise
+    return sorted(found, key=lambda content: str(content["time_utc"]))
 
 
 def known_ceilings(folder: Path | None = None) -> dict[str, Any] | None:
@@ -296,8 +306,8 @@ def known_ceilings(folder: Path | None = None) -> dict[str, Any] | None:
     own and in `RESULTS`.
     """
     where = environment()
-    for content in reversed(all_results(folder, user_results(), RESULTS)):
-        same = all(content[key] == where[key] for key in ("card", "cores", "torch"))
+    for content in reversed(all_results(folder, user_results(), RESULTS, skips_others=True)):
+        same = all(content.get(key) == where[key] for key in ("card", "cores", "torch"))
         if same and content.get("ceilings"):
             return content["ceilings"]
     return None

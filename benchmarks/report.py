@@ -20,7 +20,10 @@ BEGIN, END = "<!-- figures: `mien bench report` writes them -->", "<!-- end of f
 
 
 def newest_results(folder: Path | None = None) -> list[dict[str, Any]]:
-    """The last results file of every card, by the time it was begun; None: in `RESULTS`."""
+    """The last results file of every card, by the time it was begun.
+
+    folder: where to look; None: in `RESULTS`.
+    """
     return list({content["card"]: content for content in all_results(folder)}.values())
 
 

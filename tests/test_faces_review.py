@@ -113,13 +113,29 @@ def test_a_link_that_is_moved_leads_to_its_file(spoilt, tmp_path):
     assert are_absolute == {"absolute.png", "to moved.png"}, "as the user has made them"
 
 
+def test_a_file_stays_to_which_a_link_leads_by_way_of_another_folder(drawn, tmp_path):
+    faces, beside = tmp_path / "faces", tmp_path / "beside"
+    shutil.copytree(drawn, faces)
+    beside.mkdir()
+    (beside / "middle.png").symlink_to(faces / "zz.png")
+    first = min(faces.iterdir())
+    first.rename(faces / "zz.png")
+    first.symlink_to(beside / "middle.png")
+    move_named(report(faces), tmp_path / "aside")
+    assert (faces / "zz.png").exists() and not first.is_symlink()
+
+
 def test_the_file_of_a_link_is_not_named_as_its_repeat(spoilt, tmp_path):
-    """Else a list for `xargs -0 rm`, or a move, would take the file, and leave a dead link."""
+    """A list for `xargs -0 rm`, or a move, would else take the file, and leave a dead link."""
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    (beside / "middle.png").symlink_to(spoilt / "zz again.png")
     (spoilt / "aa.png").symlink_to("ab.png")
-    (spoilt / "ab.png").symlink_to("zz again.png")
+    (spoilt / "ab.png").symlink_to(beside / "middle.png")
     move_named(report(spoilt), tmp_path / "aside")
     assert not any(path.is_symlink() for path in spoilt.iterdir())
-    assert all(path.exists() for path in tmp_path.rglob("*"))
+    moved = (tmp_path / "aside").rglob("*")
+    assert [path for path in [*spoilt.iterdir(), *moved] if not path.exists()] == []
     assert len(list(spoilt.iterdir())) == 26
 
 

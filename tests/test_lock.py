@@ -248,7 +248,7 @@ def test_of_two_that_find_a_stale_owner_file_one_gets_it(stale, fresh, tmp_path,
 
 @pytest.mark.usefixtures("no_flock")
 def test_a_run_notices_that_its_file_was_moved_away_as_it_renewed_it(tmp_path, monkeypatch):
-    """After minutes without a sign of life; it must not save then."""
+    """Minutes passed without a sign of life; it must not save then."""
     lock, write, other = acquire(tmp_path), os.pwrite, _elsewhere()
 
     def be_taken_over(handle: int, content: bytes, offset: int) -> int:

@@ -128,6 +128,9 @@ def test_ceilings_are_measured_once_wherever_they_are_written(folder, monkeypatc
     for bench in (bench_machine, bench_step):
         monkeypatch.setattr(bench, "rows", lambda _: iter([step_row(20.0)]))
     monkeypatch.setattr(bench_machine, "table", lambda *_: "")
+    harness.RESULTS.mkdir(parents=True, exist_ok=True)
+    (harness.RESULTS / "package.json").write_text('{"name": "of somebody"}')
+    (harness.RESULTS / "cut.json").write_text("{")
     for _ in range(2):
         assert main(["bench", *words]) == 0
     assert len(measured) == 1

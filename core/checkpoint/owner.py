@@ -51,7 +51,9 @@ class Owner:
     def of_this_process(cls) -> "Owner":
         """What this process writes of itself."""
         pid = os.getpid()
-        return cls(pid, socket.gethostname(), process_space(), start_of(pid) or 0)
+        # A host may have any name, and its line has words.
+        host = re.sub(r"\s", "-", socket.gethostname())
+        return cls(pid, host, process_space(), start_of(pid) or 0)
 
     @property
     def line(self) -> bytes:

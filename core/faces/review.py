@@ -14,13 +14,16 @@ are moved lead to their files as before.
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..system.durable_files import write_output
 from .check import Comparison, Report
 from .folder import MINIMUM_FACES
+
+_MOST_LINKS = 40
+"""Links that lead to one another, as many as Linux follows."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ def _repeated(folder: str, group: Sequence[str]) -> list[str]:
     """All of a group but the one to stay: the first that is no link to another one of them."""
     place = os.path.realpath(folder)
     paths = {name: os.path.join(place, name) for name in group}
-    links = {name for name in group if _next_of(paths[name]) in paths.values()}
+    files = set(paths.values())
+    links = {name for name in group if not files.isdisjoint(_behind(paths[name]))}
     stays = min(group, key=lambda name: name in links)
     return [name for name in group if name != stays]
 
@@ -152,11 +156,23 @@ def _led_from(link: str, folder: str, places: Mapping[str, str]) -> str:
 
     places: where files that are moved with it go, by their paths.
     """
-    text, leads_to = os.readlink(link), _next_of(link)
-    assert leads_to is not None
+    text, behind = os.readlink(link), list(_behind(link))
+    # Past links that stay where they are: they lead to a place that is left.
+    moved = next((places[path] for path in behind if path in places), None)
     if os.path.isabs(text):
-        return places.get(leads_to, text)
-    return os.path.relpath(places.get(leads_to, leads_to), os.path.realpath(folder))
+        return moved or text
+    return os.path.relpath(moved or behind[0], os.path.realpath(folder))
+
+
+def _behind(link: str) -> Iterator[str]:
+    """Paths that a link leads to one after another, the last one of them no link."""
+    # As many as the system itself follows: links may lead in a circle.
+    for _ in range(_MOST_LINKS):
+        following = _next_of(link)
+        if following is None:
+            return
+        yield following
+        link = following
 
 
 def _next_of(link: str) -> str | None:

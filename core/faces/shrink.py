@@ -1,5 +1,7 @@
 """A picture made smaller by libmien: OpenCV's bytes in a third of its time.
 
+Measured with 336 px made 64 to 256, on one core of an AMD EPYC.
+
 Letters: hwc = row, column, channel.
 """
 
@@ -16,7 +18,10 @@ def can_shrink(image_hwc: np.ndarray, size_px: int) -> bool:
     edge_px = image_hwc.shape[0]
     is_square = image_hwc.ndim == 3 and image_hwc.shape[1:] == (edge_px, 3)
     has_whole_rows = is_square and image_hwc.strides[1:] == (3, 1) and image_hwc.strides[0] > 0
-    return image_hwc.dtype == np.uint8 and has_whole_rows and 0 < size_px and edge_px % size_px > 0
+    if image_hwc.dtype != np.uint8 or not has_whole_rows:
+        return False
+    _, lib = native.library()
+    return 0 < size_px < edge_px <= lib.MIEN_MAX_SHRUNK_PX and edge_px % size_px > 0
 
 
 def shrink(image_hwc: np.ndarray, size_px: int) -> np.ndarray:
