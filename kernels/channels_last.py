@@ -51,10 +51,10 @@ def add_up_last(
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_partials - 1:
         partials = tl.arange(0, BLOCK_N)
-        at = partials.to(tl.int64)[:, None] * NUM_CHANNELS + channels[None, :]
+        at = partials[:, None] * NUM_CHANNELS + channels[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-        # The pointer moves on: addresses made anew for each block took more live values, for which
-        # the compiler for sm_100 needed a stack.
+        # The pointer moves on, by places of 32 bits within a block: addresses made anew for each
+        # block, or of 64 bits, took more live values, for which some compilers needed a stack.
         for begin in range(0, num_partials, BLOCK_N):
             mask = (partials < num_partials - begin)[:, None] & used[None, :]
             total += tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")

@@ -218,7 +218,10 @@ def test_other_encodings_are_refused_with_the_remedy(content, said):
 
 @pytest.mark.parametrize(
     "path",
-    [r"C:\Users\me\faces", r"C:\faces\a", r"D:\temp", r"e:\new", r"C:\x", r"\\nas\share", r"a\b\c"],
+    [
+        *(r"C:\Users\me\faces", r"C:\faces\a", r"D:\temp", r"e:\new", r"C:\x", r"a\b\c"),
+        *(r"\\nas\share", r"\\nas\faces"),
+    ],
 )
 def test_a_windows_path_in_double_quotes_is_refused_with_the_remedy(path, tmp_path, capsys):
     file = tmp_path / "run.toml"

@@ -139,6 +139,9 @@ def test_sub_folders_and_jpegs_are_named_where_there_is_no_png(tmp_path):
     shutil.rmtree(folder / "good")
     assert "; its sub-folder right holds 2: give that one, or put" in message_of(folder)
     shutil.rmtree(folder / "right")
+    write_faces(folder / "empty/deeper/still", ["f.png"])
+    assert "; its sub-folder empty/deeper/still holds 1: give that" in message_of(folder)
+    shutil.rmtree(folder / "empty/deeper")
     (folder / "empty" / "1.jpg").write_bytes(b"\xff\xd8\xff")
     assert "; its sub-folder empty holds 1 JPEGs: give that one" in message_of(folder)
 

@@ -122,7 +122,8 @@ def test_a_file_stays_to_which_a_link_leads_by_way_of_another_folder(drawn, tmp_
     first.rename(faces / "zz.png")
     first.symlink_to(beside / "middle.png")
     move_named(report(faces), tmp_path / "aside")
-    assert (faces / "zz.png").exists() and not first.is_symlink()
+    assert (faces / "zz.png").exists()
+    assert not first.is_symlink()
 
 
 def test_the_file_of_a_link_is_not_named_as_its_repeat(spoilt, tmp_path):

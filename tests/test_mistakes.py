@@ -240,19 +240,26 @@ NO_UTF8 = "f\udce4.png"
 
 
 def test_names_that_are_no_utf8_end_no_run(sides, tmp_path, capsys):
-    faces = tmp_path / "a"
+    """Of a face, of the folders of faces and of the model, and of the log file."""
+    faces, model = tmp_path / "a_\udce4", tmp_path / "model_\udce4"
     faces.mkdir()
     for path in sides[0].iterdir():
         os.link(path, faces / path.name)
     (faces / NO_UTF8).write_text("no face")
-    words = ["-A", str(faces), "-B", str(sides[1]), "-m", str(tmp_path / "model"), "-b", "4"]
+    words = ["-A", str(faces), "-B", str(sides[1]), "-m", str(model), "-b", "4"]
     words += ["-t", "lightweight", "--set", "model.options.width=8", "--device", "cpu"]
-    assert main(["train", *words, "-i", "1", "-F", str(tmp_path / "run.log")]) == 0
-    line = rf"Warning: skipped {faces}/f\xe4.png: is no PNG: only PNGs that extraction wrote"
-    assert line in capsys.readouterr().out
-    assert line in (tmp_path / "run.log").read_text()
-    (events,) = tmp_path.glob("model/logs/session_1/events.jsonl")
-    assert f"{faces}/{NO_UTF8}" in json.loads(events.read_text().splitlines()[0])["message"]
+    log = tmp_path / "run_\udce4.log"
+    assert main(["train", *words, "-i", "1", "-F", str(log)]) == 0
+    line = rf"Warning: skipped {tmp_path}/a_\xe4/f\xe4.png: is no PNG: only PNGs that extraction"
+    told = capsys.readouterr().out
+    assert line in told
+    assert rf"data.input_a is no UTF-8 name ({tmp_path}/a_\xe4) and is not kept" in told
+    assert line in log.read_text()
+    events = (model / "logs/session_1/events.jsonl").read_text().splitlines()
+    skipped = f"skipped {faces}/{NO_UTF8}"
+    assert any(skipped in json.loads(event).get("message", "") for event in events)
+    (board,) = (model / "logs/session_1/train").glob("events.out.tfevents.*")
+    assert rf"{tmp_path}/a_\\xe4".encode() in board.read_bytes()
 
 
 def test_a_crash_is_reported_whatever_its_names_hold(tmp_path, capsys):

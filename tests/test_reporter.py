@@ -652,6 +652,11 @@ def test_weights_and_biases_gets_means_pictures_and_settings(tmp_path, monkeypat
         assert word in content
 
 
+def test_weights_and_biases_leaves_alone_a_folder_whose_name_is_no_utf8(tmp_path):
+    with pytest.raises(LogError, match=r"W&B keeps no files in .*hero_\\xe4/logs, .*; rename it"):
+        WandbLog("faces", tmp_path / "hero_\udce4", "0" * 32, {})
+
+
 def test_weights_and_biases_without_a_login_is_a_line(tmp_path, monkeypatch):
     import wandb
 

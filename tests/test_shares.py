@@ -148,7 +148,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(folders, tmp_path):
     with pytest.raises(ValueError, match="none has a share of the draws, but no face of it is"):
         opened([whole, f"{none}:0.5"], folders)
     tree = str(folders["tree"])
-    with pytest.raises(ValueError, match="its sub-folder right holds 13: .* add --sub-folders"):
+    with pytest.raises(ValueError, match="left/deep, right hold 26: .* add --sub-folders"):
         opened(tree, folders)
     with pytest.raises(ValueError, match="share 13 files: give each face once"):
         opened([tree, f"{tree}/right"], folders, sub_folders=True)

@@ -21,8 +21,9 @@ MAX_TOML_DOTS = 32
 """Most dots in one line: the parser takes time by the square of a dotted key's parts."""
 
 _WINDOWS_PATHS = "; put Windows paths in single quotes, or use / in them"
-_SPOILT_WINDOWS_PATH = re.compile(r"[A-Za-z]:[\b\t\n\f\r\x1b]")
-"""Path of a drive as TOML reads it, such as "C:\\faces", whose backslash made an escape."""
+_SPOILT_WINDOWS_PATH = re.compile(r"(?:[A-Za-z]:|\\[^\\]+)[\b\t\n\f\r\x1b]")
+"""Path of a drive or of a server as TOML reads it, such as "C:\\faces" or "\\\\nas\\faces", whose
+backslash made an escape."""
 
 
 def to_toml(config: Config) -> str:

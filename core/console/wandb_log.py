@@ -5,11 +5,13 @@
 imported only where a WandbLog is made.
 """
 
+import os
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from ..system.printable import printable
 from .spacing import Means, Pause
 from .tensorboard import ITERATION, Encode, LogError
 
@@ -34,7 +36,7 @@ class WandbLog:
 
     Raises:
         ValueError: wandb is not installed.
-        LogError: W&B refuses, as where nobody has logged in.
+        LogError: W&B refuses, as where nobody has logged in, or cannot write to such a folder.
     """
 
     def __init__(self, project: str, model_dir: Path, run_id: str, settings: dict[str, Any]):
@@ -47,6 +49,10 @@ class WandbLog:
             ) from None
         self._wandb = wandb
         folder = model_dir / "logs"
+        if os.fsencode(folder) != str(folder).encode(errors="replace"):
+            raise LogError(
+                f"W&B keeps no files in {printable(str(folder))}, no UTF-8 name; rename it"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         try:
             self._run = wandb.init(
@@ -54,7 +60,7 @@ class WandbLog:
                 # The run's own, so that a resume adds to it in place of beginning another.
                 id=run_id,
                 # The name and not the path, which would tell others about the user's folders.
-                name=model_dir.name,
+                name=printable(model_dir.name),
                 dir=str(folder),
                 config=settings,
                 resume="allow",

@@ -2,7 +2,7 @@
 
 Files named .png count, links to files too; where there are none, the pack of faces that DeepFaceLab
 makes, else JPEGs. JPEGs beside others do not, nor do sub-folders unless they are asked for: what
-lies there is counted to be told, one level deep and up to a bound.
+lies there is counted to be told, up to a bound.
 """
 
 import itertools
@@ -29,8 +29,8 @@ class PassedOver:
     """Pictures of a folder that are not looked at.
 
     num_jpegs: in the folder itself, beside PNGs or a pack. subfolders: those that hold PNGs, or
-    JPEGs where none holds a PNG (kind). num_deeper: pictures of that kind in them; is_whole: there
-    are no more than these.
+    JPEGs where none holds a PNG (kind), at any depth. num_deeper: pictures of that kind in them;
+    is_whole: there are no more than these.
     """
 
     num_jpegs: int = 0
@@ -226,9 +226,10 @@ def _kind_used(entries: dict[str, list[str]]) -> str:
 def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
     holding: dict[str, dict[str, int]] = {"PNG": {}, "JPEG": {}}
     left = _MAX_ENTRIES
-    for name in sorted(entries["folder"]):
-        if left <= 0:
-            break
+    # The next one last, so that they come sorted.
+    waiting = sorted(entries["folder"], reverse=True)
+    while waiting and left > 0:
+        name = waiting.pop()
         try:
             inner = _entries(folder / name, left)
         except OSError:
@@ -238,6 +239,7 @@ def _passed_over(folder: Path, entries: dict[str, list[str]]) -> PassedOver:
         for kind, counts in holding.items():
             if inner[kind]:
                 counts[name] = len(inner[kind])
+        waiting += (os.path.join(name, each) for each in sorted(inner["folder"], reverse=True))
     kind = "PNG" if holding["PNG"] else "JPEG"
     return PassedOver(
         num_jpegs=len(entries["JPEG"]) if _kind_used(entries) != "JPEG" else 0,

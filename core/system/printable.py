@@ -16,6 +16,17 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else _escape(letter) for letter in text)
 
 
+def printable_values(value: Any) -> Any:
+    """Plain values whose texts, in lists and dictionaries too, are as `printable` shows them."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {key: printable_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(printable_values, value))
+    return value
+
+
 def _escape(letter: str) -> str:
     """A letter as TOML and JSON write it, a byte that is no text as shells do."""
     number = ord(letter)

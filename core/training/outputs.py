@@ -20,6 +20,7 @@ from ..precision import Precision
 from ..preview.image import loader_of
 from ..preview.previewer import Pictures
 from ..preview.window import PreviewWindow
+from ..system.printable import printable_values
 from .build import sizes_of
 
 
@@ -111,8 +112,8 @@ def _log_openings(
     config: Config, model_dir: Path, state: TrainingState
 ) -> Iterator[Callable[[], Log]]:
     """Calls that open the logs of scalars that are set."""
-    # W&B and TensorBoard show them to others.
-    settings = without_private(to_dict(config))
+    # W&B and TensorBoard show them to others, and take no name that is not UTF-8.
+    settings = printable_values(without_private(to_dict(config)))
     yield lambda: open_log(
         model_dir,
         state.session.number,

@@ -40,6 +40,7 @@ from ..config.settings import Place
 from ..console.reporter import Notice
 from ..optim.lr_schedule import found_rate, settle_rate
 from ..system.paths import expanded
+from ..system.printable import printable
 from . import recipe_progress as stages
 from .recipe_progress import RecipeProgress
 
@@ -304,8 +305,8 @@ def _every_option(values: dict[str, Any], trainer: str) -> dict[str, Any]:
 def _notices_of_unwritable(paths: dict[Place, str]) -> list[Notice]:
     return [
         Notice(
-            f"{'.'.join(place)} is no UTF-8 name ({shown(path)}) and is not kept: give it at every "
-            "start, or rename it"
+            f"{'.'.join(place)} is no UTF-8 name ({printable(path)}) and is not kept: give it at "
+            "every start, or rename it"
         )
         for place, path in paths.items()
     ]
