@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.estimate.roofline import Card
+from ..core.precision import restoring_products, round_products
 from .harness import device_name, measure, pace, rounded, spread_ms
 from .variants import variant
 
@@ -97,12 +98,9 @@ def _gemm(device: torch.device, mode: str, edge: int) -> float:
     dtype = _DTYPES["fp32" if mode == "tf32" else mode]
     left, right = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, mode == "tf32"
-    try:
+    with restoring_products():
+        round_products(mode == "tf32")
         seconds = _seconds(lambda: torch.mm(left, right, out=out), device)["median_s"]
-    finally:
-        matmul.allow_tf32 = before
     return rounded(2 * edge**3 / seconds / 1e12)
 
 

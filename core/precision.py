@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,20 +29,37 @@ class Precision:
     def apply(self) -> None:
         """Let CUDA round the inputs of fp32 products to 10 bits, or forbid it, in this process."""
         # Forbidden, too, and not left as it is: an earlier run of this process may have allowed it.
-        allowed = self.name == "tf32"
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+        round_products(self.name == "tf32")
+
+
+def round_products(is_allowed: bool) -> None:
+    """Let CUDA round the inputs of fp32 products to 10 bits in this process, or forbid it."""
+    for switch in _switches():
+        switch.fp32_precision = "tf32" if is_allowed else "ieee"
 
 
 @contextmanager
 def restoring_products() -> Iterator[None]:
     """Have CUDA round fp32 products afterwards as before, whatever is applied inside the
     context."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    allowed = matmul.allow_tf32, cudnn.allow_tf32
+    before = [switch.fp32_precision for switch in _switches()]
     try:
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = allowed
+        for switch, precision in zip(_switches(), before, strict=True):
+            # One that read so because of PyTorch's switch for all goes on following that.
+            switch.fp32_precision = "none"
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
+
+
+def _switches() -> tuple[Any, ...]:
+    """PyTorch's switches for the fp32 products of CUDA.
+
+    Not `allow_tf32`, which is the older way: reading that raises in a program that has set these.
+    """
+    cudnn = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -49,7 +67,7 @@ def exact_products() -> Iterator[None]:
     """Compute fp32 products inside the context without rounding their inputs, in every
     precision."""
     with restoring_products():
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        round_products(False)
         yield
 
 

@@ -168,4 +168,4 @@ def _(*inputs):
 
 def precision_of_products() -> str:
     """How products of fp32 numbers are made: as PyTorch makes them now."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -15,6 +15,7 @@ from mien.benchmarks.bench_step import plain_blocks
 from mien.core.config import from_dict
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
+from mien.core.precision import round_products
 from mien.core.training import engine as engines
 from mien.core.training.build import build_model, build_step
 from mien.kernels import reference
@@ -77,7 +78,7 @@ def _windows(losses):
 @functools.cache
 def _reference(seed, device_type):
     device = torch.device(device_type)
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    round_products(False)
     config = _config(seed, "fp32")
     model = models.build("lightweight", seed=seed, width=8).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-4, eps=1e-7)

@@ -461,15 +461,12 @@ def test_a_run_is_refused_before_it_begins(tmp_path, sides):
 
 
 def test_products_are_exact_within_and_as_before_after():
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32, cudnn.allow_tf32 = True, False
-    try:
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    with precisions.restoring_products():
+        matmul.fp32_precision, conv.fp32_precision = "tf32", "ieee"
         with precisions.exact_products():
-            assert (matmul.allow_tf32, cudnn.allow_tf32) == (False, False)
-        assert (matmul.allow_tf32, cudnn.allow_tf32) == (True, False)
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "ieee")
 
 
 def test_the_names_of_the_settings_are_all_there():

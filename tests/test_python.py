@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from operator import attrgetter
 from pathlib import Path
 
 import cv2
@@ -21,10 +22,12 @@ from mien.core import Config, Outcome, load_model, read_crops, swap, train
 from mien.core.checkpoint.weights import read_weights
 from mien.core.config import from_dict, to_toml
 from mien.core.data.decode import decode_one
-from mien.core.distribute.ranks import Ranks
+from mien.core.distribute.ranks import ALONE, Ranks
 from mien.core.faces.folder import read_face
 from mien.core.faces.geometry import Crop
+from mien.core.precision import round_products
 from mien.core.training import libraries
+from mien.kernels.dense_norm import precision_of_products
 
 ROOT = Path(__file__).parents[1]
 
@@ -106,7 +109,7 @@ def _settings_of_the_process():
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "fill": torch.utils.deterministic.fill_uninitialized_memory,
         "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "products": torch.backends.cudnn.conv.fp32_precision,
         "threads": torch.get_num_threads(),
         "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
         "seed": torch.get_rng_state().tolist(),
@@ -116,16 +119,83 @@ def _settings_of_the_process():
 def test_a_session_sets_libraries_for_itself_alone(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(libraries, "thread_count", lambda _: 6)
     torch.use_deterministic_algorithms(False)
     before, cpu = _settings_of_the_process(), torch.device("cpu")
+    monkeypatch.setattr(libraries, "thread_count", lambda _: 2 * (before["threads"] + 1))
     with libraries.library_settings(cpu, Ranks(0, 2, 0, 2), deterministic=True):
         # As `precision.mode` and a model with dropout do.
-        torch.backends.cudnn.allow_tf32 = not before["tf32"][1]
+        round_products(before["products"] != "tf32")
         torch.manual_seed(1)
         inside = _settings_of_the_process()
     assert all(inside[name] != value for name, value in before.items())
     assert _settings_of_the_process() == before
+
+
+def _products():
+    """Readings of PyTorch's switches for fp32 products; None where it refuses to tell."""
+    backends = torch.backends
+    matmul, cudnn, mkldnn = backends.cuda.matmul, backends.cudnn, backends.mkldnn
+    switches = [backends, matmul, cudnn, cudnn.conv, cudnn.rnn, mkldnn.matmul]
+    readings = [switch.fp32_precision for switch in switches]
+    for older in (
+        lambda: matmul.allow_tf32,
+        lambda: cudnn.allow_tf32,
+        torch.get_float32_matmul_precision,
+    ):
+        try:
+            readings.append(older())
+        except RuntimeError:
+            readings.append(None)
+    return readings
+
+
+@pytest.fixture
+def switches():
+    """PyTorch's backends, whose switches for fp32 products are set back after the test."""
+    backends, before = torch.backends, _products()
+    yield backends
+    torch.set_float32_matmul_precision("highest")
+    backends.cudnn.allow_tf32 = True
+    for switch in (backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul):
+        switch.fp32_precision = "none"
+    assert _products() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        (None, None),
+        ("float32_matmul_precision", "high"),
+        ("float32_matmul_precision", "medium"),
+        ("cuda.matmul.allow_tf32", True),
+        ("cudnn.allow_tf32", False),
+        ("cuda.matmul.fp32_precision", "tf32"),
+        ("cudnn.conv.fp32_precision", "ieee"),
+        ("fp32_precision", "tf32"),
+        ("fp32_precision", "ieee"),
+    ],
+)
+def test_a_session_leaves_every_switch_for_products_as_the_program_set_it(switches, name, value):
+    if name == "float32_matmul_precision":
+        torch.set_float32_matmul_precision(value)
+    elif name:
+        owner, _, switch = name.rpartition(".")
+        setattr(attrgetter(owner)(switches) if owner else switches, switch, value)
+    before = _products()
+    for is_allowed in (True, False):
+        with libraries.library_settings(torch.device("cpu"), ALONE, deterministic=False):
+            round_products(is_allowed)
+            assert (precision_of_products() == "tf32") is is_allowed
+            assert (switches.cudnn.conv.fp32_precision == "tf32") is is_allowed
+        assert _products() == before
+
+
+def test_products_follow_pytorchs_switch_for_all_after_a_session_as_before(switches):
+    switches.fp32_precision = "tf32"
+    with libraries.library_settings(torch.device("cpu"), ALONE, deterministic=False):
+        round_products(False)
+    switches.fp32_precision = "ieee"
+    assert precision_of_products() == "ieee"
 
 
 def _examples(page):
