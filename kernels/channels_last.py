@@ -51,14 +51,13 @@ def add_up_last(
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_partials - 1:
         partials = tl.arange(0, BLOCK_N)
-        at = partials[:, None] * NUM_CHANNELS + channels[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-        # The pointer moves on, by places of 32 bits within a block: addresses made anew for each
-        # block, or of 64 bits, took more live values, for which some compilers needed a stack.
         for begin in range(0, num_partials, BLOCK_N):
             mask = (partials < num_partials - begin)[:, None] & used[None, :]
+            # Of 32 bits, which all partial sums fit in: places of 64 bits took so many live values
+            # that the compilers for some generations needed a stack.
+            at = (begin + partials)[:, None] * NUM_CHANNELS + channels[None, :]
             total += tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
-            partial_ptr += BLOCK_N * NUM_CHANNELS
         grad_bias = tl.sum(total, axis=0)
         tl.store(grad_bias_ptr + channels, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=used)
         # For the next kernel of the stream, which then needs no launch that clears it.
