@@ -9,11 +9,10 @@ import os
 import socket
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch.distributed as dist
 
-from ..system.processes import process_space
+from ..system.processes import process_space, stat_of
 from .ranks import Ranks
 
 _FAILURE = "failure"
@@ -69,16 +68,14 @@ class _Member:
         """How it has ended; None: it runs, or cannot be seen from this machine."""
         if not self.is_here:
             return None
-        try:
-            # The name of the program, in brackets, may hold anything.
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
+        stat = stat_of(self.pid)
+        if stat is None:
             # Reaped by whoever started it, so there is no way to tell how.
             return "has ended"
         # A zombie stays until it is reaped, and tells meanwhile how it has ended.
-        if fields[0] not in "ZX":
+        if stat[0] not in "ZX":
             return None
-        status = int(fields[-1])
+        status = int(stat[-1])
         if os.WIFSIGNALED(status):
             return f"ended with signal {os.WTERMSIG(status)}"
         return f"ended with exit code {os.WEXITSTATUS(status)}"

@@ -17,12 +17,17 @@ def process_space() -> str:
         return socket.gethostname()
 
 
-def start_of(pid: int) -> int | None:
-    """Start of a process of this machine, in ticks since the boot; None where it is gone."""
+def stat_of(pid: int) -> list[str] | None:
+    """Values of a process of this machine, from its state on; None where it is gone."""
     try:
         # The name, in brackets, may itself hold spaces and brackets: the last one ends it.
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+
+
+def start_of(pid: int) -> int | None:
+    """Start of a process of this machine, in ticks since the boot; None where it is gone."""
+    stat = stat_of(pid)
     # A zombie holds nothing any more.
-    return None if state in "ZX" else int(fields[18])
+    return None if stat is None or stat[0] in "ZX" else int(stat[19])

@@ -58,8 +58,15 @@ def planned(
     free_bytes: Callable[[], int],
     num_ranks: int,
 ) -> BatchSize:
-    """The batch size that auto would choose for so many ranks, each with as much room as this
-    process; else as `choose`."""
+    """The batch size that auto would choose for ranks that are not there, each with as much room
+    as this process.
+
+    Arguments are as of `choose`, but for the number of ranks in place of their group. A set batch
+    size is not looked at, and a side that cannot fill it is not refused.
+
+    Raises:
+        ValueError: No batch size fits.
+    """
     size = _fitting(config, num_faces, precision, free_bytes, num_ranks)
     return _for_all(size, size.size, num_faces, num_ranks)
 
