@@ -71,6 +71,21 @@ def test_interfaces_are_named_where_there_are_other_machines(monkeypatch):
         group.open_group(Ranks(1, 4, 1, 4))
 
 
+def test_a_process_whose_group_cannot_be_left_is_refused_another(monkeypatch):
+    """As after a failure on GPUs, which may be waited for for ever."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    failed = group.Group(Ranks(), dist.HashStore())
+    failed.is_broken, failed._gpus = True, dist.group.WORLD
+    failed.close()
+    with pytest.raises(ValueError, match="^torch.distributed has .* start the program anew$"):
+        group.open_group(Ranks(1, 2, 1, 2))
+    failed._gpus = None
+    failed.close()
+    assert not dist.is_initialized()
+
+
 def test_a_name_that_nobody_knows_is_refused_where_all_ranks_are_here(monkeypatch):
     def unknown(host, port):
         raise group.socket.gaierror(-2, "Name or service not known")

@@ -5,17 +5,20 @@ import os
 import signal
 import sys
 import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from conftest import saved_tensors, train_words
 
 from mien import __version__
 from mien.cli import main
 from mien.core import train
 from mien.core.checkpoint.left_request import leave_request
+from mien.core.distribute import group
 from mien.core.distribute.failure import RankLost
 from mien.core.training import engine, prepare, shared_start
 
@@ -226,14 +229,41 @@ def test_a_rank_that_is_refused_ends_all_with_its_words(error, code, words, side
     assert not (tmp_path / "model/generations").exists()
 
 
-def test_a_refusal_from_python_lets_the_others_go_and_a_second_try_finds_them(tmp_path):
+def test_a_refusal_from_python_lets_the_others_go_and_the_next_try_finds_them(
+    tmp_path, monkeypatch
+):
+    """Processes that go on after a refusal of one of them, or of both, at the same port."""
+    waits, goes_on = os.pipe()
+
     def run():
-        data = {"input_a": "/none", "input_b": "/none"}
-        settings = {"data": data, "save": {"model_dir": str(tmp_path / "model")}}
-        for _ in range(2):
-            # Neither process ends between the tries, and both use one port.
-            with pytest.raises((ValueError, RankLost), match="^(rank 0: )?side A: /none does not"):
+        is_first = os.environ["RANK"] == "0"
+        settings = {
+            "model": {"trainer": "lightweight"},
+            "train": {"batch_size": 5 if is_first else 6},
+            "save": {"model_dir": str(tmp_path / "model")},
+        }
+
+        def meet():
+            words = "^(rank 1: )?train.batch_size is 6 here, and 5 for rank 0"
+            with pytest.raises((ValueError, RankLost), match=words):
                 train(settings)
+
+        meet()
+        if is_first:
+            # Refused before the other one could meet it, which gives up meanwhile.
+            with pytest.raises(ValueError, match="^the settings of distribute are for"):
+                train({"distribute": {"gpus": "2"}})
+            os.read(waits, 1)
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(group, "_OPENING", timedelta())
+                with pytest.raises(ValueError, match="^rank 1 cannot connect with the 1 other"):
+                    train(settings)
+            os.write(goes_on, b".")
+        meet()
+        if is_first:
+            # The program may use the port by itself.
+            dist.init_process_group("gloo", rank=0, world_size=1)
         return 0
 
     started = ranks.start(2, run, tmp_path)

@@ -37,6 +37,8 @@ _CLOSING_S = 10.0
 _LOOK_S = 0.5
 """Seconds between two looks for an announcement: how late it is heard. Chosen."""
 
+_NUM_GROUPS = "groups"
+
 # By their names since PyTorch 2.13, which warns of the ones before.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -237,7 +239,8 @@ class Group:
         """Leave the others, who leave too; where they do not answer, after 10 s.
 
         Where a rank has failed or is lost, nobody is waited for: who waits for this one sees that
-        it has left. Connections of GPUs are then ended by the end of this process.
+        it has left. Connections of GPUs are then ended by the end of this process, which can join
+        no other group.
         """
         if self.is_broken and self._gpus is not None:
             return  # it may wait for ever for what is under way on a GPU
@@ -245,7 +248,7 @@ class Group:
         def leave() -> None:
             try:
                 if not self.is_broken:
-                    # The store goes with the first rank, so all have to be done with it.
+                    # The first rank's process may end now, and with it the store that all use.
                     self.barrier()
                 dist.destroy_process_group()
             except (RankLost, RuntimeError):  # the others have gone already
@@ -281,13 +284,17 @@ def open_group(
         when_slow: Called, in a thread, with what is waited for, where the others are late.
 
     Raises:
-        ValueError: The address is of no use, or the others have not come within 5 minutes.
+        ValueError: The address is of no use, the others have not come within 5 minutes, or this
+            process is in a group already.
     """
+    if dist.is_initialized():
+        raise ValueError(
+            "torch.distributed has a process group in this process already, of the program or of "
+            "a run that failed on GPUs; destroy that of the program before it trains, and after "
+            "such a run start the program anew"
+        )
     host, port = _address(ranks)
     waiting = f"{ranks.size - 1} other ranks at {host}:{port}"
-    # An agent of torchrun keeps the store alive over restarts, which is not to be read again.
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if ranks.local_size == ranks.size:
         # Else gloo asks which address the machine's name has, which may be none.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -299,17 +306,17 @@ def open_group(
     slow.daemon = True
     slow.start()
     try:
-        served = _served(host, port, ranks.size, ranks.is_first and not agent)
-        # By the restart, and by how often this rank has come: else a group would read the addresses
-        # of ranks that are gone, and fail.
-        number = served.add(f"mien/{restarts}/{ranks.rank}", 1)
-        store = dist.PrefixStore(f"mien/{restarts}/group {number}", served)
+        store = _next_group(ranks, host, port)
         # The CPUs alone at first: ranks compare their settings before any of them takes a GPU.
         dist.init_process_group(
-            "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_PATIENCE
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.size, timeout=_OPENING
         )
+        assert dist.group.WORLD is not None
+        # All are here now, and have more to do between two collectives.
+        dist.group.WORLD.set_timeout(_PATIENCE)
     except RuntimeError as error:
-        _served.cache_clear()  # the first rank may be another process at the next try
+        if not ranks.is_first:
+            _served.cache_clear()  # the first rank may be another process at the next try
         raise ValueError(
             f"rank {ranks.rank} cannot connect with the {waiting} ({_first_line(error)}); see "
             "whether all were started, with the same "
@@ -323,11 +330,46 @@ def open_group(
     return group
 
 
+def _next_group(ranks: Ranks, host: str, port: int) -> dist.Store:
+    """Keys and values of the next group, once all ranks are there for it.
+
+    Groups are counted in the store and not by each rank: one that gives up alone stays in step with
+    the others. Each has keys of its own, or it would read the addresses of ranks that are gone.
+    """
+    began_at = time.monotonic()
+    # An agent of torchrun keeps the store alive over restarts, which is not to be read again.
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    served = dist.PrefixStore(f"mien/{restarts}", _served(host, port, ranks.is_first and not agent))
+    # None added: to get it would wait for a first group.
+    number = served.add(_NUM_GROUPS, 0)
+    store = dist.PrefixStore(f"group {number}", served)
+    store.set(_arrival(ranks.rank), "")
+    left = _OPENING - timedelta(seconds=time.monotonic() - began_at)
+    try:
+        store.wait([_arrival(rank) for rank in range(ranks.size)], max(left, timedelta(0)))
+    except dist.DistStoreError:
+        # Who comes later is to wait for this rank's next try.
+        store.delete_key(_arrival(ranks.rank))
+        raise
+    # By all, so that each finds it done at its next try; the first one counts.
+    served.compare_set(_NUM_GROUPS, str(number), str(number + 1))
+    return store
+
+
 @functools.cache
-def _served(host: str, port: int, size: int, serves: bool) -> dist.TCPStore:
+def _served(host: str, port: int, serves: bool) -> dist.TCPStore:
     """The store of this process, once for all its groups: a rank that is early for the next one
-    must not meet that of the last."""
-    return dist.TCPStore(host, port, size, is_master=serves, timeout=_OPENING)
+    must not meet one that is about to go."""
+    # Multi-tenant: the program may use torch.distributed by itself, at the same port.
+    return dist.TCPStore(
+        host,
+        port,
+        is_master=serves,
+        timeout=_OPENING,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def check_allocator(environment: Mapping[str, str]) -> None:
@@ -343,6 +385,10 @@ def check_allocator(environment: Mapping[str, str]) -> None:
                 f"{name} has expandable_segments, with which NCCL in a CUDA graph goes wrong; "
                 "unset it, or set NCCL_GRAPH_REGISTER=0"
             )
+
+
+def _arrival(rank: int) -> str:
+    return f"arrival/{rank}"
 
 
 def _announcement(number: int) -> str:

@@ -34,7 +34,10 @@ def train(
     Several may run in one process, one after another: meanwhile PyTorch's settings of precision,
     determinism and threads, and its seed, are the run's; afterwards they are as they were. In a
     process that torchrun or srun has started as one of several ranks they train together; the
-    first one saves and reports, and any may ask for a stop.
+    first one saves and reports, and any may ask for a stop. The first one's process serves
+    MASTER_PORT until it ends, for the next training and for torch.distributed in the same program.
+    After a failure with GPUs connected, which only the end of a process undoes, it trains with
+    others no more: start it anew.
 
     Args:
         config: File of settings, or values by section, as such a file has them; of a `Config`
@@ -74,7 +77,7 @@ def train(
         ranks = from_environment()
         group = open_group(ranks) if ranks is not None and ranks.size > 1 else None
         if group is not None:
-            # However training ends: the program may go on, and train once more.
+            # However training ends: the program may go on, and unless GPUs failed train once more.
             stack.callback(group.close)
         return train_unattended(overrides, reporter, chosen, requests, group)
 
