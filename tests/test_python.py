@@ -151,14 +151,20 @@ def _products():
 
 @pytest.fixture
 def switches():
-    """PyTorch's backends, whose switches for fp32 products are set back after the test."""
-    backends, before = torch.backends, _products()
-    yield backends
+    """PyTorch's backends, their switches for fp32 products as PyTorch starts, also afterwards."""
+    _set_back()  # an earlier test may have set them
+    before = _products()
+    yield torch.backends
+    _set_back()
+    assert _products() == before
+
+
+def _set_back():
+    backends = torch.backends
     torch.set_float32_matmul_precision("highest")
     backends.cudnn.allow_tf32 = True
     for switch in (backends, backends.cudnn, backends.cuda.matmul, backends.mkldnn.matmul):
         switch.fp32_precision = "none"
-    assert _products() == before
 
 
 @pytest.mark.parametrize(
