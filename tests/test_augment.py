@@ -725,6 +725,24 @@ def test_works_in_a_forked_process():
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.parametrize(
+    ("rgb", "eye_multiplier", "penalize"), [(True, 3, True), (False, 1, False)]
+)
+def test_large_targets_that_go_past_the_cache_are_those_of_small_batches(
+    rgb, eye_multiplier, penalize
+):
+    """A million pixels and more of all faces: 17 faces of 256 px."""
+    faces, params = [drawn_store(3, 256)], drawn_params(17, 3, 256)
+    how = {"input_px": 64, "output_px": [64, 256], "rgb": rgb, "penalize_mask": penalize}
+    how["eye_multiplier"] = eye_multiplier
+    whole = augment(faces, params, **how)
+    parts = [augment(faces, params[at : at + 6], **how) for at in range(0, 17, 6)]
+    for at in range(2):
+        for of in ("targets_bchw", "weights_b1hw"):
+            joined = torch.cat([getattr(part, of)[at] for part in parts])
+            assert torch.equal(getattr(whole, of)[at], joined)
+
+
 def test_every_build_gives_the_same_bits():
     """The library holds the inner loops for two instruction sets."""
     code = (

@@ -170,8 +170,8 @@ static inline int sample_row(const uint32_t *picture, int stride, const float *p
 // 1 / 255 as the sum of two floats: of all 256 levels, their product is the quotient, rounded once.
 constexpr float kLevel = 1.0f / 255, kLevelRest = 1.0 / 255 - 1.0f / 255;
 
-// A row of unit_level: B G R, or R G B.
-static inline int store_units(const uint32_t *row, int count, int rgb, float *out) {
+// A row of unit_level: B G R, or R G B. `streams`: past the cache, `out` at a whole 32 bytes.
+static inline int store_units(const uint32_t *row, int count, int rgb, bool streams, float *out) {
     const __m128i bgr = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
     const __m128i swapped = _mm_setr_epi8(2, 1, 0, 6, 5, 4, 10, 9, 8, 14, 13, 12, -1, -1, -1, -1);
     const __m256i order = _mm256_broadcastsi128_si256(rgb ? swapped : bgr);
@@ -186,11 +186,19 @@ static inline int store_units(const uint32_t *row, int count, int rgb, float *ou
         for (int i = 0; i < 3; ++i) {
             const __m256 numbers = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(thirds[i]));
             const __m256 rest = _mm256_mul_ps(numbers, _mm256_set1_ps(kLevelRest));
-            _mm256_storeu_ps(out + 3 * x + 8 * i,
-                             _mm256_fmadd_ps(numbers, _mm256_set1_ps(kLevel), rest));
+            const __m256 units = _mm256_fmadd_ps(numbers, _mm256_set1_ps(kLevel), rest);
+            if (streams)
+                _mm256_stream_ps(out + 3 * x + 8 * i, units);
+            else
+                _mm256_storeu_ps(out + 3 * x + 8 * i, units);
         }
     }
     return x;
+}
+
+// A row of a multiple of eight numbers, past the cache to a whole 32 bytes.
+static inline void stream_row(const float *row, int count, float *out) {
+    for (int x = 0; x < count; x += 8) _mm256_stream_ps(out + x, _mm256_loadu_ps(row + x));
 }
 
 }  // namespace mien

@@ -107,17 +107,19 @@ struct CubeRoots {
     alignas(16) uint16_t x[kLabBlock], y[kLabBlock], z[kLabBlock];
 };
 
-static inline __m128i parts_of(const LabTables &t, int channel, uint32_t level) {
-    return _mm_load_si128(reinterpret_cast<const __m128i *>(t.parts[channel][level]));
+// `bytes`: where the level's entry lies, 16 times the level.
+static inline __m128i parts_of(const LabTables &t, int channel, uint32_t bytes) {
+    const auto *parts = reinterpret_cast<const char *>(t.parts[channel]);
+    return _mm_load_si128(reinterpret_cast<const __m128i *>(parts + bytes));
 }
 
 static inline void cube_roots(const LabTables &t, const uint32_t *source, int count,
                               CubeRoots *roots) {
     for (int i = 0; i < count; ++i) {
         const uint32_t bgr = source[2 * i];
-        const __m128i sums =
-            _mm_add_epi32(_mm_add_epi32(parts_of(t, 0, bgr & 255), parts_of(t, 1, bgr >> 8 & 255)),
-                          parts_of(t, 2, bgr >> 16 & 255));
+        const __m128i sums = _mm_add_epi32(
+            _mm_add_epi32(parts_of(t, 0, bgr << 4 & 0xFF0), parts_of(t, 1, bgr >> 4 & 0xFF0)),
+            parts_of(t, 2, bgr >> 12 & 0xFF0));
         const __m128i light = _mm_srli_epi32(sums, 12);
         const auto x_and_y = static_cast<uint64_t>(_mm_cvtsi128_si64(light));
         roots->x[i] = t.cube_root[static_cast<uint32_t>(x_and_y)];
