@@ -51,13 +51,15 @@ def add_up_last(
     tl.debug_barrier()
     if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == num_partials - 1:
         partials = tl.arange(0, BLOCK_N)
+        # Places of 32 bits, which all partial sums fit in, and pointers that move on: places of 64
+        # bits, or made anew for each block, took so many live values that the compilers for some
+        # generations needed a stack.
+        pointers = partial_ptr + (partials[:, None] * NUM_CHANNELS + channels[None, :])
         total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
         for begin in range(0, num_partials, BLOCK_N):
             mask = (partials < num_partials - begin)[:, None] & used[None, :]
-            # Of 32 bits, which all partial sums fit in: places of 64 bits took so many live values
-            # that the compilers for some generations needed a stack.
-            at = (begin + partials)[:, None] * NUM_CHANNELS + channels[None, :]
-            total += tl.load(partial_ptr + at, mask=mask, other=0.0, cache_modifier=".cg")
+            total += tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg")
+            pointers += BLOCK_N * NUM_CHANNELS
         grad_bias = tl.sum(total, axis=0)
         tl.store(grad_bias_ptr + channels, grad_bias.to(grad_bias_ptr.dtype.element_ty), mask=used)
         # For the next kernel of the stream, which then needs no launch that clears it.

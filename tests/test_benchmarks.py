@@ -43,12 +43,12 @@ def test_python_calls_are_counted_exactly():
 
 @pytest.mark.budget
 def test_a_step_stays_within_its_python_calls(monkeypatch):
-    """A bound a little above what was counted when written: 3,612 calls, 213 of which came with the
-    checks of sizes and addresses and the device guard of every launch. A graph makes none. The
-    convolutions are PyTorch's, as they are on a GPU."""
+    """A bound a little above what was counted when written: 3,635 calls by Python 3.11 and 3,673 by
+    3.13, 213 of which came with the checks of sizes and addresses and the device guard of every
+    launch. A graph makes none. The convolutions are PyTorch's, as they are on a GPU."""
     monkeypatch.setattr(blocks, "pays", lambda *convolution: False)
     step = bench_step.mien_step("lightweight", 1, "fp32", torch.device("cpu"))
-    assert bench_step.count_python_calls(step) <= 3650
+    assert bench_step.count_python_calls(step) <= 3700
 
 
 def test_measure_tells_wall_and_cpu_seconds():

@@ -2,13 +2,14 @@
 
 *dali* is a DALI graph: read the file, decode the part of the picture that the crop needs. *opencv*
 decodes in threads, what extraction writes by `core.faces.png_pixels`, all else by OpenCV. It is the
-choice without a GPU, where a first start takes 0.6 to 0.8 of DALI's CPU time; with one it stands in
-where DALI cannot be installed, and which is faster is unmeasured. What follows is the same for
+choice without a GPU, where a whole first start takes 0.8 of the CPU time in which DALI decodes the
+pictures and does no more; with a GPU it stands in where DALI cannot be installed, and which is
+faster is unmeasured. What follows is the same for
 both, run in threads while the next batch is decoded: zeros where the crop leaves the picture, and
 the resize to the processing size, area where the crop shrinks and cubic where it grows. The resize
 is not in the graph because DALI has no area filter and another cubic, so the pixels would differ;
-over DALI's own output, shared and not copied, it costs 3 % of the decoding. PNG being lossless, the
-bound on the difference between the backends is 0 grey levels.
+over DALI's own output, shared and not copied, it costs 2 to 5 % of the decoding. PNG being
+lossless, the bound on the difference between the backends is 0 grey levels.
 
 DALI's decoder that knows the part is faster than its decoder of whole pictures, and its RGB output
 faster than BGR; channels are swapped after the resize, where there are fewest pixels. With a GPU it

@@ -1,6 +1,6 @@
 """Pixels of a PNG as extraction writes it: 8 bits of red, green and blue, not interlaced.
 
-Inflated by ISA-L and freed of its filters by libmien, such a picture takes half of the time that
+Inflated by ISA-L and freed of its filters by libmien, such a picture takes a third of the time that
 OpenCV takes. It knows no other kind and repairs nothing: whatever is not as it expects is left to
 OpenCV, which decides whether the file is damaged. The pixels are the same, PNG being lossless.
 
