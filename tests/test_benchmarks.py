@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 import weakref
 
 import numpy as np
@@ -48,7 +49,8 @@ def test_a_step_stays_within_its_python_calls(monkeypatch):
     launch. A graph makes none. The convolutions are PyTorch's, as they are on a GPU."""
     monkeypatch.setattr(blocks, "pays", lambda *convolution: False)
     step = bench_step.mien_step("lightweight", 1, "fp32", torch.device("cpu"))
-    assert bench_step.count_python_calls(step) <= 3700
+    most = 3650 if sys.version_info < (3, 13) else 3700
+    assert bench_step.count_python_calls(step) <= most
 
 
 def test_measure_tells_wall_and_cpu_seconds():

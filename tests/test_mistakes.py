@@ -240,7 +240,7 @@ NO_UTF8 = "f\udce4.png"
 
 
 def test_names_that_are_no_utf8_end_no_run(sides, tmp_path, capsys):
-    """Of a face, of the folders of faces and of the model, and of the log file."""
+    """The names are those of a face, of the folders of faces and model, and of the log file."""
     faces, model = tmp_path / "a_\udce4", tmp_path / "model_\udce4"
     faces.mkdir()
     for path in sides[0].iterdir():

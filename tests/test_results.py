@@ -283,8 +283,9 @@ def test_without_a_word_the_speed_of_this_machine_is_one_table(folder, capsys, m
     assert main(["bench"]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines()[:-1])) <= 80
-    # What limits it hangs on what else the machine does while its ceilings are measured.
-    assert re.search(r"lightweight +│ bf16 +│ +[\d.,]+ │ +[\d.,]+ │ +[12] │ [a-z]+", printed)
+    # Of the batch size that was faster, which other work on this machine may decide.
+    limit = r"(1 │ optimizer|2 │ arithmetic)"
+    assert re.search(rf"lightweight +│ bf16 +│ +[\d.,]+ │ +[\d.,]+ │ +{limit}", printed)
     (path,) = folder.glob("state/mien/benchmarks/*.json")
     assert printed.endswith(f"written to {path}\n")
     jsonschema.validate(harness.read_results(path), SCHEMA)

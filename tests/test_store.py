@@ -577,7 +577,7 @@ def test_what_a_killed_start_left_is_removed(folder, store_dir):
 
 
 def test_a_raw_file_that_another_start_removes_is_read_all_the_same(folder, store_dir, monkeypatch):
-    """By one of other settings, which replaces it by its own, after it was found and before it is
+    """A start with other settings replaces it by its own, after it was found and before it is
     read."""
     first, choose = opened(folder, store_dir), store.choose_placement
 
