@@ -10,6 +10,7 @@ from conftest import CPU, tiny_config, tiny_step
 
 from mien.core.data.feed import Feed
 from mien.core.data.store import FaceStore
+from mien.core.training import dry_run
 from mien.core.training import engine as engines
 from mien.core.training.step import TrainStep
 from mien.models.batch_norm import BatchNorm, update_running_stats
@@ -274,6 +275,16 @@ def test_a_graph_trains_on_each_batch_and_makes_the_next_one(monkeypatch):
     assert trained == places
     assert (engine.name, engine.graphs.keys(), warnings) == ("graph", {(0, 0), (1, 0)}, [])
     assert feed.made == len(places) + 1, "a batch was made twice, or one is not made ahead"
+
+
+def test_the_step_that_a_dry_run_times_is_a_replay(monkeypatch):
+    def captures(count):
+        return _numbers_trained_on(monkeypatch, range(0, 4 * count, 4))[2].gpu.captures
+
+    timed = dry_run.num_steps("graph")
+    assert captures(timed) == captures(timed - 1) == captures(engines.FIRST_REPLAY) == 2
+    assert captures(engines.FIRST_REPLAY - 1) == 1
+    assert dry_run.num_steps("eager") == dry_run.STEPS
 
 
 class _Accumulating:

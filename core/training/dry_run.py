@@ -16,7 +16,7 @@ from . import batch_size as batch_sizes
 from . import memory
 from .build import check_ranks
 from .devices import free_bytes
-from .engine import WARM_UP
+from .engine import FIRST_REPLAY
 from .prepare import open_dry_run
 from .recipe_progress import RecipeProgress
 from .resolve import Overrides
@@ -97,9 +97,7 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
     # Those that are planned: the steps themselves are one process's.
     check_ranks(config, ranks)
     on_gpu = setup.device.type == "cuda"
-    # The first steps of a graph are eager; what is measured must be replays.
-    num_steps = WARM_UP + STEPS if setup.engine.name == "graph" else STEPS
-    for _ in range(num_steps):
+    for _ in range(num_steps(setup.engine.name)):
         begin = time.perf_counter()
         setup.set_rate()
         setup.engine(setup.state.faces_seen)
@@ -130,6 +128,12 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
         step_s=step_s,
         peak_mib=_peak_bytes(setup.device) / 2**20,
     )
+
+
+def num_steps(engine: str) -> int:
+    """Steps that are run by an engine of this name, of which the last one's time counts."""
+    # A graph is captured first, which takes many times as long as its replay.
+    return FIRST_REPLAY + STEPS if engine == "graph" else STEPS
 
 
 def _planned(setup: TrainingSetup, num_gpus: int, free: int) -> Config:

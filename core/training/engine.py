@@ -22,6 +22,10 @@ WARM_UP = 3
 """Iterations before the capture, in which libraries choose their algorithms and take memory.
 Chosen, unmeasured on a GPU."""
 
+FIRST_REPLAY = WARM_UP + 2
+"""Iterations before the first that captures nothing, where all are of one kind: each of the two
+sets of batches has a graph of its own."""
+
 
 class Source(Protocol):
     """Source of batches: a `Feed`."""
