@@ -1,6 +1,7 @@
 """A save is whole or absent, whatever happens while it is written; damage is found and told."""
 
 import concurrent.futures
+import contextlib
 import errno
 import json
 import os
@@ -954,6 +955,25 @@ def test_a_failure_in_the_thread_surfaces_at_the_next_call(tmp_path, monkeypatch
             saver.save(*tensors(4), plain_state(4))  # told once, and it goes on
             saver.close()
             check_loaded(folder.load(), 4)
+
+
+def test_the_thread_waits_on_the_gpu_whose_copies_it_awaits(tmp_path, monkeypatch):
+    current, awaited = ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def device(other):
+        current.append(other)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    event = SimpleNamespace(device="cuda:1", synchronize=lambda: awaited.append(current[-1]))
+    monkeypatch.setattr(Saver, "_stage", lambda *_: [(event, [])])
+    with new_folder(tmp_path / "m") as folder, Saver(folder) as saver:
+        saver._buffers["model/x"] = torch.ones(2)
+        saver.save({"x": torch.ones(2)}, None, plain_state(1))
+        saver.wait()
+    assert awaited == ["cuda:1"]
 
 
 @pytest.mark.gpu

@@ -129,9 +129,11 @@ class Saver:
     ) -> Saved:
         started = time.monotonic()
         for event, sources in in_flight:
-            # Waited for on this thread: the caller is at the next steps already.
-            event.synchronize()
-            sources.clear()  # the GPU memory of the staged copies goes back only now
+            # A thread begins at the first GPU, where CUDA would take half a GB for the wait alone.
+            with torch.cuda.device(event.device):
+                # Waited for on this thread: the caller is at the next steps already.
+                event.synchronize()
+                sources.clear()  # the GPU memory of the staged copies goes back only now
         path = self._folder.save(copies["model"], copies.get("optimizer"), state, copies.get("ema"))
         # After the save itself, which must not fail for a copy of it.
         if is_best:
@@ -193,7 +195,8 @@ class Saver:
             for name, tensor in tensors.items():
                 # It goes on after the call, since the buffer is page-locked.
                 self._buffers[name].copy_(tensor, non_blocking=True)
-            event = copies.record_event()
+            # Blocking: the thread that waits sleeps, and leaves its core to others.
+            event = copies.record_event(torch.cuda.Event(blocking=True))
         # The step that follows may change the tensors: it waits on the device, not on the host.
         if not has_room:
             training.wait_event(event)
