@@ -205,9 +205,13 @@ def _captured(fn: Callable[[], object], calls: int) -> Callable[[], None]:
 
     from ..kernels.tensor_table import finish_capture
 
-    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    graph, before, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        # What kernels and libraries keep by stream each call would else make anew in the graph.
+        fn()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             for _ in range(calls):
                 fn()
     except RuntimeError:

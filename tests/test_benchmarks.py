@@ -1,9 +1,11 @@
 """The benchmark suite: what it counts is exact, what it writes can be read again."""
 
+import contextlib
 import gc
 import json
 import sys
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,6 +78,31 @@ class _Circular:
 
     def __init__(self):
         self.itself = self
+
+
+def test_what_a_graph_times_has_run_on_its_stream_before(monkeypatch):
+    """Else the graph holds what is made once a stream, at every call, and it is timed with it."""
+    program = SimpleNamespace()
+    current, called = [program], []
+
+    @contextlib.contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    fakes = {
+        "CUDAGraph": lambda: SimpleNamespace(replay=None),
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+        "current_stream": lambda: current[-1],
+        "stream": on,
+        "graph": lambda _, stream=None: on(stream),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    harness._captured(lambda: called.append(current[-1]), calls=2)
+    assert len(called) == 3
+    assert called[0] is called[1] is called[2] is not program
 
 
 def test_a_row_is_measured_without_the_step_before(monkeypatch):
