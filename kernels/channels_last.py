@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dispatch import is_capturing
+
 NHWC = torch.channels_last
 
 TILE = 2048
@@ -95,7 +97,7 @@ def _arrived_of(device: torch.device) -> Tensor:
     counters = _arrived.get((device, stream))
     if counters is None:
         counters = torch.zeros(_MAX_SUMS, dtype=torch.int32, device=device)
-        if not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if not is_capturing(device):
             _arrived[device, stream] = counters  # zeros of a capture are there at replays alone
     return counters
 

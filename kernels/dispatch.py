@@ -1,4 +1,4 @@
-"""Tensors that a kernel takes: those on a GPU; any, while a test runs the kernels on a CPU."""
+"""Where operations launch kernels, and whether a CUDA graph captures them; tests use a CPU."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,6 +18,15 @@ def uses_triton(tensor: Tensor) -> bool:
 def uses_cuda(device: torch.device) -> bool:
     """Whether an operation of libmien launches CUDA kernels; else it runs on threads of the CPU."""
     return device.type == "cuda"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream of the device."""
+    if device.type != "cuda":
+        return False
+    # PyTorch asks of the stream that is current on the current device.
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @contextlib.contextmanager

@@ -36,6 +36,7 @@ from .checks import (
 )
 from .dense import low_rank_of
 from .dense_table import SLOTS, DenseTable
+from .dispatch import is_capturing
 from .optimizer_rules import BASE, EMA, MOMENTS
 from .places import Places
 
@@ -398,15 +399,6 @@ def finish_capture() -> None:
     """
     while _unsent:
         _unsent.pop()()
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured on the current stream of the device."""
-    if device.type != "cuda":
-        return False
-    # PyTorch asks of the stream that is current on the current device.
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _is_dense(tensor: Tensor) -> bool:
