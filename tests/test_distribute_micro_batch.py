@@ -10,6 +10,7 @@ from mien.core.data.feed import Batch
 from mien.core.distribute.ranks import ALONE, Ranks
 from mien.core.distribute.tree import TreeSum
 from mien.core.estimate.flops import meta_model
+from mien.core.training import build
 from mien.core.training import micro_batch as micro_batches
 from mien.core.training.build import build_model, build_step
 from mien.core.training.shared_start import notices_of_parts
@@ -198,3 +199,22 @@ def test_micro_batches_that_fit_nothing_are_refused(settings, size, message):
 
 def test_an_automatic_batch_size_is_left_to_be_found():
     micro_batches.check(tiny_config({"train": {"micro_batch": 3, "batch_size": "auto"}}))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "num_ranks", "has_two"),
+    [
+        (16, 0, 1, True),
+        (17, 0, 1, False),
+        (64, 0, 4, True),
+        (68, 0, 4, False),
+        (64, 16, 1, True),
+        (64, 32, 2, False),
+    ],
+)
+def test_two_streams_go_by_the_faces_that_a_gpu_computes_at_once(
+    batch_size, micro_batch, num_ranks, has_two
+):
+    config = tiny_config({"train": {"batch_size": batch_size, "micro_batch": micro_batch}})
+    ranks = Ranks(size=num_ranks)
+    assert build._has_two_streams(config, torch.device("cuda"), ranks) == has_two

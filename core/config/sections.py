@@ -405,7 +405,8 @@ class TrainConfig(Section):
     GPU)."""
 
     decoder_streams: str = setting("auto", choices=("auto", "one", "two"))
-    """Run both decoders at the same time on a GPU; auto: with at most 16 faces a side."""
+    """Run both decoders at the same time on a GPU; auto: where it takes at most 16 faces of a side
+    at once."""
 
     deterministic: bool = setting(False)
     """Let a GPU use only algorithms that give the same bits in every run, slower or not."""

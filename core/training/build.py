@@ -100,8 +100,9 @@ def build_step(
     precision.apply()
     # Before the update is made, which keeps views of the parameters where they lie by then.
     model.to(device)
+    ranks = group.ranks if group else ALONE
     # Again: when the settings were checked, auto had not chosen the batch yet.
-    micro_batches.check(config, group.ranks if group else ALONE)
+    micro_batches.check(config, ranks)
     # With micro-batches their tree sums over the ranks, each of which moves all weights.
     if group is not None and not config.train.micro_batch:
         update = _shared_update(config, model, precision, group)
@@ -109,7 +110,7 @@ def build_step(
         kind = kind_of_update or _kind_of_update(config, precision, device)
         update = kind(model, config.optimizer, precision, config.train.ema)
     loss = loss or Loss(config.loss, model.output_px, device)
-    stream = torch.cuda.Stream(device) if _has_two_streams(config, device) else None
+    stream = torch.cuda.Stream(device) if _has_two_streams(config, device, ranks) else None
     shared = _shared_step(config, device, group) if group else None
     buffer = LossBuffer(loss.num_values, device)
     if config.train.micro_batch:
@@ -164,10 +165,12 @@ def _shared_step(config: Config, device: torch.device, group: Group) -> SharedSt
     return SharedStep(group, group.ranks.share(batch_size).weight(batch_size), device)
 
 
-def _has_two_streams(config: Config, device: torch.device) -> bool:
+def _has_two_streams(config: Config, device: torch.device, ranks: Ranks) -> bool:
     """Whether B's decoder runs on a stream of its own, at the time of A's."""
-    streams, is_small = config.train.decoder_streams, config.train.batch_size <= _SMALL_BATCH
-    is_wanted = streams == "two" or (streams == "auto" and is_small)
+    streams = config.train.decoder_streams
+    # What this GPU computes at once, which may be a part of the batch.
+    faces = config.train.micro_batch or ranks.share(config.train.batch_size).count
+    is_wanted = streams == "two" or (streams == "auto" and faces <= _SMALL_BATCH)
     # torch.compile knows no streams.
     return (
         is_wanted
