@@ -22,7 +22,7 @@ COMMANDS = {
     "model": "Look after a model folder: inform, verify, restore, scan, write for inference.",
     "swap": "Put the swapped faces into the frames of a film.",
     "preview": "Draw what a save makes of faces; compare saves.",
-    "timelapse": "Make a film of a time-lapse's pictures.",
+    "timelapse": "Make a video of a time-lapse's pictures.",
     "preset": "List, show and save settings under a name.",
     "recipe": "List and show recipes: training in stages.",
     "analyze": "Show how a model was trained: its sessions, graphs of its losses.",
@@ -42,12 +42,37 @@ EXIT_CODES = """exit codes:
 """
 
 
+class _Help(argparse.HelpFormatter):
+    """Help whose column of meanings leaves room for the names of commands and verbs as well."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        # argparse measures them without the indent that they are printed with.
+        for named in self._iter_indented_subactions(action):
+            end = self._current_indent + len(self._format_action_invocation(named))
+            self._action_max_length = max(self._action_max_length, end)
+
+
+class _RawHelp(_Help, argparse.RawDescriptionHelpFormatter):
+    """The same, with the line breaks of the description and the epilog kept."""
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser, also of every verb, whose complaints are one line each, whatever is complained of,
     and that takes no flag for another that begins like it."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings | {"allow_abbrev": False})
+        super().__init__(**{"formatter_class": _Help} | settings | {"allow_abbrev": False})
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1)
+            if not meant:
+                raise
+            hint = f"{error.message}; did you mean {meant[0]}?"
+            raise argparse.ArgumentError(action, hint) from None
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)}; see `{self.prog} --help`\n")
@@ -143,7 +168,7 @@ def _parser(
         prog="mien",
         description="Train face-swap autoencoders, fast and without losing a run.",
         epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_RawHelp,
     )
     parser.add_argument("--version", action="version", version=f"mien {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

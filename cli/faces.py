@@ -302,8 +302,9 @@ def _masks_text(report: "Report") -> str:
 def _spread_text(spread: "Spread | None", digits: int = 0) -> str:
     if spread is None:
         return "-"
-    low, middle, high = (f"{v:.{digits}f}" for v in (spread.p5, spread.median, spread.p95))
-    least, most = (f"{v:.{digits}f}" for v in (spread.minimum, spread.maximum))
+    # `z`: a small negative number rounds to 0, not to -0.
+    low, middle, high = (f"{v:z.{digits}f}" for v in (spread.p5, spread.median, spread.p95))
+    least, most = (f"{v:z.{digits}f}" for v in (spread.minimum, spread.maximum))
     return f"90 % in {low} to {high}, median {middle}, all in {least} to {most}"
 
 

@@ -131,7 +131,7 @@ def _settings_of_model(source: Path) -> dict[str, Any]:
     try:
         values = settings.to_dict(settings.from_dict(values))
     except ValueError as error:
-        raise ValueError(f"{error}, in {source / 'config.toml'}") from error
+        raise ValueError(f"{source / 'config.toml'}: {error}") from error
     paths = paths_in(values, values["model"]["trainer"])
     return settings.merge(values, settings.nested(dict.fromkeys(paths, "")))
 

@@ -108,6 +108,8 @@ def test_pictures_without_headers_are_no_faces(tmp_path):
     message = message_of(folder, minimum=1)
     assert "2 PNGs are not extracted faces: extract faces from the pictures first" in message
     assert read_folder(folder, minimum=0).faces == []
+    (folder / "f2.png").unlink()
+    assert "its only PNG is not an extracted face: extract faces" in message_of(folder, minimum=1)
 
 
 def test_faces_that_cannot_be_used_are_not_called_pictures(tmp_path):
@@ -121,6 +123,8 @@ def test_faces_that_cannot_be_used_are_not_called_pictures(tmp_path):
     assert "cut short" in message
     (folder / "f1.png").write_text("no face")
     assert "none of its 2 PNGs can be used (f1.png: is no PNG" in message_of(folder, minimum=1)
+    (folder / "f1.png").unlink()
+    assert "its only PNG cannot be used (f2.png: " in message_of(folder, minimum=1)
 
 
 def test_sub_folders_and_jpegs_are_named_where_there_is_no_png(tmp_path):
@@ -292,7 +296,7 @@ def test_a_specimen_without_a_header_is_no_extracted_face(specimens, tmp_path):
     if "no_header.png" not in specimens:
         pytest.skip("the specimens lack no_header.png")
     shutil.copy(specimens["no_header.png"], tmp_path)
-    assert "are not extracted faces" in message_of(tmp_path)
+    assert "its only PNG is not an extracted face: extract faces" in message_of(tmp_path)
 
 
 def test_too_few_real_faces_are_refused(faces_dir):

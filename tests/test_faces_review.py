@@ -9,6 +9,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from mien.cli import main
+from mien.core.faces import check
 from mien.core.faces.check import report
 from mien.core.faces.review import move_named, named_files
 from mien.core.faces.synthetic import draw_folder
@@ -46,6 +47,15 @@ def test_the_last_line_is_the_verdict(drawn, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["ready"] is False
     assert len(facts["reasons"]) == 1
+
+
+def test_what_rounds_to_nothing_has_no_sign(drawn, capsys, monkeypatch):
+    nearly = check.Spread(-0.4, -0.3, -0.2, 0.1, 0.4)
+    monkeypatch.setattr(check, "_spread", lambda values: nearly)
+    assert main(["faces", "check", str(drawn)]) == 0
+    said = capsys.readouterr().out
+    assert "90 % in 0 to 0, median 0, all in 0 to 0" in said
+    assert "within 0 degrees (0 to 0)" in said
 
 
 def test_lists_are_for_xargs_and_never_written_over(spoilt, tmp_path, capsys):
@@ -153,6 +163,7 @@ def test_pictures_of_what_to_look_at_and_of_poses(spoilt, drawn, tmp_path, capsy
     assert main([*words, "--poses", str(poses)]) in (0, 2)
     image = cv2.imread(str(sheet))
     assert image.std() > 20, "there is a face in it"
+    assert (image[-60, -60] == image[5, -5]).all(), "where there is no file, there is no tile"
     assert cv2.imread(str(poses)).shape[1] > 900
     for flag, name in (("--sheet", "x.txt"), ("--poses", "x.bmp")):
         assert main(["faces", "check", str(spoilt), flag, str(tmp_path / name)]) == 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import train_words
 
+from mien.cli import COMMANDS as SUMMARIES
 from mien.cli import main
 from mien.core.checkpoint.lock import LOCK
 from mien.core.checkpoint.model_folder import ModelFolder
@@ -185,6 +186,9 @@ def test_words_that_nobody_knows_do_nothing(capsys):
         ("train extra", "unexpected argument extra; see `mien train --help`"),
         ("bench nosuch", "invalid choice: 'nosuch'"),
         ("tain", "invalid choice: 'tain'"),
+        ("tain", "'completion'); did you mean train?; see"),
+        ("model infoo out", "; did you mean info?; see"),
+        ("model export out --to kera -o out", "; did you mean keras?; see"),
         ("model info", "required: "),
     ],
 )
@@ -195,6 +199,14 @@ def test_a_mistaken_word_is_one_line_with_what_was_meant(capsys, words, said):
     (told,) = capsys.readouterr().err.splitlines()
     assert said in told
     assert " --help`" in told
+
+
+def test_every_command_stands_in_one_line_with_what_it_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line]
+    assert all([name, summary] in lines for name, summary in SUMMARIES.items())
 
 
 def test_a_model_folder_that_is_not_there_is_told_where_faces_lack(tmp_path, capsys):

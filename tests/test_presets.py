@@ -311,8 +311,8 @@ def test_a_damaged_own_preset_is_named(own, capsys):
     (own / "bad.toml").write_text("[train]\nbatch_sise = 3\n")
     assert main(["train", "--preset", "bad", "--print-config"]) == 2
     said = capsys.readouterr().err
-    assert "unknown setting train.batch_sise; did you mean train.batch_size?, in" in said
-    assert str(own / "bad.toml") in said
+    meant = "unknown setting train.batch_sise; did you mean train.batch_size?"
+    assert said == f"mien train: {own / 'bad.toml'}: {meant}\n"
 
 
 def test_the_folder_of_ones_own(monkeypatch):

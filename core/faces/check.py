@@ -434,7 +434,7 @@ def _variety_advice(result: Report) -> list[str]:
         if spread and spread.range < least_range:
             advice.append(
                 f"Little variety of {name}: 90 % of the faces lie within {spread.range:.0f} "
-                f"degrees ({spread.p5:.0f} to {spread.p95:.0f}); add faces that look elsewhere."
+                f"degrees ({spread.p5:z.0f} to {spread.p95:z.0f}); add faces that look elsewhere."
             )
     light, balance = result.lightness, result.light_balance
     # Thresholds of advice, here and below: chosen, unmeasured.

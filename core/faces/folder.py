@@ -292,16 +292,20 @@ def _check_versions(name: str, faces: list[Face], centering: str) -> None:
 def _too_few(opened: FaceFolder, name: str, minimum: int, *, has_flag: bool) -> str:
     """The one line that says why a folder is refused, and what to do."""
     faces, rejected, tail = opened.faces, opened.rejected, named(opened.rejected)
-    kind = "JPEGs" if rejected and rejected[0].path.suffix.lower() in JPEG_SUFFIXES else "PNGs"
+    kind = "JPEG" if rejected and rejected[0].path.suffix.lower() in JPEG_SUFFIXES else "PNG"
+    is_one = len(rejected) == 1
     if not faces and any(file.is_extracted for file in rejected):
-        return f"{name}: none of its {len(rejected)} {kind} can be used ({tail})"
+        of_it = f"its only {kind} cannot" if is_one else f"none of its {len(rejected)} {kind}s can"
+        return f"{name}: {of_it} be used ({tail})"
+    no_faces = f"its {len(rejected)} {kind}s are not extracted faces"
+    if is_one:
+        no_faces = f"its only {kind} is not an extracted face"
     nested = next((each for each in opened.passed_over.values() if each.subfolders), None)
     if not faces and rejected and nested:
-        instead = nested.instead(has_flag=has_flag)
-        return f"{name}: its {len(rejected)} {kind} are not extracted faces{instead}"
+        return f"{name}: {no_faces}{nested.instead(has_flag=has_flag)}"
     if not faces and rejected:
         return (
-            f"{name}: its {len(rejected)} {kind} are not extracted faces: extract faces from the "
+            f"{name}: {no_faces}: extract faces from the "
             f"pictures first and give the folder they were written to ({tail})"
         )
     unusable = f", {len(rejected)} files are unusable ({tail})" if rejected else ""

@@ -14,7 +14,7 @@ from ..faces.png import FaceFileError
 from ..faces.review import named_files
 from ..system.durable_files import write_output
 from ..system.printable import printable
-from .sheet import arranged
+from .sheet import BACKGROUND, arranged
 
 _TILE_PX = 128
 _MOST_TILES = 12
@@ -34,7 +34,7 @@ def review_sheet(reports: Sequence[Report]) -> np.ndarray | None:
             if shown:
                 title = f"{os.path.basename(report.path)}: {kind}, {len(names)}"
                 num_blank = _MOST_TILES - len(shown)
-                blank = np.zeros((_TILE_PX, _TILE_PX, 3), np.uint8)
+                blank = np.full((_TILE_PX, _TILE_PX, 3), BACKGROUND, np.uint8)
                 row = np.stack([*shown.values(), *[blank] * num_blank])[None]
                 rows.append(arranged([row], [[*shown, *[""] * num_blank]], title))
     return np.concatenate(rows) if rows else None

@@ -26,7 +26,7 @@ _GAP_PX, _FACE_GAP_PX, _SIDE_GAP_PX = 2, 6, 14
 """Room between the tiles of a face, between faces, and between sides."""
 
 _LINE_PX = 24
-_BACKGROUND, _TEXT = (32, 32, 32), (235, 235, 235)
+BACKGROUND, _TEXT = (32, 32, 32), (235, 235, 235)
 _LETTER_SCALE = 0.45
 _LETTERS_OF = {"a": "A", "b": "B"}
 
@@ -110,7 +110,7 @@ def arranged(
     num_rows = -(-num_faces // num_columns)
     lefts, right = _lefts([block.shape[1] for block in blocks], num_columns, tile_px)
     top, step = 2 * _LINE_PX, tile_px + _GAP_PX
-    sheet = np.full((top + num_rows * step, right, 3), _BACKGROUND, np.uint8)
+    sheet = np.full((top + num_rows * step, right, 3), BACKGROUND, np.uint8)
     _write(sheet, title, _GAP_PX + 2, _LINE_PX - 8, right)
     for block, texts, columns in zip(blocks, labels, lefts, strict=True):
         for column, of_column in enumerate(columns):

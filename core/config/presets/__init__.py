@@ -93,7 +93,7 @@ def read(path: Path) -> Preset:
         # Only to be checked: what a preset does not set must not come from it.
         from_dict(values)
     except ValueError as error:
-        raise ValueError(f"{error}, in {path}") from error
+        raise ValueError(f"{path}: {error}") from error
     return Preset(path.stem, path, description, values)
 
 

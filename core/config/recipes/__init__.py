@@ -195,7 +195,7 @@ def read(path: Path) -> Recipe:
     try:
         return Recipe.from_dict(values | {"name": path.stem})
     except ValueError as error:
-        raise ValueError(f"{error}, in {path}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def describe(recipe: Recipe) -> list[str]:
