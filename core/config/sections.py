@@ -239,7 +239,7 @@ _LEAST_INTERPOLATION = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig(Section):
-    """How the weights are moved."""
+    """How the weights are updated."""
 
     # Defaults are faceswap's of all that it has, down to the search of the rate.
     optimizer: str = setting("adam", choices=OPTIMIZERS, locked=True)
@@ -313,7 +313,7 @@ class OptimizerConfig(Section):
     two fifths of it."""
 
     overlap: str = setting("auto", choices=("auto", "on", "off"))
-    """Move the weights of finished layers while the backward pass still runs, to the same bits;
+    """Update the weights of finished layers while the backward pass still runs, to the same bits;
     auto: on a GPU, where the update is a tenth of the step or more. Not with fp16. If a gradient
     is not finite, only its own part of the weights (4 M or more) is sure to stay as it was; without
     overlap all weights stay."""
@@ -412,9 +412,9 @@ class TrainConfig(Section):
     """Let a GPU use only algorithms that give the same bits in every run, slower or not."""
 
     distribution: str = setting("auto", choices=("auto", "mirrored", "sharded"))
-    """How several processes divide the update: each moves all weights (mirrored), or its own share
-    of them, for which it alone keeps the moments (sharded); auto: what is predicted to be faster.
-    The weights are the same but for rounding, and a save is the same file."""
+    """How several processes divide the update: each updates all weights (mirrored), or its own
+    share of them, for which it alone keeps the moments (sharded); auto: what is predicted to be
+    faster. The weights are the same but for rounding, and a save is the same file."""
 
     micro_batch: int = setting(0, low=0, high=4096)
     """Faces of each side whose gradient is computed at a time; those of a batch are then added up
