@@ -88,6 +88,8 @@ def _figures(
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    # By libraries, of the steps before.
+    kept_bytes = torch.cuda.memory_allocated(device) if on_gpu else 0
     step = mien_step(name, batch_size, mode, device, "graph" if on_gpu else "eager")
     timed = measure(step, _PACE[device.type], device_type=device.type)
     eg_per_s = 2 * batch_size / timed["median_s"]
@@ -99,7 +101,9 @@ def _figures(
         **spread_ms(timed),
         "binds": bound.binds,
         "share_of_ceiling": rounded(eg_per_s / bound.eg_per_s) if mode == "bf16" else None,
-        "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None,
+        "peak_mib": (torch.cuda.max_memory_allocated(device) - kept_bytes) / 2**20
+        if on_gpu
+        else None,
     }
     return timed["median_s"]
 

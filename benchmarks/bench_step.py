@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton.runtime.errors import TritonError
 
 from ..core import precision as precisions
 from ..core.config import from_dict
@@ -39,7 +40,7 @@ from ..models import blocks
 from ..models.autoencoder import Autoencoder, Outputs
 from . import launches
 from .ceilings import card_of
-from .harness import measure, pace, rounded, spread_ms
+from .harness import Pace, measure, pace, rounded, spread_ms
 from .variants import variant
 
 CASES = [("lightweight", 8), ("original", 16)]
@@ -90,13 +91,20 @@ def step_row(
     make: Callable[[], Callable[[], object]],
     device: torch.device,
     ceilings: dict[str, Any] | None,
+    how: Pace | None = None,
 ) -> dict[str, Any]:
-    """The figures of one step, or why there are none: one failure must not cost all others."""
+    """The figures of one step, or why there are none: one failure must not cost all others.
+
+    how: None: at the `pace` of steps.
+    """
     torch.compiler.reset()  # else shapes of the step before make this one's sizes dynamic
     gc.collect()  # a step refers to itself: else the memory of the one before counts as this one's
+    # What cuBLAS took for the streams of the steps before it keeps: 64 MiB of each on an H100.
+    kept_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
-        return what | _figures(what, make(), device, ceilings)
-    except RuntimeError as error:
+        how = how or pace("step", device.type)
+        return what | _figures(what, make(), device, ceilings, how, kept_bytes)
+    except (RuntimeError, TritonError) as error:
         return what | {"error": str(error).strip().partition("\n")[0]}
 
 
@@ -105,13 +113,11 @@ def _figures(
     step: Callable[[], object],
     device: torch.device,
     ceilings: dict[str, Any] | None,
+    how: Pace,
+    kept_bytes: int,
 ) -> dict[str, Any]:
     on_gpu = device.type == "cuda"
-    timed = measure(step, pace("step", device.type), device_type=device.type)
-    if on_gpu:  # once more, now that libraries have chosen
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        torch.cuda.synchronize(device)
+    timed = measure(step, how, device_type=device.type)
     faces = 2 * what["batch_size"]
     eg_per_s = faces / timed["median_s"]
     is_eager = what["engine"] in ("mien-eager", "plain-torch")
@@ -121,10 +127,24 @@ def _figures(
         "eg_per_cpu_s": rounded(faces / timed["cpu_s"]) if timed["cpu_s"] else None,
         **spread_ms(timed),
         "share_of_ceiling": _share(what, eg_per_s, ceilings),
-        "peak_mib": torch.cuda.max_memory_allocated(device) / 2**20 if on_gpu else None,
+        "peak_mib": _peak_mib(step, device, kept_bytes, is_graph=what["engine"] == "mien-graph")
+        if on_gpu
+        else None,
         "python_calls": count_python_calls(step),
         "launches": launches.count(step) if is_eager else None,
     }
+
+
+def _peak_mib(
+    step: Callable[[], object], device: torch.device, kept_bytes: int, *, is_graph: bool
+) -> float:
+    """The most memory that a step takes once libraries have chosen, beyond what was kept before."""
+    # A replay takes none: its memory was that of the capture, before which the engine resets.
+    if not is_graph:
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - kept_bytes) / 2**20
 
 
 def _share(what: dict[str, Any], eg_per_s: float, ceilings: dict[str, Any] | None) -> float | None:

@@ -125,6 +125,41 @@ def test_a_row_is_measured_without_the_step_before(monkeypatch):
     assert len(steps) == 2
 
 
+@pytest.mark.parametrize(("engine", "peak_mib"), [("mien-graph", 100), ("mien-eager", 30)])
+def test_the_memory_of_a_row_on_a_gpu(monkeypatch, engine, peak_mib):
+    """cuBLAS keeps memory for every stream that it was called on; a replay takes none."""
+    kept, held, peak = 65 << 20, 65 << 20, 0
+
+    def reset(_device):
+        nonlocal peak
+        peak = held
+
+    def make():
+        nonlocal held, peak
+        held += 20 << 20
+        # What a graph took at its capture; of an eager step, what its libraries took to choose.
+        peak = kept + (100 << 20)
+
+        def step():
+            nonlocal peak
+            peak = max(peak, held if engine == "mien-graph" else kept + (30 << 20))
+
+        return step
+
+    patches = {
+        "memory_allocated": lambda _: held,
+        "max_memory_allocated": lambda _: peak,
+        "reset_peak_memory_stats": reset,
+        "synchronize": lambda _: None,
+    }
+    for name, patch in patches.items():
+        monkeypatch.setattr(torch.cuda, name, patch)
+    monkeypatch.setattr(bench_step, "measure", lambda *_, **__: {"median_s": 1.0, "cpu_s": 1.0})
+    monkeypatch.setattr(bench_step, "spread_ms", lambda _: {})
+    what = {"batch_size": 1, "engine": engine}
+    assert bench_step.step_row(what, make, torch.device("cuda"), None)["peak_mib"] == peak_mib
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Benchmarks that run a moment only."""
