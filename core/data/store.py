@@ -442,7 +442,10 @@ def _decode_into(
 def _host_tensor(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Zeros in host memory, pinned where there is a GPU to read them."""
     # Zeros: two bytes of each pixel are never written, and go into the file.
-    return torch.zeros(shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    if device.type == "cuda":
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=True)
+    # NumPy's, which asks for huge pages: 262 MiB were filled in 0.06 s, PyTorch's in 0.26.
+    return torch.from_numpy(np.zeros(shape, np.uint8))
 
 
 def _placed(pixels_fssc: np.ndarray, placement: str, device: torch.device) -> torch.Tensor:
