@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +16,11 @@ import torch
 from mien.core.checkpoint import lock as locks
 from mien.core.checkpoint import owner as owners
 from mien.core.checkpoint.lock import LOCK, acquire, owner_in_words
-from mien.core.checkpoint.lock_owner import lock_owner
+from mien.core.checkpoint.lock_owner import RequestError, lock_owner, send_request
 from mien.core.checkpoint.model_folder import ModelFolder, SaveError
 from mien.core.checkpoint.owner import OWNER, Owner, read_owner
 from mien.core.checkpoint.state import TrainingState
+from mien.core.system import mounts, processes
 
 
 def _save(folder: ModelFolder, iterations: int) -> Path:
@@ -137,6 +139,149 @@ def test_a_lock_file_that_was_replaced_is_noticed_before_the_next_save(tmp_path)
                 _save(first, 3)
             assert sorted(os.listdir(path / "generations")) == ["2", "3"]
             _save(second, 4)
+
+
+# Whose process it is
+
+
+def test_a_run_is_this_machines_whatever_the_machine_is_called_since(tmp_path, monkeypatch):
+    with ModelFolder(tmp_path / "m") as folder:
+        monkeypatch.setattr(socket, "gethostname", lambda: "renamed")
+        found = lock_owner(folder.path)
+        assert (found.pid, found.is_here, found.is_running) == (os.getpid(), True, True)
+        assert owner_in_words(folder.path) == f"process {os.getpid()}"
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}; stop that run, or"):
+            acquire(folder.path)
+
+
+@pytest.fixture
+def other_container(monkeypatch):
+    """A container of this machine, or a clone of it, of the same name: its process numbers are
+    others."""
+    monkeypatch.setattr(owners, "process_space", lambda: "another-boot.1")
+
+
+def test_a_run_of_another_container_of_this_name_is_left_alone(tmp_path, other_container):
+    """Its number means another process here, which must be neither named nor asked."""
+    name = socket.gethostname()
+    (tmp_path / LOCK).write_text(f"{os.getpid()} {name} this-boot.2 1\n")
+    with open(tmp_path / LOCK) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = lock_owner(tmp_path)
+        assert (found.is_here, found.is_running) == (False, False)
+        with pytest.raises(RequestError, match=f"another container, that is called {name} too"):
+            send_request(tmp_path, "stop")
+        text = f"in use by process {os.getpid()} on another machine or container {name}; "
+        with pytest.raises(ValueError, match=text):
+            acquire(tmp_path)
+
+
+def test_a_run_from_before_a_restart_of_the_machine_trains_no_more(tmp_path):
+    """Another process has its number by now, and the lock is free."""
+    (tmp_path / LOCK).write_text(f"{os.getpid()} {socket.gethostname()} boot-before.1 1\n")
+    found = lock_owner(tmp_path)
+    assert (found.is_here, found.is_running) == (True, False)
+    with pytest.raises(RequestError, match="nothing trains"):
+        send_request(tmp_path, "stop")
+
+
+def test_a_lock_file_of_an_earlier_version_is_read(tmp_path):
+    """It names no machine: the host's name has to do."""
+    name = socket.gethostname()
+    with open(tmp_path / LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for line, place in ((f"{os.getpid()} {name}", ""), ("17 elsewhere", " on elsewhere")):
+            for paused in ("", " paused"):
+                (tmp_path / LOCK).write_text(f"{line}{paused}\n")
+                found = lock_owner(tmp_path)
+                assert (found.is_here, found.is_running) == (not place, not place)
+                remedy = ", which is paused; have it go on" if paused else "; stop that run, or"
+                text = f"in use by process {found.pid}{place}{remedy}"
+                with pytest.raises(ValueError, match=text):
+                    acquire(tmp_path)
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_process_of_another_user_that_proc_hides_has_its_folder(tmp_path, monkeypatch):
+    this = Owner.of_this_process()
+    (tmp_path / OWNER).write_bytes(Owner(2**22 - 1, this.host, this.machine, 5).line)
+
+    def refuse(_pid: int, _number: int) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(processes, "stat_of", lambda _pid: None)
+    monkeypatch.setattr(os, "kill", refuse)
+    with pytest.raises(ValueError, match=f"in use by process {2**22 - 1}; stop that run"):
+        acquire(tmp_path)
+
+
+# Disks whose flock other machines do not see
+
+
+def test_a_run_of_another_machine_is_seen_though_the_lock_is_free_here(tmp_path):
+    (tmp_path / OWNER).write_bytes(_elsewhere().line)
+    text = (
+        r"in use by process 17 on elsewhere; stop that run, wait 5 minutes where it has ended "
+        r"already, or choose another model folder"
+    )
+    with pytest.raises(ValueError, match=text):
+        acquire(tmp_path)
+    assert read_owner(tmp_path) == _elsewhere()
+
+
+def test_a_run_of_another_machine_that_is_silent_is_shut_out_should_it_wake(tmp_path):
+    (tmp_path / OWNER).write_bytes(_elsewhere().line)
+    os.utime(tmp_path / OWNER, (time.time() - MINUTES_10,) * 2)
+    lock = acquire(tmp_path)
+    # By this it notices before its next save; a flock alone would not reach it.
+    assert read_owner(tmp_path) == Owner.of_this_process()
+    lock.release()
+    assert os.listdir(tmp_path) == [LOCK]
+
+
+def _mounted(place: Path, kind: str, options: str) -> str:
+    name = str(place).replace(" ", "\\040")
+    return f"27 1 8:1 / / rw - ext4 /dev/sda rw\n40 27 0:50 / {name} rw - {kind} srv:/x {options}\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "is_shared"),
+    [
+        ("ext4", "rw", True),
+        ("fuseblk", "rw", True),
+        ("ceph", "rw", True),
+        ("nfs4", "rw,vers=4.2,local_lock=none", True),
+        ("nfs", "rw,vers=3,nolock,local_lock=all", False),
+        ("nfs", "rw,vers=3,local_lock=flock", False),
+        ("nfs", "rw,vers=3,local_lock=posix", True),
+        ("lustre", "rw,flock", True),
+        ("lustre", "rw,localflock", False),
+        ("fuse.sshfs", "rw", False),
+        ("cifs", "rw", False),
+    ],
+)
+def test_a_disk_that_may_hide_locks_has_an_owner_file_too(
+    tmp_path, kind, options, is_shared, monkeypatch
+):
+    place = tmp_path / "a disk"
+    (tmp_path / "mounts").write_text(_mounted(place, kind, options) + "torn\n")
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mounts")
+    with ModelFolder(place / "m") as folder:
+        assert (read_owner(folder.path) is None) == is_shared
+        assert [each for each in folder.warnings if "hide a lock" in each] == folder.warnings
+        assert bool(folder.warnings) != is_shared
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
+            acquire(folder.path)
+    assert not (folder.path / OWNER).exists()
+
+
+def test_of_disks_at_one_place_the_last_counts(tmp_path, monkeypatch):
+    text = _mounted(tmp_path, "nfs", "local_lock=all") + _mounted(tmp_path, "ext4", "rw")
+    (tmp_path / "mounts").write_text(text)
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mounts")
+    assert mounts.shares_flock(tmp_path / "m")
+    monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "none")
+    assert mounts.shares_flock(tmp_path / "m")
 
 
 # Disks without flock

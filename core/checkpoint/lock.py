@@ -1,25 +1,37 @@
 """The lock of a model folder: one run at a time.
 
-`.lock` is locked by flock, which ends with the process, and holds "<pid> <host>", in a pause
-"<pid> <host> paused", for people and for `lock_owner`. A disk that refuses flock, as some network
-disks do, has an owner file instead: see `owner`.
+`.lock` is locked by flock, which ends with the process, and holds "<pid> <host> <machine> <start>",
+in a pause with " paused" behind it, for people and for `lock_owner`. A disk that refuses flock, as
+some network disks do, has an owner file instead: see `owner`. One that takes a lock and may keep it
+from other machines, as other network disks do, has both; so has any where another machine has left
+an owner file.
 """
 
 import errno
 import fcntl
 import os
-import socket
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from ..system.durable_files import open_plain
-from .owner import OWNER, InUseError, OwnerFile, process_in_words, read_owner
+from ..system.mounts import shares_flock
+from .owner import (
+    MAX_OWNER_BYTES,
+    OWNER,
+    STALE_SECONDS,
+    InUseError,
+    Owner,
+    OwnerFile,
+    read_owner,
+)
 
 LOCK = ".lock"
 
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}
 """How a disk says that it has no flock."""
+
+_PAUSED = " paused"
 
 # Whoever looks for the owner holds the lock for a moment: 80 ms outlast that. Chosen, unmeasured.
 _TRIES, _PAUSE_SECONDS = 5, 0.02
@@ -28,18 +40,10 @@ _TRIES, _PAUSE_SECONDS = 5, 0.02
 class Lock:
     """A model folder that is this process's until `release`; made by `acquire`."""
 
-    def __init__(self, folder: Path, handle: int, owner: OwnerFile | None) -> None:
+    def __init__(self, folder: Path, handle: int, owner: OwnerFile | None, notice: str) -> None:
         self._folder, self._handle, self._owner = folder, handle, owner
-
-    @property
-    def notice(self) -> str:
+        self.notice = notice
         """What the user should know of how the folder is held; empty where nothing is unusual."""
-        if self._owner is None:
-            return ""
-        return (
-            f"the disk of {self._folder} has no flock: {OWNER} in the folder marks this run "
-            "instead; one of another host that is not renewed for 5 minutes counts as left behind"
-        )
 
     def confirm(self) -> None:
         """Make sure that the folder is still this process's.
@@ -58,7 +62,7 @@ class Lock:
                 _lock(handle)
                 _sign(handle)
             except OSError as error:
-                owner = _owner_named_in(handle)
+                owner, _ = signed_in(handle)
                 os.close(handle)
                 if not isinstance(error, BlockingIOError):
                     raise
@@ -110,9 +114,9 @@ def acquire(path: Path) -> Lock:
 
 def owner_in_words(path: Path) -> str | None:
     """Process that owns the lock of a folder now, in words; None where none does."""
-    owner = read_owner(path)
-    if owner is not None and (owner.is_running or not owner.is_here):
-        return process_in_words(owner.pid, owner.host)
+    owner = _marked_by(path)
+    if owner is not None:
+        return str(owner)
     try:
         handle = open_plain(path / LOCK, os.O_RDONLY)
     except PermissionError:
@@ -121,15 +125,31 @@ def owner_in_words(path: Path) -> str | None:
     except OSError:  # there is none, or none that a run could hold
         return None
     try:
-        # Shared, so that several who look at the same time do not see one another.
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        return _owner_named_in(handle)
-    except OSError:  # a disk without flock
-        return None
+        return str(InUseError(signed_in(handle)[0])) if is_locked(handle) else None
     finally:
         os.close(handle)
+
+
+def is_locked(handle: int) -> bool:
+    """Whether a lock file is locked by flock, as far as this machine can see."""
+    try:
+        # Shared, so that several who look at the same time do not see one another.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a disk without flock, which refuses everybody
+        return False
+    fcntl.flock(handle, fcntl.LOCK_UN)
+    return False
+
+
+def signed_in(handle: int) -> tuple[Owner | None, bool]:
+    """Process that has signed a lock file, None where none has, and whether its run is paused."""
+    line = os.pread(handle, MAX_OWNER_BYTES, 0).decode(errors="replace")
+    words = line.removesuffix("\n")
+    # Half a line is none: it would name another process.
+    owner = Owner.from_words(words.removesuffix(_PAUSED)) if line.endswith("\n") else None
+    return owner, words.endswith(_PAUSED)
 
 
 def _try(path: Path) -> Lock | None:
@@ -151,19 +171,18 @@ def _taken(path: Path, handle: int) -> Lock | None:
     """The lock by a handle of its file, which is closed where it is none."""
     owner, is_held = None, False
     try:
-        owner = _lock_or_own(handle, path)
+        owner, notice = _lock_or_own(handle, path)
         is_held = _is_in_place(handle, path)
         if is_held:
             _sign(handle)
-            return Lock(path, handle, owner)
+            return Lock(path, handle, owner, notice)
         return None
     except FileNotFoundError:  # the folder itself went
         return None
     except (BlockingIOError, InUseError) as error:
-        name = str(error) if isinstance(error, InUseError) else _owner_named_in(handle)
         raise ValueError(
-            f"model folder {path} is in use by {name}{_remedy(handle)}, or choose another model "
-            "folder"
+            f"model folder {path} is in use by {_other_run(handle, error)}, or choose another "
+            "model folder"
         ) from error
     except OSError as error:
         # It could not be signed, as on a full disk: nobody could tell whose it is.
@@ -183,18 +202,33 @@ def _open(folder: Path) -> int:
     return open_plain(folder / LOCK, os.O_RDWR | os.O_CREAT)
 
 
-def _lock_or_own(handle: int, folder: Path) -> OwnerFile | None:
-    """Take the folder by flock, or by the owner file that comes back where there is no flock."""
+def _lock_or_own(handle: int, folder: Path) -> tuple[OwnerFile | None, str]:
+    """Take the folder by flock, by an owner file, or by both: the owner file that comes back, and
+    the user's notice."""
     try:
         _lock(handle)
     except OSError as error:
         if error.errno not in NO_FLOCK:
             raise
-        return OwnerFile(folder)
+        return OwnerFile(folder), _notice(folder, "has no flock", "instead")
+    if not shares_flock(folder):
+        return OwnerFile(folder), _notice(folder, "may hide a lock from other machines", "as well")
+    # One who has come to this disk by a way that has no flock, or that keeps it to itself. Where
+    # it is silent for long, its owner file is taken over, so that it notices if it wakes again.
+    return (None if _marked_by(folder) is None else OwnerFile(folder)), ""
+
+
+def _notice(folder: Path, flaw: str, how: str) -> str:
+    return (
+        f"the disk of {folder} {flaw}: {OWNER} in the folder marks this run {how}; one of another "
+        "host that is not renewed for 5 minutes counts as left behind"
+    )
+
+
+def _marked_by(folder: Path) -> Owner | None:
+    """Process that the owner file of a folder names, unless that is seen to have ended."""
     owner = read_owner(folder)
-    if owner is not None and owner.is_running:  # it came by a way to this disk that has no flock
-        raise InUseError(process_in_words(owner.pid, owner.host))
-    return None
+    return owner if owner is not None and (owner.is_running or not owner.is_here) else None
 
 
 def _lock(handle: int) -> None:
@@ -218,23 +252,25 @@ def _is_in_place(handle: int, folder: Path) -> bool:
 
 def _sign(handle: int, *, is_paused: bool = False) -> None:
     """Write down who holds the lock, and whether its run is paused."""
-    paused = " paused" if is_paused else ""
+    paused = _PAUSED if is_paused else ""
     # Not under a new name: the lock is on this very file.
     # So it is empty for a moment, which whoever reads it takes for a run that is just starting.
     os.ftruncate(handle, 0)
-    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}{paused}\n".encode(), 0)
+    os.pwrite(handle, f"{Owner.of_this_process().words}{paused}\n".encode(), 0)
 
 
-def _remedy(handle: int) -> str:
-    """What to do about the run that holds the lock: of one that is paused, how it goes on."""
-    match os.pread(handle, 300, 0).decode(errors="replace").split():
-        case [pid, host, "paused"] if pid.isdecimal():
-            where = "" if host == socket.gethostname() else " on its host"
-            return f", which is paused; have it go on by p there or `kill -CONT {pid}`{where}"
-    return "; stop that run"
-
-
-def _owner_named_in(handle: int) -> str:
-    """The process, and the host where it is another, that a lock file names."""
-    pid, host, *_ = [*os.pread(handle, 300, 0).decode(errors="replace").split(), "", ""]
-    return process_in_words(pid, host)
+def _other_run(handle: int, error: BlockingIOError | InUseError) -> str:
+    """The run that has the folder, and what to do about it: of one that is paused, how it goes
+    on."""
+    signer, is_paused = signed_in(handle)
+    in_use = error if isinstance(error, InUseError) else InUseError(signer)
+    owner = in_use.owner
+    if owner is not None and is_paused and owner == signer:
+        where = "" if owner.is_here else f" on {owner.place}"
+        remedy = f"have it go on by p there or `kill -CONT {owner.pid}`{where}"
+        return f"{in_use}, which is paused; {remedy}"
+    remedy = "stop that run"
+    # Its owner file is all that is seen of it, and would outlive it.
+    if in_use is error and owner is not None and not owner.is_here:
+        remedy += f", wait {STALE_SECONDS / 60:.0f} minutes where it has ended already"
+    return f"{in_use}; {remedy}"

@@ -1,23 +1,21 @@
 """The owner of a model folder's lock, seen from outside: the process that trains, and its requests.
 
-It holds `.lock` of the model folder (flock) and has written "<pid> <host>" into it, in a pause
-with "paused" behind it; on a disk
-without flock it has an owner file there. A request is a signal. One that a process does not listen
-for would end it without a save, and a number that has been given to another process would hit that
-one: so the lock, the host and the caught signals are looked at first, with the process held by a
-handle that no other can take over.
+It holds `.lock` of the model folder (flock) and has signed it; on a disk whose flock does not do
+it has an owner file there. A request is a signal. One that a process does not listen for would end
+it without a save, and a number that has been given to another process would hit that one: so the
+lock, the machine and the caught signals are looked at first, with the process held by a handle that
+no other can take over.
 """
 
-import fcntl
 import os
-import re
 import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..system.durable_files import open_plain
-from .lock import LOCK, NO_FLOCK
+from ..system.mounts import shares_flock
+from .lock import LOCK, is_locked, signed_in
 from .owner import read_owner
 
 REQUESTS = {
@@ -41,37 +39,37 @@ class LockOwner:
 
     pid: int
     host: str
-    is_running: bool
-    """Whether it holds the lock now; False for a process on another host, where it cannot be
-    seen."""
+    is_here: bool
+    """Whether it can be seen from here; False where another machine, or another container of this
+    one, may hold the lock."""
 
-    @property
-    def is_here(self) -> bool:
-        """True where it ran, or runs, on this host."""
-        return self.host == socket.gethostname()
+    is_running: bool
+    """Whether it holds the lock now; False for a process that cannot be seen."""
 
 
 def lock_owner(model_dir: Path) -> LockOwner | None:
     """Process that has last locked the folder; None where none has, or a run is just starting."""
-    # Before the lock file, which is there on such a disk too, and which nobody can lock.
-    owner = read_owner(model_dir)  # of a disk without flock
+    # Before the lock file, which is there on such a disk too, and which another machine may be
+    # unable to lock.
+    owner = read_owner(model_dir)
     if owner is not None and (owner.is_running or not owner.is_here):
-        return LockOwner(owner.pid, owner.host, owner.is_running)
+        return LockOwner(owner.pid, owner.host, owner.is_here, owner.is_running)
     try:
         handle = open_plain(model_dir / LOCK, os.O_RDONLY)
     except OSError:
         return None
     try:
-        words = os.pread(handle, 300, 0).decode(errors="replace").split()
-        if len(words) != 2 and words[2:] != ["paused"]:
+        owner, _ = signed_in(handle)
+        if owner is None:
             return None
-        # Neither 0 nor a minus: to the system these stand for groups of processes.
-        if not re.fullmatch(r"[1-9]\d{0,9}", words[0], re.ASCII):
-            return None
-        pid, host = int(words[0]), words[1]
-        # A free lock is tried only if the process is there: else the trial could refuse a new run.
-        is_running = host == socket.gethostname() and _exists(pid) and _is_locked(handle)
-        return LockOwner(pid, host, is_running)
+        # A free lock is tried only if the process may be there: else the trial could refuse a new
+        # run.
+        if owner.is_here:
+            is_running = owner.is_running and is_locked(handle)
+            return LockOwner(owner.pid, owner.host, is_here=True, is_running=is_running)
+        # Of before a restart of this machine, say: a lock that is free everywhere is nobody's.
+        is_over = shares_flock(model_dir) and not is_locked(handle)
+        return LockOwner(owner.pid, owner.host, is_here=is_over, is_running=False)
     finally:
         os.close(handle)
 
@@ -95,9 +93,11 @@ def send_request(model_dir: Path, request: str) -> LockOwner:
     if owner is None or (owner.is_here and not owner.is_running):
         raise RequestError(f"no run to {request}: nothing trains {model_dir} now")
     if not owner.is_here:
-        raise RequestError(
-            f"the run is on host {owner.host}, this is {socket.gethostname()}; ask there"
-        )
+        here = socket.gethostname()
+        other = f"host {owner.host}, this is {here}"
+        if owner.host == here:
+            other = f"another machine, or in another container, that is called {here} too"
+        raise RequestError(f"the run is on {other}; ask there")
     try:
         # From here on the handle means this process, even if another one gets its number.
         process = os.pidfd_open(owner.pid)
@@ -122,27 +122,6 @@ def send_request(model_dir: Path, request: str) -> LockOwner:
     finally:
         os.close(process)
     return owner
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True
-
-
-def _is_locked(handle: int) -> bool:
-    try:
-        # Shared, so that several who look at the same time do not see one another.
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        # A disk without flock refuses everybody, which tells of no owner.
-        return error.errno not in NO_FLOCK
-    fcntl.flock(handle, fcntl.LOCK_UN)
-    return False
 
 
 def _listens(pid: int, number: signal.Signals) -> bool:

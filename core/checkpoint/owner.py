@@ -1,4 +1,4 @@
-"""The owner file of a model folder, on a disk that has no flock: one run at a time there too.
+"""The owner file of a model folder, on a disk whose flock does not do: one run at a time there too.
 
 `.owner` is made by whoever finds none, in one step (O_EXCL), and removed at the end of its run. It
 holds "<pid> <host> <machine> <start>": the machine is its boot and the space of its process numbers
@@ -24,17 +24,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..system.durable_files import DamagedError, discard, open_plain, read_regular
-from ..system.processes import process_space, start_of
+from ..system.processes import is_running, process_space, start_of
 
 OWNER = ".owner"
 RENEW_SECONDS, STALE_SECONDS = 15.0, 300.0
 """Seconds between two signs of life of an owner, and after which a silent one is given up: twenty
 missed ones. Chosen, unmeasured."""
 
-# The longest line that `_LINE` takes has 543.
-_MAX_BYTES = 1000
+# The longest line that `_WORDS` takes has 543.
+MAX_OWNER_BYTES = 1000
 _TRIES = 5
-_LINE = re.compile(r"([1-9]\d{0,9}) (\S{1,255}) (\S{1,255}) (\d{1,20})\n", re.ASCII)
+# Neither 0 nor a minus as a number: to the system these stand for groups of processes.
+_WORDS = re.compile(r"([1-9]\d{0,9}) (\S{1,255})(?: (\S{1,255}) (\d{1,20}))?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,59 @@ class Owner:
     pid: int
     host: str
     machine: str
+    """Boot and process numbers (`process_space`); empty in a lock file of an earlier mien, which
+    names the host alone."""
+
     start: int
-    """Start of the process, in ticks since the machine was booted."""
+    """Start of the process, in ticks since the machine was booted; 0 where it is not known."""
 
     @classmethod
     def of_this_process(cls) -> "Owner":
         """What this process writes of itself."""
         pid = os.getpid()
-        # A host may have any name, and its line has words.
-        host = re.sub(r"\s", "-", socket.gethostname())
-        return cls(pid, host, process_space(), start_of(pid) or 0)
+        return cls(pid, _host(), process_space(), start_of(pid) or 0)
+
+    @classmethod
+    def from_words(cls, words: str) -> "Owner | None":
+        """The process that was written down in such words; None where they are others."""
+        match = _WORDS.fullmatch(words)
+        return cls(int(match[1]), match[2], match[3] or "", int(match[4] or 0)) if match else None
+
+    @property
+    def words(self) -> str:
+        """What stands for the process in an owner file, and in a lock file."""
+        return f"{self.pid} {self.host} {self.machine} {self.start}"
 
     @property
     def line(self) -> bytes:
         """What an owner file holds."""
-        return f"{self.pid} {self.host} {self.machine} {self.start}\n".encode()
+        return f"{self.words}\n".encode()
 
     @property
     def is_here(self) -> bool:
         """Whether its process can be looked for."""
+        # By the name alone only where nothing better was written down: containers and cloned
+        # machines share one, and a machine may be given another.
+        if not self.machine:
+            return self.host == _host()
         return self.machine == process_space()
 
     @property
     def is_running(self) -> bool:
         """Whether its process is there; of another machine this cannot be seen and is False."""
-        return self.is_here and start_of(self.pid) == self.start
+        return self.is_here and is_running(self.pid, self.start)
+
+    @property
+    def place(self) -> str:
+        """Where its process can be looked for, in words."""
+        if self.is_here:
+            return "this machine"
+        return self.host if self.host != _host() else f"another machine or container {self.host}"
+
+    def __str__(self) -> str:
+        words = f"process {self.pid}" + ("" if self.is_here else f" on {self.place}")
+        # The file may be anybody's, and the words go to a terminal.
+        return words if words.isprintable() else "an unknown process"
 
 
 @dataclass(frozen=True)
@@ -93,7 +122,20 @@ class _Found:
 
 
 class InUseError(Exception):
-    """The folder is another run's; the message names its process."""
+    """The folder is another run's; the message names its process.
+
+    Args:
+        owner: The process; None where the owner file names none, or none yet.
+    """
+
+    def __init__(self, owner: Owner | None) -> None:
+        super().__init__("an unknown process" if owner is None else str(owner))
+        self.owner = owner
+
+
+def _host() -> str:
+    """Name of this host, as one word, which it need not be."""
+    return re.sub(r"\s", "-", socket.gethostname())
 
 
 def read_owner(folder: Path) -> Owner | None:
@@ -104,17 +146,12 @@ def read_owner(folder: Path) -> Owner | None:
 
 def _owner_in(path: Path) -> Owner | None:
     try:
-        match = _LINE.fullmatch(read_regular(path, _MAX_BYTES).decode(errors="replace"))
+        line = read_regular(path, MAX_OWNER_BYTES).decode(errors="replace")
     except (OSError, DamagedError):
         return None
-    return Owner(int(match[1]), match[2], match[3], int(match[4])) if match else None
-
-
-def process_in_words(pid: int | str, host: str) -> str:
-    """A process in words, with its host where that is another one."""
-    elsewhere = f" on {host}" if host and host != socket.gethostname() else ""
-    words = f"process {pid or 'unknown'}{elsewhere}"
-    return words if words.isprintable() else "an unknown process"
+    # Half a line is none: it would name another process.
+    owner = Owner.from_words(line.removesuffix("\n")) if line.endswith("\n") else None
+    return owner if owner is not None and owner.machine else None
 
 
 class OwnerFile:
@@ -166,8 +203,8 @@ class OwnerFile:
     def _renew(self) -> None:
         handle = open_plain(self._path, os.O_RDWR)
         try:
-            if os.pread(handle, _MAX_BYTES, 0) != self._own.line:
-                raise InUseError(_in_words(read_owner(self._path.parent)))
+            if os.pread(handle, MAX_OWNER_BYTES, 0) != self._own.line:
+                raise InUseError(read_owner(self._path.parent))
             # The same bytes: the new time of the file is the sign of life.
             os.pwrite(handle, self._own.line, 0)
             os.fsync(handle)
@@ -182,9 +219,9 @@ class OwnerFile:
             found = _Found.at(self._path)
             if found is not None:
                 if not self._is_stale(found):
-                    raise InUseError(_in_words(found.owner))
+                    raise InUseError(found.owner)
                 self._clear_away(found)
-        raise InUseError("another process that is just starting")
+        raise InUseError(None)  # one that is just starting
 
     def _make(self) -> None:
         """Make the file, in one step; FileExistsError where there is one."""
@@ -232,8 +269,4 @@ class OwnerFile:
 
     def _own_name(self, purpose: str) -> Path:
         # Of this process alone: two that clear away at the same time must not meet in one name.
-        return self._path.with_name(f"{OWNER}.{socket.gethostname()}.{os.getpid()}.{purpose}")
-
-
-def _in_words(owner: Owner | None) -> str:
-    return "an unknown process" if owner is None else process_in_words(owner.pid, owner.host)
+        return self._path.with_name(f"{OWNER}.{process_space()}.{os.getpid()}.{purpose}")

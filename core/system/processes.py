@@ -31,3 +31,19 @@ def start_of(pid: int) -> int | None:
     stat = stat_of(pid)
     # A zombie holds nothing any more.
     return None if stat is None or stat[0] in "ZX" else int(stat[19])
+
+
+def is_running(pid: int, start: int = 0) -> bool:
+    """Whether a process of this machine is there; where its start is given, and not 0, whether it
+    is no later one of the same number."""
+    stat = stat_of(pid)
+    if stat is not None:
+        # A zombie holds nothing any more.
+        return stat[0] not in "ZX" and start in (0, int(stat[19]))
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's, which /proc may be mounted to hide
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
