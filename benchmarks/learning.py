@@ -21,7 +21,8 @@ from ..core.console.reporter import Reporter
 from . import harness
 
 FIRST_COMPARED, LAST_COMPARED, ALLOWED_SHARE = 101, 650, 0.10
-RESULTS = harness.RESULTS / "learning"
+_FOLDER = "learning"
+RESULTS = harness.RESULTS / _FOLDER
 
 
 @dataclass(frozen=True)
@@ -61,28 +62,43 @@ def read_reference(path: Path, input_a: Path, input_b: Path) -> Reference:
     return Reference(path.stem, given, loss, data["windows"])
 
 
-def run_once(reference: Reference, precision: str, seed: int, keep: Path | None = None) -> Path:
-    """Train once, unless the result is there already; the result's file."""
-    result = RESULTS / f"{reference.name}-{precision}-seed{seed}.json"
+def run_once(
+    reference: Reference,
+    precision: str,
+    seed: int,
+    keep: Path | None = None,
+    results: Path | None = None,
+) -> Path:
+    """Train once, unless the result is there already; the result's file.
+
+    Args:
+        reference: Curve to be met.
+        precision: Number format of the run.
+        seed: Seed of the run.
+        keep: Folder that keeps the model; None: it is removed.
+        results: Folder of all results; None: `harness.RESULTS`.
+    """
+    folder = RESULTS if results is None else results / _FOLDER
+    result = folder / f"{reference.name}-{precision}-seed{seed}.json"
     if result.exists():
         return result
     from ..core.training.resolve import Overrides
     from ..core.training.unattended import train
 
-    folder = keep or Path(tempfile.mkdtemp(prefix="mien-learning-"))
+    model_dir = keep or Path(tempfile.mkdtemp(prefix="mien-learning-"))
     given = merge(
         reference.given,
         {
             "precision": {"mode": precision},
             "train": {"seed": seed},
-            "save": {"model_dir": str(folder)},
+            "save": {"model_dir": str(model_dir)},
         },
     )
     started, cpu = time.monotonic(), time.process_time()
     code = train(Overrides(given), Reporter())
     if code:
         raise RuntimeError(f"training ended with exit code {code}")
-    losses = read_losses(folder)
+    losses = read_losses(model_dir)
     facts = {
         "precision": precision,
         "seed": seed,
@@ -93,7 +109,7 @@ def run_once(reference: Reference, precision: str, seed: int, keep: Path | None 
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps({"environment": harness.environment(), **facts}) + "\n")
     if keep is None:
-        shutil.rmtree(folder)
+        shutil.rmtree(model_dir)
     return result
 
 

@@ -266,6 +266,9 @@ def _learning(args: argparse.Namespace) -> int:
     """Train each precision and seed that has no result yet; compare all; draw the picture."""
     if not (args.reference and args.input_a and args.input_b):
         raise ValueError("bench learning needs --reference FILE, --input-a and --input-b")
+    for flag, value in (("no-save", args.no_save), ("only", args.only), ("compare", args.compare)):
+        if value:
+            raise ValueError(f"bench learning takes no --{flag}: leave it out")
     from ..benchmarks import learning
 
     reference = learning.read_reference(args.reference, args.input_a, args.input_b)
@@ -274,7 +277,7 @@ def _learning(args: argparse.Namespace) -> int:
         for seed in args.seeds:
             name = f"{reference.name}-{precision}-seed{seed}"
             keep = args.keep / name if args.keep else None
-            results.append(learning.run_once(reference, precision, seed, keep))
+            results.append(learning.run_once(reference, precision, seed, keep, args.results))
     rows = [row for result in results for row in learning.compare(reference, result)]
     if args.json:
         tell_json(rows)

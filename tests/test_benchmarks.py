@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mien.benchmarks import bench_step, ceilings, harness, learning
+from mien.cli import main
 from mien.kernels.reference import ssim
 from mien.models import blocks
 
@@ -247,6 +248,33 @@ def test_a_curve_outside_ten_percent_is_seen(tmp_path, factor, passes):
     assert all(row["passes"] == passes for row in rows)
     learning.draw(reference, [result], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_results_of_learning_lie_in_the_folder_that_is_named(tmp_path, monkeypatch, capsys):
+    """Nothing is written beside the committed ones, and what lies there is not trained again."""
+    _, curve = _reference(tmp_path)
+
+    def train(overrides, _reporter):
+        (tmp_path / "trained").touch(exist_ok=False)
+        return 0
+
+    monkeypatch.setattr("mien.core.training.unattended.train", train)
+    monkeypatch.setattr(learning, "RESULTS", tmp_path / "committed")
+    monkeypatch.setattr(learning, "read_losses", lambda _: {side: curve.tolist() for side in "ab"})
+    words = ["bench", "learning", "--reference", str(tmp_path / "curve.json"), "--seeds", "7"]
+    words += ["-A", "a", "-B", "b", "--precisions", "fp32", "--picture", str(tmp_path / "p.png")]
+    for _ in range(2):
+        assert main([*words, "--results", str(tmp_path / "mine")]) == 0
+        assert "20 of 20 windows" in capsys.readouterr().out
+    assert (tmp_path / "mine/learning/curve-fp32-seed7.json").exists()
+    assert not (tmp_path / "committed").exists()
+
+
+@pytest.mark.parametrize("words", [["--no-save"], ["--only", "x"], ["--compare", "x.json"]])
+def test_learning_refuses_what_it_would_not_heed(words, capsys):
+    given = ["bench", "learning", "--reference", "r.json", "-A", "a", "-B", "b"]
+    assert main([*given, *words]) == 2
+    assert f"bench learning takes no {words[0]}: leave it out" in capsys.readouterr().err
 
 
 def test_committed_curves_lie_within_ten_percent_of_the_reference(oracle_dir):

@@ -88,6 +88,27 @@ def test_an_automatic_batch_is_that_of_all_ranks(inputs, capsys):
     assert "at batch size 8 (4 faces each); " in said
 
 
+@pytest.mark.parametrize(("batch_size", "share"), [("6", 3), ("5", 3)])
+def test_of_a_batch_that_is_set_one_gpu_has_its_share(inputs, batch_size, share, capsys):
+    """The whole of it may not fit on one, and takes longer than a step of the run will."""
+    words = ("-b", batch_size, "--gpus", "2", "--dry-run")
+    assert _train(inputs, *words, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["batch_size"], facts["measured_batch_size"]) == (int(batch_size), share)
+    assert _train(inputs, *words) == 0
+    said = capsys.readouterr().out
+    assert f"batch size   {batch_size}; of one GPU, whose steps follow, {share}\n" in said
+    assert f"at batch size {batch_size} (" in said
+
+
+def test_a_batch_of_all_gpus_that_a_side_cannot_fill_is_refused(inputs, capsys):
+    """Its share would fit: the run is asked for, not the step."""
+    assert _train(inputs, "-b", "48", "--gpus", "2", "--dry-run") == 2
+    assert "train.batch_size is 48, but side" in capsys.readouterr().err
+    assert _train(inputs, "-b", "1", "--gpus", "2", "--dry-run") == 2
+    assert "train.batch_size must be at least 2" in capsys.readouterr().err
+
+
 BY_A_FLAG = "it was set by a flag, for that session"
 
 RECIPE = """

@@ -70,7 +70,7 @@ def store_dir(tmp_path) -> Path:
     return tmp_path / "model" / "faces store"
 
 
-def opened(folder, store_dir, crop=CROP, progress=None, minimum=25, **data):
+def opened(folder, store_dir, crop=CROP, progress=None, minimum=25, num_kept=1, **data):
     return open_store(
         folder,
         crop,
@@ -79,6 +79,7 @@ def opened(folder, store_dir, crop=CROP, progress=None, minimum=25, **data):
         device=CPU,
         progress=progress,
         minimum=minimum,
+        num_kept=num_kept,
     )
 
 
@@ -205,6 +206,55 @@ def test_other_settings_make_it_anew_and_replace_it(folder, store_dir, change):
     crop = change.get("crop", CROP)
     data = {name: value for name, value in change.items() if name != "crop"}
     np.testing.assert_array_equal(second.faces_fssc[7], expected(folder.faces[7], crop, **data))
+
+
+def test_in_a_shared_folder_other_settings_live_beside_it(folder, store_dir):
+    """Two trainings of one face folder take turns, and neither decodes anew."""
+    small = Crop("face", 0.9, 0.1, 24)
+    paths = [opened(folder, store_dir, crop, num_kept=2).path for crop in (CROP, small)]
+    assert raw_files(store_dir) == sorted(paths)
+    for crop in (CROP, small, CROP):
+        assert opened(folder, store_dir, crop, num_kept=2).reused
+
+
+def _opened_in_turn(folder, store_dir, num_kept):
+    """Files of three sizes, made in this order; the oldest has been used since."""
+    paths = []
+    for age, size_px in ((30, 16), (20, 24), (10, 32)):
+        crop = Crop("face", 0.9, 0.1, size_px)
+        paths.append(opened(folder, store_dir, crop, num_kept=num_kept).path)
+        os.utime(paths[-1], (time.time() - age,) * 2)
+    assert opened(folder, store_dir, Crop("face", 0.9, 0.1, 16), num_kept=num_kept).reused
+    return paths
+
+
+def test_a_shared_folder_keeps_the_files_that_were_used_last(folder, store_dir):
+    paths = _opened_in_turn(folder, store_dir, num_kept=3)
+    new = opened(folder, store_dir, num_kept=3).path
+    assert raw_files(store_dir) == sorted([paths[0], paths[2], new])
+
+
+@pytest.mark.parametrize(("num_free", "num_left"), [(0, 3), (1, 2), (2, 1)])
+def test_a_shared_folder_on_a_full_disk_gives_up_what_was_used_longest_ago(
+    folder, store_dir, monkeypatch, num_free, num_left
+):
+    """But nothing where that would not do."""
+    paths = _opened_in_turn(folder, store_dir, num_kept=9)
+    sizes = [path.stat().st_size for path in paths]
+    plan = store._plan(folder, CROP, DataConfig())
+    room = store._padded(2 * len(store._header(plan, 0)) + 256 * NUM_FACES) + plan.num_bytes
+    # As much as is lacking without the first `num_free` of them.
+    base = room - sum([sizes[1], sizes[2], sizes[0]][: max(num_free, 1)]) - (num_free == 0) * 10**9
+
+    def free(_path: Path):
+        removed = sum(size for path, size in zip(paths, sizes, strict=True) if not path.exists())
+        return shutil._ntuple_diskusage(0, 0, base + removed)
+
+    monkeypatch.setattr("shutil.disk_usage", free)
+    made = opened(folder, store_dir, num_kept=9)
+    left = [path for path in paths if path.exists()]
+    assert left == {3: paths, 2: [paths[0], paths[2]], 1: [paths[0]]}[num_left]
+    assert bool(made.path) is (num_free > 0)
 
 
 def test_settings_that_do_not_matter_do_not_make_it_anew(folder, store_dir):
@@ -600,7 +650,7 @@ def test_a_part_that_another_start_removes_before_it_is_locked_is_made_anew(
     def be_taken_for_a_leftover(**words):
         parts.append(mkstemp(**words))
         if len(parts) == 1:
-            store._remove_obsolete(store_dir / "x.faces", "elsewhere")
+            store._remove_left_behind(store_dir)
         return parts[-1]
 
     monkeypatch.setattr(tempfile, "mkstemp", be_taken_for_a_leftover)

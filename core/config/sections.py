@@ -115,7 +115,9 @@ class DataConfig(Section):
     file."""
 
     store_dir: str = setting("", path=True)
-    """Folder that keeps the decoded faces for the next start; default: `faces` in the model's."""
+    """Folder that keeps the decoded faces for the next start; default: `faces` in the model's.
+    Trainings may share it: of each face folder it keeps what was decoded with the 4 settings used
+    last."""
 
     num_threads: int = setting(0, low=0, high=1024)
     """Threads that decode and augment; 0: as many as the process has cores."""

@@ -169,6 +169,7 @@ def open_sides(
     device: torch.device,
     progress: Callable[[str], AbstractContextManager[Progress]] = _no_progress,
     num_readers: int = 1,
+    num_kept: int = 1,
 ) -> dict[str, SideFaces]:
     """Open both sides' faces at the processing size; headers are read while faces are decoded.
 
@@ -182,6 +183,7 @@ def open_sides(
         progress: Called with a title; gives a function that takes ``(done, total)``.
         num_readers: Processes of this machine that hold the faces, of which each has its part of
             the memory.
+        num_kept: Files of decoded faces of each side that `store_dir` keeps.
 
     Raises:
         ValueError: A folder is missing, holds too few faces or such as do not fit the settings, or
@@ -206,6 +208,7 @@ def open_sides(
                     decoder=decoder,
                     progress=report_progress,
                     num_readers=num_readers,
+                    num_kept=num_kept,
                 )
             # After decoding, which has drawn the masks, and before hours are spent on nothing.
             _refuse_empty_masks(side, store)

@@ -13,8 +13,10 @@ to a multiple of 4096 bytes, then the pixels:
      "empty": ..., "areas_outside": ...}
 
 It is written beside its place, synced and renamed, so it is whole or absent; a file that is not
-exactly what it should be is made anew. A disk that maps no files, as some network disks do not,
-keeps it all the same: it is then written from memory, and read into it.
+exactly what it should be is made anew. In a folder that several trainings share, files of the same
+faces under other settings stay beside it: those used last, so that disks do not fill. A disk that
+maps no files, as some network disks do not, keeps it all the same: it is then written from memory,
+and read into it.
 
 Letters: f = face, s = edge at the processing size, c = the 8 bytes of a pixel.
 """
@@ -69,6 +71,10 @@ them."""
 
 COPY_BYTES = 256 * 1024**2
 """Bytes that go to a GPU at a time. Chosen, unmeasured on a GPU."""
+
+NUM_SHARED = 4
+"""Raw files of one face folder that a store shared by several trainings keeps: as many settings can
+take turns without decoding anew, and the disk has a bound. Chosen."""
 
 _GIB = 1024**3
 _OLD_SECONDS = 86_400.0  # a day: longer than decoding takes; chosen, unmeasured
@@ -199,13 +205,15 @@ def open_store(
     progress: Callable[[int, int], None] | None = None,
     minimum: int = MINIMUM_FACES,
     num_readers: int = 1,
+    num_kept: int = 1,
 ) -> FaceStore:
     """The folder's faces, from the raw file in store_dir where one fits, else decoded now.
 
     store_dir: None keeps no file. earlier_dir: a folder whose files are read too, and left alone.
     decoder: what has begun to decode these faces; the caller closes it. progress: called with
     (faces done, faces in all). num_readers: processes of this machine that hold these faces, of
-    which each may take its part of the memory.
+    which each may take its part of the memory. num_kept: raw files of this folder that store_dir
+    keeps, this one among them; a new one takes the place of those that were used longest ago.
 
     Raises ValueError, one line, where fewer than `minimum` faces are usable, where a face is not
     and data.strict is set, or where the faces do not fit in the place that is asked for.
@@ -221,6 +229,8 @@ def open_store(
         if saved:
             file, facts, header_bytes = saved
             path = Path(file.name)
+            if path.parent == store_dir:
+                _mark_as_used(file)
             _check_usable(facts, folder, data.strict, minimum)
             # Not the plan's bytes: faces that were rejected take no room.
             placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
@@ -232,7 +242,7 @@ def open_store(
             _check_usable(facts, folder, data.strict, minimum)  # no more of them become usable
             backend = decoded_by(folder.faces, data.decoder, str(device))
             placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
-            build = stack.enter_context(_Build(facts, path, placement, device))
+            build = stack.enter_context(_Build(facts, path, placement, device, num_kept))
             if not decoder:
                 decoder = stack.enter_context(decoding(folder.faces, crop, data, device))
             decoded = _decode_into(build.pixels_fssc, folder, decoder, data.strict, report_progress)
@@ -470,7 +480,12 @@ class _Build:
     """
 
     def __init__(
-        self, plan: _Facts, path: Path | None, placement: str, device: torch.device
+        self,
+        plan: _Facts,
+        path: Path | None,
+        placement: str,
+        device: torch.device,
+        num_kept: int,
     ) -> None:
         self.path = path
         self.obstacle = "data.store_dir is off"
@@ -481,7 +496,7 @@ class _Build:
         self._memory: torch.Tensor | None = None
         if path:
             try:
-                self._raw = _RawFile(path, plan)
+                self._raw = _RawFile(path, plan, num_kept)
             except OSError as error:
                 self._give_up(path, error)
         if self._raw and self._raw.pixels_fssc is None and placement == "file":
@@ -554,17 +569,19 @@ class _RawFile:
     pixels_fssc: (f, s, s, 8) uint8, the mapping; None where the disk offers none.
     """
 
-    def __init__(self, path: Path, plan: _Facts) -> None:
+    def __init__(self, path: Path, plan: _Facts, num_kept: int = 1) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         # First, so that the room of what this file replaces is counted as free.
-        _remove_obsolete(path, plan.folder)
+        _remove_left_behind(path.parent)
+        others = _others_of(path, plan.folder)
+        _remove_all(others[num_kept - 1 :])
         # The header is written last, when it is known which faces were left out, and why.
         # Twice the plan's names, which may stand again with a reason, and room for the reasons.
         self._header_bytes = _padded(2 * len(_header(plan, 0)) + 256 * len(plan.names))
         num_bytes = self._header_bytes + plan.num_bytes
         # A save that fails costs the training; faces can be decoded again.
-        if num_bytes + _disk_reserve_bytes() > shutil.disk_usage(path.parent).free:
+        if not _has_room(path.parent, num_bytes + _disk_reserve_bytes(), others[: num_kept - 1]):
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for {num_bytes} bytes")
         self._file, self._temporary = _make_part(path)
         try:
@@ -704,15 +721,54 @@ def _pixels(
     return np.fromfile(file, np.uint8, facts.num_bytes).reshape(facts.shape)
 
 
-def _remove_obsolete(path: Path, folder: str) -> None:
-    """Remove what a new raw file replaces, and what a killed process left half done."""
-    # Only files of the same folder: others in a shared store_dir are somebody's next start.
-    for other in path.parent.glob("*.faces"):
-        if other != path and _is_of(other, folder):
-            with contextlib.suppress(OSError):
-                # The name alone goes: a run that has the file mapped keeps what it holds.
-                other.unlink()
-    for part in path.parent.glob(f".*{_PART}"):
+def _mark_as_used(file: BufferedReader) -> None:
+    """Set a raw file's time: of those that share a folder, the ones used last stay."""
+    with contextlib.suppress(OSError):  # another user's, or on a disk that is only read
+        os.utime(file.fileno())
+
+
+def _others_of(path: Path, folder: str) -> list[Path]:
+    """The other raw files of a face folder beside one, those used last first."""
+    # Not those of other faces: in a shared store_dir they are somebody's next start.
+    others = [each for each in path.parent.glob("*.faces") if each != path and _is_of(each, folder)]
+    return sorted(others, key=_used_at, reverse=True)
+
+
+def _used_at(path: Path) -> float:
+    """Time at which a raw file was last used; 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        return os.lstat(path).st_mtime
+    return 0.0
+
+
+def _num_bytes(path: Path) -> int:
+    """Size of a raw file; 0 where it is gone."""
+    with contextlib.suppress(OSError):
+        return os.lstat(path).st_size
+    return 0
+
+
+def _remove_all(raw_files: Sequence[Path]) -> None:
+    for path in raw_files:
+        with contextlib.suppress(OSError):
+            # The name alone goes: a run that has the file mapped keeps what it holds.
+            path.unlink()
+
+
+def _has_room(folder: Path, num_bytes: int, raw_files: list[Path]) -> bool:
+    """Whether a disk has so many bytes free, if need be without raw files of its, of which the last
+    goes first."""
+    num_removable = sum(_num_bytes(path) for path in raw_files)
+    if num_bytes > shutil.disk_usage(folder).free + num_removable:
+        return False  # they would go in vain
+    while raw_files and num_bytes > shutil.disk_usage(folder).free:
+        _remove_all([raw_files.pop()])
+    return num_bytes <= shutil.disk_usage(folder).free
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove what killed processes left half done."""
+    for part in folder.glob(f".*{_PART}"):
         # Open for writing: NFS locks nothing else for one alone, and no part would ever go.
         with contextlib.suppress(OSError), open(part, "r+b", opener=open_plain) as file:
             if _is_left_behind(file.fileno()):

@@ -14,7 +14,6 @@ from ..console.reporter import Reporter
 from ..distribute.ranks import Ranks
 from . import batch_size as batch_sizes
 from . import memory
-from .build import check_ranks
 from .devices import free_bytes
 from .engine import FIRST_REPLAY
 from .prepare import open_dry_run
@@ -34,8 +33,7 @@ class DryRun:
     """All settings, the batch size of all planned GPUs among them."""
 
     measured_batch: int
-    """Faces of each side in the steps that were run: of an automatic batch size, what one GPU
-    takes."""
+    """Faces of each side in the steps that were run: what one GPU takes."""
 
     iterations: int
     """Iterations that the model has been trained for; 0: a new one."""
@@ -82,20 +80,18 @@ def dry_run(
     Raises:
         ValueError: As training would raise it.
     """
+    ranks = Ranks(size=num_gpus)
     with (
         # What is decoded on the way goes there: the model's folder stays as it is.
         tempfile.TemporaryDirectory(prefix="mien-dry-run-") as scratch,
-        open_dry_run(overrides, reporter, recipe, Path(scratch)) as setup,
+        open_dry_run(overrides, reporter, recipe, Path(scratch), ranks) as (setup, batch_size),
     ):
-        return _run_steps(setup, num_gpus)
+        return _run_steps(setup, ranks, batch_size)
 
 
-def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
-    ranks = Ranks(size=num_gpus)
+def _run_steps(setup: TrainingSetup, ranks: Ranks, batch_size: int) -> DryRun:
     begun_at, free, losses = setup.state.iterations, free_bytes(setup.device), []
-    config = _planned(setup, num_gpus, free)
-    # Those that are planned: the steps themselves are one process's.
-    check_ranks(config, ranks)
+    config = _planned(setup, ranks, batch_size, free)
     on_gpu = setup.device.type == "cuda"
     for _ in range(num_steps(setup.engine.name)):
         begin = time.perf_counter()
@@ -109,7 +105,7 @@ def _run_steps(setup: TrainingSetup, num_gpus: int) -> DryRun:
     need = None
     if on_gpu:
         whole = memory.footprint(
-            config, setup.precision, store_bytes=_faces_bytes(setup), num_ranks=num_gpus
+            config, setup.precision, store_bytes=_faces_bytes(setup), num_ranks=ranks.size
         )
         # Of the first rank: none has more faces.
         need = whole.at(ranks.share(config.train.batch_size).count)
@@ -136,20 +132,25 @@ def num_steps(engine: str) -> int:
     return FIRST_REPLAY + STEPS if engine == "graph" else STEPS
 
 
-def _planned(setup: TrainingSetup, num_gpus: int, free: int) -> Config:
-    """The settings with the batch size of all GPUs, each of which has so many bytes free."""
-    # The session knows what was set: in the setup stands what auto chose for one GPU.
-    as_set = setup.state.session.settings["train"]["batch_size"]
-    if as_set or num_gpus == 1:
+def _planned(setup: TrainingSetup, ranks: Ranks, batch_size: int, free: int) -> Config:
+    """The settings with the batch size of all ranks: as set or, where that is 0, what each takes
+    that has so many bytes free."""
+    num_faces = {side: opened.store.num_faces for side, opened in setup.faces.items()}
+    if batch_size:
+        config = batch_sizes.with_batch_size(setup.config, batch_size)
+        # The steps need a share of them alone, but the run will need them all.
+        batch_sizes.check(config, num_faces)
+        return config
+    if ranks.size == 1:
         return setup.config
     # Processes on a CPU share its memory.
-    num_sharing = 1 if setup.device.type == "cuda" else num_gpus
+    num_sharing = 1 if setup.device.type == "cuda" else ranks.size
     chosen = batch_sizes.planned(
-        batch_sizes.with_batch_size(setup.config, as_set),
-        {side: opened.store.num_faces for side, opened in setup.faces.items()},
+        batch_sizes.with_batch_size(setup.config, 0),
+        num_faces,
         setup.precision,
         lambda: (free - _faces_bytes(setup)) // num_sharing,
-        num_gpus,
+        ranks.size,
     )
     return batch_sizes.with_batch_size(setup.config, chosen.size)
 

@@ -38,7 +38,7 @@ from ..system.paths import refusals_told
 from . import batch_size as batch_sizes
 from . import engine as engines
 from . import memory
-from .build import build_model, build_step, check_step, sizes_of
+from .build import build_model, build_step, check_ranks, check_step, sizes_of
 from .devices import choose_device, free_bytes
 from .libraries import library_settings
 from .outputs import open_images, open_logs, report_warnings
@@ -192,15 +192,22 @@ def open_follower(
 
 @contextmanager
 def open_dry_run(
-    overrides: Overrides, reporter: Reporter, recipe: Recipe | None, scratch: Path
-) -> Iterator[TrainingSetup]:
-    """Open what `open_setup` would, of the same model, which is only read.
+    overrides: Overrides,
+    reporter: Reporter,
+    recipe: Recipe | None,
+    scratch: Path,
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[TrainingSetup, int]]:
+    """Open what `open_setup` would, of the same model, which is only read; with it comes the batch
+    size that is set, 0 for auto.
 
     Args:
         overrides: What the user set.
         reporter: Reports what was chosen, and warns.
         recipe: Stages to train in.
         scratch: Empty folder, to which all goes that is written.
+        ranks: Ranks that are planned; of a batch size that is set, the steps have the share of
+            one.
 
     Raises:
         ValueError: As `open_setup` would raise it.
@@ -222,10 +229,14 @@ def open_dry_run(
                 **dict.fromkeys(("timelapse_input_a", "timelapse_input_b", "timelapse_output"), ""),
             },
         }
-        resolved = replace(resolved, config=from_dict(merge(to_dict(config), without_outputs)))
+        check_ranks(config, ranks)
+        batch_size = config.train.batch_size
+        share = ranks.share(batch_size).count if batch_size else 0
+        changes = merge(without_outputs, {"train": {"batch_size": share}})
+        resolved = replace(resolved, config=from_dict(merge(to_dict(config), changes)))
         start = _Start(resolved, saved, folder.path / "faces", decoded_faces=decoded)
         with _built(start, folder, reporter, stack) as setup:
-            yield setup
+            yield setup, batch_size
 
 
 def settings_of(overrides: Overrides, recipe: Recipe | None = None) -> Resolved:

@@ -13,6 +13,7 @@ from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
 from ..data.sides import SIDES, SideFaces, open_sides, warnings_of
+from ..data.store import NUM_SHARED
 from ..distribute.ranks import ALONE, Ranks
 from ..faces.folder import skipped
 from ..precision import Precision
@@ -75,6 +76,8 @@ def open_faces(
         device=device,
         progress=reporter.progress,
         num_readers=num_readers,
+        # The model's own folder has one reader, whose settings are the model's.
+        num_kept=NUM_SHARED if data.store_dir else 1,
     )
     for opened in faces.values():
         for files in opened.left_out:
