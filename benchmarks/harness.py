@@ -203,7 +203,7 @@ def _captured(fn: Callable[[], object], calls: int) -> Callable[[], None]:
     """A replay of so many calls."""
     import torch
 
-    from ..kernels.tensor_table import finish_capture
+    from ..kernels.tensor_table import drop_capture, finish_capture
 
     graph, before, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(before)
@@ -217,6 +217,7 @@ def _captured(fn: Callable[[], object], calls: int) -> Callable[[], None]:
     except RuntimeError:
         torch.cuda.set_stream(before)  # a capture that fails leaves its own in place
         torch.cuda.synchronize()
+        drop_capture()
         raise
     finish_capture()
     return graph.replay

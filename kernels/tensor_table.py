@@ -401,6 +401,12 @@ def finish_capture() -> None:
         _unsent.pop()()
 
 
+def drop_capture() -> None:
+    """Forget the addresses that a capture has met which failed: nothing will replay it, and they
+    hold the memory of their tables."""
+    _unsent.clear()
+
+
 def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (
         tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)

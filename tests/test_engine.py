@@ -13,6 +13,7 @@ from mien.core.data.store import FaceStore
 from mien.core.training import dry_run
 from mien.core.training import engine as engines
 from mien.core.training.step import TrainStep
+from mien.kernels import tensor_table
 from mien.models.batch_norm import BatchNorm, update_running_stats
 
 NOTHING = nullcontext()
@@ -330,6 +331,23 @@ def test_where_a_capture_fails_the_same_batches_are_trained_on(monkeypatch, fail
     assert len(warnings) == 1
     # What has crossed streams would never be freed again.
     assert engine.step.side_stream is None
+
+
+def test_where_a_capture_fails_what_it_was_to_send_is_dropped(monkeypatch):
+    """Else it would hold its table's memory, and go with the next capture, of another one."""
+    gpu, sent = Recorder(monkeypatch, failing={1}), []
+
+    def step(batch, during_backward=NOTHING):
+        with during_backward:
+            if gpu.recording is not None:
+                tensor_table._unsent.append(lambda: sent.append(batch))
+
+    step.side_stream, step.update = None, PLAIN_UPDATE
+    engine = engines.make("graph", step, CountingFeed(gpu), lambda _: None)
+    for number in range(8):
+        engine({"a": 4 * number, "b": 4 * number})
+    assert (gpu.captures, engine.name) == (1, "eager")
+    assert (tensor_table._unsent, sent) == ([], [])
 
 
 @pytest.mark.parametrize("failing", [{1}, {2}], ids=["first", "second"])

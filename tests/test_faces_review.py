@@ -1,6 +1,8 @@
 """What `faces check` says at its end, lists, draws and moves; `faces inspect` of a folder."""
 
+import errno
 import json
+import os
 import shutil
 
 import cv2
@@ -80,6 +82,23 @@ def test_named_files_are_moved_and_none_is_lost(spoilt, tmp_path, capsys):
     after = {path.name: path.read_bytes() for path in spoilt.iterdir()}
     moved = {path.name: path.read_bytes() for path in aside.rglob("*") if path.is_file()}
     assert moved.keys() >= {"zz again.png", "zz\nno face.png"}
+    assert before == after | moved
+    assert not after.keys() & moved.keys()
+
+
+def test_files_are_moved_on_a_disk_without_hard_links(spoilt, tmp_path, monkeypatch):
+    """As exFAT, on which face sets are carried about."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    before = {path.name: path.read_bytes() for path in spoilt.iterdir()}
+    measured = report(spoilt)
+    monkeypatch.setattr(os, "link", refuse)
+    counts = move_named(measured, tmp_path / "aside")
+    moved = {path.name: path.read_bytes() for path in (tmp_path / "aside").glob("*/*")}
+    after = {path.name: path.read_bytes() for path in spoilt.iterdir()}
+    assert sum(counts.values()) == len(moved) > 1
     assert before == after | moved
     assert not after.keys() & moved.keys()
 

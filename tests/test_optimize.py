@@ -1,7 +1,9 @@
 """Every rule over many tensors: values, non-finite steps, clipping, accumulation, addresses."""
 
 import dataclasses
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from mien.kernels.optimizer_rules import (
 )
 from mien.kernels.optimizer_scalars import Scalar, new_scalars
 from mien.kernels.scalars_update import scalars_op
-from mien.kernels.tensor_table import TensorTable, finish_capture
+from mien.kernels.tensor_table import TensorTable, drop_capture, finish_capture
 
 MODULES = (optimize_module, gradient_norm, norm_history, scalars_update)
 ADAM, NO_CLIPPING = Rule(name="adamw"), Clipping()
@@ -697,6 +699,22 @@ def test_a_captured_slot_is_never_used_again(where, monkeypatch):
         rows.find((step, 0))
     with pytest.raises(RuntimeError, match="has been captured 112 times: make a new one"):
         rows.find((1, 2))
+
+
+def test_a_capture_that_failed_sends_nothing_and_holds_no_table(where, monkeypatch):
+    """An eager run goes on without it, and frees the memory of a table that it has done with."""
+    model = Model([(8,), (4,)], where)
+    rows = model.tables._gradient_rows
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_table, "is_capturing", lambda device: True)
+        captured = rows.find((1, 2))
+    drop_capture()
+    finish_capture()  # of the next capture, perhaps of another table
+    assert captured.tolist() == [0, 0]
+    held = weakref.ref(rows)
+    del model, rows
+    gc.collect()
+    assert held() is None
 
 
 CAPTURED = [

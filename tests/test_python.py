@@ -281,6 +281,34 @@ def test_metrics_are_the_steps_among_the_events(faces, tmp_path):
     assert metrics[-1]["iteration"] == 3
 
 
+class _ListenerFailed(Exception):
+    """What a listener of the caller's raises."""
+
+
+def test_training_that_ends_by_an_error_leaves_no_file_and_no_thread(faces, tmp_path):
+    """A program that trains once after another would run out of both."""
+
+    def fail(_metrics):
+        raise _ListenerFailed
+
+    def left():
+        open_files = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+        threads = [thread.name for thread in threading.enumerate()]
+        ours = [path for path in open_files if path.startswith(str(tmp_path))]
+        return ours, [name for name in threads if name.startswith("mien-notify")]
+
+    settings = _settings(faces, tmp_path / "m") | {"notify": {"command": "cat"}}
+    settings["log"] = {"file": str(tmp_path / "log.txt")}
+    with pytest.raises(_ListenerFailed):
+        train(settings, on_metrics=fail)
+    assert left() == ([], [])
+    assert '"crash"' in (tmp_path / "m/logs/session_1/events.jsonl").read_text()
+    settings["train"] = settings["train"] | {"batch_size": 1000}  # refused after files are open
+    with pytest.raises(ValueError, match="train.batch_size is 1000"):
+        train(settings)
+    assert left() == ([], [])
+
+
 def test_a_config_takes_tables_for_sections():
     config = Config(train={"iterations": 5}, model={"trainer": "lightweight"})
     assert (config.train.iterations, config.model.trainer) == (5, "lightweight")

@@ -238,7 +238,7 @@ class Reporter:
         Output(sys.stderr).write(report.text + "\n")
         if self._notifier is not None:
             self._notifier.tell(report)
-        self._end_notifications()
+        self.end()
 
     def stop(self, *, iteration: int, reason: str, exit_code: int) -> None:
         """Report why training ended; the last event of all."""
@@ -246,7 +246,13 @@ class Reporter:
         level = "info" if exit_code in _REQUESTED_EXITS else "error"
         text = f"Stopped at iteration {iteration}: {reason}"
         self._log("stop", text, fields, level, is_news=True)
+        self.end()
+
+    def end(self) -> None:
+        """Leave the terminal, and end notifications and files, however training has ended."""
         self.close()
+        # What is left of the steps goes to the files alone: a listener may be what has failed.
+        self._files.keep_steps()
         self._end_notifications()
         self._files.close()
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..system.durable_files import write_output
+from ..system.durable_files import move_file, write_output
 from .check import Comparison, Report
 from .folder import MINIMUM_FACES
 
@@ -112,8 +112,8 @@ def write_lists(reports: Sequence[Report], folder: Path) -> list[Path]:
 def move_named(report: Report, target: Path) -> dict[str, int]:
     """Move the files to look at into `<target>/<kind>`; how many of each.
 
-    A hard link and an unlink, so that no file is ever half there: the target must be on the same
-    disk. A symbolic link is made anew there, to lead to the same file, on any disk.
+    By names alone, so that no file is ever half there: the target must be on the same disk. A
+    symbolic link is made anew there, to lead to the same file, on any disk.
 
     Raises:
         ValueError: The target lies in the folder itself, or a file of that name is there; then
@@ -136,12 +136,12 @@ def move_named(report: Report, target: Path) -> dict[str, int]:
     for kind, path, place in moves:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            # Either fails where the name was taken meanwhile, and a rename would replace it.
+            # Either fails where the name was taken meanwhile.
             if path.is_symlink():
                 os.symlink(_led_from(str(path), str(place.parent), places), place)
+                os.unlink(path)
             else:
-                os.link(path, place)
-            os.unlink(path)
+                move_file(path, place)
         except OSError as error:
             remedy = "; give a folder on the same disk" if error.errno == errno.EXDEV else ""
             raise ValueError(

@@ -199,6 +199,17 @@ def _name_new(temporary: Path, path: Path) -> None:
         os.rename(temporary, path)
 
 
+def move_file(source: Path, target: Path) -> None:
+    """Give a file another name on the same disk; at every moment it has one of them.
+
+    Raises:
+        OSError: FileExistsError where there is anything of this name, or the disk refuses.
+    """
+    _name_new(source, target)
+    # It is gone already where it was renamed.
+    source.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, content: Content, mode: int = 0o666) -> None:
     """Put a file in the place of another in one step, durably; a link there is replaced itself.
 

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from ...kernels.tensor_table import finish_capture
+from ...kernels.tensor_table import drop_capture, finish_capture
 from ..data.feed import Batch
 from .step import TrainStep
 
@@ -276,6 +276,7 @@ class Graphed(Engine):
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a capture that fails leaves its own in place
             torch.cuda.synchronize()
+            drop_capture()
             # Of memory that has crossed streams nothing is freed any more after a failed capture.
             self.step.side_stream = None
             _renew_generator()

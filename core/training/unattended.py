@@ -62,15 +62,18 @@ def train(
     requests = requests or Requests()
     # A reader that has stopped must not hold up the save that follows a signal.
     requests.stop.when_noted.append(reporter.hurry)
-    if group is None:
-        with closing(PreviewWindow()) as window:
+    with ExitStack() as stack:
+        # Of an error, too: a program that trains may go on for days.
+        stack.callback(reporter.end)
+        if group is None:
+            window = stack.enter_context(closing(PreviewWindow()))
             return _lead(overrides, reporter, recipe, requests, None, window)
-    crew = Crew(group, requests.stop)
-    with leaving_reasons(group):
+        crew = Crew(group, requests.stop)
+        stack.enter_context(leaving_reasons(group))
         check_alike(group, overrides, recipe)
         if group.ranks.is_first:
-            with closing(PreviewWindow()) as window:
-                return _lead(overrides, reporter, recipe, requests, crew, window)
+            window = stack.enter_context(closing(PreviewWindow()))
+            return _lead(overrides, reporter, recipe, requests, crew, window)
         return _follow(overrides, reporter, recipe, crew)
 
 
