@@ -21,12 +21,13 @@ from mien.cli import main
 from mien.core import Config, Outcome, load_model, read_crops, swap, train
 from mien.core.checkpoint.weights import read_weights
 from mien.core.config import from_dict, to_toml
+from mien.core.config.advice import without_flags
 from mien.core.data.decode import decode_one
 from mien.core.distribute.ranks import ALONE, Ranks
 from mien.core.faces.folder import read_face
 from mien.core.faces.geometry import Crop
 from mien.core.precision import round_products
-from mien.core.training import libraries
+from mien.core.training import fit, libraries
 from mien.kernels.dense_norm import precision_of_products
 
 ROOT = Path(__file__).parents[1]
@@ -309,6 +310,17 @@ def test_training_that_ends_by_an_error_leaves_no_file_and_no_thread(faces, tmp_
     assert left() == ([], [])
 
 
+def test_trainings_of_other_settings_share_a_folder_of_decoded_faces(faces, tmp_path):
+    """Neither removes the other's, which their next starts read."""
+    store, counts = tmp_path / "store", []
+    for coverage in (80.0, 90.0):
+        settings = _settings(faces, tmp_path / f"m{coverage}", iterations=1)
+        settings["data"] |= {"store_dir": str(store), "coverage": coverage}
+        train(settings)
+        counts.append(len(list(store.glob("*.faces"))))
+    assert counts == [2, 4], "a file for each side and coverage"
+
+
 def test_a_config_takes_tables_for_sections():
     config = Config(train={"iterations": 5}, model={"trainer": "lightweight"})
     assert (config.train.iterations, config.model.trainer) == (5, "lightweight")
@@ -329,6 +341,41 @@ def test_mistakes_are_value_errors_of_one_line(tmp_path):
     with pytest.raises(ValueError, match="train.batch_size must be"):
         train({"train": {"batch_size": -3}, "save": {"model_dir": str(tmp_path / "m")}})
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("add --model-dir FOLDER", "add save.model_dir=FOLDER"),
+        ("choose another --model-dir, or --trainer x", "choose another save.model_dir, or "
+         "model.trainer=x"),
+        ("use --batch-size 26 or less", "use train.batch_size=26 or less"),
+        ("use a new model with --set model.options.lowmem=true --precision bf16",
+         "use a new model with model.options.lowmem=true precision.mode=bf16"),
+        ("start again with --no-logs; no events", "start again with save.logs=false; no events"),
+        ("leave --preview out (a resumed model", "leave preview.window out (a resumed model"),
+        ("less often (--save-interval)", "less often (save.save_interval)"),
+        ("go on without the recipe: --recipe none", 'go on without the recipe: recipe="none"'),
+        ("--use-lr-finder out and give", "optimizer.use_lr_finder out and give"),
+        ("x -m pip install --force-reinstall torch", "x -m pip install --force-reinstall torch"),
+        ("`mien train --gpus 2`", "`mien train --gpus 2`"),
+    ],
+)  # fmt: skip
+def test_advice_names_settings_in_the_place_of_flags(told, said):
+    assert without_flags(told) == said
+
+
+def test_advice_from_python_names_no_flag(faces, tmp_path):
+    """In what is raised, and in what a listener is told."""
+    with pytest.raises(ValueError, match=r"add save\.model_dir=FOLDER$"):
+        train(Config())
+    settings, events = _settings(faces, tmp_path / "m"), []
+    settings["train"] |= {"batch_size": 1000}
+    with pytest.raises(ValueError, match=r"use train\.batch_size=\d+ or less"):
+        train(settings, on_event=events.append)
+    hand_out = fit._listener(None, events.append)
+    hand_out('{"event": "warning", "message": "leave it out (--snapshot-interval 0)"}')
+    assert events[-1]["message"] == "leave it out (save.snapshot_interval=0)"
 
 
 @pytest.mark.parametrize("side", ["a", "b"])

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..config import Config, DistributeConfig, nested, read_toml, recipes, settings_in, to_dict
+from ..config.advice import without_flags
 from ..console.outcome import Outcome
 from ..console.reporter import Reporter
 from ..console.requests import Requests
@@ -18,6 +19,9 @@ from .resolve import Overrides
 from .unattended import train as train_unattended
 
 Listener = Callable[[dict[str, Any]], None]
+
+_ADVISING = {"message", "reason"}
+"""Fields of an event that hold sentences for the user."""
 
 
 def train(
@@ -60,7 +64,7 @@ def train(
         SaveError: The first save fails.
         RankLost: Another rank has ended.
     """
-    with ExitStack() as stack:
+    with _saying_settings(), ExitStack() as stack:
         # Not without a stream: the reporter takes the program's output where it has none.
         stream = None if echo else stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         reporter = Reporter(stream, listener=_listener(on_metrics, on_event))
@@ -82,6 +86,19 @@ def train(
         return train_unattended(overrides, reporter, chosen, requests, group)
 
 
+@contextmanager
+def _saying_settings() -> Iterator[None]:
+    """Have what is raised name settings, where a user of the command line is told flags."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        # In place: its kind and its traceback are what they were.
+        error.args = tuple(
+            without_flags(each) if isinstance(each, str) else each for each in error.args
+        )
+        raise
+
+
 def _listener(
     on_metrics: Listener | None, on_event: Listener | None
 ) -> Callable[[str], None] | None:
@@ -90,8 +107,10 @@ def _listener(
         return None
 
     def hand_out(line: str) -> None:
-        # From the line, so that a listener sees what `--json` writes, and nothing else.
+        # From the line, so that a listener sees what `--json` writes, but for names of settings.
         event = json.loads(line)
+        for field in _ADVISING & event.keys():
+            event[field] = without_flags(event[field])
         if on_metrics is not None and event["event"] == "step":
             on_metrics(event)
         if on_event is not None:
