@@ -89,7 +89,7 @@ class Owner:
 
     @property
     def place(self) -> str:
-        """Where its process can be looked for, in words."""
+        """Machine or container of its process, in words."""
         if self.is_here:
             return "this machine"
         return self.host if self.host != _host() else f"another machine or container {self.host}"

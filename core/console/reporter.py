@@ -161,8 +161,7 @@ class Reporter:
 
     def stage(self, reason: str) -> None:
         """Report that a stage of the recipe is over, and why; the next one begins."""
-        text = f"{reason[0].upper()}{reason[1:]}"
-        self._log("stage", text, {"reason": reason}, is_news=True)
+        self._log("stage", f"{reason[0].upper()}{reason[1:]}", {"reason": reason}, is_news=True)
 
     def change(self, *, iteration: int, name: str, old: Any, new: Any, by: str) -> None:
         """Report that a free setting was changed while training goes on, and from where."""
@@ -172,8 +171,8 @@ class Reporter:
 
     def snapshot(self, *, iteration: int, path: Path) -> None:
         """Report that a copy of the model was made, next to its folder."""
-        text = f"Snapshot of iteration {iteration}: {path}"
-        self._log("snapshot", text, {"iteration": iteration, "path": path})
+        fields = {"iteration": iteration, "path": path}
+        self._log("snapshot", f"Snapshot of iteration {iteration}: {path}", fields)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
@@ -217,13 +216,11 @@ class Reporter:
 
     def warning(self, message: str, **facts: Any) -> None:
         """Warn of something to look at while training goes on; facts: for programs."""
-        fields = {"message": message} | facts
-        self._log("warning", f"Warning: {message}", fields, level="warning")
+        self._log("warning", f"Warning: {message}", {"message": message} | facts, level="warning")
 
     def rollback(self, reason: str) -> None:
         """Warn that training has gone back to a save, and why; it goes on at a lower rate."""
-        fields = {"message": reason}
-        self._log("warning", f"Warning: {reason}", fields, level="warning", is_news=True)
+        self._log("warning", f"Warning: {reason}", {"message": reason}, "warning", is_news=True)
 
     def crash(self, *, error: str, path: Path) -> None:
         """Report a failure of mien itself: on stderr, where its traceback follows."""
@@ -244,15 +241,15 @@ class Reporter:
         """Report why training ended; the last event of all."""
         fields = {"iteration": iteration, "reason": reason, "exit_code": exit_code}
         level = "info" if exit_code in _REQUESTED_EXITS else "error"
-        text = f"Stopped at iteration {iteration}: {reason}"
-        self._log("stop", text, fields, level, is_news=True)
+        self._log(
+            "stop", f"Stopped at iteration {iteration}: {reason}", fields, level, is_news=True
+        )
         self.end()
 
     def end(self) -> None:
         """Leave the terminal, and end notifications and files, however training has ended."""
         self.close()
-        # What is left of the steps goes to the files alone: a listener may be what has failed.
-        self._files.keep_steps()
+        self._files.keep_steps()  # these alone: a listener may be what has failed
         self._end_notifications()
         self._files.close()
 

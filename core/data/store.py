@@ -229,8 +229,6 @@ def open_store(
         if saved:
             file, facts, header_bytes = saved
             path = Path(file.name)
-            if path.parent == store_dir:
-                _mark_as_used(file)
             _check_usable(facts, folder, data.strict, minimum)
             # Not the plan's bytes: faces that were rejected take no room.
             placement, why = choose_placement(data.placement, facts.num_bytes, device, num_readers)
@@ -672,6 +670,8 @@ def _find_raw(
     for folder in filter(None, folders):
         raw = _open_raw(Path(folder) / f"{plan.key}.faces", stack)
         if raw and raw[1].fit(plan):
+            if folder == folders[0]:  # others are left alone
+                _mark_as_used(raw[0])
             return raw
     return None
 
