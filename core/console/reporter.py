@@ -73,8 +73,7 @@ class Reporter:
         self.latest: deque[str] = deque(maxlen=_LATEST)
         """The latest events as JSON lines, oldest first."""
 
-        self._files = ReportFiles()
-        self._steps = Pause(SECONDS_BETWEEN_STEPS)
+        self._files, self._steps = ReportFiles(), Pause(SECONDS_BETWEEN_STEPS)
         self._notifier: Notifier | None = None
 
     def notify_by(self, notifier: Notifier) -> None:
@@ -241,9 +240,8 @@ class Reporter:
         """Report why training ended; the last event of all."""
         fields = {"iteration": iteration, "reason": reason, "exit_code": exit_code}
         level = "info" if exit_code in _REQUESTED_EXITS else "error"
-        self._log(
-            "stop", f"Stopped at iteration {iteration}: {reason}", fields, level, is_news=True
-        )
+        text = f"Stopped at iteration {iteration}: {reason}"
+        self._log("stop", text, fields, level, is_news=True)
         self.end()
 
     def end(self) -> None:
