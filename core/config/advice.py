@@ -20,7 +20,7 @@ def without_flags(text: str) -> str:
 @functools.cache
 def _by_flag() -> dict[str, Spec]:
     """Settings by their long flags and the opposites of these."""
-    found = {}
+    found: dict[str, Spec] = {}
     for spec in all_settings():
         # Of these Python takes none; what names them speaks of the command.
         if spec.section != "distribute":
