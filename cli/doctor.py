@@ -7,9 +7,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
+from ..core.system.requirements import DALI, install_command, required, requirement
 from .lines import tell, tell_json
+
+SHOWN = ("torch", "triton", "numpy", "opencv-python-headless", "safetensors", "cffi")
+"""Packages whose versions are told though they are there."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +49,35 @@ def run(args: argparse.Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Everything there is to say about this machine."""
-    checks: list[Callable[[], list[Finding]]] = [_versions, _machine, _gpu, _native, _dali, _paths]
-    return [finding for check in checks for finding in check()]
+    found = [*_versions(), *_machine()]
+    if not all(finding.ok for finding in found):
+        return found  # what follows cannot be loaded without the packages
+    checks: list[Callable[[], list[Finding]]] = [_gpu, _native, _dali, _paths]
+    return found + [finding for check in checks for finding in check()]
 
 
 def _versions() -> list[Finding]:
     from .. import __version__
 
     found = [Finding("mien", __version__), Finding("python", platform.python_version())]
-    for package in ("torch", "triton", "numpy", "opencv-python-headless", "safetensors", "cffi"):
-        try:
-            found.append(Finding(package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(package, "missing", ok=False, remedy="run `make setup`"))
+    for package in dict.fromkeys((*SHOWN, *required())):
+        name, version = _installed(package)
+        if not version and package != DALI:  # without which threads decode
+            remedy = f"`{install_command(requirement(package))}`"
+            found.append(Finding(package, "missing", ok=False, remedy=remedy))
+        elif package in SHOWN:
+            found.append(Finding(name, version))
     return found
+
+
+def _installed(package: str) -> tuple[str, str]:
+    """``(name, version)`` of a package that is installed, or of what stands in its place; an empty
+    version: there is none."""
+    # The preview's window needs OpenCV's package with a display.
+    for name in (package, package.removesuffix("-headless")):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return name, importlib.metadata.version(name)
+    return package, ""
 
 
 def _machine() -> list[Finding]:
@@ -105,7 +125,7 @@ def _native() -> list[Finding]:
     try:
         cuda, generations = native.cuda_build()
     except native.NativeError as error:
-        return [Finding("libmien", str(error), ok=False, remedy=toolkit.REBUILD)]
+        return [Finding("libmien", str(error), ok=False, remedy=toolkit.rebuild())]
     if generations:
         kinds = ", ".join(f"sm_{kind.partition('-')[0]}" for kind in generations)
         return [Finding("libmien", f"CPU threads; CUDA {cuda} kernels for {kinds}")]
@@ -121,7 +141,8 @@ def _dali() -> list[Finding]:
     backend, why = choose_backend("auto", device)
     wanted = device == "cuda" and sys.platform == "linux" and platform.machine() == "x86_64"
     missing = backend != "dali" and wanted
-    remedy = "run `make setup`; without DALI, threads decode" if missing else ""
+    command = f"`{install_command(requirement(DALI))}`; without DALI, threads decode"
+    remedy = command if missing else ""
     return [Finding("decode", why, ok=not missing, remedy=remedy)]
 
 

@@ -862,7 +862,7 @@ def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
     assert cli.main(["monitor", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "the page needs starlette and uvicorn and plotly; install with" in error
-    assert "`pip install starlette uvicorn plotly`" in error
+    assert f"`{sys.executable} -m pip install 'mien[monitor]'`" in error
 
 
 @pytest.fixture

@@ -81,7 +81,11 @@ def test_an_opencv_without_windows_is_told_with_what_to_install():
         def namedWindow(self, _name, _flags):
             raise cv2.error("The function is not implemented. Rebuild the library")
 
-    with pytest.raises(ValueError, match="pip install opencv-python, or leave --preview out"):
+    remedy = (
+        r"-m pip uninstall --yes opencv-python-headless && "
+        r".* -m pip install '?opencv-python(>=[\d.]+'|)`, or leave --preview out"
+    )
+    with pytest.raises(ValueError, match=remedy):
         PreviewWindow(Headless()).open(100)
 
 

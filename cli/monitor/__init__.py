@@ -7,6 +7,7 @@ import secrets
 import socket
 from pathlib import Path
 
+from ...core.system.requirements import install_command
 from ..lines import complain, tell
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"the page needs {' and '.join(missing)}; install with `pip install "
-            f"{' '.join(missing)}`"
+            f"the page needs {' and '.join(missing)}; install with "
+            f"`{install_command('mien[monitor]')}`"
         )
     # Of a shell's `runs/*`, files that lie between the folders are no reason to refuse the rest.
     models = [path for path in args.models if path.is_dir() or not path.exists()]

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ..config import NotifyConfig
+from ..system.requirements import install_command
 from .report import Report
 
 TIMEOUT_S = 30.0
@@ -124,7 +125,7 @@ def _service_of(url: str):
     except ImportError:
         raise ValueError(
             "notify.url needs Apprise, which is not installed; install it with "
-            "`pip install 'mien[notify]'`, or use notify.command"
+            f"`{install_command('mien[notify]')}`, or use notify.command"
         ) from None
     service = Apprise()
     if not service.add(url):

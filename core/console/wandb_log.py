@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..system.printable import printable
+from ..system.requirements import install_command
 from .spacing import Means, Pause
 from .tensorboard import ITERATION, Encode, LogError
 
@@ -45,7 +46,7 @@ class WandbLog:
         except ImportError:
             raise ValueError(
                 "log.wandb needs wandb, which is not installed; install it with "
-                "`pip install 'mien[wandb]'`, or leave log.wandb out"
+                f"`{install_command('mien[wandb]')}`, or leave log.wandb out"
             ) from None
         self._wandb = wandb
         folder = model_dir / "logs"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..system.requirements import install_command
 from .frames import Frame
 
 _WHITELIST = {"protocol_whitelist": "file"}
@@ -29,8 +30,8 @@ def library() -> ModuleType:
         return importlib.import_module("av")
     except ImportError as error:
         raise ValueError(
-            f"videos need PyAV, which cannot be loaded ({error}): pip install 'mien[film]', or "
-            "give and write folders of pictures"
+            f"videos need PyAV, which cannot be loaded ({error}); "
+            f"`{install_command('mien[film]')}`, or give and write folders of pictures"
         ) from None
 
 

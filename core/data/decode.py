@@ -39,6 +39,7 @@ from ..faces.face import Face
 from ..faces.geometry import CropBox
 from ..faces.png import FaceFileError
 from ..system.output import silent_libraries
+from ..system.requirements import DALI, install_command, requirement
 
 BACKENDS = ("dali", "opencv")
 BATCH_SIZE = 16
@@ -88,7 +89,7 @@ def choose_backend(setting: str, device: str = "cpu") -> tuple[str, str]:
         if setting == "dali":
             raise ValueError(
                 f"data.decoder is dali, but DALI cannot be loaded ({reason}); "
-                "pip install nvidia-dali-cuda130, or set data.decoder to auto or opencv"
+                f"`{install_command(requirement(DALI))}`, or set data.decoder to auto or opencv"
             ) from None
         return "opencv", f"faces are decoded in threads, since DALI cannot be loaded ({reason})"
     return "dali", f"faces are decoded by DALI {version}"

@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ...models.fields import shown
+from ..system.requirements import install_command
 
 if TYPE_CHECKING:
     import h5py
@@ -31,7 +32,8 @@ def require_h5py() -> Any:
         import h5py
     except ImportError as error:
         raise ValueError(
-            "models of faceswap need h5py, which is not installed: pip install 'mien[exchange]'"
+            "models of faceswap need h5py, which is not installed; install it with "
+            f"`{install_command('mien[exchange]')}`"
         ) from error
     return h5py
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ... import __version__
+from ..system.requirements import install_command
 
 OPSET = 13
 IR_VERSION = 7
@@ -35,7 +36,8 @@ def import_onnx() -> ModuleType:
         import onnx
     except ImportError as error:
         raise ValueError(
-            f"ONNX files need {error.name}, which is not installed: pip install 'mien[exchange]'"
+            f"ONNX files need {error.name}, which is not installed; install it with "
+            f"`{install_command('mien[exchange]')}`"
         ) from error
     return onnx
 

@@ -7,8 +7,18 @@ from types import ModuleType
 import cv2
 import numpy as np
 
+from ..system.requirements import install_command, requirement, uninstall_command
+
 TITLE = "mien: Enter stop, s save, r renew, m mask, p pause"
 SECONDS_BETWEEN_LOOKS = 0.05  # at the keys of the window; chosen, unmeasured
+
+
+def _install_windows() -> str:
+    """Shell command that puts an OpenCV with windows in the place of this one."""
+    headless = "opencv-python-headless"
+    # First: both write the same folder, and who leaves last would take the files of the other.
+    remove = uninstall_command(headless)
+    return f"{remove} && {install_command(requirement(headless).replace('-headless', ''))}"
 
 
 class PreviewWindow:
@@ -48,9 +58,9 @@ class PreviewWindow:
             self._highgui.namedWindow(TITLE, self._highgui.WINDOW_AUTOSIZE)
         except cv2.error as error:
             raise ValueError(
-                "preview.window needs an OpenCV with windows, and this one has none; pip uninstall "
-                "opencv-python-headless and pip install opencv-python, or leave --preview out (a "
-                "resumed model: --set preview.window=false)"
+                "preview.window needs an OpenCV with windows, and this one has none; "
+                f"`{_install_windows()}`, or leave --preview out (a resumed model: --set "
+                "preview.window=false)"
             ) from error
         self._is_opened = True
 
