@@ -16,7 +16,7 @@ from typing import Any
 import cffi
 import torch
 
-from .toolkit import REBUILD
+from .toolkit import rebuild
 
 _HERE = Path(__file__).parent
 _HEADER = _HERE / "csrc/include/mien.h"
@@ -56,12 +56,12 @@ def _library() -> tuple[Any, Any]:
         ffi.cdef(_declarations())
         lib = ffi.dlopen(str(path))
     except (OSError, ImportError) as error:
-        reason = "raise `ulimit -n`" if _lacks_handles(error) else REBUILD
+        reason = "raise `ulimit -n`" if _lacks_handles(error) else rebuild()
         raise NativeError(f"cannot load {path}; {reason}") from error
     built_from = ffi.string(lib.mien_header_hash()).decode()
     # A job of another layout would be misread, without an error.
     if built_from != hashlib.sha256(_HEADER.read_bytes()).hexdigest():
-        raise NativeError(f"{path} was built from another mien.h; {REBUILD}")
+        raise NativeError(f"{path} was built from another mien.h; {rebuild()}")
     return ffi, lib
 
 

@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,13 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-REBUILD = (
-    "run `make setup`"
-    if (ROOT / "Makefile").exists()
-    else "install mien's wheel (`make wheel` in its source tree makes it)"
-)
-"""What gives a libmien that fits this machine, in the source tree or for an installed wheel."""
-
 OLDEST = 80
 """The first generation that the kernels are written for: sm_80, Ampere."""
 
@@ -261,7 +255,8 @@ def fetch_compiler() -> None:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     packages = [f"{name}=={cuda}.*" for name in names]
     if subprocess.run([*install, *packages], check=False).returncode:
-        raise ValueError(f"nvcc could not be fetched from PyPI; {otherwise}")
+        again = "the next `make setup` tries again"
+        raise ValueError(f"nvcc could not be fetched from PyPI; {otherwise}; {again}")
 
 
 def prepare() -> Build:
@@ -277,6 +272,17 @@ def prepare() -> Build:
             _tell(f"builds no CUDA kernels: {error}")
         build = choose()
     return build
+
+
+def rebuild() -> str:
+    """What gives a libmien that fits this machine, as a clause with the command."""
+    if not (ROOT / "Makefile").exists():
+        # Forced: pip takes a wheel of the version that is installed for the same.
+        pip = shlex.join([sys.executable, "-m", "pip", "install", "--force-reinstall", "--no-deps"])
+        return f"in mien's source tree run `make wheel && {pip} dist/mien-*.whl`"
+    if os.path.samefile(".", ROOT):
+        return "run `make setup`"
+    return f"run `{shlex.join(['make', '-C', str(ROOT), 'setup'])}`"
 
 
 def _tell(text: str) -> None:

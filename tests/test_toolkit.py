@@ -1,6 +1,7 @@
 """How libmien is built: which nvcc is taken, for which GPUs, and when it is fetched."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -227,6 +228,16 @@ def test_where_it_cannot_be_fetched_the_cpu_is_built_for_unless_asked(machine, m
     assert not (machine / "other").exists()
 
 
+def test_what_could_not_be_fetched_is_fetched_the_next_time(machine, pip, monkeypatch, capsys):
+    show(monkeypatch, ADA)
+    with monkeypatch.context() as without_network:
+        without_network.setattr(sys, "executable", shutil.which("false", path=os.defpath))
+        assert toolkit.main(machine / "native") == 0
+    assert "; the next `make setup` tries again\n" in capsys.readouterr().out
+    assert toolkit.main(machine / "native") == 0
+    assert (machine / "native").read_text().startswith("with CUDA kernels for sm_89")
+
+
 @pytest.mark.parametrize(
     ("line", "cuda"), [("'13.2'", "13.2"), ("None", "13.0"), ("'12.8'", "12.8")]
 )
@@ -288,6 +299,25 @@ def test_which_gpus_a_library_runs_on(monkeypatch, build, runs):
     monkeypatch.setattr(native, "cuda_build", lambda: (cuda, generations))
     tried = (75, 80, 86, 87, 89, 90, 100, 120)
     assert {each for each in tried if native.runs_on(each)} == runs
+
+
+def test_the_command_that_rebuilds_fits_where_the_user_stands(tmp_path, monkeypatch):
+    tree = tmp_path / "my tree"
+    tree.mkdir()
+    monkeypatch.setattr(toolkit, "ROOT", tree)
+    monkeypatch.chdir(tmp_path)
+    installed = toolkit.rebuild()
+    python = shlex.quote(sys.executable)
+    install = f"{python} -m pip install --force-reinstall --no-deps dist/mien-*.whl"
+    assert installed == f"in mien's source tree run `make wheel && {install}`"
+    (tree / "Makefile").write_text("setup:\n\t@echo made\n")
+    elsewhere = toolkit.rebuild()
+    assert elsewhere == f"run `make -C '{tree}' setup`"
+    command = elsewhere.split("`")[1]
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert "made" in done.stdout
+    monkeypatch.chdir(tree)
+    assert toolkit.rebuild() == "run `make setup`"
 
 
 def test_the_library_tells_what_it_was_built_for():

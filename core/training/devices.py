@@ -188,13 +188,13 @@ def why_unfit(device: torch.device) -> Problem | None:
     try:
         cuda, generations = native.cuda_build()
     except native.NativeError as error:
-        return Problem(str(error).partition(";")[0], toolkit.REBUILD)
+        return Problem(str(error).partition(";")[0], toolkit.rebuild())
     if not generations:
-        return Problem(f"libmien has no CUDA kernels for the GPU {card}", toolkit.REBUILD)
+        return Problem(f"libmien has no CUDA kernels for the GPU {card}", toolkit.rebuild())
     if not native.runs_on(generation):
         made_for = ", ".join(f"sm_{kind.partition('-')[0]}" for kind in generations)
         return Problem(
-            f"libmien's CUDA kernels are for {made_for}, the GPU is {card}", toolkit.REBUILD
+            f"libmien's CUDA kernels are for {made_for}, the GPU is {card}", toolkit.rebuild()
         )
     # libmien brings a CUDA runtime of its own, so torch's may run where libmien's does not.
     return _too_old(toolkit.driver(), cuda, "libmien") or _no_c_compiler()
