@@ -50,12 +50,15 @@ IDENTITY = frozenset(
 
 def _commit() -> tuple[str, bool]:
     """The commit of this code, and whether files differ from it; from MIEN_COMMIT without git."""
-    root = Path(__file__).parent
+    unknown = os.environ.get("MIEN_COMMIT", "unknown"), False
+    # Git would answer for a repository around it, such as the one that an environment lies in.
+    if not (_PACKAGE / ".git").exists():
+        return unknown
     words = ["git", "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=root)
+        done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=_PACKAGE)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("MIEN_COMMIT", "unknown"), False
+        return unknown
     head, *rest = done.stdout.splitlines()
     return head.split()[-1][:7], any(not line.startswith("#") for line in rest)
 

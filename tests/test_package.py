@@ -349,3 +349,12 @@ def test_an_installed_mien_reports_what_it_has_measured(installed):
     _run_installed(installed, "-c", write + "launches.read_budget()")
     assert (installed / "work/.local/state/mien/benchmarks").is_dir()
     assert "cores, torch" in _run_installed(installed, *report)
+
+
+def test_an_installed_mien_takes_no_other_repository_for_its_own(installed):
+    """The environment of a wheel may lie in the folder of the user's own project."""
+    git = ["git", "-C", installed, "-c", "user.name=U", "-c", "user.email=u@example.org"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "theirs"], check=True)
+    show = "from mien.benchmarks import harness; print(harness.environment()['commit'])"
+    assert _run_installed(installed, "-c", show) == "unknown\n"
