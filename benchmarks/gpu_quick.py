@@ -40,7 +40,7 @@ TRAINER, BATCH_SIZE = "original", 16
 TIMED_OUT = 124
 PACKAGES_LIMIT_S, REQUIRED_LIMIT_S, LIBRARY_LIMIT_S = 20, 10, 90
 GRACE_S = 5
-"""At the end of its time a command is interrupted, and has so long to tell what it knows."""
+"""Seconds that a command has, interrupted near the end of its time, to tell what it knows."""
 
 TEST_LIMIT_S = 25
 """A test that hangs is named before the part ends, whose limit is longer."""

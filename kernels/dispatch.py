@@ -1,4 +1,4 @@
-"""Where operations launch kernels, and whether a CUDA graph captures them; tests use a CPU."""
+"""Devices on which operations launch kernels, and capture by a CUDA graph; tests use a CPU."""
 
 import contextlib
 from collections.abc import Iterator
