@@ -119,8 +119,8 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
         f"batch size   {batch_size}{of_steps}",
         memory,
         *losses,
-        f"roofline     {bound.eg_per_s:,.0f} EG/s on {card.name}, bound by {bound.binds}; no run in "
-        "bf16 can be faster, good ones reach half of it",
+        f"roofline     {bound.eg_per_s:,.0f} EG/s on {card.name}, bound by {bound.binds}; no run "
+        "in bf16 can be faster, good ones reach half of it",
         *several,
         *(f"stage        {line}" for line in _stages(trial.progress)),
         "dry run: nothing was kept",
