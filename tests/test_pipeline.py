@@ -4,6 +4,7 @@ import os
 import shutil
 import threading
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,20 @@ def test_decoding_begins_before_the_last_header_is_read(sides, monkeypatch):
     opened(sides)
     assert headers.names == names_of(sides)
     assert sorted(decoded.names) == names_of(sides)
+
+
+def test_faces_have_the_cores_without_threads_of_opencv(sides, monkeypatch):
+    """Those wait by spinning, for calls that are too small to be divided."""
+    before, seen = cv2.getNumThreads(), []
+    cv2.setNumThreads(2)
+    try:
+        for module, name in ((decode, "decode_one"), (pipeline, "_masks_of")):
+            Noted(monkeypatch, module, name, lambda _: seen.append(cv2.getNumThreads()))
+        opened(sides)
+        assert seen == [1] * 2 * len(names_of(sides))
+        assert cv2.getNumThreads() == 2
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_the_second_side_is_decoded_while_the_first_one_is_kept(sides, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from ..blend import BlendOptions, face_mask, matched
 from ..faces.geometry import Crop, rescaled
 from ..faces.png import FaceFileError
 from ..swapping import BatchDecoder, SwapModel
+from ..system.threads import working_threads
 from .frames import Frame
 from .patch import cut_patch, paste
 from .placement import Faces, PlacedFace
@@ -129,7 +130,7 @@ class Converter:
         """
         # Lazily: the frames of a video hold their pixels, and a film does not fit into memory.
         due = (_Work(frame, self._faces.get(frame.stem, [])) for frame in frames)
-        with ThreadPoolExecutor(num_threads) as pool:
+        with working_threads(num_threads) as pool:
 
             def opened(work: _Work) -> _Work:
                 return work if self._is_done(work, output) else self._open(work)

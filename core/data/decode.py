@@ -28,7 +28,7 @@ import importlib
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import cv2
@@ -40,6 +40,7 @@ from ..faces.geometry import CropBox
 from ..faces.png import FaceFileError
 from ..system.output import silent_libraries
 from ..system.requirements import DALI, install_command, requirement
+from ..system.threads import working_threads
 
 BACKENDS = ("dali", "opencv")
 BATCH_SIZE = 16
@@ -147,7 +148,7 @@ def _decode_opencv(
     """Crops numbered from `first` on; a few more than there are threads are under way."""
     # In order, whichever is done first: the store's rows, and so the batches, depend on it.
     waiting: deque[tuple[int, Future[Result]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
+    with working_threads(threads) as pool:
         for number, face in enumerate(faces, first):
             waiting.append((number, pool.submit(decode_one, face, crop)))
             # A few more than threads, so that one large picture idles none, and no more for memory.
@@ -177,7 +178,7 @@ def _decode_dali(
     on_gpu = device.startswith("cuda")
     decoded = on_host = None
     # DALI prints lines of its own about a damaged file, besides the error that it raises.
-    with silent_libraries(), ThreadPoolExecutor(threads) as pool:
+    with silent_libraries(), working_threads(threads) as pool:
         while batch := schedule.next():
             # Its place among the batches stays, so the crops come in the order of the faces.
             if not batch.is_for_dali:

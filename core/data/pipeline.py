@@ -25,6 +25,7 @@ from ..faces import masks
 from ..faces.folder import Face
 from ..faces.geometry import Crop, crop_landmarks
 from ..faces.png import FaceFileError
+from ..system.threads import working_threads
 from .decode import Result, choose_backend, decode_crops, thread_count
 
 AHEAD_BYTES = 128 * 1024**2
@@ -162,7 +163,7 @@ def _decoded(
         warn=warn,
     )
     # Closed even where the caller stops early, so that no thread goes on decoding.
-    with contextlib.closing(crops), ThreadPoolExecutor(threads) as pool:
+    with contextlib.closing(crops), working_threads(threads) as pool:
         masks_ahead = _masks_ahead(pool, for_masks, crop, data)
         for (_, crop_bgr), face_masks in zip(crops, masks_ahead, strict=True):
             yield Decoded(crop_bgr, face_masks)

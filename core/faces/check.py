@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 
 from ..config import DataConfig
+from ..system.threads import working_threads
 from .face import Face, as_settings, usual_crop, usual_of, usual_share
 from .folder import MINIMUM_FACES, FaceFolder, Rejected, read_folder, uneven
 from .geometry import Crop, crop_landmarks
@@ -165,7 +165,7 @@ def report(
     measured: list[_Measured] = []
     rejected = list(opened.rejected)
     # Threads are enough: decoding and OpenCV's filters let the others run.
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with working_threads(len(os.sched_getaffinity(0))) as pool:
         for done, (face, result) in enumerate(
             zip(opened.faces, pool.map(_measure, opened.faces), strict=True), 1
         ):

@@ -10,7 +10,6 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 
 from ..system.durable_files import discard_leftovers, open_for_reading, write_file
 from ..system.paths import expanded, refusals_told
+from ..system.threads import working_threads
 from .dfl_face import JpegFace
 from .dfl_pack import read_persons
 from .face import MAX_OUTSIDE_SHARE, as_settings, side_units, usual_crop
@@ -173,7 +173,7 @@ def _places(faces: list[JpegFace], target: Path, persons: dict[str, str | None])
 def _write_all(faces: list[JpegFace], places: list[_Place], progress: Progress) -> list[_Written]:
     """Write every face, on all cores; the first failure ends it."""
     results = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with working_threads(len(os.sched_getaffinity(0))) as pool:
         try:
             for result in pool.map(_write, faces, places):
                 results.append(result)

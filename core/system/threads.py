@@ -1,0 +1,45 @@
+"""Threads that work side by side, each on a face or a frame of its own."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import cv2
+
+
+class _OneThread:
+    """OpenCV in the calling thread alone, as long as anybody asks for it; then as it was before."""
+
+    def __init__(self) -> None:
+        self._num_asking = 0
+        self._before = 0
+        # The setting is one of the whole process, and pools may begin and end in any order.
+        self._change = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._change:
+            if self._num_asking == 0:
+                self._before = cv2.getNumThreads()
+                cv2.setNumThreads(1)
+            self._num_asking += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._change:
+            self._num_asking -= 1
+            if self._num_asking == 0:
+                cv2.setNumThreads(self._before)
+
+
+_one_thread = _OneThread()
+
+
+@contextmanager
+def working_threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads, beside which OpenCV uses none of its own.
+
+    OpenCV divides many calls among its threads, which wait for the next one by spinning: beside
+    threads that have a face each they bring nothing, and take the cores from them.
+    """
+    with _one_thread, ThreadPoolExecutor(num_threads) as pool:
+        yield pool
