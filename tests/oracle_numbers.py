@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,21 @@ def named_folder(variable: str, *fallbacks: Path) -> Path | None:
 
 
 ORACLE = named_folder("MIEN_ORACLE", ROOT.parent / "shared/oracle", TESTS / "oracle")
+
+
+def is_picture_of(expected: np.ndarray, found: np.ndarray) -> bool:
+    """Whether pixels are the oracle's, which was made by a processor with AVX-512.
+
+    On others OpenCV's cubic filter rounds otherwise here and there when it enlarges: 5 of 36,864
+    values of one of the oracle's pictures at most, by one level, on a Zen 3.
+    """
+    if np.array_equal(expected, found):
+        return True
+    # A question mark stands behind what OpenCV was built for and the processor lacks.
+    if expected.shape != found.shape or "*AVX512-SKX" in cv2.getCPUFeaturesLine().split():
+        return False
+    difference = np.abs(expected.astype(int) - found)
+    return difference.max() <= 1 and np.count_nonzero(difference) <= difference.size / 1000
 
 
 def oracle_files(pattern: str) -> list[Path]:

@@ -198,6 +198,8 @@ def test_enumerations_are_their_numbers(monkeypatch):
     module.SegIEPolyType = enum.IntEnum(
         "SegIEPolyType", {"EXCLUDE": 0, "INCLUDE": 1}, module=module.__name__
     )
+    # As the Pythons of DeepFaceLab write it; 3.11.0 to 3.11.3 call getattr, which is refused.
+    module.SegIEPolyType.__reduce_ex__ = lambda self, _: (type(self), (self.value,))
     # Its parents too: a pickle is written after importing them, and mien's own core is not of them.
     for name in ("core", "core.imagelib", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
