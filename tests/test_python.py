@@ -366,7 +366,7 @@ def test_advice_names_settings_in_the_place_of_flags(told, said):
 
 
 def test_advice_from_python_names_no_flag(faces, tmp_path):
-    """In what is raised, and in what a listener is told."""
+    """Both what is raised and what a listener is told name settings."""
     with pytest.raises(ValueError, match=r"add save\.model_dir=FOLDER$"):
         train(Config())
     settings, events = _settings(faces, tmp_path / "m"), []
