@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from ..core.config import DataConfig, EvaluateConfig
-from ..core.data.decode import BATCH_SIZE, choose_backend, thread_count
+from ..core.data.decode import BATCH_SIZE, choose_backend
 from ..core.data.sides import SIDES, open_sides
 from ..core.faces.folder import read_folder
 from ..core.faces.synthetic import draw_folder
+from ..core.system.threads import thread_count
 
 NUM_DRAWN = 64
 

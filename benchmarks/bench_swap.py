@@ -27,10 +27,10 @@ from ..core.convert.frames import PictureFolder, read_picture
 from ..core.convert.output import PictureOutput, encoded_png
 from ..core.convert.patch import cut_patch, paste
 from ..core.convert.placement import Faces, read_faces
-from ..core.data.decode import thread_count
 from ..core.faces.geometry import rescaled
 from ..core.faces.synthetic.film import draw_film
 from ..core.swapping import BatchDecoder, SwapModel
+from ..core.system.threads import thread_count
 from .harness import rounded
 
 NUM_FRAMES, BARE_EVERY, BATCH_SIZE = 16, 4, 4

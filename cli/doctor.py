@@ -148,8 +148,8 @@ def _dali() -> list[Finding]:
 
 def _paths() -> list[Finding]:
 
-    from ..core.data.decode import thread_count
     from ..core.precision import resolve
+    from ..core.system.threads import thread_count
     from ..core.training import engine
     from ..core.training.devices import choose_device, threads_in_words
     from ..kernels import toolkit

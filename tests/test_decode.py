@@ -13,10 +13,11 @@ import pytest
 from conftest import FACE_SETS
 
 from mien.core.data import decode
-from mien.core.data.decode import BATCH_SIZE, choose_backend, decode_crops, thread_count
+from mien.core.data.decode import BATCH_SIZE, choose_backend, decode_crops
 from mien.core.faces import geometry, picture, png
 from mien.core.faces.folder import Face, read_folder
 from mien.core.faces.geometry import Crop
+from mien.core.system.threads import thread_count
 
 SIZES_PX = (64, 256, 192, 300, 97, 512, 128)
 CROPS = [

@@ -17,10 +17,10 @@ from ...models.autoencoder import Side
 from .. import precision
 from ..blend import FEATHER_SHARE, LEARNED, STORED, BlendOptions
 from ..checkpoint.inference import Weights, write_export
-from ..data.decode import thread_count
 from ..faces.inspect import tiled
 from ..faces.masks import LANDMARK_MASKS
 from ..swapping import BatchDecoder, SwapModel, load_model, require_side
+from ..system.threads import thread_count
 from ..training.devices import choose_device
 from .convert import TILE_PX, Converter
 from .frames import Frame, PictureFolder

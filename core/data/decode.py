@@ -40,7 +40,7 @@ from ..faces.geometry import CropBox
 from ..faces.png import FaceFileError
 from ..system.output import silent_libraries
 from ..system.requirements import DALI, install_command, requirement
-from ..system.threads import working_threads
+from ..system.threads import thread_count, working_threads
 
 BACKENDS = ("dali", "opencv")
 BATCH_SIZE = 16
@@ -62,12 +62,6 @@ class _Part(NamedTuple):
     top: int
     width: int
     height: int
-
-
-def thread_count(setting: int) -> int:
-    """Threads to use: the setting, or for 0 as many as the process may use cores."""
-    # Not `os.cpu_count`: a container or `taskset` may leave fewer.
-    return setting or len(os.sched_getaffinity(0))
 
 
 def choose_backend(setting: str, device: str = "cpu") -> tuple[str, str]:

@@ -25,8 +25,8 @@ from ..faces import masks
 from ..faces.folder import Face
 from ..faces.geometry import Crop, crop_landmarks
 from ..faces.png import FaceFileError
-from ..system.threads import working_threads
-from .decode import Result, choose_backend, decode_crops, thread_count
+from ..system.threads import thread_count, working_threads
+from .decode import Result, choose_backend, decode_crops
 
 AHEAD_BYTES = 128 * 1024**2
 """Decoded faces that wait. Chosen on the CPU: 5,400 of 64 px, 340 of 256 px."""

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from ..config import DataConfig
-from ..system.threads import working_threads
+from ..system.threads import thread_count, working_threads
 from .face import Face, as_settings, usual_crop, usual_of, usual_share
 from .folder import MINIMUM_FACES, FaceFolder, Rejected, read_folder, uneven
 from .geometry import Crop, crop_landmarks
@@ -165,7 +165,7 @@ def report(
     measured: list[_Measured] = []
     rejected = list(opened.rejected)
     # Threads are enough: decoding and OpenCV's filters let the others run.
-    with working_threads(len(os.sched_getaffinity(0))) as pool:
+    with working_threads(thread_count(0)) as pool:
         for done, (face, result) in enumerate(
             zip(opened.faces, pool.map(_measure, opened.faces), strict=True), 1
         ):

@@ -6,7 +6,6 @@ not at all, and none that is there is written over: the same import again finds 
 """
 
 import dataclasses
-import os
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy as np
 
 from ..system.durable_files import discard_leftovers, open_for_reading, write_file
 from ..system.paths import expanded, refusals_told
-from ..system.threads import working_threads
+from ..system.threads import thread_count, working_threads
 from .dfl_face import JpegFace
 from .dfl_pack import read_persons
 from .face import MAX_OUTSIDE_SHARE, as_settings, side_units, usual_crop
@@ -173,7 +172,7 @@ def _places(faces: list[JpegFace], target: Path, persons: dict[str, str | None])
 def _write_all(faces: list[JpegFace], places: list[_Place], progress: Progress) -> list[_Written]:
     """Write every face, on all cores; the first failure ends it."""
     results = []
-    with working_threads(len(os.sched_getaffinity(0))) as pool:
+    with working_threads(thread_count(0)) as pool:
         try:
             for result in pool.map(_write, faces, places):
                 results.append(result)

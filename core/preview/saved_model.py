@@ -15,10 +15,10 @@ from ..checkpoint.model_folder import PREVIEWS, ModelFolder
 from ..checkpoint.retention import snapshot_path
 from ..config import Config
 from ..config.path_settings import each_path
-from ..data.decode import thread_count
 from ..data.sides import SIDES
 from ..faces.folder import Face, read_folders, skipped
 from ..system.durable_files import DamagedError
+from ..system.threads import thread_count
 from .faces import PreviewFaces, spread
 from .image import loader_of
 from .kept import KeptPreviews

@@ -1,11 +1,18 @@
 """Threads that work side by side, each on a face or a frame of its own."""
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import cv2
+
+
+def thread_count(setting: int) -> int:
+    """Threads to use: the setting, or for 0 as many as the process may use cores."""
+    # Not `os.cpu_count`: a container or `taskset` may leave fewer.
+    return setting or len(os.sched_getaffinity(0))
 
 
 class _OneThread:

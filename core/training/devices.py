@@ -14,6 +14,7 @@ import torch
 from ...kernels import native, toolkit
 from ..data.store import available_host_bytes
 from ..distribute.ranks import ALONE, Ranks
+from ..system.requirements import install_command
 
 _DRIVERS = {12: "R525 or newer", 13: "R580 or newer"}
 """Nvidia's drivers that run a CUDA of this major number."""
@@ -144,10 +145,10 @@ def why_hidden() -> Problem | None:
     # In the order in which each hides the next: torch's build, the library, the driver's age.
     driver, version = toolkit.driver(), torch.__version__
     if torch.version.cuda is None:
-        command = f"{sys.executable} -m pip install --force-reinstall torch"
+        build = f"torch=={version.partition('+')[0]}"
         return Problem(
             f"torch {version} is a build for CPUs, and this machine has an Nvidia GPU",
-            f"install one for CUDA: `{command}=={version.partition('+')[0]}`",
+            f"install one for CUDA: `{install_command('--force-reinstall', build)}`",
         )
     if driver is None:
         return Problem(

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 import torch
 
-from ..data.decode import thread_count
 from ..distribute.ranks import Ranks
 from ..precision import restoring_products
+from ..system.threads import thread_count
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 

@@ -12,7 +12,6 @@ from ..console.notify import Notifier
 from ..console.reporter import EVENTS, Reporter
 from ..console.tensorboard import Log, Logs, open_log
 from ..console.wandb_log import WandbLog
-from ..data.decode import thread_count
 from ..data.sides import SideFaces
 from ..evaluate.evaluate import Evaluation, open_evaluation
 from ..history.history import BATCH_SIZE_TAG
@@ -21,6 +20,7 @@ from ..preview.image import loader_of
 from ..preview.previewer import Pictures
 from ..preview.window import PreviewWindow
 from ..system.printable import printable_values
+from ..system.threads import thread_count
 from .build import sizes_of
 
 

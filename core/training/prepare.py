@@ -24,7 +24,6 @@ from ..config.path_settings import each_path, paths_in
 from ..config.recipes import Recipe
 from ..console.crash_report import reporting_crashes
 from ..console.reporter import Notice, Reporter
-from ..data.decode import thread_count
 from ..data.sides import SideFaces
 from ..distribute.council import Crew
 from ..distribute.failure import RankLost
@@ -35,6 +34,7 @@ from ..optim.lr_schedule import Schedule, begin_schedule
 from ..optim.optimizer import Update
 from ..preview.window import PreviewWindow
 from ..system.paths import refusals_told
+from ..system.threads import thread_count
 from . import batch_size as batch_sizes
 from . import engine as engines
 from . import memory

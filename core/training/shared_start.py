@@ -14,9 +14,9 @@ from ...models.batch_norm import norms_of
 from ..checkpoint.format import Generation
 from ..config import Config, from_dict, merge, to_dict
 from ..config.recipes import Recipe
-from ..data.decode import thread_count
 from ..distribute.group import Group
 from ..distribute.ranks import Ranks
+from ..system.threads import thread_count
 from .resolve import Overrides
 
 _FEW_FACES = 4

@@ -9,7 +9,6 @@ from ...kernels.augment import Landmarks
 from ...models.alignment import MULTIPLE
 from ..config import Config
 from ..console.reporter import Reporter
-from ..data.decode import thread_count
 from ..data.feed import Feed
 from ..data.landmarks import landmarks_of_sides
 from ..data.sides import SIDES, SideFaces, open_sides, warnings_of
@@ -17,6 +16,7 @@ from ..data.store import NUM_SHARED
 from ..distribute.ranks import ALONE, Ranks
 from ..faces.folder import skipped
 from ..precision import Precision
+from ..system.threads import thread_count
 from .build import has_aligned_channels, sizes_of
 
 _MOST_NAMES = 10
