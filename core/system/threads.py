@@ -15,12 +15,12 @@ def thread_count(setting: int) -> int:
     return setting or len(os.sched_getaffinity(0))
 
 
-class _OneThread:
+class _CallingThread:
     """OpenCV in the calling thread alone, as long as anybody asks for it; then as it was before."""
 
     def __init__(self) -> None:
         self._num_asking = 0
-        self._before = 0
+        self._before = 1
         # The setting is one of the whole process, and pools may begin and end in any order.
         self._change = threading.Lock()
 
@@ -28,17 +28,23 @@ class _OneThread:
         with self._change:
             if self._num_asking == 0:
                 self._before = cv2.getNumThreads()
-                cv2.setNumThreads(1)
+                self._set(0)
             self._num_asking += 1
 
     def __exit__(self, *_: object) -> None:
         with self._change:
             self._num_asking -= 1
             if self._num_asking == 0:
-                cv2.setNumThreads(self._before)
+                self._set(self._before)
+
+    def _set(self, num_threads: int) -> None:
+        # 0 leaves OpenCV's own threads asleep, while 1 ends them: in a forked process, which has
+        # none of the threads of its parent, that waits for them forever.
+        if self._before > 1:
+            cv2.setNumThreads(num_threads)
 
 
-_one_thread = _OneThread()
+_calling_thread = _CallingThread()
 
 
 @contextmanager
@@ -48,5 +54,5 @@ def working_threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
     OpenCV divides many calls among its threads, which wait for the next one by spinning: beside
     threads that have a face each they bring nothing, and take the cores from them.
     """
-    with _one_thread, ThreadPoolExecutor(num_threads) as pool:
+    with _calling_thread, ThreadPoolExecutor(num_threads) as pool:
         yield pool
