@@ -57,7 +57,7 @@ def test_decoding_begins_before_the_last_header_is_read(sides, monkeypatch):
     def wait(name):
         assert name != last or is_decoding.wait(WAIT_S)
 
-    headers = Noted(monkeypatch, folders, "read_header", wait)
+    headers = Noted(monkeypatch, folders, "read_placement", wait)
     decoded = Noted(monkeypatch, decode, "decode_one", lambda name: is_decoding.set())
     opened(sides)
     assert headers.names == names_of(sides)
@@ -193,7 +193,7 @@ def test_a_face_that_changes_while_others_are_read_is_decoded_anew_later(
             first.write_bytes(content)
 
     monkeypatch.setattr(decode, "decode_one", note)
-    Noted(monkeypatch, folders, "read_header", change)
+    Noted(monkeypatch, folders, "read_placement", change)
     opened((own, sides[1]), tmp_path / "store")
     store = opened((own, sides[1]), tmp_path / "store")["a"].store
     assert not store.reused

@@ -23,7 +23,15 @@ from .dfl_face import header_of, part_of, read_jpeg
 from .dfl_pack import Part, read_pack
 from .face import Face, checked_alignment, size_and_time
 from .listing import JPEG_SUFFIXES, PACK_SUFFIX, PassedOver, list_pictures, name_of, passed_over
-from .png import FIRST_HEAD_VERSION, FaceFileError, FaceHeader, NotExtractedError, read_header
+from .png import (
+    FIRST_HEAD_VERSION,
+    FaceFileError,
+    FaceHeader,
+    NotExtractedError,
+    Placement,
+    read_header,
+    read_placement,
+)
 
 # As in faceswap.
 MINIMUM_FACES = 25
@@ -184,9 +192,8 @@ def read_face(path: Path) -> tuple[Face, FaceHeader]:
     # Before it is read: a file that changes meanwhile must not be kept under its new time.
     size_time = size_and_time(path)
     edge_px, header = read_header(path)
-    alignment = checked_alignment(header.landmarks_l2)
-    face = Face(path, edge_px, header.landmarks_l2, alignment, header.version, size_time)
-    return face, header
+    placement = Placement(edge_px, header.landmarks_l2, header.version)
+    return _placed(path, placement, size_time), header
 
 
 def named(rejected: Sequence[Rejected]) -> str:
@@ -245,9 +252,19 @@ def face_sources(files: list[Path], side: str | None = None) -> Iterator[Path | 
             yield file
 
 
+def _placed(path: Path, placement: Placement, size_time: tuple[int, int]) -> Face:
+    edge_px, landmarks_l2, version = placement
+    return Face(path, edge_px, landmarks_l2, checked_alignment(landmarks_l2), version, size_time)
+
+
 def _read(source: Path | Part) -> Face | Rejected:
     try:
-        return read_jpeg(source)[0] if isinstance(source, Part) else read_face(source)[0]
+        part = source if isinstance(source, Part) else part_of(source)
+        if part is not None:
+            return read_jpeg(part)[0]
+        # Before it is read, as above.
+        size_time = size_and_time(source)
+        return _placed(source, read_placement(source), size_time)
     except FaceFileError as error:
         path = source.path if isinstance(source, Part) else source
         # The text alone: an error holds the frames it was raised in, and these the file's bytes.

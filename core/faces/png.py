@@ -4,7 +4,8 @@ The chunk is an `iTXt` named `faceswap` before the first `IDAT`; its text is a P
 JSON. It is read here without evaluating anything: one pass turns strings and bytes into JSON
 strings and references, brackets are counted, and the C JSON decoder does the rest. Numbers that
 NumPy wrote as `np.float32(1.5)` are taken for what they hold. Whatever else it does not know
-(names, calls, nan) is refused, as is anything beyond the limits below.
+(names, calls, nan) is refused, as is anything beyond the limits below. Where only the landmarks are
+wanted, libmien reads the usual texts, and this reader what it leaves.
 
 Letters: 68 landmarks, l = landmark, 2 = (x, y) in px of the source frame.
 """
@@ -21,13 +22,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import cv2
 import numpy as np
 
 from ..system.durable_files import discard, open_plain, temporary_name
 from ..system.image_text import png_chunk
+from .usual_header import read_usual
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 KEYWORD = b"faceswap"
@@ -153,6 +155,18 @@ class FaceHeader:
         return _version_in(self.source)
 
 
+class Placement(NamedTuple):
+    """Where a face PNG shows its face: what of its header training needs.
+
+    landmarks_l2: (68, 2) float32, px of the source frame. version: of the alignments; None where
+    the file tells none.
+    """
+
+    edge_px: int
+    landmarks_l2: np.ndarray
+    version: float | None
+
+
 def _version_in(source: dict[str, Any]) -> float | None:
     value = source.get(_VERSION)
     # To Python a bool is an int, and True would pass for version 1.0.
@@ -179,17 +193,35 @@ def read_header(path: str | os.PathLike[str]) -> tuple[int, FaceHeader]:
 
     Raises FaceFileError with the reason and the remedy where the file is no usable face.
     """
+    edge_px, text = _read_text(path)
+    return edge_px, _header_of(text)
+
+
+def read_placement(path: str | os.PathLike[str]) -> Placement:
+    """What of the header training needs, in a tenth of the time; errors as of `read_header`."""
+    edge_px, text = _read_text(path)
+    usual = read_usual(text.encode())
+    if usual is not None:
+        return Placement(edge_px, *usual)
+    header = _header_of(text)
+    return Placement(edge_px, header.landmarks_l2, header.version)
+
+
+def _read_text(path: str | os.PathLike[str]) -> tuple[int, str]:
+    """Edge of the picture in px, and the text of its header."""
     try:
         opener = partial(open_plain, follows_links=True)
         # A usual header comes with one read of so many bytes.
         with open(path, "rb", buffering=65536, opener=opener) as file:
-            edge_px = _read_edge(file)
-            data = _find_text(file)
-            # Only the parsing: reading the files goes on side by side.
-            with _parsing:
-                return edge_px, _header_from(parse_literal(_text_of(data)))
+            return _read_edge(file), _text_of(_find_text(file))
     except OSError as error:
         raise unreadable(error) from None
+
+
+def _header_of(text: str) -> FaceHeader:
+    # Only the parsing: reading the files goes on side by side.
+    with _parsing:
+        return _header_from(parse_literal(text))
 
 
 def encode_face(image_bgr: np.ndarray, header: FaceHeader) -> bytes:

@@ -321,6 +321,21 @@ typedef struct {
  * but where edge is a multiple of size. */
 MIEN_API mien_status mien_shrink_cpu(const mien_shrink_job *job);
 
+/* ---- Headers of faces --------------------------------------------------------------------- */
+
+/* The text of a face PNG's header, and what of it training needs. */
+typedef struct {
+    const char *text; /* UTF-8, a Python literal */
+    float *landmarks; /* [MIEN_LANDMARKS, 2], px of the source frame */
+    int64_t num_bytes;
+    double version;   /* of the alignments; not a number where the text tells none */
+    int32_t is_usual; /* 1 or 0: the text has the form that extraction writes, and is a face's */
+} mien_face_header_job;
+
+/* Read the landmarks and the version. Where is_usual is 0, nothing else that was written counts:
+ * the text may be a face's all the same, in another form. */
+MIEN_API mien_status mien_face_header_cpu(mien_face_header_job *job);
+
 #ifdef __cplusplus
 }
 #endif
