@@ -318,20 +318,20 @@ def test_pictures_being_decoded_take_no_more_than_a_bound(faces, monkeypatch, nu
     bound = largest - 1
     monkeypatch.setattr(picture, "_budget", picture._Budget(bound))
     taken, peak, lock = [], [], threading.Lock()
-    original = picture._decoded
+    original = picture.decode_rgb
 
-    def watched(encoded, edge_px):
-        cost = encoded.nbytes + 6 * edge_px**2
+    def watched(encoded):
+        cost = encoded.nbytes + 6 * picture.edge_of(encoded) ** 2
         with lock:
             taken.append(cost)
             peak.append((sum(taken), len(taken)))
         try:
-            return original(encoded, edge_px)
+            return original(encoded)
         finally:
             with lock:
                 taken.remove(cost)
 
-    monkeypatch.setattr(picture, "_decoded", watched)
+    monkeypatch.setattr(picture, "decode_rgb", watched)
     for _, crop_bgr in decode_crops(faces, CROPS[0], backend="opencv", num_threads=num_threads):
         assert crop_bgr.shape == (64, 64, 3)
     assert max(count for total, count in peak if total > bound) == 1

@@ -1,6 +1,7 @@
 """Pixels of PNGs by ISA-L and libmien: OpenCV's pixels, or left to OpenCV."""
 
 import ctypes
+import mmap
 import platform
 import random
 import shutil
@@ -157,6 +158,50 @@ def test_a_picture_is_opened_the_same_either_way(tmp_path):
         assert (decode_rgb(np.fromfile(path, np.uint8)) is None) is (name == "rgba")
         with open_picture(path, 64) as opened:
             np.testing.assert_array_equal(opened, image)
+
+
+def _chunks(png):
+    """What libmien says of a whole file: whether it is plain, and its deflated data."""
+    ffi, _ = native.library()
+    deflated = ffi.new("uint8_t[]", max(len(png), 1))
+    rooms = {"png": ffi.from_buffer("uint8_t[]", png), "deflated": deflated}
+    job = ffi.new("mien_png_chunks_job *", rooms | {"num_bytes": len(png)})
+    native.call("png_chunks_cpu", job)
+    return bool(job.is_plain), bytes(ffi.buffer(deflated, job.num_deflated))
+
+
+@pytest.mark.parametrize("length", [*range(150), 4095, 4096, 4097, 65_537, 1_000_003])
+def test_checksums_are_those_of_zlib(length):
+    """Of data of every length: the short ones go by tables, of the others the ends."""
+    data = random.Random(length).randbytes(length)
+    png = SIGNATURE + _header(1, 1) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+    assert _chunks(png) == (True, data)
+    for at in {33 + 8 + length * part // 7 for part in range(8)}:
+        damaged = bytearray(png)
+        damaged[at] ^= 1 << at % 8
+        assert not _chunks(bytes(damaged))[0]
+
+
+@pytest.mark.parametrize("end", [0, 1, 7, 8, 19, 20, 32, 33, 41, 44])
+def test_no_byte_behind_a_cut_file_is_read(end):
+    """The file ends where the memory does: a page behind it may not be touched."""
+    png = SIGNATURE + _header(1, 1) + _chunk(b"IDAT", bytes(3)) + _chunk(b"IEND", b"")
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE) as memory:
+        ffi, _ = native.library()
+        begin = mmap.PAGESIZE - end
+        memory[begin : mmap.PAGESIZE] = png[:end]
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        libc = ctypes.CDLL(None)
+        behind = ctypes.c_void_p(address + mmap.PAGESIZE)
+        assert libc.mprotect(behind, mmap.PAGESIZE, 0) == 0
+        rooms = {
+            "png": ffi.cast("uint8_t *", address + begin),
+            "deflated": ffi.new("uint8_t[]", 64),
+        }
+        job = ffi.new("mien_png_chunks_job *", rooms | {"num_bytes": end})
+        native.call("png_chunks_cpu", job)
+        assert not job.is_plain
+        libc.mprotect(behind, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @pytest.mark.parametrize(

@@ -95,13 +95,12 @@ def read_picture(path: Path) -> np.ndarray:
     # Only a JPEG says that it is to be turned, which IMREAD_UNCHANGED would not do.
     flags = cv2.IMREAD_COLOR if content.startswith(_JPEG) else cv2.IMREAD_UNCHANGED
     encoded = np.frombuffer(content, np.uint8)
+    # The plain 8-bit PNG first: most frames are, and our decoder is the faster one.
+    image = decode_rgb(encoded)
     # OpenCV makes a picture of half a PNG, and only prints that it is cut short.
-    if not content.startswith(SIGNATURE) or is_complete(content):
-        # The plain 8-bit PNG first: most frames are, and our decoder is the faster one.
-        image = decode_rgb(encoded)
-        if image is None:
-            with contextlib.suppress(cv2.error), silent_libraries():
-                image = cv2.imdecode(encoded, flags)
+    if image is None and (not content.startswith(SIGNATURE) or is_complete(content)):
+        with contextlib.suppress(cv2.error), silent_libraries():
+            image = cv2.imdecode(encoded, flags)
     if image is None or not image.size:
         raise ValueError(f"{path} is no picture, or damaged or cut short: make the frame again")
     if image.dtype not in (np.uint8, np.uint16):

@@ -252,6 +252,16 @@ def face_sources(files: list[Path], side: str | None = None) -> Iterator[Path | 
             yield file
 
 
+def _face_of(path: Path) -> Face:
+    """The face of `read_face`, without the rest of its header."""
+    part = part_of(path)
+    if part is not None:
+        return read_jpeg(part)[0]
+    # Before it is read, as there.
+    size_time = size_and_time(path)
+    return _placed(path, read_placement(path), size_time)
+
+
 def _placed(path: Path, placement: Placement, size_time: tuple[int, int]) -> Face:
     edge_px, landmarks_l2, version = placement
     return Face(path, edge_px, landmarks_l2, checked_alignment(landmarks_l2), version, size_time)
@@ -259,12 +269,7 @@ def _placed(path: Path, placement: Placement, size_time: tuple[int, int]) -> Fac
 
 def _read(source: Path | Part) -> Face | Rejected:
     try:
-        part = source if isinstance(source, Part) else part_of(source)
-        if part is not None:
-            return read_jpeg(part)[0]
-        # Before it is read, as above.
-        size_time = size_and_time(source)
-        return _placed(source, read_placement(source), size_time)
+        return read_jpeg(source)[0] if isinstance(source, Part) else _face_of(source)
     except FaceFileError as error:
         path = source.path if isinstance(source, Part) else source
         # The text alone: an error holds the frames it was raised in, and these the file's bytes.

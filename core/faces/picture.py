@@ -72,9 +72,13 @@ def open_picture(path: Path, edge_px: int) -> Iterator[np.ndarray]:
     """
     with _read(path, edge_px) as encoded:
         # Against the header that was read earlier: a file may have been replaced meanwhile.
-        if edge_of(encoded) != edge_px or not is_complete(encoded.data):
+        if edge_of(encoded) != edge_px:
             raise _damaged()
-        yield _decoded(encoded, edge_px)
+        # The faster way first; it says None of all that it does not know.
+        image_bgr = decode_rgb(encoded)
+        if image_bgr is None and is_complete(encoded.data):
+            image_bgr = _by_opencv(encoded)
+        yield _checked(image_bgr, edge_px)
 
 
 @contextlib.contextmanager
@@ -84,7 +88,7 @@ def open_jpeg(path: Path, begin: int, size: int, edge_px: int) -> Iterator[np.nd
         jpeg = encoded.tobytes()
         if dfl_jpeg.edge_of(jpeg) != edge_px or not dfl_jpeg.is_complete(jpeg):
             raise _damaged()
-        yield _decoded(encoded, edge_px)
+        yield _checked(_by_opencv(encoded), edge_px)
 
 
 @contextlib.contextmanager
@@ -98,20 +102,23 @@ def _read(
             file = stack.enter_context(open_for_reading(path, follows_links=True))
             size = os.fstat(file.fileno()).st_size if size is None else size
             file.seek(begin)
-            # Bounded: a stranger's file may be as long as the disk.
-            encoded = np.fromfile(file, np.uint8, min(size, max_file_bytes(edge_px)))
+            # Bounded: a stranger's file may be as long as the disk. Not by `fromfile`, which
+            # keeps Python's lock while it reads.
+            encoded = np.empty(min(size, max_file_bytes(edge_px)), np.uint8)
+            encoded = encoded[: file.readinto(encoded.data)]
         except OSError as error:
             raise unreadable(error) from None
         # Held until the picture is let go: bytes and pixels are in memory at the same time.
         yield encoded
 
 
-def _decoded(encoded: np.ndarray, edge_px: int) -> np.ndarray:
-    # The faster way first; it says None of all that it does not know.
-    image_bgr = decode_rgb(encoded)
-    if image_bgr is None:
-        with contextlib.suppress(cv2.error), silent_libraries():
-            image_bgr = cv2.imdecode(encoded, _READ_FLAGS)
+def _by_opencv(encoded: np.ndarray) -> np.ndarray | None:
+    with contextlib.suppress(cv2.error), silent_libraries():
+        return cv2.imdecode(encoded, _READ_FLAGS)
+    return None
+
+
+def _checked(image_bgr: np.ndarray | None, edge_px: int) -> np.ndarray:
     if image_bgr is None or image_bgr.shape != (edge_px, edge_px, 3):
         raise _damaged()
     return image_bgr

@@ -9,7 +9,6 @@ and 8 % more bytes.
 """
 
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +29,6 @@ _LEVEL = 1
 many bytes again."""
 
 _RGB_8_BITS = b"\x08\x02\x00\x00\x00"  # depth, colours, and the only ways to deflate and filter
-_TEXT = frozenset((b"iTXt", b"tEXt", b"zTXt", b"tIME", b"pHYs", b"gAMA", b"sRGB", b"cHRM"))
-"""Chunks that do not change how the pixels are read."""
 
 
 def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
@@ -43,14 +40,14 @@ def decode_rgb(encoded: np.ndarray) -> np.ndarray | None:
     Returns:
         (N, M, 3) uint8, BGR.
     """
-    if (parts := _parts_of(encoded.data)) is None:
+    if (parts := _parts_of(encoded)) is None:
         return None
     rows, columns, deflated = parts
     size = rows * (1 + 3 * columns)
     inflater = isal_zlib.decompressobj()
     try:
         # One byte more than the picture has shows a stream that goes on; the rest stays packed.
-        filtered = _by_isal(inflater.decompress, b"".join(deflated), size + 1)
+        filtered = _by_isal(inflater.decompress, deflated, size + 1)
     except igzip_lib.IsalError:  # type: ignore[misc]  # its stub declares an instance
         return None
     # Too short, or without its checksum at the end: OpenCV is to say what is wrong.
@@ -90,31 +87,20 @@ def _by_isal(function: Callable[..., bytes], *arguments: Any) -> bytes:
         native.clear_upper_halves()
 
 
-def _parts_of(png: memoryview) -> tuple[int, int, list[memoryview]] | None:
-    """Rows, columns and deflated data of a PNG of this kind, their checksums compared."""
-    if png[:8] != SIGNATURE or png[12:16] != b"IHDR" or len(png) < 33:
-        return None
-    columns, rows = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
-    if png[24:29] != _RGB_8_BITS or not 0 < rows <= 2**16 or not 0 < columns <= 2**16:
-        return None
-    deflated: list[memoryview] = []
-    before, at = b"", 8
-    while at + 12 <= len(png):
-        end = at + 8 + int.from_bytes(png[at : at + 4], "big")
-        kind = bytes(png[at + 4 : at + 8])
-        if kind in (b"IHDR", b"IDAT", b"IEND"):
-            if zlib.crc32(png[at + 4 : end]) != int.from_bytes(png[end : end + 4], "big"):
-                return None
-            if kind == b"IEND":
-                return rows, columns, deflated
-            if kind == before == b"IDAT" or (kind == b"IDAT" and not deflated):
-                deflated.append(png[at + 8 : end])
-            elif at > 8:
-                return None  # a second header, or picture data that something parts
-        elif kind not in _TEXT:
-            return None
-        before, at = kind, end + 4
-    return None
+def _parts_of(encoded: np.ndarray) -> tuple[int, int, np.ndarray] | None:
+    """Rows, columns and deflated data of a PNG of this kind, its checksums compared."""
+    ffi, _ = native.library()
+    deflated = np.empty(max(len(encoded), 1), np.uint8)
+    job = ffi.new(
+        "mien_png_chunks_job *",
+        {
+            "png": ffi.from_buffer("uint8_t[]", encoded),
+            "deflated": ffi.from_buffer("uint8_t[]", deflated),
+            "num_bytes": len(encoded),
+        },
+    )
+    native.call("png_chunks_cpu", job)
+    return (job.rows, job.columns, deflated[: job.num_deflated]) if job.is_plain else None
 
 
 def _without_filters(filtered: bytes, rows: int, columns: int) -> np.ndarray | None:

@@ -288,9 +288,24 @@ typedef struct {
 /* The result does not depend on num_threads. */
 MIEN_API mien_status mien_winograd_cpu(const mien_winograd_job *job);
 
-/* ---- Rows of a PNG ------------------------------------------------------------------------ */
+/* ---- A PNG -------------------------------------------------------------------------------- */
 
 #define MIEN_MAX_PNG_PX 65536
+
+/* The whole file of a PNG, and what it holds if it is plain: of 8 bits of red, green and blue, not
+ * interlaced, its chunks' checksums right, and nothing in it that changes how pixels are read. */
+typedef struct {
+    const uint8_t *png;
+    uint8_t *deflated; /* [num_bytes]; the picture's data, of which num_deflated are written */
+    int64_t num_bytes;
+    int64_t num_deflated;
+    int32_t rows;
+    int32_t columns;
+    int32_t is_plain; /* 1 or 0; then none of the others counts */
+} mien_png_chunks_job;
+
+/* Put a PNG's deflated data together. */
+MIEN_API mien_status mien_png_chunks_cpu(mien_png_chunks_job *job);
 
 /* The inflated rows of a PNG of 8 bits of red, green and blue, not interlaced: of each a byte that
  * names its filter, then its pixels. */
