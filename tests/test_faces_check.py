@@ -371,7 +371,7 @@ def test_few_or_no_faces_are_reported(tmp_path):
     write(tmp_path / "few", "f.png")
     found = report(tmp_path / "few")
     assert not found.trainable
-    assert said(found.advice, "1 usable faces are too few to train: at least 25")
+    assert said(found.advice, "1 usable face is too few to train: at least 25")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "f.png").write_bytes(b"text")
     found = report(tmp_path / "none")

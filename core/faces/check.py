@@ -381,8 +381,9 @@ def _advice(result: Report) -> list[str]:
         advice.append(f"{notice}.")
     advice.extend(_version_advice(result))
     if result.num_faces < MINIMUM_FACES:
+        these = "face is" if result.num_faces == 1 else "faces are"
         advice.append(
-            f"{result.num_faces} usable faces are too few to train: at least {MINIMUM_FACES} are "
+            f"{result.num_faces} usable {these} too few to train: at least {MINIMUM_FACES} are "
             f"needed, {WANTED_FACES} varied ones for a good result."
         )
     elif result.num_faces < WANTED_FACES:
