@@ -156,7 +156,7 @@ class FaceHeader:
 
 
 class Placement(NamedTuple):
-    """Where a face PNG shows its face: what of its header training needs.
+    """Place of a face in its PNG: what of the header training needs.
 
     landmarks_l2: (68, 2) float32, px of the source frame. version: of the alignments; None where
     the file tells none.
