@@ -172,7 +172,7 @@ def _chunks(png):
 
 @pytest.mark.parametrize("length", [*range(150), 4095, 4096, 4097, 65_537, 1_000_003])
 def test_checksums_are_those_of_zlib(length):
-    """Of data of every length: the short ones go by tables, of the others the ends."""
+    """Data of every length: short ones go by tables, and so do the ends of the others."""
     data = random.Random(length).randbytes(length)
     png = SIGNATURE + _header(1, 1) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
     assert _chunks(png) == (True, data)
