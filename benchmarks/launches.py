@@ -11,7 +11,8 @@ What PyTorch dispatches is the same on both; what each operation launches is kno
 
 Lists of many large tensors take more than one launch; how many depends on PyTorch's build.
 
-A count needs no numbers: convolutions, which would take most of the time, come out as zeros.
+A count needs no numbers: convolutions and products of matrices, which would take most of the time,
+come out as zeros.
 
 `launch_budget.json` holds the counts of every phase and model; a test keeps them from growing.
 """
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .. import kernels
+from ..kernels.wide_products import unwidened
 
 BUDGET = Path(__file__).parent / "launch_budget.json"
 
@@ -45,6 +47,7 @@ _FREE = {
     _aten._unsafe_view,
     _aten.lift_fresh,
 }
+_PRODUCTS = {_aten.convolution, _aten.convolution_backward, _aten.mm, _aten.addmm}
 
 
 @functools.cache
@@ -86,7 +89,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         self.count += launches_of(func, args)
-        if func._overloadpacket in (_aten.convolution, _aten.convolution_backward):
+        if func._overloadpacket in _PRODUCTS:
             return _zeros_of(func, args)
         return func(*args, **(kwargs or {}))
 
@@ -109,14 +112,15 @@ def count(fn: Callable[[], object]) -> int:
 
 def count_phases(phases: Mapping[str, Callable[[], object]]) -> dict[str, int]:
     """Launches of each phase. All are run once in their order, then again and counted."""
-    with _Counter():
-        for fn in phases.values():
-            fn()
     counts = {}
-    for name, fn in phases.items():
-        with _Counter() as counter:
-            fn()
-        counts[name] = counter.count
+    with unwidened():
+        with _Counter():
+            for fn in phases.values():
+                fn()
+        for name, fn in phases.items():
+            with _Counter() as counter:
+                fn()
+            counts[name] = counter.count
     return counts
 
 

@@ -201,19 +201,30 @@ def _(grad_bchw, x_bchw, padding):
     return x_bchw.new_empty(size).to(memory_format=NHWC)
 
 
+def gradients(
+    grad_bchw: Tensor,
+    x_bchw: Tensor,
+    weight: Tensor,
+    padding: int,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the picture and of the kernel, as far as they are needed; see `conv3x3`."""
+    return (
+        _input_gradient(grad_bchw, weight, padding) if needs_x else None,
+        _weight_gradient(grad_bchw, x_bchw, padding) if needs_weight else None,
+    )
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x_bchw, weight, ctx.padding = inputs
     ctx.save_for_backward(x_bchw, weight)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    x_bchw, weight = ctx.saved_tensors
     needs_x, needs_weight, _ = ctx.needs_input_grad
-    return (
-        _input_gradient(grad, weight, ctx.padding) if needs_x else None,
-        _weight_gradient(grad, x_bchw, ctx.padding) if needs_weight else None,
-        None,
-    )
+    x_bchw, weight = ctx.saved_tensors
+    return *gradients(grad, x_bchw, weight, ctx.padding, needs_x, needs_weight), None
 
 
 _conv3x3.register_autograd(_differentiate, setup_context=_keep)

@@ -12,8 +12,9 @@ Letters: N faces, I inputs, O outputs.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from .wide_products import linear, product
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input_ni, weight_oi, bias_o):
         ctx.save_for_backward(input_ni, weight_oi)
-        return F.linear(input_ni, weight_oi, bias_o)
+        return linear(input_ni, weight_oi, bias_o)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output_no):
         input_ni, weight_oi = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad
-        input_gradient_ni = grad_output_no @ weight_oi if needs_input else None
+        input_gradient_ni = product(grad_output_no, weight_oi) if needs_input else None
         bias_gradient_o = grad_output_no.sum(0) if needs_bias else None
         stand_in_oi = None
         if needs_weight:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..kernels.bias_act import bias_act, bias_act_depth_to_space
-from ..kernels.conv3x3 import conv3x3, pays
 from ..kernels.dense import dense
 from ..kernels.enlarge import enlarge
 from ..kernels.to_image import to_image
+from ..kernels.wide_products import convolution, linear
 from .alignment import Runs, axis, pad_parameter, runs_of
 from .graph import Network, Value, describe
 from .initializers import Draw, depthwise_he_uniform, glorot_uniform, he_uniform, small_uniform
@@ -111,9 +111,7 @@ class SameConv(nn.Module):
         if any(border):
             x_bchw = _framed(x_bchw, border, reflect=self.reflect)
         padding = self.kernel // 2 if self.built_in else 0
-        if self.stride == 1 and pays(x_bchw, self.conv.weight, padding):
-            return conv3x3(x_bchw, self.conv.weight, padding)
-        return F.conv2d(x_bchw, self.conv.weight, None, self.stride, padding)
+        return convolution(x_bchw, self.conv.weight, self.stride, padding)
 
     def describe(self, network: Network, x: Value, *, name: str = "") -> Value:
         """Add the layers of this block to a graph; their output, with the bias."""
@@ -403,9 +401,8 @@ class SeparableConv(nn.Module):
         left, right = _same_padding(x_bchw.shape[3], 5, 2)
         top, bottom = _same_padding(x_bchw.shape[2], 5, 2)
         framed = _framed(x_bchw, (left, right, top, bottom))
-        return bias_act(
-            self.pointwise(self.depthwise(framed)), self.pointwise.bias, negative_slope=0
-        )
+        mixed = convolution(framed, self.depthwise.weight, 2, groups=self.depthwise.groups)
+        return bias_act(self.pointwise(mixed), self.pointwise.bias, negative_slope=0)
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add the layers of this block to a graph; their output."""
@@ -473,7 +470,7 @@ class Dense(nn.Module):
             x = x.permute(0, 2, 3, 1).flatten(1)
         # Low rank: the weight's gradient stays two factors, which the update multiplies.
         layer = self.linear
-        out_bn = dense(x, layer.weight, layer.bias) if self.is_low_rank else layer(x)
+        out_bn = (dense if self.is_low_rank else linear)(x, layer.weight, layer.bias)
         edge = self.outputs[0]
         if not edge:
             return out_bn

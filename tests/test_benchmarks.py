@@ -13,8 +13,8 @@ import torch
 
 from mien.benchmarks import bench_step, ceilings, harness, learning
 from mien.cli import main
+from mien.kernels import conv3x3
 from mien.kernels.reference import ssim
-from mien.models import blocks
 
 
 def test_the_plain_step_computes_the_same_loss():
@@ -50,7 +50,7 @@ def test_a_step_stays_within_its_python_calls(monkeypatch):
     """A bound a little above what was counted when written: 3,635 calls by Python 3.11 and 3,673 by
     3.13, 213 of which came with the checks of sizes and addresses and the device guard of every
     launch. A graph makes none. The convolutions are PyTorch's, as they are on a GPU."""
-    monkeypatch.setattr(blocks, "pays", lambda *convolution: False)
+    monkeypatch.setattr(conv3x3, "pays", lambda *convolution: False)
     step = bench_step.mien_step("lightweight", 1, "fp32", torch.device("cpu"))
     most = 3650 if sys.version_info < (3, 13) else 3700
     assert bench_step.count_python_calls(step) <= most

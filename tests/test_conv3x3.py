@@ -209,7 +209,7 @@ def _uses_products(monkeypatch, layer, x):
         calls.append(arguments)
         return conv3x3(*arguments)
 
-    monkeypatch.setattr(blocks, "conv3x3", spy)
+    monkeypatch.setattr(module, "conv3x3", spy)
     return layer(x), bool(calls)
 
 

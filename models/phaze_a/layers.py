@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.bias_act import bias_act
 from ...kernels.enlarge import enlarge
+from ...kernels.wide_products import convolution
 from ..alignment import Runs, axis, pad_parameter, runs_of
 from ..batch_norm import BatchNorm
 from ..blocks import (
@@ -94,7 +94,7 @@ class TransposedConv(nn.Module):
         self.conv.draw = glorot_uniform
 
     def forward(self, x_bchw: Tensor) -> Tensor:
-        return F.conv_transpose2d(x_bchw, self.conv.weight, None, 2, 1, 1)
+        return convolution(x_bchw, self.conv.weight, 2, 1, output_padding=1, is_transposed=True)
 
     def describe(self, network: Network, x: Value) -> Value:
         """Add this layer to a graph; its output, with the bias."""
