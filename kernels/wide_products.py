@@ -12,12 +12,14 @@ Shape letters: B faces, C channels, H rows, W columns; N vectors, I inputs, O ou
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from . import conv3x3
 
@@ -223,3 +225,15 @@ def linear(input_ni: Tensor, weight_oi: Tensor, bias_o: Tensor | None) -> Tensor
     """`torch.nn.functional.linear` of vectors, (N, I) -> (N, O); differentiable once."""
     multiply = _wide_linear if _is_widened(input_ni, weight_oi) else F.linear
     return multiply(input_ni, weight_oi, bias_o)
+
+
+def widen(layer: nn.Conv2d | nn.Linear) -> None:
+    """Let a layer of another library be computed so, too; it keeps fp32 for the backward pass."""
+    layer.forward = functools.partial(_forward_wide, layer)  # type: ignore[method-assign]
+
+
+def _forward_wide(layer: Any, x: Tensor) -> Tensor:
+    if not _is_widened(x, layer.weight):
+        return type(layer).forward(layer, x)
+    parameters = {name: each.float() for name, each in layer.named_parameters()}
+    return functional_call(layer, parameters, (x.float(),)).to(x.dtype)

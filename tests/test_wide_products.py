@@ -1,5 +1,7 @@
 """Products in 16 bits on a CPU without units for them: values, gradients, what is kept, choice."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from mien.kernels import wide_products as module
 from mien.kernels.dense import dense, low_rank_of
 from mien.kernels.wide_products import convolution, linear, product, unwidened
 from mien.models import blocks
+from mien.models.phaze_a.backbones import backbone
 from mien.models.phaze_a.layers import TransposedConv
 
 TYPES = [torch.bfloat16, torch.float16]
@@ -171,6 +174,47 @@ def test_it_can_be_switched_off(dtype, monkeypatch):
     with unwidened():
         assert linear(rows, rows, None).item() == 2
     assert module._to_widen == frozenset()
+
+
+@pytest.mark.parametrize("kind", ["convolution", "dense"])
+def test_a_layer_of_another_library_is_rounded_once(dtype, kind):
+    layer = torch.nn.Conv2d(5, 6, 3) if kind == "convolution" else torch.nn.Linear(33, 6)
+    x = _drawn(*((2, 5, 7, 7) if kind == "convolution" else (3, 33)), dtype=dtype)
+    layer = layer.to(dtype)
+    exact = copy.deepcopy(layer).double()
+    module.widen(layer)
+    parameters = [*layer.parameters()], [*exact.parameters()]
+
+    def results(layer, x, parameters):
+        y = layer(x.requires_grad_())
+        grad = _drawn(*y.shape, dtype=torch.bfloat16).to(y.dtype)
+        return y.detach(), *torch.autograd.grad(y, [x, *parameters], grad)
+
+    found = results(layer, x.clone(), parameters[0])
+    wanted = results(exact, x.double(), parameters[1])
+    for ours, theirs in zip(found, wanted, strict=True):
+        _assert_rounded_once(ours, theirs)
+
+
+def test_a_copy_of_a_widened_layer_has_weights_of_its_own(dtype):
+    layer = torch.nn.Linear(2, 2, bias=False).to(dtype)
+    module.widen(layer)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.zero_()
+        layer.weight.fill_(1)
+        x = torch.ones(1, 2, dtype=dtype)
+        assert (layer(x).sum(), other(x).sum()) == (4, 0)
+
+
+def test_no_layer_of_a_trunk_multiplies_in_16_bits(dtype, monkeypatch):
+    trunk = backbone("mobilenet_v2", 64).to_empty(device="cpu").to(dtype).eval()
+    with torch.no_grad():
+        for tensor in trunk.state_dict().values():
+            tensor.fill_(1e-2)
+        for called in ("conv2d", "linear"):
+            monkeypatch.setattr(F, called, _refusing_16_bits(getattr(F, called)))
+        trunk(torch.ones(1, 3, 64, 64, dtype=dtype))
 
 
 LAYERS = {

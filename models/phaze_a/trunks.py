@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.wide_products import widen
 from ..batch_norm import BatchNorm
 
 _declared: list[torch.library.Library] = []  # a declaration lasts as long as its library object
@@ -66,6 +67,9 @@ def make_trunk(
             trunk.head = nn.Linear(trunk.embed_dim, trunk.num_classes, bias=False)
         _keep_sides_apart(trunk, eps, momentum)
     _mark_noise(trunk)
+    for layer in trunk.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            widen(layer)
     return trunk
 
 
