@@ -1,13 +1,15 @@
 """Shared by all tests. No tests/__init__.py: see CONTRIBUTING, 'one copy of the package'."""
 
 import contextlib
+import ctypes
 import dataclasses
 import gc
 import json
+import mmap
 import os
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +183,23 @@ def specimens(faces_dir) -> dict[str, Path]:
     if not paths:
         pytest.skip(f"{faces_dir} has no bad specimens")
     return paths
+
+
+@pytest.fixture
+def at_end_of_memory() -> Iterator[Callable[[bytes], int]]:
+    """Address of a copy of up to 4096 bytes, behind which there is a page nobody may touch."""
+    libc = ctypes.CDLL(None)
+    with mmap.mmap(-1, 2 * mmap.PAGESIZE) as memory:
+        behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + mmap.PAGESIZE
+        page = (ctypes.c_void_p(behind), mmap.PAGESIZE)
+        assert libc.mprotect(*page, 0) == 0
+
+        def put(content: bytes) -> int:
+            memory[mmap.PAGESIZE - len(content) : mmap.PAGESIZE] = content
+            return behind - len(content)
+
+        yield put
+        libc.mprotect(*page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Pixels of PNGs by ISA-L and libmien: OpenCV's pixels, or left to OpenCV."""
 
 import ctypes
-import mmap
 import platform
 import random
 import shutil
@@ -105,6 +104,8 @@ OTHERS = {
     "a filter that is none": _of(_header(2, 2), b"\5" + bytes(13)),
     "a colour that is transparent": _png([0, 0], 3, before=_chunk(b"tRNS", bytes(6))),
     "a palette": _png([0, 0], 3, before=_chunk(b"PLTE", bytes(6))),
+    "a header longer than it is": SIGNATURE + _chunk(b"IHDR", SOUND[16:29] + b"\0") + SOUND[33:],
+    "text before its header": SIGNATURE + _chunk(b"tEXt", b"a\0b") + SOUND[8:],
     "a second header": _png([0, 0], 3, before=_header(3, 2)),
     "parted data": _png([0, 0], 3, after=_chunk(b"tEXt", b"a\0b") + _chunk(b"IDAT", b"")),
     "cut short": SOUND[:-20],
@@ -122,6 +123,10 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_of_another_kind_is_left_to_opencv(name):
     assert _decode(OTHERS[name]) is None
+
+
+def test_a_header_and_an_end_are_no_plain_picture():
+    assert not _chunks(SIGNATURE + _header(1, 1) + SOUND[-12:])[0]
 
 
 def test_a_bomb_is_inflated_no_further_than_its_picture(monkeypatch):
@@ -183,25 +188,16 @@ def test_checksums_are_those_of_zlib(length):
 
 
 @pytest.mark.parametrize("end", [0, 1, 7, 8, 19, 20, 32, 33, 41, 44])
-def test_no_byte_behind_a_cut_file_is_read(end):
-    """The file ends where the memory does: a page behind it may not be touched."""
+def test_no_byte_behind_a_cut_file_is_read(end, at_end_of_memory):
     png = SIGNATURE + _header(1, 1) + _chunk(b"IDAT", bytes(3)) + _chunk(b"IEND", b"")
-    with mmap.mmap(-1, 2 * mmap.PAGESIZE) as memory:
-        ffi, _ = native.library()
-        begin = mmap.PAGESIZE - end
-        memory[begin : mmap.PAGESIZE] = png[:end]
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        libc = ctypes.CDLL(None)
-        behind = ctypes.c_void_p(address + mmap.PAGESIZE)
-        assert libc.mprotect(behind, mmap.PAGESIZE, 0) == 0
-        rooms = {
-            "png": ffi.cast("uint8_t *", address + begin),
-            "deflated": ffi.new("uint8_t[]", 64),
-        }
-        job = ffi.new("mien_png_chunks_job *", rooms | {"num_bytes": end})
-        native.call("png_chunks_cpu", job)
-        assert not job.is_plain
-        libc.mprotect(behind, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+    ffi, _ = native.library()
+    rooms = {
+        "png": ffi.cast("uint8_t *", at_end_of_memory(png[:end])),
+        "deflated": ffi.new("uint8_t[]", 64),
+    }
+    job = ffi.new("mien_png_chunks_job *", rooms | {"num_bytes": end})
+    native.call("png_chunks_cpu", job)
+    assert not job.is_plain
 
 
 @pytest.mark.parametrize(

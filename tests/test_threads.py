@@ -4,6 +4,7 @@ import contextlib
 import os
 import select
 import signal
+import time
 
 import cv2
 import numpy as np
@@ -41,6 +42,8 @@ def test_a_process_forked_from_one_with_threads_of_opencv_does_not_wait_for_them
     """The fork has none of them, and OpenCV would join them before it changes their number."""
     picture = np.zeros((2000, 2000, 3), np.uint8)
     cv2.GaussianBlur(picture, (21, 21), 3)
+    # Until they sleep: those that still spin for the next call leave nothing to wait for.
+    time.sleep(0.2)
     pid = os.fork()
     if pid == 0:
         with working_threads(2) as pool:

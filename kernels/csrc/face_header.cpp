@@ -29,6 +29,8 @@ bool is_digit(char c) { return c >= '0' && c <= '9'; }
 bool is_hex_digit(char c) {
     return is_digit(c) || (c >= 'a' && c <= 'f') || (c >= 'A' && c <= 'F');
 }
+// Not `strchr`, which finds the zero behind the text, too.
+bool is_one_of(string_view characters, char c) { return characters.find(c) != string_view::npos; }
 
 // Reads from the front of a text; every call returns whether it found what it is named after.
 class Reader {
@@ -102,7 +104,10 @@ class Reader {
         if (!word("np.")) return plain_number(value);
         const bool is_scalar = word("float64(") || word("float32(") || word("float16(") ||
                                word("int64(") || word("int32(");
-        return is_scalar && plain_number(value) && word(")");
+        const char *begin = at_;
+        if (!is_scalar || !plain_number(value)) return false;
+        // NumPy writes a small e, and the reader in Python knows no other there.
+        return !memchr(begin, 'E', static_cast<size_t>(at_ - begin)) && word(")");
     }
 
    private:
@@ -136,13 +141,17 @@ class Reader {
         const bool is_zero_first = at_ != end_ && *at_ == '0';
         const char *whole = at_;
         if (!digits() || (is_zero_first && at_ - whole > 1)) return false;
+        const char *end_of_whole = at_;
         if (word(".") && !digits()) return false;
         if (word("e") || word("E")) {
             if (!word("-")) word("+");
             if (!digits()) return false;
         }
         const auto read = std::from_chars(begin, at_, *value);
-        return read.ec == std::errc() && read.ptr == at_ && isfinite(*value);
+        if (read.ec != std::errc() || read.ptr != at_ || !isfinite(*value)) return false;
+        // To Python -0 is a whole number, and its zero has no sign.
+        if (at_ == end_of_whole && *value == 0) *value = 0;
+        return true;
     }
 
     // The text between the quotes, as it is written.
@@ -154,7 +163,7 @@ class Reader {
             if (static_cast<unsigned char>(*at_) < ' ') return false;
             if (*at_ != '\\') continue;
             // Of the escapes those that name no character by its number.
-            if (++at_ == end_ || !strchr("\\'\"", *at_)) return false;
+            if (++at_ == end_ || !is_one_of("\\'\"", *at_)) return false;
         }
         if (at_ == end_) return false;
         *text = {begin, static_cast<size_t>(at_ - begin)};
@@ -172,7 +181,7 @@ class Reader {
             if (*at_ == 'x') {
                 if (end_ - at_ < 3 || !is_hex_digit(at_[1]) || !is_hex_digit(at_[2])) return false;
                 at_ += 2;
-            } else if (!strchr("\\'\"nrt", *at_)) {
+            } else if (!is_one_of("\\'\"nrt", *at_)) {
                 return false;
             }
         }
