@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mien.core.checkpoint import lock as locks
+from mien.core.checkpoint import model_folder
 from mien.core.checkpoint import owner as owners
 from mien.core.checkpoint.lock import LOCK, acquire, owner_in_words
 from mien.core.checkpoint.lock_owner import RequestError, lock_owner, send_request
@@ -266,6 +267,8 @@ def test_a_disk_that_may_hide_locks_has_an_owner_file_too(
     place = tmp_path / "a disk"
     (tmp_path / "mounts").write_text(_mounted(place, kind, options) + "torn\n")
     monkeypatch.setattr(mounts, "MOUNTS", tmp_path / "mounts")
+    # One test's folder may have the name of another's.
+    monkeypatch.setattr(model_folder, "_WARNED_OF_DISK", set())
     with ModelFolder(place / "m") as folder:
         assert (read_owner(folder.path) is None) == is_shared
         assert [each for each in folder.warnings if "hide a lock" in each] == folder.warnings

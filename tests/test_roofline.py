@@ -11,7 +11,7 @@ from mien.benchmarks.variants import names, variant
 from mien.core.config import from_dict
 from mien.core.estimate.flops import configured_work
 from mien.core.optim.fused_dense import LEAST
-from mien.models import blocks
+from mien.kernels import conv3x3
 
 # M parameters, forward GFLOP a face, MB of activations a face, MB of weights and optimizer a step
 WORK = {
@@ -86,7 +86,7 @@ def test_work_of_a_step(name):
 @pytest.mark.parametrize("learn_mask", [False, True])
 def test_flops_are_those_of_the_flop_counter(name, learn_mask, monkeypatch):
     """Also the gradients': the counter sees a real backward pass, and no gradient of the input."""
-    monkeypatch.setattr(blocks, "pays", lambda *convolution: False)  # the counter knows PyTorch's
+    monkeypatch.setattr(conv3x3, "pays", lambda *convolution: False)  # the counter knows PyTorch's
     settings = {"learn_mask": learn_mask, **tiny_options(name)}
     model = models.build(name, **settings)
     faces = torch.rand(4, 3, model.input_px, model.input_px)
