@@ -5,6 +5,7 @@ import difflib
 import importlib
 import os
 import sys
+import unicodedata
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -71,7 +72,7 @@ class _Parser(argparse.ArgumentParser):
             meant = difflib.get_close_matches(str(value), map(str, action.choices or ()), n=1)
             if not meant:
                 raise
-            hint = f"{error.message}; did you mean {meant[0]}?"
+            hint = f"{error.message}; did you mean {meant[0]}?{_odd_space([str(value)])}"
             raise argparse.ArgumentError(action, hint) from None
 
     def error(self, message: str) -> NoReturn:
@@ -121,11 +122,30 @@ def _run(argv: list[str], command: str | None) -> int:
 def _unknown(word: str, command: str, module: ModuleType | None) -> str:
     """What is wrong with a word that no parser takes, and what may have been meant."""
     if not word.startswith("-"):
-        return f"unexpected argument {word}"
+        return f"unexpected argument {word}{_odd_dash(word)}"
     name, flags = word.partition("=")[0], _flags_of(command, module)
     near = difflib.get_close_matches(name, flags, n=1, cutoff=0.7)
     hint = f"; did you mean `{flags[near[0]]}`?" if near else ""
     return f"unknown flag {name}{hint}"
+
+
+def _odd_dash(word: str) -> str:
+    """Advice where a word begins with a dash that only looks like that of a flag."""
+    if not word or unicodedata.category(word[0]) != "Pd":
+        return ""
+    return f"; its first character is a dash of another kind (U+{ord(word[0]):04X}): type -"
+
+
+def _odd_space(words: list[str]) -> str:
+    """Advice where a word holds a space at which no shell divides, as an input method types it."""
+    for word in words:
+        for character in word:
+            if character != " " and unicodedata.category(character) == "Zs":
+                return (
+                    f"; there is a space of another kind (U+{ord(character):04X}) in {word}: "
+                    "type an ordinary one"
+                )
+    return ""
 
 
 def _flags_of(command: str, module: ModuleType | None) -> dict[str, str]:
@@ -155,7 +175,9 @@ def _parse(argv: list[str], command: str | None) -> tuple[argparse.Namespace, Mo
     # `parse_args` would refuse by itself, and not say what may have been meant.
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        subparsers[args.command].error(_unknown(unknown[0], args.command, module))
+        subparsers[args.command].error(
+            _unknown(unknown[0], args.command, module) + _odd_space(argv)
+        )
     assert module is not None  # argparse has refused everything else
     return args, module
 

@@ -92,6 +92,15 @@ def _facts(trial: DryRun, bound: Prediction, card: Card) -> dict[str, Any]:
     }
 
 
+_PHASES = {
+    "products": "the matrix products",
+    "pointwise": "the pointwise passes",
+    "update": "the update of the weights",
+    "gaps": "the gaps between kernels",
+}
+"""Phases of a step that can take the longest, in words."""
+
+
 def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None) -> list[str]:
     begun = f"iteration {trial.iterations}" if trial.iterations else "a new model"
     memory = (
@@ -119,8 +128,8 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
         f"batch size   {batch_size}{of_steps}",
         memory,
         *losses,
-        f"roofline     {bound.eg_per_s:,.0f} EG/s on {card.name}, bound by {bound.binds}; no run "
-        "in bf16 can be faster, good ones reach half of it",
+        f"roofline     {bound.eg_per_s:,.0f} EG/s on {card.name}, limited by "
+        f"{_PHASES[bound.binds]}; no run in bf16 can be faster, good ones reach half of it",
         *several,
         *(f"stage        {line}" for line in _stages(trial.progress)),
         "dry run: nothing was kept",

@@ -131,7 +131,7 @@ def _safetensors(args: argparse.Namespace, target: Path, report: Report) -> tupl
     size = f"{done.size_bytes / _MIB:,.1f} MiB"
     lines = [
         f"wrote {done.path}: {done.metadata['trainer']}, both sides, {size}",
-        f"read back, it differs by {done.difference:.1e} from the model, on 2 made pictures and "
+        f"read back, it differs by {done.difference:.1e} from the model, on 2 random pictures and "
         f"{done.num_faces} of its own faces",
     ]
     return asdict(done) | {"path": str(done.path)}, lines
@@ -163,7 +163,8 @@ def _of_onnx(done: Any) -> tuple[Facts, list[str]]:
     lines = [
         f"wrote {done.path}: pictures of {done.input_px} px, {size}",
         f"run by {done.runtime}, it differs by {done.difference:.1e} at most from the model, on "
-        f"{done.num_pictures - done.num_faces} made pictures and {done.num_faces} of its own faces",
+        f"{done.num_pictures - done.num_faces} random pictures and {done.num_faces} of its own "
+        "faces",
     ]
     if done.target:
         lines.insert(1, f"for {done.target}, masks: {done.mask}")

@@ -222,9 +222,10 @@ def _copied(path: str, facts: dict[str, Any], words: str = "") -> str:
 
 def _session(facts: dict[str, Any]) -> str:
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
+    unit = "iteration" if facts["iterations"] == 1 else "iterations"
     return (
         f"{facts['number']}, begun {started}, batch size {facts['batch_size']}, "
-        f"{facts['iterations']:,} iterations{', in faceswap' if facts['is_imported'] else ''}"
+        f"{facts['iterations']:,} {unit}{', in faceswap' if facts['is_imported'] else ''}"
     )
 
 

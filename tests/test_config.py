@@ -142,7 +142,11 @@ def test_options_of_a_trainer_are_told(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--set", "batch_size=3"], "--set takes section.key=value, got 'batch_size=3'"),
+        (
+            ["--set", "batch_size=3"],
+            "--set takes section.key=value, got 'batch_size=3'; did you mean train.batch_size?",
+        ),
+        (["--set", "nosuch=3"], "--set takes section.key=value, got 'nosuch=3'"),
         (["-C", "/no/such.toml"], "cannot read /no/such.toml: No such file or directory"),
         (
             ["-b", "5000"],

@@ -126,7 +126,7 @@ def test_dfm_is_for_a_program_with_masks(tmp_path, faces, capsys, arguments, tar
     assert export(model, "--to", "dfm", "-o", path, *arguments) == 0
     lines = capsys.readouterr().out.splitlines()[3:]  # behind its stages
     assert lines[1] == f"for {target}, masks: {mask}"
-    assert "on 2 made pictures and 4 of its own faces" in lines[2]
+    assert "on 2 random pictures and 4 of its own faces" in lines[2]
     assert "the model's own square is 64 px from (" in lines[3]
     facts = told(capsys, model, "--to", "dfm", "-o", path, "--force", *arguments)
     assert (facts["target"], facts["mask"]) == (target, mask)

@@ -54,6 +54,7 @@ def test_a_dry_run_tells_and_keeps_nothing(inputs, tmp_path, capsys):
     assert f"parameters   {facts['parameters']:,}" in said
     assert "GPU memory" not in said, "there is none here to be spoken of"
     assert "dry run      a new model" in said
+    assert "limited by the matrix products; no" in said or "the update of the weights; no" in said
     assert "nothing was kept" in said
 
 

@@ -708,6 +708,10 @@ def test_bad_folders_are_refused_in_a_line(name, exported, tmp_path, capsys):
 
 def test_missing_sources_and_full_targets(exported, tmp_path, capsys):
     assert "does not exist" in _refusal(capsys, tmp_path / "none", tmp_path / "m")
+    (tmp_path / "own.safetensors").write_bytes(b"x")
+    refusal = _refusal(capsys, tmp_path / "own.safetensors", tmp_path / "m")
+    assert "is no model of faceswap" in refusal
+    assert "--load-weights" in refusal
     (tmp_path / "empty").mkdir()
     assert "got none" in _refusal(capsys, tmp_path / "empty", tmp_path / "m")
     _trained(tmp_path / "full")

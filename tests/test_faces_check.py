@@ -166,7 +166,7 @@ def test_pose_is_spread_and_compared(faces, tmp_path):
     compared = compare(straight, other)
     assert compared.poses_only_a == {}
     assert sum(compared.poses_only_b.values()) > 0.2
-    assert said(compared.advice, "of side B's faces look where side A has none")
+    assert said(compared.advice, " % of side B's faces look where side A has none")
     assert json.dumps(compared.as_dict())
 
 

@@ -281,6 +281,12 @@ def test_missing_and_damaged_masks_are_named():
     crop = Crop("face", 1.0, 0.0, 64)
     with pytest.raises(FaceFileError, match=r"no mask 'unet-dfl' \(stored: vgg-clear\): set data"):
         training_masks(face, crop, mask_type="unet-dfl", **PLAIN)
+    bare = make_face()
+    bare.masks.pop("vgg-clear")
+    with pytest.raises(
+        FaceFileError, match="nor any other that is stored: set data.mask_type to components or ex"
+    ):
+        training_masks(bare, crop, mask_type="unet-dfl", **PLAIN)
     face.masks["vgg-clear"].data = b"nothing"
     with pytest.raises(FaceFileError, match="damaged"):
         training_masks(face, crop, mask_type="vgg-clear", **PLAIN)

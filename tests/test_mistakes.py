@@ -184,6 +184,7 @@ def test_words_that_nobody_knows_do_nothing(capsys):
         ("train --itterations=3", "unknown flag --itterations; did you mean `--iterations`?"),
         ("train --qqqq", "unknown flag --qqqq; see `mien train --help`"),
         ("train extra", "unexpected argument extra; see `mien train --help`"),
+        ("train –A a", "unexpected argument –A; its first character is a dash of another kind (U+"),
         ("bench nosuch", "invalid choice: 'nosuch'"),
         ("tain", "invalid choice: 'tain'"),
         ("tain", "'completion'); did you mean train?; see"),
@@ -199,6 +200,22 @@ def test_a_mistaken_word_is_one_line_with_what_was_meant(capsys, words, said):
     (told,) = capsys.readouterr().err.splitlines()
     assert said in told
     assert " --help`" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["train\u3000-A", "a"], "(U+3000) in train\\u3000-A: type an ordinary one"),
+        (
+            ["train", "-A", "a", "-B", "b\xa0-m", "out"],
+            "(U+00A0) in b\\u00a0-m: type an ordinary one",
+        ),
+    ],
+)
+def test_a_space_of_another_kind_is_named(capsys, words, where):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert where in capsys.readouterr().err
 
 
 def test_every_command_stands_in_one_line_with_what_it_does(capsys, monkeypatch):

@@ -118,6 +118,15 @@ def test_info_tells_what_there_is(model, capsys):
     assert "in use       by no run\n" in told.out
 
 
+def test_info_counts_one_iteration_in_the_singular(tmp_path, capsys):
+    with _folder(tmp_path / "m") as folder:
+        state = _state(2)
+        state["iterations"] = state["sessions"][0]["iterations"] = 1
+        folder.save({"weight": torch.ones(5)}, {"mean": torch.zeros(3)}, state)
+    _, told = _run(capsys, "info", tmp_path / "m")
+    assert "1 iteration\n" in told.out
+
+
 def test_info_tells_who_holds_the_folder_and_a_run_can_begin_meanwhile(model):
     with ModelFolder(model):
         assert facts_of(model)["in_use_by"] == f"process {os.getpid()}"

@@ -904,6 +904,16 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path, server):
     assert process.returncode == 0
 
 
+def test_a_folder_without_a_run_is_named(tmp_path, server):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/text.md").write_text("none")
+    _, process = server([tmp_path / "typo", tmp_path / "notes"], "--port", "0")
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=300)
+    assert f"no model is in {tmp_path / 'typo'}, {tmp_path / 'notes'}: the page waits" in told
+    assert not (tmp_path / "typo").exists()
+
+
 # The page in a browser
 
 

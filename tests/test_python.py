@@ -464,6 +464,12 @@ def test_a_file_may_have_any_name_and_lie_on_a_disk_that_maps_none(
     assert read
 
 
+def test_a_file_of_another_kind_is_refused_with_what_to_give(tmp_path):
+    (tmp_path / "hero.dfm").write_bytes(b"0123456789" * 10)
+    with pytest.raises(ValueError, match="valid safetensors file; give a model folder, or a file"):
+        load_model(tmp_path / "hero.dfm")
+
+
 def test_a_file_that_cannot_be_mapped_from_memory_either_is_refused_with_the_reason(
     tmp_path, monkeypatch
 ):

@@ -10,7 +10,7 @@ import tomli_w
 from mien.cli import main
 from mien.core.checkpoint.state import TrainingState
 from mien.core.config import recipes
-from mien.core.config.recipes import NONE, Recipe
+from mien.core.config.recipes import NONE, Plateau, Recipe
 from mien.core.training.recipe_progress import PART, RecipeProgress, StageState, find_progress
 
 LEARN = {"name": "learn", "iterations": 10, "set": {"augment": {"flip": False}}}
@@ -147,6 +147,12 @@ def test_a_plateau_of_a_measured_figure_counts_each_once():
         progress.take_metrics(iteration, {"ssim_a": value})
     assert progress.end(41) is not None
     assert not progress.closes_window(0), "no loss is waited for"
+
+
+def test_a_plateau_of_one_value_is_told_in_the_singular():
+    assert str(Plateau(metric="ssim_a", patience=1)).endswith("in 1 value")
+    assert str(Plateau(patience=1, window=9)).endswith("in 1 mean of 9 iterations")
+    assert str(Plateau(patience=2, window=9)).endswith("in 2 means of 9 iterations")
 
 
 def _saved(iterations, progress=None):

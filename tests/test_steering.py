@@ -186,6 +186,24 @@ def test_every_free_setting_of_what_is_trained_can_be_changed_to_its_default():
             parse_change(text)
 
 
+def test_a_refused_value_is_asked_for_again_and_its_enter_ends_nothing(
+    sides, tmp_path, during, capsys
+):
+    # Seen as a terminal has them: the second value comes once the first one was refused.
+    def on_terminal(requests):
+        requests.press("c1\r7\r")
+
+    during({2: on_terminal, 3: lambda requests: requests.press("1e-4\r")})
+    assert _train(sides, tmp_path / "model", "-i", "5") == 0
+    events = json_events(capsys.readouterr().out)
+    assert any(
+        "must be a number from 1e-06 to 0.01, got 7" in event.get("message", "") for event in events
+    )
+    (change,) = (event for event in events if event["event"] == "change")
+    assert (change["name"], change["new"]) == ("optimizer.learning_rate", 1e-4)
+    assert (events[-1]["iteration"], events[-1]["exit_code"]) == (5, 0)
+
+
 class TestMenu:
     @pytest.fixture
     def menu(self):
@@ -200,6 +218,15 @@ class TestMenu:
         assert self.prompts[-1] == "loss.eye_multiplier = 3, new value (Enter, Esc leaves): 8_"
         assert menu.press("\r") == ["loss.eye_multiplier=8"]
         assert (menu.is_open, self.prompts[-1]) == (False, "")
+
+    def test_a_value_is_asked_for_again(self, menu):
+        menu.open()
+        assert menu.press("1\rno\r") == ["augment.warp=no"]
+        menu.ask_again("augment.warp")
+        assert self.prompts[-1] == "augment.warp = true, new value (Enter, Esc leaves): _"
+        assert menu.press("false\r") == ["augment.warp=false"]
+        menu.ask_again("loss.nosuch")
+        assert not menu.is_open
 
     @pytest.mark.parametrize("keys", ["\x1b", "1\r\x1b", "\r", "1\r\r", "xyz\x1bfalse\r"])
     def test_it_is_left_without_a_change(self, menu, keys):

@@ -86,7 +86,9 @@ def test_a_recipe_runs_unattended_with_its_settings_and_snapshots(sides, tmp_pat
     ]
     # The first mean is the best so far; two more without 100 % of improvement end the stage.
     assert events[-1]["iteration"] == 4 + 6 + 3
-    assert events[-1]["reason"] == "recipe short is done: 3 iterations are done"
+    assert events[-1]["reason"] == (
+        "recipe short is done: 3 iterations are done; --recipe none trains further"
+    )
     assert [event["event"] for event in events].count("stop") == 1
 
     told = [event["iteration"] for event in events if event["event"] == "snapshot"]

@@ -16,6 +16,11 @@ _PACKAGES = ("starlette", "uvicorn", "plotly")
 _LEAST_TOKEN = 16
 # Runs on one page: more curves over each other cannot be told apart. Chosen.
 _MOST_RUNS = 32
+_SIGNS = ("generations", "logs")
+"""Folders of which a run makes at least one at its first step."""
+
+_MOST_NAMED = 3
+"""Folders without a model that are named. Chosen."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +123,13 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def _may_hold_run(path: Path) -> bool:
+    """Whether a folder holds a run, or is an empty one that was made for it."""
+    if not path.is_dir():
+        return False
+    return any((path / name).is_dir() for name in _SIGNS) or not any(path.iterdir())
+
+
 def _tell(
     listener: socket.socket, args: argparse.Namespace, models: list[Path], token: str | None
 ) -> None:
@@ -131,6 +143,14 @@ def _tell(
     query = f"?token={quote(token, safe='')}" if token else ""
     what = str(models[0]) if len(models) == 1 else f"{len(models)} runs"
     tell(f"{what} at http://{host}:{port}/{query}")
+    missing = [str(path) for path in models if not _may_hold_run(path)]
+    if missing:
+        more = ", ..." if len(missing) > _MOST_NAMED else ""
+        complain(
+            "monitor",
+            f"no model is in {', '.join(missing[:_MOST_NAMED])}{more}: the page waits for a run "
+            "there",
+        )
     if args.host not in LOOPBACK:
         complain(
             "monitor",

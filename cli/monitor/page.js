@@ -497,7 +497,7 @@ const ASKED = new Map([
   ["save", "Asked for a save: it is made after the present step."],
   ["preview", "Asked for a preview: it is made after the present step."],
   ["stop", "Asked to stop: the run saves and ends."],
-  ["pause", "Asked to pause: the run saves, and frees the GPU."],
+  ["pause", "Asked to pause: the run saves, and frees its memory."],
   ["resume", "Asked to go on."],
   ["change", "Asked for the change: see the log below."],
   ["sheet", "Asked for a sheet: it is drawn after the present step, and shown when it is done."],

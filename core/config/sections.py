@@ -400,7 +400,8 @@ class TrainConfig(Section):
     CUDA_VISIBLE_DEVICES chooses which GPUs there are, and numbers them from 0."""
 
     log_interval: int = setting(0, low=0, high=4096)
-    """Iterations between two status lines; 0: about one line a second."""
+    """Iterations between two status lines; 0: about one a second on a terminal, elsewhere one a
+    minute."""
 
     engine: str = setting("auto", choices=("auto", "eager", "compile", "graph"), flag="--engine")
     """How a step runs: operation by operation, compiled by torch, or as one CUDA graph (auto: on a

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..system.durable_files import open_for_reading
 from .sections import Config
-from .settings import nested, settings_in, to_dict
+from .settings import all_settings, nested, settings_in, to_dict
 
 # All settings, written out, take 3 KiB.
 MAX_TOML_BYTES = 1 << 20
@@ -132,7 +132,9 @@ def parse_assignment(text: str) -> dict[str, Any]:
     path, equals, raw = text.partition("=")
     keys = [key.strip() for key in path.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
-        raise ValueError(f"--set takes section.key=value, got {text!r}")
+        meant = [spec.full_name for spec in all_settings() if equals and spec.name == keys[0]]
+        hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+        raise ValueError(f"--set takes section.key=value, got {text!r}{hint}")
     try:
         # As TOML first, so that 5 is a number and true no word; what is none is text as it stands.
         value = parse_toml(f"value = {raw}".encode())["value"]

@@ -53,13 +53,13 @@ _ANSWERS = {
     "s": "Saving after this step...",
     "r": "Drawing a preview after this step...",
     "m": "Drawing the preview with its mask the other way...",
-    **dict.fromkeys("p ", "Pausing after this step: saving, then the GPU is freed..."),
+    **dict.fromkeys("p ", "Pausing after this step: saving, then its memory is freed..."),
     "\n": "Saving after this step, then training ends...",
 }
 _IN_PAUSE = "Paused: p or space goes on, c changes a setting, Enter ends"
 HELP = (
     "Keys: s saves, r renews the preview, m shows its mask the other way, c changes a setting, "
-    "p or space pauses and frees the GPU, as Ctrl-Z does, Enter saves and ends, ? names the keys"
+    "p or space pauses and frees its memory, as Ctrl-Z does, Enter saves and ends, ? names the keys"
 )
 
 

@@ -42,6 +42,16 @@ class SettingsMenu:
             self._write(f"{number}  {name} = {self._values[name]}")
         self._show()
 
+    def ask_again(self, name: str) -> None:
+        """Have the value of a setting typed again, after one that was refused.
+
+        Args:
+            name: Full name of the setting; one that is not in the menu leaves it as it is.
+        """
+        if name in self._values:
+            self.is_open, self._name, self._typed = True, name, ""
+            self._show()
+
     def close(self) -> None:
         """Leave the menu; nothing is changed."""
         self.is_open = False

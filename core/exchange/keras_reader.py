@@ -68,6 +68,11 @@ def find(path: Path) -> Found:
     # As in faceswap: an *.h5 counts only where there is no *.keras.
     files = files or [name for name in names if name.endswith(".h5")]
     if len(files) != 1 or not files[0].endswith((".keras", ".h5")):
+        if given:
+            raise ValueError(
+                f"{path} is no model of faceswap, which is a folder or its *.keras or *.h5 file; "
+                "weights of mien's own begin a new model by `mien train --load-weights`"
+            )
         kinds = ", ".join(files) if files else "none"
         raise ValueError(f"{path} must hold one model of faceswap (*.keras or *.h5), got {kinds}")
     states = [name for name in names if name.endswith("_state.json")]

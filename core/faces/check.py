@@ -197,8 +197,8 @@ def compare(a: Report, b: Report) -> Comparison:
             # The fullest fields first: there new faces help most.
             fields = ", ".join(sorted(poses, key=lambda pose: -poses[pose])[:4])
             advice.append(
-                f"{share:.0%} of side {name}'s faces look where side {other} has none ({fields}): "
-                f"add such faces to {other}."
+                f"{100 * share:.0f} % of side {name}'s faces look where side {other} has none "
+                f"({fields}): add such faces to {other}."
             )
     advice.extend(_light_advice(a, b))
     difference = uneven(a.path, a.num_faces, b.path, b.num_faces)

@@ -212,9 +212,11 @@ def named_mask(header: FaceHeader, name: str) -> StoredMask:
     if found is None:
         known = sorted(set(header.masks) - set(LANDMARK_MASKS))
         some = ", ".join(known[:_NUM_NAMED]) + (", ..." if len(known) > _NUM_NAMED else "")
+        stored = f" (stored: {some})" if known else ", nor any other that is stored"
         raise FaceFileError(
-            f"has no mask {name!r} (stored: {some or 'none'}): set data.mask_type to one of those "
-            f"or to {' or '.join(LANDMARK_MASKS)}, which need no stored mask"
+            f"has no mask {name!r}{stored}: set data.mask_type to "
+            f"{'one of those or to ' if known else ''}{' or '.join(LANDMARK_MASKS)}, which need no "
+            "stored mask"
         )
     if isinstance(found, str):
         raise FaceFileError(found)

@@ -97,6 +97,7 @@ class Steering:
     def _change(self, wishes: list[_Wish]) -> None:
         """End the session for the changes that can be made."""
         changes: list[Change] = []
+        refused_key_input = ""
         config = self.setup.config
         for wish in wishes:
             try:
@@ -104,6 +105,8 @@ class Steering:
                 changed = self._checked(spec, value, config)
             except ValueError as error:
                 self.reporter.warning(f"nothing was changed: {error}")
+                if wish.by == "keyboard":
+                    refused_key_input = wish.text.partition("=")[0]
                 continue
             old = spec.of(config)
             if value == old:
@@ -114,6 +117,9 @@ class Steering:
             config = changed
         if changes:
             self.end = replace(_next_session(), changes=tuple(changes))
+        # Else the keys of the value that is typed next would be commands, and its Enter the end.
+        elif refused_key_input and self.requests.menu is not None:
+            self.requests.menu.ask_again(refused_key_input)
 
     def _checked(self, spec: Spec, value: Any, config: Config) -> Config:
         """The settings with a change, which the next session could open with; else ValueError."""

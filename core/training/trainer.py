@@ -178,7 +178,10 @@ class Trainer:
         if why is None:
             return None
         if progress.is_last:
-            return End(Outcome.DONE, f"recipe {progress.recipe.name} is done: {why}")
+            return End(
+                Outcome.DONE,
+                f"recipe {progress.recipe.name} is done: {why}; --recipe none trains further",
+            )
         return End(Outcome.DONE, f"stage {progress.stage.name} is over: {why}", goes_on=True)
 
     def _recover(self, divergence: TrainingDiverged) -> End:

@@ -75,7 +75,9 @@ class Plateau:
         return value > best + step if self.metric in RISING else value < best - step
 
     def __str__(self) -> str:
-        values = f"means of {self.window:,} iterations" if self.is_loss else "values"
+        values = "value" if self.patience == 1 else "values"
+        if self.is_loss:
+            values = f"{'mean' if self.patience == 1 else 'means'} of {self.window:,} iterations"
         return (
             f"{self.metric} has not improved by {self.improvement:g} % in {self.patience} {values}"
         )
