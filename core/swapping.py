@@ -338,9 +338,11 @@ def _of_file(path: Path, device: str | torch.device) -> SwapModel:
             ).data
     except (OSError, DamagedError) as error:
         # An error of the library has its text alone, and no `strerror`.
-        is_damage = isinstance(error, DamagedError)
-        reason = error if is_damage else error.strerror or error
-        remedy = "; give a model folder, or a file of `mien model inference`" if is_damage else ""
+        reason, remedy = (
+            (error.strerror or error, "")
+            if isinstance(error, OSError)
+            else (error, "; give a model folder, or a file of `mien model inference`")
+        )
         raise ValueError(f"cannot read {path}: {reason}{remedy}") from error
     except (KeyError, TypeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged: its metadata is not that of a model") from error
