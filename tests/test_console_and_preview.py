@@ -544,7 +544,7 @@ def test_keys_of_the_window_are_obeyed(sides, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert re.findall(r"Saved iteration (\d+)", said) == ["1", "3", "4", "5", "6"]
     by = f"p in the window or `kill -CONT {os.getpid()}`"
-    assert f"Paused at iteration 4: saved, and its memory is free; {by} resumes\n" in said
+    assert f"Paused at iteration 4: saved, its memory is free; {by} resumes\n" in said
     assert said.index("Paused at iteration 4") < said.index("Resumed at iteration 4")
     assert shown.count("closed") == 1, "it is there in the pause and after it"
     assert (shown[0], shown[-1]) == (50, "closed")

@@ -253,9 +253,7 @@ class Reporter:
 
     def pause(self, *, iteration: int, resumed_by: str | None) -> None:
         """Report that training pauses, until what is named resumes it; None: the pause is over."""
-        text = (
-            f"Paused at iteration {iteration}: saved, and its memory is free; {resumed_by} resumes"
-        )
+        text = f"Paused at iteration {iteration}: saved, its memory is free; {resumed_by} resumes"
         if resumed_by is None:
             text = f"Resumed at iteration {iteration}"
         self._log("pause" if resumed_by else "resume", text, {"iteration": iteration})
