@@ -31,6 +31,7 @@ from ..core.estimate.roofline import ceiling
 from ..core.losses.weighted import Loss, Losses
 from ..core.optim.optimizer import Update
 from ..core.optim.overlap import OverlappedUpdate
+from ..core.system.memory import kept_memory
 from ..core.training import engine as engines
 from ..core.training.build import build_model, build_step
 from ..core.training.step import TrainStep
@@ -52,7 +53,8 @@ LEVERS = ("bias_act", "face_loss", "adam", "align", "streams", "series", "dense_
 update comes after the backward pass, not beside it, and that the gradients of large dense layers
 lie in memory."""
 
-CPU_LEVERS = LEVERS[:3]
+CPU_LEVERS = (*LEVERS[:3], "kept_memory")
+"""The fourth is what the computer's memory does; see `mien.core.system.memory`."""
 
 
 def rows(
@@ -103,9 +105,22 @@ def step_row(
     kept_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     try:
         how = how or pace("step", device.type)
-        return what | _figures(what, make(), device, ceilings, how, kept_bytes)
+        with _memory_of(what, device):
+            return what | _figures(what, make(), device, ceilings, how, kept_bytes)
     except (RuntimeError, TritonError) as error:
         return what | {"error": str(error).strip().partition("\n")[0]}
+
+
+def _memory_of(
+    what: dict[str, Any], device: torch.device
+) -> contextlib.AbstractContextManager[None]:
+    """Freed memory kept where training keeps it, but for the step that leaves this out."""
+    is_kept = device.type == "cpu" and what["engine"].startswith("mien")
+    return (
+        kept_memory
+        if is_kept and what.get("without") != "kept_memory"
+        else contextlib.nullcontext()
+    )
 
 
 def _figures(

@@ -20,6 +20,7 @@ from ..checkpoint.inference import Weights, write_export
 from ..faces.inspect import tiled
 from ..faces.masks import LANDMARK_MASKS
 from ..swapping import BatchDecoder, SwapModel, load_model, require_side
+from ..system.memory import kept_memory
 from ..system.threads import thread_count
 from ..training.devices import choose_device
 from .convert import TILE_PX, Converter
@@ -160,7 +161,8 @@ def swap_film(
     tiles: list[tuple[str, np.ndarray]] = []
     steps = _Steps(emit, film.num_frames)
     threads = thread_count(settings.num_threads)
-    with closing(film.output):
+    # Frames are large blocks, and each takes the memory of one before it.
+    with closing(film.output), kept_memory:
         # Closed before the output, into which its threads may still be writing.
         with closing(film.converter.convert(film.frames(), film.output, threads)) as written:
             for done in written:

@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from ..distribute.ranks import Ranks
 from ..precision import restoring_products
+from ..system.memory import kept_memory
 from ..system.threads import thread_count
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
@@ -32,7 +33,8 @@ def library_settings(device: torch.device, ranks: Ranks, *, deterministic: bool)
     num_threads, workspace = torch.get_num_threads(), os.environ.get(_WORKSPACE)
     # A seed is one of all GPUs.
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with restoring_products(), torch.random.fork_rng(gpus):
+    memory_here = kept_memory if device.type == "cpu" else nullcontext()
+    with restoring_products(), torch.random.fork_rng(gpus), memory_here:
         try:
             _set(device, ranks, deterministic=deterministic)
             yield
