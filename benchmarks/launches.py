@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from .. import kernels
+from ..kernels.matrix_products import by_pytorch
 from ..kernels.wide_products import unwidened
 
 BUDGET = Path(__file__).parent / "launch_budget.json"
@@ -113,7 +114,7 @@ def count(fn: Callable[[], object]) -> int:
 def count_phases(phases: Mapping[str, Callable[[], object]]) -> dict[str, int]:
     """Launches of each phase. All are run once in their order, then again and counted."""
     counts = {}
-    with unwidened():
+    with unwidened(), by_pytorch():
         with _Counter():
             for fn in phases.values():
                 fn()

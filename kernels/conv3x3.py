@@ -6,7 +6,7 @@ Gray, arXiv 1509.09308). With d a 4x4 tile of the picture, g a kernel and y its 
     y = A^T ((G g G^T) * (B^T d B)) A
 
 summed over the input channels, so that all tiles and channels are 16 products of matrices, which
-PyTorch's library does; libmien does the transforms around them. The gradient of the picture is the
+a library does (`mien.kernels.matrix_products`); libmien does the transforms around them. The gradient of the picture is the
 same with the turned kernel; that of the kernel is G^T (sum over tiles (B^T d B) * (A dy A^T)) G.
 
 Chosen on the CPU: against oneDNN's direct convolution on one thread of an AMD EPYC with AVX-512,
@@ -26,6 +26,7 @@ from torch import Tensor
 from . import native
 from .channels_last import NHWC
 from .checks import check_tensor
+from .matrix_products import multiply_all
 
 LAUNCHES = {
     "mien::conv3x3": 1,
@@ -142,7 +143,7 @@ def _convolve(x_bchw: Tensor, weight: Tensor, padding: int, *, is_turned: bool =
         x, y = x_bchw[part], y_bchw[part]
         pixels = _tiles_of("INPUT", "pixels", x, len(x) * face_tiles, padding=padding)
         results = _rooms.take("results", 16, len(x) * face_tiles, outputs)
-        torch.bmm(pixels, kernels, out=results)
+        multiply_all(pixels, kernels, results)
         _transform("OUTPUT", y, results)
     return y_bchw
 
@@ -186,10 +187,7 @@ def _weight_gradient(grad_bchw: Tensor, x_bchw: Tensor, padding: int) -> Tensor:
         pixels = _tiles_of("INPUT", "pixels", x, len(x) * face_tiles, padding=padding)
         grads = _tiles_of("GRADIENT", "results", grad, len(x) * face_tiles).transpose(1, 2)
         # The first product overwrites the room, which holds anything.
-        if part.start == 0:
-            torch.bmm(grads, pixels, out=kernels)
-        else:
-            torch.baddbmm(kernels, grads, pixels, out=kernels)
+        multiply_all(grads, pixels, kernels, adds=part.start > 0)
     weight = _empty((outputs, inputs, 3, 3))
     _transform("KERNEL_GRADIENT", weight, kernels)
     return weight

@@ -1,12 +1,13 @@
-"""Convolutions and products of matrices in 16 bits on a CPU that has no units for them.
+"""Convolutions, dense layers and products of matrices, as a CPU computes them fast.
 
-There PyTorch multiplies number by number: on a Zen 3, a convolution and its gradients take 10 to 16
-times as long in bf16 or fp16 as in fp32, a dense layer's 10 to 18 times. Here the operands are
-widened to fp32, multiplied, and the result is rounded once, as units for 16 bits do it: they add
-up in fp32, too. What waits for the backward pass stays in 16 bits.
+In 16 bits, on a CPU that has no units for them, PyTorch multiplies number by number: on a Zen 3, a
+convolution and its gradients take 10 to 16 times as long in bf16 or fp16 as in fp32, a dense
+layer's 10 to 18 times. Here the operands are widened to fp32, multiplied, and the result is rounded
+once, as units for 16 bits do it: they add up in fp32, too. What waits for the backward pass stays
+in 16 bits. Products in fp32 are those of `mien.kernels.matrix_products`.
 
 Which types a CPU has units for is asked of oneDNN, which multiplies where there are some. Anywhere
-else - on a GPU, in fp32, on a CPU with units - the functions here are PyTorch's own.
+else - on a GPU, or on a CPU with units - the functions here are PyTorch's own.
 
 Shape letters: B faces, C channels, H rows, W columns; N vectors, I inputs, O outputs.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from . import conv3x3
+from . import conv3x3, matrix_products
 
 
 def _types_without_units() -> frozenset[torch.dtype]:
@@ -185,20 +186,22 @@ def convolution(
 
 
 def _multiplied_wide(first: Tensor, second: Tensor) -> Tensor:
-    return (first.float() @ second.float()).to(first.dtype)
+    return matrix_products.multiply(first.float(), second.float()).to(first.dtype)
 
 
 _wide_product = _operation("wide_product", _multiplied_wide)
 
 
 def product(first: Tensor, second: Tensor) -> Tensor:
-    """``first @ second``, in their type; not differentiable where it is computed in fp32."""
-    return _wide_product(first, second) if _is_widened(first, second) else first @ second
+    """``first @ second`` of two matrices, in their type; no gradient goes through it."""
+    multiply = _wide_product if _is_widened(first, second) else matrix_products.multiply
+    return multiply(first, second)
 
 
 def _linear_wide(input_ni: Tensor, weight_oi: Tensor, bias_o: Tensor | None) -> Tensor:
     bias_o = None if bias_o is None else bias_o.float()
-    return F.linear(input_ni.float(), weight_oi.float(), bias_o).to(input_ni.dtype)
+    output_no = matrix_products.multiply(input_ni.float(), weight_oi.float().t(), bias_o)
+    return output_no.to(input_ni.dtype)
 
 
 _wide_linear = _operation("wide_linear", _linear_wide)
@@ -223,16 +226,30 @@ _wide_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear
 
 def linear(input_ni: Tensor, weight_oi: Tensor, bias_o: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` of vectors, (N, I) -> (N, O); differentiable once."""
-    multiply = _wide_linear if _is_widened(input_ni, weight_oi) else F.linear
+    multiply = _wide_linear if _is_own(input_ni, weight_oi) else F.linear
     return multiply(input_ni, weight_oi, bias_o)
 
 
+def _is_own(input_ni: Tensor, weight_oi: Tensor) -> bool:
+    """Whether a dense layer is computed otherwise than PyTorch does."""
+    multiplications = len(input_ni) * weight_oi.numel()
+    return _is_widened(input_ni, weight_oi) or matrix_products.is_chosen(
+        input_ni, weight_oi, multiplications
+    )
+
+
 def widen(layer: nn.Conv2d | nn.Linear) -> None:
-    """Let a layer of another library be computed so, too; it keeps fp32 for the backward pass."""
+    """Let a layer of another library be computed so, too; a convolution in 16 bits keeps fp32 for
+    the backward pass."""
     layer.forward = functools.partial(_forward_wide, layer)  # type: ignore[method-assign]
 
 
 def _forward_wide(layer: Any, x: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        input_ni = x.flatten(0, -2)
+        if _is_own(input_ni, layer.weight):
+            return linear(input_ni, layer.weight, layer.bias).unflatten(0, x.shape[:-1])
+        return type(layer).forward(layer, x)
     if not _is_widened(x, layer.weight):
         return type(layer).forward(layer, x)
     parameters = {name: each.float() for name, each in layer.named_parameters()}
