@@ -58,6 +58,25 @@ def test_a_dry_run_tells_and_keeps_nothing(inputs, tmp_path, capsys):
     assert "nothing was kept" in said
 
 
+@pytest.mark.parametrize("mode", ["bf16", "fp16", "fp32", "auto"])
+@pytest.mark.parametrize("has_units", [True, False])
+def test_16_bits_on_a_cpu_without_units_are_warned_of_once(
+    inputs, tmp_path, monkeypatch, capsys, mode, has_units
+):
+    lacking = frozenset() if has_units else frozenset({torch.bfloat16, torch.float16})
+    monkeypatch.setattr(precisions, "types_without_units", lambda: lacking)
+    words = ("-b", "4", "--precision", mode)
+    is_warned = mode in ("bf16", "fp16") and not has_units
+    for more in (("--dry-run",), ("-m", str(tmp_path / "model"), "-i", "1")):
+        assert _train(inputs, *words, *more) == 0
+        said = capsys.readouterr().out
+        warned = said.count(f"Warning: this CPU has no units for {mode}, in which a step takes 1 ")
+        assert warned == is_warned
+        assert said.count("set precision.mode to fp32") == is_warned
+    if mode == "auto":
+        assert precisions.resolve(mode, torch.device("cpu")).name == "fp32"
+
+
 def test_what_several_ranks_would_bring_is_predicted(inputs, capsys):
     words = ("-b", "4", "--gpus", "2", "--dry-run")
     assert _train(inputs, *words, "--json") == 0
