@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -103,6 +105,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str], command: str | None) -> int:
     try:
         args, module = _parse(argv, command)
+        _refuse_odd_names(args)
         # For the ranks that --gpus starts: they get the same words.
         args.words = argv
         require_working_folder()
@@ -139,13 +142,39 @@ def _odd_dash(word: str) -> str:
 def _odd_space(words: list[str]) -> str:
     """Advice where a word holds a space at which no shell divides, as an input method types it."""
     for word in words:
-        for character in word:
-            if character != " " and unicodedata.category(character) == "Zs":
-                return (
-                    f"; there is a space of another kind (U+{ord(character):04X}) in {word}: "
-                    "type an ordinary one"
-                )
+        for character in filter(_is_odd_space, word):
+            return (
+                f"; there is a space of another kind (U+{ord(character):04X}) in {word}: "
+                "type an ordinary one"
+            )
     return ""
+
+
+def _is_odd_space(character: str) -> bool:
+    return character != " " and unicodedata.category(character) == "Zs"
+
+
+def _refuse_odd_names(args: argparse.Namespace) -> None:
+    """Refuse, by ValueError, a name with such a space at an end, which a user does not see there.
+
+    A file or folder that is there may be called so; of others it is most likely the space before
+    the next word.
+    """
+    for path in _paths_in(args):
+        odd = next(filter(_is_odd_space, path.name[:1] + path.name[-1:]), None)
+        if odd and not os.path.lexists(path):
+            raise ValueError(
+                f"{path} begins or ends with a space of another kind (U+{ord(odd):04X}): type an "
+                "ordinary space between words, or none"
+            )
+
+
+def _paths_in(args: argparse.Namespace) -> Iterator[Path]:
+    """What of the arguments may be a path, each with the folders that it lies in."""
+    for value in vars(args).values():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, str | Path):
+                yield from (Path(path), *Path(path).parents)
 
 
 def _flags_of(command: str, module: ModuleType | None) -> dict[str, str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..core.system.printable import plural
 from .lines import show, tell, tell_json
 
 ALL = ("kernels", "data", "step", "train", "roofline")
@@ -289,5 +290,6 @@ def _learning(args: argparse.Namespace) -> int:
                 f"mean {row['mean']:.5f} ratio {row['ratio']:.3f}"
             )
     learning.draw(reference, results, args.picture)
-    tell(f"{args.picture}: {sum(r['passes'] for r in rows)} of {len(rows)} windows within 10 %")
+    num_passed, windows = sum(row["passes"] for row in rows), plural(len(rows), "window")
+    tell(f"{args.picture}: {num_passed} of {len(rows)} {windows} within 10 %")
     return 0 if all(row["passes"] for row in rows) else 1

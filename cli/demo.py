@@ -65,10 +65,9 @@ def settings(folder: Path, iterations: int, precision: str) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Draw what is missing, train, swap the film, and name the pictures."""
-    if args.iterations is not None and args.iterations < 1:
-        raise ValueError(f"--iterations must be at least 1, got {args.iterations}")
     import torch
 
+    from ..core.config.settings import setting_at
     from ..core.console.reporter import Reporter
     from ..core.console.requests import Requests
     from ..core.faces.synthetic import draw_folder
@@ -77,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
     from ..core.training.resolve import Overrides
     from ..core.training.unattended import train
 
+    if args.iterations is not None:
+        # By its name here, and before anything is drawn: of the two settings the stricter rule.
+        setting_at(("optimizer", "schedule_iterations")).take(args.iterations, "--iterations")
     folder = args.folder
     iterations = args.iterations or (BF16_ITERATIONS if cpu_has_bf16() else ITERATIONS)
     # A GPU chooses for itself; a CPU computes in fp32 where it is not told.

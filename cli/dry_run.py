@@ -87,6 +87,7 @@ def _facts(trial: DryRun, bound: Prediction, card: Card) -> dict[str, Any]:
         "second_step_s": trial.step_s,
         "roofline_eg_per_s": round(bound.eg_per_s, 1),
         "roofline_of": card.name,
+        "roofline_precision": "bf16",
         "bound_by": bound.binds,
         "stages": _stages(trial.progress),
     }
@@ -118,6 +119,8 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
         f"step {number}       Loss A: {losses['loss_a']:.5f}, Loss B: {losses['loss_b']:.5f}"
         for number, losses in enumerate(trial.losses, 1)
     ]
+    # By the one peak that is known of every card, and 2 bytes a value.
+    of_this = "" if trial.precision == "bf16" else f"; this run is in {trial.precision}"
     several = []
     if outlook:
         several = [f"scaling      {outlook}; predicted"]
@@ -128,8 +131,9 @@ def _lines(trial: DryRun, bound: Prediction, card: Card, outlook: Outlook | None
         f"batch size   {batch_size}{of_steps}",
         memory,
         *losses,
-        f"roofline     {bound.eg_per_s:,.0f} EG/s on {card.name}, limited by "
-        f"{_PHASES[bound.binds]}; no run in bf16 can be faster, good ones reach half of it",
+        f"roofline     {bound.eg_per_s:,.0f} EG/s in bf16 on {card.name}, limited by "
+        f"{_PHASES[bound.binds]}; no run in bf16 can be faster, good ones reach half of it"
+        f"{of_this}",
         *several,
         *(f"stage        {line}" for line in _stages(trial.progress)),
         "dry run: nothing was kept",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.system.paths import expanded
+from ..core.system.printable import plural
 from .lines import tell, tell_json, tell_stage
 from .weights_flag import add_weights
 
@@ -96,10 +97,10 @@ def run_import(args: argparse.Namespace) -> int:
         plain = {"source": str(done.source), "path": str(done.path)}
         tell_json(asdict(done) | plain)
         return 0
-    sessions = "session" if done.num_sessions == 1 else "sessions"
     tell(
-        f"made {done.path} of {done.source}: {done.trainer}, {done.iterations:,} iterations in "
-        f"{done.num_sessions} {sessions}, learning rate {done.learning_rate:g}",
+        f"made {done.path} of {done.source}: {done.trainer}, {done.iterations:,} "
+        f"{plural(done.iterations, 'iteration')} in {done.num_sessions} "
+        f"{plural(done.num_sessions, 'session')}, learning rate {done.learning_rate:g}",
         *done.left_out,
         f"train on: `mien train -A FACES_A -B FACES_B -m {done.path}`",
     )

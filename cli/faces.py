@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.system.printable import printable
+from ..core.system.printable import plural, printable
 from .lines import show, tell, tell_json
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _inspect_folder(args: argparse.Namespace) -> int:
         return 0
     rows = [["file", "px", "in the source", "yaw", "pitch", "roll", "from the mean"]]
     rows += [[str(value) for value in face.values()] for face in facts]
-    _print_table(f"{args.file}: {len(facts)} faces", rows)
+    _print_table(f"{args.file}: {len(facts)} {plural(len(facts), 'face')}", rows)
     tell(*(f"  unusable: {name}: {reason}" for name, reason in unusable.items()))
     return 0
 
@@ -194,7 +194,8 @@ def _draw(args: argparse.Namespace) -> int:
     draw_folder(
         args.folder, identity=args.identity, count=args.count, size_px=args.size, seed=args.seed
     )
-    tell(f"{args.count} faces of {args.identity}, {args.size} px, in {args.folder}")
+    faces = plural(args.count, "face")
+    tell(f"{args.count} {faces} of {args.identity}, {args.size} px, in {args.folder}")
     return 0
 
 
@@ -230,13 +231,17 @@ def _progress(name: str) -> "Iterator[Progress | None]":
 
 
 def _print_import(done: "Imported") -> None:
-    present = f", {done.num_present} were there already" if done.num_present else ""
+    were = plural(done.num_present, "was", "were")
+    present = f", {done.num_present} {were} there already" if done.num_present else ""
     persons = f", by person in {', '.join(done.persons)}" if done.persons else ""
-    tell(f"{done.num_written} faces written to {done.folder}{persons}{present}")
+    faces = plural(done.num_written, "face")
+    tell(f"{done.num_written} {faces} written to {done.folder}{persons}{present}")
     if done.num_masks:
-        tell(f"{done.num_masks} have a mask: train with data.mask_type=custom_head to use it")
+        have = plural(done.num_masks, "has", "have")
+        tell(f"{done.num_masks} {have} a mask: train with data.mask_type=custom_head to use it")
     for kind, settings in done.proposals.items():
-        tell(f"{done.face_types[kind]} of {kind}: train them with {settings}")
+        them = plural(done.face_types[kind], "it", "them")
+        tell(f"{done.face_types[kind]} of {kind}: train {them} with {settings}")
         if kind in done.cut_short:
             tell(
                 f"warning: more than 5 % of that crop lies outside the picture of "
@@ -263,7 +268,8 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
         for group in report.repeats[:_NUM_NAMED]:
             tell(f"  repeated: {', '.join(group[:6])}{', ...' if len(group) > 6 else ''}")
         if len(report.repeats) > _NUM_NAMED:
-            tell(f"  repeated: and {len(report.repeats) - _NUM_NAMED} more groups")
+            more = len(report.repeats) - _NUM_NAMED
+            tell(f"  repeated: and {more} more {plural(more, 'group')}")
         _print_advice(f"Advice for {report.path}", report.advice)
     if comparison:
         _print_advice("The two sides against each other", comparison.advice)
@@ -271,9 +277,10 @@ def _print_check(reports: "list[Report]", comparison: "Comparison | None") -> No
 
 def _check_rows(report: "Report") -> dict[str, str]:
     """What the table of a checked folder says, by the name of the row."""
+    files = plural(report.num_files, "file")
     return {
         "faces": "; ".join(
-            [f"{report.num_faces} of {report.num_files} files", *report.passed_over.counts]
+            [f"{report.num_faces} of {report.num_files} {files}", *report.passed_over.counts]
         ),
         "alignments version": ", ".join(f"{v} ({n})" for v, n in report.versions.items()) or "-",
         "size, px": ", ".join(f"{size} ({n})" for size, n in report.sizes_px.items()) or "-",

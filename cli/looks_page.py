@@ -64,8 +64,8 @@ def _page(rows: Sequence[_Row]) -> str:
     lines = [
         "# What a setting does to the picture",
         "",
-        "Each row shows one drawn face, with nothing varied but what the row is about. `make docs` "
-        "draws them with the code that training uses.",
+        "Each row shows one drawn face, with nothing varied but what the row is about.",
+        "`make docs` draws them with the code that training uses.",
     ]
     for row in rows:
         lines += ["", f"## {row.name}", ""]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.system.paths import expanded
+from ..core.system.printable import plural
 from . import exchange
 from .lines import tell, tell_json
 from .weights_flag import add_weights
@@ -169,12 +170,15 @@ def _nan_scan(args: argparse.Namespace) -> int:
             f"{bad.file}: {bad.tensor}: {bad.nan:,} NaN and {bad.infinite:,} infinite "
             f"of {bad.total:,}"
         )
-    count = f"{len(found)} of {num_tensors} tensors of generation {name}"
+    counted = (
+        f"{len(found)} of {num_tensors} {plural(num_tensors, 'tensor')} of generation {name} "
+        f"{plural(len(found), 'holds', 'hold')}"
+    )
     if found:
         folder = shlex.quote(str(args.model))
-        tell(f"{count} hold numbers that are not finite; go back: `mien model restore {folder}`")
+        tell(f"{counted} numbers that are not finite; go back: `mien model restore {folder}`")
         return 2
-    tell(f"{count} hold numbers that are not finite: it is clean")
+    tell(f"{counted} numbers that are not finite: it is clean")
     return 0
 
 
@@ -222,7 +226,7 @@ def _copied(path: str, facts: dict[str, Any], words: str = "") -> str:
 
 def _session(facts: dict[str, Any]) -> str:
     started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["started"]))
-    unit = "iteration" if facts["iterations"] == 1 else "iterations"
+    unit = plural(facts["iterations"], "iteration")
     return (
         f"{facts['number']}, begun {started}, batch size {facts['batch_size']}, "
         f"{facts['iterations']:,} {unit}{', in faceswap' if facts['is_imported'] else ''}"

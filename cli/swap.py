@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.system.paths import expanded
+from ..core.system.printable import plural
 from .lines import complain, tell, tell_json
 from .weights_flag import add_weights
 
@@ -204,16 +205,19 @@ def _events(*, as_json: bool) -> "Iterator[Emit]":
 
 def _line(event: str, fields: dict[str, Any]) -> str:
     """A start or an end as a line for people."""
-    kept = f" ({fields['kept']} were there)" if fields["kept"] else ""
+    frames = f"{fields['frames']} {plural(fields['frames'], 'frame')}"
+    faces = f"{fields['faces']} {plural(fields['faces'], 'face')}"
+    were = plural(fields["kept"], "was", "were")
+    kept = f" ({fields['kept']} {were} there)" if fields["kept"] else ""
     if event == "start":
         return (
-            f"{fields['faces']} faces in {fields['frames']} frames{kept}, decoded as "
+            f"{faces} in {frames}{kept}, decoded as "
             f"{fields['side']} on {fields['device']} in {fields['precision']}; mask "
             f"{fields['mask']}, feather {fields['feather_px']:g} px, erode "
             f"{fields['erode_px']:g} px, color {fields['color']}"
         )
     sheet = f"; sheet: {fields['sheet']}" if fields["sheet"] else ""
-    done = f"{fields['output']}: {fields['frames']} frames{kept}, {fields['faces']} faces swapped"
+    done = f"{fields['output']}: {frames}{kept}, {faces} swapped"
     if fields["exit_code"] == _STOPPED:
         return f"{done}; {fields['reason']}: call it again to go on"
     return f"{done} in {fields['seconds']:g} s{sheet}"

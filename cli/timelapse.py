@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 
 from ..core.system.paths import expanded
+from ..core.system.printable import plural
 from .lines import complain, tell, tell_json
 
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         tell_json(dataclasses.asdict(film), indent=None)
     else:
         tell(
-            f"{film.path}: {film.num_pictures} pictures of {film.width_px} x {film.height_px} px, "
-            f"{film.fps:g} in a second, {film.seconds:.1f} s"
+            f"{film.path}: {film.num_pictures} {plural(film.num_pictures, 'picture')} of "
+            f"{film.width_px} x {film.height_px} px, {film.fps:g} in a second, {film.seconds:.1f} s"
         )
     return 0

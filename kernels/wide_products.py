@@ -25,7 +25,7 @@ from torch.func import functional_call
 from . import conv3x3, matrix_products
 
 
-def _types_without_units() -> frozenset[torch.dtype]:
+def types_without_units() -> frozenset[torch.dtype]:
     """Types of 16 bits that oneDNN does not multiply on this CPU."""
     types = (torch.bfloat16, torch.float16)
     if not torch.backends.mkldnn.is_available():
@@ -37,7 +37,7 @@ def _types_without_units() -> frozenset[torch.dtype]:
     return frozenset(each for each, answer in zip(types, answers, strict=True) if not answer)
 
 
-_to_widen = _types_without_units()
+_to_widen = types_without_units()
 
 
 @contextlib.contextmanager

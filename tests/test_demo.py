@@ -29,6 +29,17 @@ def test_it_ends_with_a_swapped_film(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-4:] == said.splitlines()[-4:]
 
 
+@pytest.mark.parametrize("iterations", ["-1", "0", "2000000000"])
+def test_iterations_that_cannot_be_are_named_by_their_flag(tmp_path, capsys, iterations):
+    folder = tmp_path / "demo"
+    assert main(["demo", "--folder", str(folder), "--iterations", iterations]) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"mien demo: --iterations must be a whole number from 1 to 1000000000, got {iterations}\n",
+    )
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "has_bf16"), [("fpu avx2 avx512_bf16", True), ("amx_bf16 vme", True), ("avx2", False)]
 )

@@ -575,7 +575,7 @@ def harmed_packs():
         (entry(1, 0), "does not rise from 0"),
         (entry(1, 2**63), "does not rise from 0"),
         (entry(1, len(whole) - 1), "begin behind its end"),
-        (dfl.pack([]), "fewer than 1 usable faces"),
+        (dfl.pack([]), "fewer than 1 usable face"),
         (whole, "none of its 2 JPEGs can|not extracted faces"),
     ]
 

@@ -32,7 +32,7 @@ def test_gpus_that_nccl_cannot_connect_are_told_with_what_helps(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(dist, "new_group", _fail("No space left on device\nat line 3"))
-    with pytest.raises(ValueError, match="^NCCL cannot connect the GPUs of 1 ranks") as refusal:
+    with pytest.raises(ValueError, match="^NCCL cannot connect the GPUs of 1 rank") as refusal:
         group.Group(Ranks(), dist.HashStore()).use_gpu(CPU)
     text = str(refusal.value)
     assert "(No space left on device); NCCL_DEBUG=INFO has it say why. /dev/shm has " in text

@@ -183,7 +183,7 @@ def test_micro_batches_are_a_batch_but_for_rounding():
 @pytest.mark.parametrize(
     ("settings", "size", "message"),
     [
-        ({"train": {"micro_batch": 3}}, 1, "a multiple of 3, 1 processes times .* got 8"),
+        ({"train": {"micro_batch": 3}}, 1, "a multiple of 3, 1 process times .* got 8"),
         ({"train": {"micro_batch": 4}}, 4, "a multiple of 16, 4 processes times .* got 8"),
         ({"train": {"micro_batch": 1}}, 3, "is for 1, 2, 4, 8.. processes, got 3"),
         ({"train": {"micro_batch": 1, "distribution": "sharded"}}, 2, "distribution sharded"),

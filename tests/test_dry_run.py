@@ -48,6 +48,7 @@ def test_a_dry_run_tells_and_keeps_nothing(inputs, tmp_path, capsys):
     assert (facts["device"], facts["gpu_memory_mib"]) == ("cpu", None)
     assert 100 < facts["peak_mib"] < facts["free_mib"]
     assert facts["roofline_eg_per_s"] > 0
+    assert facts["roofline_precision"] == "bf16"
     assert facts["bound_by"] in ("products", "pointwise", "update", "gaps")
     assert _train(inputs, "-b", "4", "--dry-run") == 0, "it needs no model folder"
     said = capsys.readouterr().out
@@ -56,6 +57,34 @@ def test_a_dry_run_tells_and_keeps_nothing(inputs, tmp_path, capsys):
     assert "dry run      a new model" in said
     assert "limited by the matrix products; no" in said or "the update of the weights; no" in said
     assert "nothing was kept" in said
+
+
+@pytest.mark.parametrize(("mode", "own"), [("bf16", ""), ("fp32", "; this run is in fp32")])
+def test_the_roofline_says_of_which_precision_it_is(inputs, capsys, mode, own):
+    assert _train(inputs, "-b", "4", "--precision", mode, "--dry-run") == 0
+    line = (
+        r"roofline     [\d,]+ EG/s in bf16 on a card, .*; no run in bf16 can be faster, good ones "
+    )
+    assert re.search(rf"{line}reach half of it{own}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("mode", ["bf16", "fp16", "fp32", "auto"])
+@pytest.mark.parametrize("has_units", [True, False])
+def test_16_bits_on_a_cpu_without_units_are_warned_of_once(
+    inputs, tmp_path, monkeypatch, capsys, mode, has_units
+):
+    lacking = frozenset() if has_units else frozenset({torch.bfloat16, torch.float16})
+    monkeypatch.setattr(precisions, "types_without_units", lambda: lacking)
+    words = ("-b", "4", "--precision", mode)
+    is_warned = mode in ("bf16", "fp16") and not has_units
+    for more in (("--dry-run",), ("-m", str(tmp_path / "model"), "-i", "1")):
+        assert _train(inputs, *words, *more) == 0
+        said = capsys.readouterr().out
+        warned = said.count(f"Warning: this CPU has no units for {mode}, in which a step takes 1 ")
+        assert warned == is_warned
+        assert said.count("set precision.mode to fp32") == is_warned
+    if mode == "auto":
+        assert precisions.resolve(mode, torch.device("cpu")).name == "fp32"
 
 
 def test_what_several_ranks_would_bring_is_predicted(inputs, capsys):

@@ -341,10 +341,38 @@ def test_sub_folders_and_jpegs_are_counted(faces, capsys):
         "kind": "PNG",
         "is_whole": True,
     }
-    assert said(found.advice, "2 PNGs in its sub-folders good, left and 1 JPEGs are not used: ")
+    assert said(found.advice, "2 PNGs in its sub-folders good, left and 1 JPEG are not used: ")
     assert main(["faces", "check", str(faces)]) == 0
     line = capsys.readouterr().out.splitlines()[1]
-    assert line.endswith("30 of 30 files; 2 PNGs in its sub-folders good, left; 1 JPEGs")
+    assert line.endswith("30 of 30 files; 2 PNGs in its sub-folders good, left; 1 JPEG")
+
+
+def test_one_of_a_kind_is_told_in_the_singular(tmp_path, capsys):
+    write(tmp_path, "face.png")
+    (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\xff")
+    found = report(tmp_path)
+    assert said(found.advice, "1 usable face is too few to train")
+    assert said(found.advice, "1 JPEG is not used: ")
+    assert main(["faces", "check", str(tmp_path)]) == 2
+    text = capsys.readouterr().out
+    assert "1 of 1 file; 1 JPEG\n" in text
+    assert "has 1 usable face of at least 25" in text
+    (tmp_path / "cut.png").write_bytes(b"\x89")
+    found = report(tmp_path)
+    assert found.unreadable["cut.png"].startswith("ends after 1 byte: ")
+    assert said(found.advice, "1 of 2 files cannot be used and is left out: repair or remove it.")
+    with pytest.raises(ValueError, match=r"usable faces \(1\), 1 file is unusable"):
+        read_folder(tmp_path, minimum=2)
+    assert main(["faces", "inspect", str(tmp_path)]) == 0
+    assert f"{tmp_path}: 1 face\n" in capsys.readouterr().out
+
+
+def test_one_face_to_look_at_is_told_in_the_singular(faces):
+    bad = StoredMask(b"no zlib", 8, "face", np.eye(3))
+    write(faces, "f00.png", masks={"vgg-clear": bad})
+    advice = report(faces).advice
+    assert said(advice, "Only 1 of 30 faces has the mask 'vgg-clear'")
+    assert said(advice, "(f00.png): look at it, and remove it if it is bad.")
 
 
 def test_names_do_nothing_to_a_terminal(faces, capsys):

@@ -147,7 +147,7 @@ def test_sub_folders_and_jpegs_are_named_where_there_is_no_png(tmp_path):
     assert "; its sub-folder empty/deeper/still holds 1: give that" in message_of(folder)
     shutil.rmtree(folder / "empty/deeper")
     (folder / "empty" / "1.jpg").write_bytes(b"\xff\xd8\xff")
-    assert "; its sub-folder empty holds 1 JPEGs: give that one" in message_of(folder)
+    assert "; its sub-folder empty holds 1 JPEG: give that one" in message_of(folder)
 
 
 def test_what_lies_beside_the_faces_is_counted(tmp_path):
@@ -157,9 +157,9 @@ def test_what_lies_beside_the_faces_is_counted(tmp_path):
     (folder / "f.jpg").write_bytes(b"\xff\xd8\xff")
     found = read_folder(folder, minimum=1)
     assert len(found.faces) == 1
-    assert found.passed_over[found.path].counts == ["2 PNGs in its sub-folder good", "1 JPEGs"]
+    assert found.passed_over[found.path].counts == ["2 PNGs in its sub-folder good", "1 JPEG"]
     assert found.passed_over[found.path].notice() == (
-        "2 PNGs in its sub-folder good and 1 JPEGs are not used: put the faces into one folder; "
+        "2 PNGs in its sub-folder good and 1 JPEG are not used: put the faces into one folder; "
         "give JPEGs of DeepFaceLab a folder of their own"
     )
 
@@ -268,7 +268,7 @@ def test_overlap_names_what_is_shared(tmp_path):
     assert "both use the folder" in overlap(tmp_path / "link", a)
     assert f"{inner} lies inside {a}" == overlap(a, inner) == overlap(inner, a)
     (b / "f3.png").symlink_to(a / "f1.png")
-    assert overlap(a, b).endswith("share 1 files")
+    assert overlap(a, b).endswith("share 1 file")
     os.link(a / "f2.png", b / "f4.png")
     assert overlap(a, b).endswith("share 2 files")
 

@@ -44,7 +44,7 @@ def test_the_last_line_is_the_verdict(drawn, tmp_path, capsys):
     shutil.copy(sorted(drawn.iterdir())[0], few)
     assert main(["faces", "check", str(drawn), str(few)]) == 2
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "not ready, because few has 1 usable faces of at least 25"
+    assert last == "not ready, because few has 1 usable face of at least 25"
     assert main(["faces", "check", str(drawn), str(drawn), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["ready"] is False

@@ -218,6 +218,34 @@ def test_a_space_of_another_kind_is_named(capsys, words, where):
     assert where in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "-A", "a", "-B", "b", "-m\u3000model"],
+        ["train", "-A", "a", "-B", "b", "--model-dir=model\xa0"],
+        ["train", "-A", "a", "-B", "b\u3000", "-m", "model"],
+        ["faces", "draw", "\u3000new/faces", "--count", "1"],
+        ["swap", "model", "--faces", "a", "--frames", "a", "-o", "out/swapped\u3000"],
+    ],
+)
+def test_a_new_name_does_not_begin_or_end_with_a_space_of_another_kind(
+    tmp_path, monkeypatch, capsys, words
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "begins or ends with a space of another kind (U+" in told
+    assert not list(Path().iterdir()), "nothing was made"
+
+
+def test_a_folder_that_is_called_with_such_a_space_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("\u3000mine").mkdir()
+    assert main(["faces", "draw", "\u3000mine/faces", "--count", "1", "--size", "64"]) == 0
+    assert main(["faces", "check", "\u3000mine/faces"]) == 2  # too few to train
+    assert "1 usable face" in capsys.readouterr().out
+
+
 def test_every_command_stands_in_one_line_with_what_it_does(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):

@@ -149,9 +149,14 @@ def test_a_plateau_of_a_measured_figure_counts_each_once():
     assert not progress.closes_window(0), "no loss is waited for"
 
 
-def test_a_plateau_of_one_value_is_told_in_the_singular():
+def test_one_is_told_in_the_singular():
+    stage = _recipe({"iterations": 1, "minutes": 1}).stages[0]
+    assert stage.ends == ["after 1 iteration", "after 1 minute"]
+    assert RecipeProgress(_recipe({"iterations": 1})).end(1) == "1 iteration is done"
+    assert RecipeProgress(_recipe({"minutes": 1})).end(0, 60) == "1 minute has passed"
     assert str(Plateau(metric="ssim_a", patience=1)).endswith("in 1 value")
     assert str(Plateau(patience=1, window=9)).endswith("in 1 mean of 9 iterations")
+    assert str(Plateau(patience=2, window=1)).endswith("in 2 means of 1 iteration")
     assert str(Plateau(patience=2, window=9)).endswith("in 2 means of 9 iterations")
 
 

@@ -80,12 +80,12 @@ def test_they_tell_what_is_set_otherwise(sides, tmp_path, capsys):
     assert lines["changed"] == "augment.warp: false -> true; it was set by a flag, for that session"
     begins = "the average begins at the weights as they are now"
     assert lines[""] == f"train.ema: 0.0 -> 0.99; {begins}"
-    unused = ("--set", "loss.penalized_mask_loss=false", "--save-minutes", "2")
+    unused = ("--set", "loss.penalized_mask_loss=false", "--save-minutes", "1")
     _train(sides, tmp_path / "other", *unused)
     lines = _lines(capsys.readouterr().out)
     assert lines["mask"] == "extended (not used)"
     assert lines["losses"] == "ssim 100 %, mse 100 %"
-    assert lines["saves"] == "every 2 minutes"
+    assert lines["saves"] == "every minute"
 
 
 @pytest.fixture

@@ -158,7 +158,7 @@ def test_a_picture_wider_than_a_film_can_be_is_halved(folder, tmp_path):
         (["{model}", "-o", "film.mp4", "--last-seconds", "-1"], "--last-seconds must be from 0"),
         (["{empty}", "-o", "film.mp4"], "holds no time-lapse: train with --timelapse-input-a"),
         (["{empty}/none", "-o", "film.mp4"], "is no folder: give a model's"),
-        (["{damaged}", "-o", "film.mp4"], "none of 1 pictures can be read"),
+        (["{damaged}", "-o", "film.mp4"], "none of 1 picture can be read"),
     ],
 )
 def test_refusals_are_one_line_and_write_nothing(

@@ -152,7 +152,7 @@ def test_operands_of_two_types_are_refused_as_by_pytorch(dtype):
 
 def test_a_cpu_without_onednn_has_no_units(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert module._types_without_units() == frozenset(TYPES)
+    assert module.types_without_units() == frozenset(TYPES)
 
 
 @pytest.mark.parametrize("has_units", [True, False])
@@ -161,7 +161,7 @@ def test_the_library_is_asked_for_each_type(monkeypatch, has_units):
         monkeypatch.setattr(
             torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: has_units, raising=True
         )
-    assert module._types_without_units() == (frozenset() if has_units else frozenset(TYPES))
+    assert module.types_without_units() == (frozenset() if has_units else frozenset(TYPES))
 
 
 def test_it_can_be_switched_off(dtype, monkeypatch):

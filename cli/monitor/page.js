@@ -321,7 +321,8 @@ function nextSave({ start, save, step }) {
   }
   if (!isNumber(start?.save_interval) || !(start.save_interval > 0) || !isNumber(step?.iteration)) return "–";
   const since = step.iteration % start.save_interval;
-  return `in ${grouped(start.save_interval - since)} iterations`;
+  const left = start.save_interval - since;
+  return `in ${grouped(left)} iteration${left === 1 ? "" : "s"}`;
 }
 
 const onOff = (name, value) => `${name} ${value ? "on" : "off"}`;

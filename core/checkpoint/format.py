@@ -28,6 +28,7 @@ from ..system.durable_files import (
     sync_file,
     write_file,
 )
+from ..system.printable import plural
 
 MANIFEST_SCHEMA = 1
 MODEL, OPTIMIZER, EMA, STATE, CONFIG = (
@@ -376,7 +377,7 @@ def _read_verified(folder: Path, name: str, manifest: Manifest, max_bytes: int) 
     _refuse_large(name, size, max_bytes)
     content = read_regular(folder / name, size)
     if len(content) != size:
-        raise DamagedError(f"{name} has {len(content)} bytes of {size}")
+        raise DamagedError(f"{name} has {len(content)} {plural(len(content), 'byte')} of {size}")
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DamagedError(f"{name} does not match its SHA-256")
     return content
@@ -471,6 +472,6 @@ def check_generation(folder: Path, manifest: Manifest) -> None:
         _refuse_large(name, size, limit)
         found_size, found_sha256 = hash_regular(folder / name, size)
         if found_size != size:
-            raise DamagedError(f"{name} has {found_size} bytes of {size}")
+            raise DamagedError(f"{name} has {found_size} {plural(found_size, 'byte')} of {size}")
         if found_sha256 != sha256:
             raise DamagedError(f"{name} does not match its SHA-256")

@@ -18,6 +18,7 @@ from typing import Any
 
 from ...models.fields import MAX_COUNT, setting
 from ..config import Config, nested, settings_in, to_dict, without_private
+from ..system.printable import plural
 from ..system.saved_values import MAX_SECONDS, Record, record, require
 
 SCHEMA = 1
@@ -151,10 +152,13 @@ class TrainingState:
         """Refuse what could not be saved before anything is trained."""
         faces = max(self.faces_seen.values()) + iterations * session.batch_size
         if max(self.iterations + iterations, faces, session.number) > MAX_COUNT:
+            num_faces, num_sessions = self.faces_seen["a"], session.number - 1
             raise ValueError(
-                f"the model counts {self.iterations} iterations, {self.faces_seen['a']} faces and "
-                f"{session.number - 1} sessions, and {iterations} more iterations would pass the "
-                f"largest count, {MAX_COUNT}; give fewer --iterations, or begin a new model"
+                f"the model counts {self.iterations} {plural(self.iterations, 'iteration')}, "
+                f"{num_faces} {plural(num_faces, 'face')} and "
+                f"{num_sessions} {plural(num_sessions, 'session')}, and {iterations} more "
+                f"{plural(iterations, 'iteration')} would pass the largest count, {MAX_COUNT}; "
+                "give fewer --iterations, or begin a new model"
             )
 
     def advance(self, iterations: int = 1) -> None:

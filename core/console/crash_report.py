@@ -23,6 +23,7 @@ from ..checkpoint.model_folder import SaveError
 from ..config import Config, all_settings, to_toml
 from ..config.path_settings import each_path
 from ..system.durable_files import replace_file
+from ..system.printable import plural
 from .reporter import Reporter
 from .tensorboard import LogError
 
@@ -75,13 +76,14 @@ def crash_report(error: Exception, config: Config, events: list[str]) -> str:
         events: The latest ones as JSON lines.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    num_cores = os.cpu_count() or 1
     parts = {
         "traceback": "".join(traceback.format_exception(error)),
         "versions": "\n".join(
             [
                 f"mien {__version__}, Python {platform.python_version()}, torch "
                 f"{torch.__version__}, CUDA {torch.version.cuda}, GPU {gpu}",
-                f"{platform.platform()}, {os.cpu_count()} cores",
+                f"{platform.platform()}, {num_cores} {plural(num_cores, 'core')}",
                 ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
                 f"command {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
             ]

@@ -21,6 +21,7 @@ from ..faces.folder import Face, Rejected, face_sources, read_source, skipped
 from ..faces.listing import list_pictures, passed_over
 from ..faces.masks import LANDMARK_MASKS
 from ..faces.png import FaceFileError, FaceHeader
+from ..system.printable import plural
 
 Faces = dict[str, list["PlacedFace"]]
 """Faces by the stem of their frame, in the order in which they were found."""
@@ -149,9 +150,12 @@ def require_frames(
     if len(missing) == len(faces):
         # One of its names beside one of theirs: that shows at a glance how they differ.
         own = min(stems, default="none")
+        lacks = plural(
+            len(missing), "does not hold this frame", f"holds none of these {len(missing)} frames"
+        )
         raise ValueError(
-            f"the faces are of another film: they were found in {some}, and {place} holds none of "
-            f"these {len(missing)} frames (its first is {own})"
+            f"the faces are of another film: they were found in {some}, and {place} {lacks} "
+            f"(its first is {own})"
         )
     text = (
         f"{place} lacks {len(missing)} of the {len(faces)} frames that faces were found in: {some}"

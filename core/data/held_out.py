@@ -21,6 +21,7 @@ from ..faces import geometry
 from ..faces.folder import MINIMUM_FACES, Face, FaceFolder, Rejected, read_folder
 from ..faces.listing import overlap_of_sides
 from ..faces.png import FaceFileError
+from ..system.printable import plural
 from .decode import decode_crops
 from .pipeline import configured_masks
 
@@ -88,12 +89,13 @@ def hold_out(
     setting = f"side {side.upper()}: evaluate.held_out = {evaluate.held_out}"
     if not measured:
         raise ValueError(
-            f"{setting} holds out none of {len(pairs)} faces; make it smaller, or add faces"
+            f"{setting} holds out none of {len(pairs)} {plural(len(pairs), 'face')}; make it "
+            "smaller, or add faces"
         )
     if len(trained) < MINIMUM_FACES:
         raise ValueError(
-            f"{setting} leaves {len(trained)} of {len(pairs)} faces to train on, at least "
-            f"{MINIMUM_FACES} are needed; make it larger, or add faces"
+            f"{setting} leaves {len(trained)} of {len(pairs)} {plural(len(pairs), 'face')} to "
+            f"train on, at least {MINIMUM_FACES} are needed; make it larger, or add faces"
         )
     # Files that cannot be used are told once, with the faces that are trained on.
     held_out = dataclasses.replace(folder, faces=measured, rejected=[])
@@ -173,8 +175,8 @@ def load_held_out(
         landmarks.append(in_crop_l2 * np.float32(target_px / process_px))
     if not inputs:
         raise ValueError(
-            f"none of the {len(chosen)} held-out faces of {folder.title} can be used "
-            f"({rejected[0].path.name}: {rejected[0].reason})"
+            f"none of the {len(chosen)} held-out {plural(len(chosen), 'face')} of {folder.title} "
+            f"can be used ({rejected[0].path.name}: {rejected[0].reason})"
         )
     return HeldOutFaces(
         np.stack(inputs), np.stack(targets), np.stack(masks), np.stack(landmarks), rejected

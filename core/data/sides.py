@@ -17,6 +17,7 @@ from ..faces.folder import FaceFolder, Rejected, named, read_folders, uneven
 from ..faces.geometry import Crop
 from ..faces.listing import list_pictures, name_of, overlap_of_sides
 from ..system.paths import expanded
+from ..system.printable import plural
 from .held_out import check_held_out, hold_out, is_trained_on
 from .landmarks import store_landmarks
 from .pipeline import FaceDecoder
@@ -114,16 +115,19 @@ def warnings_of(faces: dict[str, SideFaces], loss: LossConfig) -> list[str]:
         if cut_short := _cut_short(opened):
             warnings.append(f"{name}: {cut_short}")
         if store.empty:
+            count = len(store.empty)
             warnings.append(
-                f"{name}: {len(store.empty)} of {store.num_faces} faces have an (almost) empty "
-                f"mask, and nothing of them is trained: {named(store.empty)}"
+                f"{name}: {count} of {store.num_faces} faces {plural(count, 'has', 'have')} an "
+                f"(almost) empty mask, and nothing of {plural(count, 'it', 'them')} is trained: "
+                f"{named(store.empty)}"
             )
         for area, count in store.areas_outside.items():
             # Said only where the setting acts: with a multiplier of 1 nothing is lost.
             if count and loss.penalized_mask_loss and getattr(loss, f"{area}_multiplier") > 1:
                 warnings.append(
                     f"{name}: the {area} area of {count} of {store.num_faces} faces lies outside "
-                    f"the crop, so loss.{area}_multiplier does nothing for them"
+                    f"the crop, so loss.{area}_multiplier does nothing for "
+                    f"{plural(count, 'it', 'them')}"
                 )
     a, b = (faces[side].store.num_faces for side in SIDES)
     difference = uneven("side A", a, "side B", b)
@@ -140,8 +144,8 @@ def _cut_short(opened: SideFaces) -> str:
     shows, usual = usual_of(faces, crop.size_px)
     return (
         f"more than {MAX_OUTSIDE_SHARE:.0%} of the crop of {count} of {len(faces)} faces lies "
-        f"outside their pictures (up to {max(shares):.0%}) and is black; what {shows} pictures "
-        f"hold is trained with {as_settings(usual)}"
+        f"outside {plural(count, 'its picture', 'their pictures')} (up to {max(shares):.0%}) "
+        f"and is black; what {shows} pictures hold is trained with {as_settings(usual)}"
     )
 
 

@@ -50,6 +50,7 @@ from ..faces.folder import FaceFolder, Rejected
 from ..faces.geometry import Crop
 from ..faces.png import FaceFileError
 from ..system.durable_files import discard, open_for_reading, open_plain, sync_folder
+from ..system.printable import plural
 from .decode import decoded_by
 from .pipeline import FaceDecoder, decoding
 
@@ -404,11 +405,12 @@ def _check_usable(facts: _Facts, folder: FaceFolder, strict: bool, minimum: int)
     if strict and facts.rejected:
         name, reason = facts.rejected[0]
         raise ValueError(f"{folder.path / name}: {reason}")
-    if len(facts.names) < max(minimum, 1):
+    num_usable = len(facts.names)
+    if num_usable < max(minimum, 1):
         num_files = len(folder.faces) + len(folder.rejected)
         first = "".join(f"; {name}: {reason}" for name, reason in facts.rejected[:1])
         raise ValueError(
-            f"{folder.title} has {len(facts.names)} usable faces of {num_files}, "
+            f"{folder.title} has {num_usable} usable {plural(num_usable, 'face')} of {num_files}, "
             f"at least {max(minimum, 1)} are needed{first}"
         )
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..system.printable import plural
 from .failure import Failure, Members, RankLost
 from .ranks import Ranks
 
@@ -91,8 +92,10 @@ class Group:
             raise
         except RuntimeError as error:
             raise ValueError(
-                f"NCCL cannot connect the GPUs of {self.ranks.size} ranks ({_first_line(error)}); "
-                f"NCCL_DEBUG=INFO has it say why. {_shared_memory()}{_interfaces(self.ranks)}"
+                f"NCCL cannot connect the GPUs of {self.ranks.size} "
+                f"{plural(self.ranks.size, 'rank')} ({_first_line(error)}); "
+                "NCCL_DEBUG=INFO has it say why. "
+                f"{_shared_memory()}{_interfaces(self.ranks)}"
             ) from error
 
     def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
@@ -294,7 +297,8 @@ def open_group(
             "such a run start the program anew"
         )
     host, port = _address(ranks)
-    waiting = f"{ranks.size - 1} other ranks at {host}:{port}"
+    num_others = ranks.size - 1
+    waiting = f"{num_others} other {plural(num_others, 'rank')} at {host}:{port}"
     if ranks.local_size == ranks.size:
         # Else gloo asks which address the machine's name has, which may be none.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..estimate.links import Link
+from ..system.printable import plural
 
 _LINK_SHARE = 0.8
 """Share of a link that NCCL's collectives reach. Engineering figure, unmeasured."""
@@ -201,7 +202,7 @@ class Outlook:
         grown = self.grown.one.batch_size
         words = [
             f"{num_gpus} {self._kind} over {self.link}: {self.run_speedup:.1f}x at batch size "
-            f"{self.batch_size} ({faces} faces each)",
+            f"{self.batch_size} ({faces} {plural(faces, 'face')} each)",
             f"{self.grown.speedup:.1f}x at {num_gpus * grown} ({grown} each, "
             f"{self.grown.distribution})",
         ]

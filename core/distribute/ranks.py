@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..system.printable import plural
+
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -122,7 +124,8 @@ def _tasks_here(environment: Mapping[str, str], size: int) -> int:
         counts += [int(match[1])] * int(match[2] or 1)
     node = _number(environment, "SLURM_NODEID") if "SLURM_NODEID" in environment else 0
     if node >= len(counts):
-        raise ValueError(f"SLURM_NODEID is {node}, but {step} names {len(counts)} machines")
+        machines = plural(len(counts), "machine")
+        raise ValueError(f"SLURM_NODEID is {node}, but {step} names {len(counts)} {machines}")
     return counts[node]
 
 

@@ -5,6 +5,7 @@ which a file lists them matter.
 """
 
 from ...models.graph import Layer, Network, Value
+from ..system.printable import plural
 
 _ONLY_IN_TRAINING = {"Dropout", "GaussianNoise", "SpatialDropout2D"}
 # Of use in training only.
@@ -54,7 +55,8 @@ def _match(theirs: Network, ours: Network, pairs: dict[Layer | Network, Layer | 
         else:
             _compare(their, our, theirs.name)
         if len(their.call.inputs) != len(our.call.inputs):
-            raise ValueError(f"{_name(their, theirs)} takes {len(their.call.inputs)} layers")
+            layers = plural(len(their.call.inputs), "layer")
+            raise ValueError(f"{_name(their, theirs)} takes {len(their.call.inputs)} {layers}")
         waiting += zip(_in_our_order(their, our), our.call.inputs, strict=True)
 
 

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from ..config import DataConfig
+from ..system.printable import plural
 from ..system.threads import thread_count, working_threads
 from .face import Face, as_settings, usual_crop, usual_of, usual_share
 from .folder import MINIMUM_FACES, FaceFolder, Rejected, read_folder, uneven
@@ -372,16 +373,17 @@ def _repeats(names: list[str], measured: list[_Measured]) -> list[list[str]]:
 def _advice(result: Report) -> list[str]:
     """What the numbers say, as sentences."""
     advice = []
-    if result.unreadable:
+    if num_unreadable := len(result.unreadable):
         advice.append(
-            f"{len(result.unreadable)} of {result.num_files} files cannot be used and are left "
-            "out: repair or remove them."
+            f"{num_unreadable} of {result.num_files} {plural(result.num_files, 'file')} cannot be "
+            f"used and {plural(num_unreadable, 'is', 'are')} left out: repair or remove "
+            f"{plural(num_unreadable, 'it', 'them')}."
         )
     if notice := result.passed_over.notice(has_flag=True):
         advice.append(f"{notice}.")
     advice.extend(_version_advice(result))
     if result.num_faces < MINIMUM_FACES:
-        these = "face is" if result.num_faces == 1 else "faces are"
+        these = plural(result.num_faces, "face is", "faces are")
         advice.append(
             f"{result.num_faces} usable {these} too few to train: at least {MINIMUM_FACES} are "
             f"needed, {WANTED_FACES} varied ones for a good result."
@@ -399,9 +401,13 @@ def _advice(result: Report) -> list[str]:
     if result.trainable:
         advice.extend(_variety_advice(result))
     if result.num_repeats > 0.05 * result.num_faces:
+        repeats = plural(result.num_repeats, "repeats", "repeat")
+        remedy = plural(
+            result.num_repeats, "remove it, it teaches nothing", "remove them, they teach nothing"
+        )
         advice.append(
-            f"{result.num_repeats} of {result.num_faces} files repeat another file's picture "
-            f"nearly unchanged (groups: {len(result.repeats)}): remove them, they teach nothing."
+            f"{result.num_repeats} of {result.num_faces} files {repeats} another file's picture "
+            f"nearly unchanged (groups: {len(result.repeats)}): {remedy}."
         )
     advice.extend(_picture_advice(result))
     return advice
@@ -411,10 +417,10 @@ def _version_advice(result: Report) -> list[str]:
     """What to do about legacy crops."""
     if result.is_mixed:
         return [
-            f"{result.num_legacy} faces were extracted before alignments version "
-            f"{FIRST_HEAD_VERSION} and {result.num_faces - result.num_legacy} later; they show "
-            "different crops and cannot be trained together: put them into folders of their own, "
-            "or extract all of them again."
+            f"{result.num_legacy} {plural(result.num_legacy, 'face was', 'faces were')} extracted "
+            f"before alignments version {FIRST_HEAD_VERSION} and "
+            f"{result.num_faces - result.num_legacy} later; they show different crops and cannot "
+            "be trained together: put them into folders of their own, or extract all of them again."
         ]
     if result.num_faces and result.shows not in ("head", "legacy"):
         return [
@@ -473,10 +479,12 @@ def _picture_advice(result: Report) -> list[str]:
         (result.odd_landmarks, "with landmarks unlike a face"),
     ):
         if names:
-            advice.append(
-                f"{_faces(len(names))} {text} ({_some(names)}): look at them and remove the bad "
-                "ones."
+            remedy = plural(
+                len(names),
+                "look at it, and remove it if it is bad",
+                "look at them and remove the bad ones",
             )
+            advice.append(f"{_faces(len(names))} {text} ({_some(names)}): {remedy}.")
     return advice
 
 
@@ -487,8 +495,8 @@ def _mask_advice(result: Report) -> list[str]:
         # Only stored ones: masks of landmarks can be drawn of every face.
         if count < result.num_faces:
             advice.append(
-                f"Only {count} of {result.num_faces} faces have the mask {name!r}: with it as "
-                "data.mask_type the others are left out."
+                f"Only {count} of {result.num_faces} faces {plural(count, 'has', 'have')} the mask "
+                f"{name!r}: with it as data.mask_type the others are left out."
             )
     if result.num_faces and not stored:
         advice.append(
@@ -499,7 +507,8 @@ def _mask_advice(result: Report) -> list[str]:
         first, reason = next(iter(reasons.items()))
         advice.append(
             f"{_faces(len(reasons))} with an (almost) empty mask {name!r} "
-            f"({_some(list(reasons))}), with which nothing of them is trained; {first}: {reason}."
+            f"({_some(list(reasons))}), with which nothing of "
+            f"{plural(len(reasons), 'it', 'them')} is trained; {first}: {reason}."
         )
     return advice
 
@@ -509,7 +518,7 @@ def _some(names: list[str]) -> str:
 
 
 def _faces(count: int) -> str:
-    return "1 face" if count == 1 else f"{count} faces"
+    return f"{count} {plural(count, 'face')}"
 
 
 def _model_px(real_px: float) -> int:

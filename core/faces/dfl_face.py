@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..system.durable_files import open_for_reading
+from ..system.printable import plural
 from .dfl_metadata import Metadata, masks_of, read_metadata
 from .dfl_pack import Part, read_pack
 from .face import Face, checked_alignment, size_and_time
@@ -115,7 +116,8 @@ def part_of(path: Path) -> Part | None:
         return Part(path, path, 0, size_and_time(path)[0])
     parts = {part.path.name: part for part in read_pack(path.parent)}
     if path.name not in parts:
-        raise FaceFileError(f"is none of the {len(parts)} faces of {path.parent.name}")
+        faces = plural(len(parts), "face")
+        raise FaceFileError(f"is none of the {len(parts)} {faces} of {path.parent.name}")
     return parts[path.name]
 
 

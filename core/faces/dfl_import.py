@@ -17,6 +17,7 @@ import numpy as np
 
 from ..system.durable_files import discard_leftovers, open_for_reading, write_file
 from ..system.paths import expanded, refusals_told
+from ..system.printable import plural
 from ..system.threads import thread_count, working_threads
 from .dfl_face import JpegFace
 from .dfl_pack import read_persons
@@ -123,8 +124,8 @@ def _read_faces(source: str | Path) -> tuple[FaceFolder, list[JpegFace]]:
     files = list_pictures(source)
     if files[0].suffix.lower() == ".png":
         raise ValueError(
-            f"{source} holds {len(files)} PNGs: give the folder of DeepFaceLab's JPEGs, or its "
-            "faceset.pak; face PNGs are trained on as they are"
+            f"{source} holds {len(files)} {plural(len(files), 'PNG')}: give the folder of "
+            "DeepFaceLab's JPEGs, or its faceset.pak; face PNGs are trained on as they are"
         )
     opened = read_folder(source, minimum=0)
     faces = [face for face in opened.faces if isinstance(face, JpegFace)]

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from ..system.printable import plural
 from .dfl_pickle import is_pickle
 from .png import MIN_EDGE_PX, FaceFileError, NotExtractedError
 
@@ -125,7 +126,8 @@ def _edge_from(frame: bytes) -> int:
     depth, height, width, num_channels = struct.unpack_from(">BHHB", frame)
     if depth != 8 or num_channels not in (1, 3):
         raise FaceFileError(
-            f"has {num_channels} channels of {depth} bits, not 3 of 8: save it as a usual JPEG"
+            f"has {num_channels} {plural(num_channels, 'channel')} of {depth} bits, not 3 of 8: "
+            "save it as a usual JPEG"
         )
     if width != height:
         raise FaceFileError(

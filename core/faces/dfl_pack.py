@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import numpy as np
 
 from ..system.durable_files import open_for_reading
+from ..system.printable import plural
 from .dfl_metadata import plain_name
 from .dfl_pickle import read_values
 from .png import FaceFileError, unreadable
@@ -80,7 +81,7 @@ def read_persons(path: Path, num_faces: int) -> list[str | None]:
         raise unreadable(error) from None
     entries = read_values(data)
     if not isinstance(entries, list) or len(entries) != num_faces:
-        _refuse(f"does not list its {num_faces} faces")
+        _refuse(f"does not list its {num_faces} {plural(num_faces, 'face')}")
     return [_person_of(entry) for entry in entries]
 
 
@@ -88,7 +89,7 @@ def _start_of(file: BinaryIO, size: int) -> tuple[int, int]:
     """Bytes of the pickle, before which the file stands, and where the table begins."""
     start = file.read(_START.size)
     if len(start) < _START.size:
-        _refuse(f"has {size} bytes and is cut short")
+        _refuse(f"has {size} {plural(size, 'byte')} and is cut short")
     version, list_bytes = _START.unpack(start)
     if version != VERSION:
         _refuse(f"is of version {version}, not {VERSION}")

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from ..system.printable import plural
 from .png import FaceFileError
 
 MAX_OPCODES = 8_000_000
@@ -83,7 +84,9 @@ class StoredArray:
             _refuse("has an array without shape or content")
         # Python's whole numbers do not overflow, so that no shape can pass by wrapping round.
         if math.prod(self.shape) * dtype.itemsize != len(self.content):
-            _refuse(f"has an array of {self.shape} that holds {len(self.content)} bytes")
+            num_bytes = len(self.content)
+            unit = plural(num_bytes, "byte")
+            _refuse(f"has an array of {self.shape} that holds {num_bytes} {unit}")
         order: Any = "F" if self.is_fortran is True else "C"
         # A view of the bytes: nothing is taken that the file does not hold.
         return np.frombuffer(self.content, dtype).reshape(self.shape, order=order)

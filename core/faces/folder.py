@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..system.paths import expanded
+from ..system.printable import plural
 from .dfl_face import header_of, part_of, read_jpeg
 from .dfl_pack import Part, read_pack
 from .face import Face, checked_alignment, size_and_time
@@ -298,8 +299,8 @@ def _check_versions(name: str, faces: list[Face], centering: str) -> None:
     first = f"{legacy[0].path.name}: version {legacy[0].version}"
     if later:
         raise ValueError(
-            f"{name} mixes {len(legacy)} faces extracted before alignments version "
-            f"{FIRST_HEAD_VERSION} ({first}) with {len(later)} of later ones "
+            f"{name} mixes {len(legacy)} {plural(len(legacy), 'face')} extracted before alignments "
+            f"version {FIRST_HEAD_VERSION} ({first}) with {len(later)} of later ones "
             f"({later[0].path.name}: version {later[0].version or 'unknown'}), which show another "
             "crop: put them into folders of their own, or extract all of them again"
         )
@@ -330,8 +331,9 @@ def _too_few(opened: FaceFolder, name: str, minimum: int, *, has_flag: bool) -> 
             f"{name}: {no_faces}: extract faces from the "
             f"pictures first and give the folder they were written to ({tail})"
         )
-    unusable = f", {len(rejected)} files are unusable ({tail})" if rejected else ""
+    files = plural(len(rejected), "file is", "files are")
+    unusable = f", {len(rejected)} {files} unusable ({tail})" if rejected else ""
     return (
-        f"{name} contains fewer than {minimum} usable faces ({len(faces)}){unusable}: extract more "
-        "faces, at least 500 varied ones for a good result"
+        f"{name} contains fewer than {minimum} usable {plural(minimum, 'face')} "
+        f"({len(faces)}){unusable}: extract more faces, at least 500 varied ones for a good result"
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..system.paths import expanded
+from ..system.printable import plural
 
 JPEG_SUFFIXES = (".jpg", ".jpeg")
 PACK_NAME = "faceset.pak"
@@ -50,26 +51,33 @@ class PassedOver:
             remedies.append(f"{flag}put the faces into one folder")
         if self.num_jpegs:
             remedies.append("give JPEGs of DeepFaceLab a folder of their own")
-        return f"{' and '.join(self.counts)} are not used: {'; '.join(remedies)}"
+        are = plural(self.num_deeper + self.num_jpegs, "is", "are")
+        return f"{' and '.join(self.counts)} {are} not used: {'; '.join(remedies)}"
 
     def instead(self, *, has_flag: bool = False) -> str:
         """What a folder that holds no PNG holds in their place, and what to do; has_flag: whether
         the command can read sub-folders."""
         if self.subfolders:
-            is_one = len(self.subfolders) == 1
-            count = self._count if self.kind == "PNG" else f"{self._count} JPEGs"
+            num_folders = len(self.subfolders)
+            count = self._count if self.kind == "PNG" else self._deeper
             flag = f", add {SUB_FOLDERS_FLAG}" if has_flag else ""
             return (
-                f"; its {self._names} {'holds' if is_one else 'hold'} {count}: give "
-                f"{'that one' if is_one else 'one of them'}{flag}, or put the faces into one folder"
+                f"; its {self._names} {plural(num_folders, 'holds', 'hold')} {count}: give "
+                f"{plural(num_folders, 'that one', 'one of them')}{flag}, or put the faces into "
+                "one folder"
             )
         return ": give the folder that holds the face PNGs"
 
     @property
     def counts(self) -> list[str]:
         """What is not used, in a few words each."""
-        words = [f"{self._count} {self.kind}s in its {self._names}"] if self.subfolders else []
-        return [*words, f"{self.num_jpegs} JPEGs"] if self.num_jpegs else words
+        words = [f"{self._deeper} in its {self._names}"] if self.subfolders else []
+        own = f"{self.num_jpegs} {plural(self.num_jpegs, 'JPEG')}"
+        return [*words, own] if self.num_jpegs else words
+
+    @property
+    def _deeper(self) -> str:
+        return f"{self._count} {plural(self.num_deeper, self.kind)}"
 
     @property
     def _count(self) -> str:
@@ -79,7 +87,7 @@ class PassedOver:
     def _names(self) -> str:
         some = ", ".join(self.subfolders[:_NUM_NAMED])
         more = ", ..." if len(self.subfolders) > _NUM_NAMED else ""
-        return f"sub-folder{'s' if len(self.subfolders) > 1 else ''} {some}{more}"
+        return f"{plural(len(self.subfolders), 'sub-folder')} {some}{more}"
 
 
 def list_pictures(
@@ -113,8 +121,8 @@ def list_pictures(
     # Both may be the same faces, unpacked: to train on either silently would be a guess.
     if entries["pack"] and entries["PNG"]:
         raise ValueError(
-            f"{name} holds {PACK_NAME} and {len(entries['PNG'])} PNGs: put either into a folder of "
-            "its own"
+            f"{name} holds {PACK_NAME} and {len(entries['PNG'])} "
+            f"{plural(len(entries['PNG']), 'PNG')}: put either into a folder of its own"
         )
     if not entries[kind]:
         others = _passed_over(folder, entries)
@@ -168,7 +176,7 @@ def overlap(
     numbers_a, numbers_b = (set(_file_numbers(path, sub_folders)) for path in (path_a, path_b))
     shared = numbers_a & numbers_b
     if shared:
-        return f"{path_a} and {path_b} share {len(shared)} files"
+        return f"{path_a} and {path_b} share {len(shared)} {plural(len(shared), 'file')}"
     return None
 
 

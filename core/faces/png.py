@@ -29,6 +29,7 @@ import numpy as np
 
 from ..system.durable_files import discard, open_plain, temporary_name
 from ..system.image_text import png_chunk
+from ..system.printable import plural
 from .usual_header import read_usual
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -441,6 +442,10 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is not finite")
 
 
+def _ends_after(num_bytes: int) -> str:
+    return f"ends after {num_bytes} {plural(num_bytes, 'byte')}: {_CUT_SHORT}"
+
+
 def _read_edge(file: BinaryIO) -> int:
     """Edge in px, from the signature and the `IHDR` chunk."""
     start = file.read(33)
@@ -448,12 +453,12 @@ def _read_edge(file: BinaryIO) -> int:
         raise FaceFileError(f"is empty (0 bytes): copy it again or {_AGAIN}")
     if not start.startswith(SIGNATURE):
         if SIGNATURE.startswith(start):
-            raise FaceFileError(f"ends after {len(start)} bytes: {_CUT_SHORT}")
+            raise FaceFileError(_ends_after(len(start)))
         kind = next((n for magic, n in _OTHER_FORMATS.items() if start.startswith(magic)), None)
         found = f"is no PNG but {kind}" if kind else "is no PNG"
         raise NotExtractedError(f"{found}: only PNGs that extraction wrote can be used")
     if len(start) < 33:
-        raise FaceFileError(f"ends after {len(start)} bytes: {_CUT_SHORT}")
+        raise FaceFileError(_ends_after(len(start)))
     if start[8:16] != b"\0\0\0\rIHDR":
         raise FaceFileError(f"does not begin with an IHDR chunk: {_AGAIN}")
     # A flipped bit in a size would else show as a picture of another size, with no word of damage.
@@ -491,8 +496,8 @@ def _find_text(file: BinaryIO) -> bytes:
         if length > left:
             name = kind.decode("latin-1")
             raise FaceFileError(
-                f"its {name!a} chunk is {length} bytes long and the file has {max(left, 0)} left: "
-                f"{_CUT_SHORT}"
+                f"its {name!a} chunk is {length} {plural(length, 'byte')} long and the file has "
+                f"{max(left, 0)} left: {_CUT_SHORT}"
             )
         position += 12 + length
         if kind == b"iTXt":
@@ -580,7 +585,7 @@ def checked_landmarks(landmarks: np.ndarray) -> np.ndarray:
     if landmarks.shape != (NUM_LANDMARKS, 2):
         count = landmarks.shape[0] if landmarks.ndim else 0
         _refuse(
-            f"has {count} landmarks where {NUM_LANDMARKS} are needed",
+            f"has {count} {plural(count, 'landmark')} where {NUM_LANDMARKS} are needed",
             f"{_AGAIN}, with an aligner that finds {NUM_LANDMARKS}",
         )
     farthest = landmarks.flat[np.abs(landmarks).argmax()]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..system.durable_files import move_file, write_output
+from ..system.printable import plural
 from .check import Comparison, Report
 from .folder import MINIMUM_FACES
 
@@ -46,7 +47,8 @@ def verdict(reports: Sequence[Report], comparison: Comparison | None) -> Verdict
         name = os.path.basename(report.path) or report.path
         if report.num_faces < MINIMUM_FACES:
             reasons.append(
-                f"{name} has {report.num_faces} usable faces of at least {MINIMUM_FACES}"
+                f"{name} has {report.num_faces} usable {plural(report.num_faces, 'face')} of at "
+                f"least {MINIMUM_FACES}"
             )
         elif report.is_mixed:
             reasons.append(f"{name} mixes faces from before alignments version 2.0 with later ones")

@@ -34,6 +34,7 @@ from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import Session, TrainingState, session_number
 from ..console.tensorboard import ITERATION
 from ..system.durable_files import DamagedError, open_regular
+from ..system.printable import plural
 from .statistics import SessionStatistics, session_statistics
 from .undone import MARK
 
@@ -443,7 +444,7 @@ def _missing(sessions: list[SessionHistory]) -> list[str]:
     if rest <= 0:
         return warnings
     # The newest ones: what a user asks about has mostly happened last.
-    return [*warnings[-_MOST_WARNINGS:], f"so it is of {rest} earlier ones"]
+    return [*warnings[-_MOST_WARNINGS:], f"so it is of {rest} earlier {plural(rest, 'one')}"]
 
 
 def _unusable(files: list[_EventFile]) -> list[str]:
@@ -451,7 +452,8 @@ def _unusable(files: list[_EventFile]) -> list[str]:
     count = sum(file.num_unusable for file in files)
     if not count:
         return []
+    these = plural(count, "event of the logs has", "events of the logs have")
     return [
-        f"{count} events of the logs have no time or no iteration that there can be, and are left "
-        "out: those files are damaged, or not written by mien"
+        f"{count} {these} no time or no iteration that there can be, and "
+        f"{plural(count, 'is', 'are')} left out: those files are damaged, or not written by mien"
     ]

@@ -18,6 +18,7 @@ from ...models.fields import setting
 from ..checkpoint.state import TrainingState
 from ..config import Config, OptimizerConfig
 from ..console.reporter import Notice
+from ..system.printable import plural
 
 SCHEDULE, LR_FINDER, ROLLBACK = "schedule", "lr_finder", "rollback"
 """Names of the parts of a training state: where the schedule began, the rate that was found, and
@@ -100,7 +101,7 @@ class Schedule:
 
     def __str__(self) -> str:
         """The rate, where it comes from and what becomes of it, for people."""
-        config = self.config
+        config, iterations = self.config, self.config.schedule_iterations
         share = "" if self.factor == 1 else f"{self.factor:g} times {self.base_rate:.4g}, "
         words = [f"{self.base_rate * self.factor:.4g} ({share}{self.source})"]
         if config.warmup_steps > 1:
@@ -108,9 +109,9 @@ class Schedule:
         kinds = {
             "constant": "constant",
             "cosine": f"falls along a cosine to {config.schedule_factor:g} of it in "
-            f"{config.schedule_iterations} iterations",
+            f"{iterations} {plural(iterations, 'iteration')}",
             "step": f"falls to {config.schedule_factor:g} of itself every "
-            f"{config.schedule_iterations} iterations",
+            f"{plural(iterations, 'iteration', f'{iterations} iterations')}",
         }
         words.append(kinds[config.schedule])
         since = "" if self.is_constant else f"; begun at iteration {self.begun}"

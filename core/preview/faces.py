@@ -19,6 +19,7 @@ from ..faces import geometry
 from ..faces.folder import Face
 from ..faces.masks import landmark_mask
 from ..faces.png import FaceFileError
+from ..system.printable import plural
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,12 @@ class PreviewLoader:
         sides = [self._usable(faces[name], seen, shown) for name in names]
         for usable, of_side in zip(sides, map(faces.__getitem__, names), strict=True):
             if not usable:
+                count = len(of_side)
                 raise ValueError(
-                    f"none of {len(of_side)} faces of {of_side[0].path.parent} can be shown: they "
-                    f"are damaged, or lack the mask {self.data.mask_type}; extract them again"
+                    f"none of {count} {plural(count, 'face')} of {of_side[0].path.parent} can be "
+                    f"shown: {plural(count, 'it is', 'they are')} damaged, or "
+                    f"{plural(count, 'lacks', 'lack')} the mask {self.data.mask_type}; extract "
+                    f"{plural(count, 'it', 'them')} again"
                 )
         # One array for both sides: a row of the preview shows a face of each.
         least = min(len(side) for side in sides)

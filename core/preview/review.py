@@ -13,7 +13,7 @@ from ..faces.folder import read_face
 from ..faces.png import FaceFileError
 from ..faces.review import named_files
 from ..system.durable_files import write_output
-from ..system.printable import printable
+from ..system.printable import plural, printable
 from .sheet import BACKGROUND, arranged
 
 _TILE_PX = 128
@@ -78,7 +78,8 @@ def pose_picture(reports: Sequence[Report], path: Path) -> None:
         drawn = axis.imshow(
             filled, origin="lower", extent=extent, aspect="auto", vmin=0, vmax=highest or 1
         )
-        title = f"{os.path.basename(report.path)}: {report.num_faces} faces"
+        faces = plural(report.num_faces, "face")
+        title = f"{os.path.basename(report.path)}: {report.num_faces} {faces}"
         # Names of folders may hold dollar signs, between which a formula would be read.
         axis.set_title(printable(title), parse_math=False)
         axis.set_xlabel("yaw, degrees")

@@ -15,6 +15,7 @@ from ..checkpoint.model_folder import ModelFolder
 from ..checkpoint.state import TrainingState
 from ..system.durable_files import checked_output, folder_beside, sync_file
 from ..system.output import silent_libraries
+from ..system.printable import plural
 from .files import read_jpeg
 
 _MPEG4 = cv2.VideoWriter.fourcc(*"mp4v")
@@ -121,7 +122,8 @@ def make_film(
     images = _readable(shown, unreadable)
     first = next(images, None)
     if first is None:
-        raise ValueError(f"none of {len(shown)} pictures can be read, {shown[0]} the first")
+        which = plural(len(shown), "picture")
+        raise ValueError(f"none of {len(shown)} {which} can be read, {shown[0]} the first")
     least_seconds = 0.0 if fps else _LEAST_SECONDS
     fps = fps or _rate(len(shown))
     height_px, width_px = _even(first).shape[:2]

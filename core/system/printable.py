@@ -37,6 +37,11 @@ def _escape(letter: str) -> str:
     return f"\\u{number:04x}" if number <= 0xFFFF else f"\\U{number:08x}"
 
 
+def plural(count: float, one: str, many: str = "") -> str:
+    """The word, or words, that fit a count: those for one, or those for many (one's with an s)."""
+    return one if count == 1 else many or f"{one}s"
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """Plain values and paths as JSON, which holds nothing that a terminal would obey."""
     # No NaN, which is Python's own word: other readers of JSON refuse all of the text for it.

@@ -14,6 +14,7 @@ import torch
 from ...kernels import native, toolkit
 from ..data.store import available_host_bytes
 from ..distribute.ranks import ALONE, Ranks
+from ..system.printable import plural
 from ..system.requirements import install_command
 
 _DRIVERS = {12: "R525 or newer", 13: "R580 or newer"}
@@ -242,4 +243,5 @@ def free_bytes(device: torch.device) -> int:
 def threads_in_words(num_threads: int) -> str:
     """What works on the CPU: threads that decode and augment, and those of PyTorch, which come
     from the environment (OMP_NUM_THREADS)."""
-    return f"{num_threads} CPU threads, {torch.get_num_threads()} of PyTorch"
+    threads = plural(num_threads, "thread")
+    return f"{num_threads} CPU {threads}, {torch.get_num_threads()} of PyTorch"

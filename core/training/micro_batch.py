@@ -18,6 +18,7 @@ from ..distribute.ranks import ALONE, Ranks
 from ..distribute.tree import TreeSum
 from ..losses.weighted import Loss
 from ..optim.optimizer import Update
+from ..system.printable import plural
 from .loss_buffer import LossBuffer
 from .step import NOTHING, SharedStep, TrainStep
 
@@ -51,8 +52,9 @@ def check(config: Config, ranks: Ranks = ALONE) -> None:
     # Evenly, so that the summands of each rank are a whole subtree.
     if batch_size and batch_size % (size * ranks.size):
         raise ValueError(
-            f"train.batch_size must be a multiple of {size * ranks.size}, {ranks.size} processes "
-            f"times a train.micro_batch of {size}, got {batch_size}; change one of them"
+            f"train.batch_size must be a multiple of {size * ranks.size}, {ranks.size} "
+            f"{plural(ranks.size, 'process', 'processes')} times a train.micro_batch of {size}, "
+            f"got {batch_size}; change one of them"
         )
 
 

@@ -351,6 +351,8 @@ def _build(
     # Before the faces are decoded, which may take minutes: without a screen it is refused.
     if window is not None:
         window.open(preview.preview_scale)
+    if slow := precisions.resolve(start.resolved.config.precision.mode, device).warning:
+        reporter.warning(slow)
     step_setup, chosen = _build_step(start, device, reporter, stack)
     config, model, faces = step_setup.config, step_setup.model, chosen.faces
     run_id = step_setup.state.run_id

@@ -16,6 +16,7 @@ from ...models.fields import setting
 from ..checkpoint.state import TrainingState
 from ..config import Config, merge
 from ..config.recipes import NONE, Recipe, Stage
+from ..system.printable import plural
 from ..system.saved_values import MAX_SECONDS, require
 
 PART = "recipe"
@@ -135,11 +136,13 @@ class RecipeProgress:
         stage, state = self.stage, self.stage_state
         done = iterations - state.begun
         if stage.iterations is not None and done >= stage.iterations:
-            return f"{stage.iterations:,} iterations are done"
+            these = plural(stage.iterations, "iteration is", "iterations are")
+            return f"{stage.iterations:,} {these} done"
         if stage.until_iteration is not None and iterations >= stage.until_iteration:
             return f"iteration {stage.until_iteration:,} is reached"
         if stage.minutes is not None and state.seconds + seconds >= 60 * stage.minutes:
-            return f"{stage.minutes:g} minutes have passed"
+            these = plural(stage.minutes, "minute has", "minutes have")
+            return f"{stage.minutes:g} {these} passed"
         if stage.plateau is not None and state.stale >= stage.plateau.patience:
             return str(stage.plateau)
         return None

@@ -16,6 +16,7 @@ from ..config import Config, from_dict, merge, to_dict
 from ..config.recipes import Recipe
 from ..distribute.group import Group
 from ..distribute.ranks import Ranks
+from ..system.printable import plural
 from ..system.threads import thread_count
 from .resolve import Overrides
 
@@ -146,8 +147,9 @@ def notices_of_parts(config: Config, model: Autoencoder, ranks: Ranks) -> list[s
         )
         notices.append(
             f"{config.model.trainer} has batch norm, which with train.micro_batch sees {size} "
-            f"faces of a side at a time, and not all {config.train.batch_size}; {same}its running "
-            "estimates, by which previews and swaps normalise, depend on the number of ranks"
+            f"{plural(size, 'face')} of a side at a time, and not all {config.train.batch_size}; "
+            f"{same}its running estimates, by which previews and swaps normalise, depend on the "
+            "number of ranks"
         )
     return notices if ranks.size == 1 else notices + _notices_of_ranks(config, model, ranks)
 
@@ -158,8 +160,8 @@ def _notices_of_ranks(config: Config, model: Autoencoder, ranks: Ranks) -> list[
     if smallest < _FEW_FACES:
         notices.append(
             f"train.batch_size is {config.train.batch_size}, so each of {ranks.size} ranks trains "
-            f"on {smallest} faces of a side, which leaves most of a GPU idle; it is the batch of "
-            "all ranks together"
+            f"on {smallest} {plural(smallest, 'face')} of a side, which leaves most of a "
+            "GPU idle; it is the batch of all ranks together"
         )
     parts = ["batch norm"] if norms_of(model) and not config.train.micro_batch else []
     parts += ["dropout or noise"] if model.is_noisy else []

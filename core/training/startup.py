@@ -17,6 +17,7 @@ from ..distribute.update import MirroredUpdate
 from ..estimate.links import host_link
 from ..optim.fused_dense import described
 from ..optim.lr_schedule import Schedule
+from ..system.printable import plural
 from . import memory
 from .batch_size import BatchSize
 from .devices import threads_in_words
@@ -239,9 +240,11 @@ def _augmentation(config: Config) -> str:
 def _saves(config: Config) -> str:
     save = config.save
     if save.save_minutes:
-        return f"every {save.save_minutes:g} minutes"
+        minutes = f"{save.save_minutes:g} minutes"
+        return f"every {plural(save.save_minutes, 'minute', minutes)}"
     if save.save_interval:
-        return f"every {save.save_interval} iterations"
+        iterations = f"{save.save_interval} iterations"
+        return f"every {plural(save.save_interval, 'iteration', iterations)}"
     return f"every {SAVE_ITERATIONS} iterations, but at least {SAVE_SECONDS:g} s apart"
 
 
@@ -265,8 +268,9 @@ def _lines_of_parts(
         ranks, is_sharded = setup.council.ranks, isinstance(setup.step.update, ShardedUpdate)
         moved = "its slice of the weights" if is_sharded else "all weights"
         lines["ranks"] = (
-            f"{ranks.size}, {ranks.local_size} of them on this machine; {setup.feed.count} faces a "
-            f"side are this one's; each moves {moved}"
+            f"{ranks.size}, {ranks.local_size} of them on this machine; {setup.feed.count} "
+            f"{plural(setup.feed.count, 'face a side is', 'faces a side are')} this one's; "
+            f"each moves {moved}"
         )
     for side, opened in faces.items():
         store = opened.store

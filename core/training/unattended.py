@@ -25,6 +25,7 @@ from ..distribute.failure import RankLost
 from ..distribute.group import Group
 from ..optim.lr_schedule import rate_factor
 from ..preview.window import PreviewWindow
+from ..system.printable import plural
 from .end import End, Orders, settings_of
 from .follower import Follower
 from .losing import end_of_lost, leaving_reasons
@@ -280,7 +281,8 @@ class _Rollbacks:
         if self.count > settings.rollback_limit:
             return End(
                 Outcome.HALTED,
-                f"{end.reason}; {settings.rollback_limit} rollbacks did not help, and the model is "
+                f"{end.reason}; {settings.rollback_limit} "
+                f"{plural(settings.rollback_limit, 'rollback')} did not help, and the model is "
                 f"back at iteration {end.back_at}. Look at the faces and at the settings of the "
                 "loss, or lower optimizer.learning_rate much more, and start again",
             )

@@ -28,6 +28,7 @@ from typing import Any
 
 from ....models.fields import Field, no_such, read_table, setting, shown
 from ...system.paths import expanded
+from ...system.printable import plural
 from .. import from_dict, merge, read_toml, settings_in
 
 PACKAGED = Path(__file__).parent
@@ -75,9 +76,10 @@ class Plateau:
         return value > best + step if self.metric in RISING else value < best - step
 
     def __str__(self) -> str:
-        values = "value" if self.patience == 1 else "values"
+        values = plural(self.patience, "value")
         if self.is_loss:
-            values = f"{'mean' if self.patience == 1 else 'means'} of {self.window:,} iterations"
+            iterations = plural(self.window, "iteration")
+            values = f"{plural(self.patience, 'mean')} of {self.window:,} {iterations}"
         return (
             f"{self.metric} has not improved by {self.improvement:g} % in {self.patience} {values}"
         )
@@ -110,12 +112,13 @@ class Stage:
     @property
     def ends(self) -> list[str]:
         """Ends of the stage, in words; whichever comes first counts."""
+        iterations, minutes = self.iterations or 0, self.minutes or 0
         return [
             words
             for value, words in (
-                (self.iterations, f"after {self.iterations or 0:,} iterations"),
+                (self.iterations, f"after {iterations:,} {plural(iterations, 'iteration')}"),
                 (self.until_iteration, f"at iteration {self.until_iteration or 0:,}"),
-                (self.minutes, f"after {self.minutes or 0:g} minutes"),
+                (self.minutes, f"after {minutes:g} {plural(minutes, 'minute')}"),
                 (self.plateau, f"when {self.plateau}"),
             )
             if value is not None
