@@ -6,8 +6,9 @@ Gray, arXiv 1509.09308). With d a 4x4 tile of the picture, g a kernel and y its 
     y = A^T ((G g G^T) * (B^T d B)) A
 
 summed over the input channels, so that all tiles and channels are 16 products of matrices, which
-a library does (`mien.kernels.matrix_products`); libmien does the transforms around them. The gradient of the picture is the
-same with the turned kernel; that of the kernel is G^T (sum over tiles (B^T d B) * (A dy A^T)) G.
+a library does (`mien.kernels.matrix_products`); libmien does the transforms around them. The
+gradient of the picture is the same with the turned kernel; that of the kernel is
+G^T (sum over tiles (B^T d B) * (A dy A^T)) G.
 
 Chosen on the CPU: against oneDNN's direct convolution on one thread of an AMD EPYC with AVX-512,
 forward and backward, 512 to 1,024 channels of 16 px take 0.56 of the time. A GPU's library chooses
