@@ -115,7 +115,7 @@ def _memory_of(
     what: dict[str, Any], device: torch.device
 ) -> contextlib.AbstractContextManager[None]:
     """Freed memory kept where training keeps it, but for the step that leaves this out."""
-    is_kept = device.type == "cpu" and what["engine"].startswith("mien")
+    is_kept = device.type == "cpu" and what.get("engine", "").startswith("mien")
     return (
         kept_memory
         if is_kept and what.get("without") != "kept_memory"

@@ -52,13 +52,16 @@ def by_pytorch() -> Iterator[None]:
         _is_wider = before
 
 
-def is_chosen(first: Tensor, second: Tensor, num_multiplications: int) -> bool:
-    """Whether oneDNN multiplies these: fp32 on a CPU, outside autocast, and not too small."""
+def is_chosen(first_mk: Tensor, second: Tensor) -> bool:
+    """Whether oneDNN multiplies these: fp32 on a CPU, outside autocast, and not too small.
+
+    The second may be [K, N], or [N, K] as the weight of a dense layer is.
+    """
     return (
         _is_wider
-        and num_multiplications >= _LEAST_MULTIPLICATIONS
-        and first.dtype == second.dtype == torch.float32
-        and first.device.type == second.device.type == "cpu"
+        and len(first_mk) * second.numel() >= _LEAST_MULTIPLICATIONS
+        and first_mk.dtype == second.dtype == torch.float32
+        and first_mk.device.type == second.device.type == "cpu"
         # It would turn into 16 bits what PyTorch multiplies, and does not reach what others do.
         and not torch.is_autocast_enabled("cpu")
     )
@@ -73,7 +76,7 @@ def _by_onednn(first_mk: Tensor, second_kn: Tensor, bias_n: Tensor | None = None
 
 def multiply(first_mk: Tensor, second_kn: Tensor, bias_n: Tensor | None = None) -> Tensor:
     """[M, K] times [K, N], plus the bias of each column; no gradient goes through it."""
-    if is_chosen(first_mk, second_kn, first_mk.numel() * second_kn.shape[1]):
+    if is_chosen(first_mk, second_kn):
         return _by_onednn(first_mk, second_kn, bias_n)
     if bias_n is None:
         return first_mk @ second_kn
@@ -84,7 +87,7 @@ def multiply_all(
     first_bmk: Tensor, second_bkn: Tensor, out_bmn: Tensor, *, adds: bool = False
 ) -> None:
     """Each [M, K] times its [K, N], written to ``out_bmn``, or with ``adds`` added to it."""
-    if not is_chosen(first_bmk, second_bkn, first_bmk[0].numel() * second_bkn.shape[2]):
+    if not is_chosen(first_bmk[0], second_bkn[0]):
         if adds:
             torch.baddbmm(out_bmn, first_bmk, second_bkn, out=out_bmn)
         else:

@@ -206,7 +206,8 @@ def plain_update(
     max_exp_avg_sqs, and the emas after them, as the kernels do.
 
     Args:
-        lists: Parameters and moments are written to; a kind that the rule lacks is empty.
+        lists: Parameters and moments, each on one axis, are written to; a kind that the rule lacks
+            is empty.
         low_precision: Written to as well; none where the network computes in fp32.
         scalars: Scalars of the step.
         factors_t: Factor of each tensor where each is clipped by itself.
@@ -219,8 +220,13 @@ def plain_update(
         return
     factor = values[Scalar.GRADIENT_FACTOR]
     num_tensors = len(lists[0])
-    factors = [factor] * num_tensors if factors_t is None else (factors_t * factor).tolist()
-    kinds = [[_as_stored(each) for each in tensors] for tensors in (*lists, low_precision)]
+    factors = [factor] * num_tensors if factor != 1 else []
+    if factors_t is not None:
+        factors = (factors_t * factor).tolist()
+    kinds = [*lists, low_precision]
+    # Each lies in memory as its parameter does.
+    pairs = zip(lists[1], lists[0], strict=True)
+    kinds[1] = [gradient.as_strided(parameter.shape, (1,)) for gradient, parameter in pairs]
     # A fused operation takes one decay for all its tensors, so those that are spared go apart.
     for is_decayed in (False, True):
         decay = rule.weight_decay if is_decayed else 0.0
@@ -229,7 +235,8 @@ def plain_update(
         ]
         for piece in _pieces(kinds[0], chosen):
             own = [[kind[i][part] for i, part in piece] if kind else [] for kind in kinds]
-            own[1] = _plain_gradients(own[1], [factors[i] for i, _ in piece], bound)
+            own_factors = [factors[i] for i, _ in piece] if factors else []
+            own[1] = _plain_gradients(own[1], own_factors, bound)
             _plain_step(own, values, rule, decay)
 
 
@@ -250,9 +257,11 @@ def _pieces(parameters: list[Tensor], chosen: Iterable[int]) -> Iterator[list[tu
 
 
 def _plain_gradients(gradients: list[Tensor], factors: list[float], bound: float) -> list[Tensor]:
-    """Gradients in fp32, times their factors, within the bound; the caller's are not written."""
-    gradients = [each.float() for each in gradients]
-    if any(factor != 1 for factor in factors):
+    """Gradients in fp32, times their factors if any, within the bound; the caller's are not
+    written."""
+    if gradients[0].dtype != torch.float32:
+        gradients = [each.float() for each in gradients]
+    if factors:
         # Not as the fused kernel's grad_scale, which would write the scaled gradients back.
         gradients = [*torch._foreach_mul(gradients, factors)]
     if bound:
@@ -272,12 +281,6 @@ def _plain_step(
         torch._foreach_lerp_(emas, lists[0], values[Scalar.AVERAGE_SHARE])
     if low_precision:
         torch._foreach_copy_(low_precision, lists[0])
-
-
-def _as_stored(tensor: Tensor) -> Tensor:
-    """A tensor's numbers, one axis of them, as they lie in memory: the fused operation would copy
-    each that is channels_last, there and back."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _plain_rule(

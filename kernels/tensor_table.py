@@ -99,7 +99,11 @@ def tensor_at(address, POINTER: tl.constexpr):
 
 @dataclass(frozen=True)
 class State:
-    """Parameters and what belongs to them, some of all; empty where the rule has none."""
+    """Parameters and what belongs to them, some of all; empty where the rule has none.
+
+    Of each its numbers on one axis, as they lie in memory: plain operations copy what they find
+    channels_last, there and back.
+    """
 
     parameters: list[Tensor]
     moments: tuple[list[Tensor], ...]
@@ -164,7 +168,7 @@ class TensorTable:
 
         low = [number for number, low in enumerate(is_low) if low]
         self.plain_state, self.dense_state = self._state(self.plain), self._state(low)
-        self._layouts = _layouts(self.plain_state.parameters, self.device)
+        self._layouts = _layouts([self.parameters[number] for number in self.plain], self.device)
         self._first_addresses = self._addresses()
         self._write(low, slices_of)
 
@@ -202,7 +206,7 @@ class TensorTable:
 
         if low:
             find_row = _AddressRows(3 * len(low), device).find
-            parameters = self.dense_state.parameters
+            parameters = [self.parameters[number] for number in low]
             self.dense = DenseTable(low, parameters, len(chunks), find_row, device)
 
     def check_unmoved(self) -> None:
@@ -264,7 +268,7 @@ class TensorTable:
 
     def _state(self, numbers: list[int]) -> State:
         def own(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensors[number] for number in numbers] if tensors else []
+            return [_as_stored(tensors[number]) for number in numbers] if tensors else []
 
         moments = tuple(map(own, self._moments_by_column()))
         return State(own(self.parameters), moments, own(self.low_precision))
@@ -411,6 +415,11 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or (
         tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     )
+
+
+def _as_stored(tensor: Tensor) -> Tensor:
+    """A dense tensor's numbers on one axis, as they lie in memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def _layouts(tensors: Sequence[Tensor], device: torch.device | None = None) -> list[tuple]:

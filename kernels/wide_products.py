@@ -198,7 +198,9 @@ def product(first: Tensor, second: Tensor) -> Tensor:
     return multiply(first, second)
 
 
-def _linear_wide(input_ni: Tensor, weight_oi: Tensor, bias_o: Tensor | None) -> Tensor:
+# The bias comes first, as in PyTorch's: gradients arrive in the order of the operands, and ranks
+# send theirs in the order that PyTorch's layers have.
+def _linear_wide(bias_o: Tensor | None, input_ni: Tensor, weight_oi: Tensor) -> Tensor:
     bias_o = None if bias_o is None else bias_o.float()
     output_no = matrix_products.multiply(input_ni.float(), weight_oi.float().t(), bias_o)
     return output_no.to(input_ni.dtype)
@@ -208,16 +210,16 @@ _wide_linear = _operation("wide_linear", _linear_wide)
 
 
 def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _differentiate_linear(ctx: Any, grad_no: Tensor) -> tuple[Tensor | None, ...]:
     input_ni, weight_oi = ctx.saved_tensors
-    needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+    needs_bias, needs_input, needs_weight = ctx.needs_input_grad
     return (
+        grad_no.sum(0) if needs_bias else None,
         product(grad_no, weight_oi) if needs_input else None,
         product(grad_no.T, input_ni) if needs_weight else None,
-        grad_no.sum(0) if needs_bias else None,
     )
 
 
@@ -226,30 +228,24 @@ _wide_linear.register_autograd(_differentiate_linear, setup_context=_keep_linear
 
 def linear(input_ni: Tensor, weight_oi: Tensor, bias_o: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear` of vectors, (N, I) -> (N, O); differentiable once."""
-    multiply = _wide_linear if _is_own(input_ni, weight_oi) else F.linear
-    return multiply(input_ni, weight_oi, bias_o)
-
-
-def _is_own(input_ni: Tensor, weight_oi: Tensor) -> bool:
-    """Whether a dense layer is computed otherwise than PyTorch does."""
-    multiplications = len(input_ni) * weight_oi.numel()
-    return _is_widened(input_ni, weight_oi) or matrix_products.is_chosen(
-        input_ni, weight_oi, multiplications
-    )
+    if _is_widened(input_ni, weight_oi) or matrix_products.is_chosen(input_ni, weight_oi):
+        return _wide_linear(bias_o, input_ni, weight_oi)
+    return F.linear(input_ni, weight_oi, bias_o)
 
 
 def widen(layer: nn.Conv2d | nn.Linear) -> None:
     """Let a layer of another library be computed so, too; a convolution in 16 bits keeps fp32 for
     the backward pass."""
-    layer.forward = functools.partial(_forward_wide, layer)  # type: ignore[method-assign]
+    forward = _forward_dense if isinstance(layer, nn.Linear) else _forward_convolution
+    layer.forward = functools.partial(forward, layer)  # type: ignore[method-assign]
 
 
-def _forward_wide(layer: Any, x: Tensor) -> Tensor:
-    if isinstance(layer, nn.Linear):
-        input_ni = x.flatten(0, -2)
-        if _is_own(input_ni, layer.weight):
-            return linear(input_ni, layer.weight, layer.bias).unflatten(0, x.shape[:-1])
-        return type(layer).forward(layer, x)
+def _forward_dense(layer: Any, x: Tensor) -> Tensor:
+    output_no = linear(x.flatten(0, -2), layer.weight, layer.bias)
+    return output_no.unflatten(0, x.shape[:-1])
+
+
+def _forward_convolution(layer: Any, x: Tensor) -> Tensor:
     if not _is_widened(x, layer.weight):
         return type(layer).forward(layer, x)
     parameters = {name: each.float() for name, each in layer.named_parameters()}

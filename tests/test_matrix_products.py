@@ -121,19 +121,22 @@ def test_a_compiler_is_told_the_result(onednn):
 
 def test_only_large_products_in_fp32_on_a_cpu_are_chosen(monkeypatch):
     monkeypatch.setattr(module, "_is_wider", True)
-    x, least = torch.ones(1, 1), module._LEAST_MULTIPLICATIONS
-    assert is_chosen(x, x, least)
-    assert not is_chosen(x, x, least - 1)
-    for other in (x.double(), x.bfloat16(), x.to("meta")):
-        assert not is_chosen(x, other, least)
-        assert not is_chosen(other, x, least)
+    monkeypatch.setattr(module, "_LEAST_MULTIPLICATIONS", 4 * 5 * 6)
+    x, weight = torch.ones(4, 5), torch.ones(6, 5)
+    assert is_chosen(x, weight)
+    assert is_chosen(x, weight.t())
+    assert not is_chosen(x[1:], weight)
+    assert not is_chosen(x, weight[1:])
+    for kind in (torch.float64, torch.bfloat16, "meta"):
+        assert not is_chosen(x, weight.to(kind))
+        assert not is_chosen(x.to(kind), weight)
     with torch.autocast("cpu"):
-        assert not is_chosen(x, x, least)
+        assert not is_chosen(x, weight)
     with by_pytorch():
-        assert not is_chosen(x, x, least)
-    assert is_chosen(x, x, least)
+        assert not is_chosen(x, weight)
+    assert is_chosen(x, weight)
     monkeypatch.setattr(module, "_is_wider", False)
-    assert not is_chosen(x, x, least)
+    assert not is_chosen(x, weight)
 
 
 @pytest.mark.parametrize(

@@ -915,6 +915,7 @@ def test_opcheck():
     gradients, history_c = model.gradients(), new_history("cpu", 3)
     row = tables.gradient_row(gradients)
     partials_n, tensors_tc = tables.partials_n, tables.tensors_tc
+    state = tables.plain_state
     calls = [
         (norm_op, (gradients, tables.accumulators, partials_n, scalars, tensors_tc, row)),
         (record_op, (partials_n, scalars, history_c, 1)),
@@ -922,7 +923,7 @@ def test_opcheck():
         (factors_op, (partials_n, scalars, tables.factors_t, tensors_tc, 0.1)),
         (
             _update_op,
-            (tables.parameters, gradients, *tables.moments.values(), [], [], tables.low_precision),
+            (state.parameters, gradients, *state.moments, state.low_precision),
         ),
     ]
     more = {

@@ -12,6 +12,7 @@ from mien.core.config import from_dict
 from mien.core.estimate.flops import configured_work
 from mien.core.optim.fused_dense import LEAST
 from mien.kernels import conv3x3
+from mien.kernels.matrix_products import by_pytorch
 
 # M parameters, forward GFLOP a face, MB of activations a face, MB of weights and optimizer a step
 WORK = {
@@ -90,7 +91,7 @@ def test_flops_are_those_of_the_flop_counter(name, learn_mask, monkeypatch):
     settings = {"learn_mask": learn_mask, **tiny_options(name)}
     model = models.build(name, **settings)
     faces = torch.rand(4, 3, model.input_px, model.input_px)
-    with FlopCounterMode(display=False) as counter:
+    with by_pytorch(), FlopCounterMode(display=False) as counter:
         outputs = [output for side in model(faces) for output in side]
         forward = counter.get_total_flops()
         sum(output.sum() for output in outputs).backward()

@@ -6,7 +6,7 @@ import threading
 # Parameters of mallopt, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
-"""No block is mapped by itself, and the end of the heap is never cut off."""
+"""Blocks are never mapped by themselves, and the end of the heap is never cut off."""
 _AS_BEFORE = {_MMAP_MAX: 65_536, _TRIM_THRESHOLD: 2 * 32 * 2**20}
 """The first as glibc begins; the second as it sets it once blocks of 32 MiB were freed, the largest
 that it learns to keep."""
