@@ -10,8 +10,8 @@ a library does (`mien.kernels.matrix_products`); libmien does the transforms aro
 gradient of the picture is the same with the turned kernel; that of the kernel is
 G^T (sum over tiles (B^T d B) * (A dy A^T)) G.
 
-Chosen on the CPU: against oneDNN's direct convolution on one thread of an AMD EPYC with AVX-512,
-forward and backward, 512 to 1,024 channels of 16 px take 0.56 of the time. A GPU's library chooses
+Chosen on the CPU: against oneDNN's direct convolution on one thread of a Zen 4 or a Zen 5, forward
+and backward, 512 to 1,024 channels of 16 px take 0.54 to 0.57 of the time. A GPU's library chooses
 such products by itself.
 
 Shape letters: B faces, H rows, W columns, I and O channels in and out, T tiles.
@@ -27,7 +27,7 @@ from torch import Tensor
 from . import native
 from .channels_last import NHWC
 from .checks import check_tensor
-from .matrix_products import multiply_all
+from .matrix_products import has_wider_library, multiply_all
 
 LAUNCHES = {
     "mien::conv3x3": 1,
@@ -36,9 +36,10 @@ LAUNCHES = {
 }
 """Kernels that each operation stands for on a GPU, where a library's convolution has its place."""
 
-_LEAST_CHANNELS = 64
-"""Channels in and out from which it pays: with 64 of each the transforms cost what they save (0.94
-of the time on one thread of an AMD EPYC with AVX-512), with 32 more (1.43)."""
+_LEAST_CHANNELS = 96 if has_wider_library() else 64
+"""Channels in and out from which it pays. With vectors of 256 bits and 64 of each the transforms
+cost what they save, with 32 more; with vectors of 512 bits so do 96 (on one thread of a Zen 5 0.97
+of the time, 64 of each 1.2, 128 0.9)."""
 
 _ROOM_BYTES = 32 * 2**20
 """Size from which tiles are made of a part of the faces at a time: about what a core has of the

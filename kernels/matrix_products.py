@@ -27,7 +27,7 @@ def _maker() -> str:
     return next((line.split()[-1] for line in lines if line.startswith("vendor_id")), "")
 
 
-def _has_wider_library() -> bool:
+def has_wider_library() -> bool:
     """Whether oneDNN has wider vectors here than what PyTorch asks."""
     return (
         torch.backends.mkl.is_available()
@@ -38,7 +38,7 @@ def _has_wider_library() -> bool:
     )
 
 
-_is_wider = _has_wider_library()
+_is_wider = has_wider_library()
 
 
 @contextlib.contextmanager

@@ -216,11 +216,11 @@ def _uses_products(monkeypatch, layer, x):
 @pytest.mark.parametrize(
     ("channels", "kernel", "stride", "edge", "is_used"),
     [
-        (64, 3, 1, 8, True),
+        (96, 3, 1, 8, True),
         (32, 3, 1, 8, False),
-        (64, 5, 1, 8, False),
-        (64, 3, 2, 8, False),
-        (64, 3, 1, 7, False),
+        (96, 5, 1, 8, False),
+        (96, 3, 2, 8, False),
+        (96, 3, 1, 7, False),
     ],
 )
 @pytest.mark.parametrize("reflect", [False, True])
@@ -239,6 +239,6 @@ def test_the_models_use_it_where_it_pays(
 
 
 def test_low_precision_stays_with_the_library(monkeypatch):
-    layer = blocks.SameConv(64, 64, 3)
+    layer = blocks.SameConv(96, 96, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not _uses_products(monkeypatch, layer, torch.zeros(1, 64, 8, 8))[1]
+        assert not _uses_products(monkeypatch, layer, torch.zeros(1, 96, 8, 8))[1]

@@ -19,7 +19,7 @@ CONVOLUTIONS = {
     "5x5 of stride 2": ((2, 5, 9, 7), (6, 5, 5, 5), {"stride": 2}),
     "1x1": ((2, 5, 4, 6), (3, 5, 1, 1), {}),
     "one pixel": ((1, 1, 1, 1), (1, 1, 1, 1), {}),
-    "3x3 by Winograd's products": ((2, 64, 6, 4), (64, 64, 3, 3), {"padding": 1}),
+    "3x3 by Winograd's products": ((2, 96, 6, 4), (96, 96, 3, 3), {"padding": 1}),
     "depthwise": ((2, 6, 9, 9), (6, 1, 5, 5), {"stride": 2, "groups": 6}),
     "transposed": (
         (2, 6, 4, 5),
