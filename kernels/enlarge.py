@@ -135,15 +135,20 @@ def _new(like: Tensor, rows: int, columns: int) -> Tensor:
     return new_image(like, (*like.shape[:2], rows, columns))
 
 
+def _laid_out(found: Tensor, promised: Tensor) -> Tensor:
+    """What PyTorch found in the layout that the operation promises, whichever it chose itself."""
+    return found if found.stride() == promised.stride() else promised.copy_(found)
+
+
 @torch.library.custom_op("mien::enlarge", mutates_args=())
 def _enlarge(x: Tensor, factor: int) -> Tensor:
     rows, columns = x.shape[2:]
     x = x.contiguous(memory_format=NHWC)
     y = _new(x, rows * factor, columns * factor)
     if not uses_triton(x):
-        # Into y, whose layout the operation promises, whichever PyTorch's kernel chooses.
-        y.copy_(F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False))
-    elif y.numel():
+        found = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+        return _laid_out(found, y)
+    if y.numel():
         grid, sizes = _tiles(y)
         with torch.cuda.device_of(x):
             _forward_kernel[grid](x, y, rows=rows, columns=columns, FACTOR=factor, **sizes)
@@ -163,10 +168,11 @@ def _enlarge_backward(grad: Tensor, factor: int) -> Tensor:
     if not uses_triton(grad):
         size = (*grad.shape[:2], rows, columns)
         output = list(grad.shape[2:])
-        grad_x.copy_(
-            torch.ops.aten.upsample_bilinear2d_backward(grad, output, size, False, factor, factor)
+        found = torch.ops.aten.upsample_bilinear2d_backward(
+            grad, output, size, False, factor, factor
         )
-    elif grad_x.numel():
+        return _laid_out(found, grad_x)
+    if grad_x.numel():
         grid, sizes = _tiles(grad_x)
         with torch.cuda.device_of(grad):
             _backward_kernel[grid](grad, grad_x, rows=rows, columns=columns, FACTOR=factor, **sizes)
