@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -52,6 +54,31 @@ def test_memory_is_given_back_after_an_error():
     with pytest.raises(KeyError), kept_memory:
         raise KeyError
     assert _kept_bytes(256) < SLACK
+
+
+@pytest.mark.parametrize("num_mib", [1, 31])
+def test_a_program_then_keeps_blocks_that_glibc_would_have_learned_to_keep(num_mib):
+    # In a process of its own, whose glibc has met no large block before.
+    program = f"""if True:
+        import ctypes, resource
+        from mien.core.system.memory import kept_memory
+
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+
+        def num_new_pages():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t({num_mib * MIB})))
+            ctypes.memset(block, 1, {num_mib * MIB})
+            libc.free(block)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        with kept_memory:
+            pass
+        print([num_new_pages() for _ in range(3)][-1])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert int(done.stdout) < num_mib * MIB / resource.getpagesize() / 10
 
 
 @pytest.mark.parametrize(("device", "is_kept"), [("cpu", True), ("cuda", False)])

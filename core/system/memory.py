@@ -4,12 +4,18 @@ import ctypes
 import threading
 
 # Parameters of mallopt, from glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
 """Blocks are never mapped by themselves, and the end of the heap is never cut off."""
-_AS_BEFORE = {_MMAP_MAX: 65_536, _TRIM_THRESHOLD: 2 * 32 * 2**20}
-"""The first as glibc begins; the second as it sets it once blocks of 32 MiB were freed, the largest
-that it learns to keep."""
+_LARGEST_LEARNED = 32 * 2**20
+_AS_BEFORE = {
+    _MMAP_MAX: 65_536,
+    _MMAP_THRESHOLD: _LARGEST_LEARNED,
+    _TRIM_THRESHOLD: 2 * _LARGEST_LEARNED,
+}
+"""The first as glibc begins. The others as it sets them once a block of 32 MiB was freed, the
+largest that it learns to keep: after a first call of mallopt it learns no more, and would map every
+block that is larger than those which were freed until then."""
 
 
 class _KeptMemory:
