@@ -68,7 +68,9 @@ def is_chosen(first_mk: Tensor, second: Tensor) -> bool:
 
 
 def _by_onednn(first_mk: Tensor, second_kn: Tensor, bias_n: Tensor | None = None) -> Tensor:
-    # An operation that PyTorch's compiler makes; it takes any strides.
+    # An operation that PyTorch's compiler makes. It takes matrices of any strides, but reads a bias
+    # as if its numbers lay side by side.
+    bias_n = None if bias_n is None else bias_n.contiguous()
     return torch.ops.mkldnn._linear_pointwise.default(
         first_mk, second_kn.t(), bias_n, "none", [], ""
     )

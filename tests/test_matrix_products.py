@@ -62,6 +62,16 @@ def test_products_equal_float64(onednn, size, biased, turned):
 
 
 @has_onednn
+@pytest.mark.parametrize("strides", [(0,), (2,)])
+def test_a_bias_is_read_as_its_strides_say(onednn, strides):
+    first, second = _drawn(16, 20), _drawn(20, 30)
+    bias = _drawn(60).as_strided((30,), strides)
+    exact = first.double() @ second.double() + bias.double()
+    _assert_exact(multiply(first, second, bias), exact)
+    assert len(onednn) == 1
+
+
+@has_onednn
 @pytest.mark.parametrize("adds", [False, True])
 def test_many_products_are_written_or_added(onednn, adds):
     first, second, out = _drawn(16, 12, 20), _drawn(16, 24, 20).transpose(1, 2), _drawn(16, 12, 24)
