@@ -194,8 +194,10 @@ _wide_product = _operation("wide_product", _multiplied_wide)
 
 def product(first: Tensor, second: Tensor) -> Tensor:
     """``first @ second`` of two matrices, in their type; no gradient goes through it."""
-    multiply = _wide_product if _is_widened(first, second) else matrix_products.multiply
-    return multiply(first, second)
+    if _is_widened(first, second) or matrix_products.is_chosen(first, second):
+        # By itself: a compiler takes oneDNN's products of constant weights alone.
+        return _wide_product(first, second)
+    return first @ second
 
 
 # The bias comes first, as in PyTorch's: gradients arrive in the order of the operands, and ranks

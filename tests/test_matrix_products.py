@@ -104,6 +104,21 @@ def test_a_dense_layer_and_its_gradients_equal_float64(onednn, biased):
 
 
 @has_onednn
+def test_a_compiled_dense_layer_and_its_gradients_are_the_eager_ones(onednn):
+    operands = [_drawn(8, 70), _drawn(40, 70), _drawn(40)]
+
+    def results(layer):
+        y = layer(*[each.requires_grad_() for each in operands])
+        return y, *torch.autograd.grad(y, operands, _drawn(8, 40))
+
+    compiled = torch.compile(wide_products.linear, fullgraph=True, dynamic=False)
+    for ours, theirs in zip(results(compiled), results(wide_products.linear), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # The compiler itself is told of results alone.
+    assert sum(type(first) is torch.Tensor for first, *_ in onednn) == 6
+
+
+@has_onednn
 def test_a_dense_layer_of_another_library_takes_it_too(onednn):
     layer, x = torch.nn.Linear(33, 6), _drawn(3, 5, 33)
     wanted = layer(x)
