@@ -162,7 +162,7 @@ def _refuse_odd_names(args: argparse.Namespace) -> None:
     """
     for path in _paths_in(args):
         odd = next(filter(_is_odd_space, path.name[:1] + path.name[-1:]), None)
-        if odd and not os.path.lexists(path):
+        if odd and not os.path.lexists(os.path.expanduser(path)):
             raise ValueError(
                 f"{path} begins or ends with a space of another kind (U+{ord(odd):04X}): type an "
                 "ordinary space between words, or none"
@@ -171,10 +171,21 @@ def _refuse_odd_names(args: argparse.Namespace) -> None:
 
 def _paths_in(args: argparse.Namespace) -> Iterator[Path]:
     """What of the arguments may be a path, each with the folders that it lies in."""
-    for value in vars(args).values():
+    for name, value in vars(args).items():
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, str | Path):
+            if isinstance(path, Path) or (isinstance(path, str) and not _is_text(name)):
                 yield from (Path(path), *Path(path).parents)
+
+
+def _is_text(name: str) -> bool:
+    """Whether an argument is text that may end as it likes: a command, an address, a sentence."""
+    if "." not in name:
+        # What is set as plain text loses such spaces by itself.
+        return name in ("set", "description")
+    from ..core.config.settings import setting_at
+
+    section, key = name.split(".")
+    return not setting_at((section, key)).is_path
 
 
 def _flags_of(command: str, module: ModuleType | None) -> dict[str, str]:

@@ -246,6 +246,24 @@ def test_a_folder_that_is_called_with_such_a_space_is_taken(tmp_path, monkeypatc
     assert "1 usable face" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--notify-command", "say 'La fin\xa0'; say \xa0"],
+        ["train", "--set", "notify.command=say \xa0"],
+        ["train", "--log-file=~/\u3000mine/log"],
+        ["preset", "save", "mine", "--description", "Schnell\xa0"],
+    ],
+)
+def test_a_text_may_begin_or_end_with_such_a_space(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    Path("\u3000mine").mkdir()
+    more = ["--print-config"] if words[0] == "train" else ["-t", "original"]
+    assert main([*words, *more]) == 0, capsys.readouterr().err
+
+
 def test_every_command_stands_in_one_line_with_what_it_does(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
