@@ -28,13 +28,13 @@ def _maker() -> str:
 
 
 def has_wider_library() -> bool:
-    """Whether oneDNN has wider vectors here than what PyTorch asks."""
+    """Whether oneDNN has wider vectors here than what PyTorch asks; not where nothing tells."""
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and _maker() != "GenuineIntel"
+        and _maker() not in ("", "GenuineIntel")
     )
 
 

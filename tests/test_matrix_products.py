@@ -172,6 +172,7 @@ def test_only_large_products_in_fp32_on_a_cpu_are_chosen(monkeypatch):
         ("vendor_id\t: AuthenticAMD", "AVX512", False, False),
         ("vendor_id\t: GenuineIntel", "AVX512", True, False),
         ("CPU implementer\t: 0x41", "SVE256", True, False),
+        ("model name\t: unknown", "AVX512", True, False),
     ],
 )
 def test_the_cpu_and_the_libraries_decide(
