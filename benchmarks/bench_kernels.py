@@ -19,11 +19,13 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from .. import kernels
+from ..core.system.memory import kept_memory
 from .ceilings import ceiling_s
 from .harness import measure, pace, rounded, spread_ms
 
@@ -48,9 +50,12 @@ def rows(ceilings: dict[str, Any], only: tuple[str, ...] = ()) -> Iterator[dict[
             continue
         module = importlib.import_module(f"{__package__}.bench_{name}")
         found: list[dict[str, Any]] = []
+        # As in training, and of every variant, so that kernels are compared and no fresh pages.
+        memory_here = nullcontext() if torch.cuda.is_available() else kept_memory
         try:
-            for what, fn in module.cases():
-                found.append(_row(name, dict(what), fn, ceilings))
+            with memory_here:
+                for what, fn in module.cases():
+                    found.append(_row(name, dict(what), fn, ceilings))
         except RuntimeError as error:  # a case could not be made; keep those before it
             found.append(
                 {

@@ -19,7 +19,7 @@ from ..kernels.optimizer_scalars import new_scalars
 from ..kernels.tensor_table import TensorTable
 
 MODELS = ("original", "lightweight")
-_FULL_WIDTH, _SMALL_WIDTH = 128, 16  # of the first layer; 1/64 of the weights without a GPU
+_FULL_WIDTH, _SMALL_WIDTH = 128, 64  # of the first layer; a quarter of the weights without a GPU
 _EPSILON, _LEARNING_RATE = 1e-7, 5e-5
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": torch.optim.Adam,
