@@ -64,10 +64,17 @@ def _commit() -> tuple[str, bool]:
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
+    """Name of this CPU, with its family and model: a host may give several kinds one name, and the
+    peaks of one are not those of another."""
+    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    name = facts.get("model name", platform.machine())
+    kinds = [
+        f"{kind.split()[-1]} {facts[kind]}" for kind in ("cpu family", "model") if kind in facts
+    ]
+    return ", ".join([name, *kinds])
 
 
 def device_name(device_type: str) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import platform
 import re
 from pathlib import Path
 
@@ -395,3 +396,20 @@ def test_the_spread_of_a_loop_is_that_of_its_parts():
     spread = bench_train._spread(steps, 32)
     assert spread == {"eg_per_s_low": 106.7, "eg_per_s_high": 160.0}
     assert bench_train._spread(steps[:3], 32) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        (
+            "cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nmodel\t\t: 3\n",
+            "AMD EPYC, family 26, model 2",
+        ),
+        ("model name\t: Some CPU\n", "Some CPU"),
+        ("CPU implementer\t: 0x41\n", platform.machine()),
+    ],
+)
+def test_cpus_of_one_name_are_told_apart(monkeypatch, tmp_path, text, name):
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(harness, "Path", lambda _: tmp_path / "cpuinfo")
+    assert harness.device_name("cpu") == f"CPU {name}"
